@@ -58,18 +58,18 @@ def time_decode(shape: DecodeShape) -> dict[str, object]:
     q, retrieval, streaming, page_lists = decode_inputs(shape, lists=lists)
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *page_lists)
 
-    def attend(q, retrieval, streaming, page_list):
-        return paged_attention(q, retrieval, streaming, page_list)[0]
+    def attend(q, retrieval, streaming, page_lists):
+        return paged_attention(q, retrieval, streaming, *page_lists)[0]
 
     def all_lists(q, retrieval, streaming, stacked):
-        return lax.map(lambda page_list: attend(q, retrieval, streaming, page_list), stacked)
+        return lax.map(lambda page_lists: attend(q, retrieval, streaming, page_lists), stacked)
 
     times = kernel_times(all_lists, q, retrieval, streaming, stacked, calls=lists)
     kernels = {name: t for name, t in times.items() if "split" in name}
     step = chain_time(attend, q, retrieval, streaming, page_lists[0])
     empty = chain_time(lambda q: q * jnp.bfloat16(0.5), q)
     total = sum(kernels.values())
-    width = page_lists[0].pages.shape[2] * shape.page_size
+    width = max(shape.retrieval_pages, shape.streaming_pages) * shape.page_size
     return {
         "op": "paged_attention",
         "shape": shape.name,

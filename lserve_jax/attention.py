@@ -17,9 +17,10 @@ from jaxtyping import Array, Bool, Int
 from lserve_jax.cache import CacheSpec, LayerCache
 from lserve_jax.config import ModelConfig
 from lserve_jax.llama import Attend
-from lserve_jax.page_selection import join_lists, retrieval_list, ring_list
+from lserve_jax.page_selection import retrieval_pages, retrieval_stop, ring_list
 from lserve_jax.rope import rotary_angles
 from pallas_kernels import api
+from pallas_kernels.api import Backend, PageList
 
 
 def causal_attend(config: ModelConfig, positions: Int[Array, "B T"]) -> Attend:
@@ -51,6 +52,8 @@ def prefill_attend(
     length: Int[Array, ""],
     prompt_length: Int[Array, ""],
     chunk_size: int,
+    *,
+    backend: Backend,
 ) -> Attend:
     """One chunk of one prompt: positions ``start`` to ``start + length - 1``.
 
@@ -81,6 +84,7 @@ def prefill_attend(
             length,
             sink=window.sink,
             local=window.local,
+            backend=backend,
         )
         # The pools are written after they were read. Without this order XLA copies them whole.
         out, pools, streaming_pools = jax.lax.optimization_barrier(
@@ -96,6 +100,7 @@ def prefill_attend(
             window_page,
             start,
             length,
+            backend=backend,
         )
         cache = dataclasses.replace(
             cache, retrieval=retrieval, window=kept_window, key_stats=key_stats
@@ -114,14 +119,15 @@ def decode_attend(
     tail: Int[Array, " B"],
     *,
     select: bool,
-) -> tuple[Attend, list[Array]]:
+    backend: Backend,
+) -> tuple[Attend, Int[Array, " B"]]:
     """One token for each of the first B slots, row b in slot b at ``position[b]``.
 
-    With ``select`` every retrieval head ranks its pages anew; without, it reuses the selection
-    kept in the cache. ``tail`` is ``first_tail_page`` at that selection.
+    With ``select`` every retrieval head ranks its pages anew; without, it reuses the list kept
+    in the cache. ``tail`` is ``first_tail_page`` at that selection.
 
-    Also returns a list to which every layer appends the number of token slots that each row
-    attended, summed over KV heads ``[B]``: the bytes that this step really had to read.
+    Also returns the number of token slots that each row attends, summed over layers and KV
+    heads: what this step really has to read.
     """
     B, P = position.shape[0], spec.page_size
     slot = jnp.arange(B)
@@ -130,7 +136,12 @@ def decode_attend(
     page = jnp.where(active, page, -1)
     ring_page = slot * spec.ring.num_pages + spec.ring.index(position // P)
     ring_page = jnp.where(active, ring_page, -1)
-    attended: list[Array] = []
+    # All layers attend as many slots; only which pages a retrieval head lists is its own.
+    start, stop = jnp.zeros((B, 1), jnp.int32), retrieval_stop(spec, tail, position, active)
+    ring = ring_list(spec.ring, slot, position, active)
+    num_retrieval = sum(spec.num_retrieval_heads)
+    num_streaming = config.num_hidden_layers * config.num_key_value_heads - num_retrieval
+    attended = (num_retrieval * stop + num_streaming * (ring.stop - ring.start))[:, 0]
 
     def attend(
         layer: int, q: Array, k: Array, v: Array, cache: LayerCache
@@ -148,32 +159,37 @@ def decode_attend(
             page,
             ring_page,
             position % P,
+            backend=backend,
         )
-        selected = cache.selected
-        if select and key_stats is not None and Kr > 0:
+        listed = cache.listed
+        if select and listed is not None and key_stats is not None and Kr > 0:
             retrieval_queries = q[:, : Kr * config.group_size]
             scores = api.page_scores(
-                retrieval_queries, key_stats, page_table, position + 1, page_size=P
+                retrieval_queries,
+                key_stats,
+                page_table,
+                position + 1,
+                page_size=P,
+                backend=backend,
             )
-            ranked = api.select_pages(
+            selected = api.select_pages(
                 scores,
                 tail,
                 num_pages=spec.num_ranked,
                 sink_pages=spec.forced_sink_pages,
+                backend=backend,
             )
-            selected = selected.at[:B].set(ranked)
-        lists = join_lists(
-            retrieval_list(spec, selected[:B], tail, position, active, page_table),
-            ring_list(spec.ring, slot, position, active, k.shape[2] - Kr),
+            listed = listed.at[:B].set(retrieval_pages(spec, selected, tail, page_table))
+        pages = page_table[:, None] if listed is None else listed
+        out, _ = api.paged_attention(
+            q, retrieval, streaming, PageList(pages, start, stop), ring, backend=backend
         )
-        attended.append((lists.stop - lists.start).sum(axis=1))
-        out, _ = api.paged_attention(q, retrieval, streaming, lists)
         cache = dataclasses.replace(
             cache,
             retrieval=retrieval,
             streaming=streaming,
             key_stats=key_stats,
-            selected=selected,
+            listed=listed,
         )
         return out[:, None], cache
 

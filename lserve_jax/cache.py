@@ -124,7 +124,8 @@ class LayerCache:
     key_stats: Float[Array, "Kr N g 2 D"] | None  # kmax, kmin; None when nothing is selected
     streaming: KVPages  # [Ks, S * R, P, D]
     window: KVPages  # [Ks, W, P, D], in the compute dtype
-    selected: Int[Array, "S Kr R"]  # page numbers chosen by the last selection, -1 unused
+    # Physical pages that the last selection lists; None when nothing is selected.
+    listed: Int[Array, "S Kr L"] | None
 
 
 def make_spec(
@@ -178,8 +179,9 @@ def init_layer_cache(config: ModelConfig, spec: CacheSpec, layer: int, dtype) ->
         )
 
     quantized = spec.kv_dtype == "int8"
-    key_stats = None
+    key_stats = listed = None
     if spec.sparsity is not None:
+        listed = jnp.zeros((spec.num_slots, Kr, spec.num_listed), jnp.int32)
         g = P // spec.sparsity.logical_page_size
         key_stats = jnp.zeros((Kr, spec.num_pages, g, 2, D), dtype)
     return LayerCache(
@@ -187,13 +189,13 @@ def init_layer_cache(config: ModelConfig, spec: CacheSpec, layer: int, dtype) ->
         key_stats=key_stats,
         streaming=pages(Ks, spec.num_slots * spec.ring.num_pages, quantized),
         window=pages(Ks, spec.window.num_pages, False),
-        selected=jnp.full((spec.num_slots, Kr, spec.num_ranked), -1, jnp.int32),
+        listed=listed,
     )
 
 
 def cache_bytes(config: ModelConfig, spec: CacheSpec, dtype) -> dict[str, int]:
     """Bytes of each part of a cache, all layers together."""
-    totals = {"retrieval": 0, "key_stats": 0, "streaming": 0, "window": 0, "selected": 0}
+    totals = {"retrieval": 0, "key_stats": 0, "streaming": 0, "window": 0, "listed": 0}
     for layer in range(config.num_hidden_layers):
         shapes = jax.eval_shape(lambda layer=layer: init_layer_cache(config, spec, layer, dtype))
         for part in totals:

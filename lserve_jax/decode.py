@@ -19,6 +19,7 @@ from lserve_jax.config import ModelConfig
 from lserve_jax.llama import Params, bind
 from lserve_jax.page_selection import first_tail_page
 from lserve_jax.sampling import SamplingArrays, SamplingMode, is_stop_token, sample, top_logprobs
+from pallas_kernels.api import Backend
 
 Caches = list[LayerCache]
 
@@ -65,7 +66,9 @@ class Burst:
     attended: Float[Array, " B"]  # token slots attended, summed over steps, layers and KV heads
 
 
-@functools.partial(jax.jit, static_argnames=("config", "spec"), donate_argnames=("caches",))
+@functools.partial(
+    jax.jit, static_argnames=("config", "spec", "backend"), donate_argnames=("caches",)
+)
 def prefill_chunk(
     config: ModelConfig,
     spec: CacheSpec,
@@ -76,6 +79,8 @@ def prefill_chunk(
     start: Int[Array, ""],
     length: Int[Array, ""],
     prompt_length: Int[Array, ""],
+    *,
+    backend: Backend,
 ) -> tuple[Float[Array, " V"], Caches]:
     """Runs one chunk of a prompt: tokens at positions ``start`` to ``start + length - 1``.
 
@@ -83,7 +88,16 @@ def prefill_chunk(
     after the chunk's last token (float32) and the caches.
     """
     model = bind(config, params)
-    attend = prefill_attend(config, spec, page_table, start, length, prompt_length, tokens.shape[0])
+    attend = prefill_attend(
+        config,
+        spec,
+        page_table,
+        start,
+        length,
+        prompt_length,
+        tokens.shape[0],
+        backend=backend,
+    )
     hidden, caches = model(tokens[None], attend, caches)
     return model.unembed(hidden[0, length - 1]), caches
 
@@ -161,13 +175,21 @@ def _decode_step(
     mode: SamplingMode,
     *,
     select: bool,
+    backend: Backend,
 ) -> tuple[DecodeState, Caches, Sample, Array]:
     """One token for every row of ``state``. Finished rows compute but write nothing."""
     tail = state.tail
     if select:
         tail = first_tail_page(state.position, spec.page_size)
     attend, attended = decode_attend(
-        config, spec, state.page_table, state.position, state.active, tail, select=select
+        config,
+        spec,
+        state.page_table,
+        state.position,
+        state.active,
+        tail,
+        select=select,
+        backend=backend,
     )
     model = bind(config, params)
     hidden, caches = model(state.token[:, None], attend, caches)
@@ -190,12 +212,12 @@ def _decode_step(
         output_counts=counts,
     )
     new = dataclasses.replace(new, token=jnp.where(active, new.token, -1))
-    return state, caches, new, sum(attended[1:], start=attended[0]).astype(jnp.float32)
+    return state, caches, new, attended.astype(jnp.float32)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "spec", "rows", "burst", "mode"),
+    static_argnames=("config", "spec", "rows", "burst", "mode", "backend"),
     donate_argnames=("caches", "state"),
 )
 def decode_burst(
@@ -209,6 +231,7 @@ def decode_burst(
     rows: int,
     burst: int,
     mode: SamplingMode,
+    backend: Backend,
 ) -> tuple[DecodeState, Caches, Burst]:
     """Up to ``num_steps`` decode steps for slots 0 to ``rows - 1``, until all have finished.
 
@@ -225,7 +248,7 @@ def decode_burst(
         was_active = state.active.astype(jnp.int32)
         pages = state.position // spec.page_size + 1
         state, caches, new, attended = _decode_step(
-            config, spec, params, caches, state, mode, select=select
+            config, spec, params, caches, state, mode, select=select, backend=backend
         )
         pruned = (state.tail > spec.num_ranked).astype(jnp.int32)
         result = Burst(

@@ -22,6 +22,7 @@ from lserve_jax.config import ModelConfig
 from lserve_jax.decode import Caches, DecodeState, Sample, admit, decode_burst, prefill_chunk
 from lserve_jax.llama import Params
 from lserve_jax.sampling import SamplingArrays, SamplingMode, SamplingParams, sampling_row
+from pallas_kernels.api import Backend, resolve_backend
 
 SMALLEST_CHUNK = 64  # shorter prompts are padded to this
 MAX_STOP_IDS = 32  # of one request, end-of-text ids included
@@ -96,10 +97,12 @@ class Engine:
         eos_token_ids: Sequence[int],
         prefill_chunk_size: int,
         burst_steps: int,
+        backend: Backend = "auto",
     ):
         if burst_steps < 1:
             raise ValueError(f"{burst_steps=} must be at least 1")
         self.config, self.params, self.spec = config, params, spec
+        self.backend = resolve_backend(backend)
         self.max_model_len = max_model_len
         self.eos_token_ids = tuple(eos_token_ids)
         self.prefill_chunk_size = prefill_chunk_size
@@ -285,6 +288,7 @@ class Engine:
                 jnp.int32(start),
                 jnp.int32(len(chunk)),
                 jnp.int32(total),
+                backend=self.backend,
             )
         assert logits is not None  # prompts are not empty
         prompt_mask = self._count_tokens(request)
@@ -346,6 +350,7 @@ class Engine:
             rows=rows,
             burst=self.burst_steps,
             mode=SamplingMode.of([r.sampling for r in requests]),
+            backend=self.backend,
         )
         result = jax.device_get(result)
         seconds = time.perf_counter() - started

@@ -24,6 +24,7 @@ from lserve_jax.llama import Params
 from lserve_jax.outputs import Completion, RequestOutput
 from lserve_jax.sampling import SamplingParams
 from lserve_jax.tokenizer import Tokenizer, load_tokenizer
+from pallas_kernels.api import Backend
 
 Prompt = str | Mapping[str, Any]  # text, or {"prompt_token_ids": [...]}
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
@@ -58,6 +59,8 @@ class LLM:
     kv_cache_bytes: memory for the retrieval pages; None plans it from free memory.
     prefill_chunk_size: prompt tokens run at once, a power of two; bounds activation memory.
     burst_steps: decode steps between two looks at the queue; tokens are handed out at that grain.
+    backend: "mosaic", the Pallas kernels for Hopper GPUs; "reference", plain JAX, runs anywhere;
+        "auto" takes the kernels on such a GPU.
     adapter: directory of a PEFT LoRA adapter to merge at load.
     seed: from which requests without a seed of their own derive theirs.
     progress: show progress bars on stderr while loading.
@@ -78,6 +81,7 @@ class LLM:
         kv_cache_bytes: int | None = None,
         prefill_chunk_size: int = 8192,
         burst_steps: int = 16,
+        backend: Backend = "auto",
         adapter: str | None = None,
         seed: int = 0,
         progress: bool = False,
@@ -133,6 +137,7 @@ class LLM:
             eos_token_ids=eos,
             prefill_chunk_size=prefill_chunk_size,
             burst_steps=burst_steps,
+            backend=backend,
         )
         self._seed, self._counter = seed, itertools.count()
 

@@ -7,9 +7,6 @@ can fall between a reused list and the newest page. A streaming head reads its r
 Page numbers count a sequence's pages from 0; physical ids index a pool.
 """
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -26,46 +23,53 @@ def first_tail_page(position: Int[Array, " B"], page_size: int) -> Int[Array, " 
     return jnp.maximum(position - 1, 0) // page_size
 
 
-@partial(jax.jit, static_argnames=("spec",))
-def retrieval_list(
+def retrieval_pages(
     spec: CacheSpec,
     selected: Int[Array, "B Kr R"],
     tail: Int[Array, " B"],
-    position: Int[Array, " B"],
-    active: Bool[Array, " B"],
     page_table: Int[Array, "B M"],
-) -> PageList:
-    """Selected pages, then the tail up to the page of ``position``; dense: all pages (R = 0).
+) -> Int[Array, "B Kr L"]:
+    """Physical ids of the selected pages, then of the tail as far as reuse can let it grow.
 
-    ``tail`` is ``first_tail_page`` at the last selection (0 when dense). All listed pages but the
-    newest are full, so the attended slots are contiguous.
+    Made once a selection: until the next one only the number of attended slots grows.
     """
     B, Kr, R = selected.shape
-    newest = position // spec.page_size
     ranked = jnp.minimum(tail, R)  # pages before the tail that were there to be selected
     entry = jnp.broadcast_to(jnp.arange(spec.num_listed)[None, None], (B, Kr, spec.num_listed))
     number = tail[:, None, None] + entry - ranked[:, None, None]
     chosen = jnp.pad(selected, ((0, 0), (0, 0), (0, spec.num_listed - R)))
     number = jnp.where(entry < ranked[:, None, None], chosen, number)
-    count = ranked + newest - tail + 1
-    # Entries past the end name some valid page; they are not attended.
-    number = jnp.where(entry < count[:, None, None], number, 0)
-    pages = jnp.take_along_axis(page_table[:, None], number, axis=2)
+    # Entries past the sequence's end name some valid page; they are not attended.
+    number = jnp.minimum(number, page_table.shape[1] - 1)
+    return jnp.take_along_axis(page_table[:, None], number, axis=2).astype(jnp.int32)
+
+
+def retrieval_stop(
+    spec: CacheSpec,
+    tail: Int[Array, " B"],
+    position: Int[Array, " B"],
+    active: Bool[Array, " B"],
+) -> Int[Array, "B 1"]:
+    """Slots that a retrieval head attends: its ranked pages and the tail up to ``position``.
+
+    ``tail`` is ``first_tail_page`` at the last selection (0 when dense). All listed pages but the
+    newest are full, so the attended slots are contiguous.
+    """
+    before_tail = jnp.minimum(tail, spec.num_ranked)
+    count = before_tail + position // spec.page_size - tail + 1
     stop = (count - 1) * spec.page_size + position % spec.page_size + 1
-    stop = jnp.where(active, stop, 0)
-    stop = jnp.broadcast_to(stop[:, None], (B, Kr))
-    return PageList(pages.astype(jnp.int32), jnp.zeros_like(stop), stop)
+    return jnp.where(active, stop, 0)[:, None]
 
 
-@partial(jax.jit, static_argnames=("ring", "heads"))
 def ring_list(
     ring: Ring,
     slot: Int[Array, " B"],
     position: Int[Array, " B"],
     active: Bool[Array, " B"],
-    heads: int,
 ) -> PageList:
     """Sink and local pages of each slot: positions below ``sink`` or above ``position - local``.
+
+    One list, shared by all streaming heads.
 
     The oldest local page is usually visible only from some token on, so it comes first and
     ``start`` skips its beginning; sinks and the other local pages follow, the newest last.
@@ -93,23 +97,4 @@ def ring_list(
     start = jnp.where(num_local > 1, jnp.maximum(first_visible - oldest * P, 0), 0)
     stop = (count - 1) * P + position % P + 1
     start, stop = jnp.where(active, start, 0), jnp.where(active, stop, 0)
-    shape = (position.shape[0], heads)
-    return PageList(
-        jnp.broadcast_to(pages[:, None], (*shape, ring.num_pages)).astype(jnp.int32),
-        jnp.broadcast_to(start[:, None], shape),
-        jnp.broadcast_to(stop[:, None], shape),
-    )
-
-
-def join_lists(retrieval: PageList, streaming: PageList) -> PageList:
-    """One list for all heads of a layer, retrieval heads first."""
-    width = max(retrieval.pages.shape[2], streaming.pages.shape[2])
-
-    def widen(lists: PageList) -> Array:
-        return jnp.pad(lists.pages, ((0, 0), (0, 0), (0, width - lists.pages.shape[2])))
-
-    return PageList(
-        jnp.concatenate([widen(retrieval), widen(streaming)], axis=1),
-        jnp.concatenate([retrieval.start, streaming.start], axis=1),
-        jnp.concatenate([retrieval.stop, streaming.stop], axis=1),
-    )
+    return PageList(pages[:, None].astype(jnp.int32), column(start), column(stop))

@@ -13,12 +13,17 @@ scores, float32.
 Every op raises ``ValueError`` when shapes or dtypes contradict each other, naming both.
 """
 
+from typing import Literal
+
+import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import reference
+from pallas_kernels.device import is_hopper
 from pallas_kernels.reference import KVPages, PageList
 
 __all__ = [
+    "Backend",
     "KVPages",
     "PageList",
     "append_kv",
@@ -29,9 +34,30 @@ __all__ = [
     "page_scores",
     "paged_attention",
     "prefill_attention",
+    "prefix_attention",
     "quantize_kv",
+    "resolve_backend",
     "select_pages",
 ]
+
+Backend = Literal["auto", "mosaic", "reference"]
+BACKENDS: tuple[Backend, ...] = ("auto", "mosaic", "reference")
+
+
+def resolve_backend(backend: Backend) -> Literal["mosaic", "reference"]:
+    """What "auto" means: "mosaic", the Pallas kernels, if the default device is a Hopper GPU.
+
+    It depends on nothing else: a shape or dtype that a kernel does not cover raises
+    ``NotImplementedError`` there, with the reason, and is not silently computed the slow way.
+
+    >>> resolve_backend("reference")
+    'reference'
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{backend=} is unknown; known: {BACKENDS}")
+    if backend != "auto":
+        return backend
+    return "mosaic" if is_hopper(jax.devices()[0]) else "reference"
 
 
 def _expect(name: str, x: Array, shape: tuple[int | None, ...]) -> None:
@@ -81,36 +107,59 @@ def _expect_groups(heads: int, kv_heads: int) -> None:
         raise ValueError(f"{heads} query heads must be a multiple of {kv_heads} KV heads")
 
 
+def _expect_list(name: str, lists: PageList, rows: int, heads: int) -> None:
+    _expect(f"{name}.pages", lists.pages, (None, None, None))
+    if lists.pages.shape[2] == 0:
+        raise ValueError(f"{name}.pages has shape {lists.pages.shape}, needs an entry")
+    _expect(f"{name}.start", lists.start, (None, None))
+    _expect(f"{name}.stop", lists.stop, (None, None))
+    for part, x in lists._asdict().items():
+        _expect_dtype("int32", **{f"{name}.{part}": x})
+        if x.shape[0] < rows or x.shape[1] not in (1, heads):
+            raise ValueError(
+                f"{name}.{part} has shape {x.shape}, expected at least {rows} rows and {heads} "
+                "heads, those of its pool, or 1 for all of them"
+            )
+
+
 def paged_attention(
-    q: Float[Array, "B H D"], retrieval: KVPages, streaming: KVPages, page_list: PageList
+    q: Float[Array, "B H D"],
+    retrieval: KVPages,
+    streaming: KVPages,
+    retrieval_list: PageList,
+    streaming_list: PageList,
+    *,
+    backend: Backend = "auto",
 ) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
     """One query token a row attends the listed pages (LServe, unified attention).
 
     A retrieval head lists selected pages, a streaming head its sink and local pages; the op does
     not know the difference beyond which pool a head's pages are in. Query heads h and KV head
-    h // G correspond. A row that attends nothing gives out 0, lse -inf.
+    h // G correspond. A row that attends nothing gives out 0, lse -inf. Lists may have more rows
+    than q, which are ignored (so that a batch can use the lists of all slots as they are).
 
     Returns (out in q's dtype, lse float32).
 
     >>> import jax.numpy as jnp
     >>> pool = lambda heads: KVPages(jnp.ones((heads, 4, 16, 8)), jnp.ones((heads, 4, 16, 8)))
     >>> lists = PageList(jnp.array([[[2, 0]]]), jnp.array([[0]]), jnp.array([[20]]))
-    >>> out, lse = paged_attention(jnp.ones((1, 2, 8)), pool(1), pool(0), lists)
+    >>> out, lse = paged_attention(jnp.ones((1, 4, 8)), pool(1), pool(1), lists, lists)
     >>> out.shape, lse.shape
-    ((1, 2, 8), (1, 2))
+    ((1, 4, 8), (1, 4))
     """
     _expect("q", q, (None, None, None))
     B, H, D = q.shape
-    _expect("page_list.pages", page_list.pages, (B, None, None))
-    K, L = page_list.pages.shape[1:]
-    if L == 0:
-        raise ValueError(f"page_list.pages has shape {page_list.pages.shape}, needs an entry")
-    _expect_groups(H, K)
-    _expect("page_list.start", page_list.start, (B, K))
-    _expect("page_list.stop", page_list.stop, (B, K))
-    _expect_dtype("int32", pages=page_list.pages, start=page_list.start, stop=page_list.stop)
-    _expect_pools(retrieval, streaming, K, D)
-    return reference.paged_attention(q, retrieval, streaming, page_list)
+    Kr, Ks = retrieval.k.shape[0], streaming.k.shape[0]
+    _expect_groups(H, Kr + Ks)
+    _expect_pools(retrieval, streaming, Kr + Ks, D)
+    _expect_list("retrieval_list", retrieval_list, B, Kr)
+    _expect_list("streaming_list", streaming_list, B, Ks)
+    if resolve_backend(backend) == "reference":
+        implementation = reference.paged_attention
+    else:
+        # Not at the top: importing Pallas takes a second that CPU users need not wait.
+        from pallas_kernels.decode_attention import paged_attention as implementation
+    return implementation(q, retrieval, streaming, retrieval_list, streaming_list)
 
 
 def prefill_attention(
@@ -126,6 +175,7 @@ def prefill_attention(
     *,
     sink: int,
     local: int,
+    backend: Backend = "auto",
 ) -> tuple[Float[Array, "T H D"], Float[Array, "T H"]]:
     """A chunk of one sequence attends its cached history and itself (LServe, prefilling stage).
 
@@ -166,7 +216,11 @@ def prefill_attention(
     )
     if sink < 0 or local < 1:
         raise ValueError(f"need sink >= 0 and local >= 1, got {sink=} {local=}")
-    return reference.prefill_attention(
+    if resolve_backend(backend) == "reference":
+        implementation = reference.prefill_attention
+    else:
+        from pallas_kernels.prefill_attention import prefill_attention as implementation
+    return implementation(
         q,
         k,
         v,
@@ -179,6 +233,44 @@ def prefill_attention(
         sink=sink,
         local=local,
     )
+
+
+def prefix_attention(
+    q: Float[Array, "B H D"],
+    pages: KVPages,
+    page_table: Int[Array, " M"],
+    length: Int[Array, ""],
+    *,
+    backend: Backend = "auto",
+) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
+    """One query token a row attends the first ``length`` tokens of one prefix that all rows share
+    (RelayAttention, system attention): no row sees a mask, so the prefix is read once for all.
+
+    ``pages`` is a pool with G query heads for each of its KV heads, ``page_table`` names the pages
+    of the prefix in it. Join the result with attention over a row's own tokens by
+    ``merge_attention``. A length of 0 gives out 0, lse -inf.
+
+    Returns (out in q's dtype, lse float32).
+
+    >>> import jax.numpy as jnp
+    >>> pool = KVPages(jnp.ones((1, 4, 16, 8)), jnp.ones((1, 4, 16, 8)))
+    >>> out, lse = prefix_attention(jnp.ones((3, 2, 8)), pool, jnp.array([2, 0]), jnp.int32(20))
+    >>> out.shape, lse.shape
+    ((3, 2, 8), (3, 2))
+    """
+    _expect("q", q, (None, None, None))
+    _expect_pages("pages", pages, q.shape[2])
+    _expect_groups(q.shape[1], pages.k.shape[0])
+    _expect("page_table", page_table, (None,))
+    if page_table.shape[0] == 0:
+        raise ValueError(f"page_table has shape {page_table.shape}, needs an entry")
+    _expect("length", length, ())
+    _expect_dtype("int32", page_table=page_table, length=length)
+    if resolve_backend(backend) == "reference":
+        implementation = reference.prefix_attention
+    else:
+        from pallas_kernels.prefix_attention import prefix_attention as implementation
+    return implementation(q, pages, page_table, length)
 
 
 def merge_attention(
@@ -213,6 +305,8 @@ def append_kv(
     page: Int[Array, " B"],
     streaming_page: Int[Array, " B"],
     offset: Int[Array, " B"],
+    *,
+    backend: Backend = "auto",
 ) -> tuple[Float[Array, "B H D"], KVPages, KVPages, Float[Array, "Kr N g 2 D"] | None]:
     """Rotates q and k, writes one token a row into its pages, widens the page's key statistics.
 
@@ -248,7 +342,11 @@ def append_kv(
     for name, x in (("page", page), ("streaming_page", streaming_page), ("offset", offset)):
         _expect(name, x, (B,))
     _expect_dtype("int32", page=page, streaming_page=streaming_page, offset=offset)
-    return reference.append_kv(
+    if resolve_backend(backend) == "reference":
+        implementation = reference.append_kv
+    else:
+        from pallas_kernels.kv_append import append_kv as implementation
+    return implementation(
         q, k, v, cos, sin, retrieval, streaming, key_stats, page, streaming_page, offset
     )
 
@@ -274,6 +372,8 @@ def append_kv_chunk(
     streaming_page: Int[Array, " T"],
     start: Int[Array, ""],
     length: Int[Array, ""],
+    *,
+    backend: Backend = "auto",
 ) -> tuple[KVPages, KVPages, Float[Array, "Kr N g 2 D"] | None]:
     """Writes the first ``length`` tokens of a prefill chunk, positions ``start`` on.
 
@@ -308,7 +408,11 @@ def append_kv_chunk(
     _expect_dtype(
         "int32", page_table=page_table, streaming_page=streaming_page, start=start, length=length
     )
-    return reference.append_kv_chunk(
+    if resolve_backend(backend) == "reference":
+        implementation = reference.append_kv_chunk
+    else:
+        from pallas_kernels.kv_append import append_kv_chunk as implementation
+    return implementation(
         k, v, retrieval, streaming, key_stats, page_table, streaming_page, start, length
     )
 
@@ -320,6 +424,7 @@ def page_scores(
     length: Int[Array, " B"],
     *,
     page_size: int,
+    backend: Backend = "auto",
 ) -> Float[Array, "B Kr M"]:
     """How much each page can matter to each retrieval KV head (LServe, hierarchical paging).
 
@@ -346,7 +451,11 @@ def page_scores(
     _expect_dtype("int32", page_table=page_table, length=length)
     if key_stats.shape[2] == 0 or page_size % key_stats.shape[2]:
         raise ValueError(f"{page_size=} must be a multiple of {key_stats.shape[2]} logical pages")
-    return reference.page_scores(q, key_stats, page_table, length, page_size=page_size)
+    if resolve_backend(backend) == "reference":
+        implementation = reference.page_scores
+    else:
+        from pallas_kernels.page_selection import page_scores as implementation
+    return implementation(q, key_stats, page_table, length, page_size=page_size)
 
 
 def select_pages(
@@ -355,6 +464,7 @@ def select_pages(
     *,
     num_pages: int,
     sink_pages: int,
+    backend: Backend = "auto",
 ) -> Int[Array, "B Kr R"]:
     """The ``num_pages`` highest-scoring of each row's first ``num_candidates`` pages.
 
@@ -373,9 +483,11 @@ def select_pages(
     if not 0 <= sink_pages <= num_pages:
         raise ValueError(f"need 0 <= sink_pages <= num_pages, got {sink_pages=} {num_pages=}")
     num_pages = min(num_pages, scores.shape[-1])
-    return reference.select_pages(
-        scores, num_candidates, num_pages=num_pages, sink_pages=sink_pages
-    )
+    if resolve_backend(backend) == "reference":
+        implementation = reference.select_pages
+    else:
+        from pallas_kernels.page_selection import select_pages as implementation
+    return implementation(scores, num_candidates, num_pages=num_pages, sink_pages=sink_pages)
 
 
 def apply_rotary(

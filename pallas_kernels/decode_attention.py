@@ -4,12 +4,12 @@ Index map. The grid is (row b, KV head k, split s), one warpgroup of 128 threads
 slots of (b, k), its listed pages end to end, are cut into tiles of T slots; split s takes every
 S-th tile, so that work is even whatever the length and a split needs no length to find its first:
 
-      page_list.pages[b, k]   |  page 7  |  page 2  |  page 9  |  page 4  |     P slots a page
+      pages listed for (b, k) |  page 7  |  page 2  |  page 9  |  page 4  |     P slots a page
       slots of (b, k)         |....start########################stop......|
       tiles of T slots        |  0  |  1  |  2  |  3  |  4  |  5  |  6  |       T <= P or T > P
       split (S = 3)           |  0  |  1  |  2  |  0  |  1  |  2  |  -  |
 
-      k < Kr: pages are in the retrieval pool, else in the streaming pool (head k - Kr)
+      k < Kr: the retrieval pool and its list, else the streaming pool (head k - Kr) and its list
 
 For each tile, with the G query heads of k as the N = 8 or 16 *columns* of every matrix (wgmma's
 M is 64, and G rows would waste most of it; N can be as small as 8):
@@ -34,6 +34,7 @@ a weight of zero does not silence a NaN.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ from pallas_kernels.mosaic import (
     cdiv,
     full,
     matmul,
-    refuse_other_gpus,
+    refuse,
     spread_columns,
     spread_rows,
     store_anyhow,
@@ -104,11 +105,13 @@ def choose_config(rows: int, kv_heads: int, slots: int, dtype: jax.typing.DTypeL
     return Config(tile=tile, splits=min(splits, max(slots // (4 * tile), 1)))
 
 
+@partial(jax.jit, static_argnames=("config",))
 def paged_attention(
     q: Float[Array, "B H D"],
     retrieval: KVPages,
     streaming: KVPages,
-    page_list: PageList,
+    retrieval_list: PageList,
+    streaming_list: PageList,
     *,
     config: Config | None = None,
 ) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
@@ -117,14 +120,19 @@ def paged_attention(
     Query bf16, pages bf16 or int8; D 64 or 128; P 16 to 128; up to 16 query heads a KV head.
     Shapes are those the api has checked. Raises ``NotImplementedError`` for anything else.
     """
-    _refuse_unsupported(q, retrieval, streaming, page_list)
+    _refuse_unsupported(q, retrieval, streaming)
     B, H, D = q.shape
-    K, L = page_list.pages.shape[1:]
+    K = retrieval.k.shape[0] + streaming.k.shape[0]
     G = H // K
     N = 8 * pl.cdiv(G, 8)
-    page_size = retrieval.k.shape[2]
+    classes = [
+        (pool, lists)
+        for pool, lists in ((retrieval, retrieval_list), (streaming, streaming_list))
+        if pool.k.shape[0] > 0
+    ]
     if config is None:
-        config = choose_config(B, K, L * page_size, retrieval.k.dtype)
+        slots = max(lists.pages.shape[2] for _, lists in classes) * retrieval.k.shape[2]
+        config = choose_config(B, K, slots, retrieval.k.dtype)
 
     rows = q.reshape(B * H, D)
     if B * H < N:  # a tile of N query rows must lie inside the array
@@ -132,18 +140,15 @@ def paged_attention(
     first_row = G * np.arange(B * K)
     shift = first_row - np.minimum(first_row, len(rows) - N)  # see _query_tile
 
-    pools = [pool for pool in (retrieval, streaming) if pool.k.shape[0] > 0]
-    parts, lses = _attend_splits(rows, pools, page_list, G, config)
+    parts, lses = _attend_splits(rows, B, classes, G, config)
     out, lse = _combine_splits(parts, lses, G, q.dtype, config)
     column = N * np.arange(B * K)[:, None] + shift[:, None] + np.arange(G)
     return out.reshape(B, H, D), lse.reshape(-1)[column].reshape(B, H)
 
 
-def _refuse_unsupported(
-    q: Array, retrieval: KVPages, streaming: KVPages, page_list: PageList
-) -> None:
+def _refuse_unsupported(q: Array, retrieval: KVPages, streaming: KVPages) -> None:
     head_dim, page_size = q.shape[2], retrieval.k.shape[2]
-    group = q.shape[1] // page_list.pages.shape[1]
+    group = q.shape[1] // (retrieval.k.shape[0] + streaming.k.shape[0])
     reasons = []
     if q.dtype != jnp.bfloat16:
         reasons.append(f"queries must be bfloat16, got {q.dtype}")
@@ -160,11 +165,7 @@ def _refuse_unsupported(
         reasons.append(f"page size must be 16, 32, 64 or 128, got {page_size}")
     if group > 16:
         reasons.append(f"at most 16 query heads a KV head, got {group}")
-    if page_list.pages.shape[2] == 0:
-        reasons.append("the page list must have room for a page")
-    if reasons:
-        raise NotImplementedError("paged_attention kernel: " + "; ".join(reasons))
-    refuse_other_gpus()
+    refuse("paged_attention", reasons)
 
 
 def _query_tile(pair, group: int, columns: int, query_rows: int):
@@ -177,11 +178,16 @@ def _query_tile(pair, group: int, columns: int, query_rows: int):
 
 
 def _attend_splits(
-    q: Float[Array, "rows D"], pools: list[KVPages], page_list: PageList, G: int, config: Config
+    q: Float[Array, "rows D"],
+    B: int,
+    classes: list[tuple[KVPages, PageList]],  # of the pools that have heads
+    G: int,
+    config: Config,
 ) -> tuple[Float[Array, "B K S D N"], Float[Array, "B K S N"]]:
     """Attention of every split on its own; lse is base 2, and -inf for a split without tiles."""
     rows, D = q.shape
-    B, K, L = page_list.pages.shape
+    pools, lists = zip(*classes, strict=True)
+    K = sum(pool.k.shape[0] for pool in pools)
     P = pools[0].k.shape[2]
     T, S, stages = config.tile, config.splits, config.stages
     N = 8 * pl.cdiv(G, 8)
@@ -192,11 +198,13 @@ def _attend_splits(
     first_heads = pools[0].k.shape[0]
     scale = D**-0.5 * LOG2_E  # scores in base 2: exp2 is one instruction
 
-    def attend_split(q_gmem, pages_gmem, start_gmem, stop_gmem, *refs):
-        # q [rows, D] bf16, pages [B, K, L], start and stop [B, K] int32
+    def attend_split(q_gmem, *refs):  # q [rows, D] bf16
+        # For each class: pages [B, Kc or 1, L], start and stop [B, Kc or 1] int32
+        lists_gmem = [PageList(*refs[3 * i : 3 * i + 3]) for i in range(len(lists))]
+        refs = refs[3 * len(lists) :]
         fields = 4 if int8 else 2
         pools_gmem = [
-            KVPages(*refs[i : i + fields])  # k, v [Kp, pages, P, D]; scales [Kp, pages, P] float32
+            KVPages(*refs[i : i + fields])  # k, v [Kc, N, P, D]; scales [Kc, N, P] float32
             for i in range(0, fields * len(pools), fields)
         ]
         (
@@ -214,14 +222,23 @@ def _attend_splits(
             # V [T, D] bf16; scales [stages, T] float32
         b, k, s = (lax.axis_index(name) for name in ("row", "head", "split"))
 
+        def of_head(field, *index):
+            """Entry ``index`` of a field of this head's list: ``pages``, ``start`` or ``stop``."""
+            values = []
+            for first, gmem in zip((0, first_heads), lists_gmem, strict=False):
+                x = getattr(gmem, field)
+                head = jnp.clip(k - first, 0, x.shape[1] - 1)  # a shared list has one head
+                values.append(x[b, head, *(jnp.minimum(i, x.shape[2] - 1) for i in index)])
+            return values[0] if len(values) == 1 else jnp.where(k < first_heads, *values)
+
         def page_ids(step):
             tile = s + step * S
             entry = lax.div(tile, jnp.int32(tiles_per_page)) * boxes
-            return [pages_gmem[b, k, jnp.minimum(entry + j, L - 1)] for j in range(boxes)]
+            return [of_head("pages", entry + j) for j in range(boxes)]
 
         # Loaded before anything that depends on ``stop``: one trip to memory instead of two.
         ids = [page_ids(step) for step in range(stages + 1)]
-        start, stop = start_gmem[b, k], stop_gmem[b, k]
+        start, stop = of_head("start"), of_head("stop")
         tiles = jnp.where(stop > start, cdiv(stop, T), 0)
         steps = cdiv(jnp.maximum(tiles - s, 0), S)
 
@@ -396,7 +413,11 @@ def _attend_splits(
         grid_names=("row", "head", "split"),
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, *page_list, *(x for pool in pools for x in pool if x is not None))
+    )(
+        q,
+        *(x for one in lists for x in one),
+        *(x for pool in pools for x in pool if x is not None),
+    )
 
 
 def _combine_splits(

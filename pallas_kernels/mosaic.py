@@ -1,12 +1,15 @@
 """What the Mosaic GPU kernels share: layouts, tile transforms, and where they may run."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.device import is_hopper
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
@@ -23,13 +26,21 @@ PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
-def refuse_other_gpus() -> None:
-    """Raises ``NotImplementedError`` if the default device is a GPU other than Hopper's."""
+def refuse(op: str, reasons: list[str]) -> None:
+    """Raises ``NotImplementedError`` if there are reasons why a kernel cannot run, or a GPU is one.
+
+    Without a GPU a kernel can still run under Mosaic GPU's interpreter.
+    """
     device = jax.devices()[0]
-    if device.platform == "gpu" and not str(device.compute_capability).startswith("9."):
+    if device.platform == "gpu" and not is_hopper(device):
+        reasons = [
+            *reasons,
+            f"the GPU must be of compute capability 9.0 (Hopper), {device.device_kind} has "
+            f"{device.compute_capability}",
+        ]
+    if reasons:
         raise NotImplementedError(
-            f"these kernels are for Hopper (compute capability 9.0); {device.device_kind} has "
-            f"{device.compute_capability}"
+            f"{op} kernel: {'; '.join(reasons)}. backend='reference' has no such limits"
         )
 
 
@@ -44,11 +55,23 @@ def tile_transforms(row: int, dtype: jax.typing.DTypeLike) -> tuple[plgpu.Transf
     return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
-def matmul(a, b, m: int, n: int, dtype: jax.typing.DTypeLike = jnp.float32):
-    """``a @ b`` [m, n] by wgmma, both operands in shared memory; waits for the result."""
+def matmul(
+    a,
+    b,
+    m: int,
+    n: int,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    *,
+    meanwhile: Callable[[], None] = lambda: None,
+):
+    """``a @ b`` [m, n] by wgmma, both operands in shared memory; waits for the result.
+
+    ``meanwhile`` runs between.
+    """
 
     def product(accumulator):
         plgpu.wgmma(accumulator, a, b)
+        meanwhile()
         return accumulator[...]
 
     return pl.run_scoped(product, plgpu.ACC((m, n), dtype))

@@ -38,12 +38,14 @@ class KVPages(NamedTuple):
 
 
 class PageList(NamedTuple):
-    """For each sequence and KV head, which token slots to attend.
+    """For each sequence and KV head of one pool, which token slots to attend.
 
     The listed pages, laid end to end, form a row of ``L * P`` token slots; slots ``start`` to
     ``stop - 1`` of that row are attended. Softmax does not care about order, so a caller with a
     page that is valid only at its end (the oldest local page) lists it first, and one valid only
     at its beginning (the newest page) last. Entries past ``stop`` must be valid page ids.
+
+    The axis K of each field has the pool's number of heads, or 1 for what all of them share.
     """
 
     pages: Int[Array, "B K L"]  # physical page ids
@@ -148,16 +150,27 @@ def _attend_page_list(
 
 @jax.jit
 def paged_attention(
-    q: Float[Array, "B H D"], retrieval: KVPages, streaming: KVPages, page_list: PageList
+    q: Float[Array, "B H D"],
+    retrieval: KVPages,
+    streaming: KVPages,
+    retrieval_list: PageList,
+    streaming_list: PageList,
 ) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
     B, H, D = q.shape
-    split, K = retrieval.k.shape[0], page_list.pages.shape[1]
+    split = retrieval.k.shape[0]
+    K = split + streaming.k.shape[0]
     grouped = q.reshape(B, K, H // K, D)
     outs, lses = [], []
-    for pages, part in ((retrieval, slice(None, split)), (streaming, slice(split, None))):
-        if pages.k.shape[0] > 0:
-            lists = PageList(*(x[:, part] for x in page_list))
-            out, lse = _attend_page_list(grouped[:, part], pages, lists)
+    for pages, lists, part in (
+        (retrieval, retrieval_list, slice(None, split)),
+        (streaming, streaming_list, slice(split, None)),
+    ):
+        heads = pages.k.shape[0]
+        if heads > 0:
+            every = PageList(
+                *(jnp.broadcast_to(x[:B], (B, heads, *x.shape[2:])) for x in lists)
+            )
+            out, lse = _attend_page_list(grouped[:, part], pages, every)
             outs.append(out)
             lses.append(lse)
     out, lse = jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
@@ -275,6 +288,24 @@ def prefill_attention(
             lses.append(lse)
     out, lse = jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
     return out.reshape(T, H, D).astype(q.dtype), lse.reshape(T, H)
+
+
+@jax.jit
+def prefix_attention(
+    q: Float[Array, "B H D"],
+    pages: KVPages,
+    page_table: Int[Array, " M"],
+    length: Int[Array, ""],
+) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
+    B, H, D = q.shape
+    K = pages.k.shape[0]
+    # The rows are more query heads of one row, whose list is the prefix.
+    grouped = q.reshape(B, K, H // K, D).swapaxes(0, 1).reshape(1, K, -1, D)
+    ids = jnp.broadcast_to(page_table, (1, K, page_table.shape[0]))
+    stop = jnp.broadcast_to(length, (1, K))
+    out, lse = _attend_page_list(grouped, pages, PageList(ids, jnp.zeros_like(stop), stop))
+    out = out.reshape(K, B, H // K, D).swapaxes(0, 1).reshape(B, H, D)
+    return out.astype(q.dtype), lse.reshape(K, B, H // K).swapaxes(0, 1).reshape(B, H)
 
 
 def merge_attention(

@@ -66,11 +66,13 @@ stats = -np.sort(-normal(2, N, 2, 2, D), axis=3)  # kmax above kmin
 
 def paged_attention() -> None:
     q = normal(B, 8, D)
-    ids, start = (rng.integers(0, N, (B, 4, 3)), rng.integers(0, 20, (B, 4)))
-    lists = PageList(*(x.astype(np.int32) for x in (ids, start, start + 15)))
-    op = sharded(api.paged_attention, (TOKENS, POOL, POOL, TOKENS), TOKENS)
-    out = op(queries(q), retrieval, streaming, PageList(*map(kv, lists)))
-    alone = jax.jit(api.paged_attention)(q, retrieval, streaming, lists)
+    ids, start = (rng.integers(0, N, (B, 2, 3)), rng.integers(0, 20, (B, 2)))
+    own = PageList(*(x.astype(np.int32) for x in (ids, start, start + 15)))
+    shared = PageList(*(x[:, :1] for x in own))
+    op = sharded(api.paged_attention, (TOKENS, POOL, POOL, TOKENS, ALL), TOKENS)
+    args = retrieval, streaming, own, shared
+    out = op(queries(q), *args)
+    alone = jax.jit(api.paged_attention)(q, *args)
     same(out, tuple(map(queries, alone)))
 
 

@@ -105,7 +105,9 @@ class Sequence:
 
     def _prefill_chunk(self, cache, values, start, length, total):
         table = jnp.asarray(self.table, jnp.int32)
-        attend = prefill_attend(CONFIG, self.spec, table, start, length, total, self.chunk)
+        attend = prefill_attend(
+            CONFIG, self.spec, table, start, length, total, self.chunk, backend="reference"
+        )
         out, cache = attend(0, self.zeros, self.zeros, values, cache)
         return out[0], cache
 
@@ -115,11 +117,11 @@ class Sequence:
         active = jnp.array([False, True])
         positions, tails = (jnp.stack([x * 0, x]) for x in (position, tail))
         attend, attended = decode_attend(
-            CONFIG, self.spec, table, positions, active, tails, select=select
+            CONFIG, self.spec, table, positions, active, tails, select=select, backend="reference"
         )
         zero = jnp.zeros((2, 1, 2, D))
         out, cache = attend(0, zero, zero, zero.at[1].set(value[None]), cache)
-        return (out[1, 0], attended[0][1]), cache
+        return (out[1, 0], attended[1]), cache
 
     def prefill(self, total: int) -> tuple[np.ndarray, LayerCache]:
         """Outputs ``[total, 2, D]`` of a prompt and the cache after it, its ring filled."""
@@ -156,7 +158,8 @@ class Sequence:
             retrieval = (j // P < s.token_budget // P - 1) | (j // P >= tail)
             for head, seen in enumerate((retrieval, streaming)):
                 assert_allclose(out[head], self.mean(seen), **MEAN, err_msg=f"{position} {head}")
-            assert attended == retrieval.sum() + streaming.sum()
+            # Layer 0 has one head of each class, layer 1 two retrieval heads.
+            assert attended == 3 * retrieval.sum() + streaming.sum()
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +227,7 @@ def test_window_to_ring(kv_dtype: str) -> None:
                 key_stats=cache.key_stats,
                 streaming=before,
                 window=cache.window._replace(k=held[0], v=held[1]),
-                selected=cache.selected,
+                listed=cache.listed,
             ),
             slot=jnp.int32(2),
             length=jnp.int32(length),
@@ -266,7 +269,7 @@ def test_cache_bytes(kv_dtype: str, dtype) -> None:
         "key_stats": heads * 40 * 2 * D * word,
         "streaming": 3 * ring * 16 * token,
         "window": window * 16 * 2 * D * word,
-        "selected": 3 * heads * 3 * 4,
+        "listed": 3 * heads * (3 + 2) * 4,  # budget less one page, and the longest tail
     }
     caches = [init_layer_cache(CONFIG, spec, layer, dtype) for layer in range(2)]
     assert sum(x.nbytes for x in jax.tree.leaves(caches)) == sum(plan.values())
@@ -275,7 +278,7 @@ def test_cache_bytes(kv_dtype: str, dtype) -> None:
 def test_dense_cache_has_no_statistics() -> None:
     cache = init_layer_cache(CONFIG, make(None, num_retrieval_heads=(2, 2)), 0, jnp.float32)
     assert cache.key_stats is None
-    assert cache.selected.shape == (3, 2, 0)
+    assert cache.listed is None
     assert cache.retrieval.k.shape == (2, 40, 64, D)
 
 

@@ -244,8 +244,11 @@ class PagedCase:
             self.pools.append(pool)
 
     def run(self, lists: PageList | None = None) -> tuple[np.ndarray, np.ndarray]:
-        lists = PageList(*map(jnp.asarray, lists or self.lists))
-        out, lse = paged(jnp.asarray(self.q), *(pool.arrays() for pool in self.pools), lists)
+        parts = [
+            PageList(*(jnp.asarray(x[:, part]) for x in lists or self.lists))
+            for part in (slice(None, self.split), slice(self.split, None))
+        ]
+        out, lse = paged(jnp.asarray(self.q), *(pool.arrays() for pool in self.pools), *parts)
         return np.asarray(out), np.asarray(lse)
 
     def truth(self) -> tuple[np.ndarray, np.ndarray]:

@@ -51,12 +51,13 @@ def lists(*shape: int) -> PageList:
 
 
 POOLS = {"retrieval": pages(KR), "streaming": pages(KS)}
+LISTS = {"retrieval_list": lists(B, KR, L), "streaming_list": lists(B, 1, L)}
 STATS = {"key_stats": f32(KR, N, LOGICAL, 2, D)}
 
 # Arguments that every op accepts, and the shapes and dtypes that it returns for them.
 ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
     "paged_attention": (
-        {"q": f32(B, H, D), **POOLS, "page_list": lists(B, HK, L)},
+        {"q": f32(B, H, D), **POOLS, **LISTS},
         (f32(B, H, D), f32(B, H)),
     ),
     "prefill_attention": (
@@ -73,6 +74,10 @@ ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
             "local": 8,
         },
         (f32(T, H, D), f32(T, H)),
+    ),
+    "prefix_attention": (
+        {"q": f32(B, 2, D), "pages": pages(KR), "page_table": i32(M), "length": i32()},
+        (f32(B, 2, D), f32(B, 2)),
     ),
     "merge_attention": (
         {"outs": f32(2, B, H, D), "lses": f32(2, B, H)},
@@ -140,7 +145,8 @@ def test_shapes_and_dtypes_of_results(op: str) -> None:
 
 
 def test_the_table_above_covers_every_op() -> None:
-    assert set(ACCEPTED) | {"KVPages", "PageList"} == set(api.__all__)
+    others = {"Backend", "KVPages", "PageList", "resolve_backend"}
+    assert set(ACCEPTED) | others == set(api.__all__)
 
 
 @pytest.mark.parametrize(
@@ -154,26 +160,26 @@ def test_the_table_above_covers_every_op() -> None:
         ),
         (
             "paged_attention",
-            {"page_list": lists(3, HK, L)},
-            "page_list.pages has shape (3, 3, 3), expected [2, any, any]",
+            {"retrieval_list": lists(1, KR, L)},
+            "retrieval_list.pages has shape (1, 1, 3), expected at least 2 rows and 1 heads",
         ),
         (
             "paged_attention",
-            {"page_list": lists(B, HK, L)._replace(start=i32(B, 1))},
-            "page_list.start has shape (2, 1), expected [2, 3]",
+            {"streaming_list": lists(B, KS, L)._replace(start=i32(B, 3))},
+            "streaming_list.start has shape (2, 3), expected at least 2 rows and 2 heads",
         ),
         (
             "paged_attention",
-            {"page_list": lists(B, HK, L)._replace(stop=i32(1, HK))},
-            "page_list.stop has shape (1, 3), expected [2, 3]",
+            {"streaming_list": lists(B, KS, L)._replace(stop=i32(1, KS))},
+            "streaming_list.stop has shape (1, 2), expected at least 2 rows and 2 heads",
         ),
         (
             "paged_attention",
-            {"page_list": lists(B, HK, L)._replace(stop=f32(B, HK))},
-            "stop has dtype float32, expected int32",
+            {"retrieval_list": lists(B, KR, L)._replace(stop=f32(B, KR))},
+            "retrieval_list.stop has dtype float32, expected int32",
         ),
         (
-            "paged_attention",
+            "prefill_attention",
             {"retrieval": pages(2)},
             "retrieval + streaming pools hold (2, 2) KV heads, expected 3",
         ),
@@ -331,8 +337,8 @@ def test_the_table_above_covers_every_op() -> None:
         ),
         (
             "paged_attention",
-            {"page_list": lists(B, HK, 0)},
-            "page_list.pages has shape (2, 3, 0), needs an entry",
+            {"streaming_list": lists(B, KS, 0)},
+            "streaming_list.pages has shape (2, 2, 0), needs an entry",
         ),
         (
             "prefill_attention",
@@ -372,14 +378,17 @@ def example(op: str) -> dict[str, Any]:
     }
     match op:
         case "paged_attention":
-            pages, start, _ = traced["page_list"]
-            traced["page_list"] = PageList(pages, start, start + 37)
+            for name in LISTS:
+                pages, start, _ = traced[name]
+                traced[name] = PageList(pages, start, start + 37)
         case "prefill_attention" | "append_kv_chunk":
             traced |= {"start": jnp.int32(21), "length": jnp.int32(T)}
             if "page_table" in traced:
                 traced["page_table"] = jnp.array([3, 0, 4, 1])
             if "streaming_page" in traced:
                 traced["streaming_page"] = jnp.where(jnp.arange(T) < T - P, -1, 2)
+        case "prefix_attention":
+            traced |= {"page_table": jnp.array([3, 0, 4, 1]), "length": jnp.int32(37)}
         case "append_kv":
             traced |= {"page": jnp.array([1, 3]), "streaming_page": jnp.array([4, 0])}
         case "page_scores":

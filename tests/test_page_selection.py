@@ -7,7 +7,12 @@ from numpy.testing import assert_array_equal
 
 from lserve_jax import ModelConfig, SparsityConfig
 from lserve_jax.cache import CacheSpec, Ring, make_spec
-from lserve_jax.page_selection import first_tail_page, join_lists, retrieval_list, ring_list
+from lserve_jax.page_selection import (
+    first_tail_page,
+    retrieval_pages,
+    retrieval_stop,
+    ring_list,
+)
 from pallas_kernels.api import PageList
 
 CONFIG = ModelConfig(
@@ -36,8 +41,15 @@ def make(sparsity: SparsityConfig | None, max_model_len: int) -> CacheSpec:
 
 def slots(lists: PageList, row: int, head: int, page_size: int) -> list[tuple[int, int]]:
     """(physical page, offset) of every token that a row's head attends, in order."""
-    pages, start, stop = (np.asarray(x)[row, head] for x in lists)
+    pages, start, stop = (np.asarray(x)[row, min(head, x.shape[1] - 1)] for x in lists)
     return [(int(pages[s // page_size]), s % page_size) for s in range(start, stop)]
+
+
+def retrieval_list(spec, selected, tail, position, active, table) -> PageList:
+    """As decode puts it together: pages once a selection, how many are attended every step."""
+    stop = retrieval_stop(spec, tail, position, active)
+    pages = retrieval_pages(spec, selected, tail, table)
+    return PageList(pages, jnp.zeros_like(stop), stop)
 
 
 @pytest.mark.parametrize(("page_size", "reuse"), [(16, 1), (16, 4), (16, 40), (32, 8)])
@@ -66,10 +78,11 @@ def test_retrieval_list(page_size: int, reuse: int) -> None:
             numbers = {*chosen.tolist(), *range(tail, M)}
             wanted[-1].append({p for p in range(position + 1) if p // page_size in numbers})
     selection, position = (jnp.array(x, jnp.int32) for x in zip(*rows, strict=True))
+    tail = first_tail_page(selection, page_size)
     lists = retrieval_list(
         spec,
         jnp.asarray(selected),
-        first_tail_page(selection, page_size),
+        tail,
         position,
         jnp.ones(len(rows), bool),
         jnp.asarray(table),
@@ -90,8 +103,9 @@ def test_dense_list() -> None:
     spec = make(None, 300)
     position = jnp.array([0, 63, 64, 299, 130], jnp.int32)
     table = jnp.arange(25, dtype=jnp.int32).reshape(5, 5)
-    none, active = jnp.zeros((5, 1, 0), jnp.int32), jnp.array([True, True, True, True, False])
-    lists = retrieval_list(spec, none, jnp.zeros(5, jnp.int32), position, active, table)
+    active = jnp.array([True, True, True, True, False])
+    stop = retrieval_stop(spec, jnp.zeros(5, jnp.int32), position, active)
+    lists = PageList(table[:, None], jnp.zeros_like(stop), stop)
     for row, last in enumerate([0, 63, 64, 299]):
         attended = [(page - 5 * row) * 64 + offset for page, offset in slots(lists, row, 0, 64)]
         assert attended == list(range(last + 1))
@@ -105,7 +119,7 @@ def test_ring_list(page_size: int, sink: int, local: int) -> None:
     ring = Ring(sink=sink * page_size, local=local * page_size, page_size=page_size)
     positions = jnp.arange(2001, dtype=jnp.int32)
     slot = jnp.full_like(positions, 3)
-    lists = ring_list(ring, slot, positions, jnp.ones_like(positions, bool), heads=2)
+    lists = ring_list(ring, slot, positions, jnp.ones_like(positions, bool))
     pages = sink + local + 1
     held: dict[tuple[int, int], int] = {}  # (physical page, offset): position of its token
     for position in range(2001):
@@ -121,36 +135,9 @@ def test_ring_list(page_size: int, sink: int, local: int) -> None:
 def test_ring_list_of_inactive_rows() -> None:
     ring = Ring(sink=16, local=32, page_size=16)
     position = jnp.array([100, 100], jnp.int32)
-    lists = ring_list(ring, jnp.arange(2), position, jnp.array([False, True]), heads=1)
+    lists = ring_list(ring, jnp.arange(2), position, jnp.array([False, True]))
     assert slots(lists, 0, 0, 16) == []
     assert len(slots(lists, 1, 0, 16)) == 48
-
-
-def test_ring_list_without_heads() -> None:
-    """A layer without streaming heads."""
-    ring = Ring(sink=16, local=32, page_size=16)
-    position = jnp.array([100], jnp.int32)
-    lists = ring_list(ring, position * 0, position, position > 0, heads=0)
-    assert lists.pages.shape == (1, 0, 4)
-
-
-@pytest.mark.parametrize("wider", ["retrieval", "streaming"])
-def test_join_lists(wider: str) -> None:
-    """Retrieval heads first; the narrower lists grow by entries that are not attended."""
-    width = {"retrieval": 3, "streaming": 3, wider: 5}
-
-    def lists(heads: int, width: int, first: int) -> PageList:
-        pages = first + jnp.arange(2 * heads * width, dtype=jnp.int32).reshape(2, heads, width)
-        start = jnp.full((2, heads), first % 7, jnp.int32)
-        return PageList(pages, start, start + width * 16 - 7)
-
-    retrieval = lists(2, width["retrieval"], 100)
-    streaming = lists(1, width["streaming"], 500)
-    joined = join_lists(retrieval, streaming)
-    assert joined.pages.shape == (2, 3, 5)
-    for row, head in np.ndindex(2, 3):
-        own = slots(retrieval, row, head, 16) if head < 2 else slots(streaming, row, 0, 16)
-        assert slots(joined, row, head, 16) == own
 
 
 def test_first_tail_page() -> None:

@@ -26,10 +26,11 @@ def decode_arguments(
         scale = array((heads, 256, page_size), jnp.float32) if int8 else None
         return KVPages(tokens, tokens, scale, scale)
 
-    bounds = array((rows, heads), jnp.int32)
-    lists = PageList(array((rows, heads, width), jnp.int32), bounds, bounds)
+    bounds = array((rows, 1), jnp.int32)
+    selected = PageList(array((rows, max(retrieval, 1), width), jnp.int32), bounds, bounds)
+    ring = PageList(array((rows, 1, 7), jnp.int32), bounds, bounds)
     q = array((rows, heads * group, head_dim), jnp.bfloat16)
-    return q, pool(retrieval), pool(streaming), lists
+    return q, pool(retrieval), pool(streaming), selected, ring
 
 
 CASES = {

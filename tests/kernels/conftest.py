@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import query_tiles
 
 # The shapes that tests share with the benchmarks.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -26,3 +29,18 @@ def interpreter() -> Iterator[None]:
     found = state._races is not None and state._races.races_found
     state.reset_gpu_interpret_mode_state()
     assert not found, "the interpreter found a data race"
+
+
+@pytest.fixture(autouse=True)
+def wgmma_from_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's wgmma takes no operand from registers. A plain product also has its read
+    of shared memory checked for races, which that of the interpreter's wgmma is not.
+    """
+
+    def add_product(acc, p, v, meanwhile):
+        total = acc + jnp.dot(p, v[...], preferred_element_type=jnp.float32)
+        meanwhile()
+        return total
+
+    if jax.default_backend() == "cpu":
+        monkeypatch.setattr(query_tiles, "add_product", add_product)

@@ -36,7 +36,11 @@ def problem(rows, retrieval, streaming, group, head_dim, page_size, width, dtype
     used = np.zeros((heads, pages, page_size), bool)
     used[np.arange(heads)[None, :, None], ids] = attended
     past = slots[:, 0] >= stop[..., None]
-    lists = PageList(*map(jnp.asarray, (np.where(past, spare[:, None], ids), start, stop)))
+    fields = np.where(past, spare[:, None], ids), start, stop
+    lists = [
+        PageList(*(jnp.asarray(x[:, part]) for x in fields))
+        for part in (slice(retrieval), slice(retrieval, heads))
+    ]
 
     def pool(part: slice) -> KVPages:
         k, v = rng.normal(size=(2, *used[part].shape, head_dim))
@@ -48,7 +52,7 @@ def problem(rows, retrieval, streaming, group, head_dim, page_size, width, dtype
         )
 
     q = jnp.asarray(rng.normal(size=(rows, heads * group, head_dim)), jnp.bfloat16)
-    return q, pool(slice(retrieval)), pool(slice(retrieval, heads)), lists
+    return q, pool(slice(retrieval)), pool(slice(retrieval, heads)), *lists
 
 
 def check(args, config: Config) -> None:
@@ -90,10 +94,20 @@ def test_any_number_of_splits(splits: int) -> None:
 
 
 def test_start_beyond_the_first_tiles() -> None:
-    q, retrieval, streaming, lists = problem(1, 1, 1, 4, 64, 16, 16, jnp.bfloat16, seed=2)
-    start = jnp.array([[150, 0]], jnp.int32)
-    stop = jnp.array([[256, 0]], jnp.int32)
-    check((q, retrieval, streaming, PageList(lists.pages, start, stop)), Config(tile=64, splits=2))
+    *args, retrieval_list, empty = problem(1, 1, 1, 4, 64, 16, 16, jnp.bfloat16, seed=2)
+    lists = PageList(retrieval_list.pages, jnp.array([[150]]), jnp.array([[256]]))
+    check((*args, lists, empty), Config(tile=64, splits=2))
+
+
+def test_heads_share_a_list() -> None:
+    """One list for the three heads of a pool, and bounds shared while pages are not."""
+    q, retrieval, streaming, own, ring = problem(2, 2, 3, 2, 64, 32, 4, jnp.bfloat16, seed=3)
+    valid = KVPages(*(jnp.nan_to_num(x) for x in streaming[:2]))
+    shared = PageList(*(x[:, :1] for x in ring))
+    shared = shared._replace(stop=shared.stop.at[1].set(0))
+    bounds = own._replace(start=own.start[:, :1] * 0, stop=own.stop[:, :1] * 0 + 70)
+    whole = KVPages(*(jnp.nan_to_num(x) for x in retrieval[:2]))
+    check((q, whole, valid, bounds, shared), Config(tile=64, splits=2))
 
 
 def test_choice_of_config() -> None:

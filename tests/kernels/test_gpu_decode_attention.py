@@ -1,4 +1,4 @@
-"""Kernels on a Hopper GPU at the shapes of the benchmarks: ``pytest -m gpu tests/kernels``.
+"""Decode attention on a Hopper GPU at the shapes of the benchmarks: ``pytest -m gpu tests/kernels``.
 
 Unused slots hold NaN. A kernel may be at most twice as far from float32 arithmetic as the same
 maths done in bf16.
@@ -18,23 +18,31 @@ pytestmark = pytest.mark.gpu
 
 
 def bf16_attention(
-    q: jax.Array, retrieval: KVPages, streaming: KVPages, lists: PageList
+    q: jax.Array,
+    retrieval: KVPages,
+    streaming: KVPages,
+    retrieval_list: PageList,
+    streaming_list: PageList,
 ) -> jax.Array:
     """Plain attention over the listed pages with bf16 operands and float32 sums."""
     B, H, D = q.shape
-    split, K = retrieval.k.shape[0], lists.pages.shape[1]
+    split = retrieval.k.shape[0]
+    K = split + streaming.k.shape[0]
     outs = []
-    for pool, part in ((retrieval, slice(0, split)), (streaming, slice(split, K))):
+    for pool, lists, part in (
+        (retrieval, retrieval_list, slice(0, split)),
+        (streaming, streaming_list, slice(split, K)),
+    ):
         if pool.k.shape[0] == 0:
             continue
         heads = jnp.arange(pool.k.shape[0])[None, :, None]
         slots = jnp.arange(lists.pages.shape[2] * pool.k.shape[2])[None, None]
-        seen = (slots >= lists.start[:, part, None]) & (slots < lists.stop[:, part, None])
+        seen = (slots >= lists.start[..., None]) & (slots < lists.stop[..., None])
 
-        def read(x, scale, heads=heads, part=part, seen=seen):
-            tokens = x[heads, lists.pages[:, part]].astype(jnp.float32)
+        def read(x, scale, heads=heads, pages=lists.pages, seen=seen):
+            tokens = x[heads, pages].astype(jnp.float32)
             if scale is not None:
-                tokens = tokens * scale[heads, lists.pages[:, part]][..., None]
+                tokens = tokens * scale[heads, pages][..., None]
             tokens = tokens.astype(jnp.bfloat16).reshape(*seen.shape, D)
             return jnp.where(seen[..., None], tokens, jnp.bfloat16(0))
 
@@ -55,7 +63,7 @@ def distance(x: jax.Array, truth: jax.Array) -> float:
 @pytest.mark.parametrize("shape", DECODE, ids=lambda shape: shape.name)
 def test_decode_attention(shape: DecodeShape) -> None:
     q, retrieval, streaming, (lists,) = decode_inputs(shape)
-    args = retrieval, streaming, lists
+    args = retrieval, streaming, *lists
     truth, true_lse = jax.jit(reference.paged_attention)(q.astype(jnp.float32), *args)
     out, lse = jax.jit(paged_attention)(q, *args)
     allowed = 2 * distance(jax.jit(bf16_attention)(q, *args), truth)

@@ -1,0 +1,79 @@
+"""The appending kernels on a Hopper GPU at the shapes of the benchmarks: ``pytest -m gpu``.
+
+Pools and statistics hold NaN where nothing was written before. What a kernel writes may be at most
+twice as far from float32 arithmetic as what the reference writes, and nothing else may change.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from shapes import APPEND, APPEND_CHUNK, AppendShape, append_chunk_inputs, append_inputs
+
+from pallas_kernels import reference
+from pallas_kernels.kv_append import append_kv, append_kv_chunk, append_qkv
+from pallas_kernels.reference import KVPages
+
+pytestmark = pytest.mark.gpu
+
+
+def read(pool: KVPages, part: str) -> np.ndarray:
+    """Keys or values in float32; a slot that was never written is NaN."""
+    x, scale = getattr(pool, part), getattr(pool, f"{part}_scale")
+    x = np.asarray(x, np.float32)
+    return x if scale is None else x * np.asarray(scale)[..., None]
+
+
+def check(written: np.ndarray, expected: np.ndarray, truth: np.ndarray) -> None:
+    np.testing.assert_array_equal(np.isnan(written), np.isnan(expected))
+    if not np.isnan(expected).all():
+        allowed = 2 * np.nanmax(np.abs(expected - truth))
+        assert np.nanmax(np.abs(written - truth)) <= allowed
+
+
+def check_caches(kernel: Callable, plain: Callable, arguments: tuple, pools: slice) -> None:
+    """The caches that ``kernel`` and ``plain`` give out; ``pools`` are those in ``arguments``."""
+    retrieval, streaming, stats = jax.jit(kernel)(*arguments)
+    expected_retrieval, expected_streaming, expected_stats = plain(*arguments)
+    exact = jax.tree.map(
+        lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arguments
+    )
+    # Caches in float32: what the op would store if storing lost nothing.
+    cleared = (
+        KVPages(*(jnp.full(x.shape, jnp.nan, jnp.float32) for x in (pool.k, pool.v)))
+        for pool in exact[pools][:2]
+    )
+    exact = (*exact[: pools.start], *cleared, *exact[pools.start + 2 :])
+    true_retrieval, true_streaming, true_stats = plain(*exact)
+    for part in ("k", "v"):
+        check(read(retrieval, part), read(expected_retrieval, part), read(true_retrieval, part))
+        check(read(streaming, part), read(expected_streaming, part), read(true_streaming, part))
+    check(*(np.asarray(x, np.float32) for x in (stats, expected_stats, true_stats)))
+
+
+@pytest.mark.parametrize("shape", APPEND, ids=lambda shape: shape.name)
+def test_append_kv(shape: AppendShape) -> None:
+    fixed, (where,) = append_inputs(shape)
+    check_caches(
+        lambda *xs: append_kv(*xs)[1:],
+        lambda *xs: reference.append_kv(*xs)[1:],
+        (*fixed, *where),
+        slice(5, 8),
+    )
+    q, *rest = fixed
+    rotated = jax.jit(append_kv)(q, *rest, *where)[0]
+    expected = reference.append_kv(q, *rest, *where)[0]
+    truth = reference.append_kv(q.astype(jnp.float32), *rest, *where)[0]
+    check(*(np.asarray(x, np.float32) for x in (rotated, expected, truth)))
+    apart = jax.jit(append_kv)(*fixed, *where)
+    fused = jax.jit(append_qkv)(jnp.concatenate(fixed[:3], axis=1), *fixed[3:], *where)
+    for x, y in zip(jax.tree.leaves(fused), jax.tree.leaves(apart), strict=True):
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+@pytest.mark.parametrize("shape", APPEND_CHUNK, ids=lambda shape: shape.name)
+def test_append_kv_chunk(shape: AppendShape) -> None:
+    fixed, (where,) = append_chunk_inputs(shape)
+    check_caches(append_kv_chunk, reference.append_kv_chunk, (*fixed, *where), slice(2, 5))

@@ -1,0 +1,225 @@
+"""The appending kernels, interpreted on a CPU, against their reference.
+
+Pools and statistics hold NaN (int8: a NaN scale) wherever nothing was written before: what a
+kernel reads or writes without leave becomes visible.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import reference
+from pallas_kernels.kv_append import (
+    Config,
+    append_kv,
+    append_kv_chunk,
+    append_qkv,
+    choose_config,
+)
+from pallas_kernels.reference import KVPages
+
+PAGES = 7
+
+
+def random(seed: int, *shape: int, dtype=jnp.bfloat16) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def pool(heads: int, page_size: int, head_dim: int, dtype) -> KVPages:
+    size = heads, PAGES, page_size
+    if dtype == jnp.int8:
+        codes = (np.full((*size, head_dim), 99, np.int8) for _ in "kv")
+        return KVPages(*codes, *(np.full(size, np.nan, np.float32) for _ in "kv"))
+    return KVPages(*(np.full((*size, head_dim), np.nan, dtype) for _ in "kv"))
+
+
+def statistics(heads: int, g: int, head_dim: int, held: np.ndarray, dtype) -> np.ndarray:
+    """kmax above kmin in the logical pages ``held`` [N, g], NaN in all others."""
+    x = -np.sort(-random(5, heads, PAGES, g, 2, head_dim, dtype=np.float32), axis=3)
+    return np.where(held[..., None, None], x, np.nan).astype(dtype)
+
+
+def same(result: object, expected: object) -> None:
+    """Equal but for the rounding of a product, and of the code that it gives; NaN where NaN."""
+    for x, y in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        tolerance = {"bfloat16": {"rtol": 2**-7}, "int8": {"atol": 1}, "float32": {"rtol": 2**-7}}
+        np.testing.assert_allclose(
+            np.asarray(x, np.float32),
+            np.asarray(y, np.float32),
+            **{"rtol": 0, "atol": 1e-6} | tolerance[str(x.dtype)],
+        )
+
+
+def token_problem(rows, group, retrieval, streaming, head_dim, page_size, g, dtype, stats_dtype):
+    """Row 0 begins a logical page, row 1 does not; a third row is inactive."""
+    rng = np.random.default_rng(0)
+    kv_heads = retrieval + streaming
+    angle = random(4, rows, head_dim // 2, dtype=np.float32)
+    page, ring_page = (rng.permutation(PAGES)[:rows].astype(np.int32) for _ in range(2))
+    logical = page_size // g if g else page_size
+    offset = rng.integers(1, page_size, rows).astype(np.int32)
+    offset[0] = page_size - logical
+    offset[1:2] = logical - 1
+    page[2:3] = ring_page[2:3] = -1
+    stats = None
+    if g:
+        held = np.zeros((PAGES, g), bool)
+        held[page, offset // logical] = offset % logical != 0
+        stats = statistics(retrieval, g, head_dim, held, stats_dtype)
+    return (
+        random(1, rows, kv_heads * group, head_dim),
+        random(2, rows, kv_heads, head_dim),
+        random(3, rows, kv_heads, head_dim),
+        np.cos(angle),
+        np.sin(angle),
+        pool(retrieval, page_size, head_dim, dtype),
+        pool(streaming, page_size, head_dim, dtype),
+        stats,
+        page,
+        ring_page,
+        offset,
+    )
+
+
+TOKEN_CASES = {
+    "bf16": (3, 4, 1, 1, 128, 64, 4, jnp.bfloat16, jnp.bfloat16),
+    "int8, two heads a CTA": (2, 2, 4, 2, 64, 16, 2, jnp.int8, jnp.float32),
+    "int8, retrieval only, four heads": (3, 1, 4, 0, 128, 32, 16, jnp.int8, jnp.bfloat16),
+    "streaming only": (1, 3, 0, 3, 64, 128, 0, jnp.bfloat16, None),
+}
+
+
+@pytest.mark.parametrize("case", TOKEN_CASES.values(), ids=TOKEN_CASES)
+def test_append_kv(case: tuple) -> None:
+    arguments = token_problem(*case)
+    same(jax.jit(append_kv)(*arguments), reference.append_kv(*arguments))
+
+
+def test_fused_projection() -> None:
+    q, k, v, *rest = token_problem(*TOKEN_CASES["bf16"])
+    fused = jax.jit(append_qkv)(np.concatenate([q, k, v], axis=1), *rest)
+    same(fused, reference.append_kv(q, k, v, *rest))
+
+
+def test_statistics_of_no_heads_come_back() -> None:
+    *arguments, page, ring_page, offset = token_problem(*TOKEN_CASES["streaming only"])
+    arguments[7] = np.zeros((0, PAGES, 4, 2, 64), jnp.bfloat16)
+    *_, stats = append_kv(*arguments, page, ring_page, offset)
+    assert stats.shape == arguments[7].shape
+
+
+def chunk_problem(tokens, start, length, retrieval, streaming, head_dim, page_size, g, dtype, kept):
+    """``kept`` says of which positions streaming heads keep the token."""
+    rng = np.random.default_rng(0)
+    kv_heads = retrieval + streaming
+    order = rng.permutation(PAGES).astype(np.int32)
+    number = (start + np.arange(tokens)) // page_size
+    table = order[np.arange(number[-1] + 1) % PAGES]
+    position = start + np.arange(tokens)
+    ring_page = np.where(kept(position), order[::-1][number % PAGES], -2).astype(np.int32)
+    stats = None
+    if g:
+        held, logical = np.zeros((PAGES, g), bool), page_size // g
+        held[table[number[0]], start % page_size // logical] = start % logical != 0
+        stats = statistics(retrieval, g, head_dim, held, jnp.bfloat16)
+    exists, nan = (np.arange(tokens) < length)[:, None, None], np.array(np.nan, jnp.bfloat16)
+    return (
+        *(np.where(exists, random(i, tokens, kv_heads, head_dim), nan) for i in (2, 3)),
+        pool(retrieval, page_size, head_dim, dtype),
+        pool(streaming, page_size, head_dim, dtype),
+        stats,
+        table,
+        ring_page,
+        np.int32(start),
+        np.int32(length),
+    )
+
+
+def everything(position: np.ndarray) -> np.ndarray:
+    return position >= 0
+
+
+def sink_and_local(position: np.ndarray) -> np.ndarray:
+    """A page may hold the end of the sink, dropped tokens, and local tokens."""
+    return (position < 70) | (position >= 75)
+
+
+CHUNK_CASES = {
+    "whole pages, one not kept": (
+        *(128, 128, 128, 1, 1, 128, 64, 4, jnp.bfloat16),
+        lambda position: position >= 192,
+    ),
+    "edges inside logical pages": (72, 21, 69, 1, 1, 128, 32, 2, jnp.int8, everything),
+    "pages kept in part": (40, 53, 37, 1, 1, 64, 16, 4, jnp.bfloat16, sink_and_local),
+    "shorter than a page, in two": (5, 62, 4, 1, 0, 64, 64, 2, jnp.int8, everything),
+    "inside a page": (5, 66, 2, 1, 1, 128, 128, 4, jnp.bfloat16, everything),
+    "no token": (16, 7, 0, 1, 1, 64, 16, 2, jnp.int8, everything),
+    "streaming only": (33, 31, 33, 0, 1, 64, 32, 0, jnp.int8, sink_and_local),
+}
+
+
+@pytest.mark.parametrize("case", CHUNK_CASES.values(), ids=CHUNK_CASES)
+def test_append_kv_chunk(case: tuple) -> None:
+    arguments = chunk_problem(*case)
+    same(jax.jit(append_kv_chunk)(*arguments), reference.append_kv_chunk(*arguments))
+
+
+def test_pages_that_do_not_exist_are_not_written() -> None:
+    *arguments, table, ring_page, start, length = chunk_problem(*CHUNK_CASES["pages kept in part"])
+    table = np.where(np.arange(table.size) == 3, -1, table).astype(np.int32)
+    arguments += [table, ring_page, start, length]
+    same(jax.jit(append_kv_chunk)(*arguments), reference.append_kv_chunk(*arguments))
+
+
+@pytest.mark.parametrize("op", ["token", "chunk"])
+def test_maps_over_sequences(op: str) -> None:
+    """Each sequence its own pools: ``vmap`` makes one launch of them."""
+    if op == "token":
+        kernel, plain, arguments = (
+            append_kv,
+            reference.append_kv,
+            token_problem(*TOKEN_CASES["bf16"]),
+        )
+    else:
+        kernel, plain = append_kv_chunk, reference.append_kv_chunk
+        arguments = chunk_problem(*CHUNK_CASES["inside a page"])
+    both = jax.tree.map(lambda x: np.stack([x, x]), arguments)
+    same(jax.jit(jax.vmap(kernel))(*both), jax.vmap(plain)(*both))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({4: 32}, "head_dim must be 64 or 128, got 32"),
+        ({7: np.float32}, "retrieval pages must be bfloat16 or int8, got float32"),
+        ({8: np.float16}, "key statistics must be bfloat16 or float32, got float16"),
+    ],
+)
+def test_refuses_by_name(change: dict[int, object], reason: str) -> None:
+    case = (change.get(i, x) for i, x in enumerate(TOKEN_CASES["bf16"]))
+    with pytest.raises(NotImplementedError, match=f"append_kv kernel: .*{reason}"):
+        append_kv(*token_problem(*case))
+
+
+def test_refuses_small_pages() -> None:
+    arguments = chunk_problem(16, 0, 16, 1, 1, 64, 8, 4, jnp.bfloat16, everything)
+    with pytest.raises(NotImplementedError, match="128, got 8; logical pages must hold 4 tokens"):
+        append_kv_chunk(*arguments)
+
+
+def test_refuses_float32_tokens() -> None:
+    q, *rest = token_problem(*TOKEN_CASES["bf16"])
+    with pytest.raises(
+        NotImplementedError, match=r"must be bfloat16, got \['bfloat16', 'float32'\]"
+    ):
+        append_kv(q.astype(np.float32), *rest)
+
+
+def test_choice_of_config() -> None:
+    assert choose_config(32, 4, 4) == Config(query_heads=4, kv_heads=4)
+    assert choose_config(9, 2, 0) == Config(query_heads=1, kv_heads=2)
+    assert choose_config(6, 3, 5) == Config(query_heads=2, kv_heads=1)
+    with pytest.raises(ValueError, match="kv_heads must be 1, 2 or 4, got 3"):
+        Config(query_heads=1, kv_heads=3)

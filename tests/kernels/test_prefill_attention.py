@@ -1,0 +1,160 @@
+"""The prefill attention kernel, interpreted on a CPU, against its reference.
+
+NaN is in every history slot that no query of the chunk sees and in every row past ``length``.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from pallas_kernels import reference
+from pallas_kernels.prefill_attention import Config, choose_config, prefill_attention
+from pallas_kernels.reference import KVPages, quantize_kv
+
+# Weights and out are rounded to bf16: 2^-9 of a weight, averaged over the keys, and 2^-9 of out.
+# |v| < 5, so out is off by at most 2 * 5 * 2^-9 = 2e-2, in practice by a unit in its last place.
+OUT_TOLERANCE = 1e-2
+# Scores are exact products summed in float32; int8 pages are rounded to bf16 first: |q| |k| 2^-9
+# / sqrt(D), and rounding errors of 64 or more channels average.
+LSE_TOLERANCE = {False: 1e-5, True: 2e-2}
+
+
+def problem(
+    *,
+    tokens,
+    start,
+    length,
+    sink,
+    local,
+    retrieval=1,
+    streaming=1,
+    group=1,
+    head_dim=64,
+    page_size=32,
+    int8=False,
+    seed=0,
+):
+    """Arguments with a table longer than the history; int8 is the retrieval pool's storage."""
+    rng = np.random.default_rng(seed)
+    heads, width = retrieval + streaming, -(-start // page_size) + 3
+    position = np.arange(width * page_size).reshape(width, page_size)
+    in_history = position < start
+
+    def pool(number, seen, int8):
+        table = rng.permutation(width + 2)[:width].astype(np.int32)
+        kept = np.zeros((width + 2, page_size), bool)
+        kept[table] = seen
+        k, v = rng.normal(size=(2, number, *kept.shape, head_dim))
+        if int8:
+            (k, k_scale), (v, v_scale) = (quantize_kv(jnp.asarray(x, jnp.float32)) for x in (k, v))
+            pages = KVPages(k, v, *(jnp.where(kept, x, jnp.nan) for x in (k_scale, v_scale)))
+        else:
+            k, v = (np.where(kept[..., None], x, np.nan) for x in (k, v))
+            pages = KVPages(jnp.asarray(k, jnp.bfloat16), jnp.asarray(v, jnp.bfloat16))
+        return pages, jnp.asarray(table)
+
+    full, table = pool(retrieval, in_history, int8)
+    in_window = in_history & ((position < sink) | (position > start - local))
+    ring, ring_table = pool(streaming, in_window, False)
+    exists = (np.arange(tokens) < length)[:, None, None]
+    q, k, v = (
+        jnp.asarray(np.where(exists, rng.normal(size=(tokens, n, head_dim)), np.nan), jnp.bfloat16)
+        for n in (heads * group, heads, heads)
+    )
+    bounds = jnp.int32(start), jnp.int32(length)
+    return (q, k, v, full, ring, table, ring_table, *bounds), {"sink": sink, "local": local}
+
+
+def check(args, window, config: Config | None = None) -> None:
+    length = int(args[-1])
+    out, lse = prefill_attention(*args, **window, config=config)
+    expected_out, expected_lse = reference.prefill_attention(*args, **window)
+    tolerance = LSE_TOLERANCE[args[3].k.dtype == jnp.int8]
+    assert_allclose(lse[:length], expected_lse[:length], atol=tolerance, rtol=0)
+    assert (out.dtype, out.shape, lse.shape) == (
+        expected_out.dtype,
+        expected_out.shape,
+        expected_lse.shape,
+    )
+    assert_allclose(
+        np.asarray(out[:length], np.float32),
+        np.asarray(expected_out[:length], np.float32),
+        atol=OUT_TOLERANCE,
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        # Both classes; ragged history, chunk, sink and local edge; two pages a block.
+        {"start": 333, "length": 230, "sink": 20, "local": 70, "group": 2, "page_size": 64},
+        # One class, D 128, a group that does not divide a tile, pages of 16, no history.
+        {"start": 0, "length": 100, "streaming": 0, "group": 3, "head_dim": 128, "page_size": 16},
+        # A block is a page; the window begins in the chunk itself for later tiles.
+        {"start": 128, "length": 256, "retrieval": 0, "sink": 129, "local": 60, "page_size": 128},
+        # int8 history of the retrieval head.
+        {"start": 150, "length": 128, "int8": True},
+    ],
+    ids=lambda case: ", ".join(f"{name} {value}" for name, value in case.items()),
+)
+def test_matches_reference(case: dict) -> None:
+    shape = {"tokens": -(-case["length"] // 128) * 128, "sink": 32, "local": 100} | case
+    check(*problem(**shape))
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "sink", "local"),
+    [
+        (127, 64, 0, 1),  # no sink, only the token itself
+        (128, 1, 300, 1),  # the sink reaches beyond the chunk
+        (5, 33, 4, 300),  # the window reaches beyond the history
+        (640, 64, 100, 200),  # blocks between sink and window are not visited
+    ],
+)
+def test_edges_of_a_short_chunk(start, length, sink, local) -> None:
+    """64 tokens, padded to a tile: a block of the chunk has rows that no array holds."""
+    check(*problem(tokens=64, start=start, length=length, sink=sink, local=local, page_size=16))
+
+
+def test_length_decides_what_is_computed() -> None:
+    """Tiles of padding alone give 0, and the first one is as if they were not there."""
+    args, window = problem(tokens=384, start=40, length=128, sink=8, local=50)
+    check(args, window, Config(stages=3))
+    out, lse = prefill_attention(*args, **window, config=Config(stages=3))
+    assert not np.asarray(out[128:], np.float32).any()
+    assert np.isneginf(lse[128:]).all()
+
+
+def test_choice_of_config() -> None:
+    assert choose_config(128).stages == 2
+    assert choose_config(64).stages == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"head_dim": 32}, "head_dim must be 64 or 128, got 32"),
+        ({"page_size": 8}, "page size must be 16, 32, 64 or 128, got 8"),
+    ],
+)
+def test_refuses_by_name(change: dict, reason: str) -> None:
+    args, window = problem(tokens=64, start=16, length=64, sink=4, local=8, **change)
+    with pytest.raises(NotImplementedError, match=reason):
+        prefill_attention(*args, **window)
+
+
+def test_refuses_other_dtypes() -> None:
+    args, window = problem(tokens=64, start=16, length=64, sink=4, local=8)
+    q, *rest = args
+    with pytest.raises(NotImplementedError, match="q must be bfloat16, got float32"):
+        prefill_attention(q.astype(jnp.float32), *rest, **window)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), args[3])
+    with pytest.raises(NotImplementedError, match="retrieval pages must be bfloat16 or int8"):
+        prefill_attention(*args[:3], wide, *args[4:], **window)
+
+
+def test_config_checks_itself() -> None:
+    with pytest.raises(ValueError, match="stages must be at least 1, got 0"):
+        Config(stages=0)
