@@ -19,6 +19,7 @@ from lserve_jax.config import ModelConfig
 from lserve_jax.llama import Params, bind
 from lserve_jax.page_selection import first_tail_page
 from lserve_jax.sampling import SamplingArrays, SamplingMode, is_stop_token, sample, top_logprobs
+from pallas_kernels import api
 from pallas_kernels.api import Backend
 
 Caches = list[LayerCache]
@@ -192,7 +193,10 @@ def _decode_step(
         backend=backend,
     )
     model = bind(config, params)
-    hidden, caches = model(state.token[:, None], attend, caches)
+    few = state.token.shape[0] <= api.MOST_LINEAR_ROWS
+    hidden, caches = model(
+        state.token[:, None], attend, caches, backend=backend if few else "reference"
+    )
     logits = model.unembed(hidden[:, 0])  # [B, V]
     new = _sample(logits, state, mode)
     active = state.active

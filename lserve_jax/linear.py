@@ -1,33 +1,27 @@
-"""Parameter-holding layers of the model: a projection and RMSNorm.
+"""Parameter-holding layers of the model, and the two ways in which a decoder layer uses them.
 
 Flax's own layers promote dtypes implicitly; these never do, so that a bf16/f32 slip is an
 error at its line under strict promotion.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-
-def matmul(x: Float[Array, "... I"], kernel: Float[Array, "I O"]) -> Float[Array, "... O"]:
-    """``x @ kernel`` in the operands' dtype; float32 means float32, never TF32."""
-    return jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)
+from pallas_kernels import api
+from pallas_kernels.api import Backend
 
 
 class Linear(nnx.Module):
-    """``x @ kernel (+ bias)``. ``kernel`` is ``[in, out]``, ``bias`` is ``[out]``."""
+    """Parameters of ``x @ kernel (+ bias)``. ``kernel`` is ``[in, out]``, ``bias`` is ``[out]``."""
 
     def __init__(self, in_size: int, out_size: int, *, bias: bool, dtype, rngs: nnx.Rngs):
         kernel = jax.random.normal(rngs.params(), (in_size, out_size), jnp.float32)
         self.kernel = nnx.Param((kernel * in_size**-0.5).astype(dtype))
         self.bias = nnx.Param(jnp.zeros((out_size,), dtype)) if bias else None
-
-    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        y = matmul(x, self.kernel[...])
-        if self.bias is None:
-            return y
-        return y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 class RMSNorm(nnx.Module):
@@ -42,3 +36,44 @@ class RMSNorm(nnx.Module):
         mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
         normed = (x32 * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
         return normed * self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class Stream(NamedTuple):
+    """The residual stream between two layers."""
+
+    value: Float[Array, "B T E"]
+    # What the kernel that made ``value`` already knows of the norm to come; see ``fused_linear``.
+    square_sums: Array | None = None
+
+
+def normed_linear(
+    x: Stream, norm: RMSNorm, linear: Linear, *, gated: bool = False, backend: Backend
+) -> Float[Array, "B T O"]:
+    """``linear(norm(x))``; gated: the first half of it through SiLU, times the second half."""
+    B, T, E = x.value.shape
+    out, _ = api.fused_linear(
+        x.value.reshape(B * T, E),
+        linear.kernel[...],
+        bias=None if linear.bias is None else linear.bias[...],
+        norm_scale=norm.scale[...],
+        epsilon=norm.epsilon,
+        square_sums=x.square_sums,
+        gated=gated,
+        backend=backend,
+    )
+    return out.reshape(B, T, -1)
+
+
+def add_linear(
+    x: Stream, update: Float[Array, "B T I"], linear: Linear, *, backend: Backend
+) -> Stream:
+    """``x + linear(update)``."""
+    B, T, E = x.value.shape
+    out, square_sums = api.fused_linear(
+        update.reshape(B * T, -1),
+        linear.kernel[...],
+        bias=None if linear.bias is None else linear.bias[...],
+        residual=x.value.reshape(B * T, E),
+        backend=backend,
+    )
+    return Stream(out.reshape(B, T, E), square_sums)

@@ -26,7 +26,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lserve_jax.config import ModelConfig
-from lserve_jax.linear import Linear, RMSNorm
+from lserve_jax.linear import Linear, RMSNorm, Stream, add_linear, normed_linear
+from pallas_kernels.api import Backend
 
 Attend = Callable[[int, Array, Array, Array, Any], tuple[Array, Any]]
 Params = dict[str, Any]  # nested dict of arrays; leaves are listed in docs/architecture.md
@@ -46,14 +47,16 @@ class Attention(nnx.Module):
         self.q_norm = norm() if config.qk_norm else None
         self.k_norm = norm() if config.qk_norm else None
 
-    def __call__(self, layer: int, x: Array, attend: Attend, cache: Any) -> tuple[Array, Any]:
-        H, Hk, D = self.heads
-        qkv = self.qkv_proj(x).reshape(*x.shape[:2], H + 2 * Hk, D)
+    def __call__(
+        self, layer: int, x: Stream, norm: RMSNorm, attend: Attend, cache: Any, backend: Backend
+    ) -> tuple[Stream, Any]:
+        (B, T), (H, Hk, D) = x.value.shape[:2], self.heads
+        qkv = normed_linear(x, norm, self.qkv_proj, backend=backend).reshape(B, T, H + 2 * Hk, D)
         q, k, v = jnp.split(qkv, [H, H + Hk], axis=2)  # [B, T, H, D], [B, T, Hk, D] twice
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         o, cache = attend(layer, q, k, v, cache)  # [B, T, H, D]
-        return self.o_proj(o.reshape(*x.shape[:2], H * D)), cache
+        return add_linear(x, o.reshape(B, T, H * D), self.o_proj, backend=backend), cache
 
 
 class Mlp(nnx.Module):
@@ -62,9 +65,9 @@ class Mlp(nnx.Module):
         self.gate_up_proj = Linear(E, 2 * F, bias=bias, dtype=dtype, rngs=rngs)
         self.down_proj = Linear(F, E, bias=bias, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
-        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)  # [B, T, F] twice
-        return self.down_proj(jax.nn.silu(gate) * up)
+    def __call__(self, x: Stream, norm: RMSNorm, backend: Backend) -> Stream:
+        hidden = normed_linear(x, norm, self.gate_up_proj, gated=True, backend=backend)  # [B, T, F]
+        return add_linear(x, hidden, self.down_proj, backend=backend)
 
 
 class DecoderLayer(nnx.Module):
@@ -77,10 +80,11 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = norm()
         self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, layer: int, x: Array, attend: Attend, cache: Any) -> tuple[Array, Any]:
-        o, cache = self.self_attn(layer, self.input_layernorm(x), attend, cache)
-        x = x + o
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+    def __call__(
+        self, layer: int, x: Stream, attend: Attend, cache: Any, backend: Backend
+    ) -> tuple[Stream, Any]:
+        x, cache = self.self_attn(layer, x, self.input_layernorm, attend, cache, backend)
+        return self.mlp(x, self.post_attention_layernorm, backend), cache
 
 
 class Embedding(nnx.Module):
@@ -108,14 +112,20 @@ class Llama(nnx.Module):
         )
 
     def __call__(
-        self, tokens: Int[Array, "B T"], attend: Attend, caches: Sequence[Any]
+        self,
+        tokens: Int[Array, "B T"],
+        attend: Attend,
+        caches: Sequence[Any],
+        *,
+        backend: Backend = "reference",
     ) -> tuple[Float[Array, "B T E"], list[Any]]:
-        x = self.embed_tokens(tokens)  # [B, T, E]
+        """``backend`` is that of the linear layers: "mosaic" for few tokens, as in decode."""
+        x = Stream(self.embed_tokens(tokens))
         new_caches = []
         for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
-            x, cache = layer(i, x, attend, cache)
+            x, cache = layer(i, x, attend, cache, backend)
             new_caches.append(cache)
-        return self.norm(x), new_caches
+        return self.norm(x.value), new_caches
 
     def unembed(self, hidden: Float[Array, "... E"]) -> Float[Array, "... V"]:
         """Logits in float32: bf16 weights are multiplied exactly and summed in float32."""

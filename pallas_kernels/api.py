@@ -30,6 +30,7 @@ __all__ = [
     "append_kv_chunk",
     "apply_rotary",
     "dequantize_kv",
+    "fused_linear",
     "merge_attention",
     "page_scores",
     "paged_attention",
@@ -488,6 +489,60 @@ def select_pages(
     else:
         from pallas_kernels.page_selection import select_pages as implementation
     return implementation(scores, num_candidates, num_pages=num_pages, sink_pages=sink_pages)
+
+
+# Rows that ``fused_linear`` has a kernel for. With more, XLA's matrix product is faster.
+MOST_LINEAR_ROWS = 4
+
+
+def fused_linear(
+    x: Float[Array, "R K"],
+    kernel: Float[Array, "K out"],
+    *,
+    bias: Float[Array, " out"] | None = None,
+    norm_scale: Float[Array, " K"] | None = None,
+    epsilon: float = 0.0,
+    square_sums: Array | None = None,
+    residual: Float[Array, "R out"] | None = None,
+    gated: bool = False,
+    backend: Backend = "auto",
+) -> tuple[Float[Array, "R out"], Array | None]:
+    """``residual + gate(norm(x) @ kernel + bias)``, each part if it is given.
+
+    norm is RMSNorm: ``x / sqrt(mean(x^2) + epsilon)``, in x's dtype, times ``norm_scale``. gated:
+    SiLU of the first half of the columns times the second half, so that out is half as wide.
+
+    With a residual, also returns what the norm of the next layer needs to know of ``out``, to be
+    handed to it as ``square_sums`` (None where there is nothing to gain by it).
+
+    The kernel is for decode: at most ``MOST_LINEAR_ROWS`` rows; it reads the weights once.
+
+    >>> import jax.numpy as jnp
+    >>> out, _ = fused_linear(jnp.ones((1, 4)), jnp.ones((4, 2)), residual=jnp.ones((1, 2)))
+    >>> out.tolist()
+    [[5.0, 5.0]]
+    """
+    _expect("x", x, (None, None))
+    R, K = x.shape
+    _expect("kernel", kernel, (K, None))
+    width = kernel.shape[1]
+    if gated and width % 2:
+        raise ValueError(f"a gated kernel needs an even number of columns, got {width}")
+    if bias is not None:
+        _expect("bias", bias, (width,))
+    if norm_scale is not None:
+        _expect("norm_scale", norm_scale, (K,))
+    if square_sums is not None and norm_scale is None:
+        raise ValueError("square_sums are for a norm, and norm_scale is None")
+    if residual is not None:
+        _expect("residual", residual, (R, width // 2 if gated else width))
+    if resolve_backend(backend) == "reference":
+        implementation = reference.fused_linear
+    else:
+        from pallas_kernels.fused_linear import fused_linear as implementation
+    return implementation(
+        x, kernel, bias, norm_scale, square_sums, residual, gated=gated, epsilon=epsilon
+    )
 
 
 def apply_rotary(

@@ -138,7 +138,7 @@ def _as_bfloat16(pool: KVPages, table: Int[Array, " M"]) -> tuple[KVPages, Int[A
         return pool, table
 
     def convert(codes: Array, scale: Array) -> Array:
-        return (codes[:, table] * scale[:, table, :, None]).astype(jnp.bfloat16)
+        return (codes[:, table].astype(jnp.float32) * scale[:, table, :, None]).astype(jnp.bfloat16)
 
     pages = KVPages(convert(pool.k, pool.k_scale), convert(pool.v, pool.v_scale))
     return pages, jnp.arange(table.shape[0], dtype=table.dtype)

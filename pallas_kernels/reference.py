@@ -108,6 +108,32 @@ def apply_rotary(
     return rotated.astype(x.dtype)
 
 
+def fused_linear(
+    x: Float[Array, "R K"],
+    kernel: Float[Array, "K out"],
+    bias: Float[Array, " out"] | None,
+    norm_scale: Float[Array, " K"] | None,
+    square_sums: Array | None,
+    residual: Float[Array, "R out"] | None,
+    *,
+    gated: bool,
+    epsilon: float,
+) -> tuple[Float[Array, "R out"], None]:
+    del square_sums  # x says it all
+    if norm_scale is not None:
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+        x = (x32 * lax.rsqrt(mean_square + epsilon)).astype(x.dtype) * norm_scale[None]
+    # In the operands' dtype; float32 means float32, never TF32.
+    y = jnp.matmul(x, kernel, precision=lax.Precision.HIGHEST)
+    if bias is not None:
+        y = y + bias[None]
+    if gated:
+        gate, up = jnp.split(y, 2, axis=-1)
+        y = jax.nn.silu(gate) * up
+    return y if residual is None else residual + y, None
+
+
 def quantize_kv(x: Float[Array, "... D"]) -> tuple[Array, Array]:
     x = x.astype(jnp.float32)
     # A vector of zeros would have scale 0; any positive scale represents it exactly.
@@ -167,9 +193,7 @@ def paged_attention(
     ):
         heads = pages.k.shape[0]
         if heads > 0:
-            every = PageList(
-                *(jnp.broadcast_to(x[:B], (B, heads, *x.shape[2:])) for x in lists)
-            )
+            every = PageList(*(jnp.broadcast_to(x[:B], (B, heads, *x.shape[2:])) for x in lists))
             out, lse = _attend_page_list(grouped[:, part], pages, every)
             outs.append(out)
             lses.append(lse)

@@ -33,12 +33,15 @@ def interpreter() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def wgmma_from_registers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter's wgmma takes no operand from registers. A plain product also has its read
-    of shared memory checked for races, which that of the interpreter's wgmma is not.
+    """The interpreter's wgmma takes no operand from registers: a plain product stands in for it.
+
+    It reads v as registers are loaded, which must be committed before a copy overwrites v; in
+    return that read is checked for races.
     """
 
     def add_product(acc, p, v, meanwhile):
         total = acc + jnp.dot(p, v[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()
         meanwhile()
         return total
 

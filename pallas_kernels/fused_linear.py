@@ -1,8 +1,8 @@
 """A linear layer for a few rows, with its norm, bias, gate or residual: Hopper (Mosaic GPU).
 
 One decode step multiplies a handful of rows by every weight of the model, so a linear layer is as
-fast as its weights are read. XLA reads them at 60 to 80 % of the memory's rate and spends further
-launches on the norm before and the residual after; this kernel fuses them.
+fast as its weights are read. XLA reads them as fast, but spends further launches on the norm
+before, the gate and the residual after, and on sums of split products; this kernel is one launch.
 
 Index map. Grid: tiles of C = 64 output columns, one warpgroup each, over all of K:
 
@@ -14,8 +14,8 @@ Index map. Grid: tiles of C = 64 output columns, one warpgroup each, over all of
 What must move: every weight once, K * out * 2 bytes. x is read from L2 by every CTA.
 
 A norm between two layers needs the sum of squares of the whole row, which the CTAs of the layer
-before have in pieces: each writes the sum over its own columns, ``SquareSums``, and every CTA of
-the next layer adds them up. Roundings to bf16 are where the unfused layers have them.
+before have in pieces: each writes the sum over its own columns, ``square_sums`` [tiles, N], and
+every CTA of the next layer adds them up. Roundings to bf16 are where unfused layers have them.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,6 @@ from pallas_kernels.mosaic import (
 )
 
 COLUMNS = 64  # C, the least that wgmma multiplies
-MOST_ROWS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,22 +65,22 @@ def choose_config(rows: int, K: int, out_tiles: int, gated: bool) -> Config:
     return Config(tile=tile, stages=max(2, min(in_flight // step_bytes, K // tile)))
 
 
-def refusals(rows: int, kernel: Array, gated: bool) -> list[str]:
-    """Why a layer cannot run here; empty if it can."""
+def _refuse_unsupported(x: Array, kernel: Array, gated: bool) -> None:
     K, out = kernel.shape
     width = 2 * COLUMNS if gated else COLUMNS
     reasons = []
-    if rows > MOST_ROWS:
-        reasons.append(f"at most {MOST_ROWS} rows, got {rows}")
-    if kernel.dtype != jnp.bfloat16:
-        reasons.append(f"weights must be bfloat16, got {kernel.dtype}")
+    if x.shape[0] > 16:
+        reasons.append(f"at most 16 rows, got {x.shape[0]}")
+    for name, y in (("x", x), ("the kernel", kernel)):
+        if y.dtype != jnp.bfloat16:
+            reasons.append(f"{name} must be bfloat16, got {y.dtype}")
     if K % 64 or out % width:
         reasons.append(f"input and output sizes must be multiples of 64 and {width}, got {K, out}")
-    return reasons
+    refuse("fused_linear", reasons)
 
 
-@partial(jax.jit, static_argnames=("gated", "epsilon", "out_dtype", "config"))
-def linear(
+@partial(jax.jit, static_argnames=("gated", "epsilon", "config"))
+def fused_linear(
     x: Float[Array, "B K"],
     kernel: Float[Array, "K out"],
     bias: Float[Array, " out"] | None,
@@ -91,14 +90,14 @@ def linear(
     *,
     gated: bool,
     epsilon: float,
-    out_dtype: jax.typing.DTypeLike,
     config: Config | None = None,
 ) -> tuple[Float[Array, "B out"], Float[Array, "tiles N"] | None]:
-    """``pallas_kernels.api.decode_linear`` on a Hopper GPU (or under the interpreter)."""
-    reasons = refusals(x.shape[0], kernel, gated)
-    if x.dtype != jnp.bfloat16:
-        reasons.append(f"x must be bfloat16, got {x.dtype}")
-    refuse("decode_linear", reasons)
+    """``pallas_kernels.api.fused_linear`` on a Hopper GPU (or under the interpreter).
+
+    bf16 throughout; K and the width of the output multiples of 64. Raises ``NotImplementedError``
+    for anything else.
+    """
+    _refuse_unsupported(x, kernel, gated)
     B, K = x.shape
     width = kernel.shape[1] // (2 if gated else 1)
     N = 8 * pl.cdiv(B, 8)
@@ -107,7 +106,9 @@ def linear(
     T, stages, steps = config.tile, config.stages, K // config.tile
     halves = 2 if gated else 1
     has_bias, has_norm, has_residual = (y is not None for y in (bias, norm_scale, residual))
-    summed = 0 if square_sums is None else K // COLUMNS  # rows of square_sums that count
+    summed = K // COLUMNS  # rows of square_sums that count
+    if has_norm and square_sums is None:
+        square_sums, summed = _square_sums(x, N), 1
 
     def multiply(x_gmem, kernel_gmem, *refs):  # [B, K], [K, out]
         refs = list(refs)
@@ -191,9 +192,7 @@ def linear(
 
         def rounded(half):
             """[C, N] in float32, rounded to bf16 as a layer of its own would be."""
-            y = accs[half]
-            if out_dtype == jnp.bfloat16:
-                y = y.astype(jnp.bfloat16).astype(jnp.float32)
+            y = accs[half].astype(jnp.bfloat16).astype(jnp.float32)
             if has_bias:
                 columns = pl.ds(half * width + c * COLUMNS, COLUMNS)
                 bias = plgpu.load(bias_gmem.at[columns], layout=PER_ROW, optimized=False)
@@ -211,19 +210,20 @@ def linear(
                 return plgpu.load(own_row, layout=PER_ROW, optimized=False).astype(jnp.float32)
 
             y = y + as_columns(load_residual, COLUMNS)
-        y = y.astype(out_dtype)
+        y = y.astype(jnp.bfloat16).astype(jnp.float32)
         if has_residual:
-            squares = y.astype(jnp.float32) * y.astype(jnp.float32)
-            store_anyhow(out_sums_gmem.at[c], squares.sum(axis=0))
+            store_anyhow(out_sums_gmem.at[c], (y * y).sum(axis=0))
         column = plgpu.broadcasted_iota(jnp.int32, y.shape, 1, layout=MATRIX)
         for row in range(B):
             # The only element that counts in a sum over columns: a column without a gather.
-            values = jnp.where(column == row, y.astype(jnp.float32), 0.0).sum(axis=1)
-            store_anyhow(out_gmem.at[row, own], values.astype(out_dtype))
+            values = jnp.where(column == row, y, 0.0).sum(axis=1)
+            store_anyhow(out_gmem.at[row, own], values.astype(jnp.bfloat16))
 
-    out_type = [jax.ShapeDtypeStruct((B, width), out_dtype)]
+    out_type = [jax.ShapeDtypeStruct((B, width), x.dtype)]
     if has_residual:
-        out_type.append(jax.ShapeDtypeStruct(sums_shape(B, width), jnp.float32))
+        # As many rows as a warpgroup loads at once.
+        tiles = 64 * pl.cdiv(width // COLUMNS, 64)
+        out_type.append(jax.ShapeDtypeStruct((tiles, N), jnp.float32))
     kernel_tile = plgpu.SMEM(
         (stages, halves, T, COLUMNS),
         kernel.dtype,
@@ -249,6 +249,8 @@ def linear(
     return out, sums[0] if sums else None
 
 
-def sums_shape(rows: int, width: int) -> tuple[int, int]:
-    """Shape of ``SquareSums``: a row a tile of columns, padded to what a warpgroup loads."""
-    return 64 * pl.cdiv(width // COLUMNS, 64), 8 * pl.cdiv(rows, 8)
+def _square_sums(x: Float[Array, "B K"], N: int) -> Float[Array, "64 N"]:
+    """For an x that no layer made: the whole sum in row 0."""
+    x = x.astype(jnp.float32)
+    sums = (x * x).sum(axis=1)
+    return jnp.zeros((64, N), jnp.float32).at[0, : len(sums)].set(sums)
