@@ -22,9 +22,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.mosaic.gpu import profiler
-from shapes import DECODE, DecodeShape, decode_inputs
+from shapes import (
+    APPEND,
+    APPEND_CHUNK,
+    DECODE,
+    AppendShape,
+    DecodeShape,
+    append_chunk_inputs,
+    append_inputs,
+    decode_inputs,
+)
 
+from pallas_kernels import reference
 from pallas_kernels.decode_attention import choose_config, paged_attention
+from pallas_kernels.kv_append import append_kv, append_kv_chunk
 
 COPY_RATE = 4.3e12  # bytes a second, read and written, of a large device-to-device copy
 L2_BYTES = 50 << 20
@@ -82,6 +93,48 @@ def time_decode(shape: DecodeShape) -> dict[str, object]:
     }
 
 
+def time_append(shape: AppendShape) -> dict[str, object]:
+    """``append_kv`` or ``append_kv_chunk`` beside the reference path, in loops that carry the caches.
+
+    The reference's time is a lower limit: a kernel that a call launches twice counts once, and its
+    loop counter counts too. A chunk's leaves out what XLA does once for all layers, 3 us.
+    """
+    if shape.tokens == 1:
+        calls, ops = 20, (append_kv, reference.append_kv)
+        (q, k, v, cos, sin, *caches), where = append_inputs(shape, calls=calls)
+        tokens = q, k, v, cos, sin
+    else:
+        calls, ops = 2 if shape.tokens > 8192 else 4, (append_kv_chunk, reference.append_kv_chunk)
+        (k, v, *caches), where = append_chunk_inputs(shape, calls=calls)
+        tokens = k, v
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *where)
+
+    def times(op: Callable) -> dict[str, float]:
+        def all_calls(tokens, caches, stacked):
+            def step(carry, where):
+                first, caches = carry
+                *rotated, retrieval, streaming, stats = op(first, *tokens[1:], *caches, *where)
+                return (rotated[0] if rotated else first, (retrieval, streaming, stats)), None
+
+            return lax.scan(step, (tokens[0], caches), stacked)[0]
+
+        return kernel_times(all_calls, tokens, tuple(caches), stacked, calls=calls)
+
+    kernel, plain = map(times, ops)
+    ours = {name: t for name, t in kernel.items() if "append" in name}
+    total = sum(ours.values())
+    return {
+        "op": "append_kv" if shape.tokens == 1 else "append_kv_chunk",
+        "shape": shape.name,
+        "kernels_us": ours,
+        "us": total,
+        "reference_us": sum(plain.values()),
+        "reference_kernels_us": plain,
+        "bytes": shape.bytes_moved,
+        "share_of_copy_rate": shape.bytes_moved / total / COPY_RATE * 1e6,
+    }
+
+
 def time_cudnn(tokens: int, heads: int = 32, kv_heads: int = 8, head_dim: int = 128) -> dict:
     """Dense attention over contiguous keys by cuDNN, the best stock path for one query."""
     keys = jax.random.split(jax.random.key(0), 3)
@@ -117,6 +170,7 @@ def main() -> None:
     ).stdout.strip()
     rows = []
     measurements = [lambda shape=shape: time_decode(shape) for shape in DECODE]
+    measurements += [lambda shape=shape: time_append(shape) for shape in (*APPEND, *APPEND_CHUNK)]
     measurements += [lambda tokens=tokens: time_cudnn(tokens) for tokens in (131072, 524288)]
     for measure in measurements:
         row = measure()

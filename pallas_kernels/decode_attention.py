@@ -1,7 +1,7 @@
 """Paged attention for one query token a row: both head classes in one launch, Hopper (Mosaic GPU).
 
 Index map. The grid is (row b, KV head k, split s), one warpgroup of 128 threads each. The token
-slots of (b, k), its listed pages end to end, are cut into tiles of T slots; split s takes every
+slots of (b, k), its listed pages end to end, are cut into tiles of T = 64 slots; split s takes every
 S-th tile, so that work is even whatever the length and a split needs no length to find its first:
 
       pages listed for (b, k) |  page 7  |  page 2  |  page 9  |  page 4  |     P slots a page
@@ -67,9 +67,9 @@ from pallas_kernels.reference import KVPages, PageList
 LOWEST = -1e30
 # An int8 holds a query to 1/127; the rounding error, at most 1/254 of that step, fills another.
 LOW_STEPS = 254.0
-# Tuning limits of ``choose_config``.
-MOST_SPLITS = 33  # 8 KV heads x 33 = 2 x 132 CTAs
-LONG_LIST = 16384  # slots
+# T, token slots of one step: the least that wgmma multiplies. Twice as many took so many registers
+# for int8 that one CTA an SM was left, and gained nothing for bf16.
+TILE = 64
 # Positions of K and V in ``KVPages``; their scales follow two further on.
 KEYS, VALUES = 0, 1
 
@@ -78,14 +78,11 @@ KEYS, VALUES = 0, 1
 class Config:
     """Tuning of one call; ``choose_config`` gives a good one."""
 
-    tile: int  # T, token slots of one step: 64 or 128
     splits: int  # S, parts that a (row, KV head) is cut into
     stages: int = 2  # tiles of K and V in flight a split
-    parts: int = 16  # parts the combining kernel loads at once
+    parts: int = 33  # parts the combining kernel loads at once
 
     def __post_init__(self) -> None:
-        if self.tile not in (64, 128):
-            raise ValueError(f"tile must be 64 or 128, got {self.tile}")
         for name in ("splits", "stages", "parts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -93,16 +90,11 @@ class Config:
 
 def choose_config(rows: int, kv_heads: int, slots: int, dtype: jax.typing.DTypeLike) -> Config:
     """The configuration for ``rows`` x ``kv_heads`` lists of up to ``slots`` token slots."""
-    # On long int8 lists tiles of 128, the bytes of 64 in bf16, halve the steps. Short lists need
-    # the splits more.
-    tile = 128 if dtype == jnp.int8 and slots >= LONG_LIST else 64
-    # Four CTAs an SM even out heads of different length.
-    splits = max(4 * SM_COUNT // (rows * kv_heads), 1)
-    # Two an SM already read at full bandwidth, and every further part costs the combining kernel
-    # time.
-    splits = min(splits, MOST_SPLITS)
-    # With fewer than four tiles a split, what its own tiles save is lost in combining.
-    return Config(tile=tile, splits=min(splits, max(slots // (4 * tile), 1)))
+    # Two CTAs an SM read bf16 at full bandwidth; int8 takes more arithmetic a byte, and four hide
+    # it. Every further part costs the combining kernel time.
+    splits = (4 if dtype == jnp.int8 else 2) * SM_COUNT // (rows * kv_heads)
+    # A split of one tile saves less than combining it costs, and so do parts beyond two loads.
+    return Config(splits=max(min(splits, 66, slots // (2 * TILE)), 1))
 
 
 @partial(jax.jit, static_argnames=("config",))
@@ -189,7 +181,7 @@ def _attend_splits(
     pools, lists = zip(*classes, strict=True)
     K = sum(pool.k.shape[0] for pool in pools)
     P = pools[0].k.shape[2]
-    T, S, stages = config.tile, config.splits, config.stages
+    T, S, stages = TILE, config.splits, config.stages
     N = 8 * pl.cdiv(G, 8)
     int8 = pools[0].k.dtype == jnp.int8
     box = min(P, T)  # slots one copy moves

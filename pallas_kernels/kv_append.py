@@ -14,26 +14,28 @@ upper, so that rotation and the largest |x| of a head need no other warp:
       pool.k[h, page[b], offset[b]] = k        key_stats[h, page[b], offset[b] // L]  (L = P / g)
 
 What must move: a few KB. It is bound by latency: the launch, the page id, the old statistics that
-it points to, the stores. So a CTA loads all that needs no page id before it waits for one.
+it points to, the stores.
 
-Prefill, ``append_kv_chunk``. The grid is (page i of the chunk, KV head h). The chunk's tokens stand
-at positions start, start + 1, ...; page i holds P of them, the first and the last page fewer:
+Prefill, ``append_kv_chunk``. The grid is (page i of the chunk, keys or values, KV head h). The
+chunk's tokens stand at positions start, start + 1, ...; its pages hold P of them, the first and the
+last fewer:
 
-      positions         |  page s  | page s+1 | page s+2 |       s = start // P
-      tokens of the chunk    |################|                  start + [0, length)
-      CTA i             |    0     |    1     |    2     |
-      slots to write         [begin,    0..P  ,    end)
+      positions     |  page s  | page s+1 | page s+2 |           s = start // P
+      tokens              |###################|                  start + [0, length)
+      page i        |    0     |    1     |    2     |
+      its slots           [begin, P)      [0, end)               bf16 tile [P, D] of any of them
 
-      tile [P, D] of tokens --TMA--> shared memory --TMA-------> whole page of a pool
-                                       |  |  \\--row by row--> slots of a page written in part
-                                       |  \\--registers--> int8 codes and scales, shared memory
-                                       \\--registers--> kmax, kmin of each logical page
+      tile --TMA--> shared memory --TMA--> a whole page of a pool
+                      |  |  \\--8 rows or 1 at a time--> slots of a page written in part
+                      |  \\--registers--> int8 codes and scales, shared memory, then as above
+                      \\--registers--> kmax, kmin of each logical page
 
-A page is also written row by row if the streaming heads keep only some of its tokens (a ring does
-not keep what has left the window). A page of which they keep nothing is not read.
+A page is also written in part if the streaming heads keep only some of its tokens (a ring does not
+keep what has left the window). A page of which they keep nothing is not read.
 
-What must move: k and v once from where the model left them, and every page slot written once:
-T * Hk * 2 * D * (2 + 2 or 1) bytes, less for streaming heads.
+What must move: k and v once from where the model left them, and each slot written once: T * Hk *
+2 * D * (2 + 2 or 1) bytes, 16 more for each pair of scales, less for streaming heads, and 4 * D
+bytes of statistics a logical page.
 """
 
 from collections.abc import Callable
@@ -46,11 +48,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic import refuse, spread_columns, spread_rows, store_anyhow
+from pallas_kernels.mosaic import cdiv, refuse, spread_columns, spread_rows, store_anyhow
 from pallas_kernels.reference import KVPages
 
-# Rows of a tile that are in registers at once: 32 x 128 float32 are 32 registers a thread.
-ROWS_AT_ONCE = 32
+# Rows of a tile that are in registers at once: 16 x 128 float32 are 16 registers a thread.
+ROWS_AT_ONCE = 16
 # Stand for a page id where a page of the chunk has none: no token is written, or each has its own.
 NO_PAGE, MANY_PAGES = -1, -2
 
@@ -199,8 +201,8 @@ def _load(ref, layout) -> Array:
 
 def _quantize(largest, x):
     """int8 codes of ``x`` given the largest |x| of each row, and the scale of each row."""
-    scale = jnp.maximum(largest, 1e-6) / 127.0
-    return jnp.round(x / spread_rows(scale, x)).astype(jnp.int8), scale
+    largest = jnp.maximum(largest, 1e-6)
+    return jnp.round(x * spread_rows(127.0 / largest, x)).astype(jnp.int8), largest / 127.0
 
 
 def _in_place(
@@ -285,16 +287,9 @@ def _append_token(
         def append(pool, ids_gmem, stats, head, source):
             """Writes heads ``head`` on of a pool, heads ``source`` on of the token."""
             heads = pl.ds(head, per_kv_part)
-            loaded = (
-                ids_gmem[b],
-                offset_gmem[b],
-                halves(k_gmem, first_k + source, per_kv_part),
-                halves(v_gmem, first_v + source, per_kv_part),
-                angles(per_kv_part),
-            )
-            # Without this, what only a valid page id needs is loaded once the id has come.
-            page, offset, keys, values, turn = lax.optimization_barrier(loaded)
-            keys = rotate(keys, turn)
+            page, offset = ids_gmem[b], offset_gmem[b]
+            keys = rotate(halves(k_gmem, first_k + source, per_kv_part), angles(per_kv_part))
+            values = halves(v_gmem, first_v + source, per_kv_part)
 
             def put(to, scale_to, vector):
                 if scale_to is not None:
@@ -374,12 +369,12 @@ def _page_of_ring(
     The same for every layer, so in a model XLA computes it once.
     """
     T = streaming_page.shape[0]
-    slots = jnp.arange(pl.cdiv(T + P - 1, P) * P)
-    token = slots - lax.rem(start, jnp.int32(P))
-    ids = jnp.where((token >= 0) & (token < length), streaming_page[jnp.clip(token, 0, T - 1)], -1)
-    ids = jnp.maximum(ids, NO_PAGE).reshape(-1, P)
-    largest = ids.max(axis=1)
-    return jnp.where(largest == ids.min(axis=1), largest, MANY_PAGES)
+    token = jnp.arange(pl.cdiv(T + P - 1, P) * P) - lax.rem(start, jnp.int32(P))
+    exists = (token >= 0) & (token < length)
+    ids = jnp.maximum(streaming_page[jnp.clip(token, 0, T - 1)], NO_PAGE)
+    largest = jnp.where(exists, ids, NO_PAGE).reshape(-1, P).max(axis=1)
+    smallest = jnp.where(exists, ids, jnp.iinfo(jnp.int32).max).reshape(-1, P).min(axis=1)
+    return jnp.where((largest == NO_PAGE) | (largest == smallest), largest, MANY_PAGES)
 
 
 def _append_pages(
@@ -397,9 +392,8 @@ def _append_pages(
     Kr, P, M = retrieval.k.shape[0], retrieval.k.shape[2], page_table.shape[0]
     ring_page = _page_of_ring(streaming_page, start, length, P)
     pages = ring_page.shape[0]
-    rows = min(P, ROWS_AT_ONCE)
-    matrix = _a_row_a_warp(rows, D)  # of any number of rows, if it is a multiple of 4
-    per_channel = matrix.reduce(0)
+    matrix = _a_row_a_warp(4, D)  # of any multiple of 4 rows
+    per_row, per_channel = matrix.reduce(1), matrix.reduce(0)
 
     def append_page(
         k_gmem,  # [T, Hk, D] bf16
@@ -412,15 +406,14 @@ def _append_pages(
         retrieval_gmem,  # k, v [Kr, N, P, D], scales [Kr, N, P] float32; updated
         streaming_gmem,  # k, v [Ks, N, P, D], scales [Ks, N, P] float32; updated
         stats_gmem,  # [Kr, N, g, 2, D], updated
-        k_smem,  # [P, D] bf16
-        v_smem,  # [P, D] bf16
-        k_ready,  # barrier
-        v_ready,  # barrier
-        k_int8_smem=None,  # codes [P, D] int8 and scales [P] float32
-        v_int8_smem=None,
+        tile_smem,  # [P, D] bf16
+        ready,  # barrier
+        codes_smem=None,  # [P, D] int8
+        scales_smem=None,  # [P] float32
     ):
         # The last page first: it may be written in part, which takes longer.
-        i, h = pages - 1 - lax.axis_index("page"), lax.axis_index("head")
+        i = pages - 1 - lax.axis_index("page")
+        part, h = lax.axis_index("part"), lax.axis_index("head")
         start, length = start_gmem[0], length_gmem[0]
         number = lax.div(start, jnp.int32(P)) + i  # of the page in its sequence
         first = number * P - start  # the chunk's token in slot 0; may be negative
@@ -428,38 +421,44 @@ def _append_pages(
         top = jnp.clip(first, 0, T - P)  # the tile's first token
         shift = first - top  # slot s is row s + shift of the tile
 
-        def quantize(tile, codes, scales):
-            for at in range(0, P, rows):
-                block = pl.ds(at, rows)
-                x = _load(tile.at[block], matrix).astype(jnp.float32)
-                codes_of_block, scale = _quantize(jnp.abs(x).max(axis=1), x)
-                store_anyhow(codes.at[block], codes_of_block)
-                store_anyhow(scales.at[block], scale)
+        def quantize():
+            rows = min(P, ROWS_AT_ONCE)
+
+            def quantize_rows(j, _):
+                block = pl.ds(j * rows, rows)
+                x = _load(tile_smem.at[block], matrix).astype(jnp.float32)
+                codes, scale = _quantize(jnp.abs(x).max(axis=1), x)
+                store_anyhow(codes_smem.at[block], codes)
+                store_anyhow(scales_smem.at[block], scale)
+
+            lax.fori_loop(0, P // rows, quantize_rows, None)
             plgpu.commit_smem()
 
         def extremes(first_row, count, only=None):
             """kmax and kmin [D] of ``count`` rows of the tile, or of the slots ``only`` in them."""
-            step = min(count, rows)
-            high = low = None
-            for at in range(first_row, first_row + count, step):
-                x = _load(k_smem.at[pl.ds(at, step)], matrix).astype(jnp.float32)
-                above = below = x
+            rows = min(count, ROWS_AT_ONCE)
+
+            def widen(j, carry):
+                above = below = _load(tile_smem.at[pl.ds(first_row + j * rows, rows)], matrix)
                 if only is not None:
-                    row = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=matrix)
-                    slot = row + (at - shift)
+                    row = plgpu.broadcasted_iota(jnp.int32, above.shape, 0, layout=matrix)
+                    slot = row + (first_row + j * rows - shift)
                     inside = (slot >= only[0]) & (slot < only[1])
-                    above = jnp.where(inside, x, -jnp.inf)
-                    below = jnp.where(inside, x, jnp.inf)
-                high = above if high is None else jnp.maximum(high, above)
-                low = below if low is None else jnp.minimum(low, below)
+                    above = jnp.where(inside, above, -jnp.inf)
+                    below = jnp.where(inside, below, jnp.inf)
+                return jnp.maximum(carry[0], above), jnp.minimum(carry[1], below)
+
+            nothing = jnp.full((rows, D), -jnp.inf, jnp.bfloat16)
+            nothing = [plgpu.layout_cast(x, matrix) for x in (nothing, -nothing)]
+            high, low = lax.fori_loop(0, count // rows, widen, tuple(nothing))
             return high.max(axis=0), low.min(axis=0)
 
         def assign_statistics(to):
             """Of a page that the chunk writes whole; ``to`` [g, 2, D]."""
             g = to.shape[0]
             for j in range(g):
-                for part, x in enumerate(extremes(j * (P // g), P // g)):
-                    store_anyhow(to.at[j, part], x.astype(to.dtype))
+                for which, x in enumerate(extremes(j * (P // g), P // g)):
+                    store_anyhow(to.at[j, which], x.astype(to.dtype))
 
         def widen_statistics(to):
             """Of a page that the chunk writes in part; ``to`` [g, 2, D]."""
@@ -467,90 +466,108 @@ def _append_pages(
 
             def logical_page(j, _):
                 only = jnp.maximum(begin, j * size), jnp.minimum(end, (j + 1) * size)
+                holds_earlier_tokens = begin > j * size
 
                 @pl.when(only[0] < only[1])
                 def _():
-                    new = extremes(0, P, only)
-                    holds_earlier_tokens = begin > j * size
-                    for part, x in enumerate(new):
-                        x = x.astype(to.dtype)
-                        here = to.at[j, part]
+                    for which, x in enumerate(extremes(0, P, only)):
+                        x, here = x.astype(to.dtype), to.at[j, which]
+                        wider = (jnp.maximum, jnp.minimum)[which]
 
                         @pl.when(~holds_earlier_tokens)
                         def _(here=here, x=x):
                             store_anyhow(here, x)
 
                         @pl.when(holds_earlier_tokens)
-                        def _(here=here, x=x, wider=(jnp.maximum, jnp.minimum)[part]):
+                        def _(here=here, x=x, wider=wider):
                             store_anyhow(here, wider(_load(here, per_channel), x))
 
             lax.fori_loop(0, to.shape[0], logical_page, None)
 
-        def append(pool, stats, head, page, page_of_token):
+        def append(x_gmem, pool, scale_pool, stats, head, page, page_of_token):
             """Writes head ``head`` of a pool; ``page`` is an id, NO_PAGE or MANY_PAGES."""
             whole = (begin == 0) & (end == P) & (page >= 0)
+            tile, scales = tile_smem, scales_smem
+            if scale_pool is not None:
+                tile = codes_smem
+
+            def write_row(slot, _):
+                row, page = slot + shift, page_of_token(slot + first)
+
+                @pl.when(page >= 0)
+                def _():
+                    store_anyhow(pool.at[head, page, slot], _load(tile.at[row], per_channel))
+                    if scale_pool is not None:
+                        scale_pool[head, page, slot] = scales[row]
+
+            def write_rows(j, _):
+                """Slots 8 * j to 8 * j + 7: at once if all are written, to one page."""
+                slots = pl.ds(j * 8, 8)
+                at_once = (begin <= j * 8) & (j * 8 + 8 <= end) & (page >= 0)
+
+                @pl.when(at_once)
+                def _():
+                    rows = pl.ds(j * 8 + shift, 8)
+                    store_anyhow(pool.at[head, page, slots], _load(tile.at[rows], matrix))
+                    if scale_pool is not None:
+                        scale = _load(scales.at[rows], per_row)
+                        store_anyhow(scale_pool.at[head, page, slots], scale)
+
+                @pl.when(~at_once)
+                def _():
+                    these = jnp.maximum(begin, j * 8), jnp.minimum(end, j * 8 + 8)
+                    lax.fori_loop(*these, write_row, None)
 
             @pl.when((begin < end) & (page != NO_PAGE))
             def _():
-                for x_gmem, tile, ready in ((k_gmem, k_smem, k_ready), (v_gmem, v_smem, v_ready)):
-                    plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(top, P), h], tile, ready)
-                plgpu.barrier_wait(k_ready)
-                plgpu.barrier_wait(v_ready)
-                tiles = [(k_smem, pool.k), (v_smem, pool.v)]
-                scales = []
-                if pool.k_scale is not None:
-                    for (tile, _), int8 in zip(tiles, (k_int8_smem, v_int8_smem), strict=True):
-                        quantize(tile, *int8)
-                    tiles = [(k_int8_smem[0], pool.k), (v_int8_smem[0], pool.v)]
-                    scales = [(k_int8_smem[1], pool.k_scale), (v_int8_smem[1], pool.v_scale)]
+                plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(top, P), h], tile_smem, ready)
+                plgpu.barrier_wait(ready)
+                if scale_pool is not None:
+                    quantize()
 
                 @pl.when(whole)
                 def _():
-                    for tile, to in (*tiles, *scales):
-                        plgpu.copy_smem_to_gmem(tile, to.at[head, page])
+                    plgpu.copy_smem_to_gmem(tile, pool.at[head, page])
+                    if scale_pool is not None:
+                        plgpu.copy_smem_to_gmem(scales, scale_pool.at[head, page])
                     if stats is not None:
                         assign_statistics(stats.at[head, page])
                     plgpu.wait_smem_to_gmem(0)
 
                 @pl.when(~whole)
                 def _():
-                    def write_row(slot, _):
-                        row, page = slot + shift, page_of_token(slot + first)
-
-                        @pl.when(page >= 0)
-                        def _():
-                            vectors = [_load(tile.at[row], per_channel) for tile, _ in tiles]
-                            for (_, to), vector in zip(tiles, vectors, strict=True):
-                                store_anyhow(to.at[head, page, slot], vector)
-                            for tile, to in scales:
-                                to[head, page, slot] = tile[row]
-
-                    lax.fori_loop(begin, end, write_row, None)
+                    lax.fori_loop(lax.div(begin, jnp.int32(8)), cdiv(end, 8), write_rows, None)
                     if stats is not None:
                         widen_statistics(stats.at[head, page])
+
+        def append_part(pool, stats, head, page, page_of_token):
+            where = head, page, page_of_token
+            pl.when(part == 0)(lambda: append(k_gmem, pool.k, pool.k_scale, stats, *where))
+            pl.when(part == 1)(lambda: append(v_gmem, pool.v, pool.v_scale, None, *where))
 
         @pl.when(h < Kr)
         def _():
             if retrieval_gmem is not None:
                 page = jnp.maximum(table_gmem[jnp.minimum(number, M - 1)], NO_PAGE)
-                append(retrieval_gmem, stats_gmem, h, page, lambda token: page)
+                append_part(retrieval_gmem, stats_gmem, h, page, lambda token: page)
 
         @pl.when(h >= Kr)
         def _():
             if streaming_gmem is not None:
                 page = ring_page_gmem[i]
-                append(streaming_gmem, None, h - Kr, page, lambda token: token_page_gmem[token])
+                append_part(
+                    streaming_gmem, None, h - Kr, page, lambda token: token_page_gmem[token]
+                )
 
-    tile = plgpu.SMEM((P, D), jnp.bfloat16)
-    scratch = [tile, tile, plgpu.Barrier(), plgpu.Barrier()]
+    scratch = [plgpu.SMEM((P, D), jnp.bfloat16), plgpu.Barrier()]
     if jnp.int8 in (retrieval.k.dtype, streaming.k.dtype):
-        codes = plgpu.SMEM((P, D), jnp.int8), plgpu.SMEM((P,), jnp.float32)
-        scratch += [codes, codes]
+        scratch += [plgpu.SMEM((P, D), jnp.int8), plgpu.SMEM((P,), jnp.float32)]
     kernel = plgpu.kernel(
         append_page,
         out_type=(),
-        grid=(pages, Hk),
-        grid_names=("page", "head"),
+        # Neighbouring CTAs read the heads of the same tokens, which lie side by side.
+        grid=(pages, 2, Hk),
+        grid_names=("page", "part", "head"),
         scratch_types=scratch,
     )
     inputs = k, v, page_table, streaming_page, ring_page, start.reshape(1), length.reshape(1)

@@ -143,7 +143,7 @@ def page_scores(q, key_stats, page_table, length, *, page_size, config=Config())
         grid=(B, Kr, chunks),
         grid_names=("row", "head", "chunk"),
         scratch_types=[
-            plgpu.SMEM((stages, tile_pages, page_rows, width), jnp.bfloat16),
+            plgpu.SMEM((stages, tile_pages, page_rows, width), jnp.bfloat16, transforms=(plgpu.TilingTransform((32,)), plgpu.SwizzleTransform(64))),
             plgpu.SMEM((ROWS, width), jnp.bfloat16, transforms=tile_transforms(width, jnp.bfloat16)),
             plgpu.SMEM((columns, 2 * D), jnp.bfloat16, transforms=tile_transforms(2 * D, jnp.bfloat16)),
             plgpu.SMEM((ROWS,), jnp.float32),

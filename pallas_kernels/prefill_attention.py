@@ -44,6 +44,7 @@ from pallas_kernels.query_tiles import (
     HALF,
     ROWS,
     WARPGROUPS,
+    Work,
     attend,
     tile_scratch,
     zero_rows,
@@ -157,138 +158,26 @@ def _attend_chunk(
 ) -> tuple[Float[Array, "T H D"], Float[Array, "H T"]]:
     """T is a multiple of 128."""
     T, H, D = q.shape
-    Hk, M, P = k.shape[1], tables.shape[1], pools[0].k.shape[2]
-    G, tiles = H // Hk, T // ROWS
-    pages_per_block = BLOCK // P
-    sink, local = window
+    P = pools[0].k.shape[2]
 
     def attend_chunk(q_gmem, k_gmem, v_gmem, tables_gmem, bounds_gmem, *refs):
         # q, k, v, tables, bounds as above
-        pools_gmem = [refs[i : i + 2] for i in range(0, 2 * len(pools), 2)]  # k, v [Kp, N, P, D]
-        out_gmem, lse_gmem, tile_refs = refs[2 * len(pools) :]  # [T, H, D], [H, T]; a Tile
-        warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
-        kv_head = lax.div(program, jnp.int32(tiles * G))
-        program = lax.rem(program, jnp.int32(tiles * G))
-        first = (tiles - 1 - lax.div(program, jnp.int32(G))) * ROWS  # of the tile's queries
-        head = kv_head * G + lax.rem(program, jnp.int32(G))
-        start, length = bounds_gmem[0], bounds_gmem[1]
-        near = jnp.where(kv_head < split, EVERYTHING, local)
-
-        def visited(total, sink_end, local_begin):
-            """Of ``total`` blocks, those up to key ``sink_end`` and from ``local_begin`` on.
-
-            Returns (count, sink_blocks, gap): blocks 0..sink_blocks-1 and, ``gap`` blocks later,
-            the local ones. The keys are relative to the first block.
-            """
-            sinks = jnp.minimum(cdiv(jnp.maximum(sink_end, 0), BLOCK), total)
-            begin = lax.div(jnp.maximum(local_begin, 0), jnp.int32(BLOCK))
-            gap = jnp.minimum(jnp.maximum(begin - sinks, 0), total - sinks)
-            return total - gap, sinks, gap
-
-        exists = first < length  # a tile of padding attends nothing
-        oldest_seen = start + first - near + 1  # by the tile's first query, sink aside
-        history_count, history_sinks, history_gap = visited(
-            jnp.where(exists, cdiv(start, BLOCK), 0), jnp.int32(sink), oldest_seen
+        pools_gmem = [
+            KVPages(*refs[i : i + 2])  # k, v [Kp, N, P, D]
+            for i in range(0, 2 * len(pools), 2)
+        ]
+        out_gmem, lse_gmem, tile = refs[2 * len(pools) :]  # [T, H, D], [H, T] float32; a Tile
+        plan = partial(
+            _plan,
+            (q_gmem, out_gmem, lse_gmem),
+            (k_gmem, v_gmem),
+            pools_gmem,
+            tables_gmem,
+            bounds_gmem,
+            split,
+            window,
         )
-        chunk_count, chunk_sinks, chunk_gap = visited(
-            jnp.where(exists, cdiv(jnp.minimum(first + ROWS, length), BLOCK), 0),
-            sink - start,
-            oldest_seen - start,
-        )
-
-        def block(step):
-            """(whether of the history, number there, position of the first key, end of keys)."""
-            of_history = step < history_count
-            i = jnp.where(of_history, step, step - history_count)
-            sinks = jnp.where(of_history, history_sinks, chunk_sinks)
-            number = jnp.where(i < sinks, i, i + jnp.where(of_history, history_gap, chunk_gap))
-            begin = number * BLOCK + jnp.where(of_history, 0, start)
-            return of_history, number, begin, jnp.where(of_history, start, start + length)
-
-        def rows_of(half):
-            rows = pl.ds(first + half * HALF, HALF)
-            return q_gmem.at[rows, head], out_gmem.at[rows, head], lse_gmem.at[head, rows]
-
-        def fetch(step):
-            of_history, number, _, _ = block(step)
-            row = jnp.where(kv_head < split, 0, len(pools) - 1)
-            entry = number * pages_per_block
-            # Past the end of the table, or of the history, any page will do: it is masked.
-            ids = [
-                tables_gmem[row, jnp.minimum(entry + j, M - 1)] for j in range(pages_per_block)
-            ]
-
-            def copy(part, to, ready):
-                def from_pool(pool, head):
-                    last = pool[part].shape[1] - 1
-                    for j, page in enumerate(ids):
-                        page = jnp.minimum(jnp.maximum(page, 0), last)
-                        plgpu.copy_gmem_to_smem(
-                            pool[part].at[head, page], to.at[pl.ds(j * P, P)], ready
-                        )
-
-                @pl.when(of_history)
-                def _():
-                    if len(pools) == 1:
-                        from_pool(pools_gmem[0], kv_head)
-                    else:
-                        pl.when(kv_head < split)(lambda: from_pool(pools_gmem[0], kv_head))
-                        pl.when(kv_head >= split)(
-                            lambda: from_pool(pools_gmem[1], kv_head - split)
-                        )
-
-                @pl.when(jnp.logical_not(of_history))
-                def _():
-                    source = (k_gmem, v_gmem)[part]
-                    for j in range(0, BLOCK, P):  # in as many copies as the history's blocks
-                        tokens = pl.ds(number * BLOCK + j, P)
-                        plgpu.copy_gmem_to_smem(
-                            source.at[tokens, kv_head], to.at[pl.ds(j, P)], ready
-                        )
-
-            return copy
-
-        def mask(step, half, scores):
-            _, _, begin, end = block(step)
-            query = start + first + half * HALF  # the oldest of the warpgroup's queries
-            newest = query + HALF - 1
-            in_window = (begin + BLOCK <= sink) | (begin > newest - near)
-            whole = (begin + BLOCK <= end) & (begin + BLOCK - 1 <= query) & in_window
-
-            def hide(scores):
-                i, j = (
-                    plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=MATRIX)
-                    for axis in (0, 1)
-                )
-                i, j = i + query, j + begin
-                seen = (j <= i) & (j < end) & ((j < sink) | (j > i - near))
-                return jnp.where(seen, scores, -jnp.inf)
-
-            return lax.cond(whole, lambda scores: scores, hide, scores)
-
-        def clean(step, values):
-            of_history, _, begin, end = block(step)
-            # What the chunk's first query does not see of the history, none does.
-            gap_end = jnp.where(of_history, start - near, -1)
-            in_gap = (begin + BLOCK > sink) & (begin <= gap_end)
-
-            @pl.when((begin + BLOCK > end) | in_gap)
-            def _():
-                def seen_by_some(row):
-                    j = row + begin
-                    return (j < end) & ((j < sink) | (j > gap_end))
-
-                zero_rows(values, seen_by_some)
-
-        attend(
-            tile_refs,
-            warpgroup,
-            history_count + chunk_count,
-            rows_of=rows_of,
-            fetch=fetch,
-            mask=mask,
-            clean=clean,
-        )
+        attend(tile, lax.axis_index("warpgroup"), plan)
 
     return plgpu.kernel(
         attend_chunk,
@@ -296,10 +185,140 @@ def _attend_chunk(
             jax.ShapeDtypeStruct((T, H, D), q.dtype),
             jax.ShapeDtypeStruct((H, T), jnp.float32),
         ),
-        grid=(tiles * H,),
+        grid=(T // ROWS * H,),
         grid_names=("program",),
         num_threads=WARPGROUPS,
         thread_name="warpgroup",
-        scratch_types=[tile_scratch(D, q.dtype, config.stages, pages_per_block)],
+        scratch_types=[tile_scratch(D, q.dtype, config.stages, BLOCK // P)],
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, k, v, tables, bounds, *(x for pool in pools for x in (pool.k, pool.v)))
+
+
+def _plan(
+    rows_gmem: tuple,  # q [T, H, D], out [T, H, D], lse [H, T]
+    chunk_gmem: tuple,  # k, v [T, Hk, D]
+    pools_gmem: list[KVPages],  # k, v [Kp, N, P, D]
+    tables_gmem,  # [classes, M]
+    bounds_gmem,  # [2]
+    split: int,
+    window: tuple[int, int],
+) -> Work:
+    """Which blocks the tile of this program attends, and how."""
+    q_gmem, out_gmem, lse_gmem = rows_gmem
+    T, H, _ = q_gmem.shape
+    M, P = tables_gmem.shape[1], pools_gmem[0].k.shape[2]
+    G, tiles, pages_per_block = H // chunk_gmem[0].shape[1], T // ROWS, BLOCK // P
+    sink, local = window
+
+    program = lax.axis_index("program")
+    kv_head = lax.div(program, jnp.int32(tiles * G))
+    program = lax.rem(program, jnp.int32(tiles * G))
+    first = (tiles - 1 - lax.div(program, jnp.int32(G))) * ROWS  # of the tile's queries
+    head = kv_head * G + lax.rem(program, jnp.int32(G))
+    start, length = bounds_gmem[0], bounds_gmem[1]
+    near = jnp.where(kv_head < split, EVERYTHING, local)
+
+    def visited(total, sink_end, local_begin):
+        """Of ``total`` blocks, those up to key ``sink_end`` and from ``local_begin`` on.
+
+        Returns (count, sink_blocks, gap): blocks 0..sink_blocks-1 and, ``gap`` blocks later, the
+        local ones. The keys are relative to the first block.
+        """
+        sinks = jnp.minimum(cdiv(jnp.maximum(sink_end, 0), BLOCK), total)
+        begin = lax.div(jnp.maximum(local_begin, 0), jnp.int32(BLOCK))
+        gap = jnp.minimum(jnp.maximum(begin - sinks, 0), total - sinks)
+        return total - gap, sinks, gap
+
+    exists = first < length  # a tile of padding attends nothing
+    oldest_seen = start + first - near + 1  # by the tile's first query, sink aside
+    history_count, history_sinks, history_gap = visited(
+        jnp.where(exists, cdiv(start, BLOCK), 0), jnp.int32(sink), oldest_seen
+    )
+    chunk_count, chunk_sinks, chunk_gap = visited(
+        jnp.where(exists, cdiv(jnp.minimum(first + ROWS, length), BLOCK), 0),
+        sink - start,
+        oldest_seen - start,
+    )
+
+    def block(step):
+        """(whether of the history, number there, position of the first key, end of keys)."""
+        of_history = step < history_count
+        i = jnp.where(of_history, step, step - history_count)
+        sinks = jnp.where(of_history, history_sinks, chunk_sinks)
+        number = jnp.where(i < sinks, i, i + jnp.where(of_history, history_gap, chunk_gap))
+        begin = number * BLOCK + jnp.where(of_history, 0, start)
+        return of_history, number, begin, jnp.where(of_history, start, start + length)
+
+    def rows_of(half):
+        rows = pl.ds(first + half * HALF, HALF)
+        return q_gmem.at[rows, head], out_gmem.at[rows, head], lse_gmem.at[head, rows]
+
+    def fetch(step):
+        of_history, number, _, _ = block(step)
+        row = jnp.where(kv_head < split, 0, len(pools_gmem) - 1)
+        entry = number * pages_per_block
+        # Past the end of the table, or of the history, any page will do: it is masked.
+        ids = [tables_gmem[row, jnp.minimum(entry + j, M - 1)] for j in range(pages_per_block)]
+
+        def copy(part, to, ready):
+            def from_pool(pool, head):
+                last = pool[part].shape[1] - 1
+                for j, page in enumerate(ids):
+                    page = jnp.minimum(jnp.maximum(page, 0), last)
+                    plgpu.copy_gmem_to_smem(
+                        pool[part].at[head, page], to.at[pl.ds(j * P, P)], ready
+                    )
+
+            @pl.when(of_history)
+            def _():
+                if len(pools_gmem) == 1:
+                    from_pool(pools_gmem[0], kv_head)
+                else:
+                    pl.when(kv_head < split)(lambda: from_pool(pools_gmem[0], kv_head))
+                    pl.when(kv_head >= split)(lambda: from_pool(pools_gmem[1], kv_head - split))
+
+            @pl.when(jnp.logical_not(of_history))
+            def _():
+                for j in range(0, BLOCK, P):  # in as many copies as blocks of the history
+                    tokens = pl.ds(number * BLOCK + j, P)
+                    plgpu.copy_gmem_to_smem(
+                        chunk_gmem[part].at[tokens, kv_head], to.at[pl.ds(j, P)], ready
+                    )
+
+        return copy
+
+    def mask(step, half, scores):
+        _, _, begin, end = block(step)
+        query = start + first + half * HALF  # the oldest of the warpgroup's queries
+        newest = query + HALF - 1
+        in_window = (begin + BLOCK <= sink) | (begin > newest - near)
+        whole = (begin + BLOCK <= end) & (begin + BLOCK - 1 <= query) & in_window
+
+        def hide(scores):
+            i, j = (
+                plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=MATRIX)
+                for axis in (0, 1)
+            )
+            i, j = i + query, j + begin
+            seen = (j <= i) & (j < end) & ((j < sink) | (j > i - near))
+            return jnp.where(seen, scores, -jnp.inf)
+
+        return lax.cond(whole, lambda scores: scores, hide, scores)
+
+    def clean(step, values):
+        of_history, _, begin, end = block(step)
+        # What the chunk's first query does not see of the history, none does.
+        gap_end = jnp.where(of_history, start - near, -1)
+        in_gap = (begin + BLOCK > sink) & (begin <= gap_end)
+
+        @pl.when((begin + BLOCK > end) | in_gap)
+        def _():
+            def seen_by_some(row):
+                j = row + begin
+                return (j < end) & ((j < sink) | (j > gap_end))
+
+            zero_rows(values, seen_by_some)
+
+    return Work(
+        steps=history_count + chunk_count, rows_of=rows_of, fetch=fetch, mask=mask, clean=clean
+    )

@@ -89,36 +89,38 @@ def tile_scratch(head_dim: int, dtype: jax.typing.DTypeLike, stages: int, copies
     )
 
 
-def attend(
-    tile: Tile,
-    warpgroup: Int[Array, ""],
-    steps: Int[Array, ""],
-    *,
-    rows_of: Callable[[Any], tuple[Any, Any, Any]],
-    fetch: Callable[[Any], Callable[[int, Any, Any], None]],
-    mask: Callable[[Any, Any, Any], Any],
-    clean: Callable[[Any, Any], None],
-) -> None:
+class Work(NamedTuple):
+    """What one tile has to do."""
+
+    steps: Int[Array, ""]  # number of blocks to attend
+    # rows_of(half): 64 rows of q and out [64, D] and of lse [64] in device memory
+    rows_of: Callable[[Any], tuple[Any, Any, Any]]
+    # fetch(step): finds a block; returns a function of (KEYS or VALUES, to [128, D], ready) that
+    # starts its copies
+    fetch: Callable[[Any], Callable[[int, Any, Any], None]]
+    # mask(step, half, scores): scores [64, 128] with -inf where a query must not see a key
+    mask: Callable[[Any, Any, Any], Any]
+    # clean(step, v): zeroes rows of v [128, D] that may hold NaN, which a weight of zero does not
+    # silence; called by one warpgroup before either uses them
+    clean: Callable[[Any, Any], None]
+
+
+def attend(tile: Tile, warpgroup: Int[Array, ""], plan: Callable[[], Work]) -> None:
     """The whole of a kernel for one tile, run by all three warpgroups.
 
-    steps              number of blocks to attend
-    rows_of(half)      references to 64 rows of q, out [64, D] and lse [64] for warpgroup ``half``
-    fetch(step)        finds a block; returns a function of (KEYS or VALUES, to [128, D], ready)
-                       that starts its copies
-    mask(step, half, scores)   scores [64, 128] with -inf where a row must not see a key
-    clean(step, v)     zeroes rows of v [128, D] that nobody may read: a weight of zero does not
-                       silence a NaN. Called by one warpgroup, before either uses them
+    ``plan`` is traced for either role anew: numbers computed before the roles part would have to
+    fit into the few registers of the one that copies.
     """
 
     @pl.when(warpgroup < COPYING)
     def _():
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        _compute(tile, warpgroup, steps, rows_of(warpgroup), mask, clean)
+        _compute(tile, warpgroup, plan())
 
     @pl.when(warpgroup == COPYING)
     def _():
         plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
-        _copy(tile, steps, fetch)
+        _copy(tile, plan())
 
 
 def zero_rows(v, keep: Callable[[Any], Any]) -> None:
@@ -145,8 +147,9 @@ def add_product(acc, p, v, meanwhile: Callable[[], None]):
     return pl.run_state(product)(plgpu.ACC.init(acc))
 
 
-def _compute(tile: Tile, half, steps, rows: tuple, mask: Callable, clean: Callable) -> None:
-    q_gmem, out_gmem, lse_gmem = rows
+def _compute(tile: Tile, half, work: Work) -> None:
+    steps = work.steps
+    q_gmem, out_gmem, lse_gmem = work.rows_of(half)
     q, lse_smem = tile.q.at[half], tile.lse.at[half]
     stages, _, D = tile.k.shape
     scale = D**-0.5 * LOG2_E  # scores in base 2: exp2 is one instruction
@@ -168,7 +171,7 @@ def _compute(tile: Tile, half, steps, rows: tuple, mask: Callable, clean: Callab
         # Its keys were waited for during the previous block's last product.
         x = matmul(q, tile.k.at[slot].transpose((1, 0)), HALF, BLOCK, meanwhile=pass_turn)
         plgpu.barrier_arrive(tile.k_free.at[slot])
-        x = mask(step, half, x)
+        x = work.mask(step, half, x)
 
         new_peak = jnp.maximum(peak, x.max(axis=1) * scale)
         decay = jnp.exp2(peak - new_peak)
@@ -181,7 +184,7 @@ def _compute(tile: Tile, half, steps, rows: tuple, mask: Callable, clean: Callab
 
         plgpu.barrier_wait(tile.v_ready.at[slot])
         # Warpgroup 1 multiplies by these values a turn later.
-        pl.when(half == 0)(lambda: clean(step, tile.v.at[slot]))
+        pl.when(half == 0)(lambda: work.clean(step, tile.v.at[slot]))
         wait_for_turn()
         acc = add_product(acc, p, tile.v.at[slot], lambda: wait_for_keys(step + 1))
         plgpu.barrier_arrive(tile.v_free.at[slot])
@@ -208,20 +211,20 @@ def _compute(tile: Tile, half, steps, rows: tuple, mask: Callable, clean: Callab
     plgpu.wait_smem_to_gmem(0)
 
 
-def _copy(tile: Tile, steps, fetch: Callable) -> None:
-    stages = tile.k.shape[0]
+def _copy(tile: Tile, work: Work) -> None:
+    steps, stages = work.steps, tile.k.shape[0]
 
     for step in range(stages):
 
         @pl.when(step < steps)
         def _(step=step):
-            start = fetch(jnp.int32(step))
+            start = work.fetch(jnp.int32(step))
             start(KEYS, tile.k.at[step], tile.k_ready.at[step])
             start(VALUES, tile.v.at[step], tile.v_ready.at[step])
 
     def refill(step, _):
         slot = lax.rem(step, jnp.int32(stages))
-        start = fetch(step + stages)  # finds the block before there is room for it
+        start = work.fetch(step + stages)  # finds the block before there is room for it
         more = step + stages < steps
         plgpu.barrier_wait(tile.k_free.at[slot])
         pl.when(more)(lambda: start(KEYS, tile.k.at[slot], tile.k_ready.at[slot]))

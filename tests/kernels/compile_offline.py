@@ -8,22 +8,32 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.decode_attention import paged_attention
+from pallas_kernels.kv_append import append_kv, append_kv_chunk
 from pallas_kernels.reference import KVPages, PageList
 
 
 def decode_arguments(
-    rows=1, retrieval=1, streaming=1, group=4, head_dim=128, page_size=64, width=64, int8=False
+    rows=1,
+    retrieval=1,
+    streaming=1,
+    group=4,
+    head_dim=128,
+    page_size=64,
+    width=64,
+    pages=256,
+    int8=False,
 ):
     heads = retrieval + streaming
     array = jax.ShapeDtypeStruct
 
     def pool(heads: int) -> KVPages:
-        tokens = array((heads, 256, page_size, head_dim), jnp.int8 if int8 else jnp.bfloat16)
-        scale = array((heads, 256, page_size), jnp.float32) if int8 else None
+        tokens = array((heads, pages, page_size, head_dim), jnp.int8 if int8 else jnp.bfloat16)
+        scale = array((heads, pages, page_size), jnp.float32) if int8 else None
         return KVPages(tokens, tokens, scale, scale)
 
     bounds = array((rows, 1), jnp.int32)
@@ -43,6 +53,60 @@ CASES = {
 }
 
 
+def append_arguments(rows=2, tokens=None, logical_page_size=16, **case):
+    """What both appending ops take, the caches first: then what they need besides."""
+    q, retrieval, streaming, *lists = decode_arguments(rows=rows, pages=4096, **case)
+    array, heads = jax.ShapeDtypeStruct, (retrieval.k.shape[0], streaming.k.shape[0])
+    _, pages, page_size, head_dim = retrieval.k.shape
+    g = page_size // logical_page_size
+    caches = retrieval, streaming, array((heads[0], pages, g, 2, head_dim), jnp.bfloat16)
+    kv = array((rows if tokens is None else tokens, sum(heads), head_dim), jnp.bfloat16)
+    if tokens is not None:
+        number = array((), jnp.int32)
+        ids = array((64,), jnp.int32), array((tokens,), jnp.int32)
+        return caches, (kv, kv), (*ids, number, number)
+    angle, ids = array((rows, head_dim // 2), jnp.float32), array((rows,), jnp.int32)
+    return caches, (q, kv, kv, angle, angle), (ids, ids, ids), lists
+
+
+def decode_steps(caches, tokens, where, lists):
+    """Appends and attends, ten times over."""
+    q, *rest = tokens
+
+    def step(_, carry):
+        q, caches = carry
+        q, *caches = append_kv(q, *rest, *caches, *where)
+        return paged_attention(q, *caches[:2], *lists)[0], tuple(caches)
+
+    return lax.fori_loop(0, 10, step, (q, caches))
+
+
+def prefill_steps(caches, tokens, where):
+    """Appends ten chunks."""
+    table, streaming_page, start, length = where
+
+    def step(i, caches):
+        there = table, streaming_page, start + i * length, length
+        return tuple(append_kv_chunk(*tokens, *caches, *there))
+
+    return lax.fori_loop(0, 10, step, caches)
+
+
+APPEND_CASES = {
+    "append, bf16": (decode_steps, {"retrieval": 4, "streaming": 4}),
+    "append, int8, D 64": (
+        decode_steps,
+        {"retrieval": 2, "streaming": 1, "head_dim": 64, "page_size": 16, "int8": True},
+    ),
+    "append chunk, bf16": (prefill_steps, {"tokens": 512}),
+    "append chunk, int8": (prefill_steps, {"tokens": 512, "int8": True, "page_size": 128}),
+    "append chunk, D 64, retrieval only": (
+        prefill_steps,
+        {"tokens": 500, "head_dim": 64, "page_size": 16, "logical_page_size": 8, "streaming": 0},
+    ),
+}
+
+
 def main() -> None:
     target = Path(__file__).with_name("h200_target.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
@@ -55,6 +119,17 @@ def main() -> None:
         )
         print(f"CASE {name}", flush=True)
         jax.jit(paged_attention).lower(*arguments).compile()
+    for name, (steps, case) in APPEND_CASES.items():
+        arguments = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            append_arguments(**case),
+        )
+        print(f"CASE {name}", flush=True)
+        memory = jax.jit(steps, donate_argnums=0).lower(*arguments).compile().memory_analysis()
+        caches = [x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments[0])]
+        print(f"caches {sum(caches)} bytes, updated in place {memory.alias_size_in_bytes}")
+        print(f"smallest cache {min(x for x in caches if x)} bytes", end=", ")
+        print(f"temporary {memory.temp_size_in_bytes}", flush=True)
 
 
 if __name__ == "__main__":

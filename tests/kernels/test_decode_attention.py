@@ -75,28 +75,28 @@ def check(args, config: Config) -> None:
         (2, 1, 1, 4, 128, 64, 5, jnp.bfloat16),  # both pools
         (1, 2, 0, 3, 64, 16, 12, jnp.bfloat16),  # four pages a tile, fewer query rows than N
         (1, 0, 2, 16, 64, 128, 2, jnp.bfloat16),  # two tiles a page, two blocks of columns
-        (2, 1, 1, 4, 128, 32, 9, jnp.int8),  # four pages a tile of 128
-        (1, 2, 0, 9, 64, 64, 5, jnp.int8),  # an odd number of pages for tiles of two
+        (2, 1, 1, 4, 128, 32, 9, jnp.int8),  # two pages a tile
+        (1, 2, 0, 9, 64, 128, 3, jnp.int8),  # two tiles a page, two blocks of columns
     ],
 )
 def test_matches_reference(
     rows, retrieval, streaming, group, head_dim, page_size, width, dtype
 ) -> None:
     args = problem(rows, retrieval, streaming, group, head_dim, page_size, width, dtype)
-    check(args, Config(tile=128 if dtype == jnp.int8 else 64, splits=3, parts=2))
+    check(args, Config(splits=3, parts=2))
 
 
 @pytest.mark.parametrize("splits", [1, 8])
 def test_any_number_of_splits(splits: int) -> None:
     """Also more splits than tiles."""
     args = problem(1, 1, 1, 1, 64, 64, 4, jnp.bfloat16, seed=1)
-    check(args, Config(tile=64, splits=splits, stages=3))
+    check(args, Config(splits=splits, stages=3))
 
 
 def test_start_beyond_the_first_tiles() -> None:
     *args, retrieval_list, empty = problem(1, 1, 1, 4, 64, 16, 16, jnp.bfloat16, seed=2)
     lists = PageList(retrieval_list.pages, jnp.array([[150]]), jnp.array([[256]]))
-    check((*args, lists, empty), Config(tile=64, splits=2))
+    check((*args, lists, empty), Config(splits=2))
 
 
 def test_heads_share_a_list() -> None:
@@ -107,17 +107,17 @@ def test_heads_share_a_list() -> None:
     shared = shared._replace(stop=shared.stop.at[1].set(0))
     bounds = own._replace(start=own.start[:, :1] * 0, stop=own.stop[:, :1] * 0 + 70)
     whole = KVPages(*(jnp.nan_to_num(x) for x in retrieval[:2]))
-    check((q, whole, valid, bounds, shared), Config(tile=64, splits=2))
+    check((q, whole, valid, bounds, shared), Config(splits=2))
 
 
 def test_choice_of_config() -> None:
-    sparse = choose_config(1, 8, 64 * 64, jnp.bfloat16)
-    assert (sparse.tile, sparse.splits) == (64, 16)  # four tiles a split
-    assert choose_config(8, 8, 64 * 64, jnp.bfloat16).splits == 8  # four CTAs an SM
-    dense = choose_config(1, 8, 2048 * 64, jnp.int8)
-    assert (dense.tile, dense.splits) == (128, 33)  # two CTAs an SM, few parts
-    assert choose_config(1, 8, 64 * 64, jnp.int8).tile == 64
+    assert choose_config(1, 8, 65 * 64, jnp.bfloat16).splits == 32  # two tiles a split
+    assert choose_config(8, 8, 65 * 64, jnp.bfloat16).splits == 4  # two CTAs an SM
+    assert choose_config(1, 8, 2048 * 64, jnp.bfloat16).splits == 33
+    assert choose_config(1, 8, 2048 * 64, jnp.int8).splits == 66  # four
+    assert choose_config(1, 1, 2048 * 64, jnp.bfloat16).splits == 66
     assert choose_config(1, 8, 16, jnp.bfloat16).splits == 1
+    assert choose_config(64, 8, 65 * 64, jnp.bfloat16).splits == 1
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,5 @@ def test_refuses_float32_queries() -> None:
 
 
 def test_config_checks_itself() -> None:
-    with pytest.raises(ValueError, match="tile must be 64 or 128, got 32"):
-        Config(tile=32, splits=1)
     with pytest.raises(ValueError, match="stages must be at least 1, got 0"):
-        Config(tile=64, splits=1, stages=0)
+        Config(splits=1, stages=0)

@@ -1,0 +1,101 @@
+"""Milliseconds a token of the engine with Llama-3-8B's geometry, dense beside lserve, on one GPU.
+
+    python benchmarks/decode.py [--contexts 16384 131072 524288] [--batches 1 8]
+
+The engine is the real one and its weights are random bf16. Prompts are not computed: their pages
+hold random keys and values (``benchmarks/prefill.py`` times prompts). A figure is the median wall
+time of a burst of 64 steps over its steps, with the fastest and the slowest burst. Writes
+``benchmarks/results/decode.json``.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from unittest import mock
+
+import jax
+import numpy as np
+import tyro
+from llama_8b import CONFIG, LSERVE, fill_caches, make_engine, provenance, random_params
+
+from lserve_jax.engine import Engine
+from lserve_jax.sampling import SamplingParams
+
+BURST = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    contexts: tuple[int, ...] = (16384, 65536, 131072, 262144, 524288)
+    batches: tuple[int, ...] = (1, 8)
+    bursts: int = 5  # timed ones
+    # All of these must fit the cache: batch x context tokens of 131072 bytes, half of it in lserve.
+    cache_bytes: int = 90 << 30
+    output: Path = Path(__file__).parent / "results" / "decode.json"
+
+
+def decode_times(engine: Engine, context: int, rows: int, bursts: int) -> list[float]:
+    """Seconds a step of each timed burst."""
+    logits = jax.random.normal(jax.random.key(0), (CONFIG.vocab_size,))
+    prompt = np.zeros((context,), np.int32)
+    sampling = SamplingParams(temperature=0, max_tokens=BURST * (bursts + 1) + 1, ignore_eos=True)
+
+    def no_prefill(config, spec, params, caches, *rest, **options):
+        return logits + 0, caches
+
+    with mock.patch("lserve_jax.engine.prefill_chunk", no_prefill):
+        for row in range(rows):
+            engine.add_request(f"{context}-{row}", prompt, sampling, seed=row)
+        for _ in range(rows):
+            engine.step()
+    times = []
+    while engine.has_unfinished_requests:
+        begin = time.perf_counter()
+        outputs = engine.step()
+        times.append((time.perf_counter() - begin) / BURST)
+        assert all(len(output.token_ids) == BURST for output in outputs)
+    return times[1:]  # the first compiles, or finds its code cold
+
+
+def main(args: Args) -> None:
+    params, rows = random_params(), []
+    for name, sparsity in (("dense", None), ("lserve", LSERVE)):
+        token_bytes = 131072 if sparsity is None else 74000
+        for batch in args.batches:
+            contexts = [n for n in args.contexts if n * batch * token_bytes <= args.cache_bytes]
+            if not contexts:
+                continue
+            longest = max(contexts) + BURST * (args.bursts + 1) + 64
+            begin = time.perf_counter()
+            engine = make_engine(params, sparsity, rows=batch, max_model_len=longest)
+            fill_caches(engine)
+            jax.block_until_ready(engine.caches)
+            print(f"{name}, batch {batch}: cache filled in {time.perf_counter() - begin:.0f} s")
+            for context in contexts:
+                begin = time.perf_counter()
+                times = [1e3 * t for t in decode_times(engine, context, batch, args.bursts)]
+                row = {
+                    "attention": name,
+                    "batch": batch,
+                    "context": context,
+                    "ms_per_step": median(times),
+                    "fastest": min(times),
+                    "slowest": max(times),
+                }
+                rows.append(row)
+                print(
+                    f"{name:7s} batch {batch} context {context:7d}  {row['ms_per_step']:7.3f} ms "
+                    f"({row['fastest']:.3f}-{row['slowest']:.3f})  "
+                    f"[{time.perf_counter() - begin:.0f} s]",
+                    flush=True,
+                )
+            engine.caches = []
+            del engine
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,133 @@
+"""The engine with Llama-3-8B's geometry and random weights: what speed needs of a model."""
+
+import datetime
+import functools
+import subprocess
+
+import jax
+import jax.numpy as jnp
+
+from convert.attention_patterns import load_pattern, partition_heads
+from lserve_jax.cache import LayerCache, make_spec
+from lserve_jax.config import ModelConfig, SparsityConfig
+from lserve_jax.engine import Engine
+from lserve_jax.llama import Params, abstract_params
+
+PATTERN = "Llama-3-8B-Instruct-Gradient-1048k"
+CONFIG = ModelConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=1 << 20,
+    tie_word_embeddings=False,
+)
+# Half the heads stream, 4096 tokens of budget, a selection every fourth step: the defaults.
+LSERVE = SparsityConfig(pattern=PATTERN)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _normal(seed: jax.Array, scale: float, *, shape: tuple[int, ...], dtype) -> jax.Array:
+    return (scale * jax.random.normal(jax.random.key(seed), shape, jnp.float32)).astype(dtype)
+
+
+def random_params(config: ModelConfig = CONFIG) -> Params:
+    """bf16 weights with the spread of a trained model's, so that activations stay finite."""
+    leaves, tree = jax.tree.flatten(abstract_params(config, jnp.bfloat16))
+    made = []
+    for seed, leaf in enumerate(leaves):
+        if len(leaf.shape) == 1:
+            made.append(jnp.ones(leaf.shape, leaf.dtype))
+        else:
+            scale = leaf.shape[0] ** -0.5
+            made.append(_normal(jnp.int32(seed), scale, shape=leaf.shape, dtype=leaf.dtype))
+    return jax.tree.unflatten(tree, made)
+
+
+def make_engine(
+    params: Params,
+    sparsity: SparsityConfig | None,
+    *,
+    rows: int,
+    max_model_len: int,
+    burst_steps: int = 64,
+    prefill_chunk_size: int = 8192,
+    config: ModelConfig = CONFIG,
+) -> Engine:
+    """An engine whose cache holds ``rows`` sequences of ``max_model_len`` tokens."""
+    partition = partition_heads(
+        None if sparsity is None else load_pattern(PATTERN),
+        0.0 if sparsity is None else sparsity.resolved_streaming_fraction,
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=config.num_key_value_heads,
+    )
+    page_size = SparsityConfig().page_size if sparsity is None else sparsity.page_size
+    spec = make_spec(
+        config,
+        sparsity=sparsity,
+        num_retrieval_heads=partition.num_retrieval,
+        max_model_len=max_model_len,
+        num_slots=rows,
+        num_pages=rows * -(-max_model_len // page_size),
+        kv_dtype="auto",
+    )
+    return Engine(
+        config,
+        params,
+        spec,
+        dtype=jnp.bfloat16,
+        max_model_len=max_model_len,
+        eos_token_ids=(),
+        prefill_chunk_size=prefill_chunk_size,
+        burst_steps=burst_steps,
+    )
+
+
+def fill_caches(engine: Engine) -> None:
+    """Random keys, values and statistics, in place: decode can be timed without a prefill."""
+    fill = jax.jit(_random_like, donate_argnums=0)
+    engine.caches = [fill(cache, jnp.int32(i)) for i, cache in enumerate(engine.caches)]
+
+
+def _random_like(cache: LayerCache, seed: jax.Array) -> LayerCache:
+    leaves, tree = jax.tree.flatten(cache)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+
+    def fill(x: jax.Array, key: jax.Array) -> jax.Array:
+        if x.dtype == jnp.int32:  # page lists: made by the first selection
+            return x
+        # 64 different pages over and over: random bits for all would take the pool's memory again.
+        pages = jax.random.normal(key, (64, *x.shape[2:]), x.dtype)
+        return jnp.broadcast_to(pages[jnp.arange(x.shape[1]) % 64][None], x.shape)
+
+    filled = jax.tree.unflatten(tree, [fill(x, key) for x, key in zip(leaves, keys, strict=True)])
+    if filled.key_stats is None:
+        return filled
+    high = jnp.abs(filled.key_stats[:, :, :, 0])
+    stats = filled.key_stats.at[:, :, :, 0].set(high).at[:, :, :, 1].set(-high)
+    return LayerCache(
+        retrieval=filled.retrieval,
+        key_stats=stats,
+        streaming=filled.streaming,
+        window=filled.window,
+        listed=filled.listed,
+    )
+
+
+def provenance() -> dict[str, str]:
+    """What every committed figure says of itself."""
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "gpu": jax.devices()[0].device_kind,
+        "driver": driver,
+        "jax": jax.__version__,
+    }

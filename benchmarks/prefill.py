@@ -1,0 +1,76 @@
+"""Time to first token of the engine with Llama-3-8B's geometry, dense beside lserve, on one GPU.
+
+    python benchmarks/prefill.py [--prompts 16384 131072] [--repeats 2]
+
+The engine is the real one: weights are random bf16, a prompt is random tokens, computed in chunks
+through the paged cache. A figure is the median wall time from the arrival of the request to its
+first token; the first prompt of each engine only compiles. Operator rates are those of
+``benchmarks/kernels.py``. Writes ``benchmarks/results/prefill.json``.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import tyro
+from llama_8b import CONFIG, LSERVE, make_engine, provenance, random_params
+
+from lserve_jax.sampling import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    prompts: tuple[int, ...] = (16384, 65536, 131072)  # tokens
+    attention: tuple[str, ...] = ("dense", "lserve")
+    chunk: int = 8192
+    repeats: int = 2
+    output: Path = Path(__file__).parent / "results" / "prefill.json"
+
+
+def main(args: Args) -> None:
+    params, rows = random_params(), []
+    sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    rng = np.random.default_rng(0)
+    for name in args.attention:
+        engine = make_engine(
+            params,
+            LSERVE if name == "lserve" else None,
+            rows=1,
+            max_model_len=max(args.prompts) + 64,
+            prefill_chunk_size=args.chunk,
+        )
+        begin = time.perf_counter()
+        engine.add_request("warm", np.ones((2 * args.chunk,), np.int32), sampling, seed=0)
+        engine.step()
+        print(f"{name}: compiled in {time.perf_counter() - begin:.0f} s", flush=True)
+        for tokens in args.prompts:
+            times = []
+            for repeat in range(args.repeats):
+                prompt = rng.integers(0, CONFIG.vocab_size, tokens)
+                engine.add_request(f"{tokens}-{repeat}", prompt, sampling, seed=0)
+                (output,) = engine.step()
+                times.append(output.metrics.first_token_seconds)
+            row = {
+                "attention": name,
+                "tokens": tokens,
+                "chunk": args.chunk,
+                "seconds": median(times),
+                "fastest": min(times),
+                "slowest": max(times),
+            }
+            rows.append(row)
+            print(
+                f"{name:7s} {tokens:7d} tokens: first token after {row['seconds']:.3f} s "
+                f"({row['fastest']:.3f}-{row['slowest']:.3f})",
+                flush=True,
+            )
+        engine.caches = []
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
