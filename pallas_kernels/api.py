@@ -10,12 +10,20 @@ heads or rows; a shard, too, orders its own heads retrieval first). Either class
 empty (Kr = 0 or Ks = 0). lse is the natural logarithm of the sum of exponentials of scaled
 scores, float32.
 
-Every op raises ``ValueError`` when shapes or dtypes contradict each other, naming both.
+Every op raises ``ValueError`` when shapes or dtypes contradict each other, naming both. What only
+the values can tell (page ids outside the pool, a table too short for a length) is undefined: reads
+stay inside the pools, but the result means nothing. To have it found, run the op, or whatever
+calls it, under ``checkify``, which then reports the first violation; without it checks cost nothing:
+
+    error, result = jax.experimental.checkify.checkify(step)(...)
+    error.throw()
 """
 
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
+from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import reference
@@ -76,6 +84,31 @@ def _expect_dtype(dtype: str, **arrays: Array) -> None:
             raise ValueError(f"{name} has dtype {x.dtype}, expected {dtype}")
 
 
+def _check_range(name: str, x: Array, limit: int, *, lowest: int = 0) -> None:
+    """Under ``checkify``: every x is in [lowest, limit]."""
+    if x.size > 0:
+        least, most = x.min(), x.max()
+        checkify.debug_check(
+            (least >= lowest) & (most <= limit),
+            f"{name} must lie in [{lowest}, {limit}], got {{least}} to {{most}}",
+            least=least,
+            most=most,
+        )
+
+
+def _check_table(name: str, table: Array, pages: KVPages, tokens: Array) -> None:
+    """Under ``checkify``: the table reaches as far as ``tokens`` and so far names pages of the pool.
+
+    ``tokens`` is a count for each row of the table.
+    """
+    N, P = pages.k.shape[1:3]
+    if pages.k.shape[0] > 0:
+        reach = table.shape[-1] * P
+        _check_range(f"tokens cached through {name}, which holds {reach},", tokens, reach)
+        used = jnp.arange(table.shape[-1]) * P < tokens[..., None]
+        _check_range(name, jnp.where(used, table, 0), N - 1)
+
+
 def _expect_pages(name: str, pages: KVPages, head_dim: int) -> None:
     _expect(f"{name}.k", pages.k, (None, None, None, head_dim))
     _expect(f"{name}.v", pages.v, pages.k.shape)
@@ -123,6 +156,15 @@ def _expect_list(name: str, lists: PageList, rows: int, heads: int) -> None:
             )
 
 
+def _check_list(name: str, lists: PageList, rows: int, pages: KVPages) -> None:
+    heads, N, P = pages.k.shape[:3]
+    if heads > 0:
+        slots = lists.pages.shape[2] * P
+        _check_range(f"{name}.pages", lists.pages[:rows], N - 1)
+        _check_range(f"{name}.start", lists.start[:rows], slots)
+        _check_range(f"{name}.stop", lists.stop[:rows], slots)
+
+
 def paged_attention(
     q: Float[Array, "B H D"],
     retrieval: KVPages,
@@ -155,6 +197,8 @@ def paged_attention(
     _expect_pools(retrieval, streaming, Kr + Ks, D)
     _expect_list("retrieval_list", retrieval_list, B, Kr)
     _expect_list("streaming_list", streaming_list, B, Ks)
+    _check_list("retrieval_list", retrieval_list, B, retrieval)
+    _check_list("streaming_list", streaming_list, B, streaming)
     if resolve_backend(backend) == "reference":
         implementation = reference.paged_attention
     else:
@@ -217,6 +261,9 @@ def prefill_attention(
     )
     if sink < 0 or local < 1:
         raise ValueError(f"need sink >= 0 and local >= 1, got {sink=} {local=}")
+    _check_range("length", length, T)
+    _check_table("page_table", page_table, retrieval, start)
+    _check_table("streaming_table", streaming_table, streaming, start)
     if resolve_backend(backend) == "reference":
         implementation = reference.prefill_attention
     else:
@@ -267,6 +314,7 @@ def prefix_attention(
         raise ValueError(f"page_table has shape {page_table.shape}, needs an entry")
     _expect("length", length, ())
     _expect_dtype("int32", page_table=page_table, length=length)
+    _check_table("page_table", page_table, pages, length)
     if resolve_backend(backend) == "reference":
         implementation = reference.prefix_attention
     else:
@@ -343,6 +391,13 @@ def append_kv(
     for name, x in (("page", page), ("streaming_page", streaming_page), ("offset", offset)):
         _expect(name, x, (B,))
     _expect_dtype("int32", page=page, streaming_page=streaming_page, offset=offset)
+    _check_range("offset", offset, retrieval.k.shape[2] - 1)
+    for name, ids, pool in (
+        ("page", page, retrieval),
+        ("streaming_page", streaming_page, streaming),
+    ):
+        if pool.k.shape[0] > 0:
+            _check_range(name, ids, pool.k.shape[1] - 1, lowest=jnp.iinfo(jnp.int32).min)
     if resolve_backend(backend) == "reference":
         implementation = reference.append_kv
     else:
@@ -409,6 +464,11 @@ def append_kv_chunk(
     _expect_dtype(
         "int32", page_table=page_table, streaming_page=streaming_page, start=start, length=length
     )
+    _check_range("length", length, T)
+    _check_table("page_table", page_table, retrieval, start + length)
+    if streaming.k.shape[0] > 0:
+        lowest = jnp.iinfo(jnp.int32).min
+        _check_range("streaming_page", streaming_page, streaming.k.shape[1] - 1, lowest=lowest)
     if resolve_backend(backend) == "reference":
         implementation = reference.append_kv_chunk
     else:
@@ -452,6 +512,9 @@ def page_scores(
     _expect_dtype("int32", page_table=page_table, length=length)
     if key_stats.shape[2] == 0 or page_size % key_stats.shape[2]:
         raise ValueError(f"{page_size=} must be a multiple of {key_stats.shape[2]} logical pages")
+    _check_range("length", length, page_table.shape[1] * page_size)
+    used = jnp.arange(page_table.shape[1])[None] * page_size < length[:, None]
+    _check_range("page_table", jnp.where(used, page_table, 0), key_stats.shape[1] - 1)
     if resolve_backend(backend) == "reference":
         implementation = reference.page_scores
     else:

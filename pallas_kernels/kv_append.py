@@ -34,8 +34,8 @@ A page is also written in part if the streaming heads keep only some of its toke
 keep what has left the window). A page of which they keep nothing is not read.
 
 What must move: k and v once from where the model left them, and each slot written once: T * Hk *
-2 * D * (2 + 2 or 1) bytes, 16 more for each pair of scales, less for streaming heads, and 4 * D
-bytes of statistics a logical page.
+2 * D * (2 + 2 or 1) bytes, less for streaming heads, 8 more for each pair of int8 scales, and 4 * D
+bytes of statistics a logical page and head.
 """
 
 from collections.abc import Callable

@@ -177,7 +177,7 @@ def _attend_chunk(
             split,
             window,
         )
-        attend(tile, lax.axis_index("warpgroup"), plan)
+        attend(tile, plan)
 
     return plgpu.kernel(
         attend_chunk,
@@ -257,13 +257,13 @@ def _plan(
         of_history, number, _, _ = block(step)
         row = jnp.where(kv_head < split, 0, len(pools_gmem) - 1)
         entry = number * pages_per_block
-        # Past the end of the table, or of the history, any page will do: it is masked.
-        ids = [tables_gmem[row, jnp.minimum(entry + j, M - 1)] for j in range(pages_per_block)]
 
         def copy(part, to, ready):
             def from_pool(pool, head):
                 last = pool[part].shape[1] - 1
-                for j, page in enumerate(ids):
+                for j in range(pages_per_block):
+                    # Past the end of the table, or of the history, any page will do: it is masked.
+                    page = tables_gmem[row, jnp.minimum(entry + j, M - 1)]
                     page = jnp.minimum(jnp.maximum(page, 0), last)
                     plgpu.copy_gmem_to_smem(
                         pool[part].at[head, page], to.at[pl.ds(j * P, P)], ready

@@ -105,12 +105,14 @@ class Work(NamedTuple):
     clean: Callable[[Any, Any], None]
 
 
-def attend(tile: Tile, warpgroup: Int[Array, ""], plan: Callable[[], Work]) -> None:
+def attend(tile: Tile, plan: Callable[[], Work]) -> None:
     """The whole of a kernel for one tile, run by all three warpgroups.
 
     ``plan`` is traced for either role anew: numbers computed before the roles part would have to
     fit into the few registers of the one that copies.
     """
+
+    warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < COPYING)
     def _():

@@ -19,6 +19,7 @@ from pallas_kernels.api import KVPages, PageList
 
 prefill = jax.jit(api.prefill_attention, static_argnames=("sink", "local"))
 paged = jax.jit(api.paged_attention)
+prefix = jax.jit(api.prefix_attention)
 merge = jax.jit(api.merge_attention)
 
 D = 8
@@ -340,6 +341,45 @@ def test_a_row_does_not_depend_on_its_neighbours(row: int) -> None:
     for x, y in zip(before, after, strict=True):
         assert_array_equal(x[row], y[row])
         assert not np.array_equal(x, y, equal_nan=True)
+
+
+# ----------------------------------------------------------------------------------------- prefix
+
+
+@pytest.mark.parametrize(
+    ("page_size", "length", "int8"),
+    [(16, 1, False), (16, 15, False), (16, 16, True), (16, 640, False), (64, 193, True)],
+)
+def test_prefix_attention(page_size: int, length: int, int8: bool) -> None:
+    """All rows attend the same tokens, none masked; everything else in the pool is NaN."""
+    rng = np.random.default_rng(length)
+    B, K, group, count = 3, 2, 2, 41
+    table = rng.permutation(count).astype(np.int32)
+    slots = np.arange(length)
+    where = table[slots // page_size], slots % page_size
+    pool = Pool(K, count, page_size, int8)
+    pool.put(where, *normal(rng, 2, length, K, D))
+    used = np.zeros((K, count, page_size), bool)
+    used[:, where[0], where[1]] = True
+    pool.poison(used)
+    q = normal(rng, B, K * group, D)
+    out, lse = prefix(jnp.asarray(q), pool.arrays(), jnp.asarray(table), jnp.int32(length))
+    k, v = pool.values()
+    for row, h in np.ndindex(B, K * group):
+        true_out, true_lse = oracle.paged_attention(
+            q[row, h].astype(float), k[h // group], v[h // group], table, 0, length
+        )
+        assert_allclose(out[row, h], true_out, atol=TOLERANCE, rtol=0)
+        assert_allclose(lse[row, h], true_lse, atol=TOLERANCE, rtol=0)
+
+
+def test_an_empty_prefix_gives_zero_and_minus_infinity() -> None:
+    pool = Pool(1, 2, 16, False)
+    pool.poison(np.zeros((1, 2, 16), bool))
+    q = jnp.ones((2, 3, D))
+    out, lse = prefix(q, pool.arrays(), jnp.array([1]), jnp.int32(0))
+    assert_array_equal(out, 0.0)
+    assert_array_equal(lse, -np.inf)
 
 
 # ------------------------------------------------------------------------------------------ merge

@@ -119,6 +119,18 @@ ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
         {"scores": f32(B, KR, M), "num_candidates": i32(B), "num_pages": 2, "sink_pages": 1},
         i32(B, KR, 2),
     ),
+    "fused_linear": (
+        {
+            "x": f32(B, D),
+            "kernel": f32(D, 2 * T),
+            "bias": f32(2 * T),
+            "norm_scale": f32(D),
+            "residual": f32(B, T),
+            "epsilon": 1e-5,
+            "gated": True,
+        },
+        (f32(B, T), None),
+    ),
     "apply_rotary": (
         {"x": f32(B, T, H, D), "cos": f32(1, T, D // 2), "sin": f32(1, T, D // 2)},
         f32(B, T, H, D),
@@ -133,7 +145,7 @@ ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
 
 def evaluate(op: str, arguments: dict[str, Any]) -> Any:
     """Shapes and dtypes only; nothing is compiled."""
-    static = {name: x for name, x in arguments.items() if isinstance(x, int)}
+    static = {name: x for name, x in arguments.items() if isinstance(x, int | float)}
     traced = {name: x for name, x in arguments.items() if name not in static}
     return jax.eval_shape(partial(getattr(api, op), **static), **traced)
 
@@ -374,7 +386,9 @@ def fill(x: Struct) -> Array:
 def example(op: str) -> dict[str, Any]:
     """The arguments that are traced, with valid values."""
     traced = {
-        name: jax.tree.map(fill, x) for name, x in ACCEPTED[op][0].items() if not isinstance(x, int)
+        name: jax.tree.map(fill, x)
+        for name, x in ACCEPTED[op][0].items()
+        if not isinstance(x, int | float)
     }
     match op:
         case "paged_attention":
@@ -401,7 +415,7 @@ def example(op: str) -> dict[str, Any]:
 @functools.cache
 def jitted(op: str) -> Callable[[dict[str, Any]], Any]:
     """``op`` of a dict of traced arguments; its static ones as in ``ACCEPTED``."""
-    static = {name: x for name, x in ACCEPTED[op][0].items() if isinstance(x, int)}
+    static = {name: x for name, x in ACCEPTED[op][0].items() if isinstance(x, int | float)}
     call = partial(getattr(api, op), **static)
     return jax.jit(lambda arguments: call(**arguments))
 

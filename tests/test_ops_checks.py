@@ -1,0 +1,85 @@
+"""What only values can tell: reported under checkify, free without it."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import checkify
+from test_ops_contract import ACCEPTED, KR, L, M, N, P, T, example, jitted
+
+from pallas_kernels import api
+
+
+def run(op: str, **changes):
+    """The op of valid arguments but for ``changes``, jitted, under checkify."""
+    return checkify.checkify(jitted(op))(example(op) | changes)[0]
+
+
+@pytest.mark.parametrize("op", sorted(ACCEPTED))
+def test_valid_arguments_pass(op: str) -> None:
+    run(op).throw()
+
+
+def changed(op: str, name: str, **fields):
+    return {name: example(op)[name]._replace(**fields)}
+
+
+@pytest.mark.parametrize(
+    ("op", "changes", "words"),
+    [
+        (
+            "paged_attention",
+            changed("paged_attention", "retrieval_list", pages=jnp.full((2, KR, L), N)),
+            rf"retrieval_list.pages must lie in \[0, {N - 1}\], got {N} to {N}",
+        ),
+        (
+            "paged_attention",
+            changed("paged_attention", "streaming_list", stop=jnp.full((2, 1), L * P + 1)),
+            rf"streaming_list.stop must lie in \[0, {L * P}\], got {L * P + 1}",
+        ),
+        (
+            "prefill_attention",
+            {"start": jnp.int32(M * P + 1)},
+            rf"tokens cached through page_table, which holds {M * P}, must lie in",
+        ),
+        (
+            "prefill_attention",
+            {"streaming_table": jnp.array([0, -1, 0, 0])},
+            rf"streaming_table must lie in \[0, {N - 1}\], got -1 to 0",
+        ),
+        ("prefill_attention", {"length": jnp.int32(T + 1)}, rf"length must lie in \[0, {T}\]"),
+        ("prefix_attention", {"length": jnp.int32(M * P + 1)}, "tokens cached through page_table"),
+        (
+            "append_kv",
+            {"page": jnp.array([0, N])},
+            rf"page must lie in .*, {N - 1}\], got 0 to {N}",
+        ),
+        ("append_kv", {"offset": jnp.array([0, P])}, rf"offset must lie in \[0, {P - 1}\]"),
+        (
+            "append_kv_chunk",
+            {"start": jnp.int32(M * P - T + 1)},
+            "tokens cached through page_table",
+        ),
+        ("append_kv_chunk", {"streaming_page": jnp.full((T,), N)}, "streaming_page must lie in"),
+        ("page_scores", {"length": jnp.array([1, M * P + 1])}, "length must lie in"),
+        ("page_scores", {"page_table": jnp.full((2, M), N)}, "page_table must lie in"),
+    ],
+)
+def test_violations_are_reported(op: str, changes: dict, words: str) -> None:
+    with pytest.raises(checkify.JaxRuntimeError, match=words):
+        run(op, **changes).throw()
+
+
+def test_entries_that_are_not_used_may_hold_anything() -> None:
+    table = jnp.array([3, 0, 4, N])  # 21 tokens are cached: two pages
+    run("prefill_attention", page_table=table, streaming_table=table).throw()
+    run("append_kv", page=jnp.array([-1, -7])).throw()
+
+
+def test_without_checkify_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cost() -> float:
+        step = jax.jit(lambda arguments: api.page_scores(**arguments, page_size=P))
+        return step.lower(example("page_scores")).compile().cost_analysis()["flops"]
+
+    with_checks = cost()
+    monkeypatch.setattr(api, "_check_range", lambda *args, **kwargs: None)
+    assert with_checks == cost()
