@@ -15,7 +15,9 @@ import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +28,20 @@ from shapes import (
     APPEND,
     APPEND_CHUNK,
     DECODE,
+    SELECTION,
     AppendShape,
     DecodeShape,
+    SelectionShape,
     append_chunk_inputs,
     append_inputs,
     decode_inputs,
+    selection_inputs,
 )
 
 from pallas_kernels import reference
 from pallas_kernels.decode_attention import choose_config, paged_attention
 from pallas_kernels.kv_append import append_kv, append_kv_chunk
+from pallas_kernels.page_selection import page_scores, select_pages
 
 COPY_RATE = 4.3e12  # bytes a second, read and written, of a large device-to-device copy
 L2_BYTES = 50 << 20
@@ -139,6 +145,47 @@ def time_append(shape: AppendShape) -> dict[str, object]:
     }
 
 
+def time_selection(shape: SelectionShape, op: str, how: Literal["kernel", "XLA"]) -> dict:
+    """Scoring or selecting; XLA gathers and multiplies, or sorts (loop steps of 1 us included)."""
+    calls = max(2, min(16, 1 + 2 * L2_BYTES // shape.bytes_moved))
+    q, stats, tables, length = selection_inputs(shape, calls=calls)
+    if op == "page_scores":
+        score = partial(
+            page_scores if how == "kernel" else reference.page_scores, page_size=shape.page_size
+        )
+        moved, flops = shape.bytes_moved, shape.flops
+
+        def run(q, stats, tables, length):
+            return lax.map(lambda table: score(q, stats, table, length), tables)
+
+        times = kernel_times(run, q, stats, tables, length, calls=calls)
+    else:
+        select = partial(
+            select_pages if how == "kernel" else reference.select_pages,
+            num_pages=shape.selected,
+            sink_pages=1,
+        )
+        moved, flops = shape.score_bytes, 0
+        size = calls, shape.rows, shape.retrieval_heads, shape.pages
+        scores = 70.0 + 8.0 * jax.random.normal(jax.random.key(1), size)  # as of random pages
+
+        def run(scores, candidates):
+            return lax.map(lambda x: select(x, candidates), scores)
+
+        times = kernel_times(run, scores, length // shape.page_size, calls=calls)
+    kernels = {name: t for name, t in times.items() if how == "XLA" or "mosaic" in name}
+    total = sum(kernels.values())
+    return {
+        "op": op if how == "kernel" else f"{op}, XLA",
+        "shape": shape.name,
+        "kernels_us": kernels,
+        "us": total,
+        "bytes": moved,
+        "flops": flops,
+        "share_of_copy_rate": moved / total / COPY_RATE * 1e6,
+    }
+
+
 def time_cudnn(tokens: int, heads: int = 32, kv_heads: int = 8, head_dim: int = 128) -> dict:
     """Dense attention over contiguous keys by cuDNN, the best stock path for one query."""
     keys = jax.random.split(jax.random.key(0), 3)
@@ -175,6 +222,12 @@ def main() -> None:
     rows = []
     measurements = [lambda shape=shape: time_decode(shape) for shape in DECODE]
     measurements += [lambda shape=shape: time_append(shape) for shape in (*APPEND, *APPEND_CHUNK)]
+    measurements += [
+        lambda shape=shape, op=op, how=how: time_selection(shape, op, how)
+        for shape in SELECTION
+        for op in ("page_scores", "select_pages")
+        for how in ("kernel", "XLA")
+    ]
     measurements += [lambda tokens=tokens: time_cudnn(tokens) for tokens in (131072, 524288)]
     for measure in measurements:
         row = measure()

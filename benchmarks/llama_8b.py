@@ -1,5 +1,6 @@
 """The engine with Llama-3-8B's geometry and random weights: what speed needs of a model."""
 
+import dataclasses
 import datetime
 import functools
 import subprocess
@@ -87,18 +88,20 @@ def make_engine(
 
 
 def fill_caches(engine: Engine) -> None:
-    """Random keys, values and statistics, in place: decode can be timed without a prefill."""
-    fill = jax.jit(_random_like, donate_argnums=0)
-    engine.caches = [fill(cache, jnp.int32(i)) for i, cache in enumerate(engine.caches)]
+    """Random keys, values and statistics: decode can be timed without a prefill."""
+    shapes = jax.eval_shape(lambda: engine.caches)
+    engine.caches = []  # the memory of the old ones is needed
+    engine.caches = [_random_cache(cache, jnp.int32(i)) for i, cache in enumerate(shapes)]
 
 
-def _random_like(cache: LayerCache, seed: jax.Array) -> LayerCache:
-    leaves, tree = jax.tree.flatten(cache)
+@functools.partial(jax.jit, static_argnames=("shapes",))
+def _random_cache(shapes: LayerCache, seed: jax.Array) -> LayerCache:
+    leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
 
-    def fill(x: jax.Array, key: jax.Array) -> jax.Array:
+    def fill(x: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
         if x.dtype == jnp.int32:  # page lists: made by the first selection
-            return x
+            return jnp.zeros(x.shape, x.dtype)
         # 64 different pages over and over: random bits for all would take the pool's memory again.
         pages = jax.random.normal(key, (64, *x.shape[2:]), x.dtype)
         return jnp.broadcast_to(pages[jnp.arange(x.shape[1]) % 64][None], x.shape)
@@ -106,15 +109,9 @@ def _random_like(cache: LayerCache, seed: jax.Array) -> LayerCache:
     filled = jax.tree.unflatten(tree, [fill(x, key) for x, key in zip(leaves, keys, strict=True)])
     if filled.key_stats is None:
         return filled
-    high = jnp.abs(filled.key_stats[:, :, :, 0])
-    stats = filled.key_stats.at[:, :, :, 0].set(high).at[:, :, :, 1].set(-high)
-    return LayerCache(
-        retrieval=filled.retrieval,
-        key_stats=stats,
-        streaming=filled.streaming,
-        window=filled.window,
-        listed=filled.listed,
-    )
+    high = jnp.abs(filled.key_stats[:, :, :, :1])
+    stats = jnp.concatenate([high, -high], axis=3)
+    return dataclasses.replace(filled, key_stats=stats)
 
 
 def provenance() -> dict[str, str]:

@@ -303,3 +303,235 @@ def append_chunk_inputs(
         for table, pages in zip(tables, ring, strict=True)
     ]
     return (k, v, *pools, stats), where
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionShape:
+    """One call of ``page_scores`` and of ``select_pages`` on its scores."""
+
+    name: str
+    rows: int = 1
+    retrieval_heads: int = 4
+    pages: int  # pages a row has
+    selected: int = 63
+    group: int = 4
+    head_dim: int = 128
+    page_size: int = 64
+    logical_page_size: int = 16
+
+    @property
+    def bytes_moved(self) -> int:
+        """Statistics of every page, once."""
+        logical_pages = self.page_size // self.logical_page_size
+        return self.rows * self.retrieval_heads * self.pages * logical_pages * 4 * self.head_dim
+
+    @property
+    def flops(self) -> int:
+        """Of the product of both halves of each query with the statistics."""
+        return self.bytes_moved * self.group
+
+    @property
+    def score_bytes(self) -> int:
+        return 4 * self.rows * self.retrieval_heads * self.pages
+
+
+SELECTION = (
+    SelectionShape(name="select, 128K", pages=2048),
+    SelectionShape(name="select, 512K", pages=8192),
+    SelectionShape(name="select, 128K, 8 rows", rows=8, pages=2048),
+    SelectionShape(
+        name="select, SmolLM2 32K",
+        retrieval_heads=2,
+        pages=2048,
+        selected=127,
+        group=3,
+        head_dim=64,
+        page_size=16,
+    ),
+)
+
+
+def selection_inputs(
+    shape: SelectionShape, *, calls: int = 1, seed: int = 0
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Query, statistics, page tables ``[calls, B, M]`` without a page in common, and lengths.
+
+    The newest page of a row is not full; logical pages without tokens hold NaN.
+    """
+    rng = np.random.default_rng(seed)
+    B, M, P = shape.rows, shape.pages, shape.page_size
+    g, total = P // shape.logical_page_size, calls * shape.rows * shape.pages
+    tables = rng.permutation(total).astype(np.int32).reshape(calls, B, M)
+    used = np.ones((total, g), bool)
+    used[tables[:, :, -1], -1] = g == 1
+    q_key, stats_key = jax.random.split(jax.random.key(seed))
+    q = jax.random.normal(
+        q_key, (B, shape.retrieval_heads * shape.group, shape.head_dim), jnp.bfloat16
+    )
+    stats = jax.random.normal(
+        stats_key, (shape.retrieval_heads, total, g, 2, shape.head_dim), jnp.bfloat16
+    )
+    stats = jnp.stack([stats.max(axis=3), stats.min(axis=3)], axis=3)
+    stats = jnp.where(jnp.asarray(used)[:, :, None, None], stats, jnp.nan)
+    length = jnp.full(B, (M - 1) * P + max(P - shape.logical_page_size, 1), jnp.int32)
+    return q, stats, jnp.asarray(tables), length
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillShape:
+    """One call of ``prefill_attention``; all tokens of the chunk exist but the last."""
+
+    name: str
+    tokens: int
+    start: int = 0
+    retrieval_heads: int
+    streaming_heads: int = 0
+    sink: int = 128
+    local: int = 256
+    group: int = 4
+    head_dim: int = 128
+    page_size: int = 64
+    int8: bool = False  # the retrieval pool
+
+    @property
+    def flops(self) -> int:
+        """Four for each channel of each visible pair of a query and a key."""
+        position = np.arange(self.start, self.start + self.tokens - 1)
+        causal = int((position + 1).sum())
+        seen = np.minimum(position + 1, self.local)
+        seen += np.minimum(self.sink, np.maximum(position + 1 - self.local, 0))
+        pairs = self.retrieval_heads * causal + self.streaming_heads * int(seen.sum())
+        return 4 * self.head_dim * self.group * pairs
+
+    @property
+    def bytes_moved(self) -> int:
+        """Queries and outputs, and keys and values that some query sees, once."""
+        everything = self.start + self.tokens
+        window = min(everything, self.tokens + self.sink + self.local)
+        keys = self.retrieval_heads * everything + self.streaming_heads * window
+        queries = (self.retrieval_heads + self.streaming_heads) * self.group * self.tokens
+        return 4 * self.head_dim * (keys + queries)
+
+
+def _prefill_shapes() -> tuple[PrefillShape, ...]:
+    """Llama-3-8B's heads, dense and half of them streaming; SmolLM2-135M's; a short chunk."""
+    half = {"retrieval_heads": 4, "streaming_heads": 4}
+    return (
+        PrefillShape(name="32K", tokens=32768, retrieval_heads=8),
+        PrefillShape(name="32K, half streaming", tokens=32768, **half),
+        PrefillShape(name="8K at 24K", tokens=8192, start=24576, retrieval_heads=8),
+        PrefillShape(name="8K at 24000, half, int8", tokens=8192, start=24000, int8=True, **half),
+        PrefillShape(name="64 at 8K, half streaming", tokens=64, start=8192, **half),
+        PrefillShape(
+            name="SmolLM2, 1000 at 777",
+            tokens=1000,
+            start=777,
+            retrieval_heads=2,
+            streaming_heads=1,
+            group=3,
+            head_dim=64,
+            page_size=16,
+        ),
+    )
+
+
+def _long_prefill_shapes() -> tuple[PrefillShape, ...]:
+    """Timed only: their truth in float32 takes too long. The last is one chunk of many."""
+    half = {"retrieval_heads": 4, "streaming_heads": 4}
+    return (
+        PrefillShape(name="128K", tokens=131072, retrieval_heads=8),
+        PrefillShape(name="128K, half streaming", tokens=131072, **half),
+        PrefillShape(name="128K, half, local 8192", tokens=131072, local=8192, **half),
+        PrefillShape(name="8K at 120K", tokens=8192, start=122880, retrieval_heads=8),
+    )
+
+
+PREFILL = _prefill_shapes()
+LONG_PREFILL = _long_prefill_shapes()
+
+
+def prefill_inputs(shape: PrefillShape, *, seed: int = 0) -> tuple[tuple, dict[str, int]]:
+    """Positional and keyword arguments of ``prefill_attention``.
+
+    History slots that no query sees hold NaN (int8: a NaN scale), as does the last token.
+    """
+    rng = np.random.default_rng(seed)
+    T, P, D = shape.tokens, shape.page_size, shape.head_dim
+    width = max(-(-shape.start // P), 1)
+    position = np.arange(width * P).reshape(width, P)
+    keys = jax.random.split(jax.random.key(seed), 5)
+
+    def pool(key, heads, seen, int8):
+        table = rng.permutation(width).astype(np.int32)
+        used = np.zeros((width, P), bool)
+        used[table] = seen & (position < shape.start)
+        every = jnp.broadcast_to(jnp.asarray(used), (heads, width, P))
+        return _random_pages(key, every, D, int8), jnp.asarray(table)
+
+    in_window = (position < shape.sink) | (position > shape.start - shape.local)
+    retrieval, table = pool(keys[0], shape.retrieval_heads, position >= 0, shape.int8)
+    streaming, ring = pool(keys[1], shape.streaming_heads, in_window, False)
+    kv_heads = shape.retrieval_heads + shape.streaming_heads
+    exists = (jnp.arange(T) < T - 1)[:, None, None]
+    q, k, v = (
+        jnp.where(exists, jax.random.normal(key, (T, heads, D), jnp.bfloat16), jnp.nan)
+        for key, heads in zip(keys[2:], (kv_heads * shape.group, kv_heads, kv_heads), strict=True)
+    )
+    bounds = jnp.int32(shape.start), jnp.int32(T - 1)
+    args = q, k, v, retrieval, streaming, table, ring, *bounds
+    return args, {"sink": shape.sink, "local": shape.local}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixShape:
+    """One call of ``prefix_attention``."""
+
+    name: str
+    rows: int
+    tokens: int
+    heads: int = 8
+    group: int = 4
+    head_dim: int = 128
+    page_size: int = 64
+
+    @property
+    def flops(self) -> int:
+        return 4 * self.rows * self.heads * self.group * self.head_dim * self.tokens
+
+    @property
+    def bytes_moved(self) -> int:
+        """Keys and values of the prefix, once."""
+        return 4 * self.tokens * self.heads * self.head_dim
+
+
+PREFIX = (
+    PrefixShape(name="prefix 2K, 8 rows", rows=8, tokens=2048),
+    PrefixShape(name="prefix 8K, 64 rows", rows=64, tokens=8192),
+    PrefixShape(name="prefix 32K, 32 rows", rows=32, tokens=32768),
+    PrefixShape(name="prefix 32K, 128 rows", rows=128, tokens=32768),
+    PrefixShape(
+        name="prefix, SmolLM2, 7 rows of 5000",
+        rows=7,
+        tokens=5000,
+        heads=2,
+        group=3,
+        head_dim=64,
+        page_size=16,
+    ),
+)
+
+
+def prefix_inputs(shape: PrefixShape, *, seed: int = 0) -> tuple:
+    """Arguments of ``prefix_attention``. Slots past the prefix hold NaN."""
+    rng = np.random.default_rng(seed)
+    P, D = shape.page_size, shape.head_dim
+    width = -(-shape.tokens // P)
+    table = rng.permutation(width).astype(np.int32)
+    used = np.zeros((width, P), bool)
+    used[table] = np.arange(width * P).reshape(width, P) < shape.tokens
+    key, q_key = jax.random.split(jax.random.key(seed))
+    pages = _random_pages(
+        key, jnp.broadcast_to(jnp.asarray(used), (shape.heads, width, P)), D, False
+    )
+    q = jax.random.normal(q_key, (shape.rows, shape.heads * shape.group, D), jnp.bfloat16)
+    return q, pages, jnp.asarray(table), jnp.int32(shape.tokens)

@@ -183,7 +183,7 @@ def _unsupported(
     return reasons
 
 
-def _a_row_a_warp(rows: int, columns: int) -> plgpu.Layout:
+def _a_row_a_warp(rows: int, columns: int):
     """Registers of a matrix whose row i is in warp i % 4, neighbouring channels in one lane.
 
     A matrix of one or two rows is held by four or two warps each.
@@ -206,25 +206,23 @@ def _quantize(largest, x):
 
 
 def _in_place(
-    kernel: Callable[..., Array | tuple[()]],
-    inputs: tuple[Array, ...],
-    retrieval: KVPages,
-    streaming: KVPages,
-    key_stats: Array | None,
-) -> tuple[Array | tuple[()], KVPages, KVPages, Array | None]:
+    kernel: Callable, inputs: tuple[Array, ...], retrieval: KVPages, streaming: KVPages, stats
+) -> tuple[Array, KVPages, KVPages, Array | None]:
     """Calls ``kernel`` with ``inputs`` and with references to both pools and to the statistics.
 
-    A reference to nothing cannot be passed: None stands for an empty pool and its statistics.
+    Returns what it gives out, and what the references hold then. There are no references to arrays
+    without elements: None stands for an empty pool and its statistics.
     """
-    pools = tuple(pool if pool.k.shape[0] > 0 else None for pool in (retrieval, streaming))
-    stats = key_stats if retrieval.k.shape[0] > 0 else None
-    refs = jax.tree.map(jax.new_ref, (*pools, stats))
+
+    def refer(cache, pool: KVPages):
+        return None if pool.k.shape[0] == 0 else jax.tree.map(jax.new_ref, cache)
+
+    def content(cache, ref):
+        return cache if ref is None else jax.tree.map(jax.freeze, ref)
+
+    refs = refer(retrieval, retrieval), refer(streaming, streaming), refer(stats, retrieval)
     out = kernel(*inputs, *refs)
-    new = jax.tree.map(jax.freeze, refs)
-    return out, *(
-        old if x is None else x
-        for old, x in zip((retrieval, streaming, key_stats), new, strict=True)
-    )
+    return out, content(retrieval, refs[0]), content(streaming, refs[1]), content(stats, refs[2])
 
 
 def _append_token(
@@ -408,8 +406,7 @@ def _append_pages(
         stats_gmem,  # [Kr, N, g, 2, D], updated
         tile_smem,  # [P, D] bf16
         ready,  # barrier
-        codes_smem=None,  # [P, D] int8
-        scales_smem=None,  # [P] float32
+        *int8_smem,  # codes [P, D] int8, scales [P] float32
     ):
         # The last page first: it may be written in part, which takes longer.
         i = pages - 1 - lax.axis_index("page")
@@ -423,6 +420,7 @@ def _append_pages(
 
         def quantize():
             rows = min(P, ROWS_AT_ONCE)
+            codes_smem, scales_smem = int8_smem
 
             def quantize_rows(j, _):
                 block = pl.ds(j * rows, rows)
@@ -487,9 +485,7 @@ def _append_pages(
         def append(x_gmem, pool, scale_pool, stats, head, page, page_of_token):
             """Writes head ``head`` of a pool; ``page`` is an id, NO_PAGE or MANY_PAGES."""
             whole = (begin == 0) & (end == P) & (page >= 0)
-            tile, scales = tile_smem, scales_smem
-            if scale_pool is not None:
-                tile = codes_smem
+            tile = tile_smem if scale_pool is None else int8_smem[0]
 
             def write_row(slot, _):
                 row, page = slot + shift, page_of_token(slot + first)
@@ -498,7 +494,7 @@ def _append_pages(
                 def _():
                     store_anyhow(pool.at[head, page, slot], _load(tile.at[row], per_channel))
                     if scale_pool is not None:
-                        scale_pool[head, page, slot] = scales[row]
+                        scale_pool[head, page, slot] = int8_smem[1][row]
 
             def write_rows(j, _):
                 """Slots 8 * j to 8 * j + 7: at once if all are written, to one page."""
@@ -510,7 +506,7 @@ def _append_pages(
                     rows = pl.ds(j * 8 + shift, 8)
                     store_anyhow(pool.at[head, page, slots], _load(tile.at[rows], matrix))
                     if scale_pool is not None:
-                        scale = _load(scales.at[rows], per_row)
+                        scale = _load(int8_smem[1].at[rows], per_row)
                         store_anyhow(scale_pool.at[head, page, slots], scale)
 
                 @pl.when(~at_once)
@@ -529,7 +525,7 @@ def _append_pages(
                 def _():
                     plgpu.copy_smem_to_gmem(tile, pool.at[head, page])
                     if scale_pool is not None:
-                        plgpu.copy_smem_to_gmem(scales, scale_pool.at[head, page])
+                        plgpu.copy_smem_to_gmem(int8_smem[1], scale_pool.at[head, page])
                     if stats is not None:
                         assign_statistics(stats.at[head, page])
                     plgpu.wait_smem_to_gmem(0)
@@ -571,5 +567,4 @@ def _append_pages(
         scratch_types=scratch,
     )
     inputs = k, v, page_table, streaming_page, ring_page, start.reshape(1), length.reshape(1)
-    _, *updated = _in_place(kernel, inputs, retrieval, streaming, key_stats)
-    return tuple(updated)
+    return _in_place(kernel, inputs, retrieval, streaming, key_stats)[1:]

@@ -48,6 +48,7 @@ from pallas_kernels.mosaic import (
     MATRIX_TRANSPOSED,
     PER_COLUMN,
     PER_ROW,
+    SM_COUNT,
     cdiv,
     full,
     matmul,
@@ -67,7 +68,6 @@ MOST_PAGES = 32768
 MOST_SELECTED = 512
 LOWEST_KEY = -(2**31)  # below the key of -inf
 HIGHEST_KEY = 2**31 - 1  # above the key of inf
-INFINITY_KEY = 0x7F800000
 UPPER = 1 << 16  # two counts in one int32, so that one reduction makes both
 
 
@@ -86,9 +86,10 @@ class Config:
 
 def choose_config(rows: int, kv_heads: int, tiles: int) -> Config:
     """The configuration for ``rows`` x ``kv_heads`` lists of ``tiles`` tiles each."""
-    # Two tiles a CTA, both in flight at once, and two CTAs an SM: more tiles a CTA gain nothing
-    # on long lists and leave SMs idle on short ones; more stages leave room for one CTA only.
-    return Config(tiles=2 if rows * kv_heads * tiles >= 256 else 1)
+    # One wave of two CTAs an SM: where a tile is left over for each, nothing hides its latency.
+    # Two tiles in flight: with more, shared memory has room for one CTA only, which is slower.
+    # Beyond eight tiles a CTA there is nothing more to gain.
+    return Config(tiles=min(max(pl.cdiv(rows * kv_heads * tiles, 2 * SM_COUNT), 1), 8))
 
 
 def page_scores(
@@ -342,6 +343,17 @@ def select_pages(
                 0, size // part, lambda i, acc: acc + jnp.sum(f(*keys(i))), jnp.int32(0)
             )
 
+        def largest(f):
+            """Maximum of f(key, page) over all pages."""
+            if held is not None:
+                return jnp.max(f(*held))
+            return lax.fori_loop(
+                0,
+                size // part,
+                lambda i, acc: jnp.maximum(acc, jnp.max(f(*keys(i)))),
+                jnp.int32(LOWEST_KEY),
+            )
+
         def narrow(bounds):
             """``low`` has at least ``wanted`` keys at or above it, every key above ``high`` fewer.
 
@@ -364,8 +376,12 @@ def select_pages(
             done = (above_first == wanted) | (above_second == wanted)
             return jnp.where(done, exact, new_low), jnp.where(done, exact, new_high)
 
-        low = jnp.where(wanted > 0, LOWEST_KEY + 1, HIGHEST_KEY)
-        high = jnp.where(wanted > 0, INFINITY_KEY, HIGHEST_KEY)
+        # From the least to the greatest key: real scores are much closer than all of float32.
+        # ~key is in reverse order; keys that cannot be selected are lowest either way.
+        least = ~largest(lambda key, _: jnp.where(key == LOWEST_KEY, key, ~key))
+        greatest = largest(lambda key, _: key)
+        low = jnp.where(wanted > 0, least, HIGHEST_KEY)
+        high = jnp.where(wanted > 0, greatest, HIGHEST_KEY)
         threshold, _ = lax.while_loop(lambda bounds: bounds[0] < bounds[1], narrow, (low, high))
 
         both = total_of(
@@ -384,9 +400,7 @@ def select_pages(
 
         # The page number below which keys equal to the threshold are selected: mostly all are.
         low = jnp.where(both % UPPER > ties, 0, candidates)
-        cutoff, _ = lax.while_loop(
-            lambda bounds: bounds[0] < bounds[1], halve, (low, candidates)
-        )
+        cutoff, _ = lax.while_loop(lambda bounds: bounds[0] < bounds[1], halve, (low, candidates))
 
         row = plgpu.broadcasted_iota(jnp.int32, SQUARE, 0, layout=MATRIX)
         column = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=MATRIX)

@@ -46,6 +46,7 @@ from pallas_kernels.query_tiles import (
     WARPGROUPS,
     Work,
     attend,
+    copy_pages,
     tile_scratch,
     zero_rows,
 )
@@ -253,39 +254,30 @@ def _plan(
         rows = pl.ds(first + half * HALF, HALF)
         return q_gmem.at[rows, head], out_gmem.at[rows, head], lse_gmem.at[head, rows]
 
-    def fetch(step):
+    def fetch(step, part, to, ready):
         of_history, number, _, _ = block(step)
-        row = jnp.where(kv_head < split, 0, len(pools_gmem) - 1)
-        entry = number * pages_per_block
 
-        def copy(part, to, ready):
-            def from_pool(pool, head):
-                last = pool[part].shape[1] - 1
-                for j in range(pages_per_block):
-                    # Past the end of the table, or of the history, any page will do: it is masked.
-                    page = tables_gmem[row, jnp.minimum(entry + j, M - 1)]
-                    page = jnp.minimum(jnp.maximum(page, 0), last)
-                    plgpu.copy_gmem_to_smem(
-                        pool[part].at[head, page], to.at[pl.ds(j * P, P)], ready
-                    )
+        def from_pool(index, head):
+            def page_id(j):
+                return tables_gmem[index, jnp.minimum(number * pages_per_block + j, M - 1)]
 
-            @pl.when(of_history)
-            def _():
-                if len(pools_gmem) == 1:
-                    from_pool(pools_gmem[0], kv_head)
-                else:
-                    pl.when(kv_head < split)(lambda: from_pool(pools_gmem[0], kv_head))
-                    pl.when(kv_head >= split)(lambda: from_pool(pools_gmem[1], kv_head - split))
+            copy_pages(pools_gmem[index][part], head, page_id, to, ready)
 
-            @pl.when(jnp.logical_not(of_history))
-            def _():
-                for j in range(0, BLOCK, P):  # in as many copies as blocks of the history
-                    tokens = pl.ds(number * BLOCK + j, P)
-                    plgpu.copy_gmem_to_smem(
-                        chunk_gmem[part].at[tokens, kv_head], to.at[pl.ds(j, P)], ready
-                    )
+        @pl.when(of_history)
+        def _():
+            if len(pools_gmem) == 1:
+                from_pool(0, kv_head)
+            else:
+                pl.when(kv_head < split)(lambda: from_pool(0, kv_head))
+                pl.when(kv_head >= split)(lambda: from_pool(1, kv_head - split))
 
-        return copy
+        @pl.when(jnp.logical_not(of_history))
+        def _():
+            for j in range(0, BLOCK, P):  # in as many copies as blocks of the history
+                tokens = pl.ds(number * BLOCK + j, P)
+                plgpu.copy_gmem_to_smem(
+                    chunk_gmem[part].at[tokens, kv_head], to.at[pl.ds(j, P)], ready
+                )
 
     def mask(step, half, scores):
         _, _, begin, end = block(step)

@@ -45,7 +45,7 @@ BLOCK = 128  # keys of a block: half as many leave the tensor cores idle a fifth
 WARPGROUPS = 3
 COPYING = 2  # the warpgroup that copies
 # Registers a thread, of 65536 for all: accumulators, scores and weights need many, copying few.
-COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
+COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
 # Stands for "no score yet" where -inf would make exp2(-inf - -inf) a NaN.
 LOWEST = -1e30
 
@@ -95,9 +95,8 @@ class Work(NamedTuple):
     steps: Int[Array, ""]  # number of blocks to attend
     # rows_of(half): 64 rows of q and out [64, D] and of lse [64] in device memory
     rows_of: Callable[[Any], tuple[Any, Any, Any]]
-    # fetch(step): finds a block; returns a function of (KEYS or VALUES, to [128, D], ready) that
-    # starts its copies
-    fetch: Callable[[Any], Callable[[int, Any, Any], None]]
+    # fetch(step, KEYS or VALUES, to, ready): starts the copies of a block to [128, D]
+    fetch: Callable[[Any, int, Any, Any], None]
     # mask(step, half, scores): scores [64, 128] with -inf where a query must not see a key
     mask: Callable[[Any, Any, Any], Any]
     # clean(step, v): zeroes rows of v [128, D] that may hold NaN, which a weight of zero does not
@@ -216,21 +215,36 @@ def _compute(tile: Tile, half, work: Work) -> None:
 def _copy(tile: Tile, work: Work) -> None:
     steps, stages = work.steps, tile.k.shape[0]
 
-    for step in range(stages):
+    def fetch_keys(step, slot):
+        work.fetch(step, KEYS, tile.k.at[slot], tile.k_ready.at[slot])
 
-        @pl.when(step < steps)
-        def _(step=step):
-            start = work.fetch(jnp.int32(step))
-            start(KEYS, tile.k.at[step], tile.k_ready.at[step])
-            start(VALUES, tile.v.at[step], tile.v_ready.at[step])
+    def fetch_values(step, slot):
+        work.fetch(step, VALUES, tile.v.at[slot], tile.v_ready.at[slot])
+
+    for slot in range(stages):
+
+        @pl.when(slot < steps)
+        def _(slot=slot):
+            fetch_keys(jnp.int32(slot), slot)
+            fetch_values(jnp.int32(slot), slot)
 
     def refill(step, _):
         slot = lax.rem(step, jnp.int32(stages))
-        start = work.fetch(step + stages)  # finds the block before there is room for it
         more = step + stages < steps
         plgpu.barrier_wait(tile.k_free.at[slot])
-        pl.when(more)(lambda: start(KEYS, tile.k.at[slot], tile.k_ready.at[slot]))
+        pl.when(more)(lambda: fetch_keys(step + stages, slot))
         plgpu.barrier_wait(tile.v_free.at[slot])
-        pl.when(more)(lambda: start(VALUES, tile.v.at[slot], tile.v_ready.at[slot]))
+        pl.when(more)(lambda: fetch_values(step + stages, slot))
 
     lax.fori_loop(0, steps, refill, None)
+
+
+def copy_pages(pages, head, page_id: Callable[[int], Any], to, ready) -> None:
+    """Starts the copies of a block [128, D] from the pages [heads, N, P, D] of a head.
+
+    ``page_id(j)`` names the block's j-th page. Any number will do for a page that is masked.
+    """
+    _, N, P, _ = pages.shape
+    for j in range(BLOCK // P):
+        page = jnp.minimum(jnp.maximum(page_id(j), 0), N - 1)
+        plgpu.copy_gmem_to_smem(pages.at[head, page], to.at[pl.ds(j * P, P)], ready)

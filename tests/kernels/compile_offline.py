@@ -4,6 +4,7 @@ A program of its own, because the choice of platform is fixed when JAX starts an
 standard output:  JAX_PLATFORMS=cpu MOSAIC_GPU_DUMP_PTXAS=1 python compile_offline.py
 """
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.decode_attention import paged_attention
 from pallas_kernels.kv_append import append_kv, append_kv_chunk
+from pallas_kernels.page_selection import page_scores, select_pages
 from pallas_kernels.reference import KVPages, PageList
 
 
@@ -107,6 +109,32 @@ APPEND_CASES = {
 }
 
 
+def selection_arguments(width=2048, heads=1, group=4, head_dim=128, logical_pages=4):
+    array = jax.ShapeDtypeStruct
+    q = array((1, heads * group, head_dim), jnp.bfloat16)
+    stats = array((heads, 4096, logical_pages, 2, head_dim), jnp.bfloat16)
+    return q, stats, array((1, width), jnp.int32), array((1,), jnp.int32)
+
+
+def select(q, stats, table, length, *, page_size=128, num_pages=63):
+    scores = page_scores(q, stats, table, length, page_size=page_size)
+    return select_pages(scores, length // page_size, num_pages=num_pages, sink_pages=1)
+
+
+SELECTION_CASES = {
+    "selection, 2048 pages": ({}, {}),
+    "selection, 8192 pages, D 64": ({"width": 8192, "head_dim": 64, "group": 3}, {}),
+    "selection, 511 of 32768 pages, group 16": (
+        {"width": 32768, "group": 16, "logical_pages": 1},
+        {"num_pages": 511},
+    ),
+    "selection, 300 pages of 8, D 64": (
+        {"width": 300, "head_dim": 64, "logical_pages": 8},
+        {"num_pages": 20},
+    ),
+}
+
+
 def main() -> None:
     target = Path(__file__).with_name("h200_target.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
@@ -130,6 +158,13 @@ def main() -> None:
         print(f"caches {sum(caches)} bytes, updated in place {memory.alias_size_in_bytes}")
         print(f"smallest cache {min(x for x in caches if x)} bytes", end=", ")
         print(f"temporary {memory.temp_size_in_bytes}", flush=True)
+    for name, (case, how) in SELECTION_CASES.items():
+        arguments = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            selection_arguments(**case),
+        )
+        print(f"CASE {name}", flush=True)
+        jax.jit(partial(select, **how)).lower(*arguments).compile()
 
 
 if __name__ == "__main__":

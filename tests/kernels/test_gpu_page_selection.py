@@ -1,0 +1,45 @@
+"""Page selection on a Hopper GPU at the shapes of the benchmarks: ``pytest -m gpu tests/kernels``.
+
+Statistics of logical pages without tokens hold NaN.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from shapes import SELECTION, SelectionShape, selection_inputs
+
+from pallas_kernels import reference
+from pallas_kernels.page_selection import page_scores, select_pages
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("shape", SELECTION, ids=lambda shape: shape.name)
+def test_page_scores(shape: SelectionShape) -> None:
+    """Products of bf16 are exact and sums float32: far closer than twice bf16 arithmetic."""
+    q, stats, tables, length = selection_inputs(shape)
+    args = q, stats, tables[0], length
+    scores = np.asarray(jax.jit(partial(page_scores, page_size=shape.page_size))(*args))
+    truth = np.asarray(reference.page_scores(*args, page_size=shape.page_size))
+    assert np.isfinite(truth).all()
+    np.testing.assert_allclose(scores, truth, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["scores", "tied"])
+@pytest.mark.parametrize("shape", SELECTION, ids=lambda shape: shape.name)
+def test_select_pages(shape: SelectionShape, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    size = shape.rows, shape.retrieval_heads, shape.pages
+    scores = rng.normal(size=size) if kind == "scores" else rng.choice([-1, -0.0, 0, 2], size=size)
+    candidates = np.full(shape.rows, shape.pages - 1, np.int32)
+    candidates[-1] -= shape.pages // 3
+    scores[-1, :, candidates[-1] :] = np.nan
+    args = jnp.asarray(scores, jnp.float32), jnp.asarray(candidates)
+    how = {"num_pages": shape.selected, "sink_pages": 1}
+    assert_array_equal(
+        jax.jit(partial(select_pages, **how))(*args), reference.select_pages(*args, **how)
+    )

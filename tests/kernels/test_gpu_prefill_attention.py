@@ -1,0 +1,113 @@
+"""Prefill and prefix attention on a Hopper GPU at the benchmarks' shapes: ``pytest -m gpu``.
+
+Unused slots hold NaN. A kernel may be at most twice as far from float32 arithmetic as the same
+maths done in bf16.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from shapes import PREFILL, PREFIX, PrefillShape, PrefixShape, prefill_inputs, prefix_inputs
+
+from pallas_kernels import reference
+from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.prefix_attention import prefix_attention
+from pallas_kernels.reference import KVPages
+
+pytestmark = pytest.mark.gpu
+
+QUERIES = 256  # a tile of the bf16 computation
+
+
+def distance(x: jax.Array, truth: jax.Array) -> float:
+    difference = np.asarray(x, np.float32) - np.asarray(truth, np.float32)
+    return float(np.linalg.norm(difference) / np.linalg.norm(np.asarray(truth, np.float32)))
+
+
+def tokens_of(pages: KVPages, table: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """K and V [K, tokens, D] in bf16, 0 for NaN."""
+
+    def read(x: jax.Array, scale: jax.Array | None) -> jax.Array:
+        x = x[:, table].astype(jnp.float32)
+        if scale is not None:
+            x = x * scale[:, table][..., None]
+        return jnp.nan_to_num(x.reshape(x.shape[0], -1, x.shape[-1])).astype(jnp.bfloat16)
+
+    return read(pages.k, pages.k_scale), read(pages.v, pages.v_scale)
+
+
+def bf16_attention(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+    """Queries [K, Q, D] attend keys and values [K, T, D] where ``seen`` [Q, T]."""
+    scores = jnp.einsum("kqd,ktd->kqt", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen, scores * q.shape[-1] ** -0.5, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(jnp.bfloat16)
+    return jnp.einsum("kqt,ktd->kqd", weights, v, preferred_element_type=jnp.float32)
+
+
+@partial(jax.jit, static_argnames=("start", "sink", "local"))
+def bf16_prefill(q, k, v, retrieval, streaming, table, ring, *, start, sink, local) -> jax.Array:
+    """All tokens exist; those that do not, and their outputs, are left to the caller."""
+    T, H, D = q.shape
+    K = k.shape[1]
+    q, k, v = (jnp.nan_to_num(x) for x in (q, k, v))
+    split = retrieval.k.shape[0]
+    outs = []
+    for pages, ids, part, near in (
+        (retrieval, table, slice(0, split), 1 << 30),
+        (streaming, ring, slice(split, K), local),
+    ):
+        if pages.k.shape[0] == 0:
+            continue
+        keys, values = (
+            jnp.concatenate([x[:, :start], new[:, part].swapaxes(0, 1)], axis=1)
+            for x, new in zip(tokens_of(pages, ids), (k, v), strict=True)
+        )
+        grouped = q.reshape(T, K, H // K, D)[:, part]
+        grouped = jnp.pad(grouped, ((0, -T % QUERIES), (0, 0), (0, 0), (0, 0)))
+        tiles = grouped.reshape(-1, QUERIES, *grouped.shape[1:])
+
+        def attend(args, keys=keys, values=values, near=near):
+            index, tile = args  # [QUERIES, K, G, D]
+            i = start + index * QUERIES + jnp.arange(QUERIES)[:, None]
+            j = jnp.arange(keys.shape[1])[None]
+            seen = (j <= i) & ((j < sink) | (j > i - near))
+            heads = tile.transpose(2, 1, 0, 3)  # [G, K, QUERIES, D]
+            out = lax.map(lambda q: bf16_attention(q, keys, values, seen), heads)
+            return out.transpose(2, 1, 0, 3).astype(jnp.bfloat16)
+
+        out = lax.map(attend, (jnp.arange(tiles.shape[0]), tiles))
+        outs.append(out.reshape(-1, *out.shape[2:])[:T])
+    return jnp.concatenate(outs, axis=1).reshape(T, H, D)
+
+
+@pytest.mark.parametrize("shape", PREFILL, ids=lambda shape: shape.name)
+def test_prefill_attention(shape: PrefillShape) -> None:
+    args, window = prefill_inputs(shape)
+    exists = slice(0, shape.tokens - 1)
+    truth, true_lse = reference.prefill_attention(args[0].astype(jnp.float32), *args[1:], **window)
+    out, lse = prefill_attention(*args, **window)
+    plain = bf16_prefill(*args[:7], start=shape.start, **window)
+    allowed = 2 * distance(plain[exists], truth[exists])
+    assert distance(out[exists], truth[exists]) <= allowed
+    # float32 sums, exp2 approximate; int8 keys are rounded to bf16.
+    assert distance(lse[exists], true_lse[exists]) <= (1e-4 if shape.int8 else 1e-5)
+
+
+@pytest.mark.parametrize("shape", PREFIX, ids=lambda shape: shape.name)
+def test_prefix_attention(shape: PrefixShape) -> None:
+    q, *args = prefix_inputs(shape)
+    B, H, D = q.shape
+    K = shape.heads
+    truth, true_lse = reference.prefix_attention(q.astype(jnp.float32), *args)
+    out, lse = prefix_attention(q, *args)
+    keys, values = tokens_of(*args[:2])
+    grouped = q.reshape(B, K, H // K, D).swapaxes(0, 1).reshape(K, -1, D)
+    seen = jnp.arange(keys.shape[1])[None] < shape.tokens
+    plain = jax.jit(bf16_attention)(grouped, keys, values, seen).astype(jnp.bfloat16)
+    plain = plain.reshape(K, B, H // K, D).swapaxes(0, 1).reshape(B, H, D)
+    assert distance(out, truth) <= 2 * distance(plain, truth)
+    assert distance(lse, true_lse) <= 1e-5

@@ -1,0 +1,160 @@
+"""The page selection kernels, interpreted on a CPU, against their reference.
+
+Statistics of logical pages without tokens and of pages in no table hold NaN, and so do scores of
+pages that are no candidates.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from pallas_kernels import reference
+from pallas_kernels.page_selection import Config, choose_config, page_scores, select_pages
+
+# Products of bf16 are exact in float32; their sum of at most 256 terms below 16 is not.
+TOLERANCE = 5e-5
+
+
+def problem(rows, heads, group, head_dim, logical_pages, page_size, width, *, seed=0):
+    """Rows of every kind of length: all pages, a part, none."""
+    rng = np.random.default_rng(seed)
+    N = rows * width + 1
+    table = rng.permutation(N)[: rows * width].reshape(rows, width).astype(np.int32)
+    length = rng.integers(1, width * page_size, rows).astype(np.int32)
+    length[0] = width * page_size
+    if rows > 2:
+        length[2] = 0
+    first_token = np.arange(width)[:, None] * page_size + np.arange(logical_pages) * (
+        page_size // logical_pages
+    )
+    used = np.zeros((N, logical_pages), bool)
+    for row in range(rows):
+        used[table[row]] = first_token < length[row]
+    keys = rng.normal(size=(2, heads, N, logical_pages, head_dim))
+    stats = np.where(used[:, :, None, None], np.stack([keys.max(0), keys.min(0)], 3), np.nan)
+    q = jnp.asarray(rng.normal(size=(rows, heads * group, head_dim)), jnp.bfloat16)
+    return q, jnp.asarray(stats, jnp.bfloat16), jnp.asarray(table), jnp.asarray(length)
+
+
+def check_scores(args, page_size: int, config: Config | None = None) -> None:
+    scores = jax.jit(lambda *xs: page_scores(*xs, page_size=page_size, config=config))(*args)
+    expected = reference.page_scores(*args, page_size=page_size)
+    assert_array_equal(np.isneginf(scores), np.isneginf(expected))
+    finite = np.isfinite(expected)
+    assert finite.any() and scores.shape == expected.shape
+    assert_allclose(scores[finite], expected[finite], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "group", "head_dim", "logical_pages", "page_size", "width"),
+    [
+        (3, 1, 4, 128, 4, 64, 20),  # several pages a tile, two chunks, an empty row
+        (1, 2, 3, 64, 1, 16, 10),  # whole pages in a row; fewer query rows than columns
+        (1, 1, 16, 64, 4, 64, 19),  # two logical pages a row, two blocks of columns
+        (1, 1, 9, 128, 8, 128, 9),  # eight pages a tile
+        (2, 1, 1, 64, 8, 128, 5),
+        (1, 1, 2, 128, 2, 32, 12),
+    ],
+)
+def test_scores(rows, heads, group, head_dim, logical_pages, page_size, width) -> None:
+    args = problem(rows, heads, group, head_dim, logical_pages, page_size, width)
+    check_scores(args, page_size, Config(tiles=1))
+
+
+@pytest.mark.parametrize(("tiles", "stages"), [(4, 2), (5, 1)])
+def test_any_number_of_tiles(tiles: int, stages: int) -> None:
+    """More tiles than stages refill them; a chunk may reach past the table."""
+    args = problem(1, 1, 4, 128, 8, 128, 35, seed=1)
+    check_scores(args, 128, Config(tiles=tiles, stages=stages))
+
+
+def test_choice_of_config() -> None:
+    assert choose_config(1, 4, 128) == Config(tiles=2, stages=2)  # two CTAs an SM
+    assert choose_config(1, 4, 16).tiles == 1  # fewer tiles than SMs
+    assert choose_config(8, 8, 2048).tiles == 8  # several waves
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"head_dim": 32}, "head_dim must be 64 or 128, got 32"),
+        ({"logical_pages": 16}, "a page must hold 1, 2, 4 or 8 logical pages, got 16"),
+        ({"group": 17}, "at most 16 query heads a KV head, got 17"),
+    ],
+)
+def test_scores_refuses_by_name(change: dict, reason: str) -> None:
+    shape = {"group": 1, "head_dim": 64, "logical_pages": 4} | change
+    args = problem(1, 1, page_size=64, width=2, **shape)
+    with pytest.raises(NotImplementedError, match=reason):
+        page_scores(*args, page_size=64)
+
+
+def test_scores_refuses_float32() -> None:
+    q, stats, *rest = problem(1, 1, 1, 64, 1, 16, 2)
+    with pytest.raises(NotImplementedError, match="queries must be bfloat16, got float32"):
+        page_scores(q.astype(jnp.float32), stats, *rest, page_size=16)
+    with pytest.raises(NotImplementedError, match="key statistics must be bfloat16, got float32"):
+        page_scores(q, stats.astype(jnp.float32), *rest, page_size=16)
+
+
+def test_config_checks_itself() -> None:
+    with pytest.raises(ValueError, match="tiles must be at least 1, got 0"):
+        Config(tiles=0)
+
+
+# ----------------------------------------------------------------------------------------- select
+
+KINDS = {
+    "normal": lambda rng, shape: rng.normal(size=shape),
+    # Few values, both zeros equal and infinities, so that ties are common at the threshold.
+    "tied": lambda rng, shape: rng.choice([-np.inf, -2, -0.0, 0.0, 3, np.inf], size=shape),
+    "equal": lambda rng, shape: np.full(shape, -5.0),
+    # From the smallest to the largest float32: the search has all of the keys to narrow.
+    "wide": lambda rng, shape: np.sign(rng.normal(size=shape)) * 10 ** rng.uniform(-38, 38, shape),
+}
+
+
+@pytest.mark.parametrize(
+    ("width", "num_pages", "sink_pages", "kind"),
+    [
+        (300, 63, 1, "normal"),
+        (300, 63, 2, "tied"),
+        (100, 100, 0, "normal"),  # everything, two tiles of slots
+        (64, 1, 0, "equal"),
+        (512, 3, 3, "wide"),  # sinks only
+        (512, 20, 1, "wide"),
+        (4200, 70, 1, "tied"),  # two blocks of strips
+        (9000, 63, 1, "normal"),  # too long for registers
+    ],
+)
+def test_selection(width: int, num_pages: int, sink_pages: int, kind: str) -> None:
+    """In order; rows with all, some, fewer than ``num_pages`` and no candidates."""
+    rng = np.random.default_rng(width)
+    candidates = np.array([width, width // 2 + 1, min(num_pages, width) - 1, 0], np.int32)
+    scores = KINDS[kind](rng, (4, 1, width)).astype(np.float32)
+    for row, count in enumerate(candidates):
+        scores[row, :, count:] = np.nan
+    args = jnp.asarray(scores), jnp.asarray(candidates)
+    how = {"num_pages": num_pages, "sink_pages": sink_pages}
+    selected = jax.jit(lambda *xs: select_pages(*xs, **how))(*args)
+    expected = reference.select_pages(*args, **how)
+    assert selected.dtype == expected.dtype
+    assert_array_equal(selected, expected)
+
+
+@pytest.mark.parametrize(
+    ("width", "num_pages", "dtype", "reason"),
+    [
+        (8, 0, jnp.float32, "1 to 512 pages can be selected, got 0"),
+        (600, 513, jnp.float32, "1 to 512 pages can be selected, got 513"),
+        (32769, 8, jnp.float32, "at most 32768 pages, got 32769"),
+        (8, 2, jnp.bfloat16, "scores must be float32, got bfloat16"),
+    ],
+)
+def test_selection_refuses_by_name(width: int, num_pages: int, dtype: str, reason: str) -> None:
+    with pytest.raises(NotImplementedError, match=reason):
+        select_pages(
+            jnp.zeros((1, 1, width), dtype), jnp.array([1]), num_pages=num_pages, sink_pages=0
+        )

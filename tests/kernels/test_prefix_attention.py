@@ -1,0 +1,112 @@
+"""The shared-prefix kernel, interpreted on a CPU, against a plain softmax.
+
+NaN is in every slot past the prefix and on pages that the table does not name.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from pallas_kernels.prefix_attention import Config, choose_config, prefix_attention
+from pallas_kernels.reference import KVPages, quantize_kv
+
+# As for decode: weights and out are rounded to bf16, here also the parts that are merged.
+OUT_TOLERANCE = 1e-2
+LSE_TOLERANCE = 1e-5
+
+
+def problem(rows, heads, group, length, *, head_dim=64, page_size=64, seed=0):
+    """Arguments with a table longer than the prefix."""
+    rng = np.random.default_rng(seed)
+    width = -(-length // page_size) + 2
+    table = rng.permutation(width + 1)[:width].astype(np.int32)
+    used = np.zeros((width + 1, page_size), bool)
+    used[table] = np.arange(width * page_size).reshape(width, page_size) < length
+    k, v = rng.normal(size=(2, heads, *used.shape, head_dim))
+    pages = KVPages(
+        *(jnp.asarray(np.where(used[..., None], x, np.nan), jnp.bfloat16) for x in (k, v))
+    )
+    q = jnp.asarray(rng.normal(size=(rows, heads * group, head_dim)), jnp.bfloat16)
+    return q, pages, jnp.asarray(table), jnp.int32(length)
+
+
+def softmax_attention(q, pages, table, length) -> tuple[np.ndarray, np.ndarray]:
+    B, H, D = q.shape
+    K = pages.k.shape[0]
+    k, v = (
+        np.asarray(x[:, table], np.float64).reshape(K, -1, D)[:, : int(length)]
+        for x in (pages.k, pages.v)
+    )
+    grouped = np.asarray(q, np.float64).reshape(B, K, H // K, D)
+    scores = np.einsum("bkgd,ktd->bkgt", grouped, k) / np.sqrt(D)
+    weights = np.exp(scores)
+    total = weights.sum(axis=-1)
+    out = np.einsum("bkgt,ktd->bkgd", weights, v) / total[..., None]
+    return out.reshape(B, H, D), np.log(total).reshape(B, H)
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "group", "length", "head_dim", "page_size", "splits"),
+    [
+        (5, 2, 4, 300, 128, 64, 2),  # a ragged last block, few rows
+        (50, 1, 3, 256, 64, 128, 1),  # two tiles, no merge
+        (3, 1, 1, 40, 64, 16, 3),  # more splits than blocks
+    ],
+)
+def test_matches_softmax(rows, heads, group, length, head_dim, page_size, splits) -> None:
+    args = problem(rows, heads, group, length, head_dim=head_dim, page_size=page_size)
+    out, lse = prefix_attention(*args, config=Config(splits=splits, stages=2))
+    expected_out, expected_lse = softmax_attention(*args)
+    assert (out.dtype, out.shape) == (args[0].dtype, args[0].shape)
+    assert_allclose(lse, expected_lse, atol=LSE_TOLERANCE, rtol=0)
+    assert_allclose(np.asarray(out, np.float32), expected_out, atol=OUT_TOLERANCE)
+
+
+def test_no_prefix() -> None:
+    out, lse = prefix_attention(*problem(2, 1, 2, 0))
+    assert_array_equal(np.asarray(out, np.float32), 0)
+    assert np.isneginf(lse).all()
+
+
+def test_choice_of_config() -> None:
+    assert choose_config(4 * 8, 32768, 128) == Config(splits=4, stages=2)  # 128 of 132 SMs
+    assert choose_config(2 * 8, 8192, 128).splits == 8
+    assert choose_config(8, 64, 64) == Config(splits=1, stages=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"head_dim": 32}, "head_dim must be 64 or 128, got 32"),
+        ({"page_size": 8}, "page size must be 16, 32, 64 or 128, got 8"),
+    ],
+)
+def test_refuses_by_name(change: dict, reason: str) -> None:
+    with pytest.raises(NotImplementedError, match=reason):
+        prefix_attention(*problem(1, 1, 1, 16, **change))
+
+
+def test_refuses_other_dtypes() -> None:
+    q, pages, *rest = problem(1, 1, 1, 16)
+    with pytest.raises(NotImplementedError, match="q must be bfloat16, got float32"):
+        prefix_attention(q.astype(jnp.float32), pages, *rest)
+    (k, k_scale), (v, v_scale) = quantize_kv(pages.k), quantize_kv(pages.v)
+    with pytest.raises(NotImplementedError, match="pages must be bfloat16, got int8"):
+        prefix_attention(q, KVPages(k, v, k_scale, v_scale), *rest)
+
+
+def test_config_checks_itself() -> None:
+    with pytest.raises(ValueError, match="splits must be at least 1, got 0"):
+        Config(splits=0, stages=2)
+
+
+def test_works_under_jit_with_a_traced_length() -> None:
+    q, pages, table, _ = problem(2, 1, 2, 200)
+    attend = jax.jit(lambda length: prefix_attention(q, pages, table, length))
+    for length in (1, 128):
+        _, lse = attend(jnp.int32(length))
+        assert_allclose(
+            lse, softmax_attention(q, pages, table, length)[1], atol=LSE_TOLERANCE, rtol=0
+        )
