@@ -28,13 +28,20 @@ from shapes import (
     APPEND,
     APPEND_CHUNK,
     DECODE,
+    LONG_PREFILL,
+    PREFILL,
+    PREFIX,
     SELECTION,
     AppendShape,
     DecodeShape,
+    PrefillShape,
+    PrefixShape,
     SelectionShape,
     append_chunk_inputs,
     append_inputs,
     decode_inputs,
+    prefill_inputs,
+    prefix_inputs,
     selection_inputs,
 )
 
@@ -42,8 +49,11 @@ from pallas_kernels import reference
 from pallas_kernels.decode_attention import choose_config, paged_attention
 from pallas_kernels.kv_append import append_kv, append_kv_chunk
 from pallas_kernels.page_selection import page_scores, select_pages
+from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.prefix_attention import prefix_attention
 
 COPY_RATE = 4.3e12  # bytes a second, read and written, of a large device-to-device copy
+MATMUL_RATE = 723e12  # operations a second of XLA's bf16 product of two 8192 x 8192 matrices
 L2_BYTES = 50 << 20
 CHAIN = 100
 
@@ -186,6 +196,46 @@ def time_selection(shape: SelectionShape, op: str, how: Literal["kernel", "XLA"]
     }
 
 
+def _time_products(
+    op: str, shape: PrefillShape | PrefixShape, f: Callable, *args: object
+) -> dict[str, object]:
+    """A row for a kernel that is bound by its matrix products: the median of three calls."""
+    runs = [kernel_times(f, *args, calls=1) for _ in range(3)]
+    kernels = sorted(runs, key=lambda kernels: sum(kernels.values()))[1]
+    total = sum(kernels.values())
+    return {
+        "op": op,
+        "shape": shape.name,
+        "kernels_us": kernels,
+        "us": total,
+        "bytes": shape.bytes_moved,
+        "flops": shape.flops,
+        "tflops": shape.flops / total / 1e6,
+        "share_of_copy_rate": shape.bytes_moved / total / COPY_RATE * 1e6,
+        "share_of_matmul_rate": shape.flops / total / MATMUL_RATE * 1e6,
+    }
+
+
+def time_prefill(shape: PrefillShape) -> dict[str, object]:
+    args, window = prefill_inputs(shape)
+    return _time_products("prefill_attention", shape, partial(prefill_attention, **window), *args)
+
+
+def time_cudnn_prefill(shape: PrefillShape) -> dict[str, object]:
+    """Causal attention over contiguous keys by cuDNN, the best stock path: no history, no paging."""
+    (q, k, v, *_), _ = prefill_inputs(shape)
+
+    def attend(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+    return _time_products("cuDNN causal", shape, attend, *(x[None] for x in (q, k, v)))
+
+
+def time_prefix(shape: PrefixShape) -> dict[str, object]:
+    """All rows over one prefix; XLA's merging of the splits is counted in."""
+    return _time_products("prefix_attention", shape, prefix_attention, *prefix_inputs(shape))
+
+
 def time_cudnn(tokens: int, heads: int = 32, kv_heads: int = 8, head_dim: int = 128) -> dict:
     """Dense attention over contiguous keys by cuDNN, the best stock path for one query."""
     keys = jax.random.split(jax.random.key(0), 3)
@@ -228,14 +278,22 @@ def main() -> None:
         for op in ("page_scores", "select_pages")
         for how in ("kernel", "XLA")
     ]
+    measurements += [lambda shape=shape: time_prefill(shape) for shape in (*PREFILL, *LONG_PREFILL)]
+    measurements += [
+        lambda shape=shape: time_cudnn_prefill(shape)
+        for shape in LONG_PREFILL
+        if shape.start == 0 and shape.streaming_heads == 0
+    ]
+    measurements += [lambda shape=shape: time_prefix(shape) for shape in PREFIX]
     measurements += [lambda tokens=tokens: time_cudnn(tokens) for tokens in (131072, 524288)]
     for measure in measurements:
         row = measure()
         rows.append(row)
+        products = f"{row['tflops']:4.0f} TFLOP/s  " if "tflops" in row else ""
         print(
             f"{row['op']:20.20s} {row['shape']:38s} {row['us']:8.2f} us "
             f"{row['share_of_copy_rate']:5.0%}  step {row.get('step_us', float('nan')):8.2f} us  "
-            f"{ {name: round(t, 2) for name, t in row['kernels_us'].items()} }",
+            f"{products}{ {name: round(t, 2) for name, t in row['kernels_us'].items()} }",
             flush=True,
         )
     today = datetime.datetime.now(datetime.UTC).date().isoformat()

@@ -417,8 +417,7 @@ def _prefill_shapes() -> tuple[PrefillShape, ...]:
     """Llama-3-8B's heads, dense and half of them streaming; SmolLM2-135M's; a short chunk."""
     half = {"retrieval_heads": 4, "streaming_heads": 4}
     return (
-        PrefillShape(name="32K", tokens=32768, retrieval_heads=8),
-        PrefillShape(name="32K, half streaming", tokens=32768, **half),
+        PrefillShape(name="8K", tokens=8192, retrieval_heads=8),
         PrefillShape(name="8K at 24K", tokens=8192, start=24576, retrieval_heads=8),
         PrefillShape(name="8K at 24000, half, int8", tokens=8192, start=24000, int8=True, **half),
         PrefillShape(name="64 at 8K, half streaming", tokens=64, start=8192, **half),
@@ -439,6 +438,8 @@ def _long_prefill_shapes() -> tuple[PrefillShape, ...]:
     """Timed only: their truth in float32 takes too long. The last is one chunk of many."""
     half = {"retrieval_heads": 4, "streaming_heads": 4}
     return (
+        PrefillShape(name="32K", tokens=32768, retrieval_heads=8),
+        PrefillShape(name="32K, half streaming", tokens=32768, **half),
         PrefillShape(name="128K", tokens=131072, retrieval_heads=8),
         PrefillShape(name="128K, half streaming", tokens=131072, **half),
         PrefillShape(name="128K, half, local 8192", tokens=131072, local=8192, **half),

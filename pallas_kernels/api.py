@@ -6,14 +6,14 @@ in a pool, P page_size, M pages a sequence can have, g logical pages a page, L l
 
 A *page table* maps a sequence's page numbers (token position // P) to physical page ids of a
 pool. All functions are pure and work under ``jit``, ``vmap`` and ``shard_map`` (shard over KV
-heads or rows; a shard, too, orders its own heads retrieval first). Either class of heads may be
-empty (Kr = 0 or Ks = 0). lse is the natural logarithm of the sum of exponentials of scaled
+heads or rows; a shard, too, orders its own heads retrieval first; the kernels of the append ops
+need ``check_vma=False`` there). Either class of heads may be empty (Kr = 0 or Ks = 0). lse is the natural logarithm of the sum of exponentials of scaled
 scores, float32.
 
 Every op raises ``ValueError`` when shapes or dtypes contradict each other, naming both. What only
-the values can tell (page ids outside the pool, a table too short for a length) is undefined: reads
-stay inside the pools, but the result means nothing. To have it found, run the op, or whatever
-calls it, under ``checkify``, which then reports the first violation; without it checks cost nothing:
+values can tell (page ids outside the pool, a table too short for a length) leaves the result
+undefined, though reads stay inside the pools. To have it reported, run the op, or whatever calls
+it, under ``checkify``; otherwise these checks cost nothing:
 
     error, result = jax.experimental.checkify.checkify(step)(...)
     error.throw()
@@ -97,7 +97,7 @@ def _check_range(name: str, x: Array, limit: int, *, lowest: int = 0) -> None:
 
 
 def _check_table(name: str, table: Array, pages: KVPages, tokens: Array) -> None:
-    """Under ``checkify``: the table reaches as far as ``tokens`` and so far names pages of the pool.
+    """Under ``checkify``: the table reaches ``tokens`` and up to there names pages of the pool.
 
     ``tokens`` is a count for each row of the table.
     """
@@ -533,8 +533,9 @@ def select_pages(
     """The ``num_pages`` highest-scoring of each row's first ``num_candidates`` pages.
 
     Pages 0..sink_pages-1 always win (forced); among equal scores the lower number does. Returns
-    page numbers within the sequence, best first; -1 where a row has fewer candidates. R = min(
-    num_pages, M). With num_candidates <= num_pages everything is selected: the exact, dense case.
+    page numbers within the sequence in ascending order (attention does not ask for the best first),
+    then -1 where a row has fewer candidates. R = min(num_pages, M). With num_candidates <=
+    num_pages everything is selected: the exact, dense case.
 
     >>> import jax.numpy as jnp
     >>> scores = jnp.array([[[0.0, 5.0, 1.0, 9.0]]])

@@ -29,8 +29,6 @@ of pages [strips, 64]:
       found [slots, 64]   = (slot lies in strip) [slots, strips] @ prefix
       page of a slot      = 64 * its strip + how many of found are too small
 
-and put in order by counting, for each, how many of the selected pages come before it.
-
 What must move: 4 bytes a score, from L2. The time is that of a chain of dependent steps.
 """
 
@@ -63,7 +61,7 @@ ROWS = 64  # rows of a tile: wgmma's M
 STRIP = 64  # pages in a row of the matrix that compaction works on
 SQUARE = (64, 64)
 # Keys that a thread block holds in registers while it counts; longer lists are read anew each time.
-MOST_IN_REGISTERS = 8192
+MOST_IN_REGISTERS = 12288
 MOST_PAGES = 32768
 MOST_SELECTED = 512
 LOWEST_KEY = -(2**31)  # below the key of -inf
@@ -311,10 +309,6 @@ def select_pages(
         prefix_smem,  # [strips, 64] bf16, chosen pages of a strip up to a column, it included
         begin_smem,  # [strips] float32, chosen pages before a strip
         count_smem,  # [strips] float32, chosen pages in it
-        page_smem,  # [slots] int32, selected pages in ascending order, -1 past their end
-        key_smem,  # [slots] int32, their keys
-        key_again_smem,  # the same, see below
-        rank_smem,  # [slots] float32
         ready,
     ):
         b, k = (lax.axis_index(name) for name in ("row", "head"))
@@ -432,7 +426,7 @@ def select_pages(
             lax.fori_loop(0, blocks, mark, jnp.float32(0))
 
         def find(tile, _):
-            """Puts the pages of 64 slots into ``page_smem``."""
+            """Writes the pages of 64 slots."""
             slot = (row + tile * 64).astype(jnp.float32)
 
             def gather(block, found):
@@ -455,65 +449,11 @@ def select_pages(
             within = _flags(prefix <= spread_rows(place, prefix)).sum(axis=1)
             page = (strip * STRIP + within).astype(jnp.int32)
             number = plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=PER_ROW) + tile * 64
-            page_smem[pl.ds(tile * 64, 64)] = jnp.where(number < total, page, -1)
-            plgpu.commit_smem()
-            return ()
-
-        lax.fori_loop(0, slot_tiles, find, ())
-
-        def look_up(i, _):
-            """Keys of eight slots: loads first, so that they wait together."""
-            pages = [page_smem[8 * i + j] for j in range(8)]
-            inside = [jnp.maximum(page, 0) for page in pages]
-            found = [
-                scores_smem[lax.div(page, jnp.int32(STRIP)), lax.rem(page, jnp.int32(STRIP))]
-                for page in inside
-            ]
-            for j, (page, x) in enumerate(zip(pages, found, strict=True)):
-                x = jnp.where(page < sinks, jnp.inf, x)
-                x = jnp.where(page < 0, -jnp.inf, x)
-                key_smem[8 * i + j] = x
-                key_again_smem[8 * i + j] = x
-            return ()
-
-        lax.fori_loop(0, 8 * slot_tiles, look_up, ())
-        plgpu.commit_smem()
-
-        def rank(tile, _):
-            at = pl.ds(tile * 64, 64)
-            # A vector read both along rows and along columns must be two in shared memory:
-            # layout inference does not end otherwise.
-            x = plgpu.load(key_smem.at[at], layout=PER_ROW)
-
-            def come_first(other, acc):
-                y = plgpu.load(key_again_smem.at[pl.ds(other * 64, 64)], layout=PER_COLUMN)
-                x_spread, y_spread = spread_rows(x, acc) + 0.0 * acc, spread_columns(y, acc)
-                lower = column + other * 64 < row + tile * 64
-                first = (y_spread > x_spread) | ((y_spread == x_spread) & lower)
-                return acc + _flags(first)
-
-            acc = lax.fori_loop(0, slot_tiles, come_first, full(SQUARE, 0.0, MATRIX))
-            rank_smem[at] = acc.sum(axis=1)
-            return ()
-
-        lax.fori_loop(0, slot_tiles, rank, ())
-        plgpu.commit_smem()
-
-        def emit(tile, _):
-            place = (row + tile * 64).astype(jnp.float32)
-
-            def pick(other, acc):
-                at = pl.ds(other * 64, 64)
-                ranks = spread_columns(plgpu.load(rank_smem.at[at], layout=PER_COLUMN), place)
-                page = plgpu.load(page_smem.at[at], layout=PER_COLUMN).astype(jnp.float32)
-                return acc + jnp.where(ranks == place, spread_columns(page, place), 0.0)
-
-            acc = lax.fori_loop(0, slot_tiles, pick, full(SQUARE, 0.0, MATRIX))
-            page = acc.sum(axis=1).astype(jnp.int32)
+            page = jnp.where(number < total, page, -1)
             store_anyhow(selected_gmem.at[b, k, pl.ds(tile * 64, 64)], page)
             return ()
 
-        lax.fori_loop(0, slot_tiles, emit, ())
+        lax.fori_loop(0, slot_tiles, find, ())
 
     strips, slots = 64 * blocks, 64 * slot_tiles
     transforms = tile_transforms(64, jnp.bfloat16)
@@ -530,10 +470,6 @@ def select_pages(
             plgpu.SMEM((strips, STRIP), jnp.bfloat16, transforms=transforms),
             plgpu.SMEM((strips,), jnp.float32),
             plgpu.SMEM((strips,), jnp.float32),
-            plgpu.SMEM((slots,), jnp.int32),
-            plgpu.SMEM((slots,), jnp.float32),
-            plgpu.SMEM((slots,), jnp.float32),
-            plgpu.SMEM((slots,), jnp.float32),
             plgpu.Barrier(num_arrivals=copies),
         ],
     )(scores, scores.reshape(B, Kr, size // STRIP, STRIP), num_candidates)

@@ -504,4 +504,6 @@ def select_pages(
     # lax.top_k is stable: among equal scores the lower page number wins.
     _, selected = lax.top_k(ranked, num_pages)
     valid = jnp.arange(num_pages)[None, None] < num_candidates[:, None, None]
-    return jnp.where(valid, selected.astype(jnp.int32), -1)
+    # In ascending order, what is not valid last.
+    selected = jnp.sort(jnp.where(valid, selected.astype(jnp.int32), jnp.iinfo(jnp.int32).max))
+    return jnp.where(valid, selected, -1)

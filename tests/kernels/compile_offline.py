@@ -16,6 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pallas_kernels.decode_attention import paged_attention
 from pallas_kernels.kv_append import append_kv, append_kv_chunk
 from pallas_kernels.page_selection import page_scores, select_pages
+from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.prefix_attention import prefix_attention
 from pallas_kernels.reference import KVPages, PageList
 
 
@@ -135,6 +137,41 @@ SELECTION_CASES = {
 }
 
 
+def prefill_arguments(
+    tokens=1024, retrieval=1, streaming=1, group=4, head_dim=128, page_size=64, int8=False
+):
+    case = {"head_dim": head_dim, "page_size": page_size}
+    _, full, *_ = decode_arguments(retrieval=retrieval, int8=int8, **case)
+    _, _, ring, *_ = decode_arguments(streaming=streaming, **case)
+    array = jax.ShapeDtypeStruct
+    heads = retrieval + streaming
+    q, k = (array((tokens, n, head_dim), jnp.bfloat16) for n in (heads * group, heads))
+    table, scalar = array((64,), jnp.int32), array((), jnp.int32)
+    return q, k, k, full, ring, table, table, scalar, scalar
+
+
+PREFILL_CASES = {
+    "prefill": {},
+    "prefill, dense, 64 tokens": {"tokens": 64, "streaming": 0},
+    "prefill, streaming, pages of 128": {"retrieval": 0, "page_size": 128},
+    "prefill, int8, pages of 16": {"int8": True, "page_size": 16},
+    "prefill, D 64, group 3, pages of 16": {"head_dim": 64, "group": 3, "page_size": 16},
+}
+
+
+def prefix_arguments(rows=128, heads=8, group=4, head_dim=128, page_size=64):
+    _, pages, *_ = decode_arguments(retrieval=heads, head_dim=head_dim, page_size=page_size)
+    q = jax.ShapeDtypeStruct((rows, heads * group, head_dim), jnp.bfloat16)
+    integers = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((512,), ()))
+    return q, pages, *integers
+
+
+PREFIX_CASES = {
+    "prefix": {},
+    "prefix, D 64, group 3, pages of 16": {"head_dim": 64, "group": 3, "page_size": 16, "rows": 5},
+}
+
+
 def main() -> None:
     target = Path(__file__).with_name("h200_target.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
@@ -165,6 +202,17 @@ def main() -> None:
         )
         print(f"CASE {name}", flush=True)
         jax.jit(partial(select, **how)).lower(*arguments).compile()
+    products = [
+        (prefill_attention, prefill_arguments, PREFILL_CASES, {"sink": 128, "local": 256}),
+        (prefix_attention, prefix_arguments, PREFIX_CASES, {}),
+    ]
+    for attend, build, cases, how in products:
+        for name, case in cases.items():
+            arguments = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), build(**case)
+            )
+            print(f"CASE {name}", flush=True)
+            jax.jit(partial(attend, **how)).lower(*arguments).compile()
 
 
 if __name__ == "__main__":

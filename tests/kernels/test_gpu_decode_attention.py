@@ -1,4 +1,6 @@
-"""Decode attention on a Hopper GPU at the shapes of the benchmarks: ``pytest -m gpu tests/kernels``.
+"""Decode attention on a Hopper GPU, at the shapes of the benchmarks.
+
+    python -m pytest -m gpu tests/kernels
 
 Unused slots hold NaN. A kernel may be at most twice as far from float32 arithmetic as the same
 maths done in bf16.

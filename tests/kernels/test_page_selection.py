@@ -126,7 +126,7 @@ KINDS = {
         (512, 3, 3, "wide"),  # sinks only
         (512, 20, 1, "wide"),
         (4200, 70, 1, "tied"),  # two blocks of strips
-        (9000, 63, 1, "normal"),  # too long for registers
+        (13000, 63, 1, "normal"),  # too long for registers
     ],
 )
 def test_selection(width: int, num_pages: int, sink_pages: int, kind: str) -> None:
