@@ -30,6 +30,7 @@ BURST = 64
 class Args:
     contexts: tuple[int, ...] = (16384, 65536, 131072, 262144, 524288)
     batches: tuple[int, ...] = (1, 8)
+    attention: tuple[str, ...] = ("dense", "lserve")
     bursts: int = 5  # timed ones
     # All of these must fit the cache: batch x context tokens of 131072 bytes, half of it in lserve.
     cache_bytes: int = 90 << 30
@@ -60,8 +61,11 @@ def decode_times(engine: Engine, context: int, rows: int, bursts: int) -> list[f
 
 
 def main(args: Args) -> None:
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    about = provenance()
     params, rows = random_params(), []
-    for name, sparsity in (("dense", None), ("lserve", LSERVE)):
+    for name in args.attention:
+        sparsity = LSERVE if name == "lserve" else None
         token_bytes = 131072 if sparsity is None else 74000
         for batch in args.batches:
             contexts = [n for n in args.contexts if n * batch * token_bytes <= args.cache_bytes]
@@ -85,6 +89,7 @@ def main(args: Args) -> None:
                     "slowest": max(times),
                 }
                 rows.append(row)
+                args.output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
                 print(
                     f"{name:7s} batch {batch} context {context:7d}  {row['ms_per_step']:7.3f} ms "
                     f"({row['fastest']:.3f}-{row['slowest']:.3f})  "
@@ -93,8 +98,6 @@ def main(args: Args) -> None:
                 )
             engine.caches = []
             del engine
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ calls inside one jit, less that of an empty chain: it includes launches, and its
 """
 
 import argparse
-import datetime
 import json
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -24,12 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.mosaic.gpu import profiler
+from llama_8b import provenance
 from shapes import (
     APPEND,
     APPEND_CHUNK,
     DECODE,
     LONG_PREFILL,
-    PREFILL,
     PREFIX,
     SELECTION,
     AppendShape,
@@ -46,6 +44,7 @@ from shapes import (
 )
 
 from pallas_kernels import reference
+from pallas_kernels.api import merge_attention
 from pallas_kernels.decode_attention import choose_config, paged_attention
 from pallas_kernels.kv_append import append_kv, append_kv_chunk
 from pallas_kernels.page_selection import page_scores, select_pages
@@ -58,12 +57,14 @@ L2_BYTES = 50 << 20
 CHAIN = 100
 
 
-def kernel_times(f: Callable, *args: object, calls: int) -> dict[str, float]:
-    """Microseconds a call of each kernel of ``jit(f)``, which makes ``calls`` calls."""
-    _, timings = profiler.measure(jax.jit(f), aggregate=False)(*args)
+def kernel_times(f: Callable, *args: object, calls: int, runs: int = 1) -> dict[str, float]:
+    """Microseconds a call of each kernel of ``jit(f)``, which makes ``calls`` calls in each run."""
+    measure = profiler.measure(jax.jit(f), aggregate=False)
     by_name = defaultdict(list)
-    for name, milliseconds in timings:
-        by_name[name].append(milliseconds * 1e3)
+    for _ in range(runs):
+        for name, milliseconds in measure(*args)[1]:
+            by_name[name].append(milliseconds * 1e3)
+    calls *= runs
     # Kernels that run less than once a call belong to the loop over calls.
     return {
         name: float(np.median(times)) * (len(times) // calls)
@@ -199,9 +200,8 @@ def time_selection(shape: SelectionShape, op: str, how: Literal["kernel", "XLA"]
 def _time_products(
     op: str, shape: PrefillShape | PrefixShape, f: Callable, *args: object
 ) -> dict[str, object]:
-    """A row for a kernel that is bound by its matrix products: the median of three calls."""
-    runs = [kernel_times(f, *args, calls=1) for _ in range(3)]
-    kernels = sorted(runs, key=lambda kernels: sum(kernels.values()))[1]
+    """A row for a kernel that is bound by its matrix products: medians of three calls."""
+    kernels = kernel_times(f, *args, calls=1, runs=3)
     total = sum(kernels.values())
     return {
         "op": op,
@@ -222,7 +222,7 @@ def time_prefill(shape: PrefillShape) -> dict[str, object]:
 
 
 def time_cudnn_prefill(shape: PrefillShape) -> dict[str, object]:
-    """Causal attention over contiguous keys by cuDNN, the best stock path: no history, no paging."""
+    """Causal attention by cuDNN, the best stock path, over contiguous keys: no history."""
     (q, k, v, *_), _ = prefill_inputs(shape)
 
     def attend(q, k, v):
@@ -234,6 +234,42 @@ def time_cudnn_prefill(shape: PrefillShape) -> dict[str, object]:
 def time_prefix(shape: PrefixShape) -> dict[str, object]:
     """All rows over one prefix; XLA's merging of the splits is counted in."""
     return _time_products("prefix_attention", shape, prefix_attention, *prefix_inputs(shape))
+
+
+def time_relay(shape: PrefixShape, private: int = 256) -> dict[str, object]:
+    """Attention of a shared prefix, of each row's own ``private`` tokens, and their merging."""
+    q, pages, table, length = prefix_inputs(shape)
+    own = DecodeShape(
+        name=shape.name,
+        rows=shape.rows,
+        retrieval_heads=shape.heads,
+        retrieval_pages=private // shape.page_size,
+        group=shape.group,
+        head_dim=shape.head_dim,
+        page_size=shape.page_size,
+    )
+    _, retrieval, streaming, (lists,) = decode_inputs(own)
+
+    def attend(q, pages, table, length, retrieval, streaming, lists):
+        parts = (
+            prefix_attention(q, pages, table, length),
+            paged_attention(q, retrieval, streaming, *lists),
+        )
+        return merge_attention(*(jnp.stack(x) for x in zip(*parts, strict=True)))
+
+    args = q, pages, table, length, retrieval, streaming, lists
+    kernels = kernel_times(attend, *args, calls=1, runs=3)
+    total, moved = sum(kernels.values()), shape.bytes_moved + own.bytes_moved
+    return {
+        "op": "relay",
+        "shape": f"{shape.name}, {private} private",
+        "kernels_us": kernels,
+        "us": total,
+        "bytes": moved,
+        "flops": shape.flops,
+        "tflops": shape.flops / total / 1e6,
+        "share_of_copy_rate": moved / total / COPY_RATE * 1e6,
+    }
 
 
 def time_cudnn(tokens: int, heads: int = 32, kv_heads: int = 8, head_dim: int = 128) -> dict:
@@ -259,53 +295,47 @@ def time_cudnn(tokens: int, heads: int = 32, kv_heads: int = 8, head_dim: int = 
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    output = parser.parse_args().output
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    rows = []
-    measurements = [lambda shape=shape: time_decode(shape) for shape in DECODE]
-    measurements += [lambda shape=shape: time_append(shape) for shape in (*APPEND, *APPEND_CHUNK)]
-    measurements += [
-        lambda shape=shape, op=op, how=how: time_selection(shape, op, how)
+def measurements() -> list[Callable[[], dict[str, object]]]:
+    """The rows in the order in which they are made, decode first."""
+    rows = [partial(time_decode, shape) for shape in DECODE]
+    rows += [partial(time_cudnn, tokens) for tokens in (131072, 524288)]
+    rows += [
+        partial(time_selection, shape, op, how)
         for shape in SELECTION
         for op in ("page_scores", "select_pages")
         for how in ("kernel", "XLA")
     ]
-    measurements += [lambda shape=shape: time_prefill(shape) for shape in (*PREFILL, *LONG_PREFILL)]
-    measurements += [
-        lambda shape=shape: time_cudnn_prefill(shape)
+    rows += [partial(time_relay, shape) for shape in PREFIX if shape.head_dim == 128]
+    rows += [partial(time_prefill, shape) for shape in LONG_PREFILL]
+    rows += [
+        partial(time_cudnn_prefill, shape)
         for shape in LONG_PREFILL
         if shape.start == 0 and shape.streaming_heads == 0
     ]
-    measurements += [lambda shape=shape: time_prefix(shape) for shape in PREFIX]
-    measurements += [lambda tokens=tokens: time_cudnn(tokens) for tokens in (131072, 524288)]
-    for measure in measurements:
+    rows += [partial(time_prefix, shape) for shape in PREFIX]
+    rows += [partial(time_append, shape) for shape in (*APPEND, *APPEND_CHUNK)]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    output = parser.parse_args().output
+    output.mkdir(parents=True, exist_ok=True)
+    result: dict[str, object] = provenance()
+    rows = result["rows"] = []
+    for measure in measurements():
         row = measure()
         rows.append(row)
         products = f"{row['tflops']:4.0f} TFLOP/s  " if "tflops" in row else ""
         print(
             f"{row['op']:20.20s} {row['shape']:38s} {row['us']:8.2f} us "
             f"{row['share_of_copy_rate']:5.0%}  step {row.get('step_us', float('nan')):8.2f} us  "
-            f"{products}{ {name: round(t, 2) for name, t in row['kernels_us'].items()} }",
+            f"{products}{ {name[:16]: round(t, 2) for name, t in row['kernels_us'].items()} }",
             flush=True,
         )
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    result = {
-        "date": today,
-        "gpu": jax.devices()[0].device_kind,
-        "driver": driver,
-        "jax": jax.__version__,
-        "rows": rows,
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
+        # After every row: a run that is cut short keeps what it has.
+        (output / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

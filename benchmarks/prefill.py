@@ -31,6 +31,8 @@ class Args:
 
 
 def main(args: Args) -> None:
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    about = provenance()
     params, rows = random_params(), []
     sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     rng = np.random.default_rng(0)
@@ -62,14 +64,13 @@ def main(args: Args) -> None:
                 "slowest": max(times),
             }
             rows.append(row)
+            args.output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
             print(
                 f"{name:7s} {tokens:7d} tokens: first token after {row['seconds']:.3f} s "
                 f"({row['fastest']:.3f}-{row['slowest']:.3f})",
                 flush=True,
             )
         engine.caches = []
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

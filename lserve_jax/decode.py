@@ -269,8 +269,11 @@ def decode_burst(
         i, inner = carry
         inner = step(i, inner, select=spec.sparsity is not None)
         if interval > 1:
-            reuse = functools.partial(step, select=False)
-            inner = lax.fori_loop(i + 1, i + interval, reuse, inner)
+            # Bounds known when compiling: XLA asks the device for them after every step otherwise.
+            def reuse(n: Array, inner: tuple) -> tuple:
+                return step(i + 1 + n, inner, select=False)
+
+            inner = lax.fori_loop(0, interval - 1, reuse, inner)
         return i + interval, inner
 
     def more(carry: tuple) -> Array:

@@ -1,8 +1,9 @@
 """Paged attention for one query token a row: both head classes in one launch, Hopper (Mosaic GPU).
 
 Index map. The grid is (row b, KV head k, split s), one warpgroup of 128 threads each. The token
-slots of (b, k), its listed pages end to end, are cut into tiles of T = 64 slots; split s takes every
-S-th tile, so that work is even whatever the length and a split needs no length to find its first:
+slots of (b, k), its listed pages end to end, are cut into tiles of T = 64 slots; split s takes
+every S-th tile, so that work is even whatever the length and a split needs no length to find its
+first:
 
       pages listed for (b, k) |  page 7  |  page 2  |  page 9  |  page 4  |     P slots a page
       slots of (b, k)         |....start########################stop......|

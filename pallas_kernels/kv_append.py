@@ -40,6 +40,7 @@ bytes of statistics a logical page and head.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,7 @@ def choose_config(query_heads: int, retrieval_heads: int, streaming_heads: int) 
     return Config(query_heads=most(query_heads), kv_heads=most(retrieval_heads, streaming_heads))
 
 
+@partial(jax.jit, static_argnames=("config",))
 def append_kv(
     q: Float[Array, "B H D"],
     k: Float[Array, "B Hk D"],
@@ -102,37 +104,10 @@ def append_kv(
     """
     refuse("append_kv", _unsupported((q, k, v), retrieval, streaming, key_stats))
     where = page, streaming_page, offset
-    return _append_token(
-        (q, k, v), (0, 0, 0), q.shape[1], cos, sin, retrieval, streaming, key_stats, where, config
-    )
+    return _append_token(q, k, v, cos, sin, retrieval, streaming, key_stats, where, config)
 
 
-def append_qkv(
-    qkv: Float[Array, "B H+2*Hk D"],
-    cos: Float[Array, "B D/2"],
-    sin: Float[Array, "B D/2"],
-    retrieval: KVPages,
-    streaming: KVPages,
-    key_stats: Float[Array, "Kr N g 2 D"] | None,
-    page: Int[Array, " B"],
-    streaming_page: Int[Array, " B"],
-    offset: Int[Array, " B"],
-    *,
-    config: Config | None = None,
-) -> tuple[Float[Array, "B H D"], KVPages, KVPages, Float[Array, "Kr N g 2 D"] | None]:
-    """``append_kv`` for q, k and v side by side, as one projection gives them.
-
-    Slicing them apart first would be a launch of its own.
-    """
-    refuse("append_qkv", _unsupported((qkv,), retrieval, streaming, key_stats))
-    kv_heads = retrieval.k.shape[0] + streaming.k.shape[0]
-    H = qkv.shape[1] - 2 * kv_heads
-    where, first = (page, streaming_page, offset), (0, H, H + kv_heads)
-    return _append_token(
-        (qkv, qkv, qkv), first, H, cos, sin, retrieval, streaming, key_stats, where, config
-    )
-
-
+@jax.jit
 def append_kv_chunk(
     k: Float[Array, "T Hk D"],
     v: Float[Array, "T Hk D"],
@@ -226,9 +201,9 @@ def _in_place(
 
 
 def _append_token(
-    tokens: tuple[Array, Array, Array],  # q, k, v [B, any, D]: three arrays or one, thrice
-    first: tuple[int, int, int],  # the head of each array at which q, k, v begin
-    H: int,
+    q: Float[Array, "B H D"],
+    k: Float[Array, "B Hk D"],
+    v: Float[Array, "B Hk D"],
     cos: Float[Array, "B D/2"],
     sin: Float[Array, "B D/2"],
     retrieval: KVPages,
@@ -237,19 +212,18 @@ def _append_token(
     where: tuple[Int[Array, " B"], Int[Array, " B"], Int[Array, " B"]],
     config: Config | None,
 ) -> tuple[Float[Array, "B H D"], KVPages, KVPages, Float[Array, "Kr N g 2 D"] | None]:
-    B, _, D = tokens[0].shape
+    B, H, D = q.shape
     Kr, Ks, P = retrieval.k.shape[0], streaming.k.shape[0], retrieval.k.shape[2]
     if config is None:
         config = choose_config(H, Kr, Ks)
     half = D // 2
-    first_q, first_k, first_v = first
     per_query_part, per_kv_part = config.query_heads, config.kv_heads
     retrieval_parts, kv_parts = Kr // per_kv_part, (Kr + Ks) // per_kv_part
 
     def append_token(
-        q_gmem,  # [B, any, D] bf16
-        k_gmem,  # [B, any, D] bf16
-        v_gmem,  # [B, any, D] bf16
+        q_gmem,  # [B, H, D] bf16
+        k_gmem,  # [B, Hk, D] bf16
+        v_gmem,  # [B, Hk, D] bf16
         cos_gmem,  # [B, D / 2] float32
         sin_gmem,  # [B, D / 2] float32
         page_gmem,  # [B] int32
@@ -286,8 +260,8 @@ def _append_token(
             """Writes heads ``head`` on of a pool, heads ``source`` on of the token."""
             heads = pl.ds(head, per_kv_part)
             page, offset = ids_gmem[b], offset_gmem[b]
-            keys = rotate(halves(k_gmem, first_k + source, per_kv_part), angles(per_kv_part))
-            values = halves(v_gmem, first_v + source, per_kv_part)
+            keys = rotate(halves(k_gmem, source, per_kv_part), angles(per_kv_part))
+            values = halves(v_gmem, source, per_kv_part)
 
             def put(to, scale_to, vector):
                 if scale_to is not None:
@@ -343,20 +317,20 @@ def _append_token(
         @pl.when(part >= kv_parts)
         def _():
             head = (part - kv_parts) * per_query_part
-            turned = rotate(halves(q_gmem, first_q + head, per_query_part), angles(per_query_part))
+            turned = rotate(halves(q_gmem, head, per_query_part), angles(per_query_part))
             for x, channels in zip(turned, (lower, upper), strict=True):
                 store_anyhow(rotated_gmem.at[b, pl.ds(head, per_query_part), channels], x)
 
     kernel = plgpu.kernel(
         append_token,
-        out_type=jax.ShapeDtypeStruct((B, H, D), tokens[0].dtype),
+        out_type=jax.ShapeDtypeStruct((B, H, D), q.dtype),
         grid=(B, kv_parts + H // per_query_part),
         grid_names=("row", "part"),
         # No warp reads what another writes, or if it does (fewer heads than warps), both write the
         # same, whether the other has written before or not.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )
-    return _in_place(kernel, (*tokens, cos, sin, *where), retrieval, streaming, key_stats)
+    return _in_place(kernel, (q, k, v, cos, sin, *where), retrieval, streaming, key_stats)
 
 
 def _page_of_ring(

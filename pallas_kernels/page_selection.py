@@ -33,6 +33,7 @@ What must move: 4 bytes a score, from L2. The time is that of a chain of depende
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +61,10 @@ from pallas_kernels.mosaic import (
 ROWS = 64  # rows of a tile: wgmma's M
 STRIP = 64  # pages in a row of the matrix that compaction works on
 SQUARE = (64, 64)
-# Keys that a thread block holds in registers while it counts; longer lists are read anew each time.
+# Keys that a thread block holds in registers while it counts: pages of 64 of 768K tokens.
 MOST_IN_REGISTERS = 12288
+# Longer lists are read anew each time, so many keys at once.
+ROUND = 8192
 MOST_PAGES = 32768
 MOST_SELECTED = 512
 LOWEST_KEY = -(2**31)  # below the key of -inf
@@ -90,6 +93,7 @@ def choose_config(rows: int, kv_heads: int, tiles: int) -> Config:
     return Config(tiles=min(max(pl.cdiv(rows * kv_heads * tiles, 2 * SM_COUNT), 1), 8))
 
 
+@partial(jax.jit, static_argnames=("page_size", "config"))
 def page_scores(
     q: Float[Array, "B Hr D"],
     key_stats: Float[Array, "Kr N g 2 D"],
@@ -272,6 +276,7 @@ def _flags(condition):
     return plgpu.layout_cast(jnp.where(condition, 1.0, 0.0), MATRIX)
 
 
+@partial(jax.jit, static_argnames=("num_pages", "sink_pages"))
 def select_pages(
     scores: Float[Array, "B Kr M"],
     num_candidates: Int[Array, " B"],
@@ -286,12 +291,12 @@ def select_pages(
     """
     B, Kr, M = scores.shape
     _refuse_unsupported_selection(scores, num_pages)
-    # What one register of each of 128 threads holds; or a whole number of counting rounds.
-    padding = -M % (128 if M <= MOST_IN_REGISTERS else MOST_IN_REGISTERS)
+    # What one register of each of 128 threads holds; or a whole number of rounds.
+    padding = -M % (128 if M <= MOST_IN_REGISTERS else ROUND)
     if padding:
         scores = jnp.pad(scores, ((0, 0), (0, 0), (0, padding)))
     size = M + padding
-    part = min(size, MOST_IN_REGISTERS)  # scores counted at once
+    part = size if size <= MOST_IN_REGISTERS else ROUND  # scores counted at once
     blocks = pl.cdiv(size, 64 * STRIP)  # of 64 strips
     slot_tiles = pl.cdiv(num_pages, 64)
     copies = pl.cdiv(size, 128 * STRIP)  # a copy moves at most 256 strips

@@ -103,9 +103,11 @@ def prefill_attention(
         for pool, table in ((retrieval, page_table), (streaming, streaming_table))
         if pool.k.shape[0] > 0
     ]
-    padding = ((0, -T % ROWS), (0, 0), (0, 0))
+    q, k, v = (jnp.pad(x, ((0, -T % ROWS), (0, 0), (0, 0))) for x in (q, k, v))
     out, lse = _attend_chunk(
-        *(jnp.pad(x, padding) for x in (q, k, v)),
+        q,
+        k,
+        v,
         [pool for pool, _ in classes],
         jnp.stack([table for _, table in classes]),
         jnp.stack([start, length]),

@@ -14,7 +14,6 @@ from pallas_kernels.kv_append import (
     Config,
     append_kv,
     append_kv_chunk,
-    append_qkv,
     choose_config,
 )
 from pallas_kernels.reference import KVPages
@@ -95,12 +94,6 @@ TOKEN_CASES = {
 def test_append_kv(case: tuple) -> None:
     arguments = token_problem(*case)
     same(jax.jit(append_kv)(*arguments), reference.append_kv(*arguments))
-
-
-def test_fused_projection() -> None:
-    q, k, v, *rest = token_problem(*TOKEN_CASES["bf16"])
-    fused = jax.jit(append_qkv)(np.concatenate([q, k, v], axis=1), *rest)
-    same(fused, reference.append_kv(q, k, v, *rest))
 
 
 def test_statistics_of_no_heads_come_back() -> None:
