@@ -39,7 +39,7 @@ lint: $(test_ready)
 	@$(VENV)/bin/pyrefly check --python-interpreter-path $(python)
 
 clean:
-	rm -rf $(VENV) .cache
+	rm -rf .venv .venv-* $(VENV) .cache
 
 $(VENV)/.made:
 	@python=$$(.ci/find-python $(PYTHON)) && echo "Making $(VENV) with $$python" >&2 \

@@ -7,8 +7,8 @@ in a pool, P page_size, M pages a sequence can have, g logical pages a page, L l
 A *page table* maps a sequence's page numbers (token position // P) to physical page ids of a
 pool. All functions are pure and work under ``jit``, ``vmap`` and ``shard_map`` (shard over KV
 heads or rows; a shard, too, orders its own heads retrieval first; the kernels of the append ops
-need ``check_vma=False`` there). Either class of heads may be empty (Kr = 0 or Ks = 0). lse is the natural logarithm of the sum of exponentials of scaled
-scores, float32.
+need ``check_vma=False`` there). Either class of heads may be empty (Kr = 0 or Ks = 0). lse is the
+natural logarithm of the sum of exponentials of scaled scores, float32.
 
 Every op raises ``ValueError`` when shapes or dtypes contradict each other, naming both. What only
 values can tell (page ids outside the pool, a table too short for a length) leaves the result

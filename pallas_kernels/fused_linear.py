@@ -105,19 +105,18 @@ def fused_linear(
         config = choose_config(B, K, width // COLUMNS, gated)
     T, stages, steps = config.tile, config.stages, K // config.tile
     halves = 2 if gated else 1
-    has_bias, has_norm, has_residual = (y is not None for y in (bias, norm_scale, residual))
     summed = K // COLUMNS  # rows of square_sums that count
-    if has_norm and square_sums is None:
+    if norm_scale is not None and square_sums is None:
         square_sums, summed = _square_sums(x, N), 1
 
     def multiply(x_gmem, kernel_gmem, *refs):  # [B, K], [K, out]
         refs = list(refs)
-        bias_gmem = refs.pop(0) if has_bias else None  # [out]
-        scale_gmem = refs.pop(0) if has_norm else None  # [K]
-        sums_gmem = refs.pop(0) if has_norm else None  # [tiles, N] float32
-        residual_gmem = refs.pop(0) if has_residual else None  # [B, out]
+        bias_gmem = refs.pop(0) if bias is not None else None  # [out]
+        scale_gmem = refs.pop(0) if norm_scale is not None else None  # [K]
+        sums_gmem = refs.pop(0) if norm_scale is not None else None  # [tiles, N] float32
+        residual_gmem = refs.pop(0) if residual is not None else None  # [B, out]
         out_gmem = refs.pop(0)  # [B, width]
-        out_sums_gmem = refs.pop(0) if has_residual else None  # [tiles, N] float32
+        out_sums_gmem = refs.pop(0) if residual is not None else None  # [tiles, N] float32
         (
             kernel_smem,  # [stages, halves, T, C]
             rows_smem,  # [stages, B, T], x as it is
@@ -137,7 +136,7 @@ def fused_linear(
                 )
             for row in range(B):
                 plgpu.copy_gmem_to_smem(x_gmem.at[row, k], rows_smem.at[slot, row], ready.at[slot])
-            if has_norm:
+            if scale_gmem is not None:
                 plgpu.copy_gmem_to_smem(scale_gmem.at[k], scale_smem[0].at[slot], ready.at[slot])
 
         def as_columns(load, length):
@@ -152,7 +151,7 @@ def fused_linear(
             fetch(jnp.int32(step))
 
         inverse_rms = None
-        if has_norm:
+        if sums_gmem is not None:
             tiles = sums_gmem.shape[0]
             sums = plgpu.load(sums_gmem, layout=MATRIX, optimized=False)
             tile = plgpu.broadcasted_iota(jnp.int32, (tiles, N), 0, layout=MATRIX)
@@ -167,7 +166,7 @@ def fused_linear(
                 return plgpu.load(rows_smem.at[slot, row], layout=PER_ROW).astype(jnp.float32)
 
             x = as_columns(load_row, T)
-            if has_norm:
+            if inverse_rms is not None:
                 x = (x * spread_columns(inverse_rms, x)).astype(jnp.bfloat16).astype(jnp.float32)
                 scale = plgpu.load(scale_smem[0].at[slot], layout=PER_ROW).astype(jnp.float32)
                 x = x * spread_rows(scale, x)
@@ -193,7 +192,7 @@ def fused_linear(
         def rounded(half):
             """[C, N] in float32, rounded to bf16 as a layer of its own would be."""
             y = accs[half].astype(jnp.bfloat16).astype(jnp.float32)
-            if has_bias:
+            if bias_gmem is not None:
                 columns = pl.ds(half * width + c * COLUMNS, COLUMNS)
                 bias = plgpu.load(bias_gmem.at[columns], layout=PER_ROW, optimized=False)
                 y = y + spread_rows(bias.astype(jnp.float32), y)
@@ -203,7 +202,7 @@ def fused_linear(
         y, own = rounded(0), pl.ds(c * COLUMNS, COLUMNS)
         if gated:
             y = y / (1.0 + jnp.exp(-y)) * rounded(1)
-        if has_residual:
+        if residual_gmem is not None:
 
             def load_residual(row):
                 own_row = residual_gmem.at[row, own]
@@ -211,7 +210,7 @@ def fused_linear(
 
             y = y + as_columns(load_residual, COLUMNS)
         y = y.astype(jnp.bfloat16).astype(jnp.float32)
-        if has_residual:
+        if out_sums_gmem is not None:
             store_anyhow(out_sums_gmem.at[c], (y * y).sum(axis=0))
         column = plgpu.broadcasted_iota(jnp.int32, y.shape, 1, layout=MATRIX)
         for row in range(B):
@@ -220,7 +219,7 @@ def fused_linear(
             store_anyhow(out_gmem.at[row, own], values.astype(jnp.bfloat16))
 
     out_type = [jax.ShapeDtypeStruct((B, width), x.dtype)]
-    if has_residual:
+    if residual is not None:
         # As many rows as a warpgroup loads at once.
         tiles = 64 * pl.cdiv(width // COLUMNS, 64)
         out_type.append(jax.ShapeDtypeStruct((tiles, N), jnp.float32))
@@ -233,11 +232,11 @@ def fused_linear(
         kernel_tile,
         plgpu.SMEM((stages, B, T), x.dtype),
         plgpu.SMEM((N, T), x.dtype, transforms=tile_transforms(T, x.dtype)),
-        plgpu.Barrier(num_arrivals=halves + B + has_norm, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=halves + B + (norm_scale is not None), num_barriers=stages),
     ]
-    if has_norm:
+    if norm_scale is not None:
         scratch.append(plgpu.SMEM((stages, T), norm_scale.dtype))
-    operands = (bias, norm_scale, square_sums if has_norm else None, residual)
+    operands = (bias, norm_scale, square_sums, residual)
     out, *sums = plgpu.kernel(
         multiply,
         out_type=tuple(out_type),

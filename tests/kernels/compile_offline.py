@@ -14,6 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.decode_attention import paged_attention
+from pallas_kernels.fused_linear import fused_linear
 from pallas_kernels.kv_append import append_kv, append_kv_chunk
 from pallas_kernels.page_selection import page_scores, select_pages
 from pallas_kernels.prefill_attention import prefill_attention
@@ -172,47 +173,64 @@ PREFIX_CASES = {
 }
 
 
+def linear_arguments(rows=1, K=4096, out=4096, norm=False, residual=False, gated=False):
+    """Positional arguments of ``fused_linear``: what is absent is None."""
+    array, width = jax.ShapeDtypeStruct, out // 2 if gated else out
+    return (
+        array((rows, K), jnp.bfloat16),
+        array((K, out), jnp.bfloat16),
+        None,
+        array((K,), jnp.bfloat16) if norm else None,
+        array((64, 8 * -(-rows // 8)), jnp.float32) if norm else None,
+        array((rows, width), jnp.bfloat16) if residual else None,
+    )
+
+
+LINEAR_CASES = {
+    "linear, norm": {"norm": True, "out": 6144},
+    "linear, residual, 4 rows": {"residual": True, "K": 14336, "rows": 4},
+    "linear, SmolLM2, 16 rows, residual": {"residual": True, "K": 576, "out": 576, "rows": 16},
+}
+GATED_CASES = {"linear, gated": {"norm": True, "out": 28672, "gated": True}}
+
+
 def main() -> None:
     target = Path(__file__).with_name("h200_target.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
     mesh = topologies.make_mesh(topology, (1,), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec())
-    for name, case in CASES.items():
-        arguments = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            decode_arguments(**case),
+
+    def placed(arguments):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
         )
-        print(f"CASE {name}", flush=True)
-        jax.jit(paged_attention).lower(*arguments).compile()
+
     for name, (steps, case) in APPEND_CASES.items():
-        arguments = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            append_arguments(**case),
-        )
+        arguments = placed(append_arguments(**case))
         print(f"CASE {name}", flush=True)
         memory = jax.jit(steps, donate_argnums=0).lower(*arguments).compile().memory_analysis()
         caches = [x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments[0])]
         print(f"caches {sum(caches)} bytes, updated in place {memory.alias_size_in_bytes}")
         print(f"smallest cache {min(x for x in caches if x)} bytes", end=", ")
         print(f"temporary {memory.temp_size_in_bytes}", flush=True)
-    for name, (case, how) in SELECTION_CASES.items():
-        arguments = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            selection_arguments(**case),
-        )
-        print(f"CASE {name}", flush=True)
-        jax.jit(partial(select, **how)).lower(*arguments).compile()
-    products = [
-        (prefill_attention, prefill_arguments, PREFILL_CASES, {"sink": 128, "local": 256}),
-        (prefix_attention, prefix_arguments, PREFIX_CASES, {}),
+    linear = partial(fused_linear, epsilon=1e-5)
+    families = [
+        (paged_attention, decode_arguments, CASES),
+        (partial(prefill_attention, sink=128, local=256), prefill_arguments, PREFILL_CASES),
+        (prefix_attention, prefix_arguments, PREFIX_CASES),
+        (partial(linear, gated=False), linear_arguments, LINEAR_CASES),
+        (partial(linear, gated=True), linear_arguments, GATED_CASES),
     ]
-    for attend, build, cases, how in products:
-        for name, case in cases.items():
-            arguments = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), build(**case)
-            )
-            print(f"CASE {name}", flush=True)
-            jax.jit(partial(attend, **how)).lower(*arguments).compile()
+    compilations = [
+        (name, op, build(**case)) for op, build, cases in families for name, case in cases.items()
+    ]
+    compilations += [
+        (name, partial(select, **how), selection_arguments(**case))
+        for name, (case, how) in SELECTION_CASES.items()
+    ]
+    for name, op, arguments in compilations:
+        print(f"CASE {name}", flush=True)
+        jax.jit(op).lower(*placed(arguments)).compile()
 
 
 if __name__ == "__main__":
