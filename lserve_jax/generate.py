@@ -87,6 +87,9 @@ class GenerateArgs:
     sparsity: OmitArgPrefixes[SparsityConfig] = field(default_factory=SparsityConfig)
     """Only with --attention lserve. Sizes are in tokens."""
 
+    backend: Literal["auto", "mosaic", "reference"] = "auto"
+    """mosaic: kernels for Hopper GPUs; reference: plain JAX; auto: the kernels where they run."""
+
     json: Switch = False
     """Print one JSON object (text, token_ids, finish_reason, timings) instead of the text."""
     stats: Switch = False
@@ -139,6 +142,7 @@ def _load(args: GenerateArgs) -> LLM:
         attention=args.attention,
         sparsity=args.sparsity if args.attention == "lserve" else None,
         kv_dtype=args.kv_dtype,
+        backend=args.backend,
         adapter=args.adapter,
         seed=secrets.randbits(31),  # of the request, unless --seed gives one
         progress=True,

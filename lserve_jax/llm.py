@@ -24,7 +24,7 @@ from lserve_jax.llama import Params
 from lserve_jax.outputs import Completion, RequestOutput
 from lserve_jax.sampling import SamplingParams
 from lserve_jax.tokenizer import Tokenizer, load_tokenizer
-from pallas_kernels.api import Backend
+from pallas_kernels.api import Backend, resolve_backend
 
 Prompt = str | Mapping[str, Any]  # text, or {"prompt_token_ids": [...]}
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
@@ -65,7 +65,8 @@ class LLM:
     seed: from which requests without a seed of their own derive theirs.
     progress: show progress bars on stderr while loading.
 
-    Raises ``ValueError`` for settings that contradict each other or the model.
+    Raises ``ValueError`` for settings that contradict each other or the model, and
+    ``NotImplementedError`` for kernels on a device that they are not for.
     """
 
     def __init__(
@@ -86,7 +87,9 @@ class LLM:
         seed: int = 0,
         progress: bool = False,
     ):
-        sparsity = _check_settings(attention, sparsity, max_num_seqs, prefill_chunk_size, kv_dtype)
+        sparsity = _check_settings(
+            attention, sparsity, max_num_seqs, prefill_chunk_size, kv_dtype, backend
+        )
         compute_dtype = _resolve_dtype(dtype)
         self.tokenizer: Tokenizer | None = None
         if isinstance(model, str):
@@ -271,8 +274,12 @@ def _check_settings(
     max_num_seqs: int,
     prefill_chunk_size: int,
     kv_dtype: str,
+    backend: Backend,
 ) -> SparsityConfig | None:
     """The sparsity to run with, None for dense."""
+    if resolve_backend(backend) == "mosaic" and resolve_backend("auto") != "mosaic":
+        device = jax.devices()[0].device_kind
+        raise NotImplementedError(f"{backend=} needs a Hopper GPU, the default device is {device}")
     if attention not in ("dense", "lserve"):
         raise ValueError(f"attention={attention!r} must be 'dense' or 'lserve'")
     if attention == "dense" and sparsity is not None:

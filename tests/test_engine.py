@@ -553,6 +553,16 @@ def test_llm_refuses(settings: dict[str, Any], message: str) -> None:
         LLM((CONFIG, tiny_params(CONFIG)), **settings)
 
 
+def test_backend_is_checked_before_the_model_is_loaded() -> None:
+    with pytest.raises(
+        NotImplementedError, match=r"backend='mosaic' needs a Hopper GPU, .* is cpu"
+    ):
+        LLM("no-such-model", backend="mosaic")
+    with pytest.raises(ValueError, match=r"backend='cuda' is unknown; known: .*'auto', 'mosaic'"):
+        LLM("no-such-model", backend="cuda")
+    assert build(None).engine.backend == "reference"
+
+
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 def test_bfloat16(kv_dtype: str, pattern: str) -> None:
     """All arrays are bfloat16 and no step mixes it with float32; the output stays close."""

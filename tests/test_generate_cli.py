@@ -278,6 +278,7 @@ def test_unknown_architectures_are_refused(capsys, broken_checkpoint):
     [
         ("--dtype float16", "float16 --dtype bfloat16 float32"),
         ("--attention sparse", "sparse --attention dense lserve"),
+        ("--backend cuda", "cuda --backend auto mosaic reference"),
         ("--no-such-option 1", "--no-such-option"),
         ("--attention lserve --page-size 17", "page_size=17 16 32 64 128"),
         ("--attention lserve --page-size 32 --token-budget 100", "token_budget=100 page_size=32"),
