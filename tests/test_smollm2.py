@@ -147,7 +147,14 @@ def cached_perplexity(config, params, ids, kv_dtype, chunk=16) -> float:
     @jax.jit
     def step(params, caches, tokens, start):
         attend = prefill_attend(
-            config, spec, page_table, start, jnp.int32(chunk), jnp.int32(len(ids)), chunk
+            config,
+            spec,
+            page_table,
+            start,
+            jnp.int32(chunk),
+            jnp.int32(len(ids)),
+            chunk,
+            backend="reference",
         )
         model = bind(config, params)
         hidden, caches = model(tokens[None], attend, caches)
