@@ -295,7 +295,8 @@ def _append_token(
                     for (to, extreme, x), was in zip(extremes, old, strict=True):
                         store_anyhow(to, extreme(was, x))
 
-            @pl.when(page >= 0)
+            # A page outside the pool is written nowhere, as in the reference.
+            @pl.when((page >= 0) & (page < pool.k.shape[1]))
             def _():
                 if stats is not None:
                     widen()
@@ -333,6 +334,11 @@ def _append_token(
     return _in_place(kernel, (q, k, v, cos, sin, *where), retrieval, streaming, key_stats)
 
 
+def _inside(page, pool: KVPages):
+    """The page id, or NO_PAGE for one outside the pool: written nowhere, as in the reference."""
+    return jnp.where((page >= 0) & (page < pool.k.shape[1]), page, NO_PAGE)
+
+
 def _page_of_ring(
     streaming_page: Int[Array, " T"], start: Int[Array, ""], length: Int[Array, ""], P: int
 ) -> Int[Array, " pages"]:
@@ -343,7 +349,7 @@ def _page_of_ring(
     T = streaming_page.shape[0]
     token = jnp.arange(pl.cdiv(T + P - 1, P) * P) - lax.rem(start, jnp.int32(P))
     exists = (token >= 0) & (token < length)
-    ids = jnp.maximum(streaming_page[jnp.clip(token, 0, T - 1)], NO_PAGE)
+    ids = streaming_page[jnp.clip(token, 0, T - 1)]
     largest = jnp.where(exists, ids, NO_PAGE).reshape(-1, P).max(axis=1)
     smallest = jnp.where(exists, ids, jnp.iinfo(jnp.int32).max).reshape(-1, P).min(axis=1)
     return jnp.where((largest == NO_PAGE) | (largest == smallest), largest, MANY_PAGES)
@@ -362,6 +368,7 @@ def _append_pages(
 ) -> tuple[KVPages, KVPages, Float[Array, "Kr N g 2 D"] | None]:
     T, Hk, D = k.shape
     Kr, P, M = retrieval.k.shape[0], retrieval.k.shape[2], page_table.shape[0]
+    streaming_page = _inside(streaming_page, streaming)
     ring_page = _page_of_ring(streaming_page, start, length, P)
     pages = ring_page.shape[0]
     matrix = _a_row_a_warp(4, D)  # of any multiple of 4 rows
@@ -518,7 +525,7 @@ def _append_pages(
         @pl.when(h < Kr)
         def _():
             if retrieval_gmem is not None:
-                page = jnp.maximum(table_gmem[jnp.minimum(number, M - 1)], NO_PAGE)
+                page = _inside(table_gmem[jnp.minimum(number, M - 1)], retrieval)
                 append_part(retrieval_gmem, stats_gmem, h, page, lambda token: page)
 
         @pl.when(h >= Kr)

@@ -159,9 +159,19 @@ def test_append_kv_chunk(case: tuple) -> None:
     same(jax.jit(append_kv_chunk)(*arguments), reference.append_kv_chunk(*arguments))
 
 
-def test_pages_that_do_not_exist_are_not_written() -> None:
+@pytest.mark.parametrize("beyond", [-1, PAGES, 2**30])
+def test_tokens_of_pages_that_do_not_exist_are_not_written(beyond: int) -> None:
+    *arguments, page, ring_page, offset = token_problem(*TOKEN_CASES["bf16"])
+    page[0] = ring_page[1] = beyond
+    arguments += [page, ring_page, offset]
+    same(jax.jit(append_kv)(*arguments), reference.append_kv(*arguments))
+
+
+@pytest.mark.parametrize("beyond", [-1, PAGES, 2**30])
+def test_pages_that_do_not_exist_are_not_written(beyond: int) -> None:
     *arguments, table, ring_page, start, length = chunk_problem(*CHUNK_CASES["pages kept in part"])
-    table = np.where(np.arange(table.size) == 3, -1, table).astype(np.int32)
+    table = np.where(np.arange(table.size) == 3, beyond, table).astype(np.int32)
+    ring_page[7:19] = beyond
     arguments += [table, ring_page, start, length]
     same(jax.jit(append_kv_chunk)(*arguments), reference.append_kv_chunk(*arguments))
 
