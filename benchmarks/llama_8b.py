@@ -73,6 +73,7 @@ def make_engine(
         max_model_len=max_model_len,
         num_slots=rows,
         num_pages=rows * -(-max_model_len // page_size),
+        max_prefixes=0,
         kv_dtype="auto",
     )
     return Engine(

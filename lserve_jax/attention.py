@@ -9,10 +9,11 @@ layer calls:
 """
 
 import dataclasses
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lserve_jax.cache import CacheSpec, LayerCache
 from lserve_jax.config import ModelConfig
@@ -20,7 +21,7 @@ from lserve_jax.llama import Attend
 from lserve_jax.page_selection import retrieval_pages, retrieval_stop, ring_list
 from lserve_jax.rope import rotary_angles
 from pallas_kernels import api
-from pallas_kernels.api import Backend, PageList
+from pallas_kernels.api import Backend, KVPages, PageList
 
 
 def causal_attend(config: ModelConfig, positions: Int[Array, "B T"]) -> Attend:
@@ -110,10 +111,26 @@ def prefill_attend(
     return attend
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Relay:
+    """Which rows of a batch read their prefix together (RelayAttention); X groups of rows."""
+
+    pages: Int[Array, "X M"]  # page table of each group's prefix
+    tokens: Int[Array, " X"]  # tokens of it, whole pages; 0: there is no such group
+    group: Int[Array, " B"]  # group of each row; -1: it reads all of its tokens by itself
+
+    def private_start(self) -> Int[Array, " B"]:
+        """The position at which each row's own part begins."""
+        return jnp.where(self.group >= 0, self.tokens[jnp.maximum(self.group, 0)], 0)
+
+
 def decode_attend(
     config: ModelConfig,
     spec: CacheSpec,
     page_table: Int[Array, "B M"],
+    sink_page: Int[Array, " B"],
+    relay: Relay | None,
     position: Int[Array, " B"],
     active: Bool[Array, " B"],
     tail: Int[Array, " B"],
@@ -124,24 +141,33 @@ def decode_attend(
     """One token for each of the first B slots, row b in slot b at ``position[b]``.
 
     With ``select`` every retrieval head ranks its pages anew; without, it reuses the list kept
-    in the cache. ``tail`` is ``first_tail_page`` at that selection.
+    in the cache. ``tail`` is ``first_tail_page`` at that selection. ``sink_page`` is where the
+    sinks of the row's streaming heads begin.
+
+    Under ``relay`` the retrieval heads of a row attend its group's prefix together with the rest of
+    the group. What remains is a sequence of its own that begins after the prefix: its pages are
+    ranked, and its budget spent, as if the prefix were not there, and ``page_table`` and ``tail``
+    begin with its first page.
 
     Also returns the number of token slots that each row attends, summed over layers and KV
-    heads: what this step really has to read.
+    heads, the prefix included.
     """
     B, P = position.shape[0], spec.page_size
     slot = jnp.arange(B)
     cos, sin = (x[:, 0] for x in rotary_angles(config, position[:, None], position + 1))
-    page = jnp.take_along_axis(page_table, position[:, None] // P, axis=1)[:, 0]
+    private_start = jnp.zeros_like(position) if relay is None else relay.private_start()
+    own = position - private_start  # position in the part that the page table covers
+    page = jnp.take_along_axis(page_table, own[:, None] // P, axis=1)[:, 0]
     page = jnp.where(active, page, -1)
     ring_page = slot * spec.ring.num_pages + spec.ring.index(position // P)
     ring_page = jnp.where(active, ring_page, -1)
     # All layers attend as many slots; only which pages a retrieval head lists is its own.
-    start, stop = jnp.zeros((B, 1), jnp.int32), retrieval_stop(spec, tail, position, active)
-    ring = ring_list(spec.ring, slot, position, active)
+    start, stop = jnp.zeros((B, 1), jnp.int32), retrieval_stop(spec, tail, own, active)
+    ring = ring_list(spec.ring, slot, sink_page, position, active)
     num_retrieval = sum(spec.num_retrieval_heads)
     num_streaming = config.num_hidden_layers * config.num_key_value_heads - num_retrieval
     attended = (num_retrieval * stop + num_streaming * (ring.stop - ring.start))[:, 0]
+    attended += num_retrieval * jnp.where(active, private_start, 0)
 
     def attend(
         layer: int, q: Array, k: Array, v: Array, cache: LayerCache
@@ -161,14 +187,14 @@ def decode_attend(
             position % P,
             backend=backend,
         )
+        retrieval_queries = q[:, : Kr * config.group_size]
         listed = cache.listed
         if select and listed is not None and key_stats is not None and Kr > 0:
-            retrieval_queries = q[:, : Kr * config.group_size]
             scores = api.page_scores(
                 retrieval_queries,
                 key_stats,
                 page_table,
-                position + 1,
+                own + 1,
                 page_size=P,
                 backend=backend,
             )
@@ -181,9 +207,15 @@ def decode_attend(
             )
             listed = listed.at[:B].set(retrieval_pages(spec, selected, tail, page_table))
         pages = page_table[:, None] if listed is None else listed
-        out, _ = api.paged_attention(
+        out, lse = api.paged_attention(
             q, retrieval, streaming, PageList(pages, start, stop), ring, backend=backend
         )
+        if relay is not None and Kr > 0:
+            Hr = Kr * config.group_size
+            joined = _join_prefixes(
+                relay, retrieval_queries, retrieval, out[:, :Hr], lse[:, :Hr], backend
+            )
+            out = jnp.concatenate([joined, out[:, Hr:]], axis=1)
         cache = dataclasses.replace(
             cache,
             retrieval=retrieval,
@@ -194,3 +226,26 @@ def decode_attend(
         return out[:, None], cache
 
     return attend, attended
+
+
+def _join_prefixes(
+    relay: Relay,
+    q: Float[Array, "B Hr D"],
+    pages: KVPages,
+    out: Float[Array, "B Hr D"],
+    lse: Float[Array, "B Hr"],
+    backend: Backend,
+) -> Float[Array, "B Hr D"]:
+    """Attention over a row's own part joined with that over the prefix of its group.
+
+    All rows attend every group's prefix, and only those of the group keep the result: as long as
+    reading the prefix takes longer than the arithmetic, the others' share costs nothing.
+    """
+    outs, lses = [out], [lse]
+    for group in range(relay.tokens.shape[0]):
+        part, part_lse = api.prefix_attention(
+            q, pages, relay.pages[group], relay.tokens[group], backend=backend
+        )
+        outs.append(part)
+        lses.append(jnp.where((relay.group == group)[:, None], part_lse, -jnp.inf))
+    return api.merge_attention(jnp.stack(outs), jnp.stack(lses))[0]

@@ -9,12 +9,15 @@ One layer, Kr retrieval and Ks streaming KV heads, S slots (sequences), page siz
                     [slot 1 ] [slot 0 ] [ free ]        [slot 1 ]
                          ^---------^---------------------------^---- page_table[slot, position // P]
 
-    streaming pool   k, v    [Ks, S * R, P, D]    R ring pages for every slot, always the same ones
+    streaming pool   k, v    [Ks, Q, P, D]        R ring pages for every slot, always the same ones
 
                      slot s:  [sink 0][sink 1] [local a][local b][local c]
                                positions below  position p is in local page
                                sink, kept       (p // P - sink_pages) mod local_pages; the
                                for ever         oldest page is overwritten by the newest
+
+                     Behind them the sink pages of prefixes, X times [sink 0][sink 1]: slots whose
+                     sequences begin with a prefix read its sinks and not their own.
 
     prefill window   k, v    [Ks, W, P, D]        a ring with prefill's larger local part; one for
                                                   the cache, since one prompt is prefilled at a time
@@ -82,6 +85,7 @@ class CacheSpec:
     num_pages: int  # N, of every retrieval pool
     pages_per_sequence: int  # M, width of the page table
     num_slots: int  # S
+    max_prefixes: int  # X, shared prefixes at a time
     num_retrieval_heads: tuple[int, ...]  # Kr of each layer
     kv_dtype: KVDtype
     ring: Ring  # what streaming heads keep while decoding
@@ -114,6 +118,19 @@ class CacheSpec:
     def reuse_interval(self) -> int:
         return 1 if self.sparsity is None else self.sparsity.reuse_interval
 
+    @property
+    def num_streaming_pages(self) -> int:
+        """Q: the rings of all slots, then the sink pages of all prefixes."""
+        return self.num_slots * self.ring.num_pages + self.max_prefixes * self.ring.sink_pages
+
+    def slot_sink(self, slot: int) -> int:
+        """The streaming page where the sinks of a slot's own ring begin."""
+        return slot * self.ring.num_pages
+
+    def prefix_sink(self, place: int) -> int:
+        """The streaming page where the sinks of a prefix begin."""
+        return self.num_slots * self.ring.num_pages + place * self.ring.sink_pages
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +139,7 @@ class LayerCache:
 
     retrieval: KVPages  # [Kr, N, P, D]
     key_stats: Float[Array, "Kr N g 2 D"] | None  # kmax, kmin; None when nothing is selected
-    streaming: KVPages  # [Ks, S * R, P, D]
+    streaming: KVPages  # [Ks, Q, P, D]
     window: KVPages  # [Ks, W, P, D], in the compute dtype
     # Physical pages that the last selection lists; None when nothing is selected.
     listed: Int[Array, "S Kr L"] | None
@@ -136,6 +153,7 @@ def make_spec(
     max_model_len: int,
     num_slots: int,
     num_pages: int,
+    max_prefixes: int,
     kv_dtype: KVDtype,
 ) -> CacheSpec:
     """Sizes of a cache for sequences of up to ``max_model_len`` tokens."""
@@ -153,6 +171,7 @@ def make_spec(
         num_pages=num_pages,
         pages_per_sequence=pages_per_sequence,
         num_slots=num_slots,
+        max_prefixes=max_prefixes,
         num_retrieval_heads=num_retrieval_heads,
         kv_dtype=kv_dtype,
         ring=ring(sizes.decode_sink, sizes.decode_local),
@@ -187,7 +206,7 @@ def init_layer_cache(config: ModelConfig, spec: CacheSpec, layer: int, dtype) ->
     return LayerCache(
         retrieval=pages(Kr, spec.num_pages, quantized),
         key_stats=key_stats,
-        streaming=pages(Ks, spec.num_slots * spec.ring.num_pages, quantized),
+        streaming=pages(Ks, spec.num_streaming_pages, quantized),
         window=pages(Ks, spec.window.num_pages, False),
         listed=listed,
     )
@@ -205,29 +224,52 @@ def cache_bytes(config: ModelConfig, spec: CacheSpec, dtype) -> dict[str, int]:
 
 
 def window_to_ring(
-    cache: LayerCache, spec: CacheSpec, slot: Int[Array, ""], length: Int[Array, ""]
+    cache: LayerCache,
+    spec: CacheSpec,
+    slot: Int[Array, ""],
+    length: Int[Array, ""],
+    *,
+    own_sinks: Bool[Array, ""],
 ) -> LayerCache:
     """At the end of a prompt of ``length`` tokens: keep of the window what decode will read.
 
-    Whole pages are copied (and quantised if the cache is int8): the sinks, and the newest pages
-    as many as the decode ring has. Pages the sequence does not have are dropped.
+    Whole pages are copied (and quantised if the cache is int8): the sinks, unless the slot reads
+    those of a prefix, and the newest pages, as many as the decode ring has. Pages the sequence
+    does not have are dropped.
     """
-    if cache.window.k.shape[0] == 0:
-        return cache
     ring, newest = spec.ring, (length - 1) // spec.page_size
     number = jnp.concatenate(
         [jnp.arange(ring.sink_pages), newest - jnp.arange(ring.local_pages)]
     )  # page numbers within the sequence
     is_local = jnp.arange(ring.num_pages) >= ring.sink_pages
-    exists = jnp.where(is_local, number >= ring.sink_pages, number <= newest)
-    source = spec.window.index(jnp.maximum(number, 0))
+    exists = jnp.where(is_local, number >= ring.sink_pages, (number <= newest) & own_sinks)
     target = slot * ring.num_pages + ring.index(jnp.maximum(number, 0))
+    return _copy_from_window(cache, spec, jnp.maximum(number, 0), target, exists)
+
+
+def window_to_sinks(cache: LayerCache, spec: CacheSpec, first_page: Int[Array, ""]) -> LayerCache:
+    """Keeps the sinks of a prefix, at least as long as they are, from ``first_page`` on."""
+    number = jnp.arange(spec.ring.sink_pages)
+    return _copy_from_window(cache, spec, number, first_page + number, number >= 0)
+
+
+def _copy_from_window(
+    cache: LayerCache,
+    spec: CacheSpec,
+    number: Int[Array, " n"],
+    target: Int[Array, " n"],
+    exists: Bool[Array, " n"],
+) -> LayerCache:
+    """Pages ``number`` of the sequence in the window to pages ``target`` of the streaming pool."""
+    if cache.window.k.shape[0] == 0:
+        return cache
+    source = spec.window.index(number)
     target = jnp.where(exists, target, cache.streaming.k.shape[1])  # out of range: dropped
 
     def copy(pool: Array, pages: Array) -> Array:
         return pool.at[:, target].set(pages.astype(pool.dtype), mode="drop")
 
-    k, v = cache.window.k[:, source], cache.window.v[:, source]  # [Ks, R, P, D]
+    k, v = cache.window.k[:, source], cache.window.v[:, source]  # [Ks, n, P, D]
     held = cache.streaming
     if held.k_scale is None or held.v_scale is None:
         return dataclasses.replace(cache, streaming=KVPages(copy(held.k, k), copy(held.v, v)))

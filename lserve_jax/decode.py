@@ -6,6 +6,7 @@ with the caches. Functions here know slots, never requests or text.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -13,14 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from lserve_jax.attention import decode_attend, prefill_attend
-from lserve_jax.cache import CacheSpec, LayerCache, window_to_ring
+from lserve_jax.attention import Relay, decode_attend, prefill_attend
+from lserve_jax.cache import CacheSpec, LayerCache, window_to_ring, window_to_sinks
 from lserve_jax.config import ModelConfig
 from lserve_jax.llama import Params, bind
 from lserve_jax.page_selection import first_tail_page
 from lserve_jax.sampling import SamplingArrays, SamplingMode, is_stop_token, sample, top_logprobs
 from pallas_kernels import api
-from pallas_kernels.api import Backend
+from pallas_kernels.api import Backend, KVPages
 
 Caches = list[LayerCache]
 
@@ -35,7 +36,6 @@ class DecodeState:
     active: Bool[Array, " S"]  # False: the slot is free or its request is finished
     generated: Int[Array, " S"]  # tokens generated so far, the first one from prefill included
     max_tokens: Int[Array, " S"]  # generation ends here
-    page_table: Int[Array, "S M"]  # physical page of each page of the sequence; 0 beyond its pages
     tail: Int[Array, " S"]  # first page that is attended without being selected; 0 when dense
     sampling: SamplingArrays  # per-slot sampling parameters
     # Present once some request has used penalties: they cost S * V entries.
@@ -112,18 +112,23 @@ def admit(
     logits: Float[Array, " V"],
     prompt_length: Int[Array, ""],
     max_tokens: Int[Array, ""],
-    page_table: Int[Array, " M"],
+    forced: Int[Array, ""],
+    own_sinks: Bool[Array, ""],
     prompt_mask: Bool[Array, " V"] | None,
     *,
     mode: SamplingMode,
 ) -> tuple[DecodeState, Caches, Sample]:
     """Gives a slot to a prefilled prompt and samples its first token from the prompt's logits.
 
-    The slot's row of ``state.sampling`` is set already. ``prompt_mask`` marks the prompt's tokens
-    and is given exactly when the state counts tokens for penalties. Returns the new state, the
-    caches with the slot's ring filled, and the first sample (one row).
+    The slot's row of ``state.sampling`` is set already. ``forced`` is the first token of a request
+    that begins anew, else -1. ``own_sinks``: the slot does not read the sinks of a prefix.
+    ``prompt_mask`` marks the prompt's tokens and is given exactly when the state counts tokens for
+    penalties. Returns the new state, the caches with the slot's ring filled, and the first sample
+    (one row).
     """
-    caches = [window_to_ring(cache, spec, slot, prompt_length) for cache in caches]
+    caches = [
+        window_to_ring(cache, spec, slot, prompt_length, own_sinks=own_sinks) for cache in caches
+    ]
     counts, mask = state.output_counts, state.prompt_mask
     if counts is not None and mask is not None and prompt_mask is not None:
         counts, mask = counts.at[slot].set(0), mask.at[slot].set(prompt_mask)
@@ -132,8 +137,8 @@ def admit(
     )
     row = jax.tree.map(lambda x: x[slot][None], row)
     first = _sample(logits[None], row, mode)
-    token = first.token[0]
-    stopped = is_stop_token(first.token, row.sampling)[0] | (max_tokens <= 1)
+    token = jnp.where(forced >= 0, forced, first.token[0])
+    stopped = is_stop_token(token[None], row.sampling)[0] | (max_tokens <= 1)
 
     def put(rows: Array, value: Array | int | bool) -> Array:
         return rows.at[slot].set(value)
@@ -145,12 +150,80 @@ def admit(
         active=put(state.active, ~stopped),
         generated=put(state.generated, 1),
         max_tokens=put(state.max_tokens, max_tokens),
-        page_table=put(state.page_table, page_table),
         tail=put(state.tail, 0),
         output_counts=None if counts is None else counts.at[slot, token].add(1),
         prompt_mask=mask,
     )
     return state, caches, first
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "num_pages"), donate_argnames=("caches",))
+def keep_prefix(
+    spec: CacheSpec, caches: Caches, sink_page: Int[Array, ""], *, num_pages: int
+) -> tuple[Caches, list[KVPages]]:
+    """After a prefix was prefilled: what its requests will need of the streaming heads.
+
+    Its sinks go to the streaming pool, from ``sink_page`` on. Returned beside the caches: the first
+    ``num_pages`` pages of each layer's prefill window, ``[Ks, num_pages, P, D]``; with fewer pages
+    than the window has, those of a prefix that fills no more.
+    """
+    caches = [window_to_sinks(cache, spec, sink_page) for cache in caches]
+    windows = [jax.tree.map(lambda x: x[:, :num_pages], cache.window) for cache in caches]
+    return caches, windows
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def deactivate(state: DecodeState, slot: Int[Array, ""]) -> DecodeState:
+    """The slot's request is no longer there: it takes no further steps."""
+    return dataclasses.replace(state, active=state.active.at[slot].set(False))
+
+
+@jax.jit
+def read_prefix_pages(
+    caches: Caches, pages: Int[Array, " n"], sink_pages: Int[Array, " m"]
+) -> list[dict]:
+    """Of each layer, the prefix's retrieval pages, their statistics, and its sinks."""
+    return [
+        {
+            "retrieval": jax.tree.map(lambda x: x[:, pages], cache.retrieval),
+            "key_stats": None if cache.key_stats is None else cache.key_stats[:, pages],
+            "sinks": jax.tree.map(lambda x: x[:, sink_pages], cache.streaming),
+        }
+        for cache in caches
+    ]
+
+
+@functools.partial(jax.jit, donate_argnames=("caches",))
+def write_prefix_pages(
+    caches: Caches, kept: list[dict], pages: Int[Array, " n"], sink_pages: Int[Array, " m"]
+) -> Caches:
+    """Puts back what ``read_prefix_pages`` read, on other pages."""
+
+    def put(ids: Array) -> Callable[[Array, Array], Array]:
+        return lambda pool, part: pool.at[:, ids].set(part)
+
+    return [
+        dataclasses.replace(
+            cache,
+            retrieval=jax.tree.map(put(pages), cache.retrieval, part["retrieval"]),
+            key_stats=jax.tree.map(put(pages), cache.key_stats, part["key_stats"]),
+            streaming=jax.tree.map(put(sink_pages), cache.streaming, part["sinks"]),
+        )
+        for cache, part in zip(caches, kept, strict=True)
+    ]
+
+
+@functools.partial(jax.jit, donate_argnames=("caches",))
+def restore_window(caches: Caches, windows: list[KVPages]) -> Caches:
+    """Puts a prefix's ``keep_prefix`` back: the next chunk continues the prefix."""
+
+    def put(window: Array, kept: Array) -> Array:
+        return window.at[:, : kept.shape[1]].set(kept)
+
+    return [
+        dataclasses.replace(cache, window=jax.tree.map(put, cache.window, kept))
+        for cache, kept in zip(caches, windows, strict=True)
+    ]
 
 
 def _sample(logits: Float[Array, "B V"], state: DecodeState, mode: SamplingMode) -> Sample:
@@ -173,6 +246,10 @@ def _decode_step(
     params: Params,
     caches: Caches,
     state: DecodeState,
+    page_table: Int[Array, "B M"],
+    sink_page: Int[Array, " B"],
+    relay: Relay | None,
+    forced: Int[Array, " B"],
     mode: SamplingMode,
     *,
     select: bool,
@@ -181,11 +258,14 @@ def _decode_step(
     """One token for every row of ``state``. Finished rows compute but write nothing."""
     tail = state.tail
     if select:
-        tail = first_tail_page(state.position, spec.page_size)
+        own = state.position if relay is None else state.position - relay.private_start()
+        tail = first_tail_page(own, spec.page_size)
     attend, attended = decode_attend(
         config,
         spec,
-        state.page_table,
+        page_table,
+        sink_page,
+        relay,
         state.position,
         state.active,
         tail,
@@ -199,6 +279,7 @@ def _decode_step(
     )
     logits = model.unembed(hidden[:, 0])  # [B, V]
     new = _sample(logits, state, mode)
+    new = dataclasses.replace(new, token=jnp.where(forced >= 0, forced, new.token))
     active = state.active
     generated = state.generated + active.astype(jnp.int32)
     stopped = is_stop_token(new.token, state.sampling)
@@ -230,6 +311,10 @@ def decode_burst(
     params: Params,
     caches: Caches,
     state: DecodeState,
+    page_table: Int[Array, "S M"],
+    sink_page: Int[Array, " S"],
+    relay: Relay | None,
+    forced: Int[Array, "burst rows"],
     num_steps: Int[Array, ""],
     *,
     rows: int,
@@ -239,6 +324,11 @@ def decode_burst(
 ) -> tuple[DecodeState, Caches, Burst]:
     """Up to ``num_steps`` decode steps for slots 0 to ``rows - 1``, until all have finished.
 
+    ``page_table`` holds the physical page of each page of a slot's sequence, as far as this burst
+    can reach. ``sink_page`` is the streaming page where its sinks begin. Where ``forced`` is not
+    negative, that token is taken instead of a sampled one: a request that begins anew makes the
+    same cache again. ``relay`` has ``rows`` rows, or is None where no prefix is read together.
+
     The loop body is one selection step and ``reuse_interval - 1`` steps that reuse it: requests
     are admitted between bursts only and ``burst`` and ``num_steps`` are multiples of the interval,
     so every sequence's reuse clock agrees with the loop's and no layer needs a conditional.
@@ -246,13 +336,30 @@ def decode_burst(
     interval = spec.reuse_interval
     whole = state
     state = jax.tree.map(lambda x: x[:rows], whole)
+    page_table, sink_page, private_start = page_table[:rows], sink_page[:rows], 0
+    if relay is not None:
+        # From here on a row's table begins with the first page after its prefix.
+        private_start = relay.private_start()
+        entry = jnp.arange(page_table.shape[1]) + (private_start // spec.page_size)[:, None]
+        page_table = jnp.take_along_axis(page_table, entry, axis=1, mode="clip")
 
     def step(i: Array, carry: tuple, *, select: bool) -> tuple:
         state, caches, result = carry
         was_active = state.active.astype(jnp.int32)
-        pages = state.position // spec.page_size + 1
+        pages = (state.position - private_start) // spec.page_size + 1
         state, caches, new, attended = _decode_step(
-            config, spec, params, caches, state, mode, select=select, backend=backend
+            config,
+            spec,
+            params,
+            caches,
+            state,
+            page_table,
+            sink_page,
+            relay,
+            forced[i],
+            mode,
+            select=select,
+            backend=backend,
         )
         pruned = (state.tail > spec.num_ranked).astype(jnp.int32)
         result = Burst(

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import jax
@@ -22,18 +23,19 @@ from lserve_jax.config import ModelConfig, SparsityConfig
 from lserve_jax.engine import SMALLEST_CHUNK, Engine
 from lserve_jax.llama import Params
 from lserve_jax.outputs import Completion, RequestOutput
+from lserve_jax.prefix import Prefix, common_prefix
+from lserve_jax.relay import RelayMode
 from lserve_jax.sampling import SamplingParams
 from lserve_jax.tokenizer import Tokenizer, load_tokenizer
 from pallas_kernels.api import Backend, resolve_backend
 
 Prompt = str | Mapping[str, Any]  # text, or {"prompt_token_ids": [...]}
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
+SharedPrefix = Literal["auto", "off"] | Prefix
 # Called with (prompt index, completion index, new text) as text is made.
 OnText = Callable[[int, int, str], None]
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# Share of the accelerator's free memory that the KV cache may take; the rest is for activations.
-CACHE_SHARE = 0.8
 # The CPU has no reported limit; more than this is taken only when asked for.
 CPU_CACHE_BYTES = 2 << 30
 
@@ -56,7 +58,14 @@ class LLM:
     max_num_seqs: requests that run at the same time.
     attention: "dense", or "lserve" with the settings in ``sparsity`` (None: ``SparsityConfig()``).
     kv_dtype: "auto" stores keys and values in ``dtype``, "int8" with a scale per token and head.
-    kv_cache_bytes: memory for the retrieval pages; None plans it from free memory.
+    kv_cache_bytes: memory for the retrieval pages; None takes ``memory_fraction`` of what the
+        device has free, on a CPU 2 GiB.
+    memory_fraction: share of the free device memory for the KV cache; the rest is for activations.
+    max_prefixes: shared prefixes that can be held at a time.
+    relay: whether requests with a shared prefix read it together: "always", "never", or "auto",
+        where it pays (see ``relay.py``).
+    deterministic: a request's tokens do not depend on what else runs; needs relay "always" or
+        "never", and costs speed while few requests run.
     prefill_chunk_size: prompt tokens run at once, a power of two; bounds activation memory.
     burst_steps: decode steps between two looks at the queue; tokens are handed out at that grain.
     backend: "mosaic", the Pallas kernels for Hopper GPUs; "reference", plain JAX, runs anywhere;
@@ -80,6 +89,10 @@ class LLM:
         sparsity: SparsityConfig | None = None,
         kv_dtype: KVDtype = "auto",
         kv_cache_bytes: int | None = None,
+        memory_fraction: float = 0.8,
+        max_prefixes: int = 8,
+        relay: RelayMode = "auto",
+        deterministic: bool = False,
         prefill_chunk_size: int = 8192,
         burst_steps: int = 16,
         backend: Backend = "auto",
@@ -120,11 +133,11 @@ class LLM:
             max_model_len=self.max_model_len,
             num_slots=max_num_seqs,
             num_pages=1,
+            max_prefixes=max_prefixes,
             kv_dtype=kv_dtype,
         )
-        spec = dataclasses.replace(
-            spec, num_pages=_plan_pages(config, spec, compute_dtype, kv_cache_bytes)
-        )
+        num_pages = _plan_pages(config, spec, compute_dtype, kv_cache_bytes, memory_fraction)
+        spec = dataclasses.replace(spec, num_pages=num_pages)
         self.dtype, self.spec = compute_dtype, spec
         if config.tie_word_embeddings and jax.default_backend() == "cpu":
             config, params = _untie(config, params)
@@ -140,6 +153,8 @@ class LLM:
             eos_token_ids=eos,
             prefill_chunk_size=prefill_chunk_size,
             burst_steps=burst_steps,
+            relay=relay,
+            deterministic=deterministic,
             backend=backend,
         )
         self._seed, self._counter = seed, itertools.count()
@@ -154,14 +169,19 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        shared_prefix: SharedPrefix = "auto",
         on_text: OnText | None = None,
     ) -> list[RequestOutput]:
         """Completes prompts; results come in the order of the prompts.
 
         ``sampling_params``: one for all, or one a prompt; None is ``SamplingParams()``.
+        ``shared_prefix``: "auto" computes the longest common prefix of all prompts (whole pages of
+        tokens) once; "off" does not; a ``Prefix`` is one that all prompts must begin with. Prompts
+        that begin with a prefix that is held already share it in any case.
 
         Raises ``ValueError`` before anything runs if a prompt is empty, has a token outside the
-        vocabulary, is too long with its ``max_tokens``, or is text and there is no tokenizer.
+        vocabulary, is too long with its ``max_tokens``, does not begin with the prefix given, or is
+        text and there is no tokenizer.
         """
         if isinstance(prompts, str | Mapping):
             prompts = [prompts]
@@ -180,13 +200,34 @@ class LLM:
             if sampling.stop and self.tokenizer is None:
                 raise ValueError(f"stop={sampling.stop} needs a tokenizer; use stop_token_ids")
             requests.append((prompt, ids, sampling))
-        return self._run(requests, on_text)
+        if isinstance(shared_prefix, Prefix):
+            _check_begins(shared_prefix, [ids for _, ids, _ in requests])
+        elif shared_prefix not in ("auto", "off"):
+            raise ValueError(f"{shared_prefix=} must be 'auto', 'off' or a Prefix")
+        return self._run(requests, on_text, find_prefix=shared_prefix == "auto")
+
+    def prefix(self, prompt: Prompt) -> Prefix:
+        """Computes keys and values of a prompt's beginning once, for all requests that share it.
+
+        Requests whose token ids begin with the prefix's whole pages use it from then on, until it
+        is released. Of a text the last token is left out: it could be another one where the text
+        goes on.
+
+        Raises ``ValueError`` where ``Engine.add_prefix`` does.
+        """
+        ids = self.token_ids(prompt)
+        return self.engine.add_prefix(ids[:-1] if isinstance(prompt, str) else ids)
+
+    def load_prefix(self, path: str | Path) -> Prefix:
+        """A prefix that ``Prefix.save`` wrote; see ``Engine.load_prefix``."""
+        return self.engine.load_prefix(path)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        shared_prefix: SharedPrefix = "auto",
         on_text: OnText | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or a list of them, through the model's chat template."""
@@ -199,7 +240,7 @@ class LLM:
             text = self.tokenizer.apply_chat_template(conversation)
             ids = self.tokenizer.encode(text, add_special_tokens=False)
             prompts.append({"prompt": text, "prompt_token_ids": ids})
-        return self.generate(prompts, sampling_params, on_text=on_text)
+        return self.generate(prompts, sampling_params, shared_prefix=shared_prefix, on_text=on_text)
 
     def token_ids(self, prompt: Prompt) -> list[int]:
         """The prompt as the model sees it. Raises ``ValueError`` for text without a tokenizer."""
@@ -217,11 +258,12 @@ class LLM:
                 raise ValueError(f"prompt token id {token!r} must be an integer")
         return [int(token) for token in ids]
 
-    def _run(self, requests, on_text: OnText | None) -> list[RequestOutput]:
+    def _run(self, requests, on_text: OnText | None, *, find_prefix: bool) -> list[RequestOutput]:
         if self.engine.has_unfinished_requests:
             raise ValueError("the engine is still busy with another call's requests")
         outputs, completions_by_id = [], {}
         try:
+            prefix = self._common_prefix(requests) if find_prefix else None
             for prompt, ids, sampling in requests:
                 number = next(self._counter)
                 seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])
@@ -234,14 +276,15 @@ class LLM:
                     completions.append(completion)
                 text = prompt if isinstance(prompt, str) else prompt.get("prompt")
                 outputs.append((str(number), text, ids, completions))
-            while self.engine.has_unfinished_requests:
-                for new in self.engine.step():
-                    position, completion = completions_by_id[new.request_id]
-                    text = completion.append(new)
-                    if completion.finished and new.finish_reason is None:
-                        self.engine.cancel(new.request_id)  # a stop string: only we can see it
-                    if text and on_text is not None:
-                        on_text(position, completion.index, text)
+            for new in self.engine.stream():
+                position, completion = completions_by_id[new.request_id]
+                text = completion.append(new)
+                if completion.finished and new.finish_reason is None:
+                    self.engine.cancel(new.request_id)  # a stop string: only we can see it
+                if text and on_text is not None:
+                    on_text(position, completion.index, text)
+            if prefix is not None:
+                prefix.release()
         except BaseException:  # an error in on_text or on the device, or Ctrl-C
             self.engine.reset()
             raise
@@ -255,6 +298,31 @@ class LLM:
             )
             for request_id, text, ids, completions in outputs
         ]
+
+    def _common_prefix(self, requests) -> Prefix | None:
+        """What all prompts begin with, computed once; None where that saves nothing."""
+        prompts = [ids for _, ids, sampling in requests for _ in range(sampling.n)]
+        if len(prompts) < 2:
+            return None
+        ids = common_prefix(prompts, self.spec.page_size)
+        # A prefix held already may do as much.
+        if len(ids) <= self.engine.scheduler.match(np.asarray(prompts[0]))[1]:
+            return None
+        return self.engine.add_prefix(ids) if self.engine.has_place_for_prefix else None
+
+
+def _check_begins(prefix: Prefix, prompts: Sequence[Sequence[int]]) -> None:
+    if prefix.is_released:
+        raise ValueError(f"the prefix of {len(prefix.token_ids)} tokens is released")
+    for i, ids in enumerate(prompts):
+        beginning = np.asarray(ids[: len(prefix.token_ids)])
+        same = beginning == prefix.token_ids[: len(beginning)]
+        if len(beginning) < len(prefix.token_ids) or not same.all():
+            at = len(beginning) if same.all() else int(same.argmin())
+            raise ValueError(
+                f"prompt {i} does not begin with the prefix of {len(prefix.token_ids)} tokens: "
+                f"they differ at token {at}"
+            )
 
 
 def _untie(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
@@ -306,21 +374,31 @@ def _check_length(config: ModelConfig, max_model_len: int | None) -> int:
     return max_model_len
 
 
-def _plan_pages(config: ModelConfig, spec: CacheSpec, dtype, kv_cache_bytes: int | None) -> int:
+def _plan_pages(
+    config: ModelConfig,
+    spec: CacheSpec,
+    dtype,
+    kv_cache_bytes: int | None,
+    memory_fraction: float,
+) -> int:
     """How many retrieval pages to allocate, given a spec with one page.
 
-    Never more than every slot can use at once. Raises ``ValueError`` if not even one page fits.
+    Never more than can be used at once. Raises ``ValueError`` if not even one page fits.
     """
+    if not 0 < memory_fraction <= 1:
+        raise ValueError(f"{memory_fraction=} must lie in (0, 1]")
     sizes = cache_bytes(config, spec, dtype)
     page_bytes = sizes["retrieval"] + sizes["key_stats"]
-    wanted = spec.num_slots * spec.pages_per_sequence
+    sequences = spec.num_slots
+    if kv_cache_bytes is not None:
+        sequences += spec.max_prefixes  # prefixes that no running request shares
     if kv_cache_bytes is None:
         stats = jax.local_devices()[0].memory_stats()  # None on the CPU
         kv_cache_bytes = CPU_CACHE_BYTES
         if stats is not None:
             free = stats["bytes_limit"] - stats["bytes_in_use"]
-            kv_cache_bytes = max(int(CACHE_SHARE * (free - sum(sizes.values()))), 0)
+            kv_cache_bytes = max(int(memory_fraction * (free - sum(sizes.values()))), 0)
     pages = kv_cache_bytes // max(page_bytes, 1)
     if pages < 1:
         raise ValueError(f"{kv_cache_bytes=} holds no page: one takes {page_bytes} bytes")
-    return min(wanted, pages)
+    return min(sequences * spec.pages_per_sequence, pages)

@@ -64,12 +64,14 @@ def retrieval_stop(
 def ring_list(
     ring: Ring,
     slot: Int[Array, " B"],
+    sink_page: Int[Array, " B"],
     position: Int[Array, " B"],
     active: Bool[Array, " B"],
 ) -> PageList:
     """Sink and local pages of each slot: positions below ``sink`` or above ``position - local``.
 
-    One list, shared by all streaming heads.
+    One list, shared by all streaming heads. ``sink_page`` is the first physical page of the row's
+    sinks: those of its slot or of its prefix.
 
     The oldest local page is usually visible only from some token on, so it comes first and
     ``start`` skips its beginning; sinks and the other local pages follow, the newest last.
@@ -92,7 +94,11 @@ def ring_list(
     number = jnp.where(column(num_local > 1), oldest_first, sinks_first)
     count = num_sinks + num_local
     number = jnp.where(entry < column(count), number, 0)
-    pages = column(slot) * ring.num_pages + ring.index(number)
+    pages = jnp.where(
+        number < sinks,
+        column(sink_page) + number,
+        column(slot) * ring.num_pages + ring.index(number),
+    )
     # With a single local page the window starts at its edge (local >= P), so nothing is skipped.
     start = jnp.where(num_local > 1, jnp.maximum(first_visible - oldest * P, 0), 0)
     stop = (count - 1) * P + position % P + 1

@@ -42,7 +42,13 @@ MEAN = {"atol": 2e-5, "rtol": 0}
 
 
 def make(sparsity: SparsityConfig | None, max_model_len: int = 4096, **changes) -> CacheSpec:
-    settings = {"num_slots": 3, "num_pages": 40, "kv_dtype": "auto", "num_retrieval_heads": (1, 2)}
+    settings = {
+        "num_slots": 3,
+        "num_pages": 40,
+        "max_prefixes": 0,
+        "kv_dtype": "auto",
+        "num_retrieval_heads": (1, 2),
+    }
     return make_spec(CONFIG, sparsity=sparsity, max_model_len=max_model_len, **settings | changes)
 
 
@@ -101,7 +107,8 @@ class Sequence:
             select: jax.jit(functools.partial(self._decode_step, select=select), donate_argnums=0)
             for select in (True, False)
         }
-        self.finish = jax.jit(functools.partial(window_to_ring, spec=self.spec), donate_argnums=0)
+        finish = functools.partial(window_to_ring, spec=self.spec, own_sinks=jnp.bool(True))
+        self.finish = jax.jit(finish, donate_argnums=0)
 
     def _prefill_chunk(self, cache, values, start, length, total):
         table = jnp.asarray(self.table, jnp.int32)
@@ -117,7 +124,16 @@ class Sequence:
         active = jnp.array([False, True])
         positions, tails = (jnp.stack([x * 0, x]) for x in (position, tail))
         attend, attended = decode_attend(
-            CONFIG, self.spec, table, positions, active, tails, select=select, backend="reference"
+            CONFIG,
+            self.spec,
+            table,
+            jnp.arange(2) * self.spec.ring.num_pages,
+            None,
+            positions,
+            active,
+            tails,
+            select=select,
+            backend="reference",
         )
         zero = jnp.zeros((2, 1, 2, D))
         out, cache = attend(0, zero, zero, zero.at[1].set(value[None]), cache)
@@ -231,6 +247,7 @@ def test_window_to_ring(kv_dtype: str) -> None:
             ),
             slot=jnp.int32(2),
             length=jnp.int32(length),
+            own_sinks=jnp.bool(True),
         ).streaming
         for part in range(2):
             pool, untouched = np.asarray(moved[part][0]), np.asarray(before[part][0])
@@ -251,7 +268,7 @@ def test_window_to_ring(kv_dtype: str) -> None:
 def test_window_to_ring_without_streaming_heads() -> None:
     spec = make(SMALL)
     cache = poisoned(spec, layer=1)
-    moved = window_to_ring(cache, spec, jnp.int32(0), jnp.int32(5))
+    moved = window_to_ring(cache, spec, jnp.int32(0), jnp.int32(5), own_sinks=jnp.bool(True))
     assert moved.streaming.k.shape == (0, 3 * 4, 16, D)
 
 

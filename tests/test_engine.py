@@ -28,7 +28,8 @@ from tiny_llm import (
 )
 
 from lserve_jax import LLM, RequestOutput, SamplingParams, SparsityConfig
-from lserve_jax.engine import Engine, TokenOutput
+from lserve_jax.engine import Engine
+from lserve_jax.request import TokenOutput
 from lserve_jax.tokenizer import Tokenizer
 
 P, PAGES, BUDGET, C = 16, 20, 48, 4
@@ -159,17 +160,19 @@ def test_recycled_pages_hold_nothing_of_their_last_owner(llm: LLM) -> None:
 def test_requests_wait_for_pages(llm: LLM) -> None:
     """None overtakes the one that waits, though there is a slot, and pages enough for it."""
     engine = llm.engine
-    prompts = dict(zip("abc", random_prompts(3, [150, 150, 5]), strict=True))
+    prompts = dict(zip("abc", random_prompts(3, [200, 190, 5]), strict=True))
     for name, prompt in prompts.items():
-        engine.add_request(name, prompt, greedy(30), seed=0)  # 12, 12 and 3 pages of 20
-    assert [new.request_id for new in engine.step()] == ["a"]
-    assert len(engine.free_pages) == 8
-    assert len(engine.free_slots) == 3
-    while engine.running:
-        assert [new.request_id for new in engine.step()] == ["a"]
+        engine.add_request(name, prompt, greedy(30), seed=0)  # at least 13, 12 and 1 of 20 pages
+    outputs = engine.step()
+    scheduler = engine.scheduler
+    while any(request.request_id == "a" for request in scheduler.placed()):
+        assert [request.request_id for request in scheduler.waiting] == ["b", "c"]
+        assert len(scheduler.free_slots) == 3
+        outputs += engine.step()
         check_pages(engine)
-    outputs = drain(engine)
-    assert [new.request_id for new in outputs[:2]] == ["b", "c"]
+    outputs += drain(engine)
+    assert [*dict.fromkeys(new.request_id for new in outputs)] == ["a", "b", "c"]
+    assert engine.metrics().preemptions == 0
     for name in "bc":
         new = [x for x in outputs if x.request_id == name]
         tokens = [token for x in new for token in x.token_ids]
@@ -226,18 +229,23 @@ def test_bursts_are_whole_reuse_intervals(burst_steps: int, pattern: str) -> Non
 
 
 def test_cancel(llm: LLM) -> None:
-    """A waiting and a running request go at once; their neighbours do not notice."""
+    """Waiting, in prefill or running, a request goes at once; its neighbours do not notice."""
     engine = llm.engine
-    prompts = random_prompts(7, [50, 60, 70])
-    for name, prompt in zip("abc", prompts, strict=True):
+    prompts = random_prompts(7, [50, 60, 70, 10])
+    for name, prompt in zip("abcd", prompts, strict=True):
         engine.add_request(name, prompt, greedy(30), seed=0)
     outputs = engine.step() + engine.step()
-    assert list(engine.running) == [0, 1]
-    engine.cancel("c")  # waits
+    running, waiting = engine.scheduler.running, engine.scheduler.waiting
+    assert [request.request_id for request in running.values()] == ["a", "b"]
+    assert engine.scheduler.prefilling.request_id == "c"
+    assert [request.request_id for request in waiting] == ["d"]
+    engine.cancel("d")  # waits
+    engine.cancel("c")  # in prefill
+    check_pages(engine)
     outputs += engine.step()
     engine.cancel("a")  # runs
     check_pages(engine)
-    assert list(engine.running) == [1]
+    assert [request.request_id for request in running.values()] == ["b"]
     outputs += drain(engine)
     check_nothing_left(engine)
     assert {new.request_id for new in outputs} == {"a", "b"}

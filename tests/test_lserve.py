@@ -23,6 +23,7 @@ from tiny_llm import (
     generate,
     poison,
     random_prompts,
+    record_pages,
     tiny_config,
     tiny_params,
     write_pattern,
@@ -173,11 +174,13 @@ def test_d1_d5_statistics_on_fresh_and_recycled_pages(kv_dtype: str, build: Buil
     case = "page 32, reuse 4"
     P, logical = 32, 16
     llm = build(case, kv_dtype=kv_dtype)
+    ended = record_pages(llm)
     for seed in (3, 4):
         prompts = random_prompts(seed, [70, 129, 32, 500])
         generations = generate(llm, prompts, 45)
-        state = llm.engine.state
-        for slot, (prompt, generation) in enumerate(zip(prompts, generations, strict=True)):
+        for prompt, generation in zip(prompts, generations, strict=True):
+            # All end after as many bursts, so they end in the order in which they began.
+            pages = ended.pop(0)
             oracle = CASES[case].oracle()
             oracle.prefill([*prompt, *generation.tokens[:-1]])
             # Keys of layer 0 depend on nothing attended, so they are the same with int8 KV.
@@ -185,8 +188,7 @@ def test_d1_d5_statistics_on_fresh_and_recycled_pages(kv_dtype: str, build: Buil
             keys = oracle.keys[0][:, 1]
             stats = np.asarray(llm.engine.caches[0].key_stats)[0]  # [N, g, 2, D]
             for first in range(0, len(keys), logical):
-                page = state.page_table[slot, first // P]
-                got = stats[page, first % P // logical]
+                got = stats[pages[first // P], first % P // logical]
                 tokens = keys[first : first + logical]
                 wanted = np.stack([tokens.max(axis=0), tokens.min(axis=0)])
                 assert_allclose(got, wanted, **ORACLE)
@@ -303,9 +305,10 @@ def test_int8_kv(build: Build) -> None:
     case = "page 32, reuse 4"
     prompts = random_prompts(15, [500, 100, 260, 33])
     llm = build(case, kv_dtype="int8")
+    ended = record_pages(llm)
     generations = generate(llm, prompts, 40)
     cache = llm.engine.caches[0]
-    for slot, (prompt, generation) in enumerate(zip(prompts, generations, strict=True)):
+    for prompt, generation, pages in zip(prompts, generations, ended, strict=True):
         oracle = CASES[case].oracle()
         wanted = expected(oracle, prompt, generation.tokens)
         # A quantisation step is 1/127 of the largest channel. Where two pages nearly tie, the
@@ -313,7 +316,7 @@ def test_int8_kv(build: Build) -> None:
         assert 1e-3 < np.quantile(np.abs(generation.logprobs - wanted), 0.9) < 0.1
         # Layer 0, head 1 of the checkpoint: the retrieval head, whose keys attend nothing.
         positions = np.arange(oracle.length)
-        page, offset = llm.engine.state.page_table[slot, positions // 32], positions % 32
+        page, offset = np.array(pages)[positions // 32], positions % 32
         for codes, scale, true in (
             (cache.retrieval.k, cache.retrieval.k_scale, oracle.keys),
             (cache.retrieval.v, cache.retrieval.v_scale, oracle.values),
@@ -344,9 +347,11 @@ def test_kv_bytes_held(kv_dtype: str, build: Build) -> None:
         assert output.metrics.kv_bytes_held == pages * P * per_token + ring
     plan = llm.memory_plan()
     assert plan["retrieval"] + plan["key_stats"] == llm.spec.num_pages * P * per_token
-    assert plan["streaming"] == 4 * ring
+    # Of the ring's four pages one is a sink, which every prefix has too.
+    rings = 4 * ring + llm.spec.max_prefixes * ring // 4
+    assert plan["streaming"] == rings
     held = jax.tree.leaves([[c.retrieval, c.key_stats, c.streaming] for c in llm.engine.caches])
-    assert sum(x.nbytes for x in held) == 4 * ring + llm.spec.num_pages * P * per_token
+    assert sum(x.nbytes for x in held) == rings + llm.spec.num_pages * P * per_token
 
 
 LONG = tiny_config(layers=1, kv_heads=2, max_len=66_000)

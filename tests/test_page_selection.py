@@ -35,6 +35,7 @@ def make(sparsity: SparsityConfig | None, max_model_len: int) -> CacheSpec:
         max_model_len=max_model_len,
         num_slots=1,
         num_pages=1,
+        max_prefixes=0,
         kv_dtype="auto",
     )
 
@@ -119,8 +120,9 @@ def test_ring_list(page_size: int, sink: int, local: int) -> None:
     ring = Ring(sink=sink * page_size, local=local * page_size, page_size=page_size)
     positions = jnp.arange(2001, dtype=jnp.int32)
     slot = jnp.full_like(positions, 3)
-    lists = ring_list(ring, slot, positions, jnp.ones_like(positions, bool))
     pages = sink + local + 1
+    own_sinks = slot * pages
+    lists = ring_list(ring, slot, own_sinks, positions, jnp.ones_like(positions, bool))
     held: dict[tuple[int, int], int] = {}  # (physical page, offset): position of its token
     for position in range(2001):
         page, offset = divmod(position, page_size)
@@ -135,7 +137,7 @@ def test_ring_list(page_size: int, sink: int, local: int) -> None:
 def test_ring_list_of_inactive_rows() -> None:
     ring = Ring(sink=16, local=32, page_size=16)
     position = jnp.array([100, 100], jnp.int32)
-    lists = ring_list(ring, jnp.arange(2), position, jnp.array([False, True]))
+    lists = ring_list(ring, jnp.arange(2), jnp.array([0, 4]), position, jnp.array([False, True]))
     assert slots(lists, 0, 0, 16) == []
     assert len(slots(lists, 1, 0, 16)) == 48
 

@@ -136,6 +136,7 @@ def cached_perplexity(config, params, ids, kv_dtype, chunk=16) -> float:
         max_model_len=len(ids),
         num_slots=1,
         num_pages=-(-len(ids) // 64),
+        max_prefixes=0,
         kv_dtype=kv_dtype,
     )
     caches = [

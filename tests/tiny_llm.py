@@ -9,12 +9,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.testing import assert_array_equal
 from numpy.typing import ArrayLike, NDArray
 from oracle_model import Oracle, log_softmax
 
 from lserve_jax import LLM, ModelConfig, SamplingParams
 from lserve_jax.engine import Engine
 from lserve_jax.llama import Params, init_params
+from lserve_jax.request import Request
 
 VOCAB = 96
 
@@ -102,16 +104,53 @@ def expected(oracle: Oracle, prompt: Tokens, tokens: Tokens) -> NDArray[np.float
     return log_softmax(np.array(logits))
 
 
+def record_pages(llm: LLM) -> list[list[int]]:
+    """A list that fills up with the pages of every request, in the order in which they end."""
+    scheduler, pages = llm.engine.scheduler, []
+    release = scheduler.release
+
+    def record(request: Request) -> None:
+        pages.append(request.pages)
+        release(request)
+
+    scheduler.release = record
+    return pages
+
+
 def check_pages(engine: Engine) -> None:
-    """Every page and every slot is free or has one owner."""
-    owned = [page for request in engine.running.values() for page in request.pages]
-    assert sorted(owned + engine.free_pages) == list(range(engine.spec.num_pages))
-    slots = list(engine.running) + engine.free_slots
-    assert sorted(slots) == list(range(engine.spec.num_slots))
-    for slot, request in engine.running.items():
-        assert request.slot == slot
+    """Every page is held as often as it is named, every slot is free or has one request."""
+    scheduler, spec = engine.scheduler, engine.spec
+    placed = scheduler.placed()
+    held = np.zeros((spec.num_pages,), int)
+    for pages in [r.pages for r in placed] + [p.pages for p in scheduler.prefixes.values()]:
+        assert len(set(pages)) == len(pages)
+        held[pages] += 1
+    assert_array_equal(scheduler.pool.references, held)
+    assert sorted(scheduler.pool.free) == np.flatnonzero(held == 0).tolist()
+    # Nobody writes to a page that somebody else reads: what is shared belongs to a prefix.
+    shared = {page for prefix in scheduler.prefixes.values() for page in prefix.pages}
+    assert set(np.flatnonzero(held > 1)) <= shared
+    slots = [request.slot for request in placed] + scheduler.free_slots
+    assert sorted(slots) == list(range(spec.num_slots))
+    for request in placed:
+        owned = request.shared_tokens // spec.page_size
+        assert not shared & set(request.pages[owned:])
+        table = scheduler.page_table[request.slot]
+        assert table[: len(request.pages)].tolist() == request.pages
+        assert not request.finished
+        assert len(request.pages) * spec.page_size >= request.prefilled
+    for slot in scheduler.free_slots:
+        assert not scheduler.page_table[slot].any()
+    for prefix in scheduler.prefixes.values():
+        assert prefix.users == sum(request.prefix is prefix for request in placed)
+        assert prefix.holders or prefix.users
+    numbers = [request.number for request in scheduler.waiting]
+    assert numbers == sorted(numbers)
+    known = {r.request_id for r in [*placed, *scheduler.waiting]}
+    assert known <= set(engine.unfinished)
 
 
 def check_nothing_left(engine: Engine) -> None:
     check_pages(engine)
-    assert not engine.waiting and not engine.running
+    assert not engine.has_unfinished_requests
+    assert not engine.scheduler.waiting and not engine.scheduler.placed()

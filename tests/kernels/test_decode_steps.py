@@ -6,6 +6,8 @@ Decode goes past a page and past selections, in bf16. Both round at the same pla
 same order, so log-probabilities agree to what bf16 leaves of them.
 """
 
+from unittest import mock
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from numpy.testing import assert_allclose
 
 from lserve_jax import ModelConfig, SamplingParams, SparsityConfig
 from lserve_jax.cache import make_spec
+from lserve_jax.decode import prefill_chunk
 from lserve_jax.engine import Engine
 from lserve_jax.llama import init_params
 from pallas_kernels.api import Backend
@@ -48,6 +51,7 @@ def generate(backend: Backend) -> tuple[np.ndarray, np.ndarray]:
         max_model_len=192,
         num_slots=2,
         num_pages=24,
+        max_prefixes=0,
         kv_dtype="int8",
     )
     params = init_params(CONFIG, dtype=jnp.bfloat16)
@@ -60,17 +64,19 @@ def generate(backend: Backend) -> tuple[np.ndarray, np.ndarray]:
         eos_token_ids=(),
         prefill_chunk_size=128,
         burst_steps=4,
-        backend="reference",
+        backend=backend,
     )
     rng = np.random.default_rng(0)
     sampling = SamplingParams(temperature=0, max_tokens=6)
     tokens, logprobs = {}, {}
     for name, length in (("long", 158), ("short", 20)):
         engine.add_request(name, rng.integers(0, 64, length), sampling, seed=0)
-    while engine.has_unfinished_requests:
-        if not engine.waiting:
-            engine.backend = backend
-        for output in engine.step():
+
+    def on_reference(*args, backend: Backend):
+        return prefill_chunk(*args, backend="reference")
+
+    with mock.patch("lserve_jax.engine.prefill_chunk", on_reference):
+        for output in engine.stream():
             tokens.setdefault(output.request_id, []).extend(output.token_ids)
             logprobs.setdefault(output.request_id, []).extend(output.logprobs)
     return np.array(list(tokens.values())), np.array(list(logprobs.values()))
