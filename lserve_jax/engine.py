@@ -836,11 +836,11 @@ class Engine:
         spec = self.spec
         logical = None if spec.sparsity is None else spec.sparsity.logical_page_size
         return {
-            "model": self._fingerprint(),
             "page size": f"{spec.page_size}, logical {logical}",
             "kv_dtype": f"{spec.kv_dtype}, {jnp.dtype(self._dtype).name}",
             "number of retrieval heads": str(spec.num_retrieval_heads),
             "sink and local sizes": f"{spec.ring} {spec.window}",
+            "model": self._fingerprint(),
         }
 
     def _fingerprint(self) -> str:
