@@ -111,10 +111,10 @@ def load_checkpoint(
     """
     leaves, tree = jax.tree.flatten(like)
     try:
-        with np.load(path) as file:
-            saved = json.loads(str(file["settings"]))
-            arrays = [file[f"leaf_{i}"] for i in range(len(leaves))]
-            history = file["history"]
+        with path.open("rb") as file, np.load(file) as contents:
+            saved = json.loads(str(contents["settings"]))
+            arrays = [contents[f"leaf_{i}"] for i in range(len(leaves))]
+            history = contents["history"]
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a checkpoint of this program: {error}") from error
     differing = [

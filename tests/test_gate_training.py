@@ -241,9 +241,9 @@ PLANTED_CONFIG = ModelConfig(
     num_key_value_heads=3,
     head_dim=16,
     max_position_embeddings=512,
-    # Rotary pair i turns by 10^(-10 i / 8) radians a token: pairs 0 to 2 tell positions apart,
-    # pairs 4 to 7 stand still over 512 tokens and can match content.
-    rope=RopeConfig(rope_theta=1e10),
+    # Rotary pair i turns by 10^-i radians a token: pairs 0 to 2 tell positions apart, pairs 4 to 7
+    # nearly stand still over 400 tokens and can match content.
+    rope=RopeConfig(rope_theta=1e8),
 )
 
 
@@ -264,23 +264,23 @@ def planted_params():
         for head in range(Hk):
             queries, key, value = slice(2 * head, 2 * head + 2), H + head, H + Hk + head
             if (layer, head) == PLANTED:
-                # Score of a match: 12, of all else 0; the values go to channels 40 to 47.
+                # Score of a match: about 20, of all else 0; values go to channels 40 to 47.
                 for i, channel in enumerate((4, 5, 6, 7, 12, 13, 14, 15)):
-                    qkv[QUESTIONS[i], queries, channel] = np.sqrt(12 * 4) / size
-                    qkv[NEEDLES[i], key, channel] = np.sqrt(12 * 4) / size
+                    qkv[QUESTIONS[i], queries, channel] = np.sqrt(20 * 4) / size
+                    qkv[NEEDLES[i], key, channel] = np.sqrt(20 * 4) / size
                     qkv[NEEDLES[i], value, i] = 1 / size
                     out[queries, i, 40 + i] = 0.5
             else:
-                # Score at distance d: 40 (cos d + cos 0.056 d + 8 cos 0.0032 d), which at 64
-                # tokens is 6 below its peak and at 100 is 16 below.
-                for channel, weight in enumerate((1, 1, 8)):
+                # Score at distance d: 40 (cos d + cos 0.1 d + 3 cos 0.01 d), somewhat less in
+                # layer 1. At 96 tokens and more it is below three quarters of its peak.
+                for channel, weight in enumerate((1, 1, 3)):
                     amplitude = np.sqrt(40 * weight * 4) / size
                     qkv[CONSTANT, queries, channel] = qkv[CONSTANT, key, channel] = amplitude
                 qkv[:CONSTANT, value] = rng.standard_normal((CONSTANT, D)) / size
-                out[queries, :, 25:40] = 0.1 * rng.standard_normal((2, D, 15))
+                out[queries, :, 25:40] = 0.02 * rng.standard_normal((2, D, 15))
         weights["self_attn"]["qkv_proj"]["kernel"] = qkv.reshape(48, -1)
         weights["self_attn"]["o_proj"]["kernel"] = out.reshape(-1, 48)
-        weights["mlp"] = jax.tree.map(lambda x: 0.3 * x, weights["mlp"])
+        weights["mlp"] = jax.tree.map(lambda x: 0.1 * x, weights["mlp"])
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
 
 
@@ -294,7 +294,7 @@ def needles_and_questions(step):
 
 
 def test_the_planted_retrieval_head_is_found():
-    training = GateTraining(steps=80, learning_rate=0.05, sink=16, recent=96)
+    training = GateTraining(steps=50, learning_rate=0.08, sink=16, recent=96)
     gates = train_gates(PLANTED_CONFIG, planted_params(), needles_and_questions, training)
     others = np.delete(gates.reshape(-1), PLANTED[0] * 3 + PLANTED[1])
     assert gates[PLANTED] > 0.9
@@ -308,6 +308,6 @@ def test_nothing_stays_open_where_nothing_is_far():
         sample = needles_and_questions(step)
         return Sample(np.where(sample.tokens < 16, FILLERS[0], sample.tokens), sample.first_label)
 
-    training = GateTraining(steps=80, learning_rate=0.05, sink=16, recent=96)
+    training = GateTraining(steps=50, learning_rate=0.08, sink=16, recent=96)
     gates = train_gates(PLANTED_CONFIG, planted_params(), fillers_only, training)
     assert gates.max() < 0.1
