@@ -31,6 +31,7 @@ from lserve_jax.gate_training import (
     GateTraining,
     StepLoss,
     initial_state,
+    stack_layers,
     train_gates,
 )
 from lserve_jax.llm import check_backend, resolve_dtype
@@ -232,6 +233,7 @@ def calibrate(args: CalibrateArgs) -> Float[np.ndarray, "L Hk"]:
     checkpoint = args.output / CHECKPOINT
     if checkpoint.is_file():
         state, history = load_checkpoint(checkpoint, settings, state)
+    params = stack_layers(params)  # under the same name: the layers should not exist twice
     args.output.mkdir(parents=True, exist_ok=True)
     losses = history.tolist()
     steps = args.training.steps

@@ -85,7 +85,7 @@ class Sample(NamedTuple):
 class GateState:
     """All that training changes; donated to the step that replaces it."""
 
-    gates: Float[Array, "L Hk"]  # float32, in [0, 1]; KV heads in the order of the parameters
+    gates: Float[Array, "L Hk"]  # float32, in [0, 1]; KV heads in checkpoint order
     optimizer: optax.OptState
 
 
@@ -219,7 +219,7 @@ def blended_attend(config: ModelConfig, length: int, *, sink: int, recent: int) 
 
 
 def stack_layers(params: Params) -> Params:
-    """The same parameters with every leaf of ``layers`` stacked to ``[L, ...]``."""
+    """The same parameters with every leaf of ``layers`` stacked to ``[L, ...]``: a copy of them."""
     layers = [params["layers"][i] for i in range(len(params["layers"]))]
     return params | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
 
@@ -311,7 +311,7 @@ def train_step(
 
 def train_gates(
     config: ModelConfig,
-    params: Params,
+    stacked: Params,
     sample: Callable[[int], Sample],
     training: GateTraining,
     *,
@@ -320,10 +320,10 @@ def train_gates(
     state: GateState | None = None,
     on_step: Callable[[int, GateState, StepLoss], None] = lambda *_: None,
 ) -> Float[np.ndarray, "L Hk"]:
-    """Trains the gates and returns them, float32 in [0, 1], KV heads in the order of ``params``.
+    """Trains the gates and returns them, float32 in [0, 1], KV heads in checkpoint order.
 
     Args:
-      config, params: the frozen model, as ``convert.load`` returns it.
+      config, stacked: the frozen model, its parameters as ``stack_layers`` returns them.
       sample: the sequence of a step, from its number. Every length is compiled once.
       training: the recipe.
       backend: of the teacher's attention; see ``LLM``.
@@ -333,7 +333,6 @@ def train_gates(
 
     Raises ``FloatingPointError`` if a loss is not finite.
     """
-    stacked = stack_layers(params)
     state = initial_state(config, training) if state is None else state
     for step in range(start, training.steps):
         tokens, first_label = sample(step)
