@@ -40,12 +40,20 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 CPU_CACHE_BYTES = 2 << 30
 
 
-def _resolve_dtype(dtype: str | None):
+def resolve_dtype(dtype: str | None):
+    """The JAX dtype of a name; None takes bfloat16 on accelerators and float32 on the CPU."""
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; known: {sorted(DTYPES)}")
     return DTYPES[dtype]
+
+
+def check_backend(backend: Backend) -> None:
+    """Raises ``NotImplementedError`` for kernels on a device that they are not for."""
+    if resolve_backend(backend) == "mosaic" and resolve_backend("auto") != "mosaic":
+        device = jax.devices()[0].device_kind
+        raise NotImplementedError(f"{backend=} needs a Hopper GPU, the default device is {device}")
 
 
 class LLM:
@@ -103,7 +111,7 @@ class LLM:
         sparsity = _check_settings(
             attention, sparsity, max_num_seqs, prefill_chunk_size, kv_dtype, backend
         )
-        compute_dtype = _resolve_dtype(dtype)
+        compute_dtype = resolve_dtype(dtype)
         self.tokenizer: Tokenizer | None = None
         if isinstance(model, str):
             source = convert.resolve(model, progress=progress)
@@ -345,9 +353,7 @@ def _check_settings(
     backend: Backend,
 ) -> SparsityConfig | None:
     """The sparsity to run with, None for dense."""
-    if resolve_backend(backend) == "mosaic" and resolve_backend("auto") != "mosaic":
-        device = jax.devices()[0].device_kind
-        raise NotImplementedError(f"{backend=} needs a Hopper GPU, the default device is {device}")
+    check_backend(backend)
     if attention not in ("dense", "lserve"):
         raise ValueError(f"attention={attention!r} must be 'dense' or 'lserve'")
     if attention == "dense" and sparsity is not None:

@@ -25,7 +25,7 @@ ALLOWED = {
     },
     "lserve_jax": {
         *("jax", "numpy", "jaxtyping", "flax", "tokenizers", "jinja2", "gguf", "tqdm", "tyro"),
-        *("matplotlib", "convert", "pallas_kernels.api"),
+        *("matplotlib", "optax", "convert", "pallas_kernels.api"),
     },
 }
 
@@ -36,11 +36,12 @@ LAYERS = (
     ("tokenizer", "llama", "cache"),
     ("page_selection",),
     ("attention",),
-    ("functional", "decode"),
-    ("engine",),
+    ("functional", "decode", "gate_training"),
+    ("engine", "passkeys"),
     ("outputs",),
     ("llm", "stats"),
     ("analysis", "generate"),
+    ("calibrate",),
 )
 
 
