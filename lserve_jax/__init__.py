@@ -4,12 +4,14 @@ from lserve_jax.config import ModelConfig, RopeConfig, SparsityConfig
 from lserve_jax.functional import logits
 from lserve_jax.llm import LLM
 from lserve_jax.outputs import CompletionOutput, RequestOutput
+from lserve_jax.prefix import Prefix
 from lserve_jax.sampling import SamplingParams
 
 __all__ = [
     "LLM",
     "CompletionOutput",
     "ModelConfig",
+    "Prefix",
     "RequestOutput",
     "RopeConfig",
     "SamplingParams",

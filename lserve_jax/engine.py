@@ -43,47 +43,16 @@ from lserve_jax.decode import (
     write_prefix_pages,
 )
 from lserve_jax.llama import Params
+from lserve_jax.metrics import EngineMetrics, RequestMetrics, StepMetrics
 from lserve_jax.prefix import Prefix, read_prefix
 from lserve_jax.relay import RelayDecision, RelayMode, decide
-from lserve_jax.request import Request, RequestMetrics, TokenOutput
+from lserve_jax.request import Request, TokenOutput
 from lserve_jax.sampling import SamplingArrays, SamplingMode, SamplingParams, sampling_row
 from lserve_jax.scheduler import Scheduler
 from pallas_kernels.api import Backend, resolve_backend
 
 SMALLEST_CHUNK = 64  # shorter prompts are padded to this
 MAX_STOP_IDS = 32  # of one request, end-of-text ids included
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepMetrics:
-    """What one step of the engine handed to the device."""
-
-    number: int
-    prefill_tokens: int  # prompt tokens run
-    decode_requests: int  # requests in the burst
-    decode_steps: int  # its length; 0: there was no burst
-    relay: tuple[RelayDecision, ...]  # for each prefix that requests of the burst have
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineMetrics:
-    """The engine at one moment: where requests and pages are, and counts since it was made."""
-
-    waiting: int
-    running: int  # the one whose prompt is prefilled included
-    free_pages: int
-    pinned_pages: int  # held by prefixes
-    num_pages: int
-    finished: int
-    cancelled: int
-    preemptions: int
-    prompt_tokens: int  # prefilled, preempted requests' again
-    prefix_tokens: int  # not prefilled, since a prefix had them
-    generated_tokens: int
-    selector_runs: int  # selections, summed over requests
-    relay_bursts: int  # bursts in which some prefix was read together
-    compilations: int  # different shapes that jitted functions were called with
-    last_step: StepMetrics | None
 
 
 @dataclass(kw_only=True)
@@ -159,7 +128,8 @@ class Engine:
         self.prefill_chunk_size = prefill_chunk_size
         # A whole number of selection intervals, so that every burst begins with a selection.
         self.burst_steps = -(-burst_steps // spec.reuse_interval) * spec.reuse_interval
-        self.relay, self.deterministic, self.clock = relay, deterministic, clock
+        self.relay: RelayMode = relay
+        self.deterministic, self.clock = deterministic, clock
         self._dtype = dtype
         sizes = cache_bytes(config, spec, dtype)
         self._page_bytes = (sizes["retrieval"] + sizes["key_stats"]) // spec.num_pages
@@ -395,8 +365,7 @@ class Engine:
             if not request.finished:
                 self._stop(request)
                 self._counts["finished"] += 1
-                nothing = Sample(token=[], logprob=[], top_ids=[], top_logprobs=[])
-                outputs.append(self._output(request, nothing, "deadline"))
+                outputs.append(self._output(request, None, "deadline"))
         return outputs
 
     # Prompts.
@@ -660,6 +629,7 @@ class Engine:
             if request.finished:
                 continue
             metrics = request.metrics
+            assert request.first_token is not None  # it came before any burst was fetched
             steps, selections = int(result.steps[slot]), int(result.selections[slot])
             position = len(request.prompt) + request.received - 1
             request.position_sum += sum(range(position + 1, position + steps + 1))
@@ -708,16 +678,20 @@ class Engine:
             return []
         return [self._output(request, new, finish_reason)]
 
-    def _output(self, request: Request, new: Sample, finish_reason: str | None) -> TokenOutput:
+    def _output(
+        self, request: Request, new: Sample | None, finish_reason: str | None
+    ) -> TokenOutput:
         request.metrics = self._with_kv_metrics(
             request, dataclasses.replace(request.metrics, generated_tokens=len(request.tokens))
         )
         wanted = request.sampling.logprobs or 0
         return TokenOutput(
             request_id=request.request_id,
-            token_ids=[int(token) for token in new.token],
-            logprobs=[float(x) for x in new.logprob],
-            top_logprobs=[
+            token_ids=[] if new is None else [int(token) for token in new.token],
+            logprobs=[] if new is None else [float(x) for x in new.logprob],
+            top_logprobs=[]
+            if new is None
+            else [
                 dict(zip(ids[:wanted].tolist(), values[:wanted].tolist(), strict=True))
                 for ids, values in zip(new.top_ids, new.top_logprobs, strict=True)
             ],
@@ -746,7 +720,7 @@ class Engine:
 
     # Prefixes.
 
-    def add_prefix(self, token_ids: Sequence[int]) -> Prefix:
+    def add_prefix(self, token_ids: Sequence[int] | np.ndarray) -> Prefix:
         """Computes a prefix and holds it; requests that begin with it share it from then on.
 
         The same tokens again give the same prefix, to be released once more. The call returns when

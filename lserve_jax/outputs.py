@@ -3,7 +3,8 @@
 import dataclasses
 from dataclasses import dataclass
 
-from lserve_jax.request import RequestMetrics, TokenOutput
+from lserve_jax.metrics import RequestMetrics
+from lserve_jax.request import TokenOutput
 from lserve_jax.sampling import SamplingParams
 from lserve_jax.tokenizer import Tokenizer
 

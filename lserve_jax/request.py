@@ -1,43 +1,12 @@
-"""A request on its way through the engine, and what it cost."""
+"""A request on its way through the engine, and what comes out of it."""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from lserve_jax.metrics import RequestMetrics
 from lserve_jax.prefix import Prefix
 from lserve_jax.sampling import SamplingParams
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestMetrics:
-    """What one request cost. Times in seconds, sizes in bytes; means are over its decode steps.
-
-    A preempted request runs its steps again: they count again.
-    """
-
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    prefix_tokens: int = 0  # of the prompt, those whose keys and values were there already
-    queue_seconds: float = 0.0  # from arrival to the start of its prefill
-    prefill_seconds: float = 0.0  # from then to its first token, other requests' steps included
-    first_token_seconds: float = 0.0  # from arrival to the first token (TTFT)
-    decode_seconds: float = 0.0  # from the first token to the newest
-    preemptions: int = 0
-    decode_steps: int = 0
-    relay_steps: int = 0  # steps that read the prefix together with other requests
-    relay_reason: str = ""  # why its last burst did or did not
-    selector_runs: int = 0  # steps in which its pages were chosen anew
-    bypassed_steps: int = 0  # steps whose history fitted the budget, so that nothing was pruned
-    pages_attended_per_step: float = 0.0  # mean over layers and KV heads
-    kv_bytes_held: int = 0  # pages with tokens, and ring, at its end; a prefix's pages too
-    # K and V attended, and statistics read by the selector; of a prefix read together its share.
-    kv_bytes_read_per_step: float = 0.0
-    dense_kv_bytes_read_per_step: float = 0.0  # what attending everything would have read
-
-    @property
-    def seconds_per_output_token(self) -> float:
-        """TPOT: mean time between two tokens, the first one left out; 0 for a single token."""
-        return self.decode_seconds / max(self.generated_tokens - 1, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +53,7 @@ class Request:
     attended: float = 0.0  # token slots, summed over steps, layers and KV heads
     read: float = 0.0  # of these, its share of those that were read
     statistics_pages: int = 0  # pages scored, summed over selections
-    metrics: RequestMetrics = RequestMetrics()
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
     @property
     def length(self) -> int:

@@ -9,7 +9,7 @@ from typing import Self
 import jax
 import jax.monitoring
 
-from lserve_jax.request import RequestMetrics
+from lserve_jax.metrics import RequestMetrics
 
 
 class CompileClock:

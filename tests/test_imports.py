@@ -25,18 +25,19 @@ ALLOWED = {
     },
     "lserve_jax": {
         *("jax", "numpy", "jaxtyping", "flax", "tokenizers", "jinja2", "gguf", "tqdm", "tyro"),
-        *("matplotlib", "optax", "convert", "pallas_kernels.api"),
+        *("matplotlib", "optax", "safetensors", "convert", "pallas_kernels.api"),
     },
 }
 
 # Modules of lserve_jax from the bottom up; a module imports only from rows above its own.
 LAYERS = (
     ("config",),
-    ("linear", "rope", "sampling", "gguf_tokenizer"),
+    ("linear", "rope", "sampling", "gguf_tokenizer", "prefix"),
     ("tokenizer", "llama", "cache"),
-    ("page_selection",),
-    ("attention",),
-    ("functional", "decode", "gate_training"),
+    ("page_selection", "relay"),
+    ("attention", "metrics"),
+    ("functional", "decode", "gate_training", "request"),
+    ("scheduler",),
     ("engine", "passkeys"),
     ("outputs",),
     ("llm", "stats"),

@@ -240,18 +240,24 @@ def test_several_prefixes_at_once(build: Build) -> None:
     prompts = [h + own for h in heads for own in random_prompts(len(h), [3, 20])]
     prompts += random_prompts(12, [90])
     alone = generate(build("dense", relay="never"), prompts, 10)
-    for attention in ("dense", "lserve"):
-        llm = build(attention, relay="always", max_num_seqs=8)
-        prefixes = [llm.prefix({"prompt_token_ids": h}) for h in heads]
-        made = run(llm, prompts, 10, "auto")
-        if attention == "dense":
-            assert_same(made, alone)
-        assert len(llm.engine.metrics().last_step.relay) in (0, 3)
-        with pytest.raises(ValueError, match="3 prefixes are held already"):
-            llm.prefix({"prompt_token_ids": random_prompts(13, [40])[0]})
-        for prefix in prefixes:
-            prefix.release()
-        check_nothing_left(llm.engine)
+    llm = build("dense", relay="always", max_num_seqs=8, prefill_chunk_size=512)
+    engine = llm.engine
+    prefixes = [llm.prefix({"prompt_token_ids": h}) for h in heads]
+    sampling = SamplingParams(temperature=0, max_tokens=10)
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), prompt, sampling, seed=0)
+    tokens: dict[str, list[int]] = {}
+    groups = []
+    for new in engine.stream():
+        tokens.setdefault(new.request_id, []).extend(new.token_ids)
+        groups.append([(d.prefix_tokens, d.requests) for d in engine.metrics().last_step.relay])
+    assert [tokens[str(i)] for i in range(len(prompts))] == [made.tokens for made in alone]
+    assert [(64, 2), (64, 2), (192, 2)] in groups, groups
+    with pytest.raises(ValueError, match="3 prefixes are held already"):
+        llm.prefix({"prompt_token_ids": random_prompts(13, [70])[0]})
+    for prefix in prefixes:
+        prefix.release()
+    check_nothing_left(engine)
 
 
 def test_the_same_prefix_twice(build: Build) -> None:

@@ -97,6 +97,46 @@ def test_greedy_chats_are_those_of_transformers(base, attention):
         assert output.outputs[0].finish_reason == "stop"
 
 
+SYSTEM = (
+    "You are a helpful assistant of a small museum of natural history. Visitors ask you about the "
+    "exhibits, the opening hours and the world. Answer in one or two sentences, politely and to "
+    "the point, and never make anything up. The museum is open from nine to five, except on "
+    "Mondays. It shows fossils, minerals and a collection of beetles from five continents. "
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["dense", "lserve"])
+def test_a_shared_prefix_changes_no_token(smollm2, attention):
+    """A system prompt computed once and read together, cold and warm, or by each for itself."""
+    llm = LLM(
+        smollm2,
+        dtype="float32",
+        max_model_len=512,
+        attention=attention,
+        sparsity=UNPRUNED if attention == "lserve" else None,
+        relay="always",
+    )
+    questions = ("When are you open?", "What is the capital of France?")
+    chats = [
+        [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+        for question in questions
+    ]
+    sampling = SamplingParams(temperature=0, max_tokens=16)
+
+    def tokens(shared_prefix) -> list[list[int]]:
+        outputs = llm.chat(chats, sampling, shared_prefix=shared_prefix)
+        wanted = 0 if shared_prefix == "off" else 64
+        assert all(output.metrics.prefix_tokens >= wanted for output in outputs)
+        return [output.outputs[0].token_ids for output in outputs]
+
+    alone = tokens("off")
+    assert tokens("auto") == alone
+    [output] = llm.chat(chats[0], SamplingParams(max_tokens=1))
+    prefix = llm.prefix({"prompt_token_ids": output.prompt_token_ids[:80]})
+    assert tokens(prefix) == alone
+
+
 def test_chat_template_and_text(smollm2):
     """From words to words, with the file's own tokenizer and template."""
     expected, _ = golden("smollm2-135m-instruct")
