@@ -38,7 +38,8 @@ CACHE_SHARE = 0.8
 CPU_CACHE_BYTES = 2 << 30
 
 
-def _resolve_dtype(dtype: str | None):
+def resolve_dtype(dtype: str | None):
+    """The type of a name; None is bfloat16 on accelerators and float32 on the CPU."""
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in DTYPES:
@@ -90,7 +91,7 @@ class LLM:
         sparsity = _check_settings(
             attention, sparsity, max_num_seqs, prefill_chunk_size, kv_dtype, backend
         )
-        compute_dtype = _resolve_dtype(dtype)
+        compute_dtype = resolve_dtype(dtype)
         self.tokenizer: Tokenizer | None = None
         if isinstance(model, str):
             source = convert.resolve(model, progress=progress)
