@@ -50,6 +50,7 @@ def needle_puzzle(
     if not 1 <= depths <= MOST_DEPTHS:
         raise ValueError(f"{depths=} must lie in [1, {MOST_DEPTHS}]")
     needles, questions = [], []
+    doings = rng.sample([(a, place) for a in _ACTIVITIES for place in _PLACES], depths)
     for i, city in enumerate(rng.sample(_CITIES, depths)):
         depth = (i + 0.5) / depths
         if kind == "passkey":
@@ -57,9 +58,9 @@ def needle_puzzle(
             fact = f"The secret pass key for the city of {city} is {answers[0]}."
             question = f"What is the secret pass key for the city of {city}?"
         else:
-            answers = (rng.choice(_ACTIVITIES), rng.choice(_PLACES))
+            answers = doings[i]
             fact = f"The best thing to do in {city} is to {answers[0]} {answers[1]}."
-            question = f"What is the best thing to do in {city}, and where?"
+            question = f"What is the best thing to do in {city}?"
         needles.append((depth, tokenizer.encode(f"\n{fact}\n", add_special_tokens=False)))
         questions.append(Question(text=f"\n\n{question}", answers=answers, depth=depth))
     return Puzzle(

@@ -1,9 +1,10 @@
 """Prompts of an exact length: a haystack first, then a question about it.
 
-A task makes a ``Puzzle``: what the haystack will hold and several questions about it. ``make_cases``
-turns it into prompts that are all exactly as long as asked and differ only after the haystack, so
-that an engine that shares prefixes reads the haystack once. Parts are tokenised one by one and
-joined as ids: so lengths and depths are exact, and the haystack's ids do not depend on a question.
+A task makes a ``Puzzle``: what the haystack will hold and several questions about it.
+``make_cases`` turns it into prompts that are all exactly as long as asked and differ only after
+the haystack, so that an engine that shares prefixes reads the haystack once. Parts are tokenised
+one by one and joined as ids: so lengths and depths are exact, and the haystack's ids do not depend
+on a question.
 """
 
 import random

@@ -220,9 +220,7 @@ def _plot_budgets(result: Mapping[str, Any], directory: Path) -> None:
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         of_task = _where(rows, task=task)
         for i, (length,) in enumerate(_distinct(of_task, "length")):
-            share = {
-                name: np.mean(_scores(of_task, length=length, setting=name)) for name in done
-            }
+            share = {name: np.mean(_scores(of_task, length=length, setting=name)) for name in done}
             for number, curve in enumerate(curves):
                 label = f"{length} tokens" if number == 0 else None
                 shares = [share[name] for name in curve.values()]

@@ -100,9 +100,7 @@ def _needles(
     )
 
 
-def _variable_tracking(
-    tokenizer: Tokenizer, text_ids: Sequence[int], rng: random.Random
-) -> Puzzle:
+def _variable_tracking(tokenizer: Tokenizer, text_ids: Sequence[int], rng: random.Random) -> Puzzle:
     names = _distinct(5, lambda: "".join(rng.choices(string.ascii_uppercase, k=5)))
     number = _number(rng)
     values = [number, *(f"VAR {name}" for name in names[:-1])]

@@ -4,7 +4,6 @@ Page selection and streaming rings act in decode steps; prefill is nearly dense.
 is judged by feeding a text's tokens through decode steps and reading the distribution of each.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial

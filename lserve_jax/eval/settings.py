@@ -5,9 +5,9 @@
     lserve:budget=1024,page=64,logical=16,interval=4,pattern=NAME,fraction=0.5
     lserve:pattern=NAME,control=inverted
 
-What is not given has ``SparsityConfig``'s default. A *control* asks what a pattern's choice of heads
-is worth: as many heads stream, but others. ``inverted`` negates the gates, so that the heads that
-need their context most stream first; ``random`` shuffles them over the whole model.
+What is not given has ``SparsityConfig``'s default. A *control* asks what a pattern's choice of
+heads is worth: as many heads stream, but others. ``inverted`` negates the gates, so that the heads
+that need their context most stream first; ``random`` shuffles them over the whole model.
 """
 
 import dataclasses

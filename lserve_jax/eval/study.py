@@ -31,7 +31,7 @@ from lserve_jax.tokenizer import Tokenizer
 
 Task = Literal["needle", "ruler", "perplexity", "agreement"]
 
-# Room for a sequence is rounded up to this, so that studies of the same lengths share compiled code.
+# Room for a sequence is rounded up to this: studies of nearly the same lengths share compiled code.
 _ROOM = 1024
 
 
@@ -165,14 +165,10 @@ def make_material(study: Study, tokenizer: Tokenizer) -> tuple[list[Case], list[
                 # A stream of its own: so more haystacks or another task change no prompt.
                 rng = random.Random(f"{study.seed} {kind} {length} {haystack}")
                 if family == "needle":
-                    puzzle = needle_puzzle(
-                        kind, tokenizer, text_ids, depths=study.depths, rng=rng
-                    )
+                    puzzle = needle_puzzle(kind, tokenizer, text_ids, depths=study.depths, rng=rng)
                 else:
                     puzzle = ruler_puzzle(kind, tokenizer, text_ids, rng=rng)
-                cases += make_cases(
-                    tokenizer, puzzle, length=length, haystack=haystack, chat=chat
-                )
+                cases += make_cases(tokenizer, puzzle, length=length, haystack=haystack, chat=chat)
     windows = []
     if {"perplexity", "agreement"} & set(study.tasks):
         windows = make_windows(
