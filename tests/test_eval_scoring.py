@@ -8,7 +8,6 @@ from oracle_model import Oracle, log_softmax, streaming_heads
 from tiny_llm import (
     VOCAB,
     check_nothing_left,
-    generate,
     poison,
     random_prompts,
     tiny_config,
@@ -17,14 +16,15 @@ from tiny_llm import (
 )
 
 from lserve_jax import LLM, SparsityConfig, logits
-from lserve_jax.eval.language import kl_divergence, make_windows, predict
+from lserve_jax.eval.language import Prediction, kl_divergence, make_windows, predict
 from lserve_jax.eval.scoring import Score, score
 
 # As in test_lserve.py: float32 roundings against float64; a page more or less changes 1e-3.
 ORACLE = {"atol": 2e-5, "rtol": 0}
 
-CONFIG = tiny_config(layers=3, kv_heads=3, group=2)
-GATES = [[0.9, 0.1, 0.8], [0.2, 0.7, 0.6], [0.3, 0.9, 0.4]]
+CONFIG = tiny_config(layers=2, kv_heads=2, group=2)
+GATES = [[0.9, 0.1], [0.2, 0.7]]
+CHUNK = {"prefill_chunk_size": 64}  # one shape of prompt to compile
 SIZES = {
     "page_size": 16,
     "token_budget": 64,
@@ -49,7 +49,7 @@ def lserve(params, pattern: str, interval: int = 4, **changes) -> LLM:
     sparsity = SparsityConfig(
         **{**SIZES, "pattern": pattern, "reuse_interval": interval, **changes}
     )
-    return LLM((CONFIG, params), attention="lserve", sparsity=sparsity, max_num_seqs=4)
+    return LLM((CONFIG, params), attention="lserve", sparsity=sparsity, max_num_seqs=4, **CHUNK)
 
 
 def check_score(new: Score, expected: np.ndarray, tokens: list[int]) -> None:
@@ -60,7 +60,7 @@ def check_score(new: Score, expected: np.ndarray, tokens: list[int]) -> None:
         assert_allclose(new.distributions, expected, **ORACLE)
 
 
-@pytest.mark.parametrize("interval", [1, 4])
+@pytest.mark.parametrize("interval", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_sparse_scores_are_the_oracles(params, pattern, interval):
     llm = lserve(params, pattern, interval)
     poison(llm)
@@ -78,26 +78,27 @@ def test_sparse_scores_are_the_oracles(params, pattern, interval):
 
 
 def test_dense_scores_are_the_models(params):
-    llm = LLM((CONFIG, params), max_num_seqs=2)
+    llm = LLM((CONFIG, params), max_num_seqs=2, **CHUNK)
     (prompt,), (continuation,) = random_prompts(1, [100]), random_prompts(2, [50])
-    (new,) = score(llm, [prompt], [continuation])
+    (new,) = score(llm, [prompt], [continuation], distributions=True)
     tokens = jnp.asarray([prompt + continuation])
     whole = log_softmax(np.asarray(logits(CONFIG, params, tokens)[0, 99:-1], np.float64))
     check_score(new, whole, continuation)
-    assert new.distributions is None
 
 
-def test_a_cache_with_few_pages_is_used_again_and_again(params):
+def test_requests_that_do_not_fit_together_take_turns(params):
     prompts, continuations = random_prompts(1, [60, 70, 80]), random_prompts(2, [10, 20, 9])
-    roomy = score(LLM((CONFIG, params)), prompts, continuations)
-    bytes_of_one = LLM((CONFIG, params), max_num_seqs=1, max_model_len=128).memory_plan()
-    llm = LLM((CONFIG, params), kv_cache_bytes=bytes_of_one["retrieval"], max_model_len=128)
-    for few, many in zip(score(llm, prompts, continuations), roomy, strict=True):
-        assert_allclose(few.logprobs, many.logprobs, atol=1e-5, rtol=0)  # other sums of float32
+    page = LLM((CONFIG, params), max_num_seqs=1, max_model_len=64).memory_plan()["retrieval"]
+    llm = LLM((CONFIG, params), kv_cache_bytes=3 * page, max_num_seqs=2, max_model_len=128, **CHUNK)
+    assert llm.spec.num_pages == 3  # each of the three needs two
+    poison(llm)
+    scores = score(llm, prompts, continuations)
+    for prompt, continuation, new in zip(prompts, continuations, scores, strict=True):
+        oracle = Oracle(CONFIG, params)
+        whole = log_softmax(oracle.prefill(prompt + continuation))
+        check_score(new, whole[len(prompt) - 1 : -1], continuation)
+        assert new.distributions is None
     check_nothing_left(llm.engine)
-    assert (
-        generate(llm, prompts, 4)[0].tokens == generate(LLM((CONFIG, params)), prompts, 4)[0].tokens
-    )
 
 
 @pytest.mark.parametrize(
@@ -156,31 +157,35 @@ def test_impossible_windows_are_refused(changes, message):
         make_windows(NoBos(), list(range(100)), **arguments)
 
 
-def divergences(params, llm: LLM) -> np.ndarray:
-    """KL from dense at every scored token of two windows of random text, and same-token flags."""
-    text = random_prompts(9, [400])[0]
-    windows = make_windows(NoBos(), text, lengths=(200, 380), windows=1, scored=24)
-    dense = LLM((CONFIG, params), max_num_seqs=2)
-    first, reference = predict(dense, windows, None, agreement=True, progress=lambda n: None)
-    assert all((p.divergence == 0).all() and p.same_token.all() for p in first)
-    others, kept = predict(llm, windows, reference, agreement=True, progress=lambda n: None)
-    assert kept is reference
-    return np.array([p.divergence for p in others])
+WINDOWS = make_windows(
+    NoBos(), random_prompts(9, [400])[0], lengths=(200, 380), windows=1, scored=24
+)
 
 
-def test_lserve_that_reads_everything_agrees_with_dense(params):
-    llm = LLM(
-        (CONFIG, params),
-        attention="lserve",
-        sparsity=SparsityConfig(page_size=16, token_budget=1024),
-    )
-    assert np.abs(divergences(params, llm)).max() < 1e-6  # float32 log probabilities of size 10
+def compare(llm: LLM, reference: list[Score] | None) -> tuple[list[Prediction], list[Score]]:
+    return predict(llm, WINDOWS, reference, agreement=True, progress=lambda n: None)
 
 
-def test_lserve_that_prunes_differs_from_dense(params, pattern):
-    divergence = divergences(params, lserve(params, pattern))
-    assert divergence.mean() > 1e-2
-    assert divergence.min() > -1e-6
+@pytest.fixture(scope="module")
+def dense_scores(params) -> list[Score]:
+    dense = LLM((CONFIG, params), max_num_seqs=2, **CHUNK)
+    predictions, reference = compare(dense, None)
+    assert all((p.divergence == 0).all() and p.same_token.all() for p in predictions)
+    return reference
+
+
+def test_lserve_that_reads_everything_agrees_with_dense(params, dense_scores):
+    sparsity = SparsityConfig(page_size=16, token_budget=1024)
+    llm = LLM((CONFIG, params), attention="lserve", sparsity=sparsity, max_num_seqs=2, **CHUNK)
+    for prediction in compare(llm, dense_scores)[0]:
+        assert np.abs(prediction.divergence).max() < 1e-6  # of float32 log probabilities
+        assert prediction.same_token.all()
+
+
+def test_lserve_that_prunes_differs_from_dense(params, pattern, dense_scores):
+    for prediction in compare(lserve(params, pattern), dense_scores)[0]:
+        assert prediction.divergence.mean() > 1e-2
+        assert prediction.divergence.min() > -1e-6
 
 
 def test_divergence_is_its_definition():
