@@ -52,6 +52,8 @@ class EvalArgs:
     """Directory for results.json, results.md and pictures."""
     plot: Switch = False
     """Draw heat maps (length by depth) and score against budget; needs the extra plot."""
+    resume: Switch = False
+    """Skip settings that an earlier run of the same study has finished in the output directory."""
 
     haystack: TextName = "documentation"
     """Text that facts are hidden in: Python's language reference, or one paragraph repeated."""
@@ -109,6 +111,7 @@ def _study(args: EvalArgs, argv: Sequence[str]) -> Study:
         seed=args.seed,
         output=args.output,
         plot=args.plot,
+        resume=args.resume,
         command=f"python -m lserve_jax.eval {shlex.join(argv)}",
         options=EngineOptions(
             dtype=args.dtype,

@@ -46,6 +46,12 @@ def write(directory: Path, result: Mapping[str, Any], *, plots: bool) -> None:
         _plot_budgets(result, directory)
 
 
+def read(directory: Path) -> dict[str, Any] | None:
+    """What ``write`` left in ``results.json``; None if there is no such file."""
+    path = directory / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def _as_json(result: Mapping[str, Any]) -> str:
     """One line a field, and one a row."""
     fields = []

@@ -1,6 +1,7 @@
 """One evaluation: tasks, settings and lengths in, rows of results out."""
 
 import dataclasses
+import json
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -25,9 +26,15 @@ from lserve_jax.eval.prompts import Case, TextName, make_cases, read_text, share
 from lserve_jax.eval.ruler import RulerTask, ruler_puzzle
 from lserve_jax.eval.scoring import Score
 from lserve_jax.eval.settings import Setting, parse_settings, resolve_sparsity
-from lserve_jax.llm import LLM
+from lserve_jax.llm import LLM, resolve_dtype
 from lserve_jax.sampling import SamplingParams
 from lserve_jax.tokenizer import Tokenizer
+
+# Fields of a study that decide its prompts and windows, but for the seed.
+_MATERIAL = (
+    *("tasks", "lengths", "needles", "ruler_tasks", "haystacks", "depths", "windows"),
+    *("scored_tokens", "chat", "rope_extend"),
+)
 
 Task = Literal["needle", "ruler", "perplexity", "agreement"]
 
@@ -55,6 +62,7 @@ class Study:
     seed: int = 0
     output: Path
     plot: bool = False
+    resume: bool = False  # keep what an earlier run of the same study left in ``output``
     command: str  # for the record
     options: EngineOptions = field(default_factory=EngineOptions)
 
@@ -74,6 +82,8 @@ class Study:
         parse_settings(self.compare)
         if "agreement" in self.tasks and len(self.compare) < 2:
             raise ValueError("task agreement compares settings: give at least two")
+        if self.resume and "agreement" in self.tasks:
+            raise ValueError("task agreement cannot be resumed: distributions are not stored")
         if self.plot:
             require_matplotlib()
 
@@ -105,12 +115,15 @@ def run_study(study: Study, *, progress: bool = False) -> dict[str, Any]:
         _check_pattern(setting, model.config.num_hidden_layers, model.config.num_key_value_heads)
     room = min(-(-longest // _ROOM) * _ROOM, model.config.max_position_embeddings)
     result = _head(study, settings)
+    if study.resume:
+        _take_over(study.output, result)
     reference: list[Score] | None = None
     for setting in settings:
+        if setting.name in result["seconds"]:
+            continue
         started = time.perf_counter()
         sparsity = resolve_sparsity(setting, study.output / "patterns", study.seed)
         llm = model.engine(sparsity, room, study.options)
-        result["dtype"] = str(llm.dtype.dtype)
         bar = tqdm(
             total=len(cases) + len(windows), desc=setting.name, unit="prompt", disable=not progress
         )
@@ -202,14 +215,31 @@ def _head(study: Study, settings: Sequence[Setting]) -> dict[str, Any]:
             "python": python_version(),
             **{name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
         },
-        "dtype": "",
+        "dtype": str(resolve_dtype(study.options.dtype).dtype),
         "seed": study.seed,
-        "text": str(study.text),
+        "study": {name: getattr(study, name) for name in _MATERIAL} | {"text": str(study.text)},
         "settings": {setting.name: _described(setting) for setting in settings},
         "seconds": {},
         "answers": [],
         "predictions": [],
     }
+
+
+def _take_over(directory: Path, result: dict[str, Any]) -> None:
+    """Moves the rows of settings that an earlier run has finished into ``result``.
+
+    Raises ``ValueError`` if that run was not of the same study.
+    """
+    before = report.read(directory)
+    if before is None:
+        return
+    for name in ("model", "device", "dtype", "seed", "study", "settings"):
+        # As JSON, where a tuple is a list.
+        old, new = before[name], json.loads(json.dumps(result[name]))
+        if old != new:
+            raise ValueError(f"{directory} cannot be resumed: its {name} is {old}, now it is {new}")
+    for name in ("seconds", "answers", "predictions"):
+        result[name] = before[name]
 
 
 def _described(setting: Setting) -> Mapping[str, Any] | None:
