@@ -234,6 +234,8 @@ def _plot_budgets(result: Mapping[str, Any], directory: Path) -> None:
             for name in done.intersection(dense):
                 axis.axhline(share[name], color=f"C{i}", linestyle="--", linewidth=0.8)
         axis.set_xscale("log", base=2)
+        budgets = sorted({budget for curve in curves for budget in curve})
+        axis.set_xticks(budgets, [str(budget) for budget in budgets])
         axis.set(xlabel="token budget", ylabel="score", ylim=(-0.03, 1.03), title=task)
         axis.legend(fontsize="x-small")
     figure.suptitle(f"{result['model']}; dashed: dense")
