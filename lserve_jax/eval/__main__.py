@@ -1,0 +1,150 @@
+"""Quality from the shell: ``python -m lserve_jax.eval --compare dense lserve:budget=1024 …``.
+
+Tables go to stdout and, with everything else, to the output directory; progress and errors go to
+stderr. A mistake of the caller's ends with one sentence and exit code 2.
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import jax
+import tyro
+from tyro.conf import DisallowNone, FlagCreatePairsOff, arg
+
+from convert.artefacts import cache_directory
+from lserve_jax.eval.model import EngineOptions
+from lserve_jax.eval.needle import NeedleKind
+from lserve_jax.eval.prompts import TextName
+from lserve_jax.eval.report import markdown
+from lserve_jax.eval.ruler import RulerTask
+from lserve_jax.eval.study import Study, Task, run_study
+
+Switch = Annotated[FlagCreatePairsOff[bool], arg(help_behavior_hint="")]
+
+
+def _flag(metavar: str, otherwise: str) -> object:
+    """How help shows a flag: what follows it, and what happens without it."""
+    return arg(metavar=metavar, help_behavior_hint=f"(default: {otherwise})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalArgs:
+    """Compare attention settings on the same prompts: needles, RULER, perplexity, agreement.
+
+    A setting is dense, lserve, or lserve:key=value,... with the keys budget, page, logical,
+    interval, pattern, fraction, control (inverted or random), prefill_sink, prefill_local,
+    decode_sink and decode_local; docs/quality.md explains tasks and settings.
+    """
+
+    model: str = "smollm2-135m-instruct-32k"
+    """Alias, checkpoint directory, .gguf file or Hugging Face id."""
+    tasks: tuple[Task, ...] = ("needle",)
+    """What to run."""
+    compare: Annotated[tuple[str, ...], arg(metavar="SETTING SETTING ...")] = ("dense", "lserve")
+    """Settings to run side by side; the others are compared with the first."""
+    lengths: tuple[int, ...] = (2048, 4096)
+    """Tokens of a prompt, chat template included, or of a window of text."""
+    output: Annotated[Path, arg(metavar="DIR")] = Path("eval")
+    """Directory for results.json, results.md and pictures."""
+    plot: Switch = False
+    """Draw heat maps (length by depth) and score against budget; needs the extra plot."""
+    resume: Switch = False
+    """Skip settings that an earlier run of the same study has finished in the output directory."""
+
+    haystack: TextName = "documentation"
+    """Text that facts are hidden in: Python's language reference, or one paragraph repeated."""
+    text: Annotated[Path | None, _flag("FILE", "what --haystack says")] = None
+    """Text file (UTF-8) to use in its place."""
+    chat: Annotated[bool | None, _flag("", "chat if the model has a template")] = None
+    """Ask through the model's chat template, or without."""
+    haystacks: int = 2
+    """Haystacks for each task and length."""
+    depths: int = 8
+    """Task needle: facts hidden in a haystack, at even depths; each makes one prompt."""
+    needles: tuple[NeedleKind, ...] = get_args(NeedleKind)
+    """Task needle: which kinds of facts."""
+    ruler_tasks: tuple[RulerTask, ...] = get_args(RulerTask)
+    """Task ruler: which of its tasks."""
+    windows: int = 4
+    """Tasks perplexity and agreement: windows, spread evenly over the text."""
+    scored_tokens: int = 256
+    """Tasks perplexity and agreement: tokens predicted at the end of each length."""
+    rope_extend: Switch = False
+    """Stretch rotary positions (YaRN) where lengths exceed the model's limit."""
+    seed: int = 0
+    """Same seed, same prompts and random controls."""
+
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        _flag("{float32,bfloat16}", "bfloat16 on a GPU, float32 on a CPU"),
+    ] = None
+    """Type of weights and arithmetic."""
+    kv_dtype: Literal["auto", "int8"] = "auto"
+    """Storage of keys and values: as --dtype, or quantised to 8 bits a number."""
+    kv_cache_bytes: Annotated[int | None, _flag("INT", "2 GiB on a CPU, most of a GPU")] = None
+    """Memory for the cached keys and values."""
+    max_num_seqs: int = 8
+    """Prompts that run at the same time."""
+    backend: Literal["auto", "mosaic", "reference"] = "auto"
+    """mosaic: kernels for Hopper GPUs; reference: plain JAX; auto: the kernels where they run."""
+
+
+def _study(args: EvalArgs, argv: Sequence[str]) -> Study:
+    return Study(
+        model=args.model,
+        tasks=args.tasks,
+        compare=args.compare,
+        lengths=args.lengths,
+        text=args.haystack if args.text is None else args.text,
+        needles=args.needles,
+        ruler_tasks=args.ruler_tasks,
+        haystacks=args.haystacks,
+        depths=args.depths,
+        windows=args.windows,
+        scored_tokens=args.scored_tokens,
+        chat=args.chat,
+        rope_extend=args.rope_extend,
+        seed=args.seed,
+        output=args.output,
+        plot=args.plot,
+        resume=args.resume,
+        command=f"python -m lserve_jax.eval {shlex.join(argv)}",
+        options=EngineOptions(
+            dtype=args.dtype,
+            kv_dtype=args.kv_dtype,
+            kv_cache_bytes=args.kv_cache_bytes,
+            max_num_seqs=args.max_num_seqs,
+            backend=args.backend,
+        ),
+    )
+
+
+def _enable_compile_cache() -> None:
+    """Keeps compiled code between starts, so that the second one is quick."""
+    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "jit"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line ``argv`` (default: this process's); returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = tyro.cli(EvalArgs, args=argv, prog="python -m lserve_jax.eval", config=(DisallowNone,))
+    try:
+        study = _study(args, argv)
+        _enable_compile_cache()
+        result = run_study(study, progress=True)
+    except (ValueError, NotImplementedError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130  # what shells report for Ctrl-C
+    print(markdown(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""A checkpoint read once, for all the settings that are compared on it."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import convert
+from lserve_jax.cache import KVDtype
+from lserve_jax.config import ModelConfig, SparsityConfig
+from lserve_jax.llama import Params
+from lserve_jax.llm import LLM, resolve_dtype
+from lserve_jax.tokenizer import Tokenizer, load_tokenizer
+from pallas_kernels.api import Backend
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How every setting's engine is built; ``LLM`` explains each."""
+
+    dtype: str | None = None
+    kv_dtype: KVDtype = "auto"
+    kv_cache_bytes: int | None = None
+    max_num_seqs: int = 8
+    prefill_chunk_size: int = 4096
+    backend: Backend = "auto"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    name: str
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+
+    def engine(self, sparsity: SparsityConfig | None, max_len: int, options: EngineOptions) -> LLM:
+        """An ``LLM`` with room for ``max_len`` tokens a sequence; None is dense attention."""
+        llm = LLM(
+            (self.config, self.params),
+            attention="dense" if sparsity is None else "lserve",
+            sparsity=sparsity,
+            max_model_len=max_len,
+            **dataclasses.asdict(options),
+        )
+        llm.tokenizer = self.tokenizer
+        return llm
+
+
+def load_eval_tokenizer(source: convert.ModelSource) -> Tokenizer:
+    """The tokenizer of a checkpoint. Raises ``ValueError`` if it has none."""
+    tokenizer = load_tokenizer(source.path)
+    if tokenizer is None:
+        raise ValueError(f"model {source.name!r} has no tokenizer, which every task needs")
+    return tokenizer
+
+
+def load_model(
+    source: convert.ModelSource,
+    tokenizer: Tokenizer,
+    *,
+    max_len: int,
+    rope_extend: bool,
+    options: EngineOptions,
+    progress: bool = False,
+) -> Model:
+    """Reads the weights of ``source`` and makes sure that ``max_len`` tokens fit.
+
+    Raises ``ValueError`` for more tokens than the model's limit without ``rope_extend``, and what
+    ``extend_rope`` raises.
+    """
+    config, params = convert.load(source, dtype=resolve_dtype(options.dtype), progress=progress)
+    limit = config.max_position_embeddings
+    if max_len > limit and not rope_extend:
+        raise ValueError(
+            f"the prompts and their answers take up to {max_len} tokens, the model's limit is "
+            f"{limit}; --rope-extend stretches it"
+        )
+    if max_len > limit:
+        config = extend_rope(config, max_len)
+    eos = tuple(dict.fromkeys((*config.eos_token_ids, *tokenizer.eos_token_ids)))
+    config = dataclasses.replace(config, eos_token_ids=eos)
+    return Model(name=source.name, config=config, params=params, tokenizer=tokenizer)
+
+
+def extend_rope(config: ModelConfig, length: int) -> ModelConfig:
+    """The same model with rotary embedding stretched by YaRN (arXiv 2309.00071) to ``length``.
+
+    The factor is the least whole number that reaches it. The weights were not trained for it, so
+    quality at any length may differ from the model's own.
+
+    Raises ``NotImplementedError`` if the model's rotary embedding is stretched already.
+    """
+    if config.rope.rope_type != "default":
+        raise NotImplementedError(
+            f"the model's rotary embedding is stretched already (rope_type="
+            f"{config.rope.rope_type!r}): extending it further is not supported"
+        )
+    limit = config.max_position_embeddings
+    factor = -(-length // limit)
+    rope = dataclasses.replace(
+        config.rope,
+        rope_type="yarn",
+        factor=float(factor),
+        original_max_position_embeddings=limit,
+    )
+    return dataclasses.replace(config, rope=rope, max_position_embeddings=factor * limit)

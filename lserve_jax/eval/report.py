@@ -1,0 +1,242 @@
+"""Results as JSON, Markdown and pictures.
+
+Every summary is computed from the JSON's rows, so that tables can be made again from the file.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Rows = Sequence[Mapping[str, Any]]
+_Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
+
+
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a binomial share of ``n`` trials (Wilson's), within [0, 1].
+
+    For scores between 0 and 1 it is too wide rather than too narrow: they vary less than a coin
+    with the same mean. Raises ``ValueError`` without a trial.
+    """
+    if n < 1:
+        raise ValueError(f"an interval needs at least one trial, got {n=}")
+    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n * n))
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval (normal; 0 for a single value)."""
+    array = np.asarray(values, np.float64)
+    if len(array) < 2:
+        return float(array.mean()), 0.0
+    return float(array.mean()), float(_Z * array.std(ddof=1) / math.sqrt(len(array)))
+
+
+def write(directory: Path, result: Mapping[str, Any], *, plots: bool) -> None:
+    """Writes ``results.json`` and ``results.md``; with ``plots`` the pictures too."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "results.json").write_text(_as_json(result), encoding="utf-8")
+    (directory / "results.md").write_text(markdown(result), encoding="utf-8")
+    if plots and result["answers"]:
+        _plot_depths(result, directory)
+        _plot_budgets(result, directory)
+
+
+def read(directory: Path) -> dict[str, Any] | None:
+    """What ``write`` left in ``results.json``; None if there is no such file."""
+    path = directory / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _as_json(result: Mapping[str, Any]) -> str:
+    """One line a field, and one a row."""
+    fields = []
+    for name, value in result.items():
+        text = json.dumps(value, ensure_ascii=False)
+        if isinstance(value, list) and value:
+            rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in value)
+            text = f"[\n{rows}\n]"
+        fields.append(f"{json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(fields) + "\n}\n"
+
+
+def _distinct(rows: Rows, *keys: str) -> list[tuple]:
+    return list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
+
+
+def _where(rows: Rows, **values: Any) -> list[Mapping[str, Any]]:
+    return [row for row in rows if all(row[key] == value for key, value in values.items())]
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The tables of a result."""
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    lines = [
+        f"{result['model']} ({result['dtype']}), {result['device']}, {result['date']}, seed "
+        f"{result['seed']}, {versions}.",
+        "",
+        f"`{result['command']}`",
+    ]
+    if result["answers"]:
+        lines += _answer_tables(result["answers"])
+    if result["predictions"]:
+        lines += _prediction_tables(result["predictions"])
+    return "\n".join(lines) + "\n"
+
+
+def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in body)]
+
+
+def _answer_tables(rows: Rows) -> list[str]:
+    settings = [setting for (setting,) in _distinct(rows, "setting")]
+    first = settings[0]
+    body = []
+    for task, length in _distinct(rows, "task", "length"):
+        for setting in settings:
+            scores = _scores(rows, task=task, length=length, setting=setting)
+            if not scores:  # a setting that has not run yet
+                continue
+            share = sum(scores) / len(scores)
+            low, high = wilson_interval(share, len(scores))
+            against = ""
+            if setting != first:
+                base = _scores(rows, task=task, length=length, setting=first)
+                pairs = [100 * (b - a) for a, b in zip(base, scores, strict=True)]
+                mean, half = mean_interval(pairs)
+                against = f"{mean:+.1f} ± {half:.1f}"
+            interval = f"{100 * low:.1f} to {100 * high:.1f}"
+            body.append(
+                (
+                    *(task, str(length), f"`{setting}`", f"{100 * share:.1f}", interval),
+                    *(str(len(scores)), against),
+                )
+            )
+    head = ("task", "tokens", "setting", "score, %", "95 %", "prompts", f"points from `{first}`")
+    return ["", "## Answers", "", *_table(head, body)]
+
+
+def _scores(rows: Rows, **values: Any) -> list[float]:
+    return [row["score"] for row in _where(rows, **values)]
+
+
+def _prediction_tables(rows: Rows) -> list[str]:
+    settings = [setting for (setting,) in _distinct(rows, "setting")]
+    first, body = settings[0], []
+    agreement = any(row["divergence"] is not None for row in rows)
+    for (length,) in _distinct(rows, "length"):
+        base = _flat(_where(rows, length=length, setting=first), "logprobs")
+        for setting in settings:
+            mine = _where(rows, length=length, setting=setting)
+            if not mine:
+                continue
+            losses = [-x for x in _flat(mine, "logprobs")]
+            mean = sum(losses) / len(losses)
+            cells = [str(length), f"`{setting}`", f"{math.exp(mean):.3f}", f"{mean:.4f}"]
+            more, half = mean_interval([a + b for a, b in zip(base, losses, strict=True)])
+            cells.append("" if setting == first else f"{more:+.4f} ± {half:.4f}")
+            if agreement:
+                divergence, same = _flat(mine, "divergence"), _flat(mine, "same_token")
+                share = sum(same) / len(same)
+                low, high = wilson_interval(share, len(same))
+                cells.append(f"{sum(divergence) / len(divergence):.5f}")
+                cells.append(f"{100 * share:.1f} ({100 * low:.1f} to {100 * high:.1f})")
+            body.append((*cells, str(len(losses))))
+    head = ["tokens", "setting", "perplexity", "nats a token", f"from `{first}`"]
+    if agreement:
+        head += [f"KL from `{first}`, nats", "same likeliest token, %"]
+    return ["", "## Predictions", "", *_table((*head, "tokens scored"), body)]
+
+
+def _flat(rows: Rows, key: str) -> list[Any]:
+    return [value for row in rows for value in row[key]]
+
+
+def _plot_depths(result: Mapping[str, Any], directory: Path) -> None:
+    """One picture a task that has depths: length by depth, one panel a setting."""
+    from matplotlib.figure import Figure  # not at the top: an optional dependency
+
+    rows = [row for row in result["answers"] if row["depth"] is not None]
+    for (task,) in _distinct(rows, "task"):
+        of_task = _where(rows, task=task)
+        settings = [setting for (setting,) in _distinct(of_task, "setting")]
+        lengths = [length for (length,) in _distinct(of_task, "length")]
+        bands = 10 if task.startswith("niah") else len({row["depth"] for row in of_task})
+        columns = min(len(settings), 4)
+        lines = -(-len(settings) // columns)
+        figure = Figure(figsize=(1 + 3 * columns, 0.6 + 2.8 * lines), layout="constrained")
+        axes = figure.subplots(lines, columns, squeeze=False).ravel()
+        for axis in axes[len(settings) :]:
+            axis.set_visible(False)
+        image = None
+        for axis, setting in zip(axes, settings, strict=False):
+            grid = np.full((bands, len(lengths)), np.nan)
+            for column, length in enumerate(lengths):
+                of_length = _where(of_task, setting=setting, length=length)
+                for band in range(bands):
+                    inside = [r["score"] for r in of_length if int(r["depth"] * bands) == band]
+                    if inside:
+                        grid[band, column] = np.mean(inside)
+            image = axis.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="RdYlGn")
+            axis.set_xticks(range(len(lengths)), [str(n) for n in lengths], rotation=45)
+            depths = [f"{100 * (band + 0.5) / bands:.0f}" for band in range(bands)]
+            axis.set_yticks(range(bands), depths)
+            axis.set_title(_wrapped(setting), fontsize="x-small")
+        assert image is not None
+        figure.colorbar(image, ax=axes.tolist(), label="score")
+        figure.supxlabel("tokens")
+        figure.supylabel("depth, %")
+        figure.suptitle(f"{task}, {result['model']}")
+        figure.savefig(directory / f"{task}.png", dpi=130)
+
+
+def _wrapped(setting: str, width: int = 34) -> str:
+    lines = [""]
+    for part in setting.replace(",", ",\n").split("\n"):
+        if len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def _plot_budgets(result: Mapping[str, Any], directory: Path) -> None:
+    """Score against token budget, for settings that differ in nothing else, if there are any."""
+    from matplotlib.figure import Figure
+
+    families: dict[str, dict[int, str]] = {}
+    for name, setting in result["settings"].items():
+        if setting is not None:
+            others = {key: x for key, x in setting.items() if key != "token_budget"}
+            family = families.setdefault(json.dumps(others), {})
+            family[setting["token_budget"]] = name
+    rows = result["answers"]
+    done = {setting for (setting,) in _distinct(rows, "setting")}
+    curves = [dict(sorted(family.items())) for family in families.values() if len(family) > 1]
+    curves = [curve for curve in curves if set(curve.values()) <= done]
+    if not curves:
+        return
+    tasks = [task for (task,) in _distinct(rows, "task")]
+    figure = Figure(figsize=(1 + 4 * len(tasks), 3.8), layout="constrained")
+    dense = [name for name, setting in result["settings"].items() if setting is None]
+    for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        of_task = _where(rows, task=task)
+        for i, (length,) in enumerate(_distinct(of_task, "length")):
+            share = {name: np.mean(_scores(of_task, length=length, setting=name)) for name in done}
+            for number, curve in enumerate(curves):
+                label = f"{length} tokens" if number == 0 else None
+                shares = [share[name] for name in curve.values()]
+                axis.plot(list(curve), shares, marker="o", color=f"C{i}", label=label)
+            for name in done.intersection(dense):
+                axis.axhline(share[name], color=f"C{i}", linestyle="--", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        budgets = sorted({budget for curve in curves for budget in curve})
+        axis.set_xticks(budgets, [str(budget) for budget in budgets])
+        axis.set(xlabel="token budget", ylabel="score", ylim=(-0.03, 1.03), title=task)
+        axis.legend(fontsize="x-small")
+    figure.suptitle(f"{result['model']}; dashed: dense")
+    figure.savefig(directory / "budget.png", dpi=130)

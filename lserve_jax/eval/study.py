@@ -1,0 +1,278 @@
+"""One evaluation: tasks, settings and lengths in, rows of results out."""
+
+import dataclasses
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import Any, Literal, get_args
+
+import jax
+from tqdm import tqdm
+
+import convert
+from convert.attention_patterns import load_pattern, partition_heads
+from lserve_jax.analysis import require_matplotlib
+from lserve_jax.eval import report
+from lserve_jax.eval.language import Window, make_windows, predict
+from lserve_jax.eval.model import EngineOptions, load_eval_tokenizer, load_model
+from lserve_jax.eval.needle import NeedleKind, needle_puzzle
+from lserve_jax.eval.prompts import Case, TextName, make_cases, read_text, share_found
+from lserve_jax.eval.ruler import RulerTask, ruler_puzzle
+from lserve_jax.eval.scoring import Score
+from lserve_jax.eval.settings import Setting, parse_settings, resolve_sparsity
+from lserve_jax.llm import LLM, resolve_dtype
+from lserve_jax.sampling import SamplingParams
+from lserve_jax.tokenizer import Tokenizer
+
+# Fields of a study that decide its prompts and windows, but for the seed.
+_MATERIAL = (
+    *("tasks", "lengths", "needles", "ruler_tasks", "haystacks", "depths", "windows"),
+    *("scored_tokens", "chat", "rope_extend"),
+)
+
+Task = Literal["needle", "ruler", "perplexity", "agreement"]
+
+# Room for a sequence is rounded up to this: studies of nearly the same lengths share compiled code.
+_ROOM = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What to evaluate. Raises ``ValueError`` where that can be seen without the model."""
+
+    model: str
+    tasks: Sequence[Task]
+    compare: Sequence[str]  # settings, the first of which is the reference of the others
+    lengths: Sequence[int]  # tokens of a prompt, or of a window of text
+    text: TextName | Path = "documentation"  # where haystacks and windows are taken from
+    needles: Sequence[NeedleKind] = get_args(NeedleKind)
+    ruler_tasks: Sequence[RulerTask] = get_args(RulerTask)
+    haystacks: int = 2  # a task and length
+    depths: int = 8  # needles of a haystack of task needle, each asked for by itself
+    windows: int = 4
+    scored_tokens: int = 256  # of a window
+    chat: bool | None = None  # None: through the chat template if there is one
+    rope_extend: bool = False
+    seed: int = 0
+    output: Path
+    plot: bool = False
+    resume: bool = False  # keep what an earlier run of the same study left in ``output``
+    command: str  # for the record
+    options: EngineOptions = field(default_factory=EngineOptions)
+
+    def __post_init__(self):
+        for name in ("tasks", "lengths", "needles", "ruler_tasks"):
+            given = getattr(self, name)
+            if not given or len(set(given)) != len(given):
+                raise ValueError(f"{name}={given} must name at least one, and none twice")
+        for task in self.tasks:
+            if task not in get_args(Task):
+                raise ValueError(f"task {task!r} is unknown; known: {', '.join(get_args(Task))}")
+        for name in ("haystacks", "windows", "scored_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if min(self.lengths) < 1:
+            raise ValueError(f"lengths={self.lengths} must be positive")
+        parse_settings(self.compare)
+        if "agreement" in self.tasks and len(self.compare) < 2:
+            raise ValueError("task agreement compares settings: give at least two")
+        if self.resume and "agreement" in self.tasks:
+            raise ValueError("task agreement cannot be resumed: distributions are not stored")
+        if self.plot:
+            require_matplotlib()
+
+
+def run_study(study: Study, *, progress: bool = False) -> dict[str, Any]:
+    """Runs every setting on the same prompts and windows; writes results after each.
+
+    Returns what ``results.json`` holds. Raises ``ValueError`` and ``NotImplementedError`` before
+    anything is generated.
+    """
+    settings = parse_settings(study.compare)
+    source = convert.resolve(study.model, progress=progress)
+    tokenizer = load_eval_tokenizer(source)
+    cases, windows = make_material(study, tokenizer)
+    longest = max(
+        *(len(case.token_ids) + case.max_tokens for case in cases),
+        *(len(window.token_ids) for window in windows),
+        0,
+    )
+    model = load_model(
+        source,
+        tokenizer,
+        max_len=longest,
+        rope_extend=study.rope_extend,
+        options=study.options,
+        progress=progress,
+    )
+    for setting in settings:
+        _check_pattern(setting, model.config.num_hidden_layers, model.config.num_key_value_heads)
+    room = min(-(-longest // _ROOM) * _ROOM, model.config.max_position_embeddings)
+    result = _head(study, settings)
+    if study.resume:
+        _take_over(study.output, result)
+    reference: list[Score] | None = None
+    for setting in settings:
+        if setting.name in result["seconds"]:
+            continue
+        started = time.perf_counter()
+        sparsity = resolve_sparsity(setting, study.output / "patterns", study.seed)
+        llm = model.engine(sparsity, room, study.options)
+        bar = tqdm(
+            total=len(cases) + len(windows), desc=setting.name, unit="prompt", disable=not progress
+        )
+        with bar:
+            result["answers"] += _answer(llm, setting.name, cases, bar)
+            if windows:
+                predictions, reference = predict(
+                    llm,
+                    windows,
+                    reference,
+                    agreement="agreement" in study.tasks,
+                    progress=bar.update,
+                )
+                result["predictions"] += [
+                    {
+                        "setting": setting.name,
+                        "window": window.window,
+                        "length": window.length,
+                        "logprobs": new.logprobs.round(5).astype(float).tolist(),
+                        "divergence": None
+                        if new.divergence is None
+                        else new.divergence.round(7).tolist(),
+                        "same_token": None if new.same_token is None else new.same_token.tolist(),
+                    }
+                    for window, new in zip(windows, predictions, strict=True)
+                ]
+        result["seconds"][setting.name] = round(time.perf_counter() - started, 1)
+        del llm  # its cache makes room for the next one's
+        report.write(study.output, result, plots=study.plot)
+    return result
+
+
+def make_material(study: Study, tokenizer: Tokenizer) -> tuple[list[Case], list[Window]]:
+    """Every prompt and window of a study. The same seed gives the same ones.
+
+    Raises ``ValueError`` for a text that is too short, a length that is too small for a task and a
+    chat template that is missing.
+    """
+    chat = tokenizer.has_chat_template if study.chat is None else study.chat
+    if chat and not tokenizer.has_chat_template:
+        raise ValueError("--chat needs a chat template, the checkpoint has none")
+    text_ids = read_text(tokenizer, study.text, max(study.lengths))
+    kinds: list[tuple[str, Any]] = []
+    if "needle" in study.tasks:
+        kinds += [("needle", kind) for kind in study.needles]
+    if "ruler" in study.tasks:
+        kinds += [("ruler", task) for task in study.ruler_tasks]
+    cases = []
+    for family, kind in kinds:
+        for length in study.lengths:
+            for haystack in range(study.haystacks):
+                # A stream of its own: so more haystacks or another task change no prompt.
+                rng = random.Random(f"{study.seed} {kind} {length} {haystack}")
+                if family == "needle":
+                    puzzle = needle_puzzle(kind, tokenizer, text_ids, depths=study.depths, rng=rng)
+                else:
+                    puzzle = ruler_puzzle(kind, tokenizer, text_ids, rng=rng)
+                cases += make_cases(tokenizer, puzzle, length=length, haystack=haystack, chat=chat)
+    windows = []
+    if {"perplexity", "agreement"} & set(study.tasks):
+        windows = make_windows(
+            tokenizer,
+            text_ids,
+            lengths=study.lengths,
+            windows=study.windows,
+            scored=study.scored_tokens,
+        )
+    return cases, windows
+
+
+def _check_pattern(setting: Setting, num_layers: int, num_kv_heads: int) -> None:
+    sparsity = setting.sparsity
+    if sparsity is not None and sparsity.pattern is not None:
+        partition_heads(
+            load_pattern(sparsity.pattern),
+            sparsity.resolved_streaming_fraction,
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+        )
+
+
+def _head(study: Study, settings: Sequence[Setting]) -> dict[str, Any]:
+    return {
+        "model": study.model,
+        "command": study.command,
+        "date": date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "versions": {
+            "python": python_version(),
+            **{name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+        },
+        "dtype": str(resolve_dtype(study.options.dtype).dtype),
+        "seed": study.seed,
+        "study": {name: getattr(study, name) for name in _MATERIAL} | {"text": str(study.text)},
+        "settings": {setting.name: _described(setting) for setting in settings},
+        "seconds": {},
+        "answers": [],
+        "predictions": [],
+    }
+
+
+def _take_over(directory: Path, result: dict[str, Any]) -> None:
+    """Moves the rows of settings that an earlier run has finished into ``result``.
+
+    Raises ``ValueError`` if that run was not of the same study.
+    """
+    before = report.read(directory)
+    if before is None:
+        return
+    for name in ("model", "device", "dtype", "seed", "study", "settings"):
+        # As JSON, where a tuple is a list.
+        old, new = before[name], json.loads(json.dumps(result[name]))
+        if old != new:
+            raise ValueError(f"{directory} cannot be resumed: its {name} is {old}, now it is {new}")
+    for name in ("seconds", "answers", "predictions"):
+        result[name] = before[name]
+
+
+def _described(setting: Setting) -> Mapping[str, Any] | None:
+    if setting.sparsity is None:
+        return None
+    return {**dataclasses.asdict(setting.sparsity), "control": setting.control}
+
+
+def _answer(llm: LLM, setting: str, cases: Sequence[Case], bar: tqdm) -> list[dict[str, Any]]:
+    """Greedy answers; the prompts of one haystack go to the engine together."""
+    groups: dict[tuple, list[Case]] = {}
+    for case in cases:
+        groups.setdefault((case.task, case.length, case.haystack), []).append(case)
+    rows = []
+    for group in groups.values():
+        outputs = llm.generate(
+            [{"prompt_token_ids": case.token_ids} for case in group],
+            SamplingParams(temperature=0, max_tokens=group[0].max_tokens),
+        )
+        bar.update(len(group))
+        for case, output in zip(group, outputs, strict=True):
+            text = output.outputs[0].text
+            rows.append(
+                {
+                    "setting": setting,
+                    "task": case.task,
+                    "length": case.length,
+                    "haystack": case.haystack,
+                    "depth": case.question.depth,
+                    "question": case.question.text.strip(),
+                    "answers": case.question.answers,
+                    "text": text,
+                    "score": share_found(text, case.question.answers),
+                }
+            )
+    return rows
