@@ -349,7 +349,7 @@ class Engine:
             prefill_tokens=prompt_tokens,
             decode_requests=len(burst.requests) if burst else 0,
             decode_steps=burst.steps if burst else 0,
-            relay=tuple(dict.fromkeys(burst.relays.values())) if burst else (),
+            relay=tuple({id(x): x for x in burst.relays.values()}.values()) if burst else (),
         )
         return outputs
 
@@ -369,6 +369,15 @@ class Engine:
         return outputs
 
     # Prompts.
+
+    def prefill_waiting(self) -> None:
+        """Prefills waiting requests, as many as slots and pages allow, and decodes nothing.
+
+        For those who run decode steps of their own on the caches (``eval/scoring.py``).
+        """
+        spent = 1
+        while spent:
+            _, spent = self._prefill()
 
     def _prefill(self) -> tuple[list[tuple[Request, Sample]], int]:
         """Runs chunks as far as the step's budget goes; returns prompts that are through.
@@ -532,8 +541,7 @@ class Engine:
             self.params,
             self.caches,
             self.state,
-            jnp.asarray(self.scheduler.page_table.copy()),  # the scheduler goes on writing to it
-            jnp.asarray(self._sink_pages(requests)),
+            *self.decode_tables(),
             relay,
             jnp.asarray(self._forced_tokens(requests, rows)),
             jnp.int32(steps),
@@ -558,13 +566,17 @@ class Engine:
         interval = self.spec.reuse_interval
         return min(self.burst_steps, -(-longest // interval) * interval)
 
-    def _sink_pages(self, requests: Sequence[tuple[int, Request]]) -> np.ndarray:
-        """Where the sinks of every slot's streaming heads begin, ``[S]`` int32."""
-        pages = np.array([self.spec.slot_sink(s) for s in range(self.spec.num_slots)], np.int32)
-        for slot, request in requests:
+    def decode_tables(self) -> tuple[jax.Array, jax.Array]:
+        """What decode must know of every slot's pages, int32.
+
+        The page table ``[S, M]``, and the streaming pages where the slots' sinks begin ``[S]``.
+        """
+        sinks = np.array([self.spec.slot_sink(s) for s in range(self.spec.num_slots)], np.int32)
+        for slot, request in self.scheduler.running.items():
             if request.prefix is not None and self._shares_sinks(request):
-                pages[slot] = self.spec.prefix_sink(request.prefix.place)
-        return pages
+                sinks[slot] = self.spec.prefix_sink(request.prefix.place)
+        # A copy: the scheduler goes on writing to its own.
+        return jnp.asarray(self.scheduler.page_table.copy()), jnp.asarray(sinks)
 
     def _forced_tokens(self, requests: Sequence[tuple[int, Request]], rows: int) -> np.ndarray:
         """Tokens that preempted requests have made before, ``[burst_steps, rows]`` int32."""

@@ -84,8 +84,8 @@ def _fitting(llm: LLM, requests: list[tuple]) -> int:
     """How many of the first requests the engine can hold at the same time: at least one."""
     spec, pages = llm.engine.spec, 0
     for count, (prompt, sampling, *_) in enumerate(requests[: spec.num_slots]):
-        pages += llm.engine.pages_needed(len(prompt), sampling.max_tokens)
-        if pages > spec.num_pages:
+        pages += llm.engine.scheduler.most_pages(np.asarray(prompt), sampling.max_tokens)
+        if pages > spec.num_pages - llm.engine.scheduler.pinned_pages:
             return count
     return min(len(requests), spec.num_slots)
 
@@ -97,8 +97,8 @@ def _score_batch(llm: LLM, batch: list[tuple], distributions: bool) -> list[Scor
     try:
         for number, (prompt, sampling, *_) in enumerate(batch):
             engine.add_request(f"score-{number}", prompt, sampling, seed=0)
-        while engine.waiting:
-            engine.step()  # a prefill; the token sampled after it is not used
+        engine.prefill_waiting()  # the tokens sampled after it are not used
+        engine.scheduler.reserve(max(sampling.max_tokens for _, sampling, *_ in batch))
         scores = _force(llm, batch, distributions)
         for number in range(len(batch)):
             engine.cancel(f"score-{number}")
@@ -111,11 +111,12 @@ def _score_batch(llm: LLM, batch: list[tuple], distributions: bool) -> list[Scor
 def _force(llm: LLM, batch: list[tuple], distributions: bool) -> list[Score]:
     """The decode steps of prefilled requests."""
     engine = llm.engine
-    slot_of = {request.request_id: slot for slot, request in engine.running.items()}
+    slot_of = {request.request_id: slot for slot, request in engine.scheduler.running.items()}
     slots = [slot_of[f"score-{number}"] for number in range(len(batch))]
     rows = bucket(max(slots) + 1, 1, engine.spec.num_slots)
     C = engine.spec.reuse_interval
     steps = -(-_STEPS // C) * C
+    page_table, sink_page = engine.decode_tables()
     lengths = [len(tokens) - 1 for *_, tokens, _ in batch]
     padded = -(-max(lengths) // steps) * steps
     fed, wanted = (np.zeros((padded, rows), np.int32) for _ in range(2))
@@ -130,7 +131,8 @@ def _force(llm: LLM, batch: list[tuple], distributions: bool) -> list[Score]:
             engine.spec,
             engine.params,
             engine.caches,
-            engine.state.page_table[:rows],
+            page_table[:rows],
+            sink_page[:rows],
             jnp.asarray(fed[first : first + steps]),
             jnp.asarray(wanted[first : first + steps]),
             jnp.asarray(start),
@@ -162,6 +164,7 @@ def _forced_steps(
     params: Params,
     caches: Caches,
     page_table: Int[Array, "B M"],
+    sink_page: Int[Array, " B"],
     tokens: Int[Array, "N B"],
     wanted: Int[Array, "N B"],
     start: Int[Array, " B"],
@@ -189,7 +192,16 @@ def _forced_steps(
         caches, out = carry
         i = first + n
         attend, _ = decode_attend(
-            config, spec, page_table, position(i), i < length, tail, select=select, backend=backend
+            config,
+            spec,
+            page_table,
+            sink_page,
+            None,
+            position(i),
+            i < length,
+            tail,
+            select=select,
+            backend=backend,
         )
         hidden, caches = model(tokens[n][:, None], attend, caches, backend=few)
         logprobs = jax.nn.log_softmax(model.unembed(hidden[:, 0]))  # [B, V]
