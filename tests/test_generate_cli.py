@@ -217,7 +217,7 @@ def refusal(capsys, *argv) -> str:
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        ("", "exactly one of --prompt, --prompt-file and --prompt-token-ids"),
+        ("", "exactly one of --prompt, --prompt-file, --prompt-token-ids and --prompts-file"),
         ("--prompt a --prompt-file b", "exactly one of"),
         ("--prompt=", "the prompt is empty"),
         ("--prompt-file no/such/file", "prompt file 'no/such/file' does not exist"),
@@ -243,7 +243,7 @@ def test_refused_before_a_model_is_read(capsys, argv, sentence):
             "3 .*98.*max_model_len=100",
         ),
         ("--prompt-token-ids 1 --max-model-len 513", "513.*512"),
-        ("--prompt-token-ids 1 --chat", "--prompt-token-ids"),
+        ("--prompt-token-ids 1 --chat", "--chat needs the prompt as text, got token ids"),
         ("--prompt-token-ids 1 --system x", "--system needs a chat"),
         ("--prompt-token-ids 1 --stop x", "needs a tokenizer"),
         ("--prompt hi", "no tokenizer"),

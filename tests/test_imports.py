@@ -25,7 +25,7 @@ ALLOWED = {
     },
     "lserve_jax": {
         *("jax", "numpy", "jaxtyping", "flax", "tokenizers", "jinja2", "gguf", "tqdm", "tyro"),
-        *("matplotlib", "convert", "pallas_kernels.api"),
+        *("matplotlib", "safetensors", "convert", "pallas_kernels.api"),
     },
 }
 
@@ -34,13 +34,14 @@ LAYERS = (
     ("config",),
     ("linear", "rope", "sampling", "gguf_tokenizer"),
     ("tokenizer", "llama", "cache"),
-    ("page_selection",),
-    ("attention",),
-    ("functional", "decode"),
+    ("page_selection", "prefix", "relay"),
+    ("attention", "request"),
+    ("functional", "decode", "scheduler"),
     ("engine",),
-    ("outputs",),
-    ("llm", "stats"),
-    ("analysis", "generate"),
+    ("outputs", "stats"),
+    ("llm",),
+    ("analysis", "batch"),
+    ("generate",),
 )
 
 
