@@ -4,9 +4,9 @@
     python examples/batch_inference_ray.py --prompts-file prompts.jsonl --output answers --actors 4
     python examples/batch_inference_ray.py … --actors 2 --gpus-per-actor 0    # on CPUs
 
-The prompts file has a JSON object with "prompt" a line; what else an object holds is kept. Every
-model needs to be loadable on each machine. For a cluster, run this on its head node after
-``ray start``; without one Ray starts on this machine.
+The prompts file has a JSON object with "prompt" a line; what else an object holds is kept. Without
+a cluster Ray starts on this machine. For one, run this where RAY_ADDRESS or ``ray start`` says
+where it is, with paths and a model that every machine can read.
 """
 
 from dataclasses import dataclass
@@ -35,6 +35,8 @@ class Arguments:
     actors: int = 1
     # GPUs of each; 0 runs on CPUs.
     gpus_per_actor: int = 1
+    # CPUs of each. Ray needs one beside them, to read and write: else it waits for ever.
+    cpus_per_actor: float = 1.0
     # Prompts that an actor gets at a time. Several times --max-num-seqs keeps its slots busy.
     batch_size: int = 256
     # Prompts that run at the same time in an actor.
@@ -75,6 +77,7 @@ def answer(prompts: ray.data.Dataset, args: Arguments) -> ray.data.Dataset:
         compute=ray.data.ActorPoolStrategy(size=args.actors),
         batch_size=args.batch_size,
         num_gpus=args.gpus_per_actor,
+        num_cpus=args.cpus_per_actor,
     )
 
 

@@ -340,7 +340,7 @@ def decode_burst(
     if relay is not None:
         # From here on a row's table begins with the first page after its prefix.
         private_start = relay.private_start()
-        entry = jnp.arange(page_table.shape[1]) + (private_start // spec.page_size)[:, None]
+        entry = jnp.arange(page_table.shape[1])[None] + (private_start // spec.page_size)[:, None]
         page_table = jnp.take_along_axis(page_table, entry, axis=1, mode="clip")
 
     def step(i: Array, carry: tuple, *, select: bool) -> tuple:

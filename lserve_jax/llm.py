@@ -194,20 +194,24 @@ class LLM:
             raise ValueError(
                 f"{len(prompts)} prompts need as many sampling params, got {len(sampling_params)}"
             )
-        checked = []
-        for prompt, sampling in zip(prompts, sampling_params, strict=True):
-            ids = self.check_request(prompt, sampling)
-            checked.append({"prompt": _text(prompt), "prompt_token_ids": ids})
-        beginning: Sequence[int] = ()
+        ids = [
+            self.check_request(prompt, sampling)
+            for prompt, sampling in zip(prompts, sampling_params, strict=True)
+        ]
+        beginning = []
         if isinstance(shared_prefix, Prefix):
-            _check_begins(shared_prefix, [prompt["prompt_token_ids"] for prompt in checked])
+            _check_begins(shared_prefix, ids)
         elif shared_prefix not in ("auto", "off"):
             raise ValueError(f"{shared_prefix=} must be 'auto', 'off' or a Prefix")
         elif shared_prefix == "auto":
-            beginning = self._common_beginning(checked, sampling_params)
-        requests = zip(checked, sampling_params, strict=True)
+            beginning = self._common_beginning(ids, sampling_params)
+        tokenised = [
+            {"prompt": _text(prompt), "prompt_token_ids": tokens}
+            for prompt, tokens in zip(prompts, ids, strict=True)
+        ]
+        requests = zip(tokenised, sampling_params, strict=True)
         outputs = dict(self.stream(requests, beginning=beginning, on_text=on_text))
-        return [outputs[position] for position in range(len(checked))]
+        return [outputs[position] for position in range(len(prompts))]
 
     def stream(
         self,
@@ -230,7 +234,7 @@ class LLM:
         drawn = enumerate(requests)
         try:
             prefix = None
-            if len(beginning) and self.engine.can_hold_prefix:
+            if beginning and self.engine.can_hold_prefix:
                 prefix = self.engine.add_prefix(beginning)
             while True:
                 # So many may wait that the next step can fill every slot.
@@ -345,15 +349,16 @@ class LLM:
             added[request_id] = (request, completion)
         return added
 
-    def _common_beginning(self, prompts, sampling_params) -> np.ndarray | tuple[()]:
-        """Whole pages of tokens that all prompts begin with; empty where that saves nothing."""
-        ids = [prompt["prompt_token_ids"] for prompt in prompts]
+    def _common_beginning(
+        self, prompts: Sequence[list[int]], sampling_params: Sequence[SamplingParams]
+    ) -> list[int]:
+        """Whole pages of tokens that all prompts begin with; none where that saves nothing."""
         if sum(sampling.n for sampling in sampling_params) < 2:
-            return ()
-        shared = common_prefix(ids, self.spec.page_size)
+            return []
+        shared = common_prefix(prompts, self.spec.page_size)
         # A prefix held already may do as much.
-        held = self.engine.scheduler.match(np.asarray(ids[0]))[1]
-        return shared if len(shared) > held else ()
+        held = self.engine.scheduler.match(np.asarray(prompts[0]))[1]
+        return shared.tolist() if len(shared) > held else []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

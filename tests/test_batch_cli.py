@@ -10,15 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
-from tiny_checkpoints import LLAMA, random_tensors, write_hf
+from tiny_checkpoints import write_chat_model
 
 from lserve_jax import LLM, SamplingParams, batch, generate
 from lserve_jax.batch import PromptFormat, PromptsFile, ResultsFile
-from lserve_jax.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(generate.__file__).parent.parent
-CONFIG = LLAMA | {"vocab_size": 96, "eos_token_id": 95, "max_position_embeddings": 512}
 PAGE_SIZE = 64  # of dense attention
 
 
@@ -30,16 +27,7 @@ def keep_the_tests_compile_cache(monkeypatch):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """A tiny random model with a tokenizer of single ASCII characters and a chat template."""
-    tensors = random_tensors(CONFIG)
-    tensors["model.embed_tokens.weight"] *= 0.1
-    directory = write_hf(tmp_path_factory.mktemp("model"), CONFIG, tensors)
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab={chr(32 + i): i for i in range(95)}, merges=[])
-    )
-    backend.decoder = tokenizers.decoders.Fuse()
-    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}[answer]"
-    Tokenizer(backend=backend, markers={}, eos_token_ids=(), chat_template=template).save(directory)
-    return directory
+    return write_chat_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -355,7 +343,7 @@ def test_what_all_prompts_begin_with_is_computed_once(run, tmp_path):
     write_lines(tmp_path / "p.txt", [text.removeprefix(shared) for text in texts])
     with_prefix = [*argv, "--shared-prefix-file", tmp_path / "shared.txt", "--relay", "always"]
     code, err = run(tmp_path / "p.txt", *with_prefix)
-    assert code == 0
+    assert code == 0, err
     assert by_index(tmp_path / "out.jsonl") == alone
     ran, saved = prompt_tokens(err)
     assert saved == 12 * whole_pages

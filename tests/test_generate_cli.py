@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
+from tiny_checkpoints import save_character_tokenizer
 
 from lserve_jax import generate
-from lserve_jax.tokenizer import Tokenizer
 
 PROMPT_LENGTH = 40  # of the goldens in tests/data/conformance
 
@@ -35,13 +34,7 @@ def chat_checkpoint(checkpoint, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("chat") / "model"
     shutil.copytree(checkpoint, directory)
     characters = [chr(32 + i) for i in range(95)] + [chr(0xC0 + i) for i in range(65)]
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[])
-    )
-    backend.decoder = tokenizers.decoders.Fuse()
-    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}[answer]"
-    tokenizer = Tokenizer(backend=backend, markers={}, eos_token_ids=(), chat_template=template)
-    tokenizer.save(directory)
+    save_character_tokenizer(directory, characters)
     return directory
 
 
