@@ -7,6 +7,8 @@ from lserve_jax.outputs import CompletionOutput, RequestOutput
 from lserve_jax.prefix import Prefix
 from lserve_jax.sampling import SamplingParams
 
+__version__ = "0.1.0"
+
 __all__ = [
     "LLM",
     "CompletionOutput",

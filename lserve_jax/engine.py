@@ -772,8 +772,10 @@ class Engine:
         return prefix
 
     @property
-    def has_place_for_prefix(self) -> bool:
-        return len(self.scheduler.prefixes) < self.spec.max_prefixes
+    def can_hold_prefix(self) -> bool:
+        """Whether the model's prompts can share keys, and there is a place for one more prefix."""
+        has_place = len(self.scheduler.prefixes) < self.spec.max_prefixes
+        return has_place and self.config.rope.rope_type != "dynamic"
 
     def _place_prefix(self, ids: np.ndarray) -> Prefix:
         if self.config.rope.rope_type == "dynamic":

@@ -1,27 +1,37 @@
 """Text from the shell: ``python -m lserve_jax.generate --prompt "What is the capital of France?"``.
 
 The text streams to stdout as it is made; progress bars, statistics and errors go to stderr. A
-mistake of the caller's ends with one sentence and exit code 2.
+mistake of the caller's ends with one sentence and exit code 2. Many prompts go from a file to a
+file: see ``batch.py``.
 """
 
+import hashlib
 import json
 import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, UseAppendAction, arg
 
 from convert.artefacts import cache_directory
+from lserve_jax.batch import (
+    PromptFormat,
+    PromptsFile,
+    ResultsFile,
+    completion_record,
+    run_batch,
+)
 from lserve_jax.config import SparsityConfig
 from lserve_jax.llm import LLM, Prompt
 from lserve_jax.outputs import CompletionOutput
+from lserve_jax.relay import RelayMode
 from lserve_jax.sampling import SamplingParams
-from lserve_jax.stats import CompileClock, summary
+from lserve_jax.stats import CompileClock, batch_summary, memory_summary, request_summary
 
 
 def _flag(metavar: str, otherwise: str) -> object:
@@ -37,8 +47,9 @@ Switch = Annotated[FlagCreatePairsOff[bool], arg(help_behavior_hint="")]
 class GenerateArgs:
     """Generate text with a Llama-family model.
 
-    Give the prompt with --prompt, --prompt-file or --prompt-token-ids. The first use of the
-    default model downloads it (98 MB); later starts read it from the cache.
+    Give the prompt with --prompt, --prompt-file or --prompt-token-ids, or many with
+    --prompts-file and --output. The first use of the default model downloads it (98 MB); later
+    starts read it from the cache.
     """
 
     model: Annotated[str, _flag("MODEL", "smollm2-135m-instruct")] = "smollm2-135m-instruct"
@@ -53,6 +64,17 @@ class GenerateArgs:
     """File that holds the prompt (UTF-8); - reads standard input."""
     prompt_token_ids: Annotated[tuple[int, ...] | None, _flag("ID ID ...", "none")] = None
     """The prompt as token ids, for a checkpoint that has no tokenizer."""
+    prompts_file: Annotated[Path | None, _flag("FILE", "none")] = None
+    """Many prompts: a .txt file with one a line, or a .jsonl file with an object a line that has
+    "prompt", "prompt_token_ids" or "messages", and can have "id", "max_tokens", "stop", ..."""
+    output: Annotated[Path | None, _flag("FILE", "none")] = None
+    """Where the answers to --prompts-file go, as JSON Lines in the order in which they finish.
+    The same command again continues an interrupted run."""
+    shared_prefix_file: Annotated[Path | None, _flag("FILE", "none")] = None
+    """Text that all of --prompts-file begin with, computed once: the system message of a chat,
+    otherwise put in front of the prompt."""
+    skip_bad_lines: Switch = False
+    """Run the other lines of --prompts-file where some cannot be run."""
     chat: Annotated[bool | None, _flag("", "chat if the model has a template")] = None
     """Wrap the prompt in the model's chat template, or continue it as it is."""
     system: Annotated[str | None, _flag("TEXT", "the chat template's own")] = None
@@ -90,32 +112,48 @@ class GenerateArgs:
     backend: Literal["auto", "mosaic", "reference"] = "auto"
     """mosaic: kernels for Hopper GPUs; reference: plain JAX; auto: the kernels where they run."""
 
+    max_num_seqs: int = 8
+    """So many of --prompts-file run at the same time."""
+    relay: RelayMode = "auto"
+    """Whether the prompts of --prompts-file read together what they all begin with; auto: where
+    it pays."""
+
     json: Switch = False
     """Print one JSON object (text, token_ids, finish_reason, timings) instead of the text."""
     stats: Switch = False
     """Print speed, compile time and memory to stderr at the end."""
 
 
+# A single prompt's, and those that do not change what a prompt is answered. An output file goes
+# with the others.
+_NOT_OF_A_RUN = (
+    *("prompt", "prompt_file", "prompt_token_ids", "json", "stats"),
+    *("prompts_file", "output", "shared_prefix_file", "skip_bad_lines"),
+    *("max_num_seqs", "kv_cache_bytes"),
+)
+
+
 def _read_prompt(args: GenerateArgs) -> Prompt:
     """The prompt, in the form that ``LLM.generate`` takes."""
-    given = (args.prompt, args.prompt_file, args.prompt_token_ids)
-    if sum(prompt is not None for prompt in given) != 1:
-        raise ValueError("give exactly one of --prompt, --prompt-file and --prompt-token-ids")
     if args.prompt_token_ids is not None:
         return {"prompt_token_ids": args.prompt_token_ids}
     prompt = args.prompt
     if args.prompt_file == "-":
         prompt = sys.stdin.read()
     elif args.prompt_file is not None:
-        try:
-            prompt = Path(args.prompt_file).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise ValueError(f"prompt file {args.prompt_file!r} does not exist") from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"prompt file {args.prompt_file!r} is not UTF-8: {error}") from None
+        prompt = _read_text(Path(args.prompt_file), "prompt file")
     if not prompt:
         raise ValueError("the prompt is empty: generation needs at least one token")
     return prompt
+
+
+def _read_text(path: Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{what} {str(path)!r} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} {str(path)!r} is not UTF-8: {error}") from None
 
 
 def _sampling_params(args: GenerateArgs) -> SamplingParams:
@@ -138,7 +176,8 @@ def _load(args: GenerateArgs) -> LLM:
         dtype=args.dtype,
         max_model_len=args.max_model_len,
         kv_cache_bytes=args.kv_cache_bytes,
-        max_num_seqs=1,
+        max_num_seqs=1 if args.prompts_file is None else args.max_num_seqs,
+        relay=args.relay,
         attention=args.attention,
         sparsity=args.sparsity if args.attention == "lserve" else None,
         kv_dtype=args.kv_dtype,
@@ -149,16 +188,6 @@ def _load(args: GenerateArgs) -> LLM:
     )
 
 
-def _wants_chat(args: GenerateArgs, llm: LLM, prompt: Prompt) -> bool:
-    has_template = llm.tokenizer is not None and llm.tokenizer.has_chat_template
-    chat = has_template and isinstance(prompt, str) if args.chat is None else args.chat
-    if chat and not isinstance(prompt, str):
-        raise ValueError("--chat needs the prompt as text, got --prompt-token-ids")
-    if args.system is not None and not chat:
-        raise ValueError("--system needs a chat, but this prompt is continued as it is")
-    return chat
-
-
 def _run(args: GenerateArgs, llm: LLM, prompt: Prompt, params: SamplingParams) -> CompletionOutput:
     """Runs the request, streaming its text to stdout unless JSON is wanted."""
 
@@ -166,26 +195,9 @@ def _run(args: GenerateArgs, llm: LLM, prompt: Prompt, params: SamplingParams) -
         sys.stdout.write(text)
         sys.stdout.flush()
 
+    prompt = PromptFormat(chat=args.chat, system=args.system).apply(llm, prompt)
     on_text = None if args.json else write
-    if _wants_chat(args, llm, prompt):
-        assert isinstance(prompt, str)  # or _wants_chat would have refused
-        system = [] if args.system is None else [{"role": "system", "content": args.system}]
-        conversation = [*system, {"role": "user", "content": prompt}]
-        return llm.chat(conversation, params, on_text=on_text)[0].outputs[0]
     return llm.generate(prompt, params, on_text=on_text)[0].outputs[0]
-
-
-def _as_json(completion: CompletionOutput) -> str:
-    metrics = asdict(completion.metrics)
-    record = {
-        "text": completion.text,
-        "token_ids": completion.token_ids,
-        "finish_reason": completion.finish_reason,
-        "prompt_tokens": metrics["prompt_tokens"],
-        "generated_tokens": metrics["generated_tokens"],
-        "timings": {name: value for name, value in metrics.items() if name.endswith("_seconds")},
-    }
-    return json.dumps(record, ensure_ascii=False)
 
 
 def _enable_compile_cache() -> None:
@@ -194,20 +206,79 @@ def _enable_compile_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
+def _check_options(args: GenerateArgs) -> None:
+    sources = (args.prompt, args.prompt_file, args.prompt_token_ids, args.prompts_file)
+    if sum(source is not None for source in sources) != 1:
+        raise ValueError(
+            "give exactly one of --prompt, --prompt-file, --prompt-token-ids and --prompts-file"
+        )
+    of_batches = {
+        "--output": args.output is not None,
+        "--shared-prefix-file": args.shared_prefix_file is not None,
+        "--skip-bad-lines": args.skip_bad_lines,
+        "--max-num-seqs": args.max_num_seqs != GenerateArgs.max_num_seqs,
+        "--relay": args.relay != GenerateArgs.relay,
+    }
+    if args.prompts_file is None:
+        given = [option for option in of_batches if of_batches[option]]
+        if given:
+            raise ValueError(f"{', '.join(given)} needs --prompts-file")
+    elif args.output is None:
+        raise ValueError("--prompts-file needs --output, the file that the answers go to")
+    elif args.json:
+        raise ValueError("--json is for a single prompt: the --output of many is JSON Lines")
+
+
+def _run_settings(
+    args: GenerateArgs, prompts: PromptsFile, shared_text: str | None
+) -> dict[str, Any]:
+    """What decides the answers to a prompts file."""
+    settings = {name: x for name, x in asdict(args).items() if name not in _NOT_OF_A_RUN}
+    if args.attention == "dense":
+        del settings["sparsity"]
+    shared = None if shared_text is None else hashlib.sha256(shared_text.encode()).hexdigest()
+    return {**settings, "prompts_sha256": prompts.sha256, "shared_prefix_sha256": shared}
+
+
+def _main_batch(args: GenerateArgs, prompts_file: Path, output: Path) -> None:
+    shared_text = None
+    if args.shared_prefix_file is not None:
+        shared_text = _read_text(args.shared_prefix_file, "shared prefix file")
+    prompt_format = PromptFormat(chat=args.chat, system=args.system, shared_text=shared_text)
+    prompts = PromptsFile(prompts_file, _sampling_params(args), skip_bad_lines=args.skip_bad_lines)
+    with ResultsFile(output, _run_settings(args, prompts, shared_text)) as results:
+        if len(results.done) == prompts.num_lines:
+            print(f"{output} has all {prompts.num_lines} answers already", file=sys.stderr)
+            return
+        _enable_compile_cache()
+        llm = _load(args)
+        with CompileClock() as clock:
+            times = run_batch(llm, prompts, prompt_format, results)
+    if args.stats:
+        lines = batch_summary(llm.engine.metrics(), times, clock)
+        lines += memory_summary(llm.memory_plan(), llm.spec)
+        print(*lines, sep="\n", file=sys.stderr)
+
+
 def _main(args: GenerateArgs) -> None:
+    _check_options(args)
+    if args.prompts_file is not None and args.output is not None:
+        _main_batch(args, args.prompts_file, args.output)
+        return
     prompt, params = _read_prompt(args), _sampling_params(args)
     _enable_compile_cache()
     llm = _load(args)
     with CompileClock() as clock:
         completion = _run(args, llm, prompt, params)
     if args.json:
-        print(_as_json(completion))
+        print(json.dumps(completion_record(completion), ensure_ascii=False))
     elif llm.tokenizer is None:
         print(*completion.token_ids)
     else:
         print()  # the text is out already
     if args.stats:
-        lines = summary(completion.metrics, llm.memory_plan(), clock, args.attention == "lserve")
+        lines = request_summary(completion.metrics, clock, args.attention == "lserve")
+        lines += memory_summary(llm.memory_plan(), llm.spec)
         print(*lines, sep="\n", file=sys.stderr)
 
 

@@ -7,7 +7,7 @@ print(outputs[0].outputs[0].text)
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -29,7 +29,8 @@ from lserve_jax.sampling import SamplingParams
 from lserve_jax.tokenizer import Tokenizer, load_tokenizer
 from pallas_kernels.api import Backend, resolve_backend
 
-Prompt = str | Mapping[str, Any]  # text, or {"prompt_token_ids": [...]}
+# Text, or {"prompt_token_ids": [...]}, where "prompt" may be the text that they come from.
+Prompt = str | Mapping[str, Any]
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 SharedPrefix = Literal["auto", "off"] | Prefix
 # Called with (prompt index, completion index, new text) as text is made.
@@ -201,18 +202,72 @@ class LLM:
             raise ValueError(
                 f"{len(prompts)} prompts need as many sampling params, got {len(sampling_params)}"
             )
-        requests = []
-        for prompt, sampling in zip(prompts, sampling_params, strict=True):
-            ids = self.token_ids(prompt)
-            self.engine.check_request(ids, sampling)
-            if sampling.stop and self.tokenizer is None:
-                raise ValueError(f"stop={sampling.stop} needs a tokenizer; use stop_token_ids")
-            requests.append((prompt, ids, sampling))
+        ids = [
+            self.check_request(prompt, sampling)
+            for prompt, sampling in zip(prompts, sampling_params, strict=True)
+        ]
+        beginning = []
         if isinstance(shared_prefix, Prefix):
-            _check_begins(shared_prefix, [ids for _, ids, _ in requests])
+            _check_begins(shared_prefix, ids)
         elif shared_prefix not in ("auto", "off"):
             raise ValueError(f"{shared_prefix=} must be 'auto', 'off' or a Prefix")
-        return self._run(requests, on_text, find_prefix=shared_prefix == "auto")
+        elif shared_prefix == "auto":
+            beginning = self._common_beginning(ids, sampling_params)
+        tokenised = [
+            {"prompt": _text(prompt), "prompt_token_ids": tokens}
+            for prompt, tokens in zip(prompts, ids, strict=True)
+        ]
+        requests = zip(tokenised, sampling_params, strict=True)
+        outputs = dict(self.stream(requests, beginning=beginning, on_text=on_text))
+        return [outputs[position] for position in range(len(prompts))]
+
+    def stream(
+        self,
+        requests: Iterable[tuple[Prompt, SamplingParams]],
+        *,
+        beginning: Sequence[int] = (),
+        on_text: OnText | None = None,
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Runs requests as they are drawn; yields (position, output) of each when it has finished.
+
+        No more are drawn than can run and wait to run next, so there may be any number of them.
+        ``beginning``: token ids of whole pages that the prompts begin with, to be computed once.
+
+        Raises ``ValueError`` for a request that ``check_request`` refuses. After an error, or when
+        it is closed before its end, the engine is empty: running requests and prefixes are lost.
+        """
+        if self.engine.has_unfinished_requests:
+            raise ValueError("the engine is still busy with another call's requests")
+        running: dict[str, tuple[_Running, Completion]] = {}  # by the engine's request id
+        drawn = enumerate(requests)
+        try:
+            prefix = None
+            if beginning and self.engine.can_hold_prefix:
+                prefix = self.engine.add_prefix(beginning)
+            while True:
+                # So many may wait that the next step can fill every slot.
+                room = max(self.spec.num_slots - len(self.engine.scheduler.waiting), 0)
+                for position, (prompt, sampling) in itertools.islice(drawn, room):
+                    running |= self._add(position, prompt, sampling)
+                if not self.engine.has_unfinished_requests:
+                    break
+                for new in self.engine.step():
+                    request, completion = running[new.request_id]
+                    text = completion.append(new)
+                    if text and on_text is not None:
+                        on_text(request.position, completion.index, text)
+                    if not completion.finished:
+                        continue
+                    del running[new.request_id]
+                    if new.finish_reason is None:
+                        self.engine.cancel(new.request_id)  # a stop string: only we can see it
+                    if all(completion.finished for completion in request.completions):
+                        yield request.position, request.output()
+            if prefix is not None:
+                prefix.release()
+        except BaseException:  # an error in on_text or on the device, Ctrl-C, or closed early
+            self.engine.reset()
+            raise
 
     def prefix(self, prompt: Prompt) -> Prefix:
         """Computes keys and values of a prompt's beginning once, for all requests that share it.
@@ -239,16 +294,29 @@ class LLM:
         on_text: OnText | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or a list of them, through the model's chat template."""
-        if self.tokenizer is None:
-            raise ValueError("chat needs a tokenizer with a chat template; the model has none")
         single = len(messages) > 0 and isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Sequence[Message]], [messages] if single else messages)
-        prompts = []
-        for conversation in conversations:
-            text = self.tokenizer.apply_chat_template(conversation)
-            ids = self.tokenizer.encode(text, add_special_tokens=False)
-            prompts.append({"prompt": text, "prompt_token_ids": ids})
+        prompts = [self.chat_prompt(conversation) for conversation in conversations]
         return self.generate(prompts, sampling_params, shared_prefix=shared_prefix, on_text=on_text)
+
+    def chat_prompt(self, conversation: Sequence[Message]) -> Prompt:
+        """One conversation as a prompt, through the model's chat template.
+
+        Raises ``ValueError`` if there is no template or it refuses the conversation.
+        """
+        if self.tokenizer is None:
+            raise ValueError("chat needs a tokenizer with a chat template; the model has none")
+        text = self.tokenizer.apply_chat_template(conversation)
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return {"prompt": text, "prompt_token_ids": ids}
+
+    def check_request(self, prompt: Prompt, sampling: SamplingParams) -> list[int]:
+        """The prompt's token ids; raises ``ValueError`` if the request could never run."""
+        ids = self.token_ids(prompt)
+        self.engine.check_request(ids, sampling)
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError(f"stop={sampling.stop} needs a tokenizer; use stop_token_ids")
+        return ids
 
     def token_ids(self, prompt: Prompt) -> list[int]:
         """The prompt as the model sees it. Raises ``ValueError`` for text without a tokenizer."""
@@ -266,57 +334,63 @@ class LLM:
                 raise ValueError(f"prompt token id {token!r} must be an integer")
         return [int(token) for token in ids]
 
-    def _run(self, requests, on_text: OnText | None, *, find_prefix: bool) -> list[RequestOutput]:
-        if self.engine.has_unfinished_requests:
-            raise ValueError("the engine is still busy with another call's requests")
-        outputs, completions_by_id = [], {}
-        try:
-            prefix = self._common_prefix(requests) if find_prefix else None
-            for prompt, ids, sampling in requests:
-                number = next(self._counter)
-                seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])
-                completions = []
-                for index in range(sampling.n):
-                    completion = Completion(index, sampling, self.tokenizer)
-                    request_id = f"{number}-{index}"
-                    self.engine.add_request(request_id, ids, sampling, seed=seed, completion=index)
-                    completions_by_id[request_id] = (len(outputs), completion)
-                    completions.append(completion)
-                text = prompt if isinstance(prompt, str) else prompt.get("prompt")
-                outputs.append((str(number), text, ids, completions))
-            for new in self.engine.stream():
-                position, completion = completions_by_id[new.request_id]
-                text = completion.append(new)
-                if completion.finished and new.finish_reason is None:
-                    self.engine.cancel(new.request_id)  # a stop string: only we can see it
-                if text and on_text is not None:
-                    on_text(position, completion.index, text)
-            if prefix is not None:
-                prefix.release()
-        except BaseException:  # an error in on_text or on the device, or Ctrl-C
-            self.engine.reset()
-            raise
-        return [
-            RequestOutput(
-                request_id=request_id,
-                prompt=text,
-                prompt_token_ids=list(ids),
-                outputs=[completion.output() for completion in completions],
-                finished=True,
+    def _add(
+        self, position: int, prompt: Prompt, sampling: SamplingParams
+    ) -> "dict[str, tuple[_Running, Completion]]":
+        """Hands a request's completions to the engine; returns them by their ids there."""
+        ids = self.check_request(prompt, sampling)
+        number = next(self._counter)
+        seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])
+        request = _Running(
+            position=position,
+            request_id=str(number),
+            prompt=_text(prompt),
+            token_ids=ids,
+            completions=[Completion(i, sampling, self.tokenizer) for i in range(sampling.n)],
+        )
+        added = {}
+        for completion in request.completions:
+            request_id = f"{number}-{completion.index}"
+            self.engine.add_request(
+                request_id, ids, sampling, seed=seed, completion=completion.index
             )
-            for request_id, text, ids, completions in outputs
-        ]
+            added[request_id] = (request, completion)
+        return added
 
-    def _common_prefix(self, requests) -> Prefix | None:
-        """What all prompts begin with, computed once; None where that saves nothing."""
-        prompts = [ids for _, ids, sampling in requests for _ in range(sampling.n)]
-        if len(prompts) < 2:
-            return None
-        ids = common_prefix(prompts, self.spec.page_size)
+    def _common_beginning(
+        self, prompts: Sequence[list[int]], sampling_params: Sequence[SamplingParams]
+    ) -> list[int]:
+        """Whole pages of tokens that all prompts begin with; none where that saves nothing."""
+        if sum(sampling.n for sampling in sampling_params) < 2:
+            return []
+        shared = common_prefix(prompts, self.spec.page_size)
         # A prefix held already may do as much.
-        if len(ids) <= self.engine.scheduler.match(np.asarray(prompts[0]))[1]:
-            return None
-        return self.engine.add_prefix(ids) if self.engine.has_place_for_prefix else None
+        held = self.engine.scheduler.match(np.asarray(prompts[0]))[1]
+        return shared.tolist() if len(shared) > held else []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Running:
+    """A request whose completions are in the engine."""
+
+    position: int  # among the requests of its call
+    request_id: str
+    prompt: str | None
+    token_ids: list[int]
+    completions: list[Completion]
+
+    def output(self) -> RequestOutput:
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=list(self.token_ids),
+            outputs=[completion.output() for completion in self.completions],
+            finished=True,
+        )
+
+
+def _text(prompt: Prompt) -> str | None:
+    return prompt if isinstance(prompt, str) else prompt.get("prompt")
 
 
 def _check_begins(prefix: Prefix, prompts: Sequence[Sequence[int]]) -> None:

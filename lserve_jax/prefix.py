@@ -127,7 +127,7 @@ def read_prefix(
     return token_ids, arrays
 
 
-def common_prefix(prompts: Sequence[Sequence[int]], page_size: int) -> np.ndarray:
+def common_prefix(prompts: Sequence[Sequence[int] | np.ndarray], page_size: int) -> np.ndarray:
     """The longest token prefix of all prompts that is a whole number of pages, int32.
 
     >>> common_prefix([[1, 2, 3, 4, 5], [1, 2, 3, 9]], page_size=2).tolist()

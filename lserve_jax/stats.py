@@ -1,15 +1,27 @@
 """What a generation cost, in words: speed, compile time, memory, and what sparse attention read."""
 
 import resource
+import statistics
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 import jax
 import jax.monitoring
 
-from lserve_jax.metrics import RequestMetrics
+from lserve_jax.cache import CacheSpec
+from lserve_jax.metrics import EngineMetrics, RequestMetrics
+
+
+@dataclass(kw_only=True)
+class BatchTimes:
+    """How long a batch took, and its requests' latencies, all in seconds."""
+
+    total: float = 0.0
+    first_token: list[float] = field(default_factory=list)  # TTFT of each request
+    per_token: list[float] = field(default_factory=list)  # TPOT of each with two tokens or more
 
 
 class CompileClock:
@@ -46,23 +58,18 @@ class CompileClock:
         return sum(end - start for start, end, name in self._spans if function in name)
 
 
-def summary(
-    metrics: RequestMetrics, memory_plan: Mapping[str, int], clock: CompileClock, sparse: bool
-) -> list[str]:
-    """Lines that say what one request cost; ``memory_plan`` is ``LLM.memory_plan()``.
+def request_summary(metrics: RequestMetrics, clock: CompileClock, sparse: bool) -> list[str]:
+    """Lines that say what one request cost.
 
     Compilation that fell into the request is taken out of its speeds and shown by itself.
     """
     decode_compile = clock.seconds("decode_burst")
     prefill = metrics.prefill_seconds - (clock.seconds() - decode_compile)
     decode = metrics.decode_seconds - decode_compile
-    parameters = memory_plan["parameters"]
-    kv_cache = sum(memory_plan.values()) - parameters
     lines = [
         f"prefill   {_speed(metrics.prompt_tokens, prefill)}",
         f"decode    {_speed(metrics.generated_tokens - 1, decode)}",
         f"compile   {clock.seconds():.2f} s",
-        f"memory    {_size(parameters)} parameters, {_size(kv_cache)} KV cache, {_peak_memory()}",
     ]
     if sparse:
         bypassed = metrics.bypassed_steps / max(metrics.decode_steps, 1)
@@ -74,6 +81,39 @@ def summary(
             f"{_size(metrics.dense_kv_bytes_read_per_step)} if attention were dense",
         ]
     return lines
+
+
+def batch_summary(metrics: EngineMetrics, times: BatchTimes, clock: CompileClock) -> list[str]:
+    """Lines that say what a batch cost; its speed includes compilation."""
+    lines = [
+        f"requests  {metrics.finished + metrics.cancelled} finished, "
+        f"{metrics.preemptions} preemptions",
+        f"prompts   {metrics.prompt_tokens} tokens run, {metrics.prefix_tokens} saved by the "
+        "shared prefix",
+        f"answers   {_speed(metrics.generated_tokens, times.total)}",
+    ]
+    if times.first_token:
+        latency = f"{statistics.median(times.first_token):.3f} s to the first token"
+        if times.per_token:
+            latency += f", {1000 * statistics.median(times.per_token):.1f} ms a token after it"
+        lines.append(f"latency   {latency} (medians)")
+    return [
+        *lines,
+        f"relay     {metrics.relay_bursts} bursts read the shared prefix together",
+        f"compile   {clock.seconds():.2f} s",
+    ]
+
+
+def memory_summary(memory_plan: Mapping[str, int], spec: CacheSpec) -> list[str]:
+    """Lines that say where memory went; ``memory_plan`` is ``LLM.memory_plan()``."""
+    parameters = memory_plan["parameters"]
+    kv_cache = sum(memory_plan.values()) - parameters
+    pages = memory_plan["retrieval"] + memory_plan["key_stats"]
+    return [
+        f"memory    {_size(parameters)} parameters, {_size(kv_cache)} KV cache, {_peak_memory()}",
+        f"KV cache  {spec.num_pages} pages of {spec.page_size} tokens {_size(pages)}, rings "
+        f"{_size(memory_plan['streaming'])}, prefill window {_size(memory_plan['window'])}",
+    ]
 
 
 def _speed(tokens: int, seconds: float) -> str:

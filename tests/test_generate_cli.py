@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
+from tiny_checkpoints import save_character_tokenizer
 
 from lserve_jax import generate
-from lserve_jax.tokenizer import Tokenizer
 
 PROMPT_LENGTH = 40  # of the goldens in tests/data/conformance
 
@@ -35,13 +34,7 @@ def chat_checkpoint(checkpoint, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("chat") / "model"
     shutil.copytree(checkpoint, directory)
     characters = [chr(32 + i) for i in range(95)] + [chr(0xC0 + i) for i in range(65)]
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[])
-    )
-    backend.decoder = tokenizers.decoders.Fuse()
-    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}[answer]"
-    tokenizer = Tokenizer(backend=backend, markers={}, eos_token_ids=(), chat_template=template)
-    tokenizer.save(directory)
+    save_character_tokenizer(directory, characters)
     return directory
 
 
@@ -217,7 +210,7 @@ def refusal(capsys, *argv) -> str:
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        ("", "exactly one of --prompt, --prompt-file and --prompt-token-ids"),
+        ("", "exactly one of --prompt, --prompt-file, --prompt-token-ids and --prompts-file"),
         ("--prompt a --prompt-file b", "exactly one of"),
         ("--prompt=", "the prompt is empty"),
         ("--prompt-file no/such/file", "prompt file 'no/such/file' does not exist"),
@@ -243,7 +236,7 @@ def test_refused_before_a_model_is_read(capsys, argv, sentence):
             "3 .*98.*max_model_len=100",
         ),
         ("--prompt-token-ids 1 --max-model-len 513", "513.*512"),
-        ("--prompt-token-ids 1 --chat", "--prompt-token-ids"),
+        ("--prompt-token-ids 1 --chat", "--chat needs the prompt as text, got token ids"),
         ("--prompt-token-ids 1 --system x", "--system needs a chat"),
         ("--prompt-token-ids 1 --stop x", "needs a tokenizer"),
         ("--prompt hi", "no tokenizer"),

@@ -39,10 +39,10 @@ LAYERS = (
     ("functional", "decode", "gate_training", "request"),
     ("scheduler",),
     ("engine", "passkeys"),
-    ("outputs",),
-    ("llm", "stats"),
-    ("analysis", "generate"),
-    ("calibrate",),
+    ("outputs", "stats"),
+    ("llm",),
+    ("analysis", "batch"),
+    ("generate", "calibrate"),
     ("eval.prompts", "eval.scoring", "eval.settings", "eval.report"),
     ("eval.needle", "eval.ruler", "eval.language", "eval.model", "eval.lm_eval"),
     ("eval.study",),
@@ -141,7 +141,7 @@ def test_the_map_names_every_file_and_no_other():
     mapped = mapped_files()
     absent = [name for name in mapped if not (ROOT / name).exists()]
     assert not absent, f"in the map but not in the tree: {absent}"
-    folders = (*PACKAGES, "benchmarks")
+    folders = (*PACKAGES, "benchmarks", "examples")
     present = {str(path.relative_to(ROOT)) for folder in folders for path in modules(folder)}
     present |= {str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")}
     unmapped = sorted(name for name in present - mapped if not name.endswith("__init__.py"))
@@ -153,7 +153,7 @@ def test_documents_point_at_files_that_exist(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
     paths = re.findall(
-        r"`((?:lserve_jax|pallas_kernels|convert|tests|benchmarks|docs)/[\w./-]+)`", text
+        r"`((?:lserve_jax|pallas_kernels|convert|tests|benchmarks|examples|docs)/[\w./-]+)`", text
     )
     absent = [link for link in links if not (ROOT / document).parent.joinpath(link).exists()]
     absent += [path for path in paths if not (ROOT / path).exists()]

@@ -4,16 +4,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import tokenizers
 from gguf import GGMLQuantizationType as Kind
 from safetensors.numpy import save_file
 
 from lserve_jax.config import ModelConfig
+from lserve_jax.tokenizer import Tokenizer
 
 Tensors = dict[str, np.ndarray]
 
@@ -88,6 +90,25 @@ def write_hf(directory: Path, config: dict[str, Any], *shards: Tensors) -> Path:
         weight_map |= dict.fromkeys(tensors, name)
     index = {"metadata": {}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def save_character_tokenizer(directory: Path, characters: Sequence[str]) -> None:
+    """A tokenizer whose tokens are single characters, with a chat template that can be read."""
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[])
+    )
+    backend.decoder = tokenizers.decoders.Fuse()
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}[answer]"
+    Tokenizer(backend=backend, markers={}, eos_token_ids=(), chat_template=template).save(directory)
+
+
+def write_chat_model(directory: Path) -> Path:
+    """A random model of 512 tokens of context that knows the 95 printable ASCII characters."""
+    config = LLAMA | {"vocab_size": 96, "eos_token_id": 95, "max_position_embeddings": 512}
+    tensors = random_tensors(config)
+    tensors["model.embed_tokens.weight"] *= 0.1  # else it repeats one character
+    save_character_tokenizer(write_hf(directory, config, tensors), [chr(i) for i in range(32, 127)])
     return directory
 
 
