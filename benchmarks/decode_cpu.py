@@ -26,6 +26,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import tyro
+from machine import cpu_name
 from safetensors.numpy import save_file
 
 import convert
@@ -111,13 +112,6 @@ class Peer:
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait()
-
-
-def cpu_name() -> str:
-    names = [
-        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return names[0].split(":")[1].strip() if names else platform.processor()
 
 
 def main(args: Args) -> None:

@@ -4,18 +4,16 @@
 
 Writes ``kernels.md`` and ``kernels.png`` (share of the GPU's measured ceilings), and ``engine.md``
 with ``engine.png`` (milliseconds a token against context length) where the engine was measured.
+``relay.py``, ``serving.py`` and ``throughput.py`` call their part of it themselves.
 """
 
 import json
 from pathlib import Path
 
+from machine import about
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def about(result: dict) -> str:
-    return f"{result['gpu']}, driver {result['driver']}, JAX {result['jax']}, {result['date']}."
 
 
 def kernel_table(result: dict) -> str:
@@ -107,6 +105,135 @@ def engine_plot(decode: dict, path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.legend()
     figure.savefig(path, dpi=110)
+
+
+def break_even(gains: dict[int, float]) -> int | None:
+    """The number of requests from which on relay wins, given its gain at some numbers.
+
+    Fewer requests than that lose at least once; None if the largest number does.
+
+    >>> break_even({1: 0.8, 4: 1.1, 8: 0.9, 16: 1.2, 32: 1.5})
+    16
+    """
+    won = None
+    for requests in sorted(gains, reverse=True):
+        if gains[requests] <= 1:
+            break
+        won = requests
+    return won
+
+
+def relay_gains(rows: list[dict]) -> dict[int, dict[int, float]]:
+    """By prefix and number of requests, how much faster relay is than sharing."""
+    gains: dict[int, dict[int, float]] = {}
+    for row in sorted(rows, key=lambda row: (row["prefix"], row["requests"])):
+        if row.get("relay") is None or row.get("sharing") is None:
+            continue  # cut short
+        relay, sharing = row["relay"], row["sharing"]
+        if isinstance(relay, dict):  # of the engine
+            relay, sharing = relay["ms"], sharing["ms"]
+        gains.setdefault(row["prefix"], {})[row["requests"]] = sharing / relay
+    return gains
+
+
+def relay_summary(gains: dict[int, dict[int, float]]) -> list[str]:
+    """A line for each prefix: where relay begins to win, and where it loses."""
+    lines = [""]
+    for prefix, of_requests in gains.items():
+        least = break_even(of_requests)
+        wins = f"wins from {least} requests on" if least else "does not win with the most requests"
+        lost = [f"{n} ({gain:.2f}x)" for n, gain in of_requests.items() if gain < 1]
+        loses = f"loses at {', '.join(lost)}" if lost else "loses nowhere"
+        lines.append(f"* prefix {prefix}: relay {wins}, {loses}.")
+    return lines
+
+
+def relay_table(result: dict) -> str:
+    lines = [
+        "Written by `benchmarks/relay.py`. Requests that begin with one prefix: relay reads it",
+        "together, sharing reads the shared pages once a request, copies has pages a request (-:",
+        f"no room). {result['private']} tokens of each request's own. {about(result)}",
+    ]
+    for name in sorted({row["attention"] for row in result["engine"]}):
+        rows = [row for row in result["engine"] if row["attention"] == name]
+        lines += [
+            "",
+            f"## Engine, {name}: Llama-3-8B's geometry, random bf16 weights",
+            "",
+            "Tokens a second of all requests together (milliseconds a step, fastest to slowest",
+            'burst). "auto" is what `relay.py`\'s rule does.',
+            "",
+            "| prefix | requests | relay | sharing | copies | relay / sharing | auto |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        gains = relay_gains(rows)
+        for row in sorted(rows, key=lambda row: (row["prefix"], row["requests"])):
+            times = [_speed(row.get(way)) for way in ("relay", "sharing", "copies")]
+            gain = gains.get(row["prefix"], {}).get(row["requests"])
+            auto = f"{'relay' if row['auto'] else 'sharing'}: {row['why']}"
+            lines.append(
+                f"| {row['prefix']} | {row['requests']} | {' | '.join(times)} "
+                f"| {'' if gain is None else f'{gain:.2f}x'} | {auto} |"
+            )
+        lines += relay_summary(gains)
+    if result["operator"]:
+        lines += [
+            "",
+            "## Operator: dense attention of one layer",
+            "",
+            "Microseconds of its kernels, without launches.",
+            "",
+            "| prefix | requests | relay | sharing | copies | relay / sharing |",
+            "|---|---|---|---|---|---|",
+        ]
+        gains = relay_gains(result["operator"])
+        for row in result["operator"]:
+            times = [row[way] for way in ("relay", "sharing", "copies")]
+            cells = " | ".join("-" if time is None else f"{time:.1f}" for time in times)
+            gain = gains[row["prefix"]][row["requests"]]
+            lines.append(f"| {row['prefix']} | {row['requests']} | {cells} | {gain:.2f}x |")
+        lines += relay_summary(gains)
+    return "\n".join(lines) + "\n"
+
+
+def _speed(time: dict | None) -> str:
+    if time is None:
+        return "-"
+    return (
+        f"{time['tokens_per_second']:.0f} "
+        f"({time['ms']:.2f}, {time['fastest']:.2f}-{time['slowest']:.2f})"
+    )
+
+
+def relay_plot(result: dict, path: Path) -> None:
+    """How much faster relay is, against the number of requests."""
+    names = sorted({row["attention"] for row in result["engine"]})
+    panels = {
+        f"engine, {name}": [row for row in result["engine"] if row["attention"] == name]
+        for name in names
+    }
+    if result["operator"]:
+        panels["one layer's attention, dense"] = result["operator"]
+    figure = Figure(figsize=(4 * len(panels), 3.5), layout="constrained")
+    for axes, (title, rows) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for prefix, gains in relay_gains(rows).items():
+            axes.plot(list(gains), list(gains.values()), marker="o", label=f"prefix {prefix}")
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("requests")
+        axes.set_ylabel("speed, relay / sharing")
+        axes.set_title(title)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def write_relay(result: dict, path: Path) -> None:
+    """Writes table and pictures beside the JSON file at ``path``."""
+    path.with_suffix(".md").write_text(relay_table(result))
+    relay_plot(result, path.with_suffix(".png"))
 
 
 def main() -> None:
