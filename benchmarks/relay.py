@@ -11,8 +11,8 @@ Three ways to decode B requests that begin with the same S tokens and have 256 o
 Two levels. "engine": the real engine with Llama-3-8B's geometry, random bf16 weights and random
 keys and values instead of computed prompts; the median wall time of a burst of decode steps. In
 lserve mode sharing and copies select pages from prefix and own part alike, relay from the own part
-only. "operator": the attention of one layer, dense, all 8 KV heads; what the GPU's own counters give
-for all kernels of a call, without launches: the median of calls that take turns over several
+only. "operator": the attention of one layer, dense, all 8 KV heads; the time of all kernels of a
+call by the GPU's own counters, without launches: the median of calls that take turns over several
 prefixes, which together exceed the L2 cache.
 
 Writes ``benchmarks/results/relay.json``, after every row, and a table and pictures beside it.

@@ -236,6 +236,70 @@ def write_relay(result: dict, path: Path) -> None:
     relay_plot(result, path.with_suffix(".png"))
 
 
+def serving_table(result: dict) -> str:
+    """Throughput of every run, then its latencies."""
+    shapes = f"{result['num_prompts']} requests of {result['prefix_len']} + {result['suffix_len']}"
+    kind = "random prompts"
+    if result["workload"] == "prefix_repetition":
+        held = "held by the engine" if result["share"] else "not shared"
+        kind = f"prefix_repetition, {result['num_prefixes']} prefixes {held}"
+    limits = ", ".join(result["goodput"]) or "none given"
+    lines = [
+        f"Written by `benchmarks/serving.py`: {result['model']}, {result['dtype']}, "
+        f"{result['attention']}, {kind},",
+        f"relay={result['relay']}, {shapes} prompt tokens, {result['output_len']} new ones, "
+        f"{result['max_num_seqs']} at a time,",
+        f"Poisson arrivals. {about(result)}",
+        "",
+        f"Goodput is under these limits (ms): {limits}. A rate of inf: all arrive at once.",
+        "",
+        "| rate /s | requests/s | output tok/s | total tok/s | goodput /s | from prefix "
+        "| preemptions | compiled |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        goodput = "" if row["goodput"] is None else f"{row['goodput']:.2f}"
+        lines.append(
+            f"| {row['request_rate']} | {row['requests_per_second']:.2f} "
+            f"| {row['output_tokens_per_second']:.1f} | {row['total_tokens_per_second']:.1f} "
+            f"| {goodput} | {row['prefix_share']:.0%} | {row['preemptions']} "
+            f"| {row['compilations']} |"
+        )
+    lines += [
+        "",
+        "Milliseconds:",
+        "",
+        "| rate /s | metric | mean | median | p90 | p99 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        for metric in ("ttft", "tpot", "itl", "e2el"):
+            if row[metric] is not None:
+                cells = " | ".join(f"{value:.1f}" for value in row[metric].values())
+                lines.append(f"| {row['request_rate']} | {metric.upper()} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def serving_plot(result: dict, path: Path) -> None:
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    rows = [row for row in result["rows"] if row["tpot"] is not None]
+    for axes, metric in zip(figure.subplots(1, 2), ("ttft", "tpot"), strict=True):
+        for name in ("median", "p90", "p99"):
+            values = [row[metric][name] for row in rows]
+            axes.plot([str(row["request_rate"]) for row in rows], values, marker="o", label=name)
+        axes.set_xlabel("requests a second that arrive")
+        axes.set_ylabel(f"{metric.upper()}, ms")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def write_serving(result: dict, path: Path) -> None:
+    """Writes a table and a picture beside the JSON file at ``path``."""
+    path.with_suffix(".md").write_text(serving_table(result))
+    serving_plot(result, path.with_suffix(".png"))
+
+
 def main() -> None:
     def read(name: str) -> dict | None:
         path = RESULTS / f"{name}.json"
