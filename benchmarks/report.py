@@ -300,6 +300,29 @@ def write_serving(result: dict, path: Path) -> None:
     serving_plot(result, path.with_suffix(".png"))
 
 
+def throughput_table(result: dict) -> str:
+    fewest, most = result["own_tokens"]
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    lines = [
+        f"Written by `benchmarks/throughput.py`: {result['model']}, {result['dtype']}, "
+        f"{result['num_prompts']} prompts of",
+        f"{result['system_tokens']} common tokens and {fewest} to {most} own ones, "
+        f"{result['new_tokens']} new tokens each, {result['batch_size']} at a",
+        f"time; new tokens a second, median of {result['runs']} runs. {about(result)}",
+        f"{versions}.",
+        "",
+        "| | tokens/s | slowest | fastest | same answers as the first |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        cells = " | ".join(
+            f"{row[name]:.1f}" for name in ("tokens_per_second", "slowest", "fastest")
+        )
+        same = f"{row['same_answers']} of {result['num_prompts']}"
+        lines.append(f"| {row['system']} | {cells} | {same} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     def read(name: str) -> dict | None:
         path = RESULTS / f"{name}.json"
