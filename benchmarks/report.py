@@ -2,13 +2,15 @@
 
     python benchmarks/report.py
 
-Writes ``kernels.md`` and ``kernels.png`` (share of the GPU's measured ceilings), and ``engine.md``
-with ``engine.png`` (milliseconds a token against context length) where the engine was measured.
-``relay.py``, ``serving.py`` and ``throughput.py`` call their part of it themselves.
+Writes, for what was measured: ``kernels.md`` and ``kernels.png`` (share of the GPU's measured
+ceilings); ``engine.md`` and ``engine.png`` (milliseconds a token against context length, seconds to
+the first token); tables and pictures named like ``relay.json``, ``serving.json`` and
+``throughput.json``, which their programs also write themselves.
 """
 
 import json
 from pathlib import Path
+from statistics import median
 
 from machine import about
 from matplotlib.figure import Figure
@@ -222,6 +224,8 @@ def relay_plot(result: dict, path: Path) -> None:
             axes.plot(list(gains), list(gains.values()), marker="o", label=f"prefix {prefix}")
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set_xscale("log", base=2)
+        counts = sorted({row["requests"] for row in rows})
+        axes.set_xticks(counts, [str(count) for count in counts])
         axes.set_ylim(bottom=0)
         axes.set_xlabel("requests")
         axes.set_ylabel("speed, relay / sharing")
@@ -303,24 +307,29 @@ def write_serving(result: dict, path: Path) -> None:
 def throughput_table(result: dict) -> str:
     fewest, most = result["own_tokens"]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    runs = len(result["rows"][0]["runs"])
     lines = [
         f"Written by `benchmarks/throughput.py`: {result['model']}, {result['dtype']}, "
         f"{result['num_prompts']} prompts of",
         f"{result['system_tokens']} common tokens and {fewest} to {most} own ones, "
         f"{result['new_tokens']} new tokens each, {result['batch_size']} at a",
-        f"time; new tokens a second, median of {result['runs']} runs. {about(result)}",
+        f"time; new tokens a second, median of {runs} runs. {about(result)}",
         f"{versions}.",
         "",
         "| | tokens/s | slowest | fastest | same answers as the first |",
         "|---|---|---|---|---|",
     ]
     for row in result["rows"]:
-        cells = " | ".join(
-            f"{row[name]:.1f}" for name in ("tokens_per_second", "slowest", "fastest")
-        )
+        speeds = row["runs"]
+        cells = " | ".join(f"{speed:.1f}" for speed in (median(speeds), min(speeds), max(speeds)))
         same = f"{row['same_answers']} of {result['num_prompts']}"
         lines.append(f"| {row['system']} | {cells} | {same} |")
     return "\n".join(lines) + "\n"
+
+
+def write_throughput(result: dict, path: Path) -> None:
+    """Writes a table beside the JSON file at ``path``."""
+    path.with_suffix(".md").write_text(throughput_table(result))
 
 
 def main() -> None:
@@ -336,6 +345,11 @@ def main() -> None:
         (RESULTS / "engine.md").write_text(engine_table(decode, prefill))
     if decode is not None:
         engine_plot(decode, RESULTS / "engine.png")
+    writers = {"relay": write_relay, "serving": write_serving, "throughput": write_throughput}
+    for name, write in writers.items():
+        result = read(name)
+        if result is not None:
+            write(result, RESULTS / f"{name}.json")
 
 
 if __name__ == "__main__":

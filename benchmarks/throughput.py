@@ -14,7 +14,6 @@ Writes ``benchmarks/results/throughput.json`` and a table beside it.
 
 import json
 import platform
-import statistics
 import tempfile
 import time
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import numpy as np
 import tyro
 from machine import provenance
 from peer import HERE, Peer, export
-from report import throughput_table
+from report import write_throughput
 
 import convert
 from lserve_jax import LLM, SamplingParams
@@ -60,6 +59,9 @@ def make_prompts(args: Args, vocab_size: int) -> list[list[int]]:
 
 
 def main(args: Args) -> None:
+    for name in ("num_prompts", "system_tokens", "new_tokens", "batch_size", "runs"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}={getattr(args, name)} must be at least 1")
     about = provenance()
     llm = LLM(
         args.model,
@@ -93,17 +95,7 @@ def main(args: Args) -> None:
         sides["transformers"] = lambda: peer.generate(
             dtype, prompts, args.new_tokens, batch_size=args.batch_size
         )
-    speeds: dict[str, list[float]] = {side: [] for side in sides}
-    tokens = {}
-    for number in range(args.runs + 1):
-        for side, generate in sides.items():
-            tokens[side], seconds = generate()
-            print(f"{side}: {seconds:.1f} s{'' if number else ', not timed'}", flush=True)
-            if number:
-                speeds[side].append(args.num_prompts * args.new_tokens / seconds)
-    if peer is not None:
-        peer.close()
-    ours = tokens["lserve-jax"]
+    rows = [{"system": side, "runs": [], "same_answers": 0} for side in sides]
     result = {
         **about,
         "versions": versions,
@@ -114,22 +106,24 @@ def main(args: Args) -> None:
         "own_tokens": args.own_tokens,
         "new_tokens": args.new_tokens,
         "batch_size": args.batch_size,
-        "runs": args.runs,
-        "rows": [
-            {
-                "system": side,
-                "tokens_per_second": statistics.median(values),
-                "slowest": min(values),
-                "fastest": max(values),
-                "same_answers": sum(a == b for a, b in zip(tokens[side], ours, strict=True)),
-            }
-            for side, values in speeds.items()
-        ],
+        "rows": rows,
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
-    args.output.with_suffix(".md").write_text(throughput_table(result))
-    print(throughput_table(result))
+    for number in range(args.runs + 1):
+        answers = []
+        for row, generate in zip(rows, sides.values(), strict=True):
+            token_ids, seconds = generate()
+            answers.append(token_ids)
+            row["same_answers"] = sum(a == b for a, b in zip(token_ids, answers[0], strict=True))
+            if number:
+                row["runs"].append(args.num_prompts * args.new_tokens / seconds)
+            print(f"{row['system']}: {seconds:.1f} s{'' if number else ', not timed'}", flush=True)
+        if number:
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
+    if peer is not None:
+        peer.close()
+    write_throughput(result, args.output)
+    print(args.output.with_suffix(".md").read_text())
 
 
 if __name__ == "__main__":

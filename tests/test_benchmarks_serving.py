@@ -206,3 +206,13 @@ def test_serving_table_and_plot(tmp_path):
     assert "| inf | 0.86 | 8.3 | 28.6 | 0.57 | 50% | 0 | 2 |" in text
     assert "| inf | ITL | 350.0 | 400.0 | 400.0 | 400.0 |" in text
     assert (tmp_path / "serving.png").stat().st_size > 1000
+
+
+def test_throughput_table():
+    result = {
+        **{"date": "today", "jax": "1", "cpu": "CPU", "load": "0.5", "dtype": "float32"},
+        **{"model": "m", "num_prompts": 4, "system_tokens": 8, "own_tokens": (1, 2)},
+        **{"new_tokens": 3, "batch_size": 2, "versions": {"torch": "2"}},
+        "rows": [{"system": "peer", "runs": [10.0, 40.0, 20.0], "same_answers": 3}],
+    }
+    assert "| peer | 20.0 | 10.0 | 40.0 | 3 of 4 |" in report.throughput_table(result)
