@@ -4,7 +4,8 @@
 
 The engine is the real one and its weights are random bf16. Prompts are not computed: their pages
 hold random keys and values (``benchmarks/prefill.py`` times prompts). A figure is the median wall
-time of a burst of 64 steps over its steps, with the fastest and the slowest burst. Writes
+time of a burst of 64 steps over its steps, with the fastest and the slowest burst; the host's work
+goes on behind the burst before. Writes
 ``benchmarks/results/decode.json``.
 """
 
@@ -13,15 +14,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from unittest import mock
 
 import jax
 import numpy as np
 import tyro
-from llama_8b import CONFIG, LSERVE, fill_caches, make_engine, provenance, random_params
-
-from lserve_jax.engine import Engine
-from lserve_jax.sampling import SamplingParams
+from llama_8b import CONFIG, LSERVE, burst_seconds, fill_caches, make_engine, random_params
+from machine import provenance
 
 BURST = 64
 
@@ -37,33 +35,10 @@ class Args:
     output: Path = Path(__file__).parent / "results" / "decode.json"
 
 
-def decode_times(engine: Engine, context: int, rows: int, bursts: int) -> list[float]:
-    """Seconds a step of each timed burst."""
-    logits = jax.random.normal(jax.random.key(0), (CONFIG.vocab_size,))
-    prompt = np.zeros((context,), np.int32)
-    sampling = SamplingParams(temperature=0, max_tokens=BURST * (bursts + 1) + 1, ignore_eos=True)
-
-    def no_prefill(config, spec, params, caches, *rest, **options):
-        return logits + 0, caches
-
-    with mock.patch("lserve_jax.engine.prefill_chunk", no_prefill):
-        for row in range(rows):
-            engine.add_request(f"{context}-{row}", prompt, sampling, seed=row)
-        for _ in range(rows):
-            engine.step()
-    times = []
-    while engine.has_unfinished_requests:
-        begin = time.perf_counter()
-        outputs = engine.step()
-        times.append((time.perf_counter() - begin) / BURST)
-        assert all(len(output.token_ids) == BURST for output in outputs)
-    return times[1:]  # the first compiles, or finds its code cold
-
-
 def main(args: Args) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     about = provenance()
-    params, rows = random_params(), []
+    params, rows = random_params(CONFIG), []
     for name in args.attention:
         sparsity = LSERVE if name == "lserve" else None
         token_bytes = 131072 if sparsity is None else 74000
@@ -71,15 +46,24 @@ def main(args: Args) -> None:
             contexts = [n for n in args.contexts if n * batch * token_bytes <= args.cache_bytes]
             if not contexts:
                 continue
-            longest = max(contexts) + BURST * (args.bursts + 1) + 64
+            longest = max(contexts) + BURST * (args.bursts + 3) + 64
             begin = time.perf_counter()
-            engine = make_engine(params, sparsity, rows=batch, max_model_len=longest)
+            engine = make_engine(
+                params,
+                sparsity,
+                rows=batch,
+                max_model_len=longest,
+                burst_steps=BURST,
+                config=CONFIG,
+            )
             fill_caches(engine)
             jax.block_until_ready(engine.caches)
             print(f"{name}, batch {batch}: cache filled in {time.perf_counter() - begin:.0f} s")
             for context in contexts:
                 begin = time.perf_counter()
-                times = [1e3 * t for t in decode_times(engine, context, batch, args.bursts)]
+                prompts = [np.zeros((context,), np.int32)] * batch
+                seconds = burst_seconds(engine, prompts, args.bursts)
+                times = [1e3 * t / BURST for t in seconds]
                 row = {
                     "attention": name,
                     "batch": batch,

@@ -2,11 +2,11 @@
 
     python benchmarks/decode_cpu.py --peer-python PATH
 
-PATH is the interpreter of an environment with torch and transformers, which this project does not
-depend on. Both sides run the same weights (the default model's, exported to a temporary folder),
-the same prompt and greedy decoding of one sequence, on all cores. A run's decode time is the time
-to generate ``new_tokens + 1`` tokens less the time to generate one, so prompt processing and the
-overhead of a call cancel on either side. The sides take turns, because a machine's speed drifts.
+PATH is the interpreter of an environment with torch and transformers (see ``peer.py``). Both sides
+run the same weights (the default model's, exported to a temporary folder), the same prompt and
+greedy decoding of one sequence, on all cores. A run's decode time is the time to generate
+``new_tokens + 1`` tokens less the time to generate one, so prompt processing and the overhead of a
+call cancel on either side. The sides take turns, because a machine's speed drifts.
 
 Prints a table and writes ``benchmarks/results/decode_cpu.json``.
 """
@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from datetime import UTC, datetime
@@ -26,12 +25,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import tyro
-from safetensors.numpy import save_file
+from machine import cpu_name
+from peer import HERE, Peer, export
 
 import convert
-from lserve_jax import LLM, ModelConfig, SamplingParams
+from lserve_jax import LLM, SamplingParams
 
-HERE = Path(__file__).resolve().parent
 DTYPES = ("float32", "bfloat16")
 
 
@@ -48,87 +47,13 @@ class Args:
     output: Path = HERE / "results" / "decode_cpu.json"
 
 
-def export(config: ModelConfig, params: dict, directory: Path) -> None:
-    """Writes ``params`` as a Hugging Face Llama checkpoint (float32 safetensors)."""
-    H, Hk, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    tensors = {
-        "model.embed_tokens.weight": params["embed_tokens"]["embedding"],
-        "model.norm.weight": params["norm"]["scale"],
-    }
-    for i, layer in params["layers"].items():
-        attention, mlp, name = layer["self_attn"], layer["mlp"], f"model.layers.{i}"
-        q, k, v = np.split(attention["qkv_proj"]["kernel"], [H * D, (H + Hk) * D], axis=1)
-        gate, up = np.split(mlp["gate_up_proj"]["kernel"], 2, axis=1)
-        tensors |= {
-            f"{name}.input_layernorm.weight": layer["input_layernorm"]["scale"],
-            f"{name}.post_attention_layernorm.weight": layer["post_attention_layernorm"]["scale"],
-            f"{name}.self_attn.q_proj.weight": q.T,
-            f"{name}.self_attn.k_proj.weight": k.T,
-            f"{name}.self_attn.v_proj.weight": v.T,
-            f"{name}.self_attn.o_proj.weight": attention["o_proj"]["kernel"].T,
-            f"{name}.mlp.gate_proj.weight": gate.T,
-            f"{name}.mlp.up_proj.weight": up.T,
-            f"{name}.mlp.down_proj.weight": mlp["down_proj"]["kernel"].T,
-        }
-    if not config.tie_word_embeddings:
-        tensors["lm_head.weight"] = params["lm_head"]["kernel"].T
-    tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    fields += ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")
-    fields += ("max_position_embeddings", "tie_word_embeddings")
-    settings = {name: getattr(config, name) for name in fields}
-    settings |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    settings |= {"rope_theta": config.rope.rope_theta, "dtype": "float32"}
-    (directory / "config.json").write_text(json.dumps(settings))
-
-
-class Peer:
-    """transformers in its own process; answers like ``run_ours`` with token ids and seconds."""
-
-    def __init__(self, python: str, directory: Path, prompt: list[int]):
-        self._process = subprocess.Popen(
-            # -P: this folder's modules must not be found under the names of the peer's packages.
-            [python, "-P", str(HERE / "peer_transformers.py"), str(directory), json.dumps(prompt)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.versions = self._read()
-
-    def _read(self) -> dict:
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("the peer process ended; its error is above")
-        return json.loads(line)
-
-    def generate(self, dtype: str, num_tokens: int) -> tuple[list[int], float]:
-        self._process.stdin.write(f"{dtype} {num_tokens}\n")
-        self._process.stdin.flush()
-        answer = self._read()
-        return answer["token_ids"], answer["seconds"]
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
-
-
-def cpu_name() -> str:
-    names = [
-        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return names[0].split(":")[1].strip() if names else platform.processor()
-
-
 def main(args: Args) -> None:
     config, params = convert.load(convert.resolve(args.model), dtype=jax.numpy.float32)
-    if config.rope.rope_type != "default" or config.attention_bias or config.qk_norm:
-        raise ValueError(f"{args.model} is not a plain Llama, which is all that is exported here")
     prompt = np.random.default_rng(0).integers(1000, config.vocab_size, args.prompt_tokens).tolist()
     with tempfile.TemporaryDirectory() as directory:
         export(config, jax.tree.map(np.asarray, params), Path(directory))
         del params
-        peer = Peer(args.peer_python, Path(directory), prompt)
+        peer = Peer(args.peer_python, Path(directory))
         ours = {dtype: LLM(args.model, dtype=dtype, max_num_seqs=1) for dtype in DTYPES}
 
         def run_ours(dtype: str, num_tokens: int) -> tuple[list[int], float]:
@@ -137,7 +62,11 @@ def main(args: Args) -> None:
             output = ours[dtype].generate({"prompt_token_ids": prompt}, sampling)[0]
             return output.outputs[0].token_ids, time.perf_counter() - started
 
-        sides = {"lserve-jax": run_ours, "transformers": peer.generate}
+        def run_peer(dtype: str, num_tokens: int) -> tuple[list[int], float]:
+            token_ids, seconds = peer.generate(dtype, [prompt], num_tokens, batch_size=1)
+            return token_ids[0], seconds
+
+        sides = {"lserve-jax": run_ours, "transformers": run_peer}
         speeds: dict[tuple[str, str], list[float]] = {}
         tokens: dict[tuple[str, str], list[int]] = {}
         for run in range(args.runs + 1):  # the first one warms up and compiles

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.mosaic.gpu import profiler
-from llama_8b import provenance
+from machine import provenance
 from shapes import (
     APPEND,
     APPEND_CHUNK,

@@ -1,18 +1,22 @@
 """The engine with Llama-3-8B's geometry and random weights: what speed needs of a model."""
 
+import contextlib
 import dataclasses
-import datetime
 import functools
-import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from convert.attention_patterns import load_pattern, partition_heads
-from lserve_jax.cache import LayerCache, make_spec
+from lserve_jax.cache import LayerCache, cache_bytes, make_spec
 from lserve_jax.config import ModelConfig, SparsityConfig
 from lserve_jax.engine import Engine
 from lserve_jax.llama import Params, abstract_params
+from lserve_jax.sampling import SamplingParams
 
 PATTERN = "Llama-3-8B-Instruct-Gradient-1048k"
 CONFIG = ModelConfig(
@@ -54,28 +58,38 @@ def make_engine(
     *,
     rows: int,
     max_model_len: int,
+    kv_cache_bytes: int | None = None,
+    max_prefixes: int = 0,
     burst_steps: int = 64,
     prefill_chunk_size: int = 8192,
     config: ModelConfig = CONFIG,
 ) -> Engine:
-    """An engine whose cache holds ``rows`` sequences of ``max_model_len`` tokens."""
+    """An engine for ``rows`` requests.
+
+    Its cache holds as many of ``max_model_len`` tokens, or what fits into ``kv_cache_bytes``.
+    """
+    pattern = None if sparsity is None else sparsity.pattern
     partition = partition_heads(
-        None if sparsity is None else load_pattern(PATTERN),
+        None if pattern is None else load_pattern(pattern),
         0.0 if sparsity is None else sparsity.resolved_streaming_fraction,
         num_layers=config.num_hidden_layers,
         num_kv_heads=config.num_key_value_heads,
     )
-    page_size = SparsityConfig().page_size if sparsity is None else sparsity.page_size
     spec = make_spec(
         config,
         sparsity=sparsity,
         num_retrieval_heads=partition.num_retrieval,
         max_model_len=max_model_len,
         num_slots=rows,
-        num_pages=rows * -(-max_model_len // page_size),
-        max_prefixes=0,
+        num_pages=1,
+        max_prefixes=max_prefixes,
         kv_dtype="auto",
     )
+    num_pages = rows * spec.pages_per_sequence
+    if kv_cache_bytes is not None:
+        sizes = cache_bytes(config, spec, jnp.bfloat16)
+        num_pages = kv_cache_bytes // (sizes["retrieval"] + sizes["key_stats"])
+    spec = dataclasses.replace(spec, num_pages=num_pages)
     return Engine(
         config,
         params,
@@ -115,17 +129,38 @@ def _random_cache(shapes: LayerCache, seed: jax.Array) -> LayerCache:
     return dataclasses.replace(filled, key_stats=stats)
 
 
-def provenance() -> dict[str, str]:
-    """What every committed figure says of itself."""
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "gpu": jax.devices()[0].device_kind,
-        "driver": driver,
-        "jax": jax.__version__,
-    }
+@contextlib.contextmanager
+def without_prefill(engine: Engine, tokens: int) -> Iterator[None]:
+    """Prompts and prefixes, ``tokens`` together, enter at once: the cache holds random ones."""
+    logits = jax.random.normal(jax.random.key(0), (engine.config.vocab_size,))
+
+    def no_prefill(config, spec, params, caches, *rest, **options):
+        return logits, caches
+
+    with (
+        mock.patch("lserve_jax.engine.prefill_chunk", no_prefill),
+        mock.patch.object(engine, "prefill_chunk_size", max(tokens, engine.prefill_chunk_size)),
+    ):
+        yield
+
+
+def burst_seconds(engine: Engine, prompts: Sequence[np.ndarray], bursts: int) -> list[float]:
+    """Seconds of each of ``bursts`` bursts in which all ``prompts`` decode, after a compiling one.
+
+    A step of the engine returns when the burst before is done, and the device has the next by
+    then: between two returns lies one burst, with the host's work hidden behind it. The first and
+    the last of these times are left out: one compiles, or finds its code cold, and the other has
+    no burst behind it.
+    """
+    steps = engine.burst_steps
+    sampling = SamplingParams(temperature=0, max_tokens=steps * (bursts + 3) + 1, ignore_eos=True)
+    for row, prompt in enumerate(prompts):
+        engine.add_request(str(row), prompt, sampling, seed=row)
+    with without_prefill(engine, sum(map(len, prompts))):
+        engine.step()
+    ends = []
+    while engine.has_unfinished_requests:
+        outputs = engine.step()
+        ends.append(time.perf_counter())
+        assert [len(output.token_ids) for output in outputs] == [steps] * len(prompts)
+    return np.diff(ends)[1:-1].tolist()

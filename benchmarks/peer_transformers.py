@@ -1,9 +1,10 @@
-"""The other side of ``decode_cpu.py``: transformers generating greedily, in its own environment.
+"""transformers generating greedily, in its own environment: the other side of ``peer.py``.
 
-    python benchmarks/peer_transformers.py CHECKPOINT PROMPT_TOKEN_IDS
+    python benchmarks/peer_transformers.py CHECKPOINT
 
-Reads lines "dtype num_tokens" from stdin and answers each with one JSON line: the token ids and the
-seconds they took. The first line out names the versions.
+Reads JSON objects, one a line, from stdin: dtype, prompts (token ids), num_tokens and batch_size.
+Prompts of a batch are padded on the left to the longest. Answers each with one JSON line: the token
+ids of every prompt and the seconds they took. The first line out names the versions.
 """
 
 import json
@@ -14,12 +15,27 @@ import time
 import torch
 import transformers
 
-checkpoint, prompt = sys.argv[1], json.loads(sys.argv[2])
 models = {
-    name: transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, name))
+    name: transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, name))
     for name in ("float32", "bfloat16")
 }
-tokens = torch.tensor([prompt])
+
+
+def generate(model, prompts, num_tokens):
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    output = model.generate(
+        tokens,
+        attention_mask=mask,
+        do_sample=False,
+        min_new_tokens=num_tokens,
+        max_new_tokens=num_tokens,
+        pad_token_id=0,
+    )
+    return output[:, longest:].tolist()
+
+
 versions = {
     "torch": torch.__version__,
     "transformers": transformers.__version__,
@@ -27,16 +43,11 @@ versions = {
 }
 print(json.dumps(versions), flush=True)
 for line in sys.stdin:
-    dtype, num_tokens = line.split()
+    request = json.loads(line)
+    model, prompts, size = models[request["dtype"]], request["prompts"], request["batch_size"]
     started = time.perf_counter()
-    output = models[dtype].generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        do_sample=False,
-        min_new_tokens=int(num_tokens),
-        max_new_tokens=int(num_tokens),
-        pad_token_id=0,
-    )
+    token_ids = []
+    for first in range(0, len(prompts), size):
+        token_ids += generate(model, prompts[first : first + size], request["num_tokens"])
     seconds = time.perf_counter() - started
-    answer = {"token_ids": output[0, len(prompt) :].tolist(), "seconds": seconds}
-    print(json.dumps(answer), flush=True)
+    print(json.dumps({"token_ids": token_ids, "seconds": seconds}), flush=True)

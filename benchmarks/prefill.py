@@ -16,7 +16,8 @@ from statistics import median
 
 import numpy as np
 import tyro
-from llama_8b import CONFIG, LSERVE, make_engine, provenance, random_params
+from llama_8b import CONFIG, LSERVE, make_engine, random_params
+from machine import provenance
 
 from lserve_jax.sampling import SamplingParams
 
@@ -33,7 +34,7 @@ class Args:
 def main(args: Args) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     about = provenance()
-    params, rows = random_params(), []
+    params, rows = random_params(CONFIG), []
     sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     rng = np.random.default_rng(0)
     for name in args.attention:
@@ -43,17 +44,18 @@ def main(args: Args) -> None:
             rows=1,
             max_model_len=max(args.prompts) + 64,
             prefill_chunk_size=args.chunk,
+            config=CONFIG,
         )
         begin = time.perf_counter()
         engine.add_request("warm", np.ones((2 * args.chunk,), np.int32), sampling, seed=0)
-        engine.step()
+        list(engine.stream())
         print(f"{name}: compiled in {time.perf_counter() - begin:.0f} s", flush=True)
         for tokens in args.prompts:
             times = []
             for repeat in range(args.repeats):
                 prompt = rng.integers(0, CONFIG.vocab_size, tokens)
                 engine.add_request(f"{tokens}-{repeat}", prompt, sampling, seed=0)
-                (output,) = engine.step()
+                (output,) = engine.stream()
                 times.append(output.metrics.first_token_seconds)
             row = {
                 "attention": name,
