@@ -170,6 +170,7 @@ class Engine:
         self.scheduler = Scheduler(spec, self.burst_steps)
         self.unfinished: dict[str, Request] = {}  # those whose end is not yet handed out
         self._in_flight: _InFlight | None = None
+        self._first_tokens: list[tuple[Request, Sample]] = []  # not yet fetched
         self._ready: list[TokenOutput] = []  # made outside of a step
 
     def _empty_state(self) -> DecodeState:
@@ -321,8 +322,7 @@ class Engine:
         del self.unfinished[request.request_id]
         if request.slot in self.scheduler.running:
             self.state = deactivate(self.state, jnp.int32(request.slot))
-        if request.slot >= 0 or request in self.scheduler.waiting:
-            self.scheduler.release(request)
+        self.scheduler.release(request)
 
     def stream(self) -> Iterator[TokenOutput]:
         """Runs until no request is left; yields tokens as they come. Requests may be added."""
@@ -332,17 +332,21 @@ class Engine:
     def step(self) -> list[TokenOutput]:
         """Hands out the next work: prompt chunks, then a burst of decode steps.
 
-        Returns what came of the step before, and first tokens of prompts that this one completed.
-        At most ``prefill_chunk_size`` prompt tokens are run.
+        Returns what came of the burst before. If the last step completed prompts, only waits for
+        their first tokens, while the burst behind them runs. At most ``prefill_chunk_size`` prompt
+        tokens are run.
         """
+        if self._first_tokens:
+            prefilled, self._first_tokens = self._first_tokens, []
+            return [
+                new for request, first in prefilled for new in self._first_token(request, first)
+            ]
         outputs, self._ready = self._ready, []
         outputs += self._expire()
-        prefilled, prompt_tokens = self._prefill()
+        self._first_tokens, prompt_tokens = self._prefill()
         burst, early = self._dispatch()
         outputs += early + self._collect()
         self._in_flight = burst
-        for request, first in prefilled:
-            outputs += self._first_token(request, first)
         self._counts["steps"] += 1
         self._last_step = StepMetrics(
             number=self._counts["steps"],
@@ -684,8 +688,7 @@ class Engine:
             request.finished = True
             del self.unfinished[request.request_id]
             self._counts["finished"] += 1
-            if request.slot >= 0:
-                self.scheduler.release(request)
+            self.scheduler.release(request)
         elif count == replayed:
             return []
         return [self._output(request, new, finish_reason)]

@@ -173,9 +173,13 @@ class Scheduler:
         self.running[request.slot] = request
 
     def release(self, request: Request) -> None:
-        """Takes a request out, wherever it is; its slot and pages are free at once."""
+        """Takes a request out, wherever it is; its slot and pages are free at once.
+
+        One that is out already, since its last burst was handed out, stays so.
+        """
         if request.slot < 0:
-            self.waiting.remove(request)
+            if request in self.waiting:
+                self.waiting.remove(request)
             return
         if request is self.prefilling:
             self.prefilling = None
