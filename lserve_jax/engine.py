@@ -337,10 +337,8 @@ class Engine:
         tokens are run.
         """
         if self._first_tokens:
-            prefilled, self._first_tokens = self._first_tokens, []
-            return [
-                new for request, first in prefilled for new in self._first_token(request, first)
-            ]
+            pending, self._first_tokens = self._first_tokens, []
+            return [new for request, first in pending for new in self._first_token(request, first)]
         outputs, self._ready = self._ready, []
         outputs += self._expire()
         self._first_tokens, prompt_tokens = self._prefill()

@@ -234,7 +234,7 @@ def test_cancel(llm: LLM) -> None:
     prompts = random_prompts(7, [50, 60, 70, 10])
     for name, prompt in zip("abcd", prompts, strict=True):
         engine.add_request(name, prompt, greedy(30), seed=0)
-    outputs = engine.step() + engine.step()
+    outputs = engine.step() + engine.step() + engine.step()
     running, waiting = engine.scheduler.running, engine.scheduler.waiting
     assert [request.request_id for request in running.values()] == ["a", "b"]
     assert engine.scheduler.prefilling.request_id == "c"

@@ -342,7 +342,9 @@ def test_a_long_prompt_does_not_stall_others(machines: dict[str, Machine]) -> No
     engine = machines["lserve"].engine
     sampling = SamplingParams(temperature=0, max_tokens=40)
     engine.add_request("a", KINDS[0].prompt, sampling, seed=0)
-    engine.step()
+    assert engine.step() == []  # its prompt and a first burst are on their way
+    [first] = engine.step()
+    assert len(first.token_ids) == 1
     [long_prompt] = random_prompts(3, [150])
     engine.add_request("b", long_prompt, sampling, seed=0)
     chunks = []
