@@ -6,9 +6,11 @@ Times are what the GPU's own counters (CUPTI) give for each kernel, medians over
 share no page and together exceed the L2 cache, so that every call reads device memory. Share is of
 the rate a large device copy reaches. "step" is the wall time of a call in a chain of dependent
 calls inside one jit, less that of an empty chain: it includes launches, and its lists stay in L2.
+tokamax has rows too where it is installed.
 """
 
 import argparse
+import importlib.util
 import json
 import time
 from collections import defaultdict
@@ -231,6 +233,15 @@ def time_cudnn_prefill(shape: PrefillShape) -> dict[str, object]:
     return _time_products("cuDNN causal", shape, attend, *(x[None] for x in (q, k, v)))
 
 
+def time_tokamax_prefill(shape: PrefillShape) -> dict[str, object]:
+    """The same by tokamax's Mosaic GPU kernel, at the tile sizes that its heuristics choose."""
+    import tokamax
+
+    (q, k, v, *_), _ = prefill_inputs(shape)
+    attend = partial(tokamax.dot_product_attention, is_causal=True, implementation="mosaic")
+    return _time_products("tokamax causal", shape, attend, *(x[None] for x in (q, k, v)))
+
+
 def time_prefix(shape: PrefixShape) -> dict[str, object]:
     """All rows over one prefix; XLA's merging of the splits is counted in."""
     return _time_products("prefix_attention", shape, prefix_attention, *prefix_inputs(shape))
@@ -307,11 +318,10 @@ def measurements() -> list[Callable[[], dict[str, object]]]:
     ]
     rows += [partial(time_relay, shape) for shape in PREFIX if shape.head_dim == 128]
     rows += [partial(time_prefill, shape) for shape in LONG_PREFILL]
-    rows += [
-        partial(time_cudnn_prefill, shape)
-        for shape in LONG_PREFILL
-        if shape.start == 0 and shape.streaming_heads == 0
-    ]
+    causal = [shape for shape in LONG_PREFILL if shape.start == 0 and shape.streaming_heads == 0]
+    rows += [partial(time_cudnn_prefill, shape) for shape in causal]
+    if importlib.util.find_spec("tokamax") is not None:  # a peer, no dependency
+        rows += [partial(time_tokamax_prefill, shape) for shape in causal]
     rows += [partial(time_prefix, shape) for shape in PREFIX]
     rows += [partial(time_append, shape) for shape in (*APPEND, *APPEND_CHUNK)]
     return rows
