@@ -30,7 +30,7 @@ from tqdm import tqdm
 from lserve_jax import __version__
 from lserve_jax.llm import LLM, Message, Prompt
 from lserve_jax.outputs import CompletionOutput, RequestOutput
-from lserve_jax.prefix import common_prefix
+from lserve_jax.prefix import CommonPrefix
 from lserve_jax.sampling import SamplingParams
 from lserve_jax.stats import BatchTimes
 
@@ -144,7 +144,7 @@ class PromptsFile:
 
         That is whole pages of token ids, none where there are not two prompts to share them.
         """
-        shared, count = None, 0
+        common = CommonPrefix()
         for line in self.lines(without=done):
             try:
                 prompt = prompt_format.apply(llm, line.prompt)
@@ -152,11 +152,8 @@ class PromptsFile:
             except ValueError as error:
                 self._refuse(line.number, error)
                 continue
-            count += 1
-            shared = common_prefix([ids if shared is None else shared, ids], 1)
-        if shared is None or count < 2:
-            return []
-        return common_prefix([shared], llm.spec.page_size).tolist()
+            common.add(ids)
+        return common.whole_pages(llm.spec.page_size) if common.count > 1 else []
 
     def _raw_lines(self) -> Iterator[tuple[int, bytes]]:
         with self.path.open("rb") as file:

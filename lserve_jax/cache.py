@@ -70,8 +70,13 @@ class Ring:
         return jnp.where(page < self.sink_pages, page, wrapped)
 
     def keeps(self, position: Int[Array, "..."], end: Int[Array, ""]) -> Bool[Array, "..."]:
-        """Whether a token is still held once the sequence is ``end`` tokens long."""
-        return (position < self.sink) | (position >= end - self.local)
+        """Whether a token's page is still held once the sequence is ``end`` tokens long.
+
+        All pages that there is room for, up to a page more than ``local`` tokens: who goes on from
+        a page earlier (a prompt equal to a shared prefix) sees its whole window.
+        """
+        oldest = (end - 1) // self.page_size - self.local_pages + 1
+        return (position < self.sink) | (position // self.page_size >= oldest)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ runs on power-of-two numbers of slots (``Engine.shape_buckets``).
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,7 @@ from lserve_jax.decode import (
 from lserve_jax.llama import Params
 from lserve_jax.metrics import EngineMetrics, RequestMetrics, StepMetrics
 from lserve_jax.prefix import Prefix, read_prefix
-from lserve_jax.relay import RelayDecision, RelayMode, decide
+from lserve_jax.relay import RelayDecision, RelayMode, check_mode, decide
 from lserve_jax.request import Request, TokenOutput
 from lserve_jax.sampling import SamplingArrays, SamplingMode, SamplingParams, sampling_row
 from lserve_jax.scheduler import Scheduler
@@ -87,7 +87,7 @@ class Engine:
     relay: whether requests with one prefix read it together: "always", "never", or "auto" by the
         rule of ``relay.py``.
     deterministic: always runs all slots, so that a request's numbers do not depend on how many
-        others there are; needs relay "always" or "never".
+        others there are; needs relay="never", in dense attention "always" will do too.
     clock: tells the time in seconds.
     """
 
@@ -107,15 +107,7 @@ class Engine:
         backend: Backend = "auto",
         clock: Callable[[], float] = time.perf_counter,
     ):
-        if burst_steps < 1:
-            raise ValueError(f"{burst_steps=} must be at least 1")
-        if relay not in ("auto", "always", "never"):
-            raise ValueError(f"{relay=} must be 'auto', 'always' or 'never'")
-        if deterministic and relay == "auto":
-            raise ValueError(
-                f"{deterministic=} needs relay='always' or 'never': under {relay=} what a request "
-                "attends depends on how many others share its prefix"
-            )
+        check_mode(relay, deterministic, spec.sparsity)
         self.config, self.params, self.spec = config, params, spec
         self.backend = resolve_backend(backend)
         if relay == "always" and not self._has_prefix_kernel:
@@ -141,9 +133,8 @@ class Engine:
         self._shapes: set[tuple] = set()  # that jitted functions were called with
         self._counts = dict.fromkeys(
             ("finished", "cancelled", "prompt_tokens", "prefix_tokens", "generated_tokens",
-             "selector_runs", "relay_bursts", "steps", "preemptions"), 0,
+             "selector_runs", "relay_bursts", "steps", "preemptions", "slots_attended"), 0,
         )  # fmt: skip
-        self._last_step: StepMetrics | None = None
         self._next_number = 0
         self.scheduler = Scheduler(spec, self.burst_steps)
         self.reset()
@@ -171,7 +162,7 @@ class Engine:
         self.unfinished: dict[str, Request] = {}  # those whose end is not yet handed out
         self._in_flight: _InFlight | None = None
         self._first_tokens: list[tuple[Request, Sample]] = []  # not yet fetched
-        self._ready: list[TokenOutput] = []  # made outside of a step
+        self._last_step: StepMetrics | None = None
 
     def _empty_state(self) -> DecodeState:
         S = self.spec.num_slots
@@ -202,13 +193,13 @@ class Engine:
         scheduler, counts = self.scheduler, self._counts
         return EngineMetrics(
             waiting=len(scheduler.waiting),
-            running=len(scheduler.running) + (scheduler.prefilling is not None),
+            running=len(self.unfinished) - len(scheduler.waiting),
             free_pages=len(scheduler.pool.free),
             pinned_pages=scheduler.pinned_pages,
             num_pages=self.spec.num_pages,
             compilations=len(self._shapes),
             last_step=self._last_step,
-            **{name: counts[name] for name in counts if name != "steps"},
+            **{name: counts[name] for name in counts if name not in ("steps", "slots_attended")},
         )
 
     def shape_buckets(self) -> dict[str, list[int]]:
@@ -287,7 +278,7 @@ class Engine:
         request = Request(
             request_id=request_id,
             number=self._next_number,
-            prompt=np.asarray(prompt_token_ids, np.int32),
+            prompt=np.array(prompt_token_ids, np.int32),  # a copy: the caller may go on writing
             sampling=sampling,
             sampling_row=sampling_row(
                 sampling,
@@ -312,6 +303,19 @@ class Engine:
             raise ValueError(f"no request with id {request_id!r} is waiting or running")
         self._counts["cancelled"] += 1
         self._stop(request)
+
+    def abandon(self, request_ids: Iterable[str]) -> None:
+        """After an error in the middle of a call: ends its requests, as far as there are any.
+
+        Resets the engine if the error came from the device, whose state is lost then.
+        """
+        try:
+            for request_id in request_ids:
+                if request_id in self.unfinished:
+                    self.cancel(request_id)
+            jax.block_until_ready((self.caches, self.state))
+        except RuntimeError:  # JAX's, of a computation that failed and of arrays that it consumed
+            self.reset()
 
     def _stop(self, request: Request) -> None:
         """Takes a request out before its end; the device may be in the middle of a burst of it.
@@ -339,16 +343,20 @@ class Engine:
         if self._first_tokens:
             pending, self._first_tokens = self._first_tokens, []
             return [new for request, first in pending for new in self._first_token(request, first)]
-        outputs, self._ready = self._ready, []
-        outputs += self._expire()
-        self._first_tokens, prompt_tokens = self._prefill()
+        before = dict(self._counts)
+        outputs = self._expire()
+        self._first_tokens += self._prefill()
         burst, early = self._dispatch()
         outputs += early + self._collect()
         self._in_flight = burst
         self._counts["steps"] += 1
+        counts = {name: self._counts[name] - before[name] for name in before}
         self._last_step = StepMetrics(
             number=self._counts["steps"],
-            prefill_tokens=prompt_tokens,
+            prefill_tokens=counts["prompt_tokens"],
+            prefix_tokens=counts["prefix_tokens"],
+            selector_runs=counts["selector_runs"],
+            pages_attended=counts["slots_attended"] / self.spec.page_size,
             decode_requests=len(burst.requests) if burst else 0,
             decode_steps=burst.steps if burst else 0,
             relay=tuple({id(x): x for x in burst.relays.values()}.values()) if burst else (),
@@ -377,28 +385,32 @@ class Engine:
 
         For those who run decode steps of their own on the caches (``eval/scoring.py``).
         """
-        spent = 1
-        while spent:
-            _, spent = self._prefill()
+        while self.scheduler.prefilling is not None or self._admit() is not None:
+            self._prefill()
 
-    def _prefill(self) -> tuple[list[tuple[Request, Sample]], int]:
+    def _prefill(self) -> list[tuple[Request, Sample]]:
         """Runs chunks as far as the step's budget goes; returns prompts that are through.
 
-        The budget never cuts a chunk: its bounds are the request's own, and so are its numbers.
+        The budget, which counts padding too, never cuts a chunk: its bounds are the request's own,
+        and so are its numbers.
         """
         done, spent = [], 0
         while True:
             request = self.scheduler.prefilling or self._admit()
             if request is None:
                 break
-            size = min(len(request.prompt) - request.prefilled, self.prefill_chunk_size)
+            size = self._padded(len(request.prompt) - request.prefilled)
             if spent and spent + size > self.prefill_chunk_size:
                 break
             spent += size
             first = self._next_chunk(request)
             if first is not None:
                 done.append((request, first))
-        return done, spent
+        return done
+
+    def _padded(self, tokens: int) -> int:
+        """Length of the next chunk of so many tokens, padding included."""
+        return bucket(tokens, SMALLEST_CHUNK, self.prefill_chunk_size)
 
     def _next_chunk(self, request: Request) -> Sample | None:
         """Prefills the request's next chunk; its first token if that was the last."""
@@ -429,7 +441,7 @@ class Engine:
         self, chunk: np.ndarray, page_table: np.ndarray, *, start: int, total: int
     ) -> jax.Array:
         """Prefills ``chunk``, tokens ``start`` on of ``total``; returns the last one's logits."""
-        padded = np.zeros((bucket(len(chunk), SMALLEST_CHUNK, self.prefill_chunk_size),), np.int32)
+        padded = np.zeros((self._padded(len(chunk)),), np.int32)
         padded[: len(chunk)] = chunk
         self._count_shape("prefill_chunk", len(padded))
         self._counts["prompt_tokens"] += len(chunk)
@@ -649,6 +661,7 @@ class Engine:
             request.position_sum += sum(range(position + 1, position + steps + 1))
             attended = float(result.attended[slot])
             request.attended += attended
+            self._counts["slots_attended"] += round(attended)
             request.statistics_pages += int(result.scored[slot])
             decision = in_flight.relays.get(slot)
             if decision is not None and decision.used:
@@ -742,7 +755,23 @@ class Engine:
         Raises ``ValueError`` if a token is outside the vocabulary, the prefix is longer than
         ``max_model_len``, or there is no room for it.
         """
-        ids = np.asarray(token_ids, np.int32)
+        ids = self._check_prefix(token_ids)
+        held = self._find_prefix(ids)
+        if held is not None:
+            return held
+        prefix = self._place_prefix(ids)
+        try:
+            self._fill_prefix(prefix)
+        except BaseException:  # an error on the device, or Ctrl-C: its pages hold nothing of use
+            prefix.release()
+            raise
+        return prefix
+
+    def _check_prefix(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """A copy as int32; raises ``ValueError`` for what cannot be a prefix."""
+        ids = np.array(token_ids)
+        if ids.size and not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"prefix token ids must be integers, got {ids.dtype}")
         if len(ids) > self.max_model_len:
             raise ValueError(
                 f"the prefix has {len(ids)} tokens, more than max_model_len={self.max_model_len}"
@@ -753,13 +782,21 @@ class Engine:
                 f"prefix token id {wrong[0]} is outside the vocabulary "
                 f"[0, {self.config.vocab_size})"
             )
+        return ids.astype(np.int32)
+
+    def _find_prefix(self, ids: np.ndarray) -> Prefix | None:
+        """The prefix of the same tokens, held once more; None if there is none."""
         for prefix in self.scheduler.prefixes.values():
             if prefix.holders and np.array_equal(prefix.token_ids, ids):
                 prefix.holders += 1
                 return prefix
-        prefix = self._place_prefix(ids)
+        return None
+
+    def _fill_prefix(self, prefix: Prefix) -> None:
+        """Computes the prefix's pages, and keeps what its requests need of the window."""
         if not prefix.pages:
-            return prefix
+            return
+        ids = prefix.token_ids
         shared = prefix.num_shared_tokens
         table = np.zeros((self.spec.pages_per_sequence,), np.int32)
         table[: len(prefix.pages)] = prefix.pages
@@ -770,7 +807,6 @@ class Engine:
         self._count_shape("keep_prefix", kept)
         sinks = jnp.int32(self.spec.prefix_sink(prefix.place))
         self.caches, prefix.windows = keep_prefix(self.spec, self.caches, sinks, num_pages=kept)
-        return prefix
 
     @property
     def can_hold_prefix(self) -> bool:
@@ -798,7 +834,7 @@ class Engine:
         while request is not None and first is None:
             first = self._next_chunk(request)
         if request is not None and first is not None:
-            self._ready += self._first_token(request, first)
+            self._first_tokens.append((request, first))
 
     def release_prefix(self, prefix: Prefix) -> None:
         """See ``Prefix.release``."""
@@ -811,13 +847,15 @@ class Engine:
         """What ``Prefix.save`` writes, by name."""
         if prefix.is_released:
             raise ValueError(f"the prefix of {len(prefix.token_ids)} tokens is released")
+        if not prefix.pages:
+            return {}
         kept = read_prefix_pages(self.caches, *self._prefix_pages(prefix))
         leaves, _ = jax.tree.flatten_with_path((kept, prefix.windows))
         return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
     def _prefix_pages(self, prefix: Prefix) -> tuple[jax.Array, jax.Array]:
         """Its retrieval pages, and the pages of its sinks in the streaming pool."""
-        sinks = self.spec.prefix_sink(max(prefix.place, 0)) + np.arange(self.spec.ring.sink_pages)
+        sinks = self.spec.prefix_sink(prefix.place) + np.arange(self.spec.ring.sink_pages)
         return jnp.asarray(prefix.pages, jnp.int32), jnp.asarray(sinks, jnp.int32)
 
     def prefix_identity(self) -> dict[str, str]:
@@ -846,8 +884,23 @@ class Engine:
         there is no room.
         """
         ids, arrays = read_prefix(path, self.prefix_identity())
+        ids = self._check_prefix(ids)
+        held = self._find_prefix(ids)
+        if held is not None:
+            return held
         prefix = self._place_prefix(ids)
-        num_windows = bucket(max(len(prefix.pages), 1), 1, self.spec.window.num_pages)
+        try:
+            self._write_prefix(prefix, arrays)
+        except BaseException:  # see add_prefix
+            prefix.release()
+            raise
+        return prefix
+
+    def _write_prefix(self, prefix: Prefix, arrays: dict[str, jax.Array]) -> None:
+        """Puts a saved prefix's arrays on its pages."""
+        if not prefix.pages:
+            return
+        num_windows = bucket(len(prefix.pages), 1, self.spec.window.num_pages)
         wanted = jax.eval_shape(
             lambda: (
                 read_prefix_pages(self.caches, *self._prefix_pages(prefix)),
@@ -855,18 +908,6 @@ class Engine:
             )
         )
         paths, tree = jax.tree.flatten_with_path(wanted)
-        leaves = []
-        for key, shape in paths:
-            name = jax.tree_util.keystr(key)
-            found = arrays.get(name)
-            if found is None or found.shape != shape.shape or found.dtype != shape.dtype:
-                self.release_prefix(prefix)
-                is_there = None if found is None else f"{found.dtype}{found.shape}"
-                raise ValueError(
-                    f"prefix file {str(path)!r} is broken: {name} should be "
-                    f"{shape.dtype}{shape.shape}, is {is_there}"
-                )
-            leaves.append(found)
+        leaves = [arrays[jax.tree_util.keystr(key)] for key, _ in paths]
         kept, prefix.windows = jax.tree.unflatten(tree, leaves)
         self.caches = write_prefix_pages(self.caches, kept, *self._prefix_pages(prefix))
-        return prefix

@@ -177,6 +177,7 @@ def _load(args: GenerateArgs) -> LLM:
         max_model_len=args.max_model_len,
         kv_cache_bytes=args.kv_cache_bytes,
         max_num_seqs=1 if args.prompts_file is None else args.max_num_seqs,
+        max_prefixes=0 if args.prompts_file is None else 1,
         relay=args.relay,
         attention=args.attention,
         sparsity=args.sparsity if args.attention == "lserve" else None,

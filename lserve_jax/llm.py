@@ -23,8 +23,8 @@ from lserve_jax.config import ModelConfig, SparsityConfig
 from lserve_jax.engine import SMALLEST_CHUNK, Engine
 from lserve_jax.llama import Params
 from lserve_jax.outputs import Completion, RequestOutput
-from lserve_jax.prefix import Prefix, common_prefix
-from lserve_jax.relay import RelayMode
+from lserve_jax.prefix import CommonPrefix, Prefix
+from lserve_jax.relay import RelayMode, check_mode
 from lserve_jax.sampling import SamplingParams
 from lserve_jax.tokenizer import Tokenizer, load_tokenizer
 from pallas_kernels.api import Backend, resolve_backend
@@ -73,8 +73,9 @@ class LLM:
     max_prefixes: shared prefixes that can be held at a time.
     relay: whether requests with a shared prefix read it together: "always", "never", or "auto",
         where it pays (see ``relay.py``).
-    deterministic: a request's tokens do not depend on what else runs; needs relay "always" or
-        "never", and costs speed while few requests run.
+    deterministic: a request's tokens do not depend on what else runs; needs relay="never" (in
+        dense attention "always" too), and costs speed while few requests run. With int8 storage
+        sharing a prefix changes them still.
     prefill_chunk_size: prompt tokens run at once, a power of two; bounds activation memory.
     burst_steps: decode steps between two looks at the queue; tokens are handed out at that grain.
     backend: "mosaic", the Pallas kernels for Hopper GPUs; "reference", plain JAX, runs anywhere;
@@ -112,6 +113,13 @@ class LLM:
         sparsity = _check_settings(
             attention, sparsity, max_num_seqs, prefill_chunk_size, kv_dtype, backend
         )
+        check_mode(relay, deterministic, sparsity)
+        if not 0 < memory_fraction <= 1:
+            raise ValueError(f"{memory_fraction=} must lie in (0, 1]")
+        if max_prefixes < 0:
+            raise ValueError(f"{max_prefixes=} must not be negative")
+        if burst_steps < 1:
+            raise ValueError(f"{burst_steps=} must be at least 1")
         compute_dtype = resolve_dtype(dtype)
         self.tokenizer: Tokenizer | None = None
         if isinstance(model, str):
@@ -234,14 +242,15 @@ class LLM:
         ``beginning``: token ids of whole pages that the prompts begin with, to be computed once.
 
         Raises ``ValueError`` for a request that ``check_request`` refuses. After an error, or when
-        it is closed before its end, the engine is empty: running requests and prefixes are lost.
+        it is closed before its end, its requests are gone; prefixes that are held stay, unless the
+        device failed.
         """
         if self.engine.has_unfinished_requests:
             raise ValueError("the engine is still busy with another call's requests")
         running: dict[str, tuple[_Running, Completion]] = {}  # by the engine's request id
         drawn = enumerate(requests)
+        prefix = None
         try:
-            prefix = None
             if beginning and self.engine.can_hold_prefix:
                 prefix = self.engine.add_prefix(beginning)
             while True:
@@ -266,7 +275,9 @@ class LLM:
             if prefix is not None:
                 prefix.release()
         except BaseException:  # an error in on_text or on the device, Ctrl-C, or closed early
-            self.engine.reset()
+            self.engine.abandon(running)
+            if prefix is not None and not prefix.is_released:
+                prefix.release()
             raise
 
     def prefix(self, prompt: Prompt) -> Prefix:
@@ -363,10 +374,12 @@ class LLM:
         """Whole pages of tokens that all prompts begin with; none where that saves nothing."""
         if sum(sampling.n for sampling in sampling_params) < 2:
             return []
-        shared = common_prefix(prompts, self.spec.page_size)
-        # A prefix held already may do as much.
-        held = self.engine.scheduler.match(np.asarray(prompts[0]))[1]
-        return shared.tolist() if len(shared) > held else []
+        common = CommonPrefix()
+        for ids in prompts:
+            if self.engine.scheduler.match(np.array(ids))[1]:
+                return []  # prefixes that are held already serve these prompts
+            common.add(ids)
+        return common.whole_pages(self.spec.page_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -397,9 +410,11 @@ def _check_begins(prefix: Prefix, prompts: Sequence[Sequence[int]]) -> None:
     if prefix.is_released:
         raise ValueError(f"the prefix of {len(prefix.token_ids)} tokens is released")
     for i, ids in enumerate(prompts):
-        beginning = np.asarray(ids[: len(prefix.token_ids)])
-        same = beginning == prefix.token_ids[: len(beginning)]
-        if len(beginning) < len(prefix.token_ids) or not same.all():
+        # Only whole pages are shared: what follows them may be cut into other tokens in a prompt.
+        shared = prefix.token_ids[: prefix.num_shared_tokens]
+        beginning = np.array(ids[: len(shared)])
+        same = beginning == shared[: len(beginning)]
+        if len(beginning) < len(shared) or not same.all():
             at = len(beginning) if same.all() else int(same.argmin())
             raise ValueError(
                 f"prompt {i} does not begin with the prefix of {len(prefix.token_ids)} tokens: "
@@ -465,13 +480,8 @@ def _plan_pages(
 
     Never more than can be used at once. Raises ``ValueError`` if not even one page fits.
     """
-    if not 0 < memory_fraction <= 1:
-        raise ValueError(f"{memory_fraction=} must lie in (0, 1]")
     sizes = cache_bytes(config, spec, dtype)
     page_bytes = sizes["retrieval"] + sizes["key_stats"]
-    sequences = spec.num_slots
-    if kv_cache_bytes is not None:
-        sequences += spec.max_prefixes  # prefixes that no running request shares
     if kv_cache_bytes is None:
         stats = jax.local_devices()[0].memory_stats()  # None on the CPU
         kv_cache_bytes = CPU_CACHE_BYTES
@@ -481,4 +491,5 @@ def _plan_pages(
     pages = kv_cache_bytes // max(page_bytes, 1)
     if pages < 1:
         raise ValueError(f"{kv_cache_bytes=} holds no page: one takes {page_bytes} bytes")
-    return min(sequences * spec.pages_per_sequence, pages)
+    # Sequences of all slots, and prefixes that none of them shares.
+    return min((spec.num_slots + spec.max_prefixes) * spec.pages_per_sequence, pages)

@@ -43,9 +43,13 @@ class StepMetrics:
 
     number: int
     prefill_tokens: int  # prompt tokens run
+    prefix_tokens: int  # of the prompts that it admitted, tokens that a prefix had
     decode_requests: int  # requests in the burst
     decode_steps: int  # its length; 0: there was no burst
     relay: tuple[RelayDecision, ...]  # for each prefix that requests of the burst have
+    # Of the burst before, whose results it fetched:
+    selector_runs: int  # selections, summed over requests
+    pages_attended: float  # summed over its steps, requests, layers and KV heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,7 @@ class EngineMetrics:
     pinned_pages: int  # held by prefixes
     num_pages: int
     finished: int
-    cancelled: int
+    cancelled: int  # by a stop string too: only text shows those
     preemptions: int
     prompt_tokens: int  # prefilled, preempted requests' again
     prefix_tokens: int  # not prefilled, since a prefix had them

@@ -11,6 +11,7 @@ and are shared too, and the prefill window at the prefix's end, from which a req
 Requests are matched by token ids, never by text: where a text is cut, its tokens can change.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -86,12 +87,21 @@ class Prefix:
 
         For a model of 8B in bf16 that is 128 KiB a token. Raises ``ValueError`` once released.
         """
+        token_ids, arrays = json.dumps(self.token_ids.tolist()), self.owner.prefix_arrays(self)
         metadata = {
             "format": FORMAT,
-            "token_ids": json.dumps(self.token_ids.tolist()),
+            "token_ids": token_ids,
+            "digest": _digest(token_ids, arrays),
             **self.owner.prefix_identity(),
         }
-        save_file(self.owner.prefix_arrays(self), path, metadata)
+        save_file(arrays, path, metadata)
+
+
+def _digest(token_ids: str, arrays: dict[str, jax.Array]) -> str:
+    digest = hashlib.sha256(token_ids.encode())
+    for name in sorted(arrays):
+        digest.update(np.asarray(arrays[name]).tobytes())
+    return digest.hexdigest()
 
 
 def read_prefix(
@@ -121,22 +131,40 @@ def read_prefix(
                     )
             names = file.keys()
             arrays = {name: file.get_tensor(name) for name in names}
-            token_ids = np.asarray(json.loads(metadata["token_ids"]), np.int32)
-    except (SafetensorError, KeyError) as error:
+    except SafetensorError as error:
         raise ValueError(f"prefix file {str(path)!r} is broken: {error}") from None
-    return token_ids, arrays
+    token_ids = metadata.get("token_ids", "")
+    if metadata.get("digest") != _digest(token_ids, arrays):
+        raise ValueError(f"prefix file {str(path)!r} is broken: its digest does not match")
+    return np.array(json.loads(token_ids), np.int32), arrays
 
 
-def common_prefix(prompts: Sequence[Sequence[int] | np.ndarray], page_size: int) -> np.ndarray:
-    """The longest token prefix of all prompts that is a whole number of pages, int32.
+class CommonPrefix:
+    """What prompts begin with that are seen one after another.
 
-    >>> common_prefix([[1, 2, 3, 4, 5], [1, 2, 3, 9]], page_size=2).tolist()
-    [1, 2]
+    >>> common = CommonPrefix()
+    >>> for prompt in ([1, 2, 3, 4, 5], [1, 2, 3, 4, 9]):
+    ...     common.add(prompt)
+    >>> common.whole_pages(2)
+    [1, 2, 3, 4]
     """
-    first = np.asarray(prompts[0], np.int32)
-    shared = len(first)
-    for prompt in prompts[1:]:
-        other = np.asarray(prompt[:shared], np.int32)
-        same = first[: len(other)] == other
-        shared = len(other) if same.all() else int(same.argmin())
-    return first[: shared // page_size * page_size]
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._shared = np.zeros((0,), np.int32)
+        self._shortest = 0
+
+    def add(self, prompt: Sequence[int]) -> None:
+        ids = np.array(prompt, np.int32)
+        if self.count == 0:
+            self._shared, self._shortest = ids, len(ids)
+        self.count += 1
+        beginning = ids[: len(self._shared)]
+        same = self._shared[: len(beginning)] == beginning
+        self._shared = self._shared[: len(beginning) if same.all() else int(same.argmin())]
+        self._shortest = min(self._shortest, len(ids))
+
+    def whole_pages(self, page_size: int) -> list[int]:
+        """The longest common beginning that is whole pages and leaves every prompt a token."""
+        shared = min(len(self._shared), self._shortest - 1)
+        return self._shared[: max(shared, 0) // page_size * page_size].tolist()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lserve_jax.cache import CacheSpec
+from lserve_jax.config import SparsityConfig
 
 RelayMode = Literal["auto", "always", "never"]
 
@@ -28,6 +29,18 @@ LEAST_REQUESTS = 4
 # Bytes alone decide at 1.0. The prefix is read by a kernel of its own, whose cost the bytes leave
 # out, so relay must promise to read clearly less.
 MARGIN = 1.5
+
+
+def check_mode(relay: RelayMode, deterministic: bool, sparsity: SparsityConfig | None) -> None:
+    """Raises ``ValueError`` for a mode that does not exist, or that is not deterministic."""
+    if relay not in ("auto", "always", "never"):
+        raise ValueError(f"{relay=} must be 'auto', 'always' or 'never'")
+    fixed = ("never",) if sparsity is not None else ("never", "always")
+    if deterministic and relay not in fixed:
+        raise ValueError(
+            f"{deterministic=} needs relay in {fixed}, got {relay=}: what a request attends would "
+            "depend on who else shares its prefix"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

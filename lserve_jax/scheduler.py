@@ -136,9 +136,6 @@ class Scheduler:
 
     # From place to place.
 
-    def add(self, request: Request) -> None:
-        self.waiting.append(request)
-
     def admit(self) -> Request | None:
         """Gives the request at the head of the queue a slot and pages for its prompt, if it can.
 

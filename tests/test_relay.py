@@ -28,9 +28,10 @@ from tiny_llm import (
     write_pattern,
 )
 
+import lserve_jax.engine
 from lserve_jax import LLM, SamplingParams, SparsityConfig
 from lserve_jax.cache import make_spec
-from lserve_jax.prefix import common_prefix
+from lserve_jax.prefix import CommonPrefix
 from lserve_jax.relay import LEAST_PREFIX_TOKENS, LEAST_REQUESTS, decide
 from pallas_kernels import api
 
@@ -164,14 +165,22 @@ def test_long_prefix(build: Build) -> None:
     assert_same(run(build("dense", relay="always", **settings), prompts, 9, "auto"), alone)
 
 
-@pytest.mark.parametrize("shared", [P, 40, 300])
-def test_lserve_by_selection_with_a_prefix(shared: int, build: Build) -> None:
-    """Option B, per-request selection over prefix and private pages: the unshared algorithm."""
+@pytest.mark.parametrize("chunk", [64, 512])
+@pytest.mark.parametrize("shared", [P, 40, 304])
+def test_lserve_by_selection_with_a_prefix(shared: int, chunk: int, build: Build) -> None:
+    """Option B, per-request selection over prefix and private pages: the unshared algorithm.
+
+    A chunk may be longer than the prefill window of 64 tokens, and a prompt be the prefix itself:
+    it goes on from a page before the prefix's end, with the whole window of that place.
+    """
     [prefix_ids] = random_prompts(5, [shared])
-    prompts = prompts_with(prefix_ids, 6, [1, 17, 150, 64])
-    alone = run(build(relay="never"), prompts, 24, "off")
-    llm = build(relay="never")
+    prompts = prompts_with(prefix_ids, 6, [0, 17, 150, 64])
+    alone = run(build(relay="never", prefill_chunk_size=chunk), prompts, 24, "off")
+    llm = build(relay="never", prefill_chunk_size=chunk)
     assert_same(run(llm, prompts, 24, "auto"), alone)
+    poison(llm)
+    prefix = llm.prefix({"prompt_token_ids": prefix_ids})
+    assert_same(run(llm, prompts, 24, prefix), alone)
     oracle = Oracle(
         CONFIG,
         tiny_params(CONFIG),
@@ -313,6 +322,82 @@ def test_a_prefix_added_while_a_prompt_is_prefilled(build: Build) -> None:
     check_nothing_left(engine)
 
 
+def test_a_prompt_ended_by_a_prefix(build: Build) -> None:
+    """Its end is handed out, or not, if it is cancelled first."""
+    prompt, ids = random_prompts(25, [200, 100])
+    engine = build().engine
+    sampling = SamplingParams(temperature=0, max_tokens=1)
+    for name in ("a", "b"):
+        engine.add_request(name, prompt, sampling, seed=0)
+        engine.step()
+        prefix = engine.add_prefix(ids)
+        if name == "a":
+            [new] = engine.stream()
+            assert (new.request_id, new.finish_reason) == ("a", "length")
+        else:
+            engine.cancel("b")
+            assert list(engine.stream()) == []
+        prefix.release()
+        check_nothing_left(engine)
+
+
+def test_an_interrupted_prefix_leaves_nothing(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = build()
+    ids, prompt = random_prompts(26, [200, 200])
+
+    def interrupt(*args: Any, **settings: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lserve_jax.engine, "prefill_chunk", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llm.prefix({"prompt_token_ids": ids})
+    check_nothing_left(llm.engine)
+    assert len(llm.engine.scheduler.pool.free) == llm.spec.num_pages
+    assert_same(run(llm, [ids + prompt], 5, "off"), run(build(), [ids + prompt], 5, "off"))
+
+
+def test_errors_leave_held_prefixes(build: Build) -> None:
+    llm = build()
+    [ids] = random_prompts(27, [100])
+    prefix = llm.prefix({"prompt_token_ids": ids})
+    good = ({"prompt_token_ids": ids + [1]}, SamplingParams(max_tokens=20))
+    bad = ({"prompt_token_ids": [VOCAB]}, SamplingParams())
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        list(llm.stream([good, bad]))
+    closed = llm.stream([good, (good[0], SamplingParams(max_tokens=1))])
+    next(closed)
+    closed.close()
+    assert not prefix.is_released
+    check_nothing_left(llm.engine)
+    [output] = llm.generate([good[0]], good[1])
+    assert output.metrics.prefix_tokens == 96
+
+
+def test_sharing_never_refuses_what_runs_alone(build: Build) -> None:
+    """Equal prompts that fill the cache to its last page."""
+    llm = build("dense", max_model_len=256, max_num_seqs=1, max_prefixes=1, kv_cache_bytes=131072)
+    assert llm.spec.num_pages == 4
+    sampling = SamplingParams(n=2, max_tokens=64, seed=0)
+    [prompt] = random_prompts(28, [192])
+    [output] = llm.generate({"prompt_token_ids": prompt}, sampling)
+    assert output.metrics.prefix_tokens == 128
+    check_nothing_left(llm.engine)
+
+
+def test_prefixes_are_copies(build: Build) -> None:
+    """Of what the caller gave and may change."""
+    llm = build()
+    ids = np.array(random_prompts(29, [100])[0], np.int32)
+    prefix, before = llm.engine.add_prefix(ids), ids.tolist()
+    ids[:] = 1
+    assert prefix.token_ids.tolist() == before
+    with pytest.raises(ValueError, match="must be integers, got float64"):
+        llm.engine.add_prefix([1.5, 2.0])
+
+
 # Saved prefixes.
 
 
@@ -337,6 +422,17 @@ def test_save_and_load(attention: str, kv_dtype: str, build: Build, tmp_path: Pa
         assert_array_equal(one.logprobs, other.logprobs)
 
 
+def test_a_saved_prefix_without_a_page_and_one_loaded_twice(build: Build, tmp_path: Path) -> None:
+    llm = build()
+    for length in (0, 5, 40):
+        llm.prefix({"prompt_token_ids": [7] * length}).save(tmp_path / "prefix")
+        other = build()
+        one, again = (other.load_prefix(tmp_path / "prefix") for _ in "ab")
+        assert one.num_shared_tokens == length // P * P
+        assert (one is again) == (length >= P)
+        check_pages(other.engine)
+
+
 def test_files_that_do_not_fit(build: Build, tmp_path: Path) -> None:
     llm = build()
     path = tmp_path / "prefix.safetensors"
@@ -345,6 +441,11 @@ def test_files_that_do_not_fit(build: Build, tmp_path: Path) -> None:
     path.write_bytes(whole[: len(whole) // 2])
     free = len(llm.engine.scheduler.pool.free)
     with pytest.raises(ValueError, match=r"prefix\.safetensors' is broken"):
+        llm.load_prefix(path)
+    flipped = bytearray(whole)
+    flipped[-100] ^= 1
+    path.write_bytes(bytes(flipped))
+    with pytest.raises(ValueError, match="is broken: its digest does not match"):
         llm.load_prefix(path)
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match="is broken"):
@@ -390,10 +491,19 @@ def test_prefixes_that_are_refused(build: Build) -> None:
 
 
 def test_common_prefix() -> None:
-    assert common_prefix([[1, 2, 3, 4, 5], [1, 2, 3, 4, 9]], 2).tolist() == [1, 2, 3, 4]
-    assert common_prefix([[1, 2, 3], [1, 2]], 2).tolist() == [1, 2]
-    assert common_prefix([[1, 2, 3], [2, 2, 3]], 2).tolist() == []
-    assert common_prefix([[1, 2, 3]], 1).tolist() == [1, 2, 3]
+    for prompts, page_size, shared in (
+        ([[1, 2, 3, 4, 5], [1, 2, 3, 4, 9]], 2, [1, 2, 3, 4]),
+        ([[1, 2, 3], [1, 2, 4], [1, 2, 3]], 1, [1, 2]),
+        ([[1, 2, 3], [1, 2]], 2, []),  # the second would have nothing left to run
+        ([[1, 2, 3], [2, 2, 3]], 2, []),
+        ([[1, 2, 3]], 1, [1, 2]),
+        ([[1, 2, 3], []], 1, []),
+    ):
+        common = CommonPrefix()
+        for prompt in prompts:
+            common.add(prompt)
+        assert common.whole_pages(page_size) == shared
+        assert common.count == len(prompts)
 
 
 # When relay is used.
@@ -461,7 +571,13 @@ def test_settings_that_contradict_each_other() -> None:
     model = (CONFIG, tiny_params(CONFIG))
     with pytest.raises(ValueError, match="relay='sometimes' must be"):
         LLM(model, relay="sometimes")
-    with pytest.raises(ValueError, match="deterministic=True needs relay="):
+    with pytest.raises(
+        ValueError, match=r"deterministic=True needs relay in \('never', 'always'\)"
+    ):
         LLM(model, deterministic=True)
+    with pytest.raises(ValueError, match=r"deterministic=True needs relay in \('never',\)"):
+        LLM(model, deterministic=True, relay="always", attention="lserve")
+    with pytest.raises(ValueError, match="max_prefixes=-1 must not be negative"):
+        LLM("no-such-model", max_prefixes=-1)
     with pytest.raises(ValueError, match=r"memory_fraction=1\.5 must lie in \(0, 1\]"):
         LLM(model, memory_fraction=1.5)

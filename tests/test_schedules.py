@@ -5,7 +5,9 @@ an engine with fewer slots and pages than its requests want, so that they wait a
 What a request makes alone is the standard.
 """
 
+import dataclasses
 import gc
+import tracemalloc
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.testing import assert_allclose
 from tiny_llm import (
     VOCAB,
     check_nothing_left,
@@ -69,6 +72,9 @@ def kinds() -> list[Kind]:
         temperature = 0.8 if i % 4 == 3 else 0
         params = SamplingParams(temperature=temperature, max_tokens=length, seed=i, logprobs=1)
         made.append(Kind(prompt, params))
+    made[2] = Kind(made[2].prompt, dataclasses.replace(made[2].sampling, frequency_penalty=0.5))
+    stops = dataclasses.replace(made[5].sampling, stop_token_ids=range(0, VOCAB, 7), min_tokens=4)
+    made[5] = Kind(made[5].prompt, stops)
     return made
 
 
@@ -105,17 +111,20 @@ class Machine(NamedTuple):
     engine: Engine
     clock: Clock
     alone: list[list[int]]  # tokens of each kind
+    logprobs: list[list[float]]  # of these
 
 
 def make_machine(attention: str, pattern: str, pages: int) -> Machine:
     engine, clock = build(attention, pattern, pages).engine, Clock()
     engine.clock = clock
-    alone = []
+    alone, logprobs = [], []
     for i, kind in enumerate(KINDS):
         engine.add_request(str(i), kind.prompt, kind.sampling, seed=0)
-        alone.append([token for new in engine.stream() for token in new.token_ids])
+        outputs = list(engine.stream())
+        alone.append([token for new in outputs for token in new.token_ids])
+        logprobs.append([x for new in outputs for x in new.logprobs])
     check_nothing_left(engine)
-    return Machine(engine, clock, alone)
+    return Machine(engine, clock, alone, logprobs)
 
 
 @pytest.fixture(scope="module")
@@ -208,12 +217,15 @@ class Run:
                 assert tokens == alone
             else:  # cancelled, or too late
                 assert tokens == alone[: len(tokens)]
+            # Sharing a prefix and the sampling of neighbours change the order of sums.
+            logprobs = self.machine.logprobs[self.kind_of[name]][: len(tokens)]
+            assert_allclose([x for new in outputs for x in new.logprobs], logprobs, atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["lserve", "dense"])
 @settings(
-    max_examples=25,
+    max_examples=50,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
@@ -311,7 +323,8 @@ def test_many_requests_compile_and_keep_nothing_new() -> None:
 
     rng = np.random.default_rng(0)
     sampling = SamplingParams(temperature=0, max_tokens=6)
-    held = []
+    held, on_host = [], []
+    tracemalloc.start()
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         for batch in range(5):
@@ -323,10 +336,14 @@ def test_many_requests_compile_and_keep_nothing_new() -> None:
             assert ended == 100
             gc.collect()
             held.append((len(jax.live_arrays()), sum(x.nbytes for x in jax.live_arrays())))
+            on_host.append(tracemalloc.get_traced_memory()[0])
             if batch:
                 assert len(compiled) == before
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+        tracemalloc.stop()
+    # A request's own record would be some 10 kB: 400 of them four megabytes.
+    assert on_host[-1] - on_host[0] < 100_000, on_host
     assert held[1:] == held[:-1]
     buckets = engine.shape_buckets()
     most = len(buckets["chunk_tokens"]) + len(buckets["slots"]) + 1  # and one admission
@@ -357,3 +374,15 @@ def test_a_long_prompt_does_not_stall_others(machines: dict[str, Machine]) -> No
     assert chunks == [64, 64, 22]
     list(engine.stream())
     check_nothing_left(engine)
+
+
+def test_many_tiny_prompts_do_not_stall_others_either() -> None:
+    """A prompt of one token runs as 64: a step of 64 tokens takes no more than one of them."""
+    llm = LLM((CONFIG, tiny_params(CONFIG)), max_num_seqs=4, prefill_chunk_size=64)
+    engine = llm.engine
+    for i in range(6):
+        sampling = SamplingParams(temperature=0, max_tokens=1)
+        engine.add_request(str(i), [1], sampling, seed=0)
+    while engine.has_unfinished_requests:
+        engine.step()
+        assert engine.metrics().last_step.prefill_tokens <= 1
