@@ -110,7 +110,8 @@ def record_pages(llm: LLM) -> list[list[int]]:
     release = scheduler.release
 
     def record(request: Request) -> None:
-        pages.append(request.pages)
+        if request.pages:  # it may be out already
+            pages.append(request.pages)
         release(request)
 
     scheduler.release = record
