@@ -323,9 +323,7 @@ def run_batch(
             line = drawn.pop(position)
             results.append(line.number, _result(line, output))
             completion, metrics = output.outputs[0], output.metrics
-            times.first_token.append(metrics.first_token_seconds)
-            if metrics.generated_tokens > 1:
-                times.per_token.append(metrics.seconds_per_output_token)
+            times.add(metrics)
             tokens += len(completion.token_ids)
             times.total = time.perf_counter() - start
             bar.set_postfix_str(f"{tokens / times.total:.1f} tokens/s", refresh=False)

@@ -3,6 +3,7 @@
 import resource
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -17,11 +18,23 @@ from lserve_jax.metrics import EngineMetrics, RequestMetrics
 
 @dataclass(kw_only=True)
 class BatchTimes:
-    """How long a batch took, and its requests' latencies, all in seconds."""
+    """How long a batch took, all in seconds, and what its requests say of themselves."""
 
     total: float = 0.0
+    queue: list[float] = field(default_factory=list)  # of each request, before its prefill
     first_token: list[float] = field(default_factory=list)  # TTFT of each request
     per_token: list[float] = field(default_factory=list)  # TPOT of each with two tokens or more
+    pages: list[float] = field(default_factory=list)  # that each attended a step
+    relay_reasons: Counter[str] = field(default_factory=Counter)  # for the last burst of each
+
+    def add(self, metrics: RequestMetrics) -> None:
+        """Takes up a finished request."""
+        self.queue.append(metrics.queue_seconds)
+        self.first_token.append(metrics.first_token_seconds)
+        if metrics.generated_tokens > 1:
+            self.per_token.append(metrics.seconds_per_output_token)
+            self.pages.append(metrics.pages_attended_per_step)
+            self.relay_reasons[metrics.relay_reason] += 1
 
 
 class CompileClock:
@@ -93,13 +106,21 @@ def batch_summary(metrics: EngineMetrics, times: BatchTimes, clock: CompileClock
         f"answers   {_speed(metrics.generated_tokens, times.total)}",
     ]
     if times.first_token:
-        latency = f"{statistics.median(times.first_token):.3f} s to the first token"
+        latency = f"{statistics.median(times.queue):.3f} s in the queue, "
+        latency += f"{statistics.median(times.first_token):.3f} s to the first token"
         if times.per_token:
             latency += f", {1000 * statistics.median(times.per_token):.1f} ms a token after it"
         lines.append(f"latency   {latency} (medians)")
+    if times.pages:
+        lines.append(
+            f"pages     {statistics.median(times.pages):.1f} read a step (mean over layers and KV "
+            f"heads, median over requests), {metrics.selector_runs} selections"
+        )
+    reasons = "; ".join(f"{reason} ({n})" for reason, n in times.relay_reasons.most_common(3))
     return [
         *lines,
-        f"relay     {metrics.relay_bursts} bursts read the shared prefix together",
+        f"relay     {metrics.relay_bursts} bursts read the shared prefix together"
+        + (f"; requests: {reasons}" if reasons else ""),
         f"compile   {clock.seconds():.2f} s",
     ]
 
