@@ -23,7 +23,7 @@ from tiny_llm import (
     generate,
     poison,
     random_prompts,
-    record_pages,
+    record_ends,
     tiny_config,
     tiny_params,
     write_pattern,
@@ -174,19 +174,19 @@ def test_d1_d5_statistics_on_fresh_and_recycled_pages(kv_dtype: str, build: Buil
     case = "page 32, reuse 4"
     P, logical = 32, 16
     llm = build(case, kv_dtype=kv_dtype)
-    ended = record_pages(llm)
+    ends = record_ends(llm)
     for seed in (3, 4):
         prompts = random_prompts(seed, [70, 129, 32, 500])
         generations = generate(llm, prompts, 45)
         for prompt, generation in zip(prompts, generations, strict=True):
             # All end after as many bursts, so they end in the order in which they began.
-            pages = ended.pop(0)
+            pages, cache = ends.pop(0)
             oracle = CASES[case].oracle()
             oracle.prefill([*prompt, *generation.tokens[:-1]])
             # Keys of layer 0 depend on nothing attended, so they are the same with int8 KV.
             # Its retrieval head is the checkpoint's second.
             keys = oracle.keys[0][:, 1]
-            stats = np.asarray(llm.engine.caches[0].key_stats)[0]  # [N, g, 2, D]
+            stats = cache.key_stats[0]  # [N, g, 2, D]
             for first in range(0, len(keys), logical):
                 got = stats[pages[first // P], first % P // logical]
                 tokens = keys[first : first + logical]
@@ -305,10 +305,9 @@ def test_int8_kv(build: Build) -> None:
     case = "page 32, reuse 4"
     prompts = random_prompts(15, [500, 100, 260, 33])
     llm = build(case, kv_dtype="int8")
-    ended = record_pages(llm)
+    ends = record_ends(llm)
     generations = generate(llm, prompts, 40)
-    cache = llm.engine.caches[0]
-    for prompt, generation, pages in zip(prompts, generations, ended, strict=True):
+    for prompt, generation, (pages, cache) in zip(prompts, generations, ends, strict=True):
         oracle = CASES[case].oracle()
         wanted = expected(oracle, prompt, generation.tokens)
         # A quantisation step is 1/127 of the largest channel. Where two pages nearly tie, the

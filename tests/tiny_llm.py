@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from oracle_model import Oracle, log_softmax
 
 from lserve_jax import LLM, ModelConfig, SamplingParams
+from lserve_jax.cache import LayerCache
 from lserve_jax.engine import Engine
 from lserve_jax.llama import Params, init_params
 from lserve_jax.request import Request
@@ -104,18 +105,21 @@ def expected(oracle: Oracle, prompt: Tokens, tokens: Tokens) -> NDArray[np.float
     return log_softmax(np.array(logits))
 
 
-def record_pages(llm: LLM) -> list[list[int]]:
-    """A list that fills up with the pages of every request, in the order in which they end."""
-    scheduler, pages = llm.engine.scheduler, []
-    release = scheduler.release
+def record_ends(llm: LLM) -> list[tuple[list[int], LayerCache]]:
+    """A list that fills up with the pages of every request, in the order in which they end.
+
+    Beside them the first layer's cache at that moment: later its pages may be somebody else's.
+    """
+    engine, ends = llm.engine, []
+    release = engine.scheduler.release
 
     def record(request: Request) -> None:
         if request.pages:  # it may be out already
-            pages.append(request.pages)
+            ends.append((request.pages, jax.device_get(engine.caches[0])))
         release(request)
 
-    scheduler.release = record
-    return pages
+    engine.scheduler.release = record
+    return ends
 
 
 def check_pages(engine: Engine) -> None:
