@@ -88,7 +88,8 @@ def test_dense_scores_are_the_models(params):
 
 def test_requests_that_do_not_fit_together_take_turns(params):
     prompts, continuations = random_prompts(1, [60, 70, 80]), random_prompts(2, [10, 20, 9])
-    page = LLM((CONFIG, params), max_num_seqs=1, max_model_len=64).memory_plan()["retrieval"]
+    one = LLM((CONFIG, params), max_num_seqs=1, max_model_len=64, max_prefixes=0)
+    page = one.memory_plan()["retrieval"]
     llm = LLM((CONFIG, params), kv_cache_bytes=3 * page, max_num_seqs=2, max_model_len=128, **CHUNK)
     assert llm.spec.num_pages == 3  # each of the three needs two
     poison(llm)
