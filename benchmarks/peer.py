@@ -3,7 +3,7 @@
 Its environment is apart, since this project does not depend on torch:
 
     python3 -m venv PEER
-    PEER/bin/pip install torch transformers --extra-index-url https://download.pytorch.org/whl/cpu
+    PEER/bin/pip install torch transformers
 
 and PEER/bin/python is what ``--peer-python`` wants.
 """

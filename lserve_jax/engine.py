@@ -756,7 +756,7 @@ class Engine:
         ``max_model_len``, or there is no room for it.
         """
         ids = self._check_prefix(token_ids)
-        held = self._find_prefix(ids)
+        held = self._hold_again(ids)
         if held is not None:
             return held
         prefix = self._place_prefix(ids)
@@ -784,8 +784,8 @@ class Engine:
             )
         return ids.astype(np.int32)
 
-    def _find_prefix(self, ids: np.ndarray) -> Prefix | None:
-        """The prefix of the same tokens, held once more; None if there is none."""
+    def _hold_again(self, ids: np.ndarray) -> Prefix | None:
+        """Holds the prefix of these tokens once more; None if there is none."""
         for prefix in self.scheduler.prefixes.values():
             if prefix.holders and np.array_equal(prefix.token_ids, ids):
                 prefix.holders += 1
@@ -885,7 +885,7 @@ class Engine:
         """
         ids, arrays = read_prefix(path, self.prefix_identity())
         ids = self._check_prefix(ids)
-        held = self._find_prefix(ids)
+        held = self._hold_again(ids)
         if held is not None:
             return held
         prefix = self._place_prefix(ids)
