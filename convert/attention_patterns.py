@@ -15,14 +15,16 @@ import importlib.resources
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float64, Int32, Shaped
+from jaxtyping import Array, Float, Float64, Int32, Shaped
 
 from lserve_jax.config import ModelConfig
 from lserve_jax.llama import Params
@@ -119,6 +121,17 @@ class HeadPartition:
 def shipped_patterns() -> tuple[str, ...]:
     """Names of the patterns that come with this package, sorted."""
     return tuple(sorted(entry.name for entry in _shipped().iterdir() if entry.is_dir()))
+
+
+def save_pattern(
+    directory: Path, gates: Float[np.ndarray, "L Hk"], settings: Mapping[str, Any]
+) -> None:
+    """Writes DuoAttention's two files, which ``load_pattern`` reads, into an existing directory.
+
+    ``settings`` go into ``config.json``; ``sink_size`` and ``recent_size`` (tokens) are read back.
+    """
+    np.savetxt(directory / _GATES_FILE, gates, fmt="%.9g", delimiter="\t")
+    (directory / _CONFIG_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def load_pattern(name_or_dir: str | os.PathLike[str]) -> HeadPattern:

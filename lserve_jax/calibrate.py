@@ -25,6 +25,7 @@ from tqdm import tqdm
 from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, arg
 
 import convert
+from convert.attention_patterns import save_pattern
 from lserve_jax.analysis import require_matplotlib
 from lserve_jax.gate_training import (
     GateState,
@@ -136,8 +137,7 @@ def load_checkpoint(
 def write_pattern(
     directory: Path, gates: Float[np.ndarray, "L Hk"], settings: Mapping[str, Any]
 ) -> None:
-    """Writes DuoAttention's two files: the gates, and the settings they were trained with."""
-    np.savetxt(directory / "full_attention_heads.tsv", gates, fmt="%.6f", delimiter="\t")
+    """Writes the gates and the settings they were trained with."""
     # DuoAttention's names for what its and our readers look up.
     record = {
         **settings,
@@ -146,7 +146,7 @@ def write_pattern(
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
     }
-    (directory / "config.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    save_pattern(directory, gates, record)
 
 
 def plot_gates(

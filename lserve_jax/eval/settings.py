@@ -11,7 +11,6 @@ that need their context most stream first; ``random`` shuffles them over the who
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Literal, cast, get_args
 
 import numpy as np
 
-from convert.attention_patterns import HeadPattern, load_pattern
+from convert.attention_patterns import HeadPattern, load_pattern, save_pattern
 from lserve_jax.config import SparsityConfig
 
 Control = Literal["inverted", "random"]
@@ -123,7 +122,6 @@ def resolve_sparsity(setting: Setting, directory: Path, seed: int) -> SparsityCo
     pattern = control_pattern(load_pattern(sparsity.pattern), setting.control, seed)
     directory = directory / pattern.name
     directory.mkdir(parents=True, exist_ok=True)
-    np.savetxt(directory / "full_attention_heads.tsv", pattern.gates, delimiter="\t")
     sizes = {"sink_size": pattern.sink_size, "recent_size": pattern.recent_size}
-    (directory / "config.json").write_text(json.dumps(sizes) + "\n", encoding="utf-8")
+    save_pattern(directory, pattern.gates, sizes)
     return dataclasses.replace(sparsity, pattern=str(directory))
