@@ -32,9 +32,14 @@ class Model:
     tokenizer: Tokenizer
 
     def engine(self, sparsity: SparsityConfig | None, max_len: int, options: EngineOptions) -> LLM:
-        """An ``LLM`` with room for ``max_len`` tokens a sequence; None is dense attention."""
+        """An ``LLM`` with room for ``max_len`` tokens a sequence; None is dense attention.
+
+        Prompts of one haystack share its pages, but never read it together: relay attends the
+        whole prefix, so a setting would seem better than it is for a request by itself.
+        """
         llm = LLM(
             (self.config, self.params),
+            relay="never",
             attention="dense" if sparsity is None else "lserve",
             sparsity=sparsity,
             max_model_len=max_len,

@@ -5,11 +5,14 @@ does must have been as good as a tie: bf16 activations of 30 layers leave 8 bits
 """
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 
 from lserve_jax import LLM, CompletionOutput, SamplingParams, SparsityConfig
+from lserve_jax.eval.needle import needle_puzzle
+from lserve_jax.eval.prompts import make_cases, read_text, share_found
 
 pytestmark = pytest.mark.gpu
 
@@ -89,3 +92,45 @@ def test_a_prefix_read_together(sparsity: SparsityConfig | None) -> None:
         assert all(output.metrics.relay_steps > 0 for output in outputs)
         answers.append([output.outputs[0] for output in outputs])
     assert_same_up_to_ties(*answers)
+
+
+LONG = 31744  # tokens of a prompt; the model was trained for 32,768
+
+
+@pytest.mark.parametrize("page_size", [None, 64, 16], ids=["dense", "page 64", "page 16"])
+def test_the_same_needles_are_found_in_31_thousand_tokens(page_size: int | None) -> None:
+    """Prompt by prompt: 16 pass keys in two haystacks, with a budget of a fifteenth of them."""
+    scores = []
+    for backend in ("reference", "mosaic"):
+        llm = LLM(
+            MODELS[1],
+            dtype="bfloat16",
+            max_model_len=32768,
+            max_num_seqs=8,
+            kv_cache_bytes=2 << 30,
+            attention="dense" if page_size is None else "lserve",
+            sparsity=None
+            if page_size is None
+            else SparsityConfig(page_size=page_size, logical_page_size=16, token_budget=2048),
+            relay="never",
+            prefill_chunk_size=1024,
+            backend=backend,
+        )
+        text = read_text(llm.tokenizer, "documentation", LONG)
+        found = []
+        for haystack in range(2):
+            rng = random.Random(haystack)
+            puzzle = needle_puzzle("passkey", llm.tokenizer, text, depths=8, rng=rng)
+            cases = make_cases(llm.tokenizer, puzzle, length=LONG, haystack=haystack, chat=True)
+            outputs = llm.generate(
+                [{"prompt_token_ids": case.token_ids} for case in cases],
+                SamplingParams(temperature=0, max_tokens=32),
+            )
+            found += [
+                share_found(output.outputs[0].text, case.question.answers)
+                for case, output in zip(cases, outputs, strict=True)
+            ]
+        scores.append(found)
+    print("found by reference and kernels:", *map(sum, scores))
+    assert scores[0] == scores[1]
+    assert sum(scores[0]) > 0  # or nothing was compared
