@@ -2,22 +2,15 @@
 
     python benchmarks/quality.py --pattern SmolLM2-135M-Instruct-32k
 
-Three parts, each a run of ``lserve_jax.eval`` with a directory of its own below ``--output``:
+Four parts, each a run of ``lserve_jax.eval`` with a directory of its own below ``--output``:
 
-    needles   passkeys and sentences; head patterns and their controls, budgets, page sizes, reuse
-    text      perplexity and agreement with dense by position, head patterns and their controls
-    ruler     RULER's tasks, dense and the default
+    heads   passkeys and sentences: head patterns and their controls, and selection alone
+    pages   the same prompts: budgets, page sizes, reuse, and how pages are scored
+    text    perplexity and agreement with dense by position, head patterns and their controls
+    ruler   RULER's tasks, dense and the default
 
-A part that was cut short goes on where it stopped (needles, ruler); finished settings are not run
-again.
-
-What it costs, with SmolLM2-135M and the defaults. ``needles``: 15 settings x 4 lengths x 26
-haystacks of 8 prompts. If the engine reads the haystack that a group of prompts shares once, a
-setting reads 1.6 million tokens of about 1 GFLOP each (0.2 in the linear layers, 0.8 in attention
-at these lengths) and decodes 416 groups of about 20 steps: near 15 s of an H200 at a tenth of its
-peak, and 25 s for compiling. Without shared prefixes reading takes eight times as long. ``text``
-reads 0.24 million tokens a setting, ``ruler`` 2.1 million. Chunks of 4096 tokens divide every
-length, so a setting compiles few shapes.
+A part that was cut short goes on where it stopped (all but text); finished settings are not run
+again. Every result records the seconds that each setting took, compiling included.
 """
 
 import sys
@@ -43,11 +36,16 @@ class Args:
     pattern: Annotated[str, arg(metavar="NAME")]
     """Calibrated head pattern of the model: a shipped name or a directory."""
     model: str = "smollm2-135m-instruct-32k"
-    parts: tuple[Literal["needles", "text", "ruler"], ...] = ("needles", "text", "ruler")
+    parts: tuple[Literal["heads", "pages", "text", "ruler"], ...] = (
+        "heads",
+        "pages",
+        "text",
+        "ruler",
+    )
     lengths: tuple[int, ...] = (4096, 8192, 16384, 31744)
     """Prompt lengths in tokens; multiples of 1024 below the model's limit."""
-    haystacks: int = 13
-    """Part needles: for each length and kind of needle, with 8 prompts each."""
+    haystacks: int = 7
+    """Parts heads and pages: for each length and kind of needle, with 8 prompts each."""
     ruler_haystacks: int = 5
     """Part ruler: for each length and task."""
     seed: int = 0
@@ -61,15 +59,19 @@ def lserve(pattern: str, **changes: object) -> str:
     return "lserve:" + ",".join(f"{key}={value}" for key, value in keys.items())
 
 
-def needle_settings(pattern: str) -> list[str]:
+def head_settings(pattern: str) -> list[str]:
+    # Last: no head streams.
+    return ["dense", *patterns(pattern), "lserve:budget=2048,page=64,logical=16,interval=4"]
+
+
+def page_settings(pattern: str) -> list[str]:
     return [
         "dense",
         lserve(pattern),
-        "lserve:budget=2048,page=64,logical=16,interval=4",  # selection alone: no head streams
-        *patterns(pattern)[1:],
         *(lserve(pattern, budget=budget) for budget in BUDGETS),
         lserve(pattern, page=16),
         *(lserve(pattern, interval=interval) for interval in INTERVALS),
+        lserve(pattern, lower=0),  # the papers' score: the upper bound alone
     ]
 
 
@@ -82,13 +84,10 @@ def patterns(pattern: str) -> list[str]:
 def studies(args: Args) -> list[Study]:
     command = f"python benchmarks/quality.py {' '.join(sys.argv[1:])}"
     common = {"model": args.model, "lengths": args.lengths, "seed": args.seed, "plot": True}
+    needles = {"tasks": ("needle",), "haystacks": args.haystacks, "resume": True}
     of_part = {
-        "needles": {
-            "tasks": ("needle",),
-            "compare": needle_settings(args.pattern),
-            "haystacks": args.haystacks,
-            "resume": True,
-        },
+        "heads": {"compare": head_settings(args.pattern), **needles},
+        "pages": {"compare": page_settings(args.pattern), **needles},
         "text": {
             "tasks": ("perplexity", "agreement"),
             "compare": ["dense", *patterns(args.pattern)],

@@ -160,6 +160,7 @@ def _measuring_attend(
             jnp.broadcast_to(table[None], (Q, M)),
             selecting + 1,
             page_size=P,
+            lower_bound_weight=sparsity.lower_bound_weight,
         )
         selected = api.select_pages(
             page_scores,

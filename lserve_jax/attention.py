@@ -21,7 +21,7 @@ from lserve_jax.llama import Attend
 from lserve_jax.page_selection import retrieval_pages, retrieval_stop, ring_list
 from lserve_jax.rope import rotary_angles
 from pallas_kernels import api
-from pallas_kernels.api import Backend, KVPages, PageList
+from pallas_kernels.api import Backend, KVPages, OwnAttention, PageList
 
 
 def causal_attend(config: ModelConfig, positions: Int[Array, "B T"]) -> Attend:
@@ -196,6 +196,7 @@ def decode_attend(
                 page_table,
                 own + 1,
                 page_size=P,
+                lower_bound_weight=spec.lower_bound_weight,
                 backend=backend,
             )
             selected = api.select_pages(
@@ -241,11 +242,9 @@ def _join_prefixes(
     All rows attend every group's prefix, and only those of the group keep the result: as long as
     reading the prefix takes longer than the arithmetic, the others' share costs nothing.
     """
-    outs, lses = [out], [lse]
     for group in range(relay.tokens.shape[0]):
-        part, part_lse = api.prefix_attention(
-            q, pages, relay.pages[group], relay.tokens[group], backend=backend
+        own = OwnAttention(out, lse, relay.group == group)
+        out, lse = api.prefix_attention(
+            q, pages, relay.pages[group], relay.tokens[group], own, backend=backend
         )
-        outs.append(part)
-        lses.append(jnp.where((relay.group == group)[:, None], part_lse, -jnp.inf))
-    return api.merge_attention(jnp.stack(outs), jnp.stack(lses))[0]
+    return out

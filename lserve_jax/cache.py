@@ -111,6 +111,11 @@ class CacheSpec:
         return 0 if self.sparsity is None else min(self.sparsity.forced_sink_pages, self.num_ranked)
 
     @property
+    def lower_bound_weight(self) -> float:
+        """Share of the lower bound in a page's score; dense attention scores nothing."""
+        return 0.0 if self.sparsity is None else self.sparsity.lower_bound_weight
+
+    @property
     def num_listed(self) -> int:
         """L for retrieval heads: ranked pages and those with tokens since the last selection."""
         if self.sparsity is None:

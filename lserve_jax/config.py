@@ -115,6 +115,10 @@ class SparsityConfig:
     page_size: int = 64
     # Statistics for page selection are kept per logical page.
     logical_page_size: int = 16
+    # A page scores the upper bound of q . k over its keys plus this share of the lower bound. With
+    # 0 that is the upper bound alone, as published; with more, pages of unlike keys, whose bounds
+    # are loose, rank lower. Halving a query is exact in bf16.
+    lower_bound_weight: float = 0.5
     # What a retrieval head may attend in one decode step; histories that fit are attended whole.
     token_budget: int = 4096
     # Decode steps between two page selections.
@@ -149,6 +153,8 @@ class SparsityConfig:
             raise ValueError(
                 f"{page_size=} must be a multiple of logical_page_size={self.logical_page_size}"
             )
+        if not 0.0 <= self.lower_bound_weight <= 1.0:
+            raise ValueError(f"lower_bound_weight={self.lower_bound_weight} must lie in [0, 1]")
         if self.reuse_interval < 1:
             raise ValueError(f"reuse_interval={self.reuse_interval} must be at least 1")
         if self.forced_sink_pages < 0:

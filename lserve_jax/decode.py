@@ -300,10 +300,19 @@ def _decode_step(
     return state, caches, new, attended.astype(jnp.float32)
 
 
+# XLA's choice of what a CUDA graph may hold, and loops: a burst is then one graph that the device
+# runs without the host. Other devices ignore it.
+_BURST_OPTIONS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,"
+    "CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE"
+}
+
+
 @functools.partial(
     jax.jit,
     static_argnames=("config", "spec", "rows", "burst", "mode", "backend"),
     donate_argnames=("caches", "state"),
+    compiler_options=_BURST_OPTIONS,
 )
 def decode_burst(
     config: ModelConfig,

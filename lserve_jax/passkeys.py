@@ -33,7 +33,7 @@ class PasskeySettings:
 
     max_length: int = 8192
     """Longest sample in tokens, questions and answers included."""
-    num_lengths: int = 4
+    num_lengths: int = 3
     """So many lengths, evenly spaced up to the longest; each is compiled once."""
     num_passkeys: int = 10
     """Passkeys hidden in each sample, at most 10."""

@@ -28,11 +28,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import reference
 from pallas_kernels.device import is_hopper
-from pallas_kernels.reference import KVPages, PageList
+from pallas_kernels.reference import KVPages, OwnAttention, PageList
 
 __all__ = [
     "Backend",
     "KVPages",
+    "OwnAttention",
     "PageList",
     "append_kv",
     "append_kv_chunk",
@@ -288,6 +289,7 @@ def prefix_attention(
     pages: KVPages,
     page_table: Int[Array, " M"],
     length: Int[Array, ""],
+    own: OwnAttention | None = None,
     *,
     backend: Backend = "auto",
 ) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
@@ -295,8 +297,11 @@ def prefix_attention(
     (RelayAttention, system attention): no row sees a mask, so the prefix is read once for all.
 
     ``pages`` is a pool with G query heads for each of its KV heads, ``page_table`` names the pages
-    of the prefix in it. Join the result with attention over a row's own tokens by
-    ``merge_attention``. A length of 0 gives out 0, lse -inf.
+    of the prefix in it. A length of 0 gives out 0, lse -inf.
+
+    ``own`` is attention over each row's own tokens. With it the result is that over both, joined
+    as by ``merge_attention`` (relay fusion), for the rows that share the prefix, and ``own`` for
+    the others.
 
     Returns (out in q's dtype, lse float32).
 
@@ -314,12 +319,19 @@ def prefix_attention(
         raise ValueError(f"page_table has shape {page_table.shape}, needs an entry")
     _expect("length", length, ())
     _expect_dtype("int32", page_table=page_table, length=length)
+    if own is not None:
+        _expect("own.out", own.out, q.shape)
+        _expect("own.lse", own.lse, q.shape[:2])
+        _expect("own.shares", own.shares, q.shape[:1])
+        _expect_dtype(str(q.dtype), **{"own.out": own.out})
+        _expect_dtype("float32", **{"own.lse": own.lse})
+        _expect_dtype("bool", **{"own.shares": own.shares})
     _check_table("page_table", page_table, pages, length)
     if resolve_backend(backend) == "reference":
         implementation = reference.prefix_attention
     else:
         from pallas_kernels.prefix_attention import prefix_attention as implementation
-    return implementation(q, pages, page_table, length)
+    return implementation(q, pages, page_table, length, own)
 
 
 def merge_attention(
@@ -485,13 +497,15 @@ def page_scores(
     length: Int[Array, " B"],
     *,
     page_size: int,
+    lower_bound_weight: float = 0.0,
     backend: Backend = "auto",
 ) -> Float[Array, "B Kr M"]:
     """How much each page can matter to each retrieval KV head (LServe, hierarchical paging).
 
-    score = max over the group's query heads and the page's logical pages of
-    sum_d max(q_d * kmax_d, q_d * kmin_d), an upper bound of q . k over the page's tokens (up to the
-    rounding of statistics kept in a narrower dtype than the keys').
+    score = max over the group's query heads and the page's logical pages of upper + w * lower:
+    upper = sum_d max(q_d * kmax_d, q_d * kmin_d) and lower = sum_d min(q_d * kmax_d, q_d * kmin_d)
+    bound q . k over the logical page's tokens (up to the rounding of statistics kept in a narrower
+    dtype than the keys'). w is ``lower_bound_weight``, in [0, 1]; 0 is the papers' bound.
     ``q`` holds the rotated queries of the retrieval heads only. Pages that hold none of the
     sequence's first ``length`` tokens score -inf.
 
@@ -503,6 +517,8 @@ def page_scores(
     >>> scores.tolist()
     [[[8.0, -inf]]]
     """
+    if not 0.0 <= lower_bound_weight <= 1.0:
+        raise ValueError(f"{lower_bound_weight=} must lie in [0, 1]")
     _expect("q", q, (None, None, None))
     B, Hr, D = q.shape
     _expect("key_stats", key_stats, (None, None, None, 2, D))
@@ -519,7 +535,14 @@ def page_scores(
         implementation = reference.page_scores
     else:
         from pallas_kernels.page_selection import page_scores as implementation
-    return implementation(q, key_stats, page_table, length, page_size=page_size)
+    return implementation(
+        q,
+        key_stats,
+        page_table,
+        length,
+        page_size=page_size,
+        lower_bound_weight=lower_bound_weight,
+    )
 
 
 def select_pages(

@@ -214,16 +214,18 @@ def _append_token(
 ) -> tuple[Float[Array, "B H D"], KVPages, KVPages, Float[Array, "Kr N g 2 D"] | None]:
     B, H, D = q.shape
     Kr, Ks, P = retrieval.k.shape[0], streaming.k.shape[0], retrieval.k.shape[2]
+    Hk = Kr + Ks
     if config is None:
         config = choose_config(H, Kr, Ks)
+    # Slices of one projection, as a model has them, XLA joins for nothing. Each as an input of its
+    # own would be a launch that copies it, where there is more than one row.
+    tokens = jnp.concatenate([x[:, None] for x in (q, k, v)], axis=2)[:, 0]
     half = D // 2
     per_query_part, per_kv_part = config.query_heads, config.kv_heads
     retrieval_parts, kv_parts = Kr // per_kv_part, (Kr + Ks) // per_kv_part
 
     def append_token(
-        q_gmem,  # [B, H, D] bf16
-        k_gmem,  # [B, Hk, D] bf16
-        v_gmem,  # [B, Hk, D] bf16
+        tokens_gmem,  # [B, H + 2 * Hk, D] bf16: q, k, v
         cos_gmem,  # [B, D / 2] float32
         sin_gmem,  # [B, D / 2] float32
         page_gmem,  # [B] int32
@@ -237,11 +239,11 @@ def _append_token(
         b, part = lax.axis_index("row"), lax.axis_index("part")
         lower, upper = pl.ds(0, half), pl.ds(half, half)
 
-        def halves(ref, head, heads):
-            """Two matrices [heads, D / 2], float32."""
+        def halves(head, heads):
+            """Two matrices [heads, D / 2], float32, of heads ``head`` on of the token."""
             layout = _a_row_a_warp(heads, half)
             return [
-                _load(ref.at[b, pl.ds(head, heads), x], layout).astype(jnp.float32)
+                _load(tokens_gmem.at[b, pl.ds(head, heads), x], layout).astype(jnp.float32)
                 for x in (lower, upper)
             ]
 
@@ -257,11 +259,11 @@ def _append_token(
             return [x.astype(jnp.bfloat16) for x in turned]
 
         def append(pool, ids_gmem, stats, head, source):
-            """Writes heads ``head`` on of a pool, heads ``source`` on of the token."""
+            """Writes heads ``head`` on of a pool, KV heads ``source`` on of the token."""
             heads = pl.ds(head, per_kv_part)
             page, offset = ids_gmem[b], offset_gmem[b]
-            keys = rotate(halves(k_gmem, source, per_kv_part), angles(per_kv_part))
-            values = halves(v_gmem, source, per_kv_part)
+            keys = rotate(halves(H + source, per_kv_part), angles(per_kv_part))
+            values = halves(H + Hk + source, per_kv_part)
 
             def put(to, scale_to, vector):
                 if scale_to is not None:
@@ -318,7 +320,7 @@ def _append_token(
         @pl.when(part >= kv_parts)
         def _():
             head = (part - kv_parts) * per_query_part
-            turned = rotate(halves(q_gmem, head, per_query_part), angles(per_query_part))
+            turned = rotate(halves(head, per_query_part), angles(per_query_part))
             for x, channels in zip(turned, (lower, upper), strict=True):
                 store_anyhow(rotated_gmem.at[b, pl.ds(head, per_query_part), channels], x)
 
@@ -331,7 +333,7 @@ def _append_token(
         # same, whether the other has written before or not.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )
-    return _in_place(kernel, (q, k, v, cos, sin, *where), retrieval, streaming, key_stats)
+    return _in_place(kernel, (tokens, cos, sin, *where), retrieval, streaming, key_stats)
 
 
 def _inside(page, pool: KVPages):

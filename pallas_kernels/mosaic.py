@@ -24,6 +24,8 @@ MATRIX = plgpu.Layout.WGMMA
 MATRIX_TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+# A vector of 128 elements, one a thread.
+STRIDED = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
 
 
 def refuse(op: str, reasons: list[str]) -> None:

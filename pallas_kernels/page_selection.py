@@ -1,8 +1,12 @@
 """Page selection for decode: scores of all pages, then the best of them, Hopper (Mosaic GPU).
 
-``page_scores``. max(q * kmax, q * kmin) = max(q, 0) * kmax + min(q, 0) * kmin, so the score of a
-logical page is one product, 2 D long, of [q+ | q-] with its statistics [kmax | kmin]. The grid is
-(row b, KV head k, chunk of pages), one warpgroup of 128 threads each; a chunk is a few tiles:
+``page_scores``. For a weight w of the lower bound between 0 and 1
+
+    max(q * kmax, q * kmin) + w * min(q * kmax, q * kmin) = q+ * kmax + q- * kmin
+
+with q+ = max(q, w * q) and q- = min(q, w * q), so the score of a logical page is one product, 2 D
+long, of [q+ | q-] with its statistics [kmax | kmin]. The grid is (row b, KV head k, chunk of
+pages), one warpgroup of 128 threads each; a chunk is a few tiles:
 
       page_table[b]      |  page 7  |  page 2  |  page 9  |  ...            one copy (TMA) a page
       statistics of 7    | 0: kmax kmin | 1: kmax kmin | 2: ... | 3: ... |  g logical pages
@@ -93,7 +97,7 @@ def choose_config(rows: int, kv_heads: int, tiles: int) -> Config:
     return Config(tiles=min(max(pl.cdiv(rows * kv_heads * tiles, 2 * SM_COUNT), 1), 8))
 
 
-@partial(jax.jit, static_argnames=("page_size", "config"))
+@partial(jax.jit, static_argnames=("page_size", "lower_bound_weight", "config"))
 def page_scores(
     q: Float[Array, "B Hr D"],
     key_stats: Float[Array, "Kr N g 2 D"],
@@ -101,12 +105,14 @@ def page_scores(
     length: Int[Array, " B"],
     *,
     page_size: int,
+    lower_bound_weight: float = 0.0,
     config: Config | None = None,
 ) -> Float[Array, "B Kr M"]:
     """``pallas_kernels.api.page_scores`` on a Hopper GPU (or under Mosaic GPU's interpreter).
 
     Query and statistics bf16; D 64 or 128; 1, 2, 4 or 8 logical pages a page; up to 16 query heads
-    a KV head. Raises ``NotImplementedError`` for anything else.
+    a KV head. ``lower_bound_weight * q`` is rounded to bf16, which a power of two makes exact.
+    Raises ``NotImplementedError`` for anything else.
     """
     _refuse_unsupported_scores(q, key_stats)
     B, Hr, D = q.shape
@@ -175,8 +181,8 @@ def page_scores(
             layout=MATRIX_TRANSPOSED,
             optimized=False,  # D * columns elements once a chunk
         )
-        zero = jnp.zeros_like(query)
-        for half, part in enumerate((jnp.maximum(query, zero), jnp.minimum(query, zero))):
+        weighted = query * lower_bound_weight
+        for half, part in enumerate((jnp.maximum(query, weighted), jnp.minimum(query, weighted))):
             q_smem.at[:, pl.ds(half * D, D)].transpose((1, 0))[...] = part
         plgpu.commit_smem()
 

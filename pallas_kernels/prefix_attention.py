@@ -11,10 +11,12 @@ the prefix are dealt to S splits, so that there are CTAs for all SMs.
 
       q [B, K * G, D]  --XLA-->  rows [K, R, D], R = B * G to a multiple of 128
       grid (split s, KV head k, tile)   parts [S, K, R, D] bf16, lses [S, K, R]
-      parts, lses      --merge_attention by XLA-->  out [B, K * G, D], lse [B, K * G]
+      grid (row b, KV head k, g)        parts and the row's own attention --> out [B, K * G, D]
 
 What must be computed: 4 * B * K * G * D * length operations. What must move: K and V of the prefix
 once a tile, 4 * length * K * D bytes; beyond about 200 rows a KV head the arithmetic takes longer.
+The second kernel joins the splits, and with them the attention that a row has of its own tokens:
+XLA would take four launches for it, in every layer of a decode step.
 """
 
 from dataclasses import dataclass
@@ -27,7 +29,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic import MATRIX, SM_COUNT, cdiv, refuse
+from pallas_kernels.mosaic import (
+    LN_2,
+    LOG2_E,
+    MATRIX,
+    SM_COUNT,
+    STRIDED,
+    cdiv,
+    refuse,
+    store_anyhow,
+)
 from pallas_kernels.query_tiles import (
     BLOCK,
     HALF,
@@ -39,8 +50,12 @@ from pallas_kernels.query_tiles import (
     tile_scratch,
     zero_rows,
 )
-from pallas_kernels.reference import KVPages, merge_attention
+from pallas_kernels.reference import KVPages, OwnAttention
 
+# Elements a warpgroup of the merging kernel holds: one a thread.
+LANES = 128
+# Stands for "no part yet" where -inf would make exp2(-inf - -inf) a NaN.
+LOWEST = -1e30
 # Tuning limits of ``choose_config``.
 MOST_SPLITS = 32
 # What starting a CTA and merging its part cost, in blocks of keys.
@@ -79,6 +94,7 @@ def prefix_attention(
     pages: KVPages,
     page_table: Int[Array, " M"],
     length: Int[Array, ""],
+    own: OwnAttention | None = None,
     *,
     config: Config | None = None,
 ) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
@@ -95,11 +111,11 @@ def prefix_attention(
     if config is None:
         config = choose_config(tiles, page_table.shape[0] * P, D)
     by_head = q.reshape(B, K, H // K, D).swapaxes(0, 1).reshape(K, rows, D)
-    by_head = jnp.pad(by_head, ((0, 0), (0, -rows % ROWS), (0, 0)))
+    # Merging reads LANES elements where a query's D begin: the last query needs some behind it.
+    spare = pl.cdiv(LANES - D, D)
+    by_head = jnp.pad(by_head, ((0, 0), (0, -(rows + spare) % ROWS + spare), (0, 0)))
     parts, lses = _attend_prefix(by_head, pages, page_table, length[None], config)
-    out, lse = merge_attention(parts[:, :, :rows], lses[:, :, :rows])
-    out = out.reshape(K, B, H // K, D).swapaxes(0, 1).reshape(B, H, D)
-    return out, lse.reshape(K, B, H // K).swapaxes(0, 1).reshape(B, H)
+    return merge_parts(parts, lses, own, B, H)
 
 
 def _refuse_unsupported(q: Array, pages: KVPages) -> None:
@@ -187,3 +203,75 @@ def _attend_prefix(
         scratch_types=[tile_scratch(D, q.dtype, config.stages, BLOCK // P)],
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, pages.k, pages.v, page_table, length)
+
+
+def merge_parts(
+    parts: Float[Array, "S K R D"],
+    lses: Float[Array, "S K R"],
+    own: OwnAttention | None,
+    B: int,
+    H: int,
+) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
+    """Joins all splits, and ``own`` where it shares the prefix, as ``merge_attention`` does.
+
+    Index map: grid (row b, KV head k, query head g of it), one query a CTA.
+    """
+    S, K, R, D = parts.shape
+    G = H // K
+
+    def merge(
+        parts_gmem,  # [S, K, R * D]
+        lses_gmem,  # [S, K, R] float32
+        *refs,  # own: out [B * H * D and more], lse [B, H] float32, shares [B] int32
+    ):
+        *own_gmem, out_gmem, lse_gmem, out_smem = refs  # [B * H * D], [B, H, LANES], [LANES]
+        b, k, g = (lax.axis_index(name) for name in ("row", "head", "query"))
+        r, h = b * G + g, k * G + g
+
+        def load(ref, *index):
+            """The query's D elements, and LANES - D of what lies behind them."""
+            *head, row = index
+            return plgpu.load(ref.at[*head, pl.ds(row * D, LANES)], layout=STRIDED, optimized=False)
+
+        # No load depends on another: all wait together.
+        peaks = [lses_gmem[s, k, r] for s in range(S)]
+        values = [load(parts_gmem, s, k, r) for s in range(S)]
+        if own_gmem:
+            own_out_gmem, own_lse_gmem, shares_gmem = own_gmem
+            hidden = jnp.where(shares_gmem[b] > 0, 0.0, -jnp.inf)
+            peaks = [x + hidden for x in peaks] + [own_lse_gmem[b, h]]
+            values.append(load(own_out_gmem, b * H + h))
+        peak = jnp.float32(LOWEST)
+        for x in peaks:
+            peak = jnp.maximum(peak, x)
+        acc = total = jnp.zeros((LANES,), jnp.float32)
+        for x, part in zip(peaks, values, strict=True):
+            weight = jnp.exp2(jnp.full((LANES,), (x - peak) * LOG2_E, jnp.float32))
+            # An empty part may hold anything, NaN included.
+            acc += jnp.where(weight > 0.0, weight * part.astype(jnp.float32), 0.0)
+            total += weight
+        empty = total == 0.0
+        out_smem[...] = (acc * jnp.where(empty, 0.0, 1.0 / total)).astype(parts.dtype)
+        lse = jnp.where(empty, -jnp.inf, peak + jnp.log2(total) * LN_2)
+        store_anyhow(lse_gmem.at[b, h], plgpu.layout_cast(lse, STRIDED))
+        plgpu.commit_smem()
+        to = out_gmem.at[pl.ds((b * H + h) * D, D)]
+        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, D)], to)
+        plgpu.wait_smem_to_gmem(0)
+
+    inputs = []
+    if own is not None:
+        own_out = jnp.pad(own.out.reshape(-1), (0, LANES - D))
+        inputs = [own_out, own.lse, own.shares.astype(jnp.int32)]
+    out, lse = plgpu.kernel(
+        merge,
+        out_type=(
+            jax.ShapeDtypeStruct((B * H * D,), parts.dtype),
+            jax.ShapeDtypeStruct((B, H, LANES), jnp.float32),
+        ),
+        grid=(B, K, G),
+        grid_names=("row", "head", "query"),
+        scratch_types=[plgpu.SMEM((LANES,), parts.dtype)],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(parts.reshape(S, K, R * D), lses, *inputs)
+    return out.reshape(B, H, D), lse[:, :, 0]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 # Keys per step of the online softmax. Large enough to amortise a loop step, small enough that
 # scores of one block stay in cache on a CPU.
@@ -51,6 +51,14 @@ class PageList(NamedTuple):
     pages: Int[Array, "B K L"]  # physical page ids
     start: Int[Array, "B K"]  # first attended slot of the row
     stop: Int[Array, "B K"]  # one past the last, at most L * P; start == stop attends nothing
+
+
+class OwnAttention(NamedTuple):
+    """Attention of each row over tokens that are its own, to be joined with that over a prefix."""
+
+    out: Float[Array, "B H D"]  # in q's dtype
+    lse: Float[Array, "B H"]  # float32
+    shares: Bool[Array, " B"]  # whether the prefix belongs to the row; others keep what they have
 
 
 class _Softmax(NamedTuple):
@@ -320,6 +328,7 @@ def prefix_attention(
     pages: KVPages,
     page_table: Int[Array, " M"],
     length: Int[Array, ""],
+    own: OwnAttention | None = None,
 ) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
     B, H, D = q.shape
     K = pages.k.shape[0]
@@ -328,8 +337,12 @@ def prefix_attention(
     ids = jnp.broadcast_to(page_table, (1, K, page_table.shape[0]))
     stop = jnp.broadcast_to(length, (1, K))
     out, lse = _attend_page_list(grouped, pages, PageList(ids, jnp.zeros_like(stop), stop))
-    out = out.reshape(K, B, H // K, D).swapaxes(0, 1).reshape(B, H, D)
-    return out.astype(q.dtype), lse.reshape(K, B, H // K).swapaxes(0, 1).reshape(B, H)
+    out = out.reshape(K, B, H // K, D).swapaxes(0, 1).reshape(B, H, D).astype(q.dtype)
+    lse = lse.reshape(K, B, H // K).swapaxes(0, 1).reshape(B, H)
+    if own is None:
+        return out, lse
+    lse = jnp.where(own.shares[:, None], lse, -jnp.inf)
+    return merge_attention(jnp.stack([own.out, out]), jnp.stack([own.lse, lse]))
 
 
 def merge_attention(
@@ -466,7 +479,7 @@ def _pool_statistics(
     return key_stats.at[:, target, logical % g].set(new, mode="drop")
 
 
-@partial(jax.jit, static_argnames=("page_size",))
+@partial(jax.jit, static_argnames=("page_size", "lower_bound_weight"))
 def page_scores(
     q: Float[Array, "B Hr D"],
     key_stats: Float[Array, "Kr N g 2 D"],
@@ -474,15 +487,18 @@ def page_scores(
     length: Int[Array, " B"],
     *,
     page_size: int,
+    lower_bound_weight: float = 0.0,
 ) -> Float[Array, "B Kr M"]:
     B, Hr, D = q.shape
     Kr, _, g = key_stats.shape[:3]
     M = page_table.shape[1]
     q = q.reshape(B, Kr, Hr // Kr, D).astype(jnp.float32)
-    # kmax >= kmin, so max(q * kmax, q * kmin) = max(q, 0) * kmax + min(q, 0) * kmin: one product.
-    signed = jnp.concatenate([jnp.maximum(q, 0.0), jnp.minimum(q, 0.0)], axis=-1)
+    # kmax >= kmin and 0 <= w <= 1, so max(q * kmax, q * kmin) + w * min(q * kmax, q * kmin) =
+    # max(q, w * q) * kmax + min(q, w * q) * kmin: one product.
+    weighted = lower_bound_weight * q
+    halves = jnp.concatenate([jnp.maximum(q, weighted), jnp.minimum(q, weighted)], axis=-1)
     stats = key_stats[:, page_table].astype(jnp.float32).reshape(Kr, B, M, g, 2 * D)
-    scores = jnp.einsum("bkqd,kbmgd->bkqmg", signed, stats, precision=lax.Precision.HIGHEST)
+    scores = jnp.einsum("bkqd,kbmgd->bkqmg", halves, stats, precision=lax.Precision.HIGHEST)
     first_token = jnp.arange(M)[:, None] * page_size + jnp.arange(g)[None] * (page_size // g)
     holds_tokens = first_token[None] < length[:, None, None]  # [B, M, g]
     scores = jnp.where(holds_tokens[:, None, None], scores, -jnp.inf)

@@ -94,16 +94,16 @@ def key_statistics(keys: F64, logical_page_size: int) -> list[tuple[F64, F64]]:
     ]
 
 
-def page_score(queries: F64, statistics: list[tuple[F64, F64]]) -> float:
+def page_score(queries: F64, statistics: list[tuple[F64, F64]], lower_bound_weight: float) -> float:
     """Of one page: the group's queries [G, D] against (kmax, kmin) of its logical pages in use."""
-    return max(
-        (
-            float(sum(max(c * high, c * low) for c, high, low in zip(q, kmax, kmin, strict=True)))
-            for q in queries
-            for kmax, kmin in statistics
-        ),
-        default=-math.inf,
-    )
+    scores = [-math.inf]
+    for q in queries:
+        for kmax, kmin in statistics:
+            channels = list(zip(q, kmax, kmin, strict=True))
+            upper = sum(max(c * high, c * low) for c, high, low in channels)
+            lower = sum(min(c * high, c * low) for c, high, low in channels)
+            scores.append(float(upper + lower_bound_weight * lower))
+    return max(scores)
 
 
 def select(scores: ArrayLike, num_candidates: int, num_pages: int, sink_pages: int) -> list[int]:

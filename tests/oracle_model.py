@@ -110,12 +110,15 @@ class Oracle:
 
     def _score(self, layer: int, head: int, page: int, queries: F64) -> float:
         P, logical = self.sparsity.page_size, self.sparsity.logical_page_size
-        bounds = []
+        scores = []
         for first in range(page * P, (page + 1) * P, logical):
             keys = self.keys[layer][first : first + logical, head]
             high, low = keys.max(axis=0), keys.min(axis=0)
-            bounds += [np.maximum(q * high, q * low).sum() for q in queries]
-        return max(bounds)
+            for q in queries:
+                upper = np.maximum(q * high, q * low).sum()
+                lower = np.minimum(q * high, q * low).sum()
+                scores.append(upper + self.sparsity.lower_bound_weight * lower)
+        return max(scores)
 
     def _forward(self, tokens: NDArray, mask_of) -> F64:
         config, positions = self.config, self.length + np.arange(len(tokens))

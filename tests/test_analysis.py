@@ -72,7 +72,9 @@ def covered_positions(q, k, is_retrieval, query, selecting):
     for page in range(tail):
         keys = k[page * 16 : page * 16 + 16]
         high, low = keys.max(axis=0), keys.min(axis=0)
-        scores.append(max(np.maximum(g * high, g * low).sum() for g in q[selecting]))
+        upper = [np.maximum(g * high, g * low).sum() for g in q[selecting]]
+        lower = [np.minimum(g * high, g * low).sum() for g in q[selecting]]
+        scores.append(max(u + l / 2 for u, l in zip(upper, lower, strict=True)))
     ranked = sorted(range(tail), key=lambda page: (page != 0, -scores[page], page))
     pages = {*ranked[: 96 // 16 - 1], *range(tail, query // 16 + 1)}
     return [t for t in range(query + 1) if t // 16 in pages]

@@ -112,7 +112,14 @@ ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
         (pages(KR), pages(KS), f32(KR, N, LOGICAL, 2, D)),
     ),
     "page_scores": (
-        {"q": f32(B, 2, D), **STATS, "page_table": i32(B, M), "length": i32(B), "page_size": P},
+        {
+            "q": f32(B, 2, D),
+            **STATS,
+            "page_table": i32(B, M),
+            "length": i32(B),
+            "page_size": P,
+            "lower_bound_weight": 0.5,
+        },
         f32(B, KR, M),
     ),
     "select_pages": (
@@ -157,7 +164,7 @@ def test_shapes_and_dtypes_of_results(op: str) -> None:
 
 
 def test_the_table_above_covers_every_op() -> None:
-    others = {"Backend", "KVPages", "PageList", "resolve_backend"}
+    others = {"Backend", "KVPages", "OwnAttention", "PageList", "resolve_backend"}
     assert set(ACCEPTED) | others == set(api.__all__)
 
 
@@ -323,6 +330,8 @@ def test_the_table_above_covers_every_op() -> None:
         ("page_scores", {"length": i32(3)}, "length has shape (3,), expected [2]"),
         ("page_scores", {"length": f32(B)}, "length has dtype float32, expected int32"),
         ("page_scores", {"page_size": 15}, "page_size=15 must be a multiple of 2 logical pages"),
+        ("page_scores", {"lower_bound_weight": -0.5}, "lower_bound_weight=-0.5 must lie in [0, 1]"),
+        ("page_scores", {"lower_bound_weight": 1.5}, "lower_bound_weight=1.5 must lie in [0, 1]"),
         ("select_pages", {"scores": f32(B, M)}, "scores has shape (2, 4)"),
         ("select_pages", {"num_candidates": i32(3)}, "num_candidates has shape (3,), expected [2]"),
         ("select_pages", {"num_candidates": f32(B)}, "num_candidates has dtype float32"),

@@ -14,10 +14,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from pallas_kernels import api
 
-page_scores = jax.jit(api.page_scores, static_argnames="page_size")
+page_scores = jax.jit(api.page_scores, static_argnames=("page_size", "lower_bound_weight"))
 select_pages = jax.jit(api.select_pages, static_argnames=("num_pages", "sink_pages"))
 
 B, KR, GROUP, M, D, P = 3, 2, 2, 5, 8, 16
+WEIGHTS = [0.0, 0.5, 0.3, 1.0]  # of the lower bound
 # A score is a sum of 16 products of size < 16, each rounded to 2^-24 of itself.
 TOLERANCE = 2e-5
 
@@ -27,9 +28,16 @@ properties = settings(max_examples=25, deadline=None, derandomize=True)
 class Case:
     """B sequences of random keys with their statistics in a pool; everything else is NaN."""
 
-    def __init__(self, seed: int, lengths: list[int], logical_pages: int, sign: int) -> None:
+    def __init__(
+        self,
+        seed: int,
+        lengths: list[int],
+        logical_pages: int,
+        sign: int,
+        lower_bound_weight: float = 0.0,
+    ) -> None:
         rng = np.random.default_rng(seed)
-        self.lengths = lengths
+        self.lengths, self.lower_bound_weight = lengths, lower_bound_weight
         self.q = rng.standard_normal((B, KR * GROUP, D), np.float32)
         self.keys = rng.standard_normal((B, KR, M * P, D), np.float32)
         if sign:  # every product q_d * k_d has this sign
@@ -48,6 +56,7 @@ class Case:
                 self.truth[row, head, page] = oracle.page_score(
                     self.group(row, head),
                     statistics[page * logical_pages : (page + 1) * logical_pages],
+                    lower_bound_weight,
                 )
 
     def group(self, row: int, head: int) -> np.ndarray:
@@ -56,7 +65,8 @@ class Case:
 
     def scores(self) -> np.ndarray:
         arguments = (self.q, self.stats, self.tables, np.array(self.lengths, np.int32))
-        return np.asarray(page_scores(*map(jnp.asarray, arguments), page_size=P))
+        how = {"page_size": P, "lower_bound_weight": self.lower_bound_weight}
+        return np.asarray(page_scores(*map(jnp.asarray, arguments), **how))
 
 
 # Multiples of the page size, where the newest page is exactly full and no next one has begun.
@@ -66,10 +76,17 @@ lengths_of_rows = st.lists(length, min_size=B, max_size=B)
 
 @pytest.mark.parametrize("logical_pages", [1, 2, 4])
 @properties
-@given(seed=st.integers(0, 99), lengths=lengths_of_rows, sign=st.sampled_from([-1, 0, 0, 1]))
-def test_page_scores(logical_pages: int, seed: int, lengths: list[int], sign: int) -> None:
+@given(
+    seed=st.integers(0, 99),
+    lengths=lengths_of_rows,
+    sign=st.sampled_from([-1, 0, 0, 1]),
+    weight=st.sampled_from(WEIGHTS),
+)
+def test_page_scores(
+    logical_pages: int, seed: int, lengths: list[int], sign: int, weight: float
+) -> None:
     """Rows of unequal length; -inf exactly where a page holds no token, also below negatives."""
-    case = Case(seed, lengths, logical_pages, sign)
+    case = Case(seed, lengths, logical_pages, sign, weight)
     scores = case.scores()
     assert_allclose(scores, case.truth, atol=TOLERANCE, rtol=0)
     first_token = np.arange(M) * P
@@ -80,6 +97,7 @@ def test_page_scores(logical_pages: int, seed: int, lengths: list[int], sign: in
 @properties
 @given(seed=st.integers(0, 99), lengths=lengths_of_rows)
 def test_a_score_bounds_every_product_with_the_pages_keys(seed: int, lengths: list[int]) -> None:
+    """Where the lower bound has no weight."""
     case = Case(seed, lengths, 2, 0)
     scores = case.scores()
     for row, head in np.ndindex(B, KR):
@@ -88,15 +106,16 @@ def test_a_score_bounds_every_product_with_the_pages_keys(seed: int, lengths: li
             assert scores[row, head, token // P] >= products.max() - TOLERANCE
 
 
-def test_a_page_of_one_key_repeated_scores_its_exact_product() -> None:
-    """The bound is tight, and the best query head of the group decides."""
-    case = Case(0, [M * P] * B, 2, 0)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_a_page_of_one_key_repeated_scores_its_exact_product(weight: float) -> None:
+    """Both bounds are tight, and the best query head of the group decides."""
+    case = Case(0, [M * P] * B, 2, 0, weight)
     key = case.keys[0, :, 0]
     case.stats[:] = key[:, None, None, None]
     scores = case.scores()
     for row, head in np.ndindex(B, KR):
         best = (case.group(row, head) @ key[head]).max()
-        assert_allclose(scores[row, head], best, atol=TOLERANCE, rtol=0)
+        assert_allclose(scores[row, head], (1 + weight) * best, atol=TOLERANCE, rtol=0)
 
 
 def test_rows_do_not_depend_on_each_others_length() -> None:

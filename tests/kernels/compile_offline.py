@@ -19,7 +19,7 @@ from pallas_kernels.kv_append import append_kv, append_kv_chunk
 from pallas_kernels.page_selection import page_scores, select_pages
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.prefix_attention import prefix_attention
-from pallas_kernels.reference import KVPages, PageList
+from pallas_kernels.reference import KVPages, OwnAttention, PageList
 
 
 def decode_arguments(
@@ -120,7 +120,7 @@ def selection_arguments(width=2048, heads=1, group=4, head_dim=128, logical_page
 
 
 def select(q, stats, table, length, *, page_size=128, num_pages=63):
-    scores = page_scores(q, stats, table, length, page_size=page_size)
+    scores = page_scores(q, stats, table, length, page_size=page_size, lower_bound_weight=0.5)
     return select_pages(scores, length // page_size, num_pages=num_pages, sink_pages=1)
 
 
@@ -164,7 +164,9 @@ def prefix_arguments(rows=128, heads=8, group=4, head_dim=128, page_size=64):
     _, pages, *_ = decode_arguments(retrieval=heads, head_dim=head_dim, page_size=page_size)
     q = jax.ShapeDtypeStruct((rows, heads * group, head_dim), jnp.bfloat16)
     integers = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((512,), ()))
-    return q, pages, *integers
+    lse = jax.ShapeDtypeStruct(q.shape[:2], jnp.float32)
+    own = OwnAttention(q, lse, jax.ShapeDtypeStruct((rows,), jnp.bool_))
+    return q, pages, *integers, own
 
 
 PREFIX_CASES = {

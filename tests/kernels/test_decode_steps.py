@@ -66,7 +66,8 @@ def generate(backend: Backend) -> tuple[np.ndarray, np.ndarray]:
         burst_steps=4,
         backend=backend,
     )
-    rng = np.random.default_rng(0)
+    # No page is chosen or left by less than 0.4; rounding in bf16 moves scores by 0.2.
+    rng = np.random.default_rng(6)
     sampling = SamplingParams(temperature=0, max_tokens=6)
     tokens, logprobs = {}, {}
     for name, length in (("long", 158), ("short", 20)):

@@ -18,13 +18,15 @@ from pallas_kernels.page_selection import page_scores, select_pages
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5])
 @pytest.mark.parametrize("shape", SELECTION, ids=lambda shape: shape.name)
-def test_page_scores(shape: SelectionShape) -> None:
+def test_page_scores(shape: SelectionShape, weight: float) -> None:
     """Products of bf16 are exact and sums float32: far closer than twice bf16 arithmetic."""
     q, stats, tables, length = selection_inputs(shape)
     args = q, stats, tables[0], length
-    scores = np.asarray(jax.jit(partial(page_scores, page_size=shape.page_size))(*args))
-    truth = np.asarray(reference.page_scores(*args, page_size=shape.page_size))
+    how = {"page_size": shape.page_size, "lower_bound_weight": weight}
+    scores = np.asarray(jax.jit(partial(page_scores, **how))(*args))
+    truth = np.asarray(reference.page_scores(*args, **how))
     assert np.isfinite(truth).all()
     np.testing.assert_allclose(scores, truth, atol=2e-4, rtol=0)
 

@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from pallas_kernels.prefix_attention import Config, choose_config, prefix_attention
-from pallas_kernels.reference import KVPages, quantize_kv
+from pallas_kernels.prefix_attention import (
+    Config,
+    choose_config,
+    merge_parts,
+    prefix_attention,
+)
+from pallas_kernels.reference import KVPages, OwnAttention, quantize_kv
 
 # As for decode: weights and out are rounded to bf16, here also the parts that are merged.
 OUT_TOLERANCE = 1e-2
@@ -62,6 +67,45 @@ def test_matches_softmax(rows, heads, group, length, head_dim, page_size, splits
     assert (out.dtype, out.shape) == (args[0].dtype, args[0].shape)
     assert_allclose(lse, expected_lse, atol=LSE_TOLERANCE, rtol=0)
     assert_allclose(np.asarray(out, np.float32), expected_out, atol=OUT_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "group", "head_dim", "splits"), [(3, 2, 3, 64, 1), (2, 1, 4, 128, 3)]
+)
+def test_merging_is_exact(rows, heads, group, head_dim, splits) -> None:
+    """Against float64: row 0 does not share the prefix, row 1 has nothing of its own.
+
+    The merging kernel by itself: in one program with the other the interpreter hangs.
+    """
+    rng = np.random.default_rng(1)
+    H, R = heads * group, rows * group + 1
+    parts, own_out = (
+        rng.normal(size=(splits, heads, R, head_dim)),
+        rng.normal(size=(rows, H, head_dim)),
+    )
+    lses = rng.normal(size=(splits, heads, R)).astype(np.float32)
+    own_lse = rng.normal(size=(rows, H)).astype(np.float32)
+    parts, own_out = (jnp.asarray(x, jnp.bfloat16) for x in (parts, own_out))
+    if splits > 1:  # an empty part may hold anything
+        lses[1], parts = -np.inf, parts.at[1].set(jnp.nan)
+    own_lse[1], own_out = -np.inf, own_out.at[1].set(jnp.nan)
+    shares = np.arange(rows) > 0
+    own = OwnAttention(own_out, jnp.asarray(own_lse), jnp.asarray(shares))
+    out, lse = jax.jit(merge_parts, static_argnums=(3, 4))(parts, jnp.asarray(lses), own, rows, H)
+
+    def by_row(x):
+        """[S, K, R, ...] as [S, B, H, ...]"""
+        x = np.asarray(x, np.float64)[:, :, : rows * group]
+        x = x.reshape(splits, heads, rows, group, *x.shape[3:])
+        return np.moveaxis(x, 1, 2).reshape(splits, rows, H, *x.shape[4:])
+
+    hidden = np.where(shares, 0.0, -np.inf)[:, None]
+    weights = np.exp([*(by_row(lses) + hidden), own_lse])
+    values = np.nan_to_num([*by_row(parts), np.asarray(own_out, np.float64)])
+    total = weights.sum(axis=0)
+    assert_allclose(lse, np.log(total), atol=LSE_TOLERANCE, rtol=0)
+    expected = (weights[..., None] * values).sum(axis=0) / total[..., None]
+    assert_allclose(np.asarray(out, np.float32), expected, atol=OUT_TOLERANCE)
 
 
 def test_no_prefix() -> None:

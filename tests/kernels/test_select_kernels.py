@@ -7,6 +7,7 @@ pages that are no candidates.
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -38,9 +39,10 @@ def problem(rows, heads, group, head_dim, logical_pages, page_size, width, *, se
     return q, jnp.asarray(stats, jnp.bfloat16), jnp.asarray(table), jnp.asarray(length)
 
 
-def check_scores(args, page_size: int, config: Config | None = None) -> None:
-    scores = jax.jit(lambda *xs: page_scores(*xs, page_size=page_size, config=config))(*args)
-    expected = reference.page_scores(*args, page_size=page_size)
+def check_scores(args, page_size: int, config: Config | None = None, weight: float = 0.5) -> None:
+    how = {"page_size": page_size, "lower_bound_weight": weight}
+    scores = jax.jit(lambda *xs: page_scores(*xs, **how, config=config))(*args)
+    expected = reference.page_scores(*args, **how)
     assert_array_equal(np.isneginf(scores), np.isneginf(expected))
     finite = np.isfinite(expected)
     assert finite.any() and scores.shape == expected.shape
@@ -68,6 +70,28 @@ def test_any_number_of_tiles(tiles: int, stages: int) -> None:
     """More tiles than stages refill them; a chunk may reach past the table."""
     args = problem(1, 1, 4, 128, 8, 128, 35, seed=1)
     check_scores(args, 128, Config(tiles=tiles, stages=stages))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 0.5, 1.0])
+def test_weights_of_the_lower_bound(weight: float) -> None:
+    """Those that lose nothing in bf16, against the reference and the oracle."""
+    args = problem(1, 1, 2, 64, 2, 32, 6, seed=2)
+    check_scores(args, 32, Config(tiles=1), weight)
+    q, stats, table, length = args
+    scores = page_scores(*args, page_size=32, lower_bound_weight=weight)
+    q, stats = np.asarray(q, np.float64), np.asarray(stats, np.float64)
+    assert length[0] == 6 * 32  # every page is in use
+    truth = [oracle.page_score(q[0], list(stats[0, page]), weight) for page in table[0]]
+    assert_allclose(scores[0, 0], truth, atol=TOLERANCE, rtol=0)
+
+
+def test_any_other_weight_is_rounded_to_bf16() -> None:
+    args = problem(1, 1, 2, 64, 2, 32, 6, seed=2)
+    how = {"page_size": 32, "lower_bound_weight": 0.3}
+    expected = reference.page_scores(*args, **how)
+    # The weight and its product with q are off by 2^-9 of themselves each. 64 products in the lower
+    # bound, of mean size 0.3: 64 * 0.3 * 2^-8 were all errors to add up.
+    assert_allclose(page_scores(*args, **how), expected, atol=0.08, rtol=0)
 
 
 def test_choice_of_config() -> None:
