@@ -12,13 +12,19 @@ natural logarithm of the sum of exponentials of scaled scores, float32.
 
 Every op raises ``ValueError`` when shapes or dtypes contradict each other, naming both. What only
 values can tell (page ids outside the pool, a table too short for a length) leaves the result
-undefined, though reads stay inside the pools. To have it reported, run the op, or whatever calls
-it, under ``checkify``; otherwise these checks cost nothing:
+undefined, though reads stay inside the pools. To have it reported, trace the op, or whatever calls
+it, with ``value_checks`` and ``checkify``:
 
-    error, result = jax.experimental.checkify.checkify(step)(...)
+    with api.value_checks():
+        error, result = jax.experimental.checkify.checkify(step)(...)
     error.throw()
+
+A function that was jitted and called before keeps what it was traced with: jit it anew.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 import jax
@@ -48,6 +54,7 @@ __all__ = [
     "quantize_kv",
     "resolve_backend",
     "select_pages",
+    "value_checks",
 ]
 
 Backend = Literal["auto", "mosaic", "reference"]
@@ -70,6 +77,32 @@ def resolve_backend(backend: Backend) -> Literal["mosaic", "reference"]:
     return "mosaic" if is_hopper(jax.devices()[0]) else "reference"
 
 
+_checks_values: ContextVar[bool] = ContextVar("checks_values", default=False)
+
+
+@contextmanager
+def value_checks() -> Iterator[None]:
+    """Ops traced inside also check values, for ``checkify`` to report.
+
+    Not always: a check is an effect to JAX even where nobody asks for it, and JAX calls programs with
+    effects from Python, which takes milliseconds for the hundreds of arrays of a model.
+
+    >>> import jax.numpy as jnp
+    >>> pool = KVPages(jnp.ones((1, 4, 16, 8)), jnp.ones((1, 4, 16, 8)))
+    >>> with value_checks():
+    ...     attend = checkify.checkify(lambda table: prefix_attention(
+    ...         jnp.ones((3, 2, 8)), pool, table, jnp.int32(20)))
+    ...     error, _ = attend(jnp.array([2, 4]))
+    >>> error.get().split(" (")[0]
+    'page_table must lie in [0, 3], got 2 to 4'
+    """
+    token = _checks_values.set(True)
+    try:
+        yield
+    finally:
+        _checks_values.reset(token)
+
+
 def _expect(name: str, x: Array, shape: tuple[int | None, ...]) -> None:
     """``None`` in ``shape`` accepts any size."""
     if x.ndim != len(shape) or any(
@@ -86,8 +119,8 @@ def _expect_dtype(dtype: str, **arrays: Array) -> None:
 
 
 def _check_range(name: str, x: Array, limit: int, *, lowest: int = 0) -> None:
-    """Under ``checkify``: every x is in [lowest, limit]."""
-    if x.size > 0:
+    """Under ``value_checks``: every x is in [lowest, limit]."""
+    if _checks_values.get() and x.size > 0:
         least, most = x.min(), x.max()
         checkify.debug_check(
             (least >= lowest) & (most <= limit),
@@ -98,12 +131,12 @@ def _check_range(name: str, x: Array, limit: int, *, lowest: int = 0) -> None:
 
 
 def _check_table(name: str, table: Array, pages: KVPages, tokens: Array) -> None:
-    """Under ``checkify``: the table reaches ``tokens`` and up to there names pages of the pool.
+    """Under ``value_checks``: the table reaches ``tokens`` and up to there names pages of the pool.
 
     ``tokens`` is a count for each row of the table.
     """
     N, P = pages.k.shape[1:3]
-    if pages.k.shape[0] > 0:
+    if _checks_values.get() and pages.k.shape[0] > 0:
         reach = table.shape[-1] * P
         _check_range(f"tokens cached through {name}, which holds {reach},", tokens, reach)
         used = jnp.arange(table.shape[-1]) * P < tokens[..., None]

@@ -1,4 +1,4 @@
-"""What only values can tell: reported under checkify, free without it."""
+"""What only values can tell: reported under checkify if asked for, and else not in the program."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,9 @@ from pallas_kernels import api
 
 
 def run(op: str, **changes):
-    """The op of valid arguments but for ``changes``, jitted, under checkify."""
-    return checkify.checkify(jitted(op))(example(op) | changes)[0]
+    """The op of valid arguments but for ``changes``, jitted anew, under checkify."""
+    with api.value_checks():
+        return checkify.checkify(jitted.__wrapped__(op))(example(op) | changes)[0]
 
 
 @pytest.mark.parametrize("op", sorted(ACCEPTED))
@@ -23,47 +24,48 @@ def changed(op: str, name: str, **fields):
     return {name: example(op)[name]._replace(**fields)}
 
 
-@pytest.mark.parametrize(
-    ("op", "changes", "words"),
-    [
-        (
-            "paged_attention",
-            changed("paged_attention", "retrieval_list", pages=jnp.full((2, KR, L), N)),
-            rf"retrieval_list.pages must lie in \[0, {N - 1}\], got {N} to {N}",
-        ),
-        (
-            "paged_attention",
-            changed("paged_attention", "streaming_list", stop=jnp.full((2, 1), L * P + 1)),
-            rf"streaming_list.stop must lie in \[0, {L * P}\], got {L * P + 1}",
-        ),
-        (
-            "prefill_attention",
-            {"start": jnp.int32(M * P + 1)},
-            rf"tokens cached through page_table, which holds {M * P}, must lie in",
-        ),
-        (
-            "prefill_attention",
-            {"streaming_table": jnp.array([0, -1, 0, 0])},
-            rf"streaming_table must lie in \[0, {N - 1}\], got -1 to 0",
-        ),
-        ("prefill_attention", {"length": jnp.int32(T + 1)}, rf"length must lie in \[0, {T}\]"),
-        ("prefix_attention", {"length": jnp.int32(M * P + 1)}, "tokens cached through page_table"),
-        (
-            "append_kv",
-            {"page": jnp.array([0, N])},
-            rf"page must lie in .*, {N - 1}\], got 0 to {N}",
-        ),
-        ("append_kv", {"offset": jnp.array([0, P])}, rf"offset must lie in \[0, {P - 1}\]"),
-        (
-            "append_kv_chunk",
-            {"start": jnp.int32(M * P - T + 1)},
-            "tokens cached through page_table",
-        ),
-        ("append_kv_chunk", {"streaming_page": jnp.full((T,), N)}, "streaming_page must lie in"),
-        ("page_scores", {"length": jnp.array([1, M * P + 1])}, "length must lie in"),
-        ("page_scores", {"page_table": jnp.full((2, M), N)}, "page_table must lie in"),
-    ],
-)
+VIOLATIONS = [
+    (
+        "paged_attention",
+        changed("paged_attention", "retrieval_list", pages=jnp.full((2, KR, L), N)),
+        rf"retrieval_list.pages must lie in \[0, {N - 1}\], got {N} to {N}",
+    ),
+    (
+        "paged_attention",
+        changed("paged_attention", "streaming_list", stop=jnp.full((2, 1), L * P + 1)),
+        rf"streaming_list.stop must lie in \[0, {L * P}\], got {L * P + 1}",
+    ),
+    (
+        "prefill_attention",
+        {"start": jnp.int32(M * P + 1)},
+        rf"tokens cached through page_table, which holds {M * P}, must lie in",
+    ),
+    (
+        "prefill_attention",
+        {"streaming_table": jnp.array([0, -1, 0, 0])},
+        rf"streaming_table must lie in \[0, {N - 1}\], got -1 to 0",
+    ),
+    ("prefill_attention", {"length": jnp.int32(T + 1)}, rf"length must lie in \[0, {T}\]"),
+    ("prefix_attention", {"length": jnp.int32(M * P + 1)}, "tokens cached through page_table"),
+    (
+        "append_kv",
+        {"page": jnp.array([0, N])},
+        rf"page must lie in .*, {N - 1}\], got 0 to {N}",
+    ),
+    ("append_kv", {"offset": jnp.array([0, P])}, rf"offset must lie in \[0, {P - 1}\]"),
+    (
+        "append_kv_chunk",
+        {"start": jnp.int32(M * P - T + 1)},
+        "tokens cached through page_table",
+    ),
+    ("append_kv_chunk", {"streaming_page": jnp.full((T,), N)}, "streaming_page must lie in"),
+    ("page_scores", {"length": jnp.array([1, M * P + 1])}, "length must lie in"),
+    ("page_scores", {"page_table": jnp.full((2, M), N)}, "page_table must lie in"),
+]
+CHECKED = {op for op, _, _ in VIOLATIONS}
+
+
+@pytest.mark.parametrize(("op", "changes", "words"), VIOLATIONS)
 def test_violations_are_reported(op: str, changes: dict, words: str) -> None:
     with pytest.raises(checkify.JaxRuntimeError, match=words):
         run(op, **changes).throw()
@@ -75,11 +77,14 @@ def test_entries_that_are_not_used_may_hold_anything() -> None:
     run("append_kv", page=jnp.array([-1, -7])).throw()
 
 
-def test_without_checkify_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def cost() -> float:
-        step = jax.jit(lambda arguments: api.page_scores(**arguments, page_size=P))
-        return step.lower(example("page_scores")).compile().cost_analysis()["flops"]
+@pytest.mark.parametrize("op", sorted(ACCEPTED))
+def test_programs_have_no_effects_unless_asked_for(op: str) -> None:
+    """With effects JAX calls a program from Python."""
 
-    with_checks = cost()
-    monkeypatch.setattr(api, "_check_range", lambda *args, **kwargs: None)
-    assert with_checks == cost()
+    def effects() -> int:
+        return len(jax.make_jaxpr(jitted.__wrapped__(op))(example(op)).effects)
+
+    assert effects() == 0
+    if op in CHECKED:
+        with api.value_checks():
+            assert effects() > 0
