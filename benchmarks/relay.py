@@ -50,7 +50,7 @@ from lserve_jax.engine import Engine
 from lserve_jax.llama import Params
 from lserve_jax.relay import decide
 from pallas_kernels import api
-from pallas_kernels.api import KVPages, PageList
+from pallas_kernels.api import KVPages, OwnAttention, PageList
 
 PRIVATE = 256  # tokens of each request after the prefix, when it begins to decode
 BURST = 16
@@ -202,11 +202,8 @@ def operator_row(tokens: int, requests: int, args: Args) -> dict:
 
     def relay(q, pages, lists):
         prefix, own = lists
-        parts = (
-            api.paged_attention(q, pages, none, *own),
-            api.prefix_attention(q, pages, prefix, jnp.int32(tokens)),
-        )
-        return api.merge_attention(*(jnp.stack(x) for x in zip(*parts, strict=True)))[0]
+        part = OwnAttention(*api.paged_attention(q, pages, none, *own), jnp.ones((len(q),), bool))
+        return api.prefix_attention(q, pages, prefix, jnp.int32(tokens), part)[0]
 
     sets = order[: calls * once].reshape(calls, once)
     split = [(ids[:shared], ids[shared:].reshape(requests, private)) for ids in sets]

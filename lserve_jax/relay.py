@@ -6,14 +6,15 @@ requests that share the prefix and a budget of T tokens, a retrieval head reads 
     together (A)       S + B min(T, u)     the prefix once for all, private pages by selection
     one by one (B)     B min(T, S + u)     pages selected from prefix and private part alike
 
-so in the sparse case A reads less when ``B > S / (T - min(T, u))``, and never if the private part
-alone fills the budget. While everything fits the budget, and in dense attention, A always reads
-less; what is left to win back are the launches that it adds and the merging of its two parts.
+While everything fits the budget, and in dense attention, A saves (B - 1) S tokens. In the sparse case
+it saves tokens if ``B > S / (T - min(T, u))``, and never if the private part alone fills the budget.
+Saving some is not enough: A adds two launches to every layer, and the tokens that it saves are
+cheaper than others, because the second request to read a page of the prefix finds it in the L2
+cache.
 
 A also attends more (the whole prefix), so it is at least as exact as B.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,13 +23,10 @@ from lserve_jax.config import SparsityConfig
 
 RelayMode = Literal["auto", "always", "never"]
 
-# A shorter prefix is read as fast one by one, whatever the number of requests.
-LEAST_PREFIX_TOKENS = 256
-# Fewer requests do not win back the launches that relay adds to every layer.
-LEAST_REQUESTS = 4
-# Bytes alone decide at 1.0. The prefix is read by a kernel of its own, whose cost the bytes leave
-# out, so relay must promise to read clearly less.
-MARGIN = 1.5
+# Tokens of a retrieval head that reading together must save a step. Measured for one layer of dense
+# attention with Llama-3-8B's heads on an H200 (``benchmarks/results/relay.md``): relay was slower
+# where it saved 14K (2K for 8 requests) and 25K (8K for 4), faster where it saved 31K (2K for 16).
+LEAST_SAVED_TOKENS = 32768
 
 
 def check_mode(relay: RelayMode, deterministic: bool, sparsity: SparsityConfig | None) -> None:
@@ -65,15 +63,14 @@ def decide(
 
     if mode != "auto":
         return decision(mode == "always", f"relay={mode!r}")
-    if prefix_tokens < LEAST_PREFIX_TOKENS:
-        return decision(False, f"a prefix of {prefix_tokens} tokens < {LEAST_PREFIX_TOKENS}")
-    least = LEAST_REQUESTS
-    if spec.sparsity is not None and prefix_tokens + private_tokens > spec.sparsity.token_budget:
+    together = one_by_one = private_tokens
+    if spec.sparsity is None:
+        one_by_one += prefix_tokens
+    else:
         budget = spec.sparsity.token_budget
-        left = budget - min(budget, private_tokens)
-        if left == 0:
-            return decision(False, f"{private_tokens} private tokens fill the budget of {budget}")
-        least = max(least, math.ceil(MARGIN * prefix_tokens / left))
-    if requests < least:
-        return decision(False, f"{requests} requests < {least}")
-    return decision(True, f"{requests} requests >= {least}")
+        together = min(budget, private_tokens)
+        one_by_one = min(budget, prefix_tokens + private_tokens)
+    saved = requests * (one_by_one - together) - prefix_tokens
+    if saved < LEAST_SAVED_TOKENS:
+        return decision(False, f"it would save {saved} tokens a step < {LEAST_SAVED_TOKENS}")
+    return decision(True, f"it saves {saved} tokens a step >= {LEAST_SAVED_TOKENS}")

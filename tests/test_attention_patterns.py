@@ -23,17 +23,20 @@ from lserve_jax.llama import abstract_params
 
 ROOT = Path(__file__).parents[1]
 
-# Of each shipped pattern: KV heads, % of gates below 0.5, % at or above 0.999, median gate; and at
-# half of the heads streaming: fewest and most retrieval heads of a layer, layers with no retrieval
-# head, layers with no streaming head, and how many more heads the rule gate >= median would keep.
+# Of each shipped pattern: layers, KV heads, % of gates below 0.5, % at or above 0.999, median gate;
+# and at half of the heads streaming: fewest and most retrieval heads of a layer, layers with no
+# retrieval head, layers with no streaming head, and how many more heads the rule gate >= median
+# would keep.
 GOLDEN = {
-    "Llama-2-7B-32K-Instruct": (32, 56, 14, 0.237, 4, 28, 0, 0, 0),
-    "Llama-3-8B-Instruct-Gradient-1048k": (8, 19, 32, 0.961, 1, 8, 0, 1, 2),
-    "Llama-3-8B-Instruct-Gradient-4194k": (8, 19, 31, 0.965, 0, 8, 1, 1, 3),
-    "Meta-Llama-3.1-8B-Instruct": (8, 9, 22, 0.951, 1, 8, 0, 2, 0),
-    "Mistral-7B-Instruct-v0.2": (8, 5, 43, 0.996, 1, 7, 0, 0, 2),
-    "Mistral-7B-Instruct-v0.3": (8, 6, 42, 0.994, 1, 7, 0, 0, 0),
-    "Mixtral-8x7B-Instruct-v0.1": (8, 26, 36, 0.961, 1, 7, 0, 0, 3),
+    "Llama-2-7B-32K-Instruct": (32, 32, 56, 14, 0.237, 4, 28, 0, 0, 0),
+    "Llama-3-8B-Instruct-Gradient-1048k": (32, 8, 19, 32, 0.961, 1, 8, 0, 1, 2),
+    "Llama-3-8B-Instruct-Gradient-4194k": (32, 8, 19, 31, 0.965, 0, 8, 1, 1, 3),
+    "Meta-Llama-3.1-8B-Instruct": (32, 8, 9, 22, 0.951, 1, 8, 0, 2, 0),
+    "Mistral-7B-Instruct-v0.2": (32, 8, 5, 43, 0.996, 1, 7, 0, 0, 2),
+    "Mistral-7B-Instruct-v0.3": (32, 8, 6, 42, 0.994, 1, 7, 0, 0, 0),
+    "Mixtral-8x7B-Instruct-v0.1": (32, 8, 26, 36, 0.961, 1, 7, 0, 0, 3),
+    "SmolLM2-135M-Instruct": (30, 3, 60, 8, 0.087, 0, 3, 9, 9, 0),
+    "SmolLM2-135M-Instruct-32K": (30, 3, 50, 10, 0.497, 0, 3, 8, 10, 0),
 }
 
 
@@ -61,11 +64,11 @@ def test_every_shipped_pattern_is_known():
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_gates_of_shipped_patterns(name):
-    num_kv_heads, below_half, nearly_one, median, *_ = GOLDEN[name]
+    num_layers, num_kv_heads, below_half, nearly_one, median, *_ = GOLDEN[name]
     pattern = load_pattern(name)
     gates = pattern.gates
     assert (pattern.name, pattern.sink_size, pattern.recent_size) == (name, 128, 256)
-    assert gates.shape == (32, num_kv_heads)
+    assert gates.shape == (num_layers, num_kv_heads)
     assert gates.dtype == np.float64
     assert gates.min() >= 0.0 and gates.max() <= 1.0
     assert round(100 * (gates < 0.5).mean()) == below_half
@@ -75,11 +78,14 @@ def test_gates_of_shipped_patterns(name):
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_half_of_the_heads_of_shipped_patterns(name):
-    num_kv_heads, _, _, _, fewest, most, no_retrieval, no_streaming, extra = GOLDEN[name]
+    num_layers, num_kv_heads, _, _, _, *of_half = GOLDEN[name]
+    fewest, most, no_retrieval, no_streaming, extra = of_half
     pattern = load_pattern(name)
-    partition = partition_heads(pattern, 0.5, num_layers=32, num_kv_heads=num_kv_heads)
+    partition = partition_heads(
+        pattern, 0.5, num_layers=num_layers, num_kv_heads=num_kv_heads
+    )
     counts = np.array(partition.num_retrieval)
-    assert counts.sum() == 32 * num_kv_heads // 2
+    assert counts.sum() == num_layers * num_kv_heads // 2
     assert (counts.min(), counts.max()) == (fewest, most)
     assert (counts == 0).sum() == no_retrieval
     assert (counts == num_kv_heads).sum() == no_streaming
@@ -119,6 +125,8 @@ def test_per_layer_counts_of_llama_3_1048k():
         ("mistralai/Mistral-7B-Instruct-v0.2", "Mistral-7B-Instruct-v0.2"),
         ("gradientai/llama-3-8b-instruct-gradient-1048k", "Llama-3-8B-Instruct-Gradient-1048k"),
         ("meta-llama/Llama-3.1-8B-Instruct", "Meta-Llama-3.1-8B-Instruct"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct"),
+        ("smollm2-135m-instruct-32k", "SmolLM2-135M-Instruct-32K"),
     ],
 )
 def test_shipped_pattern_by_other_spellings(given, found):

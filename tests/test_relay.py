@@ -32,7 +32,7 @@ import lserve_jax.engine
 from lserve_jax import LLM, SamplingParams, SparsityConfig
 from lserve_jax.cache import make_spec
 from lserve_jax.prefix import CommonPrefix
-from lserve_jax.relay import LEAST_PREFIX_TOKENS, LEAST_REQUESTS, decide
+from lserve_jax.relay import LEAST_SAVED_TOKENS, decide
 from pallas_kernels import api
 
 P = 16
@@ -538,25 +538,30 @@ def test_break_even() -> None:
                 return requests
         return None
 
-    assert least(None, LEAST_PREFIX_TOKENS - 1, 100) is None
-    assert least(None, LEAST_PREFIX_TOKENS, 100_000) == LEAST_REQUESTS
+    # Dense: (B - 1) S tokens saved, whatever the private part.
+    assert LEAST_SAVED_TOKENS == 32768
+    assert least(None, 2048, 100_000) == 17
+    assert least(None, 8192, 256) == 5
+    assert least(None, 32768, 256) == 2
+    assert least(None, 64, 256) is None
     lserve = SparsityConfig()  # budget 4096
-    # By bytes alone 2.1, 8.5 and 34 (u = 256), times the margin of 1.5.
-    assert least(lserve, 8192, 256) == 4
-    assert least(lserve, 32768, 256) == 13
-    assert least(lserve, 131072, 256) == 52
+    # B (4096 - 256) - S; by bytes alone 2.1, 8.5 and 34.1 requests.
+    assert least(lserve, 8192, 256) == 11
+    assert least(lserve, 32768, 256) == 18
+    assert least(lserve, 131072, 256) == 43
     assert least(lserve, 8192, 4096) is None
-    assert least(lserve, 2048, 1024) == LEAST_REQUESTS  # fits the budget: nothing is pruned
+    assert least(lserve, 2048, 1024) == 17  # fits the budget: as in dense attention
 
 
-def test_auto_says_why_not(build: Build) -> None:
+def test_auto_says_why_not(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lserve_jax.relay.LEAST_SAVED_TOKENS", 900)
     [ids] = random_prompts(23, [320])
     prompts = prompts_with(ids, 24, [5, 6, 7])
     llm = build("dense", relay="auto", prefill_chunk_size=512)  # all begin in one step
     outputs = llm.generate(
         [{"prompt_token_ids": p} for p in prompts], SamplingParams(temperature=0, max_tokens=6)
     )
-    assert outputs[0].metrics.relay_reason == f"3 requests < {LEAST_REQUESTS}"
+    assert outputs[0].metrics.relay_reason == "it would save 640 tokens a step < 900"
     assert outputs[0].metrics.relay_steps == 0
     outputs = llm.generate(
         [{"prompt_token_ids": p} for p in [*prompts, prompts[0]]],
