@@ -345,7 +345,13 @@ def main() -> None:
         (RESULTS / "engine.md").write_text(engine_table(decode, prefill))
     if decode is not None:
         engine_plot(decode, RESULTS / "engine.png")
-    writers = {"relay": write_relay, "serving": write_serving, "throughput": write_throughput}
+    writers = {
+        "relay": write_relay,
+        "serving": write_serving,
+        "serving_cpu": write_serving,
+        "throughput": write_throughput,
+        "throughput_cpu": write_throughput,
+    }
     for name, write in writers.items():
         result = read(name)
         if result is not None:

@@ -6,11 +6,11 @@ requests that share the prefix and a budget of T tokens, a retrieval head reads 
     together (A)       S + B min(T, u)     the prefix once for all, private pages by selection
     one by one (B)     B min(T, S + u)     pages selected from prefix and private part alike
 
-While everything fits the budget, and in dense attention, A saves (B - 1) S tokens. In the sparse case
-it saves tokens if ``B > S / (T - min(T, u))``, and never if the private part alone fills the budget.
-Saving some is not enough: A adds two launches to every layer, and the tokens that it saves are
-cheaper than others, because the second request to read a page of the prefix finds it in the L2
-cache.
+While everything fits the budget, and in dense attention, A saves (B - 1) S tokens. In the sparse
+case it saves some if ``B > S / (T - min(T, u))``, and never if the private part alone fills the
+budget. Saving some is not enough: A adds two launches to every layer, and the tokens that it saves
+are cheaper than others, because the second request to read a page of the prefix finds it in the
+L2 cache.
 
 A also attends more (the whole prefix), so it is at least as exact as B.
 """

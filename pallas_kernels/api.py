@@ -84,8 +84,8 @@ _checks_values: ContextVar[bool] = ContextVar("checks_values", default=False)
 def value_checks() -> Iterator[None]:
     """Ops traced inside also check values, for ``checkify`` to report.
 
-    Not always: a check is an effect to JAX even where nobody asks for it, and JAX calls programs with
-    effects from Python, which takes milliseconds for the hundreds of arrays of a model.
+    Not always: a check is an effect to JAX even where nobody asks for it, and JAX calls programs
+    with effects from Python, which takes milliseconds for the hundreds of arrays of a model.
 
     >>> import jax.numpy as jnp
     >>> pool = KVPages(jnp.ones((1, 4, 16, 8)), jnp.ones((1, 4, 16, 8)))

@@ -81,9 +81,7 @@ def test_half_of_the_heads_of_shipped_patterns(name):
     num_layers, num_kv_heads, _, _, _, *of_half = GOLDEN[name]
     fewest, most, no_retrieval, no_streaming, extra = of_half
     pattern = load_pattern(name)
-    partition = partition_heads(
-        pattern, 0.5, num_layers=num_layers, num_kv_heads=num_kv_heads
-    )
+    partition = partition_heads(pattern, 0.5, num_layers=num_layers, num_kv_heads=num_kv_heads)
     counts = np.array(partition.num_retrieval)
     assert counts.sum() == num_layers * num_kv_heads // 2
     assert (counts.min(), counts.max()) == (fewest, most)
