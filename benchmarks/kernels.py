@@ -164,7 +164,9 @@ def time_selection(shape: SelectionShape, op: str, how: Literal["kernel", "XLA"]
     q, stats, tables, length = selection_inputs(shape, calls=calls)
     if op == "page_scores":
         score = partial(
-            page_scores if how == "kernel" else reference.page_scores, page_size=shape.page_size
+            page_scores if how == "kernel" else reference.page_scores,
+            page_size=shape.page_size,
+            lower_bound_weight=0.5,
         )
         moved, flops = shape.bytes_moved, shape.flops
 

@@ -18,11 +18,11 @@ from convert.hf import read_hf
 from convert.lora import load_adapter
 from convert.orbax import save
 from convert.sources import ModelSource, resolve
-from convert.stream import Placement, assemble, parse_dtype
+from convert.stream import Checkpoint, Placement, assemble, parse_dtype
 from lserve_jax.config import ModelConfig
 from lserve_jax.llama import Params
 
-__all__ = ["ModelSource", "load", "resolve", "save"]
+__all__ = ["ModelSource", "load", "read_config", "resolve", "save"]
 
 
 def load(
@@ -61,15 +61,11 @@ def load(
         )
     chosen = adapter or source.adapter
     deltas = {} if chosen is None else load_adapter(chosen)
-    changes = {**source.overrides, **(overrides or {})}
-    path = source.path
-    if orbax.is_orbax(path):
-        config = parse(override(orbax.read_config(path), changes), where=str(path))
+    config, checkpoint = _describe(source, overrides)
+    if checkpoint is None:
         return config, orbax.restore(
-            path, config, dtype=wanted, deltas=deltas, placement=sharding, progress=progress
+            source.path, config, dtype=wanted, deltas=deltas, placement=sharding, progress=progress
         )
-    checkpoint = read_hf(path) if path.is_dir() else read_gguf(path)
-    config = parse(override(checkpoint.config, changes), where=checkpoint.where)
     return config, assemble(
         checkpoint,
         config,
@@ -78,3 +74,32 @@ def load(
         placement=sharding,
         progress=progress,
     )
+
+
+def read_config(
+    model: str | Path | ModelSource,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> ModelConfig:
+    """The architecture that ``load`` would return, without reading any weights.
+
+    An adapter changes weights only, so none is needed. Raises what ``load`` does for the
+    checkpoint's configuration, and for weight files that are missing or whose headers are damaged.
+    """
+    source = model if isinstance(model, ModelSource) else resolve(model, progress=progress)
+    return _describe(source, overrides)[0]
+
+
+def _describe(
+    source: ModelSource, overrides: Mapping[str, Any] | None
+) -> tuple[ModelConfig, Checkpoint | None]:
+    """Architecture and tensors of a checkpoint; None for Orbax, which ``orbax.restore`` reads."""
+    path, checkpoint = source.path, None
+    if orbax.is_orbax(path):
+        raw = orbax.read_config(path)
+    else:
+        checkpoint = read_hf(path) if path.is_dir() else read_gguf(path)
+        raw = checkpoint.config
+    changes = {**source.overrides, **(overrides or {})}
+    return parse(override(raw, changes), where=str(path)), checkpoint

@@ -201,7 +201,8 @@ def calibrate(args: CalibrateArgs) -> Float[np.ndarray, "L Hk"]:
     """Runs the calibration that ``args`` describe, writes its files, and returns the gates.
 
     Raises ``ValueError`` for settings that contradict each other, the model, the text or the run
-    to be continued, before any training.
+    to be continued, before the weights are read, and ``FloatingPointError`` once a loss is not
+    finite.
     """
     if args.save_every < 1:
         raise ValueError(f"save_every={args.save_every} must be at least 1")
@@ -215,7 +216,7 @@ def calibrate(args: CalibrateArgs) -> Float[np.ndarray, "L Hk"]:
     tokenizer = load_tokenizer(source.path, required=True)
     assert tokenizer is not None  # required
     samples = PasskeySamples(tokenizer, text, args.samples)
-    config, params = convert.load(source, dtype=dtype, progress=True)
+    config = convert.read_config(source)
     limit = config.max_position_embeddings
     if args.samples.max_length > limit:
         raise ValueError(
@@ -233,6 +234,7 @@ def calibrate(args: CalibrateArgs) -> Float[np.ndarray, "L Hk"]:
     checkpoint = args.output / CHECKPOINT
     if checkpoint.is_file():
         state, history = load_checkpoint(checkpoint, settings, state)
+    _, params = convert.load(source, dtype=dtype, progress=True)
     params = stack_layers(params)  # under the same name: the layers should not exist twice
     args.output.mkdir(parents=True, exist_ok=True)
     losses = history.tolist()
@@ -270,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(CalibrateArgs, args=argv, prog=prog, config=(DisallowNone,))
     try:
         gates = calibrate(args)
-    except (ValueError, NotImplementedError, OSError) as error:
+    except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

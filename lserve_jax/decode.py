@@ -301,7 +301,8 @@ def _decode_step(
 
 
 # XLA's choice of what a CUDA graph may hold, and loops: a burst is then one graph that the device
-# runs without the host. Other devices ignore it.
+# runs without the host. Other devices ignore it. It goes before XLA_FLAGS, and JAX takes options of
+# a whole program only: inside another jitted function, call ``decode_burst.__wrapped__``.
 _BURST_OPTIONS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,"
     "CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE"

@@ -19,7 +19,8 @@ it, with ``value_checks`` and ``checkify``:
         error, result = jax.experimental.checkify.checkify(step)(...)
     error.throw()
 
-A function that was jitted and called before keeps what it was traced with: jit it anew.
+A function that was jitted and called before keeps what it was traced with: trace the plain function
+anew, such as ``lserve_jax.decode.decode_burst.__wrapped__``.
 """
 
 from collections.abc import Iterator

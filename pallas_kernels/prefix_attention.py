@@ -9,7 +9,7 @@ the prefix are dealt to S splits, so that there are CTAs for all SMs.
       blocks of 128    |  0  |  1  |  2  |  3  |  4  ]  the last block is masked past ``length``
       split (S = 3)    |  0  |  1  |  2  |  0  |  1  |
 
-      q [B, K * G, D]  --XLA-->  rows [K, R, D], R = B * G to a multiple of 128
+      q [B, K * G, D]  --XLA-->  rows [K, R, D], R = B * G (D = 64: and one) to a multiple of 128
       grid (split s, KV head k, tile)   parts [S, K, R, D] bf16, lses [S, K, R]
       grid (row b, KV head k, g)        parts and the row's own attention --> out [B, K * G, D]
 

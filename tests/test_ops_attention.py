@@ -373,6 +373,37 @@ def test_prefix_attention(page_size: int, length: int, int8: bool) -> None:
         assert_allclose(lse[row, h], true_lse, atol=TOLERANCE, rtol=0)
 
 
+def test_a_prefix_joined_with_what_rows_have_of_their_own() -> None:
+    """Row 0 has both, row 1 only its own, row 2 only the prefix, row 3 neither."""
+    rng = np.random.default_rng(3)
+    B, K, group, S, u = 4, 2, 2, 37, 5
+    k, v = normal(rng, 2, S, K, D)
+    pool = Pool(K, 4, 16, False)
+    pool.put((np.arange(S) // 16, np.arange(S) % 16), k, v)
+    q, own_k, own_v = normal(rng, B, K * group, D), *normal(rng, 2, B, u, K, D)
+    own_out = np.full(q.shape, np.nan, np.float32)
+    own_lse = np.full(q.shape[:2], -np.inf, np.float32)
+    shares = np.array([True, False, True, False])
+    for row, h in np.ndindex(2, K * group):
+        head = h // group
+        own_out[row, h], own_lse[row, h] = oracle.softmax_attention(
+            q[row, h].astype(float), own_k[row, :, head], own_v[row, :, head]
+        )
+    own = api.OwnAttention(jnp.asarray(own_out), jnp.asarray(own_lse), jnp.asarray(shares))
+    out, lse = prefix(jnp.asarray(q), pool.arrays(), jnp.arange(4), jnp.int32(S), own)
+    for row, h in np.ndindex(3, K * group):
+        head = h // group
+        keys = [x[:, head] for x, seen in ((k, shares[row]), (own_k[row], row < 2)) if seen]
+        values = [x[:, head] for x, seen in ((v, shares[row]), (own_v[row], row < 2)) if seen]
+        true_out, true_lse = oracle.softmax_attention(
+            q[row, h].astype(float), np.concatenate(keys), np.concatenate(values)
+        )
+        assert_allclose(out[row, h], true_out, atol=TOLERANCE, rtol=0)
+        assert_allclose(lse[row, h], true_lse, atol=TOLERANCE, rtol=0)
+    assert_array_equal(out[3], 0.0)
+    assert_array_equal(lse[3], -np.inf)
+
+
 def test_an_empty_prefix_gives_zero_and_minus_infinity() -> None:
     pool = Pool(1, 2, 16, False)
     pool.poison(np.zeros((1, 2, 16), bool))

@@ -1,11 +1,16 @@
 """What only values can tell: reported under checkify if asked for, and else not in the program."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import checkify
 from test_ops_contract import ACCEPTED, KR, L, M, N, P, T, example, jitted
+from tiny_llm import tiny_config, tiny_params
 
+import lserve_jax.engine
+from lserve_jax import LLM, SamplingParams
 from pallas_kernels import api
 
 
@@ -88,3 +93,23 @@ def test_programs_have_no_effects_unless_asked_for(op: str) -> None:
     if op in CHECKED:
         with api.value_checks():
             assert effects() > 0
+
+
+def test_checks_reach_a_whole_burst_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain function of a jitted one is traced anew: a page beyond the pool is reported."""
+    config = tiny_config(layers=1, kv_heads=1)
+    llm = LLM((config, tiny_params(config)), max_num_seqs=1, max_model_len=64)
+    real, errors = lserve_jax.engine.decode_burst, []
+
+    def checked(config, spec, params, caches, state, page_table, *rest, **static):
+        plain = partial(real.__wrapped__, config, spec, **static)
+        for table in (page_table, page_table + spec.num_pages):
+            with api.value_checks():
+                error, _ = checkify.checkify(plain)(params, caches, state, table, *rest)
+            errors.append(error.get())
+        return real(config, spec, params, caches, state, page_table, *rest, **static)
+
+    monkeypatch.setattr(lserve_jax.engine, "decode_burst", checked)
+    llm.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(temperature=0, max_tokens=3))
+    assert errors[0] is None
+    assert "must lie in" in errors[1]

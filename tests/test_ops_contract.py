@@ -18,7 +18,7 @@ from jax import ShapeDtypeStruct as Struct
 from numpy.testing import assert_allclose
 
 from pallas_kernels import api
-from pallas_kernels.api import KVPages, PageList
+from pallas_kernels.api import KVPages, OwnAttention, PageList
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,6 +36,10 @@ def bf16(*shape: int) -> Struct:
 
 def i32(*shape: int) -> Struct:
     return Struct(shape, jnp.int32)
+
+
+def flags(*shape: int) -> Struct:
+    return Struct(shape, jnp.bool_)
 
 
 def pages(heads: int, page_size: int = P, head_dim: int = D) -> KVPages:
@@ -76,7 +80,13 @@ ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
         (f32(T, H, D), f32(T, H)),
     ),
     "prefix_attention": (
-        {"q": f32(B, 2, D), "pages": pages(KR), "page_table": i32(M), "length": i32()},
+        {
+            "q": f32(B, 2, D),
+            "pages": pages(KR),
+            "page_table": i32(M),
+            "length": i32(),
+            "own": OwnAttention(f32(B, 2, D), f32(B, 2), flags(B)),
+        },
         (f32(B, 2, D), f32(B, 2)),
     ),
     "merge_attention": (
@@ -271,6 +281,26 @@ def test_the_table_above_covers_every_op() -> None:
         ("prefill_attention", {"streaming": pages(1)}, "hold (1, 1) KV heads, expected 3"),
         ("prefill_attention", {"sink": -1}, "sink >= 0 and local >= 1, got sink=-1 local=8"),
         ("prefill_attention", {"local": 0}, "sink >= 0 and local >= 1, got sink=4 local=0"),
+        (
+            "prefix_attention",
+            {"own": OwnAttention(f32(B, 3, D), f32(B, 2), flags(B))},
+            "own.out has shape (2, 3, 8), expected [2, 2, 8]",
+        ),
+        (
+            "prefix_attention",
+            {"own": OwnAttention(f32(B, 2, D), f32(B, 1), flags(B))},
+            "own.lse has shape (2, 1), expected [2, 2]",
+        ),
+        (
+            "prefix_attention",
+            {"own": OwnAttention(f32(B, 2, D), f32(B, 2), flags(1))},
+            "own.shares has shape (1,), expected [2]",
+        ),
+        (
+            "prefix_attention",
+            {"own": OwnAttention(f32(B, 2, D), f32(B, 2), i32(B))},
+            "own.shares has dtype int32, expected bool",
+        ),
         ("merge_attention", {"outs": f32(2)}, "outs has shape (2,), expected [n, ..., D]"),
         (
             "merge_attention",

@@ -4,7 +4,8 @@
     from lserve_jax import LLM, SparsityConfig
     from lserve_jax.eval.lm_eval import LServeLM
 
-    llm = LLM("Qwen/Qwen3-0.6B", attention="lserve", sparsity=SparsityConfig(token_budget=2048))
+    sparsity = SparsityConfig(token_budget=2048)
+    llm = LLM("Qwen/Qwen3-0.6B", attention="lserve", sparsity=sparsity, relay="never")
     lm_eval.simple_evaluate(LServeLM(llm), tasks=["longbench_qasper"], apply_chat_template=True)
 
 Importing this module also registers the name ``lserve_jax``, whose arguments are the model, keys of
@@ -49,6 +50,10 @@ _SAMPLING_ARGUMENTS = ("temperature", "top_p", "top_k", "min_p", "repetition_pen
 class LServeLM(TemplateLM):
     """An ``LLM`` behind the harness's interface.
 
+    Make it with ``relay="never"``, as the registered name does. The harness gives prompts in groups
+    that begin with the same examples: relay attends such a prefix whole, so sparse attention would
+    seem better than it is for a request by itself.
+
     Prompts that are too long lose their beginning, as with the harness's other models.
     ``max_gen_toks`` is the length of an answer whose task does not say.
 
@@ -85,7 +90,7 @@ class LServeLM(TemplateLM):
         (setting,) = parse_settings([f"{kind}:{keys}" if keys else kind])
         if setting.control is not None:
             raise ValueError(f"control={setting.control} is for python -m lserve_jax.eval only")
-        return cls(LLM(model, attention=kind, sparsity=setting.sparsity, **rest))
+        return cls(LLM(model, attention=kind, sparsity=setting.sparsity, relay="never", **rest))
 
     @property
     def max_length(self) -> int:

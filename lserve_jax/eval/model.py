@@ -66,12 +66,12 @@ def load_model(
     options: EngineOptions,
     progress: bool = False,
 ) -> Model:
-    """Reads the weights of ``source`` and makes sure that ``max_len`` tokens fit.
+    """Makes sure that ``max_len`` tokens fit, and reads the weights of ``source``.
 
-    Raises ``ValueError`` for more tokens than the model's limit without ``rope_extend``, and what
+    Before any weights are read, it raises ``ValueError`` for more tokens than the model's limit without ``rope_extend``, and what
     ``extend_rope`` raises.
     """
-    config, params = convert.load(source, dtype=resolve_dtype(options.dtype), progress=progress)
+    config = convert.read_config(source)
     limit = config.max_position_embeddings
     if max_len > limit and not rope_extend:
         raise ValueError(
@@ -80,6 +80,7 @@ def load_model(
         )
     if max_len > limit:
         config = extend_rope(config, max_len)
+    _, params = convert.load(source, dtype=resolve_dtype(options.dtype), progress=progress)
     eos = tuple(dict.fromkeys((*config.eos_token_ids, *tokenizer.eos_token_ids)))
     config = dataclasses.replace(config, eos_token_ids=eos)
     return Model(name=source.name, config=config, params=params, tokenizer=tokenizer)

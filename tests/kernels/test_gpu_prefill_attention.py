@@ -16,7 +16,7 @@ from shapes import PREFILL, PREFIX, PrefillShape, PrefixShape, prefill_inputs, p
 from pallas_kernels import reference
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.prefix_attention import prefix_attention
-from pallas_kernels.reference import KVPages
+from pallas_kernels.reference import KVPages, OwnAttention
 
 pytestmark = pytest.mark.gpu
 
@@ -110,4 +110,22 @@ def test_prefix_attention(shape: PrefixShape) -> None:
     plain = jax.jit(bf16_attention)(grouped, keys, values, seen).astype(jnp.bfloat16)
     plain = plain.reshape(K, B, H // K, D).swapaxes(0, 1).reshape(B, H, D)
     assert distance(out, truth) <= 2 * distance(plain, truth)
+    assert distance(lse, true_lse) <= 1e-5
+
+
+@pytest.mark.parametrize("shape", PREFIX, ids=lambda shape: shape.name)
+def test_prefix_attention_joined_with_the_rows_own(shape: PrefixShape) -> None:
+    """Every third row does not share the prefix."""
+    q, *args = prefix_inputs(shape)
+    keys = jax.random.split(jax.random.key(1))
+    own_out = jax.random.normal(keys[0], q.shape, jnp.bfloat16)
+    _, prefix_lse = reference.prefix_attention(q.astype(jnp.float32), *args)
+    own_lse = prefix_lse + jax.random.normal(keys[1], prefix_lse.shape)
+    shares = jnp.arange(shape.rows) % 3 > 0
+    own = OwnAttention(own_out, own_lse, shares)
+    exact = own._replace(out=own_out.astype(jnp.float32))
+    truth, true_lse = reference.prefix_attention(q.astype(jnp.float32), *args, exact)
+    out, lse = prefix_attention(q, *args, own)
+    # The prefix's weights, its out and the result are rounded to bf16, 2^-9 each.
+    assert distance(out, truth) <= 4 * 2.0**-9
     assert distance(lse, true_lse) <= 1e-5
