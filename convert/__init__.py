@@ -61,7 +61,7 @@ def load(
         )
     chosen = adapter or source.adapter
     deltas = {} if chosen is None else load_adapter(chosen)
-    config, checkpoint = _describe(source, overrides)
+    config, checkpoint = _describe(source, overrides or {})
     if checkpoint is None:
         return config, orbax.restore(
             source.path, config, dtype=wanted, deltas=deltas, placement=sharding, progress=progress
@@ -76,23 +76,17 @@ def load(
     )
 
 
-def read_config(
-    model: str | Path | ModelSource,
-    *,
-    overrides: Mapping[str, Any] | None = None,
-    progress: bool = False,
-) -> ModelConfig:
-    """The architecture that ``load`` would return, without reading any weights.
+def read_config(source: ModelSource) -> ModelConfig:
+    """The architecture that ``load`` returns, without reading any weights.
 
-    An adapter changes weights only, so none is needed. Raises what ``load`` does for the
-    checkpoint's configuration, and for weight files that are missing or whose headers are damaged.
+    An adapter changes weights alone, so it is not looked at. Raises what ``load`` raises for a
+    configuration, and for files that are missing or whose headers are damaged.
     """
-    source = model if isinstance(model, ModelSource) else resolve(model, progress=progress)
-    return _describe(source, overrides)[0]
+    return _describe(source, {})[0]
 
 
 def _describe(
-    source: ModelSource, overrides: Mapping[str, Any] | None
+    source: ModelSource, overrides: Mapping[str, Any]
 ) -> tuple[ModelConfig, Checkpoint | None]:
     """Architecture and tensors of a checkpoint; None for Orbax, which ``orbax.restore`` reads."""
     path, checkpoint = source.path, None
@@ -101,5 +95,5 @@ def _describe(
     else:
         checkpoint = read_hf(path) if path.is_dir() else read_gguf(path)
         raw = checkpoint.config
-    changes = {**source.overrides, **(overrides or {})}
+    changes = {**source.overrides, **overrides}
     return parse(override(raw, changes), where=str(path)), checkpoint

@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import report
+import retrieval
 import serving
 from serving import Args, Timeline
 
@@ -216,3 +217,9 @@ def test_throughput_table():
         "rows": [{"system": "peer", "runs": [10.0, 40.0, 20.0], "same_answers": 3}],
     }
     assert "| peer | 20.0 | 10.0 | 40.0 | 3 of 4 |" in report.throughput_table(result)
+
+
+def test_retrieval_scores_pages_as_its_committed_tables_did():
+    dense, *sparse = retrieval.settings(retrieval.Args()).values()
+    assert dense is None
+    assert [setting.lower_bound_weight for setting in sparse] == [0.0, 0.0]

@@ -4,10 +4,12 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
 
+import convert
 from convert.attention_patterns import load_pattern
 from lserve_jax import calibrate
 from lserve_jax.passkeys import ORDINALS, PREFACE, QUESTIONS, WORDS, _question, _statement
@@ -115,9 +117,10 @@ def test_a_stopped_run_continues_as_if_it_had_not_been(command, tmp_path, monkey
     assert kept == [2, 4, 6]
 
 
-def test_other_settings_do_not_continue_a_run(command, text, tmp_path):
+def test_other_settings_do_not_continue_a_run(command, text, tmp_path, monkeypatch):
     assert command("--no-plot")[0] == 0
     assert not (tmp_path / "out" / "gates.png").exists()
+    monkeypatch.setattr(convert, "load", None)  # refused before any weights are read
     code, _, err = command(learning_rate=0.2, seed=3)
     assert code == 2
     assert "learning_rate was 0.1 and is 0.2; seed was 0 and is 3" in err
@@ -151,11 +154,26 @@ def test_a_damaged_checkpoint_is_named(command, tmp_path):
         ({"model": "nowhere"}, "model 'nowhere' is neither a path that exists"),
     ],
 )
-def test_mistakes_are_one_sentence(command, tmp_path, options, message):
+def test_mistakes_are_one_sentence(command, tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr(convert, "load", None)  # refused before any weights are read
     code, out, err = command(**options)
     assert (code, out) == (2, "")
     assert message in err and "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(command, tmp_path, monkeypatch):
+    load = convert.load
+
+    def load_damaged(*args, **kwargs):
+        config, params = load(*args, **kwargs)
+        return config, jax.tree.map(lambda x: x * np.nan, params)
+
+    monkeypatch.setattr(convert, "load", load_damaged)
+    code, out, err = command()
+    assert (code, out) == (2, "")
+    assert "error: loss is nan at step 0" in err and "Traceback" not in err
+    assert not (tmp_path / "out" / "full_attention_heads.tsv").exists()
 
 
 @pytest.mark.parametrize("option", ["steps", "num_passkeys", "recent"])

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_checkpoints import LLAMA
+from tiny_checkpoints import LLAMA, model_config, random_tensors, write_gguf, write_hf
 
+import convert
 from convert.config_json import canonical, override, parse, to_json
 from lserve_jax.config import ModelConfig, RopeConfig
 
@@ -218,6 +219,23 @@ def test_rope_overrides_reach_both_forms(name):
     assert stretched == RopeConfig(rope_theta=1e4, rope_type="linear", factor=8.0)
     plain = parsed(raw, rope_parameters={"rope_theta": 7.0}).rope
     assert plain == RopeConfig(rope_theta=7.0)
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf", "orbax"])
+def test_the_config_of_a_source_is_read_without_its_weights(tmp_path, monkeypatch, form):
+    path = write_hf(tmp_path / "hf", LLAMA, random_tensors(LLAMA))
+    if form == "gguf":
+        path = write_gguf(tmp_path / "model.gguf", model_config(), random_tensors(LLAMA))
+    if form == "orbax":
+        convert.save(tmp_path / "orbax", *convert.load(path))
+        path = tmp_path / "orbax"
+    changes = {"rope_theta": 2e6, "max_position_embeddings": 512}  # as an alias brings them
+    loaded, _ = convert.load(path, overrides=changes)
+    monkeypatch.setattr(convert, "assemble", None)
+    monkeypatch.setattr(convert.orbax, "restore", None)
+    source = convert.ModelSource(name="alias", path=path, overrides=changes)
+    assert convert.read_config(source) == loaded
+    assert (loaded.rope.rope_theta, loaded.max_position_embeddings) == (2e6, 512)
 
 
 def test_unknown_override_is_refused_by_name():

@@ -1,6 +1,7 @@
 """``python -m lserve_jax.eval`` with a tiny model: its files, its tables, and what it refuses."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import tokenizers
 from tiny_llm import write_pattern
 
+import convert
 from convert.attention_patterns import load_pattern
 from lserve_jax import LLM
 from lserve_jax.config import ModelConfig, RopeConfig, SparsityConfig
@@ -172,6 +174,23 @@ def test_refused_once_the_model_is_known(capsys, checkpoint, pattern, conformanc
     without = conformance / "llama-tied"
     assert "has no tokenizer" in refusal(capsys, "--model", without, "--lengths", 300)
     assert not (tmp_path / "out").exists()
+
+
+def test_too_many_tokens_are_refused_before_weights_are_read(
+    capsys, checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(convert, "load", None)
+    argv = ("--model", checkpoint, "--depths", 2, "--output", tmp_path, "--lengths", 490)
+    assert "the model's limit is 512" in refusal(capsys, *argv)
+
+
+def test_help_names_every_key_of_a_setting(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    with pytest.raises(ValueError, match="; known: ") as unknown:
+        parse_settings(["lserve:nothing=1"])
+    keys = str(unknown.value).partition("; known: ")[2].split(", ")
+    assert set(keys) <= set(re.findall(r"\w+", out.partition("--model")[0]))
 
 
 @pytest.mark.parametrize(

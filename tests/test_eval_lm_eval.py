@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -207,6 +208,16 @@ def test_registered_under_its_name(conformance):
     ):
         with pytest.raises(ValueError, match=message):
             LServeLM.create_from_arg_string(arguments, {"batch_size": 1})
+
+
+def test_the_registered_model_reads_no_prefix_together(llm, conformance, tmp_path):
+    from lserve_jax.eval.lm_eval import LServeLM
+
+    shutil.copytree(conformance / "llama-tied", tmp_path / "model")
+    llm.tokenizer.save(tmp_path / "model")
+    arguments = f"model={tmp_path / 'model'},attention=lserve,budget=256"
+    model = LServeLM.create_from_arg_string(arguments, {"batch_size": 1})
+    assert model.llm.engine.relay == "never"
 
 
 def test_models_that_the_harness_cannot_use_are_refused(llm):

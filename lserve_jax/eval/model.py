@@ -68,8 +68,8 @@ def load_model(
 ) -> Model:
     """Makes sure that ``max_len`` tokens fit, and reads the weights of ``source``.
 
-    Before any weights are read, it raises ``ValueError`` for more tokens than the model's limit without ``rope_extend``, and what
-    ``extend_rope`` raises.
+    Raises, before it reads them, ``ValueError`` for more tokens than the model's limit without
+    ``rope_extend``, and what ``extend_rope`` raises.
     """
     config = convert.read_config(source)
     limit = config.max_position_embeddings

@@ -75,7 +75,7 @@ def test_matches_softmax(rows, heads, group, length, head_dim, page_size, splits
 def test_merging_is_exact(rows, heads, group, head_dim, splits) -> None:
     """Against float64: row 0 does not share the prefix, row 1 has nothing of its own.
 
-    The merging kernel by itself: with ``own``, in one program with the other, the interpreter hangs.
+    The merging kernel by itself: with ``own`` in one program with the other the interpreter hangs.
     """
     rng = np.random.default_rng(1)
     H, R = heads * group, rows * group + 1
