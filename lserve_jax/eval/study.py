@@ -103,6 +103,12 @@ def run_study(study: Study, *, progress: bool = False) -> dict[str, Any]:
         *(len(window.token_ids) for window in windows),
         0,
     )
+    result = _head(study, settings)
+    if study.resume:
+        _take_over(study.output, result)
+    config = convert.read_config(source)
+    for setting in settings:
+        _check_pattern(setting, config.num_hidden_layers, config.num_key_value_heads)
     model = load_model(
         source,
         tokenizer,
@@ -111,12 +117,7 @@ def run_study(study: Study, *, progress: bool = False) -> dict[str, Any]:
         options=study.options,
         progress=progress,
     )
-    for setting in settings:
-        _check_pattern(setting, model.config.num_hidden_layers, model.config.num_key_value_heads)
     room = min(-(-longest // _ROOM) * _ROOM, model.config.max_position_embeddings)
-    result = _head(study, settings)
-    if study.resume:
-        _take_over(study.output, result)
     reference: list[Score] | None = None
     for setting in settings:
         if setting.name in result["seconds"]:
