@@ -224,8 +224,8 @@ class AnalysisArgs:
     """Alias, checkpoint directory, .gguf file or Hugging Face id."""
     prompt_file: Annotated[Path, arg(metavar="FILE")]
     """Text to run (UTF-8)."""
-    plot: Annotated[Path, arg(metavar="FILE.png")] = Path("page_recall.png")
-    """Where to write the picture."""
+    plot: Annotated[Path | None, arg(metavar="FILE.png", help_behavior_hint="")] = None
+    """Also draw a picture (extra plot)."""
     num_queries: int = 64
     """Measure the last so many tokens of the text."""
     max_tokens: Annotated[int | None, arg(metavar="INT")] = None
@@ -237,7 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """``python -m lserve_jax.analysis``: prints recall by layer, writes the picture; exit code."""
     args = tyro.cli(AnalysisArgs, args=argv, prog="python -m lserve_jax.analysis")
     try:
-        require_matplotlib()  # before any long work
+        if args.plot is not None:
+            require_matplotlib()  # before any long work
         if args.max_tokens is not None and args.max_tokens < 1:
             raise ValueError(f"--max-tokens {args.max_tokens} must be at least 1")
         text = args.prompt_file.read_text(encoding="utf-8")
@@ -251,15 +252,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         ids = llm.token_ids(text)[: args.max_tokens]
         recall = page_recall(llm, {"prompt_token_ids": ids}, num_queries=args.num_queries)
-        plot_page_recall(recall, args.plot)
+        if args.plot is not None:
+            plot_page_recall(recall, args.plot)
     except (ValueError, NotImplementedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{len(ids)} tokens, {args.num_queries} queries; share of attention mass covered")
+    if len(ids) <= args.sparsity.token_budget and args.sparsity.pattern is None:
+        print(f"all of it: the text fits the budget of {args.sparsity.token_budget} tokens")
     print("layer   mean    min")
     for layer, heads in enumerate(recall.mean):
         print(f"{layer:5d}  {heads.mean():.3f}  {heads.min():.3f}")
-    print(f"  all  {recall.mean.mean():.3f}  {recall.mean.min():.3f}   picture: {args.plot}")
+    print(f"  all  {recall.mean.mean():.3f}  {recall.mean.min():.3f}")
     return 0
 
 

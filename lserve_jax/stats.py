@@ -44,7 +44,7 @@ class CompileClock:
     """
 
     def __init__(self):
-        self._spans: list[tuple[float, float, str]] = []  # start, end, name of the function
+        self._spans: list[tuple[float, float]] = []  # start, end
 
     def __enter__(self) -> Self:
         jax.monitoring.register_event_time_span_listener(self._listen)
@@ -64,24 +64,23 @@ class CompileClock:
         # A span is reported when it ends, so those inside it came before: count them once.
         while self._spans and self._spans[-1][0] >= start_time:
             self._spans.pop()
-        self._spans.append((start_time, end_time, str(kwargs.get("fun_name"))))
+        self._spans.append((start_time, end_time))
 
-    def seconds(self, function: str = "") -> float:
-        """Seconds so far, of all functions or of those whose name contains ``function``."""
-        return sum(end - start for start, end, name in self._spans if function in name)
+    def seconds(self) -> float:
+        """Seconds so far, of all functions."""
+        return sum(end - start for start, end in self._spans)
 
 
 def request_summary(metrics: RequestMetrics, clock: CompileClock, sparse: bool) -> list[str]:
     """Lines that say what one request cost.
 
-    Compilation that fell into the request is taken out of its speeds and shown by itself.
+    Compilation is taken out of its speeds and shown by itself. All of it falls before the first
+    token, which is fetched when the first burst is on its way.
     """
-    decode_compile = clock.seconds("decode_burst")
-    prefill = metrics.prefill_seconds - (clock.seconds() - decode_compile)
-    decode = metrics.decode_seconds - decode_compile
+    prefill = metrics.prefill_seconds - clock.seconds()
     lines = [
         f"prefill   {_speed(metrics.prompt_tokens, prefill)}",
-        f"decode    {_speed(metrics.generated_tokens - 1, decode)}",
+        f"decode    {_speed(metrics.generated_tokens - 1, metrics.decode_seconds)}",
         f"compile   {clock.seconds():.2f} s",
     ]
     if sparse:

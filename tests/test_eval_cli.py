@@ -105,8 +105,10 @@ def test_needles_perplexity_and_agreement_end_to_end(
     needles = [*argv[: argv.index("--tasks")], "--tasks", "needle", "--max-num-seqs", 2]
     needles += ["--compare", "dense", sparse]
     assert "its study is" in refusal(capsys, *needles, "--resume")
+    assert "give another output directory" in refusal(capsys, *needles)  # they would be lost
+    needles[needles.index("--output") + 1] = tmp_path / "again"
     run(capsys, *needles)
-    again = json.loads((tmp_path / "results.json").read_text())
+    again = json.loads((tmp_path / "again" / "results.json").read_text())
     assert again["answers"] == result["answers"][:4]
     monkeypatch.setattr(LLM, "generate", None)
     code, out, _ = run(capsys, *needles, "--resume")

@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny_checkpoints import save_character_tokenizer
 
 from lserve_jax import generate
+from lserve_jax.stats import request_summary
 
 PROMPT_LENGTH = 40  # of the goldens in tests/data/conformance
 
@@ -152,6 +154,18 @@ def test_stats_go_to_stderr(capsys, checkpoint):
     for word in ("prefill   8 tokens in", "decode    7 tokens in", "compile", "parameters", "peak"):
         assert word in err
     assert "selections" not in err
+
+
+def test_compilation_counts_as_neither_prefill_nor_decode():
+    metrics = SimpleNamespace(
+        prompt_tokens=100, prefill_seconds=10.0, generated_tokens=51, decode_seconds=5.0
+    )
+    clock = SimpleNamespace(seconds=lambda: 8.0)  # all before the first token
+    assert request_summary(metrics, clock, sparse=False) == [
+        "prefill   100 tokens in 2.00 s, 50.0 tokens/s",
+        "decode    50 tokens in 5.00 s, 10.0 tokens/s",
+        "compile   8.00 s",
+    ]
 
 
 def test_lserve_attention_prunes_and_says_so(capsys, checkpoint):

@@ -104,8 +104,10 @@ def run_study(study: Study, *, progress: bool = False) -> dict[str, Any]:
         0,
     )
     result = _head(study, settings)
-    if study.resume:
-        _take_over(study.output, result)
+    earlier = _earlier(study.output, result)
+    if study.resume and earlier is not None:
+        for name in ("seconds", "answers", "predictions"):
+            result[name] = earlier[name]
     config = convert.read_config(source)
     for setting in settings:
         _check_pattern(setting, config.num_hidden_layers, config.num_key_value_heads)
@@ -226,21 +228,23 @@ def _head(study: Study, settings: Sequence[Setting]) -> dict[str, Any]:
     }
 
 
-def _take_over(directory: Path, result: dict[str, Any]) -> None:
-    """Moves the rows of settings that an earlier run has finished into ``result``.
+def _earlier(directory: Path, result: dict[str, Any]) -> dict[str, Any] | None:
+    """What an earlier run of the same study left in ``directory``; None if there was none.
 
-    Raises ``ValueError`` if that run was not of the same study.
+    Raises ``ValueError`` if it was another study: its results would be lost.
     """
     before = report.read(directory)
     if before is None:
-        return
+        return None
     for name in ("model", "device", "dtype", "seed", "study", "settings"):
         # As JSON, where a tuple is a list.
         old, new = before[name], json.loads(json.dumps(result[name]))
         if old != new:
-            raise ValueError(f"{directory} cannot be resumed: its {name} is {old}, now it is {new}")
-    for name in ("seconds", "answers", "predictions"):
-        result[name] = before[name]
+            raise ValueError(
+                f"{directory} holds the results of another study: its {name} is {old}, now it is "
+                f"{new}; give another output directory"
+            )
+    return before
 
 
 def _described(setting: Setting) -> Mapping[str, Any] | None:
