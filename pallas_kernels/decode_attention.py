@@ -48,6 +48,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.mosaic import (
     LN_2,
     LOG2_E,
+    LOWEST,
     MATRIX,
     MATRIX_TRANSPOSED,
     PER_COLUMN,
@@ -64,8 +65,6 @@ from pallas_kernels.mosaic import (
 )
 from pallas_kernels.reference import KVPages, PageList
 
-# Stands for "no score yet" where -inf would make exp2(-inf - -inf) a NaN.
-LOWEST = -1e30
 # An int8 holds a query to 1/127; the rounding error, at most 1/254 of that step, fills another.
 LOW_STEPS = 254.0
 # T, token slots of one step: the least that wgmma multiplies. Twice as many took so many registers

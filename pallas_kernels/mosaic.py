@@ -13,6 +13,8 @@ from pallas_kernels.device import is_hopper
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
+# Stands for "no score yet" where -inf would make exp2(-inf - -inf) a NaN.
+LOWEST = -1e30
 
 # Streaming multiprocessors of an H100 or H200 (SXM), for sizing grids.
 SM_COUNT = 132

@@ -32,6 +32,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.mosaic import (
     LN_2,
     LOG2_E,
+    LOWEST,
     MATRIX,
     SM_COUNT,
     STRIDED,
@@ -54,8 +55,6 @@ from pallas_kernels.reference import KVPages, OwnAttention
 
 # Elements a warpgroup of the merging kernel holds: one a thread.
 LANES = 128
-# Stands for "no part yet" where -inf would make exp2(-inf - -inf) a NaN.
-LOWEST = -1e30
 # Tuning limits of ``choose_config``.
 MOST_SPLITS = 32
 # What starting a CTA and merging its part cost, in blocks of keys.
@@ -213,6 +212,9 @@ def merge_parts(
     H: int,
 ) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
     """Joins all splits, and ``own`` where it shares the prefix, as ``merge_attention`` does.
+
+    Parts are bf16, their query ``b * H // K + g`` is that of row b; lses are natural logarithms,
+    float32. R has a query more than there are if D = 64.
 
     Index map: grid (row b, KV head k, query head g of it), one query a CTA.
     """

@@ -31,6 +31,7 @@ from jaxtyping import Array, Int
 from pallas_kernels.mosaic import (
     LN_2,
     LOG2_E,
+    LOWEST,
     MATRIX,
     PER_ROW,
     full,
@@ -46,8 +47,6 @@ WARPGROUPS = 3
 COPYING = 2  # the warpgroup that copies
 # Registers a thread, of 65536 for all: accumulators, scores and weights need many, copying few.
 COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
-# Stands for "no score yet" where -inf would make exp2(-inf - -inf) a NaN.
-LOWEST = -1e30
 
 # Positions of K and V where a function takes one or the other.
 KEYS, VALUES = 0, 1

@@ -7,12 +7,14 @@ does must have been as good as a tie: bf16 activations of 30 layers leave 8 bits
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lserve_jax import LLM, CompletionOutput, SamplingParams, SparsityConfig
 from lserve_jax.eval.needle import needle_puzzle
 from lserve_jax.eval.prompts import make_cases, read_text, share_found
+from pallas_kernels.api import Backend
 
 pytestmark = pytest.mark.gpu
 
@@ -20,7 +22,22 @@ GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden"
 MODELS = ("smollm2-135m-instruct", "smollm2-135m-instruct-32k")
 # 3,644 tokens of prompt with a budget of 1024: pages are left out.
 PRUNED = SparsityConfig(page_size=16, token_budget=1024)
+BACKENDS: tuple[Backend, ...] = ("reference", "mosaic")
 TIE = 0.25  # of a log-probability
+
+
+def make_llm(model: str, backend: Backend, sparsity: SparsityConfig | None, **options: Any) -> LLM:
+    """In bf16, with prompts in chunks of 1024; without ``sparsity`` dense."""
+    return LLM(
+        model,
+        dtype="bfloat16",
+        kv_cache_bytes=2 << 30,
+        attention="dense" if sparsity is None else "lserve",
+        sparsity=sparsity,
+        prefill_chunk_size=1024,
+        backend=backend,
+        **options,
+    )
 
 
 def prompts(model: str) -> list[dict[str, list[int]]]:
@@ -46,18 +63,8 @@ def assert_same_up_to_ties(
 @pytest.mark.parametrize("sparsity", [None, PRUNED], ids=["dense", "lserve"])
 def test_kernels_answer_as_the_reference(model: str, sparsity: SparsityConfig | None) -> None:
     answers = []
-    for backend in ("reference", "mosaic"):
-        llm = LLM(
-            model,
-            dtype="bfloat16",
-            max_model_len=4096,
-            max_num_seqs=4,
-            kv_cache_bytes=1 << 30,
-            attention="dense" if sparsity is None else "lserve",
-            sparsity=sparsity,
-            prefill_chunk_size=1024,
-            backend=backend,
-        )
+    for backend in BACKENDS:
+        llm = make_llm(model, backend, sparsity, max_model_len=4096, max_num_seqs=4)
         sampling = SamplingParams(temperature=0, max_tokens=48, logprobs=5)
         outputs = llm.generate(prompts(model), sampling)
         answers.append([output.outputs[0] for output in outputs])
@@ -71,18 +78,9 @@ SYSTEM = "You are a helpful assistant. " * 40  # some 200 tokens
 def test_a_prefix_read_together(sparsity: SparsityConfig | None) -> None:
     """Eight requests with one system prompt: relay on the kernels, and on the reference ops."""
     answers = []
-    for backend in ("reference", "mosaic"):
-        llm = LLM(
-            MODELS[0],
-            dtype="bfloat16",
-            max_model_len=2048,
-            max_num_seqs=8,
-            kv_cache_bytes=1 << 30,
-            attention="dense" if sparsity is None else "lserve",
-            sparsity=sparsity,
-            prefill_chunk_size=1024,
-            relay="always",
-            backend=backend,
+    for backend in BACKENDS:
+        llm = make_llm(
+            MODELS[0], backend, sparsity, max_model_len=2048, max_num_seqs=8, relay="always"
         )
         chats = [
             [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"Count to {n}."}]
@@ -101,24 +99,16 @@ LONG = 31744  # tokens of a prompt; the model was trained for 32,768
 def test_the_same_needles_are_found_in_31_thousand_tokens(page_size: int | None) -> None:
     """Prompt by prompt: 16 pass keys in two haystacks, with a budget of a fifteenth of them.
 
-    Where the pages of a needle rank at the edge of the budget, rounding decides whether they are
-    read: with pages of 64 an answer was seen to differ, dense and with pages of 16 none.
+    Seen to fail with pages of 64; rounding may decide there whether a page at the edge of the
+    budget is read. Dense and with pages of 16 all answers agreed.
     """
+    sparsity = None
+    if page_size is not None:
+        sparsity = SparsityConfig(page_size=page_size, logical_page_size=16, token_budget=2048)
     scores = []
-    for backend in ("reference", "mosaic"):
-        llm = LLM(
-            MODELS[1],
-            dtype="bfloat16",
-            max_model_len=32768,
-            max_num_seqs=8,
-            kv_cache_bytes=2 << 30,
-            attention="dense" if page_size is None else "lserve",
-            sparsity=None
-            if page_size is None
-            else SparsityConfig(page_size=page_size, logical_page_size=16, token_budget=2048),
-            relay="never",
-            prefill_chunk_size=1024,
-            backend=backend,
+    for backend in BACKENDS:
+        llm = make_llm(
+            MODELS[1], backend, sparsity, max_model_len=32768, max_num_seqs=8, relay="never"
         )
         text = read_text(llm.tokenizer, "documentation", LONG)
         found = []
@@ -136,6 +126,5 @@ def test_the_same_needles_are_found_in_31_thousand_tokens(page_size: int | None)
             ]
         scores.append(found)
     print("found by reference and kernels:", *map(sum, scores))
-    differ = sum(a != b for a, b in zip(*scores, strict=True))
-    assert differ <= (2 if page_size == 64 else 0)
+    assert scores[0] == scores[1]
     assert sum(scores[0]) > len(scores[0]) / 2  # or little was compared
