@@ -166,6 +166,7 @@ def time_selection(shape: SelectionShape, op: str, how: Literal["kernel", "XLA"]
         score = partial(
             page_scores if how == "kernel" else reference.page_scores,
             page_size=shape.page_size,
+            selected_page_size=shape.selected_page_size,
             lower_bound_weight=0.5,
         )
         moved, flops = shape.bytes_moved, shape.flops
@@ -181,13 +182,13 @@ def time_selection(shape: SelectionShape, op: str, how: Literal["kernel", "XLA"]
             sink_pages=1,
         )
         moved, flops = shape.score_bytes, 0
-        size = calls, shape.rows, shape.retrieval_heads, shape.pages
+        size = calls, shape.rows, shape.retrieval_heads, shape.candidates
         scores = 70.0 + 8.0 * jax.random.normal(jax.random.key(1), size)  # as of random pages
 
         def run(scores, candidates):
             return lax.map(lambda x: select(x, candidates), scores)
 
-        times = kernel_times(run, scores, length // shape.page_size, calls=calls)
+        times = kernel_times(run, scores, length // shape.selected_page_size, calls=calls)
     kernels = {name: t for name, t in times.items() if how == "XLA" or "mosaic" in name}
     total = sum(kernels.values())
     return {

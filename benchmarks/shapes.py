@@ -1,5 +1,6 @@
 """The shapes that kernels are tested, tuned and timed at, and inputs for them."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -43,17 +44,36 @@ class DecodeShape:
 
 
 def _decode_shapes() -> tuple[DecodeShape, ...]:
-    """Llama-3-8B's heads, half of them streaming (sink 128, local 256) with a budget of 4096."""
-    half = {"retrieval_heads": 4, "streaming_heads": 4, "streaming_pages": 6}
+    """Llama-3-8B's heads, half of them streaming (sink 128, local 256) with a budget of 4096.
+
+    Sparse attention lists pages of 16 tokens, or whole ones of 64, as published.
+    """
+    half = {
+        "retrieval_heads": 4,
+        "streaming_heads": 4,
+        "retrieval_pages": 256,
+        "streaming_pages": 24,
+        "page_size": 16,
+    }
     bf16 = (
-        DecodeShape(name="sparse, 1 row", retrieval_pages=64, **half),
-        DecodeShape(name="sparse, 8 rows", rows=8, retrieval_pages=64, **half),
+        DecodeShape(name="sparse, 1 row", **half),
+        DecodeShape(name="sparse, 8 rows", rows=8, **half),
         DecodeShape(name="dense 128K", retrieval_heads=8, retrieval_pages=2048),
         DecodeShape(name="dense 512K", retrieval_heads=8, retrieval_pages=8192),
     )
+    whole = tuple(
+        dataclasses.replace(
+            shape,
+            name=f"{shape.name}, whole pages",
+            retrieval_pages=64,
+            streaming_pages=6,
+            page_size=64,
+        )
+        for shape in bf16[:2]
+    )
     int8 = (
-        DecodeShape(name="sparse, 1 row, int8", retrieval_pages=64, int8=True, **half),
-        DecodeShape(name="sparse, 8 rows, int8", rows=8, retrieval_pages=64, int8=True, **half),
+        DecodeShape(name="sparse, 1 row, int8", int8=True, **half),
+        DecodeShape(name="sparse, 8 rows, int8", rows=8, int8=True, **half),
         DecodeShape(name="dense 128K, int8", retrieval_heads=8, retrieval_pages=2048, int8=True),
         DecodeShape(
             name="dense 128K, int8, pages of 128",
@@ -85,7 +105,7 @@ def _decode_shapes() -> tuple[DecodeShape, ...]:
             int8=True,
         ),
     )
-    return bf16 + int8 + others
+    return bf16 + whole + int8 + others
 
 
 DECODE = _decode_shapes()
@@ -211,6 +231,14 @@ def _chunk_shapes() -> tuple[AppendShape, ...]:
         AppendShape(name="chunk of 32768", tokens=32768, retrieval_heads=8),
         AppendShape(name="chunk of 1000 at 77, int8", tokens=1000, start=77, int8=True, **half),
         AppendShape(
+            name="chunk of 1000 at 77, int8, pages of 16",
+            tokens=1000,
+            start=77,
+            page_size=16,
+            int8=True,
+            **half,
+        ),
+        AppendShape(
             name="SmolLM2, chunk of 2048 at 5",
             tokens=2048,
             start=5,
@@ -313,11 +341,17 @@ class SelectionShape:
     rows: int = 1
     retrieval_heads: int = 4
     pages: int  # pages a row has
-    selected: int = 63
+    selected: int = 255
     group: int = 4
     head_dim: int = 128
     page_size: int = 64
     logical_page_size: int = 16
+    selected_page_size: int = 16
+
+    @property
+    def candidates(self) -> int:
+        """Pages to select from: whole ones, or parts of pages."""
+        return self.pages * (self.page_size // self.selected_page_size)
 
     @property
     def bytes_moved(self) -> int:
@@ -332,13 +366,24 @@ class SelectionShape:
 
     @property
     def score_bytes(self) -> int:
-        return 4 * self.rows * self.retrieval_heads * self.pages
+        return 4 * self.rows * self.retrieval_heads * self.candidates
 
 
 SELECTION = (
+    SelectionShape(name="select, 16K", pages=256),
     SelectionShape(name="select, 128K", pages=2048),
     SelectionShape(name="select, 512K", pages=8192),
     SelectionShape(name="select, 128K, 8 rows", rows=8, pages=2048),
+    # As published: pages of 64 tokens, each by its best logical page.
+    SelectionShape(name="whole pages, 128K", pages=2048, selected=63, selected_page_size=64),
+    SelectionShape(name="whole pages, 512K", pages=8192, selected=63, selected_page_size=64),
+    SelectionShape(
+        name="whole pages, 128K, 8 rows",
+        rows=8,
+        pages=2048,
+        selected=63,
+        selected_page_size=64,
+    ),
     SelectionShape(
         name="select, SmolLM2 32K",
         retrieval_heads=2,

@@ -128,9 +128,10 @@ def _measuring_attend(
     Q, D, C = queries.shape[0], config.head_dim, sparsity.reuse_interval
     # The query that selects for query i is the first of its interval.
     selecting = queries[(jnp.arange(Q) // C) * C]
-    tail = first_tail_page(selecting, P)
-    page = jnp.arange(M)[None]
-    in_tail = (page >= tail[:, None]) & (page <= queries[:, None] // P)  # [Q, M]
+    U = spec.listed_page_size
+    tail = first_tail_page(selecting, U)
+    page = jnp.arange(num_tokens // U)[None]
+    in_tail = (page >= tail[:, None]) & (page <= queries[:, None] // U)  # [Q, M * P / U]
     ring = spec.ring
     in_ring = (position[None] < ring.sink) | (position[None] > queries[:, None] - ring.local)
 
@@ -160,6 +161,7 @@ def _measuring_attend(
             jnp.broadcast_to(table[None], (Q, M)),
             selecting + 1,
             page_size=P,
+            selected_page_size=U,
             lower_bound_weight=sparsity.lower_bound_weight,
         )
         selected = api.select_pages(
@@ -169,7 +171,7 @@ def _measuring_attend(
             sink_pages=spec.forced_sink_pages,
         )  # [Q, Kr, R]
         is_selected = (selected[..., None] == page[None, None]).any(axis=2) | in_tail[:, None]
-        by_page = mass[:, :Kr].reshape(Q, Kr, -1, M, P).sum(axis=-1)
+        by_page = mass[:, :Kr].reshape(Q, Kr, config.group_size, -1, U).sum(axis=-1)
         retrieval = jnp.where(is_selected[:, :, None], by_page, 0.0).sum(axis=-1)  # [Q, Kr, G]
         share = jnp.concatenate([retrieval, streaming], axis=1).reshape(Q, -1).T
         return out[None], share.astype(covered.dtype)
@@ -209,7 +211,8 @@ def plot_page_recall(recall: PageRecall, path: str | Path) -> None:
     settings = recall.sparsity
     curve.set_title(
         f"{recall.prompt_tokens} tokens, budget {settings.token_budget}, "
-        f"page {settings.page_size}/{settings.logical_page_size}, C={settings.reuse_interval}",
+        f"pages {settings.page_size}/{settings.logical_page_size}, by "
+        f"{settings.resolved_selected_page_size}, C={settings.reuse_interval}",
         fontsize="medium",
     )
     curve.legend(fontsize="small")

@@ -163,7 +163,7 @@ def decode_attend(
     ring_page = jnp.where(active, ring_page, -1)
     # All layers attend as many slots; only which pages a retrieval head lists is its own.
     start, stop = jnp.zeros((B, 1), jnp.int32), retrieval_stop(spec, tail, own, active)
-    ring = ring_list(spec.ring, slot, sink_page, position, active)
+    ring = ring_list(spec, slot, sink_page, position, active)
     num_retrieval = sum(spec.num_retrieval_heads)
     num_streaming = config.num_hidden_layers * config.num_key_value_heads - num_retrieval
     attended = (num_retrieval * stop + num_streaming * (ring.stop - ring.start))[:, 0]
@@ -196,6 +196,7 @@ def decode_attend(
                 page_table,
                 own + 1,
                 page_size=P,
+                selected_page_size=spec.listed_page_size,
                 lower_bound_weight=spec.lower_bound_weight,
                 backend=backend,
             )
@@ -209,7 +210,13 @@ def decode_attend(
             listed = listed.at[:B].set(retrieval_pages(spec, selected, tail, page_table))
         pages = page_table[:, None] if listed is None else listed
         out, lse = api.paged_attention(
-            q, retrieval, streaming, PageList(pages, start, stop), ring, backend=backend
+            q,
+            retrieval,
+            streaming,
+            PageList(pages, start, stop),
+            ring,
+            listed_page_size=spec.listed_page_size,
+            backend=backend,
         )
         if relay is not None and Kr > 0:
             Hr = Kr * config.group_size

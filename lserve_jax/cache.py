@@ -99,15 +99,27 @@ class CacheSpec:
     sparsity: SparsityConfig | None
 
     @property
+    def listed_page_size(self) -> int:
+        """U: tokens of a page in decode's lists: a selected page, or a page where none is."""
+        if self.sparsity is None:
+            return self.page_size
+        return self.sparsity.resolved_selected_page_size
+
+    @property
+    def listed_pages_per_sequence(self) -> int:
+        return self.pages_per_sequence * (self.page_size // self.listed_page_size)
+
+    @property
     def num_ranked(self) -> int:
         """R: pages a retrieval head gets by score; the rest of its budget is the newest pages."""
         if self.sparsity is None:
             return 0
-        return min(self.sparsity.token_budget // self.page_size - 1, self.pages_per_sequence)
+        budget = self.sparsity.token_budget // self.listed_page_size
+        return min(budget - 1, self.listed_pages_per_sequence)
 
     @property
     def forced_sink_pages(self) -> int:
-        """First pages that selection always keeps."""
+        """First listed pages that selection always keeps."""
         return 0 if self.sparsity is None else min(self.sparsity.forced_sink_pages, self.num_ranked)
 
     @property
@@ -121,8 +133,8 @@ class CacheSpec:
         if self.sparsity is None:
             return self.pages_per_sequence
         # From the last token before the selection to the last step that reuses it.
-        tail = 1 + -(-self.sparsity.reuse_interval // self.page_size)
-        return min(self.num_ranked + tail, self.pages_per_sequence)
+        tail = 1 + -(-self.sparsity.reuse_interval // self.listed_page_size)
+        return min(self.num_ranked + tail, self.listed_pages_per_sequence)
 
     @property
     def reuse_interval(self) -> int:
@@ -151,7 +163,7 @@ class LayerCache:
     key_stats: Float[Array, "Kr N g 2 D"] | None  # kmax, kmin; None when nothing is selected
     streaming: KVPages  # [Ks, Q, P, D]
     window: KVPages  # [Ks, W, P, D], in the compute dtype
-    # Physical pages that the last selection lists; None when nothing is selected.
+    # What the last selection lists, as ``retrieval_pages`` numbers it; None: nothing is selected.
     listed: Int[Array, "S Kr L"] | None
 
 

@@ -259,7 +259,7 @@ def _decode_step(
     tail = state.tail
     if select:
         own = state.position if relay is None else state.position - relay.private_start()
-        tail = first_tail_page(own, spec.page_size)
+        tail = first_tail_page(own, spec.listed_page_size)
     attend, attended = decode_attend(
         config,
         spec,

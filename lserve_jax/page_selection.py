@@ -4,13 +4,18 @@ A retrieval head reads R ranked pages, chosen at a selection and reused until th
 the *tail*: every page that holds tokens written since just before that selection. So no token
 can fall between a reused list and the newest page. A streaming head reads its ring.
 
-Page numbers count a sequence's pages from 0; physical ids index a pool.
+Page numbers count a sequence's pages from 0; physical ids index a pool. A page here is what decode
+lists, U tokens (``CacheSpec.listed_page_size``): where that is less than the cache's page of P, both
+pools count as pools of P / U times as many pages, without a copy:
+
+    cache   page 0                    page 1                    page 2
+    lists   | 0  | 1  | 2  | 3  |     | 4  | 5  | 6  | 7  |     | 8  | 9  | 10 | 11 |
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from lserve_jax.cache import CacheSpec, Ring
+from lserve_jax.cache import CacheSpec
 from pallas_kernels.api import PageList
 
 
@@ -31,6 +36,7 @@ def retrieval_pages(
 ) -> Int[Array, "B Kr L"]:
     """Physical ids of the selected pages, then of the tail as far as reuse can let it grow.
 
+    ``page_table`` has the cache's pages; selected, ``tail`` and what is returned are listed pages.
     Made once a selection: until the next one only the number of attended slots grows.
     """
     B, Kr, R = selected.shape
@@ -40,8 +46,10 @@ def retrieval_pages(
     chosen = jnp.pad(selected, ((0, 0), (0, 0), (0, spec.num_listed - R)))
     number = jnp.where(entry < ranked[:, None, None], chosen, number)
     # Entries past the sequence's end name some valid page; they are not attended.
-    number = jnp.minimum(number, page_table.shape[1] - 1)
-    return jnp.take_along_axis(page_table[:, None], number, axis=2).astype(jnp.int32)
+    number = jnp.minimum(number, spec.listed_pages_per_sequence - 1)
+    cut = spec.page_size // spec.listed_page_size
+    page = jnp.take_along_axis(page_table[:, None], number // cut, axis=2)
+    return (page * cut + number % cut).astype(jnp.int32)
 
 
 def retrieval_stop(
@@ -56,13 +64,14 @@ def retrieval_stop(
     newest are full, so the attended slots are contiguous.
     """
     before_tail = jnp.minimum(tail, spec.num_ranked)
-    count = before_tail + position // spec.page_size - tail + 1
-    stop = (count - 1) * spec.page_size + position % spec.page_size + 1
+    U = spec.listed_page_size
+    count = before_tail + position // U - tail + 1
+    stop = (count - 1) * U + position % U + 1
     return jnp.where(active, stop, 0)[:, None]
 
 
 def ring_list(
-    ring: Ring,
+    spec: CacheSpec,
     slot: Int[Array, " B"],
     sink_page: Int[Array, " B"],
     position: Int[Array, " B"],
@@ -76,7 +85,7 @@ def ring_list(
     The oldest local page is usually visible only from some token on, so it comes first and
     ``start`` skips its beginning; sinks and the other local pages follow, the newest last.
     """
-    P, sinks = ring.page_size, ring.sink_pages
+    ring, P, sinks = spec.ring, spec.page_size, spec.ring.sink_pages
     newest = position // P
     first_visible = jnp.maximum(position - ring.local + 1, 0)
     oldest = jnp.maximum(first_visible // P, sinks)
@@ -103,4 +112,6 @@ def ring_list(
     start = jnp.where(num_local > 1, jnp.maximum(first_visible - oldest * P, 0), 0)
     stop = (count - 1) * P + position % P + 1
     start, stop = jnp.where(active, start, 0), jnp.where(active, stop, 0)
+    cut = P // spec.listed_page_size
+    pages = (pages[:, :, None] * cut + jnp.arange(cut)[None, None]).reshape(len(pages), -1)
     return PageList(pages[:, None].astype(jnp.int32), column(start), column(stop))

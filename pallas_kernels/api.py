@@ -191,11 +191,13 @@ def _expect_list(name: str, lists: PageList, rows: int, heads: int) -> None:
             )
 
 
-def _check_list(name: str, lists: PageList, rows: int, pages: KVPages) -> None:
+def _check_list(
+    name: str, lists: PageList, rows: int, pages: KVPages, listed_page_size: int
+) -> None:
     heads, N, P = pages.k.shape[:3]
     if heads > 0:
-        slots = lists.pages.shape[2] * P
-        _check_range(f"{name}.pages", lists.pages[:rows], N - 1)
+        slots = lists.pages.shape[2] * listed_page_size
+        _check_range(f"{name}.pages", lists.pages[:rows], N * (P // listed_page_size) - 1)
         _check_range(f"{name}.start", lists.start[:rows], slots)
         _check_range(f"{name}.stop", lists.stop[:rows], slots)
 
@@ -207,6 +209,7 @@ def paged_attention(
     retrieval_list: PageList,
     streaming_list: PageList,
     *,
+    listed_page_size: int | None = None,
     backend: Backend = "auto",
 ) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
     """One query token a row attends the listed pages (LServe, unified attention).
@@ -215,6 +218,9 @@ def paged_attention(
     not know the difference beyond which pool a head's pages are in. Query heads h and KV head
     h // G correspond. A row that attends nothing gives out 0, lse -inf. Lists may have more rows
     than q, which are ignored (so that a batch can use the lists of all slots as they are).
+
+    Lists may name parts of pages. Then ``listed_page_size`` is less than P, and page p of a pool
+    counts as n = P // listed_page_size of them, n * p to n * p + n - 1.
 
     Returns (out in q's dtype, lse float32).
 
@@ -232,14 +238,26 @@ def paged_attention(
     _expect_pools(retrieval, streaming, Kr + Ks, D)
     _expect_list("retrieval_list", retrieval_list, B, Kr)
     _expect_list("streaming_list", streaming_list, B, Ks)
-    _check_list("retrieval_list", retrieval_list, B, retrieval)
-    _check_list("streaming_list", streaming_list, B, streaming)
+    page_size = retrieval.k.shape[2]
+    if listed_page_size is None:
+        listed_page_size = page_size
+    if listed_page_size < 1 or page_size % listed_page_size:
+        raise ValueError(f"{listed_page_size=} must divide the pages' {page_size} tokens")
+    _check_list("retrieval_list", retrieval_list, B, retrieval, listed_page_size)
+    _check_list("streaming_list", streaming_list, B, streaming, listed_page_size)
     if resolve_backend(backend) == "reference":
         implementation = reference.paged_attention
     else:
         # Not at the top: importing Pallas takes a second that CPU users need not wait.
         from pallas_kernels.decode_attention import paged_attention as implementation
-    return implementation(q, retrieval, streaming, retrieval_list, streaming_list)
+    return implementation(
+        q,
+        retrieval,
+        streaming,
+        retrieval_list,
+        streaming_list,
+        listed_page_size=listed_page_size,
+    )
 
 
 def prefill_attention(
@@ -531,25 +549,28 @@ def page_scores(
     length: Int[Array, " B"],
     *,
     page_size: int,
+    selected_page_size: int,
     lower_bound_weight: float = 0.0,
     backend: Backend = "auto",
-) -> Float[Array, "B Kr M"]:
+) -> Float[Array, "B Kr M*m"]:
     """How much each page can matter to each retrieval KV head (LServe, hierarchical paging).
 
-    score = max over the group's query heads and the page's logical pages of upper + w * lower:
+    ``selected_page_size`` is what one score speaks for, in tokens: a logical page, a whole page as
+    in the paper, or something between; m = page_size // selected_page_size of them make a page.
+
+    score = max over the group's query heads and the logical pages in it of upper + w * lower:
     upper = sum_d max(q_d * kmax_d, q_d * kmin_d) and lower = sum_d min(q_d * kmax_d, q_d * kmin_d)
     bound q . k over the logical page's tokens (up to the rounding of statistics kept in a narrower
     dtype than the keys'). w is ``lower_bound_weight``, in [0, 1]; 0 is the papers' bound.
-    ``q`` holds the rotated queries of the retrieval heads only. Pages that hold none of the
-    sequence's first ``length`` tokens score -inf.
+    ``q`` holds the rotated queries of the retrieval heads only. What holds none of the sequence's
+    first ``length`` tokens scores -inf.
 
     >>> import jax.numpy as jnp
-    >>> stats = jnp.ones((1, 4, 2, 2, 8))
-    >>> scores = page_scores(
-    ...     jnp.ones((1, 2, 8)), stats, jnp.array([[3, 1]]), jnp.array([10]), page_size=32
-    ... )
-    >>> scores.tolist()
+    >>> args = jnp.ones((1, 2, 8)), jnp.ones((1, 4, 2, 2, 8)), jnp.array([[3, 1]]), jnp.array([10])
+    >>> page_scores(*args, page_size=32, selected_page_size=32).tolist()
     [[[8.0, -inf]]]
+    >>> page_scores(*args, page_size=32, selected_page_size=16).tolist()
+    [[[8.0, -inf, -inf, -inf]]]
     """
     if not 0.0 <= lower_bound_weight <= 1.0:
         raise ValueError(f"{lower_bound_weight=} must lie in [0, 1]")
@@ -562,6 +583,14 @@ def page_scores(
     _expect_dtype("int32", page_table=page_table, length=length)
     if key_stats.shape[2] == 0 or page_size % key_stats.shape[2]:
         raise ValueError(f"{page_size=} must be a multiple of {key_stats.shape[2]} logical pages")
+    logical_page_size = page_size // key_stats.shape[2]
+    if selected_page_size < 1 or (
+        page_size % selected_page_size or selected_page_size % logical_page_size
+    ):
+        raise ValueError(
+            f"{selected_page_size=} must divide {page_size=} and be a multiple of "
+            f"{logical_page_size=}"
+        )
     _check_range("length", length, page_table.shape[1] * page_size)
     used = jnp.arange(page_table.shape[1])[None] * page_size < length[:, None]
     _check_range("page_table", jnp.where(used, page_table, 0), key_stats.shape[1] - 1)
@@ -575,6 +604,7 @@ def page_scores(
         page_table,
         length,
         page_size=page_size,
+        selected_page_size=selected_page_size,
         lower_bound_weight=lower_bound_weight,
     )
 

@@ -63,7 +63,7 @@ from pallas_kernels.mosaic import (
     store_anyhow,
     tile_transforms,
 )
-from pallas_kernels.reference import KVPages, PageList
+from pallas_kernels.reference import KVPages, PageList, cut_pages
 
 # An int8 holds a query to 1/127; the rounding error, at most 1/254 of that step, fills another.
 LOW_STEPS = 254.0
@@ -97,7 +97,7 @@ def choose_config(rows: int, kv_heads: int, slots: int, dtype: jax.typing.DTypeL
     return Config(splits=max(min(splits, 66, slots // (2 * TILE)), 1))
 
 
-@partial(jax.jit, static_argnames=("config",))
+@partial(jax.jit, static_argnames=("listed_page_size", "config"))
 def paged_attention(
     q: Float[Array, "B H D"],
     retrieval: KVPages,
@@ -105,13 +105,17 @@ def paged_attention(
     retrieval_list: PageList,
     streaming_list: PageList,
     *,
+    listed_page_size: int | None = None,
     config: Config | None = None,
 ) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
     """``pallas_kernels.api.paged_attention`` on a Hopper GPU (or under Mosaic GPU's interpreter).
 
-    Query bf16, pages bf16 or int8; D 64 or 128; P 16 to 128; up to 16 query heads a KV head.
+    Query bf16, pages bf16 or int8; D 64 or 128; listed pages of 16 to 128 tokens; up to 16 query
+    heads a KV head.
     Shapes are those the api has checked. Raises ``NotImplementedError`` for anything else.
     """
+    if listed_page_size is not None:
+        retrieval, streaming = (cut_pages(x, listed_page_size) for x in (retrieval, streaming))
     _refuse_unsupported(q, retrieval, streaming)
     B, H, D = q.shape
     K = retrieval.k.shape[0] + streaming.k.shape[0]
@@ -154,7 +158,7 @@ def _refuse_unsupported(q: Array, retrieval: KVPages, streaming: KVPages) -> Non
     if head_dim not in (64, 128):
         reasons.append(f"head_dim must be 64 or 128, got {head_dim}")
     if page_size not in (16, 32, 64, 128):
-        reasons.append(f"page size must be 16, 32, 64 or 128, got {page_size}")
+        reasons.append(f"listed pages must have 16, 32, 64 or 128 tokens, got {page_size}")
     if group > 16:
         reasons.append(f"at most 16 query heads a KV head, got {group}")
     refuse("paged_attention", reasons)
@@ -189,6 +193,8 @@ def _attend_splits(
     tiles_per_page = max(P // T, 1)
     first_heads = pools[0].k.shape[0]
     scale = D**-0.5 * LOG2_E  # scores in base 2: exp2 is one instruction
+    # A copy starts at a multiple of 128 bytes in shared memory: scales of a page of 16 leave gaps.
+    scale_box = max(box, 128 // 4)
 
     def attend_split(q_gmem, *refs):  # q [rows, D] bf16
         # For each class: pages [B, Kc or 1, L], start and stop [B, Kc or 1] int32
@@ -246,13 +252,12 @@ def _attend_splits(
                     if j:  # the tile's first page stands in for those past ``stop``
                         page = jnp.where(tile * T + j * P < stop, page, ids[0])
                     source = head, page, pl.ds(within, box)
-                    target = slot, pl.ds(j * box, box)
-                    plgpu.copy_gmem_to_smem(pool[part].at[source], to.at[target], ready.at[slot])
+                    target = to.at[slot, pl.ds(j * box, box)]
+                    plgpu.copy_gmem_to_smem(pool[part].at[source], target, ready.at[slot])
                     if int8:
-                        scale_to = (k_scale_smem, v_scale_smem)[part]
-                        plgpu.copy_gmem_to_smem(
-                            pool[2 + part].at[source], scale_to.at[target], ready.at[slot]
-                        )
+                        target = (k_scale_smem, v_scale_smem)[part]
+                        target = target.at[slot, pl.ds(j * scale_box, box)]
+                        plgpu.copy_gmem_to_smem(pool[2 + part].at[source], target, ready.at[slot])
 
             if len(pools_gmem) == 1:
                 copy(pools_gmem[0], k)
@@ -284,6 +289,19 @@ def _attend_splits(
             plgpu.commit_smem()
             return largest * (scale / 127.0)
 
+        def scales(smem, slot, like):
+            """Of a tile's slots, in every column of ``like``."""
+            if box == scale_box:
+                return spread_rows(plgpu.load(smem.at[slot], layout=PER_ROW), like)
+            row = plgpu.broadcasted_iota(jnp.int32, like.shape, 0, layout=MATRIX)
+            all_rows = None
+            for j in range(boxes):
+                # So shifted, row i of box j is what lies i after the box's beginning.
+                shifted = smem.at[slot, pl.ds(j * (scale_box - box), T)]
+                rows = spread_rows(plgpu.load(shifted, layout=PER_ROW), like)
+                all_rows = rows if j == 0 else jnp.where(row >= j * box, rows, all_rows)
+            return all_rows
+
         def scores(slot, query_scale):
             """[T, N], base 2."""
             keys = k_smem.at[slot]
@@ -294,7 +312,7 @@ def _attend_splits(
                 for x in query_smem
             )
             x = (high + low * (1.0 / LOW_STEPS)) * spread_columns(query_scale, high)
-            return x * spread_rows(plgpu.load(k_scale_smem.at[slot], layout=PER_ROW), x)
+            return x * scales(k_scale_smem, slot, x)
 
         def token_slots(step, shape):
             rows = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
@@ -353,8 +371,7 @@ def _attend_splits(
 
                 plgpu.barrier_wait(v_ready.at[slot])
                 if int8:
-                    v_scale = plgpu.load(v_scale_smem.at[slot], layout=PER_ROW)
-                    p = jnp.where(visible, p * spread_rows(v_scale, p), 0.0)
+                    p = jnp.where(visible, p * scales(v_scale_smem, slot, p), 0.0)
                 v = values(slot, step)
                 p_smem.transpose((1, 0))[...] = plgpu.layout_cast(
                     p.astype(jnp.bfloat16), MATRIX_TRANSPOSED
@@ -393,8 +410,8 @@ def _attend_splits(
     scratch = [kv_tile, kv_tile, p_tile, ready, ready, query_tile]
     if int8:
         v_tile = plgpu.SMEM((T, D), jnp.bfloat16, transforms=tile_transforms(D, jnp.bfloat16))
-        scales = plgpu.SMEM((stages, T), jnp.float32)
-        scratch += [query_tile, v_tile, scales, scales]
+        scale_tile = plgpu.SMEM((stages, boxes * scale_box), jnp.float32)
+        scratch += [query_tile, v_tile, scale_tile, scale_tile]
     return plgpu.kernel(
         attend_split,
         out_type=(

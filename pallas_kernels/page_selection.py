@@ -10,14 +10,13 @@ pages), one warpgroup of 128 threads each; a chunk is a few tiles:
 
       page_table[b]      |  page 7  |  page 2  |  page 9  |  ...            one copy (TMA) a page
       statistics of 7    | 0: kmax kmin | 1: kmax kmin | 2: ... | 3: ... |  g logical pages
-      tile [64, W]       logical 0 of every page; logical 1 of every page; ...
+      tile [64, 2 D]     a row for each logical page, in the order of the sequence
 
-      scores [64, N] = tile [64, W] @ [q+ | q-]^T [W, N]    N = 8 or 16, the group's query heads
-      maximum over the columns, then over the logical pages of a page
+      scores [64, N] = tile [64, 2 D] @ [q+ | q-]^T [2 D, N]    N = 8 or 16, the group's query heads
+      maximum over the columns, then over the logical pages that are selected together
 
-A row of the tile is one logical page, or for D = 64 two, whose scores are two products. wgmma needs
-rows in units of eight and a page has fewer, so a page lands in plain shared memory and passes
-through registers into the tile.
+wgmma needs rows in units of eight and a page has fewer, so a page lands in plain shared memory and
+passes through registers into the tile.
 
 What must move: B * Kr * M pages of 4 * g * D bytes, once. A page past ``length`` is never fetched;
 scores of logical pages without tokens are replaced, so what their statistics hold is of no account.
@@ -26,7 +25,8 @@ scores of logical pages without tokens are replaced, so what their statistics ho
 search with two thresholds a step finds the key of the last page selected, counting all keys each
 step; among keys equal to it a second search finds the page number up to which they are selected.
 Pages are then compacted without a scatter, by exact products of 0 and 1 in bf16, over the matrix
-of pages [strips, 64]:
+of pages [strips, 64]. A list longer than one CTA can hold is cut into parts; what is selected is
+then the best of the best of every part:
 
       prefix [strips, 64] = chosen [strips, 64] @ upper triangle [64, 64]
       begin [strips]      = chosen pages in the strips before
@@ -65,11 +65,8 @@ from pallas_kernels.mosaic import (
 ROWS = 64  # rows of a tile: wgmma's M
 STRIP = 64  # pages in a row of the matrix that compaction works on
 SQUARE = (64, 64)
-# Keys that a thread block holds in registers while it counts: pages of 64 of 768K tokens.
-MOST_IN_REGISTERS = 12288
-# Longer lists are read anew each time, so many keys at once.
-ROUND = 8192
-MOST_PAGES = 32768
+# Pages of one list that a CTA ranks, their keys in registers.
+PART = 8192
 MOST_SELECTED = 512
 LOWEST_KEY = -(2**31)  # below the key of -inf
 HIGHEST_KEY = 2**31 - 1  # above the key of inf
@@ -97,7 +94,9 @@ def choose_config(rows: int, kv_heads: int, tiles: int) -> Config:
     return Config(tiles=min(max(pl.cdiv(rows * kv_heads * tiles, 2 * SM_COUNT), 1), 8))
 
 
-@partial(jax.jit, static_argnames=("page_size", "lower_bound_weight", "config"))
+@partial(
+    jax.jit, static_argnames=("page_size", "selected_page_size", "lower_bound_weight", "config")
+)
 def page_scores(
     q: Float[Array, "B Hr D"],
     key_stats: Float[Array, "Kr N g 2 D"],
@@ -105,9 +104,10 @@ def page_scores(
     length: Int[Array, " B"],
     *,
     page_size: int,
+    selected_page_size: int,
     lower_bound_weight: float = 0.0,
     config: Config | None = None,
-) -> Float[Array, "B Kr M"]:
+) -> Float[Array, "B Kr M*m"]:
     """``pallas_kernels.api.page_scores`` on a Hopper GPU (or under Mosaic GPU's interpreter).
 
     Query and statistics bf16; D 64 or 128; 1, 2, 4 or 8 logical pages a page; up to 16 query heads
@@ -119,11 +119,10 @@ def page_scores(
     Kr, N, g = key_stats.shape[:3]
     M, G = page_table.shape[1], Hr // Kr
     columns = 8 * pl.cdiv(G, 8)
-    per_row = min(g, 128 // D)  # logical pages in a row of the tile
-    W = per_row * 2 * D
-    page_rows = g // per_row  # rows of the tile that a page has
-    tile_pages = ROWS // page_rows
+    tile_pages = ROWS // g
     logical_page_size = page_size // g
+    together = selected_page_size // logical_page_size  # logical pages that have one score
+    tile_scores = ROWS // together
     if config is None:
         config = choose_config(B, Kr, pl.cdiv(M, tile_pages))
     tiles, stages = config.tiles, min(config.stages, config.tiles)
@@ -137,12 +136,12 @@ def page_scores(
 
     def score_pages(
         q_gmem,  # [rows, D] bf16
-        stats_gmem,  # [Kr, N, page_rows, W] bf16
+        stats_gmem,  # [Kr, N, g, 2 D] bf16
         table_gmem,  # [B, M] int32
         length_gmem,  # [B] int32
-        scores_gmem,  # [B, Kr, chunks * chunk_pages] float32, output
-        page_smem,  # [stages, tile_pages, page_rows, W] bf16, pages as fetched
-        tile_smem,  # [64, W] bf16
+        scores_gmem,  # [B, Kr, chunks * tiles * tile_scores] float32, output
+        page_smem,  # [stages, 64, 2 D] bf16, pages as fetched
+        tile_smem,  # [64, 2 D] bf16
         q_smem,  # [columns, 2 D] bf16, [q+ | q-]
         best_smem,  # [64] float32
         ready,  # [stages] barriers
@@ -166,7 +165,7 @@ def page_scores(
                 if j:  # the tile's first page stands in for those past ``length``
                     page = jnp.where(step * tile_pages + j < pages, page, ids[0])
                 plgpu.copy_gmem_to_smem(
-                    stats_gmem.at[k, page], page_smem.at[slot, j], ready.at[slot]
+                    stats_gmem.at[k, page], page_smem.at[slot, pl.ds(j * g, g)], ready.at[slot]
                 )
 
         for step in range(stages):
@@ -190,22 +189,19 @@ def page_scores(
         row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
         column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX) - (own - first_query)
         of_group = (column >= 0) & (column < G)
-        page_of_row = row & (tile_pages - 1)  # a power of two
-        logical_of_row = per_row * (row >> (tile_pages.bit_length() - 1))
 
         def score_tile(step, _):
             slot = lax.rem(step, jnp.int32(stages))
-            first_page = first_of_chunk + step * tile_pages
+            tile = c * tiles + step
 
             @pl.when(step * tile_pages < pages)
             def _():
                 plgpu.barrier_wait(ready.at[slot])
-                for r in range(page_rows):
-                    tile_smem[pl.ds(r * tile_pages, tile_pages)] = plgpu.load(
-                        page_smem.at[slot, :, r],
-                        layout=plgpu.Layout.SMEM_GMEM_COPY((tile_pages, W), q.dtype, 128),
-                        optimized=False,  # in whatever pattern suits storing the tile
-                    )
+                tile_smem[...] = plgpu.load(
+                    page_smem.at[slot],
+                    layout=plgpu.Layout.SMEM_GMEM_COPY((ROWS, 2 * D), q.dtype, 128),
+                    optimized=False,  # in whatever pattern suits storing the tile
+                )
                 plgpu.commit_smem()
 
                 @pl.when((step + stages) * tile_pages < pages)
@@ -213,46 +209,45 @@ def page_scores(
                     fetch(step + stages, page_ids(step + stages))
 
             # In a tile without pages this multiplies leftovers, and every score is replaced.
-            best = full(shape, -jnp.inf, MATRIX)
-            for part in range(per_row):
-                statistics = tile_smem.at[:, pl.ds(part * 2 * D, 2 * D)]
-                score = matmul(statistics, q_smem.transpose((1, 0)), *shape)
-                first_token = (first_page + page_of_row) * page_size + (
-                    logical_of_row + part
-                ) * logical_page_size
-                score = jnp.where((first_token < tokens) & of_group, score, -jnp.inf)
-                best = jnp.maximum(best, score)
-            best_smem[...] = best.max(axis=1)
+            score = matmul(tile_smem, q_smem.transpose((1, 0)), *shape)
+            holds_tokens = (tile * ROWS + row) * logical_page_size < tokens
+            best = jnp.where(holds_tokens & of_group, score, -jnp.inf).max(axis=1)
+            scores = scores_gmem.at[b, k, pl.ds(tile * tile_scores, tile_scores)]
+            if together == 1:
+                store_anyhow(scores, best)
+                return ()
+            # Row i of a matrix gets the logical pages that are selected together as page i.
+            best_smem[...] = best
             plgpu.commit_smem()
-            best, *others = (
-                plgpu.load(best_smem.at[pl.ds(r * tile_pages, tile_pages)], layout=PER_COLUMN)
-                for r in range(page_rows)
-            )
-            for other in others:
-                best = jnp.maximum(best, other)
-            store_anyhow(scores_gmem.at[b, k, pl.ds(first_page, tile_pages)], best)
+            best = plgpu.load(best_smem, layout=PER_COLUMN)
+            i = plgpu.broadcasted_iota(jnp.int32, SQUARE, 0, layout=MATRIX)
+            logical = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=MATRIX)
+            of_page = (logical >> (together.bit_length() - 1)) == i  # a power of two
+            best_smem[...] = jnp.where(of_page, spread_columns(best, i), -jnp.inf).max(axis=1)
+            plgpu.commit_smem()
+            best = plgpu.load(best_smem.at[pl.ds(0, tile_scores)], layout=PER_COLUMN)
+            store_anyhow(scores, best)
             return ()
 
         lax.fori_loop(0, tiles, score_tile, ())
 
-    # Rows of a page are read apart, each a multiple of 512 bytes from the first. The pattern of a
-    # swizzle of 128 bytes, which Mosaic would choose, repeats every 1024 only and the odd rows
-    # would be read wrongly (JAX 0.11.2 and 0.12.0.1; the interpreter does not show it).
+    # A page starts at a multiple of 256 bytes. Copies follow a swizzle by the address itself, so
+    # this one fits them; it repeats every 512 bytes and the tile is loaded as a whole.
     page_transforms = (plgpu.TilingTransform((32,)), plgpu.SwizzleTransform(64))
     scores = plgpu.kernel(
         score_pages,
-        out_type=jax.ShapeDtypeStruct((B, Kr, chunks * chunk_pages), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((B, Kr, chunks * tiles * tile_scores), jnp.float32),
         grid=(B, Kr, chunks),
         grid_names=("row", "head", "chunk"),
         scratch_types=[
-            plgpu.SMEM((stages, tile_pages, page_rows, W), q.dtype, transforms=page_transforms),
-            plgpu.SMEM((ROWS, W), q.dtype, transforms=tile_transforms(W, q.dtype)),
+            plgpu.SMEM((stages, ROWS, 2 * D), q.dtype, transforms=page_transforms),
+            plgpu.SMEM((ROWS, 2 * D), q.dtype, transforms=tile_transforms(2 * D, q.dtype)),
             plgpu.SMEM((columns, 2 * D), q.dtype, transforms=tile_transforms(2 * D, q.dtype)),
             plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.Barrier(num_arrivals=tile_pages, num_barriers=stages),
         ],
-    )(queries, key_stats.reshape(Kr, N, page_rows, W), page_table, length)
-    return scores[:, :, :M]
+    )(queries, key_stats.reshape(Kr, N, g, 2 * D), page_table, length)
+    return scores[:, :, : M * g // together]
 
 
 def _refuse_unsupported_scores(q: Array, key_stats: Array) -> None:
@@ -292,22 +287,52 @@ def select_pages(
 ) -> Int[Array, "B Kr R"]:
     """``pallas_kernels.api.select_pages`` on a Hopper GPU (or under Mosaic GPU's interpreter).
 
-    float32 scores of at most 32768 pages, at most 512 of them selected. Raises
-    ``NotImplementedError`` for anything else.
+    float32 scores; at most 512 pages selected. Raises ``NotImplementedError`` for anything else.
     """
-    B, Kr, M = scores.shape
     _refuse_unsupported_selection(scores, num_pages)
-    # What one register of each of 128 threads holds; or a whole number of rounds.
-    padding = -M % (128 if M <= MOST_IN_REGISTERS else ROUND)
+    B, Kr, M = scores.shape
+    if M <= PART:
+        return _select_in_cta(scores, num_candidates, num_pages, sink_pages)
+    # The best of every part, which are among the best of their part; then the best of those. Both
+    # times the order is that of the sequence, so the lower number wins a tie here too.
+    parts = pl.cdiv(M, PART)
+    size = 128 * pl.cdiv(M, 128 * parts)
+    scores = jnp.where(jnp.arange(M)[None, None] < sink_pages, jnp.inf, scores)
+    scores = jnp.pad(scores, ((0, 0), (0, 0), (0, parts * size - M)))
+    scores = scores.reshape(B, Kr, parts, size).swapaxes(1, 2)
+    first = jnp.arange(parts)[None] * size
+    of_part = jnp.clip(num_candidates[:, None] - first, 0, size)
+    selected = _select_in_cta(
+        scores.reshape(B * parts, Kr, size), of_part.reshape(-1), num_pages, 0
+    ).reshape(B, parts, Kr, num_pages)
+    best = jnp.take_along_axis(scores, jnp.maximum(selected, 0), axis=3)
+    # Only the last parts can have too few, and then there are enough before them.
+    best = jnp.where(selected >= 0, best, -jnp.inf).swapaxes(1, 2).reshape(B, Kr, -1)
+    page = (selected + first[:, :, None, None]).swapaxes(1, 2).reshape(B, Kr, -1)
+    chosen = select_pages(
+        best, jnp.minimum(num_candidates, parts * num_pages), num_pages=num_pages, sink_pages=0
+    )
+    page = jnp.take_along_axis(page, jnp.maximum(chosen, 0), axis=2)
+    valid = jnp.arange(num_pages)[None, None] < num_candidates[:, None, None]
+    return jnp.where(valid, page, -1)
+
+
+def _select_in_cta(
+    scores: Float[Array, "B Kr M"],
+    num_candidates: Int[Array, " B"],
+    num_pages: int,
+    sink_pages: int,
+) -> Int[Array, "B Kr R"]:
+    """``select_pages`` for lists of up to ``PART`` pages."""
+    B, Kr, M = scores.shape
+    padding = -M % 128  # what one register of each of 128 threads holds
     if padding:
         scores = jnp.pad(scores, ((0, 0), (0, 0), (0, padding)))
     size = M + padding
-    part = size if size <= MOST_IN_REGISTERS else ROUND  # scores counted at once
     blocks = pl.cdiv(size, 64 * STRIP)  # of 64 strips
     slot_tiles = pl.cdiv(num_pages, 64)
-    copies = pl.cdiv(size, 128 * STRIP)  # a copy moves at most 256 strips
-    vector = next(n for n in (4, 2, 1) if part % (128 * n) == 0)
-    flat = plgpu.Layout.WG_STRIDED((part,), vec_size=vector)
+    vector = next(n for n in (4, 2, 1) if size % (128 * n) == 0)
+    flat = plgpu.Layout.WG_STRIDED((size,), vec_size=vector)
 
     def select(
         flat_gmem,  # [B, Kr, size] float32
@@ -323,41 +348,17 @@ def select_pages(
         ready,
     ):
         b, k = (lax.axis_index(name) for name in ("row", "head"))
-        for i in range(copies):
-            strips = pl.ds(128 * i, min(128, size // STRIP - 128 * i))
-            plgpu.copy_gmem_to_smem(scores_gmem.at[b, k, strips], scores_smem.at[strips], ready)
+        strips = pl.ds(0, size // STRIP)
+        plgpu.copy_gmem_to_smem(scores_gmem.at[b, k], scores_smem.at[strips], ready)
         candidates = jnp.clip(candidates_gmem[b], 0, M)
         sinks = jnp.minimum(sink_pages, candidates)
         total = jnp.minimum(num_pages, candidates)
         wanted = total - sinks  # pages to select by score
 
-        def keys(i):
-            """Keys of part ``i``, lowest for sinks and what is no candidate; page numbers."""
-            page = plgpu.broadcasted_iota(jnp.int32, (part,), 0, layout=flat) + i * part
-            x = plgpu.load(flat_gmem.at[b, k, pl.ds(i * part, part)], layout=flat, optimized=False)
-            eligible = (page >= sinks) & (page < candidates)
-            return jnp.where(eligible, _order_preserving(x), LOWEST_KEY), page
-
-        held = keys(0) if part == size else None
-
-        def total_of(f):
-            """Sum of f(key, page) over all pages."""
-            if held is not None:
-                return jnp.sum(f(*held))
-            return lax.fori_loop(
-                0, size // part, lambda i, acc: acc + jnp.sum(f(*keys(i))), jnp.int32(0)
-            )
-
-        def largest(f):
-            """Maximum of f(key, page) over all pages."""
-            if held is not None:
-                return jnp.max(f(*held))
-            return lax.fori_loop(
-                0,
-                size // part,
-                lambda i, acc: jnp.maximum(acc, jnp.max(f(*keys(i)))),
-                jnp.int32(LOWEST_KEY),
-            )
+        # Lowest for sinks and what is no candidate.
+        page = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=flat)
+        key = plgpu.load(flat_gmem.at[b, k], layout=flat, optimized=False)
+        key = jnp.where((page >= sinks) & (page < candidates), _order_preserving(key), LOWEST_KEY)
 
         def narrow(bounds):
             """``low`` has at least ``wanted`` keys at or above it, every key above ``high`` fewer.
@@ -369,9 +370,7 @@ def select_pages(
             third = sum(lax.shift_right_logical(span, jnp.int32(n)) for n in (2, 4, 6))
             third = jnp.maximum(third, 1)
             first, second = low + third, low + 2 * third
-            both = total_of(
-                lambda key, _: jnp.where(key >= second, UPPER + 1, jnp.where(key >= first, 1, 0))
-            )
+            both = jnp.where(key >= second, UPPER + 1, jnp.where(key >= first, 1, 0)).sum()
             above_second, above_first = lax.shift_right_logical(both, jnp.int32(16)), both % UPPER
             new_low = jnp.where(above_first >= wanted, first, low)
             new_low = jnp.where(above_second >= wanted, second, new_low)
@@ -383,23 +382,19 @@ def select_pages(
 
         # From the least to the greatest key: real scores are much closer than all of float32.
         # ~key is in reverse order; keys that cannot be selected are lowest either way.
-        least = ~largest(lambda key, _: jnp.where(key == LOWEST_KEY, key, ~key))
-        greatest = largest(lambda key, _: key)
+        least = ~jnp.max(jnp.where(key == LOWEST_KEY, key, ~key))
+        greatest = jnp.max(key)
         low = jnp.where(wanted > 0, least, HIGHEST_KEY)
         high = jnp.where(wanted > 0, greatest, HIGHEST_KEY)
         threshold, _ = lax.while_loop(lambda bounds: bounds[0] < bounds[1], narrow, (low, high))
 
-        both = total_of(
-            lambda key, _: jnp.where(key > threshold, UPPER, jnp.where(key == threshold, 1, 0))
-        )
+        both = jnp.where(key > threshold, UPPER, jnp.where(key == threshold, 1, 0)).sum()
         ties = wanted - lax.shift_right_logical(both, jnp.int32(16))
 
         def halve(bounds):
             low, high = bounds
             middle = lax.div(low + high, jnp.int32(2))
-            below = total_of(
-                lambda key, page: jnp.where((key == threshold) & (page < middle), 1, 0)
-            )
+            below = jnp.where((key == threshold) & (page < middle), 1, 0).sum()
             enough = below >= ties
             return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
@@ -415,11 +410,11 @@ def select_pages(
         def mark(block, before):
             """Fills prefix, begin and count of 64 strips; ``before`` pages are in earlier ones."""
             at = pl.ds(block * 64, 64)
-            key = plgpu.load(scores_smem.at[at], layout=MATRIX, optimized=False)
-            key = _order_preserving(key)
-            page = (block * 64 + row) * STRIP + column
-            chosen = (key > threshold) | ((key == threshold) & (page < cutoff)) | (page < sinks)
-            chosen = _flags(chosen & (page < candidates))
+            x = plgpu.load(scores_smem.at[at], layout=MATRIX, optimized=False)
+            x = _order_preserving(x)
+            number = (block * 64 + row) * STRIP + column
+            chosen = (x > threshold) | ((x == threshold) & (number < cutoff)) | (number < sinks)
+            chosen = _flags(chosen & (number < candidates))
             flags_smem[...] = chosen.astype(jnp.bfloat16)
             count_smem[at] = chosen.sum(axis=1)
             plgpu.commit_smem()
@@ -458,10 +453,10 @@ def select_pages(
                 0, blocks, gather, (full(SQUARE, 0.0, MATRIX), nowhere, nowhere)
             )
             within = _flags(prefix <= spread_rows(place, prefix)).sum(axis=1)
-            page = (strip * STRIP + within).astype(jnp.int32)
+            found = (strip * STRIP + within).astype(jnp.int32)
             number = plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=PER_ROW) + tile * 64
-            page = jnp.where(number < total, page, -1)
-            store_anyhow(selected_gmem.at[b, k, pl.ds(tile * 64, 64)], page)
+            found = jnp.where(number < total, found, -1)
+            store_anyhow(selected_gmem.at[b, k, pl.ds(tile * 64, 64)], found)
             return ()
 
         lax.fori_loop(0, slot_tiles, find, ())
@@ -481,7 +476,7 @@ def select_pages(
             plgpu.SMEM((strips, STRIP), jnp.bfloat16, transforms=transforms),
             plgpu.SMEM((strips,), jnp.float32),
             plgpu.SMEM((strips,), jnp.float32),
-            plgpu.Barrier(num_arrivals=copies),
+            plgpu.Barrier(),
         ],
     )(scores, scores.reshape(B, Kr, size // STRIP, STRIP), num_candidates)
     return selected[:, :, :num_pages]
@@ -491,8 +486,6 @@ def _refuse_unsupported_selection(scores: Array, num_pages: int) -> None:
     reasons = []
     if scores.dtype != jnp.float32:
         reasons.append(f"scores must be float32, got {scores.dtype}")
-    if scores.shape[2] > MOST_PAGES:
-        reasons.append(f"at most {MOST_PAGES} pages, got {scores.shape[2]}")
     if not 1 <= num_pages <= MOST_SELECTED:
         reasons.append(f"1 to {MOST_SELECTED} pages can be selected, got {num_pages}")
     refuse("select_pages", reasons)

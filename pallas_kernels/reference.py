@@ -40,7 +40,8 @@ class KVPages(NamedTuple):
 class PageList(NamedTuple):
     """For each sequence and KV head of one pool, which token slots to attend.
 
-    The listed pages, laid end to end, form a row of ``L * P`` token slots; slots ``start`` to
+    The listed pages, laid end to end, form a row of ``L * P`` token slots (P may be less than the
+    pool's, see ``api.paged_attention``); slots ``start`` to
     ``stop - 1`` of that row are attended. Softmax does not care about order, so a caller with a
     page that is valid only at its end (the oldest local page) lists it first, and one valid only
     at its beginning (the newest page) last. Entries past ``stop`` must be valid page ids.
@@ -162,10 +163,19 @@ def _gather(pages: KVPages, ids: Int[Array, "*batch K n"]) -> tuple[Array, Array
     return read(pages.k, pages.k_scale), read(pages.v, pages.v_scale)
 
 
+def cut_pages(pages: KVPages, page_size: int) -> KVPages:
+    """The pool with smaller pages, of ``page_size`` tokens; a view, nothing moves."""
+
+    def cut(pool: Array) -> Array:
+        heads, count, P, *channels = pool.shape
+        return pool.reshape(heads, count * (P // page_size), page_size, *channels)
+
+    return jax.tree.map(cut, pages)
+
+
 def _attend_page_list(
-    q: Float[Array, "B K G D"], pages: KVPages, lists: PageList
+    q: Float[Array, "B K G D"], pages: KVPages, lists: PageList, page_size: int
 ) -> tuple[Float[Array, "B K G D"], Float[Array, "B K G"]]:
-    page_size = pages.k.shape[2]
     per_step = min(max(BLOCK_TOKENS // page_size, 1), lists.pages.shape[-1])
     padding = -lists.pages.shape[-1] % per_step
     ids = jnp.pad(lists.pages, ((0, 0), (0, 0), (0, padding)))
@@ -173,7 +183,9 @@ def _attend_page_list(
     block = per_step * page_size
 
     def step(i: Array, state: _Softmax) -> _Softmax:
-        k, v = _gather(pages, lax.dynamic_slice_in_dim(ids, i * per_step, per_step, axis=2))
+        # Cut inside of the loop: XLA copies a pool for a loop that reads a view of it.
+        of_step = lax.dynamic_slice_in_dim(ids, i * per_step, per_step, axis=2)
+        k, v = _gather(cut_pages(pages, page_size), of_step)
         slot = (i * block + jnp.arange(block))[None, None]  # [1, 1, block]
         visible = (slot >= lists.start[..., None]) & (slot < lists.stop[..., None])
         return _softmax_step(state, q, k, v, visible[:, :, None, :])
@@ -182,13 +194,15 @@ def _attend_page_list(
     return _softmax_finish(lax.fori_loop(0, steps, step, _softmax_start(q)))
 
 
-@jax.jit
+@partial(jax.jit, static_argnames=("listed_page_size",))
 def paged_attention(
     q: Float[Array, "B H D"],
     retrieval: KVPages,
     streaming: KVPages,
     retrieval_list: PageList,
     streaming_list: PageList,
+    *,
+    listed_page_size: int | None = None,
 ) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
     B, H, D = q.shape
     split = retrieval.k.shape[0]
@@ -202,7 +216,8 @@ def paged_attention(
         heads = pages.k.shape[0]
         if heads > 0:
             every = PageList(*(jnp.broadcast_to(x[:B], (B, heads, *x.shape[2:])) for x in lists))
-            out, lse = _attend_page_list(grouped[:, part], pages, every)
+            page_size = listed_page_size or pages.k.shape[2]
+            out, lse = _attend_page_list(grouped[:, part], pages, every, page_size)
             outs.append(out)
             lses.append(lse)
     out, lse = jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
@@ -336,7 +351,8 @@ def prefix_attention(
     grouped = q.reshape(B, K, H // K, D).swapaxes(0, 1).reshape(1, K, -1, D)
     ids = jnp.broadcast_to(page_table, (1, K, page_table.shape[0]))
     stop = jnp.broadcast_to(length, (1, K))
-    out, lse = _attend_page_list(grouped, pages, PageList(ids, jnp.zeros_like(stop), stop))
+    lists = PageList(ids, jnp.zeros_like(stop), stop)
+    out, lse = _attend_page_list(grouped, pages, lists, pages.k.shape[2])
     out = out.reshape(K, B, H // K, D).swapaxes(0, 1).reshape(B, H, D).astype(q.dtype)
     lse = lse.reshape(K, B, H // K).swapaxes(0, 1).reshape(B, H)
     if own is None:
@@ -479,7 +495,7 @@ def _pool_statistics(
     return key_stats.at[:, target, logical % g].set(new, mode="drop")
 
 
-@partial(jax.jit, static_argnames=("page_size", "lower_bound_weight"))
+@partial(jax.jit, static_argnames=("page_size", "selected_page_size", "lower_bound_weight"))
 def page_scores(
     q: Float[Array, "B Hr D"],
     key_stats: Float[Array, "Kr N g 2 D"],
@@ -487,22 +503,24 @@ def page_scores(
     length: Int[Array, " B"],
     *,
     page_size: int,
+    selected_page_size: int,
     lower_bound_weight: float = 0.0,
-) -> Float[Array, "B Kr M"]:
+) -> Float[Array, "B Kr M*m"]:
     B, Hr, D = q.shape
     Kr, _, g = key_stats.shape[:3]
-    M = page_table.shape[1]
+    M, logical_page_size = page_table.shape[1], page_size // key_stats.shape[2]
     q = q.reshape(B, Kr, Hr // Kr, D).astype(jnp.float32)
     # kmax >= kmin and 0 <= w <= 1, so max(q * kmax, q * kmin) + w * min(q * kmax, q * kmin) =
     # max(q, w * q) * kmax + min(q, w * q) * kmin: one product.
     weighted = lower_bound_weight * q
     halves = jnp.concatenate([jnp.maximum(q, weighted), jnp.minimum(q, weighted)], axis=-1)
-    stats = key_stats[:, page_table].astype(jnp.float32).reshape(Kr, B, M, g, 2 * D)
-    scores = jnp.einsum("bkqd,kbmgd->bkqmg", halves, stats, precision=lax.Precision.HIGHEST)
-    first_token = jnp.arange(M)[:, None] * page_size + jnp.arange(g)[None] * (page_size // g)
-    holds_tokens = first_token[None] < length[:, None, None]  # [B, M, g]
+    stats = key_stats[:, page_table].astype(jnp.float32).reshape(Kr, B, M * g, 2 * D)
+    scores = jnp.einsum("bkqd,kbld->bkql", halves, stats, precision=lax.Precision.HIGHEST)
+    holds_tokens = jnp.arange(M * g)[None] * logical_page_size < length[:, None]
     scores = jnp.where(holds_tokens[:, None, None], scores, -jnp.inf)
-    return scores.max(axis=(2, 4))  # over the group's query heads and over logical pages
+    # Over the group's query heads and over the logical pages that are selected together.
+    together = selected_page_size // logical_page_size
+    return scores.reshape(B, Kr, Hr // Kr, -1, together).max(axis=(2, 4))
 
 
 @partial(jax.jit, static_argnames=("num_pages", "sink_pages"))

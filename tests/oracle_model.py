@@ -50,6 +50,10 @@ class Oracle:
         assert config.rope.rope_type == "default"  # the other types have tests of their own
         L, Hk, D = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
         self.config, self.sparsity = config, sparsity
+        # A page, from here on, is what selection takes or leaves.
+        self.selected_page_size = 0
+        if sparsity is not None:
+            self.selected_page_size = sparsity.selected_page_size or sparsity.logical_page_size
         self.params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
         self.streaming = streaming or [[False] * Hk for _ in range(L)]
         self.keys = [np.zeros((0, Hk, D)) for _ in range(L)]  # rotated, as they would be cached
@@ -89,16 +93,16 @@ class Oracle:
             seen = (j < self.sparsity.decode_sink) | (j > position - self.sparsity.decode_local)
         else:
             if self.steps % self.sparsity.reuse_interval == 0:
-                self.tail = (position - 1) // self.sparsity.page_size
+                self.tail = (position - 1) // self.selected_page_size
                 self.chosen[layer, head] = self._choose(layer, head, queries[0])
-            page = j // self.sparsity.page_size
+            page = j // self.selected_page_size
             seen = np.isin(page, self.chosen[layer, head]) | (page >= self.tail)
         self.attended[layer, head] = np.flatnonzero(seen).tolist()
         return seen[None]
 
     def _choose(self, layer: int, head: int, queries: F64) -> list[int]:
         """The best of the pages before the tail, as many as the budget leaves beside one page."""
-        count = self.sparsity.token_budget // self.sparsity.page_size - 1
+        count = self.sparsity.token_budget // self.selected_page_size - 1
         if self.tail <= count:
             return list(range(self.tail))
         scores = [self._score(layer, head, page, queries) for page in range(self.tail)]
@@ -109,9 +113,9 @@ class Oracle:
         return list(range(forced)) + ranked[: count - forced]
 
     def _score(self, layer: int, head: int, page: int, queries: F64) -> float:
-        P, logical = self.sparsity.page_size, self.sparsity.logical_page_size
+        U, logical = self.selected_page_size, self.sparsity.logical_page_size
         scores = []
-        for first in range(page * P, (page + 1) * P, logical):
+        for first in range(page * U, (page + 1) * U, logical):
             keys = self.keys[layer][first : first + logical, head]
             high, low = keys.max(axis=0), keys.min(axis=0)
             for q in queries:

@@ -109,7 +109,7 @@ def append_kv() -> None:
 
 def page_scores_and_select_pages() -> None:
     """Retrieval heads only: no order to mind."""
-    scores = partial(api.page_scores, page_size=P)
+    scores = partial(api.page_scores, page_size=P, selected_page_size=P)
     tables = np.array([[4, 1, 0], [2, 3, 5]], np.int32)
     arguments = (normal(B, 4, D), stats, tables, integers(40, 17))
     alone = np.asarray(jax.jit(scores)(*arguments))

@@ -59,11 +59,21 @@ class Case(NamedTuple):
         return Oracle(self.config, self.params(), sparsity=sparsity, streaming=streaming)
 
 
-def sizes(page: int, logical: int, budget: int, reuse: int, windows: tuple, forced: int = 1):
+def sizes(
+    page: int,
+    logical: int,
+    budget: int,
+    reuse: int,
+    windows: tuple,
+    *,
+    selected: int | None = None,
+    forced: int = 1,
+) -> dict:
     sinks_and_locals = ("decode_sink", "decode_local", "prefill_sink", "prefill_local")
     return {
         "page_size": page,
         "logical_page_size": logical,
+        "selected_page_size": selected,
         "token_budget": budget,
         "reuse_interval": reuse,
         "forced_sink_pages": forced,
@@ -84,14 +94,27 @@ CASES = {
         tiny_config(layers=2, kv_heads=2, group=2),
         [[0.2, 0.9], [0.8, 0.7]],
         0.25,
-        sizes(32, 16, 128, 4, (32, 64, 64, 128)),
+        sizes(32, 16, 128, 4, (32, 64, 64, 128), selected=32),
     ),
     # No forced pages.
     "page 64, reuse 8": Case(
         tiny_config(layers=2, kv_heads=2, group=3),
         [[0.3, 0.8], [0.9, 0.1]],
         0.5,
-        sizes(64, 16, 192, 8, (0, 64, 64, 64), forced=0),
+        sizes(64, 16, 192, 8, (0, 64, 64, 64), selected=64, forced=0),
+    ),
+    # Logical pages are selected out of pages; between two selections more than one is filled.
+    "page 64, selected 16, reuse 24": Case(
+        tiny_config(layers=2, kv_heads=2, group=3),
+        [[0.3, 0.8], [0.9, 0.1]],
+        0.5,
+        sizes(64, 16, 128, 24, (0, 64, 64, 64)),
+    ),
+    "page 64, selected 32, reuse 4": Case(
+        tiny_config(layers=2, kv_heads=2, group=2),
+        [[0.2, 0.9], [0.8, 0.7]],
+        0.25,
+        sizes(64, 16, 128, 4, (64, 64, 64, 128), selected=32),
     ),
     # Between two selections two pages and more are filled.
     "page 16, reuse 32": Case(
@@ -452,10 +475,21 @@ def test_prompts_of_a_bucket_compile_nothing_new(build: Build) -> None:
         ({"page_size": 48}, ["page_size=48", "(16, 32, 64, 128)"]),
         ({"logical_page_size": 8}, ["logical_page_size=8", "(16, 32)"]),
         ({"page_size": 16, "logical_page_size": 32}, ["page_size=16", "logical_page_size=32"]),
-        ({"token_budget": 1000}, ["token_budget=1000", "page_size=64"]),
-        ({"token_budget": 128}, ["token_budget=128", "192", "1 forced"]),
-        ({"token_budget": 256, "forced_sink_pages": 3}, ["token_budget=256", "320"]),
-        ({"token_budget": -64}, ["token_budget=-64", "192"]),
+        ({"selected_page_size": 128}, ["selected_page_size=128", "divide page_size=64"]),
+        ({"selected_page_size": 8}, ["selected_page_size=8", "logical_page_size=16"]),
+        ({"selected_page_size": 48}, ["selected_page_size=48", "divide page_size=64"]),
+        ({"selected_page_size": 0}, ["selected_page_size=0"]),
+        ({"token_budget": 1000}, ["token_budget=1000", "selected_page_size=16"]),
+        (
+            {"token_budget": 1056, "selected_page_size": 64},
+            ["token_budget=1056", "selected_page_size=64"],
+        ),
+        ({"token_budget": 32}, ["token_budget=32", "48", "1 forced"]),
+        (
+            {"token_budget": 256, "forced_sink_pages": 3, "selected_page_size": 64},
+            ["token_budget=256", "320"],
+        ),
+        ({"token_budget": -64}, ["token_budget=-64", "48"]),
         ({"lower_bound_weight": -0.5}, ["lower_bound_weight=-0.5", "[0, 1]"]),
         ({"lower_bound_weight": 1.5}, ["lower_bound_weight=1.5", "[0, 1]"]),
         ({"lower_bound_weight": np.nan}, ["lower_bound_weight=nan", "[0, 1]"]),

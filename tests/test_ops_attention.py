@@ -18,7 +18,7 @@ from pallas_kernels import api
 from pallas_kernels.api import KVPages, PageList
 
 prefill = jax.jit(api.prefill_attention, static_argnames=("sink", "local"))
-paged = jax.jit(api.paged_attention)
+paged = jax.jit(api.paged_attention, static_argnames="listed_page_size")
 prefix = jax.jit(api.prefix_attention)
 merge = jax.jit(api.merge_attention)
 
@@ -222,13 +222,15 @@ class PagedCase:
         heads: tuple[int, int] = (2, 1),
         group: int = 2,
         int8: bool = False,
+        together: int = 1,  # listed pages in a page of the pools
     ) -> None:
-        K, self.split = sum(heads), heads[0]
+        K, self.split, self.together = sum(heads), heads[0], together
+        count = together * -(-(entries + 4) // together)
         self.q = normal(rng, self.B, K * group, D)
         starts, stops = np.array(ranges, np.int32).reshape(self.B, K, 2).transpose(2, 0, 1)
         # Entries outside [start, stop) name a page that is all NaN, the last one.
         pages = np.full((self.B, K, entries), entries + 3, np.int32)
-        keep = np.zeros((K, entries + 4, page_size), bool)
+        keep = np.zeros((K, count, page_size), bool)
         for row, head in np.ndindex(self.B, K):
             chosen = rng.choice(entries + 3, entries, replace=False)
             entry, slot = np.divmod(np.arange(starts[row, head], stops[row, head]), page_size)
@@ -237,8 +239,8 @@ class PagedCase:
         self.lists = PageList(pages, starts, stops)
         self.pools = []
         for part in (slice(None, self.split), slice(self.split, None)):
-            pool = Pool(len(keep[part]), entries + 4, page_size, int8)
-            where = np.divmod(np.arange((entries + 4) * page_size), page_size)
+            pool = Pool(len(keep[part]), count, page_size, int8)
+            where = np.divmod(np.arange(count * page_size), page_size)
             tokens = normal(rng, 2, len(where[0]), len(keep[part]), D)
             pool.put(where, *tokens)
             pool.poison(keep[part])
@@ -249,8 +251,18 @@ class PagedCase:
             PageList(*(jnp.asarray(x[:, part]) for x in lists or self.lists))
             for part in (slice(None, self.split), slice(self.split, None))
         ]
-        out, lse = paged(jnp.asarray(self.q), *(pool.arrays() for pool in self.pools), *parts)
+        pools = [pool.arrays() for pool in self.pools]
+        size = None
+        if self.together > 1:
+            size = pools[0].k.shape[2]
+            pools = [jax.tree.map(self.join, pool) for pool in pools]
+        out, lse = paged(jnp.asarray(self.q), *pools, *parts, listed_page_size=size)
         return np.asarray(out), np.asarray(lse)
+
+    def join(self, pool: jax.Array) -> jax.Array:
+        """Pages of ``together`` times as many tokens, one after another in memory."""
+        K, N, P, *channels = pool.shape
+        return pool.reshape(K, N // self.together, self.together * P, *channels)
 
     def truth(self) -> tuple[np.ndarray, np.ndarray]:
         B, H, _ = self.q.shape
@@ -290,9 +302,11 @@ def slot_ranges(draw: st.DrawFn, count: int, entries: int, page_size: int) -> li
         (64, 9, (1, 1), 3, True),
     ],
 )
+@pytest.mark.parametrize("together", [1, 4])
 @properties
 @given(data=st.data(), seed=st.integers(0, 99))
 def test_paged_attention(
+    together: int,
     page_size: int,
     entries: int,
     heads: tuple[int, int],
@@ -301,6 +315,7 @@ def test_paged_attention(
     data: st.DataObject,
     seed: int,
 ) -> None:
+    """Lists of whole pages, or of quarters."""
     ranges = data.draw(slot_ranges(PagedCase.B * sum(heads), entries, page_size))
     case = PagedCase(
         np.random.default_rng(seed),
@@ -310,6 +325,7 @@ def test_paged_attention(
         heads=heads,
         group=group,
         int8=int8,
+        together=together,
     )
     out, lse = case.run()
     true_out, true_lse = case.truth()

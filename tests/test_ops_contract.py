@@ -61,7 +61,7 @@ STATS = {"key_stats": f32(KR, N, LOGICAL, 2, D)}
 # Arguments that every op accepts, and the shapes and dtypes that it returns for them.
 ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
     "paged_attention": (
-        {"q": f32(B, H, D), **POOLS, **LISTS},
+        {"q": f32(B, H, D), **POOLS, **LISTS, "listed_page_size": P},
         (f32(B, H, D), f32(B, H)),
     ),
     "prefill_attention": (
@@ -128,9 +128,10 @@ ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
             "page_table": i32(B, M),
             "length": i32(B),
             "page_size": P,
+            "selected_page_size": P // LOGICAL,
             "lower_bound_weight": 0.5,
         },
-        f32(B, KR, M),
+        f32(B, KR, M * LOGICAL),
     ),
     "select_pages": (
         {"scores": f32(B, KR, M), "num_candidates": i32(B), "num_pages": 2, "sink_pages": 1},
@@ -342,6 +343,8 @@ def test_the_table_above_covers_every_op() -> None:
         ("append_kv_chunk", {"start": i32(1)}, "start has shape (1,), expected []"),
         ("append_kv_chunk", {"length": f32()}, "length has dtype float32, expected int32"),
         ("append_kv_chunk", {"streaming": pages(1)}, "hold (1, 1) KV heads, expected 3"),
+        ("paged_attention", {"listed_page_size": 6}, "listed_page_size=6 must divide the pages' 16"),
+        ("paged_attention", {"listed_page_size": 0}, "listed_page_size=0 must divide the pages' 16"),
         ("page_scores", {"q": f32(B, 2)}, "q has shape (2, 2)"),
         (
             "page_scores",
@@ -361,6 +364,13 @@ def test_the_table_above_covers_every_op() -> None:
         ("page_scores", {"length": i32(3)}, "length has shape (3,), expected [2]"),
         ("page_scores", {"length": f32(B)}, "length has dtype float32, expected int32"),
         ("page_scores", {"page_size": 15}, "page_size=15 must be a multiple of 2 logical pages"),
+        (
+            "page_scores",
+            {"selected_page_size": 4},
+            "selected_page_size=4 must divide page_size=16 and be a multiple of logical_page",
+        ),
+        ("page_scores", {"selected_page_size": 24}, "selected_page_size=24 must divide page_size"),
+        ("page_scores", {"selected_page_size": 0}, "selected_page_size=0 must divide page_size=16"),
         ("page_scores", {"lower_bound_weight": -0.5}, "lower_bound_weight=-0.5 must lie in [0, 1]"),
         ("page_scores", {"lower_bound_weight": 1.5}, "lower_bound_weight=1.5 must lie in [0, 1]"),
         ("select_pages", {"scores": f32(B, M)}, "scores has shape (2, 4)"),

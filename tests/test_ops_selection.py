@@ -14,7 +14,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from pallas_kernels import api
 
-page_scores = jax.jit(api.page_scores, static_argnames=("page_size", "lower_bound_weight"))
+page_scores = jax.jit(
+    api.page_scores, static_argnames=("page_size", "selected_page_size", "lower_bound_weight")
+)
 select_pages = jax.jit(api.select_pages, static_argnames=("num_pages", "sink_pages"))
 
 B, KR, GROUP, M, D, P = 3, 2, 2, 5, 8, 16
@@ -35,7 +37,9 @@ class Case:
         logical_pages: int,
         sign: int,
         lower_bound_weight: float = 0.0,
+        together: int = 1,
     ) -> None:
+        """``together`` logical pages have one score."""
         rng = np.random.default_rng(seed)
         self.lengths, self.lower_bound_weight = lengths, lower_bound_weight
         self.q = rng.standard_normal((B, KR * GROUP, D), np.float32)
@@ -43,19 +47,20 @@ class Case:
         if sign:  # every product q_d * k_d has this sign
             self.q, self.keys = np.abs(self.q), sign * np.abs(self.keys)
         N, logical = B * M + 2, P // logical_pages
+        self.selected_page_size = together * logical
         self.stats = np.full((KR, N, logical_pages, 2, D), np.nan, np.float32)
         self.tables = rng.permutation(N)[: B * M].reshape(B, M).astype(np.int32)
-        self.truth = np.full((B, KR, M), -np.inf)
+        self.truth = np.full((B, KR, M * logical_pages // together), -np.inf)
         for row, head in np.ndindex(B, KR):
             keys = self.keys[row, head, : lengths[row]]
             statistics = oracle.key_statistics(keys, logical)
             for i, high_low in enumerate(statistics):
                 page = self.tables[row, i // logical_pages]
                 self.stats[head, page, i % logical_pages] = high_low
-            for page in range(M):
+            for page in range(self.truth.shape[2]):
                 self.truth[row, head, page] = oracle.page_score(
                     self.group(row, head),
-                    statistics[page * logical_pages : (page + 1) * logical_pages],
+                    statistics[page * together : (page + 1) * together],
                     lower_bound_weight,
                 )
 
@@ -65,8 +70,13 @@ class Case:
 
     def scores(self) -> np.ndarray:
         arguments = (self.q, self.stats, self.tables, np.array(self.lengths, np.int32))
-        how = {"page_size": P, "lower_bound_weight": self.lower_bound_weight}
-        return np.asarray(page_scores(*map(jnp.asarray, arguments), **how))
+        scores = page_scores(
+            *map(jnp.asarray, arguments),
+            page_size=P,
+            selected_page_size=self.selected_page_size,
+            lower_bound_weight=self.lower_bound_weight,
+        )
+        return np.asarray(scores)
 
 
 # Multiples of the page size, where the newest page is exactly full and no next one has begun.
@@ -74,7 +84,9 @@ length = st.one_of(st.integers(0, M).map(lambda n: n * P), st.integers(0, M * P)
 lengths_of_rows = st.lists(length, min_size=B, max_size=B)
 
 
-@pytest.mark.parametrize("logical_pages", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("logical_pages", "together"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
+)
 @properties
 @given(
     seed=st.integers(0, 99),
@@ -83,13 +95,13 @@ lengths_of_rows = st.lists(length, min_size=B, max_size=B)
     weight=st.sampled_from(WEIGHTS),
 )
 def test_page_scores(
-    logical_pages: int, seed: int, lengths: list[int], sign: int, weight: float
+    logical_pages: int, together: int, seed: int, lengths: list[int], sign: int, weight: float
 ) -> None:
-    """Rows of unequal length; -inf exactly where a page holds no token, also below negatives."""
-    case = Case(seed, lengths, logical_pages, sign, weight)
+    """Rows of unequal length; -inf exactly where no token is, also below negatives."""
+    case = Case(seed, lengths, logical_pages, sign, weight, together)
     scores = case.scores()
     assert_allclose(scores, case.truth, atol=TOLERANCE, rtol=0)
-    first_token = np.arange(M) * P
+    first_token = np.arange(scores.shape[2]) * case.selected_page_size
     holds_tokens = first_token < np.array(lengths)[:, None, None]
     assert_array_equal(scores > -np.inf, np.broadcast_to(holds_tokens, scores.shape))
 
@@ -103,7 +115,7 @@ def test_a_score_bounds_every_product_with_the_pages_keys(seed: int, lengths: li
     for row, head in np.ndindex(B, KR):
         for token in range(lengths[row]):
             products = case.group(row, head) @ case.keys[row, head, token]
-            assert scores[row, head, token // P] >= products.max() - TOLERANCE
+            assert scores[row, head, token // (P // 2)] >= products.max() - TOLERANCE
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)

@@ -6,7 +6,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from lserve_jax import ModelConfig, SparsityConfig
-from lserve_jax.cache import CacheSpec, Ring, make_spec
+from lserve_jax.cache import CacheSpec, make_spec
 from lserve_jax.page_selection import (
     first_tail_page,
     retrieval_pages,
@@ -53,18 +53,28 @@ def retrieval_list(spec, selected, tail, position, active, table) -> PageList:
     return PageList(pages, jnp.zeros_like(stop), stop)
 
 
-@pytest.mark.parametrize(("page_size", "reuse"), [(16, 1), (16, 4), (16, 40), (32, 8)])
-def test_retrieval_list(page_size: int, reuse: int) -> None:
+@pytest.mark.parametrize(
+    ("cut", "page_size", "reuse"),
+    [(1, 16, 1), (1, 16, 4), (1, 16, 40), (1, 32, 8), (4, 16, 1), (4, 16, 40), (2, 32, 8)],
+)
+def test_retrieval_list(cut: int, page_size: int, reuse: int) -> None:
     """Every position of a selection and every step that reuses it, as rows of one batch.
 
     Attended are the chosen pages and every position from the newest history page at selection on,
-    each position once.
+    each position once. The cache's pages are ``cut`` times those that are selected.
     """
     rng = np.random.default_rng(0)
     budget = 4 * page_size
     length = 8 * page_size + reuse
-    spec = make(SparsityConfig(page_size=page_size, token_budget=budget, reuse_interval=reuse,
-                               decode_local=128, prefill_local=128), length)  # fmt: skip
+    sparsity = SparsityConfig(
+        page_size=cut * page_size,
+        selected_page_size=page_size,
+        token_budget=budget,
+        reuse_interval=reuse,
+        decode_local=128,
+        prefill_local=128,
+    )
+    spec = make(sparsity, length)
     R, M = budget // page_size - 1, spec.pages_per_sequence
     rows = [(n, n + step) for n in range(1, 8 * page_size) for step in range(reuse)]
     selected = np.full((len(rows), 2, R), -1, np.int32)
@@ -76,7 +86,7 @@ def test_retrieval_list(page_size: int, reuse: int) -> None:
         for head in range(2):
             chosen = rng.permutation(tail)[:R]
             selected[row, head, : len(chosen)] = chosen
-            numbers = {*chosen.tolist(), *range(tail, M)}
+            numbers = {*chosen.tolist(), *range(tail, M * cut)}
             wanted[-1].append({p for p in range(position + 1) if p // page_size in numbers})
     selection, position = (jnp.array(x, jnp.int32) for x in zip(*rows, strict=True))
     tail = first_tail_page(selection, page_size)
@@ -88,7 +98,10 @@ def test_retrieval_list(page_size: int, reuse: int) -> None:
         jnp.ones(len(rows), bool),
         jnp.asarray(table),
     )
-    number_of = [{page: i for i, page in enumerate(pages)} for pages in table.tolist()]
+    number_of = [
+        {page * cut + part: i * cut + part for i, page in enumerate(pages) for part in range(cut)}
+        for pages in table.tolist()
+    ]
     for row, head in np.ndindex(len(rows), 2):
         attended = [
             number_of[row][page] * page_size + offset
@@ -96,7 +109,8 @@ def test_retrieval_list(page_size: int, reuse: int) -> None:
         ]
         assert len(attended) == len(set(attended)), rows[row]
         assert set(attended) == wanted[row][head], rows[row]
-    assert np.isin(lists.pages, table).all()  # also past the end: ids that a kernel may load
+    # Also past the end: ids that a kernel may load.
+    assert np.isin(np.asarray(lists.pages) // cut, table).all()
 
 
 def test_dense_list() -> None:
@@ -113,31 +127,42 @@ def test_dense_list() -> None:
     assert slots(lists, 4, 0, 64) == []
 
 
-@pytest.mark.parametrize("page_size", [16, 64])
-@pytest.mark.parametrize(("sink", "local"), [(2, 4), (0, 1), (1, 1), (3, 2)])
-def test_ring_list(page_size: int, sink: int, local: int) -> None:
+def of_ring(sink: int, local: int, page_size: int, listed_page_size: int) -> CacheSpec:
+    sparsity = SparsityConfig(
+        page_size=page_size,
+        selected_page_size=listed_page_size,
+        decode_sink=sink,
+        decode_local=local,
+    )
+    return make(sparsity, 4096)
+
+
+@pytest.mark.parametrize(("page_size", "listed"), [(16, 16), (64, 64), (64, 16), (64, 32)])
+@pytest.mark.parametrize(("sink", "local"), [(2, 4), (0, 1), (1, 1)])
+def test_ring_list(page_size: int, listed: int, sink: int, local: int) -> None:
     """At every position from 0 to 2,000, the ring being written token by token."""
-    ring = Ring(sink=sink * page_size, local=local * page_size, page_size=page_size)
+    spec = of_ring(sink * page_size, local * page_size, page_size, listed)
+    ring, cut = spec.ring, page_size // listed
     positions = jnp.arange(2001, dtype=jnp.int32)
     slot = jnp.full_like(positions, 3)
     pages = sink + local + 1
     own_sinks = slot * pages
-    lists = ring_list(ring, slot, own_sinks, positions, jnp.ones_like(positions, bool))
+    lists = ring_list(spec, slot, own_sinks, positions, jnp.ones_like(positions, bool))
     held: dict[tuple[int, int], int] = {}  # (physical page, offset): position of its token
     for position in range(2001):
         page, offset = divmod(position, page_size)
         place = page if page < sink else sink + (page - sink) % (local + 1)
-        held[3 * pages + place, offset] = position
-        attended = [held.get(where, -1) for where in slots(lists, position, 1, page_size)]
+        held[(3 * pages + place) * cut + offset // listed, offset % listed] = position
+        attended = [held.get(where, -1) for where in slots(lists, position, 1, listed)]
         wanted = [p for p in range(position + 1) if p < ring.sink or p > position - ring.local]
         assert sorted(attended) == wanted, position
-    assert np.all((lists.pages >= 3 * pages) & (lists.pages < 4 * pages))
+    assert np.all((lists.pages >= 3 * pages * cut) & (lists.pages < 4 * pages * cut))
 
 
 def test_ring_list_of_inactive_rows() -> None:
-    ring = Ring(sink=16, local=32, page_size=16)
+    spec = of_ring(16, 32, 16, 16)
     position = jnp.array([100, 100], jnp.int32)
-    lists = ring_list(ring, jnp.arange(2), jnp.array([0, 4]), position, jnp.array([False, True]))
+    lists = ring_list(spec, jnp.arange(2), jnp.array([0, 4]), position, jnp.array([False, True]))
     assert slots(lists, 0, 0, 16) == []
     assert len(slots(lists, 1, 0, 16)) == 48
 
@@ -155,6 +180,8 @@ def test_list_sizes() -> None:
         spec = make(SparsityConfig(reuse_interval=reuse, **settings), 2000)
         assert (spec.num_ranked, spec.num_listed) == (9, 9 + tail)
         assert spec.reuse_interval == reuse
+    cut = make(SparsityConfig(**settings | {"page_size": 64}), 2000)
+    assert (cut.num_ranked, cut.num_listed, cut.listed_pages_per_sequence) == (9, 11, 128)
     short = make(SparsityConfig(**settings), 64)  # nothing longer than the longest sequence
     assert (short.num_ranked, short.num_listed) == (4, 4)
     dense = make(None, 300)

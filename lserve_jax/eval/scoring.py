@@ -216,7 +216,7 @@ def _forced_steps(
         n = number * C
         tail = jnp.zeros_like(start)
         if sparse:
-            tail = first_tail_page(position(first + n), spec.page_size)
+            tail = first_tail_page(position(first + n), spec.listed_page_size)
         carry = step(n, tail, carry, select=sparse)
 
         def reuse(m: Array, carry: tuple) -> tuple:

@@ -2,7 +2,8 @@
 
     dense
     lserve
-    lserve:budget=1024,page=64,logical=16,lower=0.5,interval=4,pattern=NAME,fraction=0.5
+    lserve:budget=1024,page=64,logical=16,selected=16,lower=0.5,interval=4
+    lserve:pattern=NAME,fraction=0.5
     lserve:pattern=NAME,control=inverted
 
 What is not given has ``SparsityConfig``'s default. A *control* asks what a pattern's choice of
@@ -28,6 +29,7 @@ _FIELDS = {
     "budget": ("token_budget", int),
     "page": ("page_size", int),
     "logical": ("logical_page_size", int),
+    "selected": ("selected_page_size", int),
     "lower": ("lower_bound_weight", float),
     "interval": ("reuse_interval", int),
     "pattern": ("pattern", str),

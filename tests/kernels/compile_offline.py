@@ -119,13 +119,23 @@ def selection_arguments(width=2048, heads=1, group=4, head_dim=128, logical_page
     return q, stats, array((1, width), jnp.int32), array((1,), jnp.int32)
 
 
-def select(q, stats, table, length, *, page_size=128, num_pages=63):
-    scores = page_scores(q, stats, table, length, page_size=page_size, lower_bound_weight=0.5)
-    return select_pages(scores, length // page_size, num_pages=num_pages, sink_pages=1)
+def select(q, stats, table, length, *, page_size=128, selected_page_size=128, num_pages=63):
+    scores = page_scores(
+        q,
+        stats,
+        table,
+        length,
+        page_size=page_size,
+        selected_page_size=selected_page_size,
+        lower_bound_weight=0.5,
+    )
+    candidates = length // selected_page_size
+    return select_pages(scores, candidates, num_pages=num_pages, sink_pages=1)
 
 
 SELECTION_CASES = {
     "selection, 2048 pages": ({}, {}),
+    "selection, a quarter page each of 2048": ({}, {"selected_page_size": 32, "num_pages": 255}),
     "selection, 8192 pages, D 64": ({"width": 8192, "head_dim": 64, "group": 3}, {}),
     "selection, 511 of 32768 pages, group 16": (
         {"width": 32768, "group": 16, "logical_pages": 1},

@@ -55,9 +55,10 @@ def problem(rows, retrieval, streaming, group, head_dim, page_size, width, dtype
     return q, pool(slice(retrieval)), pool(slice(retrieval, heads)), *lists
 
 
-def check(args, config: Config) -> None:
-    out, lse = jax.jit(lambda *xs: paged_attention(*xs, config=config))(*args)
-    expected_out, expected_lse = reference.paged_attention(*args)
+def check(args, config: Config, listed_page_size: int | None = None) -> None:
+    how = {"listed_page_size": listed_page_size}
+    out, lse = jax.jit(lambda *xs: paged_attention(*xs, **how, config=config))(*args)
+    expected_out, expected_lse = reference.paged_attention(*args, **how)
     tolerance = LSE_TOLERANCE[args[1].k.dtype]
     assert_allclose(lse, expected_lse, atol=tolerance, rtol=0)
     assert out.dtype == expected_out.dtype
@@ -77,6 +78,7 @@ def check(args, config: Config) -> None:
         (1, 0, 2, 16, 64, 128, 2, jnp.bfloat16),  # two tiles a page, two blocks of columns
         (2, 1, 1, 4, 128, 32, 9, jnp.int8),  # two pages a tile
         (1, 2, 0, 9, 64, 128, 3, jnp.int8),  # two tiles a page, two blocks of columns
+        (2, 1, 1, 4, 128, 16, 11, jnp.int8),  # scales of a page are half of what a copy aligns to
     ],
 )
 def test_matches_reference(
@@ -97,6 +99,15 @@ def test_start_beyond_the_first_tiles() -> None:
     *args, retrieval_list, empty = problem(1, 1, 1, 4, 64, 16, 16, jnp.bfloat16, seed=2)
     lists = PageList(retrieval_list.pages, jnp.array([[150]]), jnp.array([[256]]))
     check((*args, lists, empty), Config(splits=2))
+
+
+def test_lists_name_parts_of_pages() -> None:
+    q, *pools, retrieval_list, ring = problem(1, 1, 1, 4, 64, 16, 11, jnp.bfloat16, seed=4)
+    pools = [
+        KVPages(*(x.reshape(x.shape[0], -1, 64, 64) for x in pool[:2]))  # the same memory
+        for pool in pools
+    ]
+    check((q, *pools, retrieval_list, ring), Config(splits=2), listed_page_size=16)
 
 
 def test_heads_share_a_list() -> None:
@@ -124,7 +135,7 @@ def test_choice_of_config() -> None:
     ("change", "reason"),
     [
         ({"head_dim": 32}, "head_dim must be 64 or 128, got 32"),
-        ({"page_size": 8}, "page size must be 16, 32, 64 or 128, got 8"),
+        ({"page_size": 8}, "listed pages must have 16, 32, 64 or 128 tokens, got 8"),
         ({"group": 17}, "at most 16 query heads a KV head, got 17"),
         ({"dtype": jnp.float32}, "retrieval pages must be bfloat16 or int8, got float32"),
     ],

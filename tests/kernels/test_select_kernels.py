@@ -39,8 +39,15 @@ def problem(rows, heads, group, head_dim, logical_pages, page_size, width, *, se
     return q, jnp.asarray(stats, jnp.bfloat16), jnp.asarray(table), jnp.asarray(length)
 
 
-def check_scores(args, page_size: int, config: Config | None = None, weight: float = 0.5) -> None:
-    how = {"page_size": page_size, "lower_bound_weight": weight}
+def check_scores(
+    args, page_size: int, config: Config | None = None, weight: float = 0.5, together: int = 1
+) -> None:
+    """``together`` logical pages have one score."""
+    how = {
+        "page_size": page_size,
+        "selected_page_size": together * (page_size // args[1].shape[2]),
+        "lower_bound_weight": weight,
+    }
     scores = jax.jit(lambda *xs: page_scores(*xs, **how, config=config))(*args)
     expected = reference.page_scores(*args, **how)
     assert_array_equal(np.isneginf(scores), np.isneginf(expected))
@@ -50,26 +57,28 @@ def check_scores(args, page_size: int, config: Config | None = None, weight: flo
 
 
 @pytest.mark.parametrize(
-    ("rows", "heads", "group", "head_dim", "logical_pages", "page_size", "width"),
+    ("rows", "heads", "group", "head_dim", "logical_pages", "together", "page_size", "width"),
     [
-        (3, 1, 4, 128, 4, 64, 20),  # several pages a tile, two chunks, an empty row
-        (1, 2, 3, 64, 1, 16, 10),  # whole pages in a row; fewer query rows than columns
-        (1, 1, 16, 64, 4, 64, 19),  # two logical pages a row, two blocks of columns
-        (1, 1, 9, 128, 8, 128, 9),  # eight pages a tile
-        (2, 1, 1, 64, 8, 128, 5),
-        (1, 1, 2, 128, 2, 32, 12),
+        (3, 1, 4, 128, 4, 4, 64, 20),  # several pages a tile, two chunks, an empty row
+        (3, 1, 4, 128, 4, 1, 64, 20),
+        (1, 2, 3, 64, 1, 1, 16, 10),  # a logical page a page; fewer query rows than columns
+        (1, 1, 16, 64, 4, 1, 64, 19),  # two blocks of columns
+        (1, 1, 9, 128, 8, 2, 128, 9),  # eight pages a tile
+        (2, 1, 1, 64, 8, 8, 128, 5),
+        (1, 1, 2, 128, 2, 2, 32, 12),
     ],
 )
-def test_scores(rows, heads, group, head_dim, logical_pages, page_size, width) -> None:
+def test_scores(rows, heads, group, head_dim, logical_pages, together, page_size, width) -> None:
     args = problem(rows, heads, group, head_dim, logical_pages, page_size, width)
-    check_scores(args, page_size, Config(tiles=1))
+    check_scores(args, page_size, Config(tiles=1), together=together)
 
 
 @pytest.mark.parametrize(("tiles", "stages"), [(4, 2), (5, 1)])
 def test_any_number_of_tiles(tiles: int, stages: int) -> None:
     """More tiles than stages refill them; a chunk may reach past the table."""
     args = problem(1, 1, 4, 128, 8, 128, 35, seed=1)
-    check_scores(args, 128, Config(tiles=tiles, stages=stages))
+    for together in (1, 8):
+        check_scores(args, 128, Config(tiles=tiles, stages=stages), together=together)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25, 0.5, 1.0])
@@ -78,7 +87,8 @@ def test_weights_of_the_lower_bound(weight: float) -> None:
     args = problem(1, 1, 2, 64, 2, 32, 6, seed=2)
     check_scores(args, 32, Config(tiles=1), weight)
     q, stats, table, length = args
-    scores = page_scores(*args, page_size=32, lower_bound_weight=weight)
+    how = {"page_size": 32, "selected_page_size": 32}
+    scores = page_scores(*args, **how, lower_bound_weight=weight)
     q, stats = np.asarray(q, np.float64), np.asarray(stats, np.float64)
     assert length[0] == 6 * 32  # every page is in use
     truth = [oracle.page_score(q[0], list(stats[0, page]), weight) for page in table[0]]
@@ -87,7 +97,7 @@ def test_weights_of_the_lower_bound(weight: float) -> None:
 
 def test_any_other_weight_is_rounded_to_bf16() -> None:
     args = problem(1, 1, 2, 64, 2, 32, 6, seed=2)
-    how = {"page_size": 32, "lower_bound_weight": 0.3}
+    how = {"page_size": 32, "selected_page_size": 32, "lower_bound_weight": 0.3}
     expected = reference.page_scores(*args, **how)
     # The weight and its product with q are off by 2^-9 of themselves each. 64 products in the lower
     # bound, of mean size 0.3: 64 * 0.3 * 2^-8 were all errors to add up.
@@ -112,15 +122,15 @@ def test_scores_refuses_by_name(change: dict, reason: str) -> None:
     shape = {"group": 1, "head_dim": 64, "logical_pages": 4} | change
     args = problem(1, 1, page_size=64, width=2, **shape)
     with pytest.raises(NotImplementedError, match=reason):
-        page_scores(*args, page_size=64)
+        page_scores(*args, page_size=64, selected_page_size=64)
 
 
 def test_scores_refuses_float32() -> None:
     q, stats, *rest = problem(1, 1, 1, 64, 1, 16, 2)
     with pytest.raises(NotImplementedError, match="queries must be bfloat16, got float32"):
-        page_scores(q.astype(jnp.float32), stats, *rest, page_size=16)
+        page_scores(q.astype(jnp.float32), stats, *rest, page_size=16, selected_page_size=16)
     with pytest.raises(NotImplementedError, match="key statistics must be bfloat16, got float32"):
-        page_scores(q, stats.astype(jnp.float32), *rest, page_size=16)
+        page_scores(q, stats.astype(jnp.float32), *rest, page_size=16, selected_page_size=16)
 
 
 def test_config_checks_itself() -> None:
@@ -150,7 +160,9 @@ KINDS = {
         (512, 3, 3, "wide"),  # sinks only
         (512, 20, 1, "wide"),
         (4200, 70, 1, "tied"),  # two blocks of strips
-        (13000, 63, 1, "normal"),  # too long for registers
+        (13000, 63, 1, "normal"),  # two parts
+        (8200, 70, 0, "tied"),  # fewer in the second part than are selected
+        (16400, 20, 2, "tied"),  # three
     ],
 )
 def test_selection(width: int, num_pages: int, sink_pages: int, kind: str) -> None:
@@ -173,7 +185,6 @@ def test_selection(width: int, num_pages: int, sink_pages: int, kind: str) -> No
     [
         (8, 0, jnp.float32, "1 to 512 pages can be selected, got 0"),
         (600, 513, jnp.float32, "1 to 512 pages can be selected, got 513"),
-        (32769, 8, jnp.float32, "at most 32768 pages, got 32769"),
         (8, 2, jnp.bfloat16, "scores must be float32, got bfloat16"),
     ],
 )
