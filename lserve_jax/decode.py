@@ -301,11 +301,14 @@ def _decode_step(
 
 
 # XLA's choice of what a CUDA graph may hold, and loops: a burst is then one graph that the device
-# runs without the host. Other devices ignore it. It goes before XLA_FLAGS, and JAX takes options of
-# a whole program only: inside another jitted function, call ``decode_burst.__wrapped__``.
+# runs without the host. In it kernels wait only for those whose results they read, so a prefix and
+# the rows' own parts are attended at the same time. Other devices ignore both. They go before
+# XLA_FLAGS, and JAX takes options of a whole program only: inside another jitted function, call
+# ``decode_burst.__wrapped__``.
 _BURST_OPTIONS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,"
-    "CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE"
+    "CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE",
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
 }
 
 

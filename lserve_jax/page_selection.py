@@ -5,8 +5,8 @@ the *tail*: every page that holds tokens written since just before that selectio
 can fall between a reused list and the newest page. A streaming head reads its ring.
 
 Page numbers count a sequence's pages from 0; physical ids index a pool. A page here is what decode
-lists, U tokens (``CacheSpec.listed_page_size``): where that is less than the cache's page of P, both
-pools count as pools of P / U times as many pages, without a copy:
+lists, U tokens (``CacheSpec.listed_page_size``): where that is less than the cache's page of P,
+both pools count as pools of P / U times as many pages, without a copy:
 
     cache   page 0                    page 1                    page 2
     lists   | 0  | 1  | 2  | 3  |     | 4  | 5  | 6  | 7  |     | 8  | 9  | 10 | 11 |

@@ -21,7 +21,7 @@ passes through registers into the tile.
 What must move: B * Kr * M pages of 4 * g * D bytes, once. A page past ``length`` is never fetched;
 scores of logical pages without tokens are replaced, so what their statistics hold is of no account.
 
-``select_pages``. The grid is (row b, KV head k). Scores become int32 keys of the same order; a
+``select_pages``. The grid is (row b, KV head k, share of the slots). Scores become int32 keys of the same order; a
 search with two thresholds a step finds the key of the last page selected, counting all keys each
 step; among keys equal to it a second search finds the page number up to which they are selected.
 Pages are then compacted without a scatter, by exact products of 0 and 1 in bf16, over the matrix
@@ -331,6 +331,9 @@ def _select_in_cta(
     size = M + padding
     blocks = pl.cdiv(size, 64 * STRIP)  # of 64 strips
     slot_tiles = pl.cdiv(num_pages, 64)
+    # Every share finds the threshold anew: worth it while there are SMs for all of them.
+    shares = slot_tiles if B * Kr * slot_tiles <= SM_COUNT else 1
+    tiles_of_share = slot_tiles // shares
     vector = next(n for n in (4, 2, 1) if size % (128 * n) == 0)
     flat = plgpu.Layout.WG_STRIDED((size,), vec_size=vector)
 
@@ -347,7 +350,7 @@ def _select_in_cta(
         count_smem,  # [strips] float32, chosen pages in it
         ready,
     ):
-        b, k = (lax.axis_index(name) for name in ("row", "head"))
+        b, k, share = (lax.axis_index(name) for name in ("row", "head", "share"))
         strips = pl.ds(0, size // STRIP)
         plgpu.copy_gmem_to_smem(scores_gmem.at[b, k], scores_smem.at[strips], ready)
         candidates = jnp.clip(candidates_gmem[b], 0, M)
@@ -431,8 +434,9 @@ def _select_in_cta(
         else:
             lax.fori_loop(0, blocks, mark, jnp.float32(0))
 
-        def find(tile, _):
+        def find(i, _):
             """Writes the pages of 64 slots."""
+            tile = share * tiles_of_share + i
             slot = (row + tile * 64).astype(jnp.float32)
 
             def gather(block, found):
@@ -459,7 +463,7 @@ def _select_in_cta(
             store_anyhow(selected_gmem.at[b, k, pl.ds(tile * 64, 64)], found)
             return ()
 
-        lax.fori_loop(0, slot_tiles, find, ())
+        lax.fori_loop(0, tiles_of_share, find, ())
 
     strips, slots = 64 * blocks, 64 * slot_tiles
     transforms = tile_transforms(64, jnp.bfloat16)
@@ -467,8 +471,8 @@ def _select_in_cta(
     selected = plgpu.kernel(
         select,
         out_type=jax.ShapeDtypeStruct((B, Kr, slots), jnp.int32),
-        grid=(B, Kr),
-        grid_names=("row", "head"),
+        grid=(B, Kr, shares),
+        grid_names=("row", "head", "share"),
         scratch_types=[
             plgpu.SMEM((strips, STRIP), jnp.float32),
             square,

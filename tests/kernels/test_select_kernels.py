@@ -11,7 +11,7 @@ import oracle
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from pallas_kernels import reference
+from pallas_kernels import page_selection, reference
 from pallas_kernels.page_selection import Config, choose_config, page_scores, select_pages
 
 # Products of bf16 are exact in float32; their sum of at most 256 terms below 16 is not.
@@ -178,6 +178,13 @@ def test_selection(width: int, num_pages: int, sink_pages: int, kind: str) -> No
     expected = reference.select_pages(*args, **how)
     assert selected.dtype == expected.dtype
     assert_array_equal(selected, expected)
+
+
+def test_one_cta_finds_all_slots_where_sms_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_selection, "SM_COUNT", 1)
+    scores = jax.random.normal(jax.random.key(0), (1, 1, 333))
+    args, how = (scores, jnp.array([330])), {"num_pages": 130, "sink_pages": 1}
+    assert_array_equal(select_pages(*args, **how), reference.select_pages(*args, **how))
 
 
 @pytest.mark.parametrize(
