@@ -112,6 +112,7 @@ def engine_rows(
             auto = decide(
                 "auto",
                 engine.spec,
+                token_bytes=engine.retrieval_token_bytes,
                 prefix_tokens=tokens,
                 private_tokens=PRIVATE,
                 requests=requests,

@@ -5,8 +5,9 @@
 The engine runs in this process, without a server, on the wall clock. Requests arrive by a Poisson
 process of the given rate a second (inf: all at once), prompts are random token ids, answers are
 greedy and of a fixed length. "prefix_repetition" prompts begin with one of a few prefixes, which
-the engine holds; "random" prompts have nothing in common. Before every timed run the same requests
-run once untimed, to compile; what a timed run still compiled is in its row.
+the engine holds; "random" prompts have nothing in common. To compile, 1, 2, 4 and so on of the
+requests run at once before, and before every timed run the same requests untimed; what a timed run
+still compiled is in its row.
 
 Metrics are those of vLLM's ``bench serve``:
 
@@ -232,6 +233,9 @@ def main(args: Args) -> None:
     }
     rows: list[dict] = []
     result = {**about, "dtype": llm.dtype.__name__, **settings, "rows": rows}
+    for slots in llm.engine.shape_buckets()["slots"]:
+        first = prompts[:slots]
+        serve(llm.engine, first, np.zeros(len(first)), args.output_len, title=f"{slots} at once")
     for rate in args.request_rates:
         arrivals = arrival_times(rate, args.num_prompts, args.seed)
         serve(llm.engine, prompts, arrivals, args.output_len, title=f"rate {rate:g}, untimed")

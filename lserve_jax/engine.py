@@ -130,6 +130,9 @@ class Engine:
         code_bytes = 1 if spec.kv_dtype == "int8" else jnp.dtype(dtype).itemsize
         scale_bytes = 4 if spec.kv_dtype == "int8" else 0
         self._token_bytes = 2 * (config.head_dim * code_bytes + scale_bytes)  # one KV head
+        # In the retrieval heads of a layer, on average.
+        num_retrieval = sum(spec.num_retrieval_heads) / len(spec.num_retrieval_heads)
+        self.retrieval_token_bytes = num_retrieval * self._token_bytes
         self._shapes: set[tuple] = set()  # that jitted functions were called with
         self._counts = dict.fromkeys(
             ("finished", "cancelled", "prompt_tokens", "prefix_tokens", "generated_tokens",
@@ -615,6 +618,7 @@ class Engine:
             decision = decide(
                 self.relay,
                 self.spec,
+                token_bytes=self.retrieval_token_bytes,
                 prefix_tokens=shared,
                 private_tokens=private,
                 requests=len(members),

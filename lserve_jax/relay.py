@@ -23,12 +23,11 @@ from lserve_jax.config import SparsityConfig
 
 RelayMode = Literal["auto", "always", "never"]
 
-# Tokens of a retrieval head that reading together must save a step. Measured for one layer of dense
-# attention with Llama-3-8B's heads on an H200 (``benchmarks/results/relay.md``): relay was slower
-# where it saved 14K (2K for 8 requests) and 25K (8K for 4), faster where it saved 31K (2K for 16).
-# Whole steps agree but for one: 2K for 32 requests save 63K and were 8 % slower. A token is 4096
-# bytes there; models with fewer KV heads gain less by as many.
-LEAST_SAVED_TOKENS = 32768
+# Bytes that reading together must save in a layer and step. Measured with Llama-3-8B's heads, 4096
+# bytes a token, on an H200 (``benchmarks/results/relay.md``): one layer of dense attention was
+# slower where relay saved 56 MiB (2K tokens for 8 requests) and 96 MiB (8K for 4), faster where it
+# saved 120 MiB (2K for 16); whole steps agree.
+LEAST_SAVED_BYTES = 128 << 20
 
 
 def check_mode(relay: RelayMode, deterministic: bool, sparsity: SparsityConfig | None) -> None:
@@ -54,9 +53,18 @@ class RelayDecision:
 
 
 def decide(
-    mode: RelayMode, spec: CacheSpec, *, prefix_tokens: int, private_tokens: int, requests: int
+    mode: RelayMode,
+    spec: CacheSpec,
+    *,
+    token_bytes: float,
+    prefix_tokens: int,
+    private_tokens: int,
+    requests: int,
 ) -> RelayDecision:
-    """For ``requests`` that share ``prefix_tokens`` and have ``private_tokens`` each on average."""
+    """For ``requests`` that share ``prefix_tokens`` and have ``private_tokens`` each on average.
+
+    ``token_bytes``: K and V of a token in the retrieval heads of a layer, on average over layers.
+    """
 
     def decision(used: bool, reason: str) -> RelayDecision:
         return RelayDecision(
@@ -72,7 +80,8 @@ def decide(
         budget = spec.sparsity.token_budget
         together = min(budget, private_tokens)
         one_by_one = min(budget, prefix_tokens + private_tokens)
-    saved = requests * (one_by_one - together) - prefix_tokens
-    if saved < LEAST_SAVED_TOKENS:
-        return decision(False, f"it would save {saved} tokens a step < {LEAST_SAVED_TOKENS}")
-    return decision(True, f"it saves {saved} tokens a step >= {LEAST_SAVED_TOKENS}")
+    saved = (requests * (one_by_one - together) - prefix_tokens) * token_bytes
+    amount, least = (f"{x / 2**20:.3g} MiB" for x in (saved, LEAST_SAVED_BYTES))
+    if saved < LEAST_SAVED_BYTES:
+        return decision(False, f"it would save {amount} a layer < {least}")
+    return decision(True, f"it saves {amount} a layer >= {least}")

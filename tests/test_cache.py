@@ -159,7 +159,8 @@ class Sequence:
 
     def decode(self, cache: LayerCache, first: int, steps: int) -> None:
         """Checks what both heads see at each of ``steps`` steps from position ``first`` on."""
-        s, P = self.sparsity, self.sparsity.page_size
+        s = self.sparsity
+        P = s.selected_page_size or s.logical_page_size
         for step in range(steps):
             position = first + step
             select = step % s.reuse_interval == 0

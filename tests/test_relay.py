@@ -32,7 +32,7 @@ import lserve_jax.engine
 from lserve_jax import LLM, SamplingParams, SparsityConfig
 from lserve_jax.cache import make_spec
 from lserve_jax.prefix import CommonPrefix
-from lserve_jax.relay import LEAST_SAVED_TOKENS, decide
+from lserve_jax.relay import LEAST_SAVED_BYTES, decide
 from pallas_kernels import api
 
 P = 16
@@ -525,11 +525,14 @@ def spec_of(sparsity: SparsityConfig | None):
 def test_break_even() -> None:
     """The smallest number of requests for which the rule says yes, beside the bytes of 8.3."""
 
-    def least(sparsity: SparsityConfig | None, prefix: int, private: int) -> int | None:
+    def least(
+        sparsity: SparsityConfig | None, prefix: int, private: int, kv_heads: int = 8
+    ) -> int | None:
         for requests in range(1, 300):
             decision = decide(
                 "auto",
                 spec_of(sparsity),
+                token_bytes=kv_heads * 2 * 128 * 2,  # of Llama-3-8B
                 prefix_tokens=prefix,
                 private_tokens=private,
                 requests=requests,
@@ -539,11 +542,12 @@ def test_break_even() -> None:
         return None
 
     # Dense: (B - 1) S tokens saved, whatever the private part.
-    assert LEAST_SAVED_TOKENS == 32768
+    assert LEAST_SAVED_BYTES == 32768 * 4096
     assert least(None, 2048, 100_000) == 17
     assert least(None, 8192, 256) == 5
     assert least(None, 32768, 256) == 2
     assert least(None, 64, 256) is None
+    assert least(None, 8192, 256, kv_heads=2) == 17
     lserve = SparsityConfig()  # budget 4096
     # B (4096 - 256) - S; by bytes alone 2.2, 8.6 and 34.2 requests.
     assert least(lserve, 8192, 256) == 11
@@ -554,14 +558,16 @@ def test_break_even() -> None:
 
 
 def test_auto_says_why_not(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lserve_jax.relay.LEAST_SAVED_TOKENS", 900)
+    token_bytes = 2 * CONFIG.num_key_value_heads * CONFIG.head_dim * 4
+    monkeypatch.setattr("lserve_jax.relay.LEAST_SAVED_BYTES", 900 * token_bytes)
     [ids] = random_prompts(23, [320])
     prompts = prompts_with(ids, 24, [5, 6, 7])
     llm = build("dense", relay="auto", prefill_chunk_size=512)  # all begin in one step
     outputs = llm.generate(
         [{"prompt_token_ids": p} for p in prompts], SamplingParams(temperature=0, max_tokens=6)
     )
-    assert outputs[0].metrics.relay_reason == "it would save 640 tokens a step < 900"
+    saved, least = (f"{tokens * token_bytes / 2**20:.3g} MiB" for tokens in (640, 900))
+    assert outputs[0].metrics.relay_reason == f"it would save {saved} a layer < {least}"
     assert outputs[0].metrics.relay_steps == 0
     outputs = llm.generate(
         [{"prompt_token_ids": p} for p in [*prompts, prompts[0]]],
