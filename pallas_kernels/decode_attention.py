@@ -291,16 +291,18 @@ def _attend_splits(
 
         def scales(smem, slot, like):
             """Of a tile's slots, in every column of ``like``."""
-            if box == scale_box:
-                return spread_rows(plgpu.load(smem.at[slot], layout=PER_ROW), like)
-            row = plgpu.broadcasted_iota(jnp.int32, like.shape, 0, layout=MATRIX)
-            all_rows = None
-            for j in range(boxes):
-                # So shifted, row i of box j is what lies i after the box's beginning.
-                shifted = smem.at[slot, pl.ds(j * (scale_box - box), T)]
-                rows = spread_rows(plgpu.load(shifted, layout=PER_ROW), like)
-                all_rows = rows if j == 0 else jnp.where(row >= j * box, rows, all_rows)
-            return all_rows
+
+            def shifted(j):
+                """Right in the rows of box j: what lies before its scales is left out."""
+                gaps = j * (scale_box - box)
+                return spread_rows(plgpu.load(smem.at[slot, pl.ds(gaps, T)], layout=PER_ROW), like)
+
+            rows = shifted(0)
+            if box < scale_box:
+                row = plgpu.broadcasted_iota(jnp.int32, like.shape, 0, layout=MATRIX)
+                for j in range(1, boxes):
+                    rows = jnp.where(row >= j * box, shifted(j), rows)
+            return rows
 
         def scores(slot, query_scale):
             """[T, N], base 2."""

@@ -21,17 +21,19 @@ passes through registers into the tile.
 What must move: B * Kr * M pages of 4 * g * D bytes, once. A page past ``length`` is never fetched;
 scores of logical pages without tokens are replaced, so what their statistics hold is of no account.
 
-``select_pages``. The grid is (row b, KV head k, share of the slots). Scores become int32 keys of the same order; a
-search with two thresholds a step finds the key of the last page selected, counting all keys each
-step; among keys equal to it a second search finds the page number up to which they are selected.
-Pages are then compacted without a scatter, by exact products of 0 and 1 in bf16, over the matrix
-of pages [strips, 64]. A list longer than one CTA can hold is cut into parts; what is selected is
-then the best of the best of every part:
+``select_pages``. The grid is (row b, KV head k, share of the slots). Scores become int32 keys of
+the same order; a search with two thresholds a step finds the key of the last page selected,
+counting all keys each step; among keys equal to it a second search finds the page number up to
+which they are selected. Pages are then compacted without a scatter, by exact products of 0 and 1 in
+bf16, over the matrix of pages [strips, 64]:
 
       prefix [strips, 64] = chosen [strips, 64] @ upper triangle [64, 64]
       begin [strips]      = chosen pages in the strips before
       found [slots, 64]   = (slot lies in strip) [slots, strips] @ prefix
       page of a slot      = 64 * its strip + how many of found are too small
+
+A list longer than one CTA can hold is cut into parts; what is selected is then the best of the best
+of every part.
 
 What must move: 4 bytes a score, from L2. The time is that of a chain of dependent steps.
 """
