@@ -90,7 +90,9 @@ def settings(args: Args) -> dict[str, SparsityConfig | None]:
             logical_page_size=16,
             token_budget=budget,
             reuse_interval=interval,
-            lower_bound_weight=0.0,  # the papers' score, of which the committed tables are
+            # The papers' selection, of which the committed tables are.
+            selected_page_size=page_size,
+            lower_bound_weight=0.0,
         )
         for page_size, budget, interval in args.lserve
     }

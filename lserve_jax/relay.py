@@ -81,7 +81,7 @@ def decide(
         together = min(budget, private_tokens)
         one_by_one = min(budget, prefix_tokens + private_tokens)
     saved = (requests * (one_by_one - together) - prefix_tokens) * token_bytes
-    amount, least = (f"{x / 2**20:.3g} MiB" for x in (saved, LEAST_SAVED_BYTES))
+    amount, least = (f"{x / 2**20:,.1f} MiB" for x in (saved, LEAST_SAVED_BYTES))
     if saved < LEAST_SAVED_BYTES:
         return decision(False, f"it would save {amount} a layer < {least}")
     return decision(True, f"it saves {amount} a layer >= {least}")

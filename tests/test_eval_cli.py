@@ -234,7 +234,7 @@ def test_stretching_takes_the_least_whole_factor():
 
 def test_settings_are_what_they_say():
     text = "lserve:pattern=llama-3-8b-instruct-gradient-1048k,fraction=0.25,budget=512,page=32"
-    text += ",logical=16,lower=0.25,interval=8,prefill_local=1024,control=inverted"
+    text += ",logical=16,selected=32,lower=0.25,interval=8,prefill_local=1024,control=inverted"
     dense, plain, full = parse_settings(["dense", "lserve", text])
     assert (dense.name, dense.sparsity) == ("dense", None)
     assert plain.sparsity == SparsityConfig()
@@ -245,6 +245,7 @@ def test_settings_are_what_they_say():
         token_budget=512,
         page_size=32,
         logical_page_size=16,
+        selected_page_size=32,
         lower_bound_weight=0.25,
         reuse_interval=8,
         prefill_local=1024,

@@ -288,7 +288,10 @@ def test_unknown_architectures_are_refused(capsys, broken_checkpoint):
         ("--backend cuda", "cuda --backend auto mosaic reference"),
         ("--no-such-option 1", "--no-such-option"),
         ("--attention lserve --page-size 17", "page_size=17 16 32 64 128"),
-        ("--attention lserve --page-size 32 --token-budget 100", "token_budget=100 page_size=32"),
+        (
+            "--attention lserve --page-size 32 --token-budget 100",
+            "token_budget=100 selected_page_size=16",
+        ),
         ("--attention lserve --pattern x --streaming-fraction 1.5", "streaming_fraction=1.5"),
     ],
 )

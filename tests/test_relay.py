@@ -566,7 +566,7 @@ def test_auto_says_why_not(build: Build, monkeypatch: pytest.MonkeyPatch) -> Non
     outputs = llm.generate(
         [{"prompt_token_ids": p} for p in prompts], SamplingParams(temperature=0, max_tokens=6)
     )
-    saved, least = (f"{tokens * token_bytes / 2**20:.3g} MiB" for tokens in (640, 900))
+    saved, least = (f"{tokens * token_bytes / 2**20:,.1f} MiB" for tokens in (640, 900))
     assert outputs[0].metrics.relay_reason == f"it would save {saved} a layer < {least}"
     assert outputs[0].metrics.relay_steps == 0
     outputs = llm.generate(

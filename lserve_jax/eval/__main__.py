@@ -36,8 +36,8 @@ class EvalArgs:
     """Compare attention settings on the same prompts: needles, RULER, perplexity, agreement.
 
     A setting is dense, lserve, or lserve:key=value,... with the keys budget, page, logical,
-    lower, interval, pattern, fraction, control (inverted or random), prefill_sink, prefill_local,
-    decode_sink and decode_local; docs/quality.md explains tasks and settings.
+    selected, lower, interval, pattern, fraction, control (inverted or random), prefill_sink,
+    prefill_local, decode_sink and decode_local; docs/quality.md explains tasks and settings.
     """
 
     model: str = "smollm2-135m-instruct-32k"
