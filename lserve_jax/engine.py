@@ -435,8 +435,10 @@ class Engine:
             return None
         request.prefill_start = self.clock()
         if request.prefix is not None:
-            self._count_shape("restore_window", request.prefix.windows[0].k.shape)
-            self.caches = restore_window(self.caches, request.prefix.windows)
+            windows = request.prefix.windows
+            if any(window.k.size for window in windows):  # else no head streams
+                self._count_shape("restore_window", windows[0].k.shape)
+                self.caches = restore_window(self.caches, windows)
             self._counts["prefix_tokens"] += request.shared_tokens
         return request
 
