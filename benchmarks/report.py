@@ -22,7 +22,8 @@ def kernel_table(result: dict) -> str:
     """Every row, with the ceiling that it comes nearer to."""
     lines = [
         "Written by `benchmarks/report.py` from `kernels.json`; times are those of the kernels",
-        f"themselves, of every launch of the op. {about(result)}",
+        "themselves, of every launch of the op, but for what XLA does between the two selections",
+        f"of a list longer than 8192. {about(result)}",
         "",
         "| op | shape | us | TFLOP/s | MB | share of copy rate | share of matmul rate |",
         "|---|---|---|---|---|---|---|",

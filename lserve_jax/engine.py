@@ -115,6 +115,15 @@ class Engine:
                 f"{relay=} with kv_dtype={spec.kv_dtype!r} has no kernel: prefix_attention reads "
                 "bfloat16 pages"
             )
+        if self.backend == "mosaic" and spec.sparsity is not None:
+            from pallas_kernels.page_selection import MOST_SELECTED
+
+            if spec.num_ranked > MOST_SELECTED:
+                raise NotImplementedError(
+                    f"token_budget={spec.sparsity.token_budget} is more than {MOST_SELECTED} pages "
+                    f"of selected_page_size={spec.listed_page_size}, which the kernel can select; "
+                    "lower the one or raise the other"
+                )
         self.max_model_len = max_model_len
         self.eos_token_ids = tuple(eos_token_ids)
         self.prefill_chunk_size = prefill_chunk_size

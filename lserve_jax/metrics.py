@@ -25,7 +25,7 @@ class RequestMetrics:
     relay_reason: str = ""  # why its last burst did or did not
     selector_runs: int = 0  # steps in which its pages were chosen anew
     bypassed_steps: int = 0  # steps whose history fitted the budget, so that nothing was pruned
-    pages_attended_per_step: float = 0.0  # mean over layers and KV heads
+    pages_attended_per_step: float = 0.0  # of page_size tokens; mean over layers and KV heads
     kv_bytes_held: int = 0  # pages with tokens, and ring, at its end; a prefix's pages too
     # K and V attended, and statistics read by the selector; of a prefix read together its share.
     kv_bytes_read_per_step: float = 0.0
@@ -49,7 +49,7 @@ class StepMetrics:
     relay: tuple[RelayDecision, ...]  # for each prefix that requests of the burst have
     # Of the burst before, whose results it fetched:
     selector_runs: int  # selections, summed over requests
-    pages_attended: float  # summed over its steps, requests, layers and KV heads
+    pages_attended: float  # of page_size tokens; over its steps, requests, layers and KV heads
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -220,7 +220,8 @@ def paged_attention(
     than q, which are ignored (so that a batch can use the lists of all slots as they are).
 
     Lists may name parts of pages. Then ``listed_page_size`` is less than P, and page p of a pool
-    counts as n = P // listed_page_size of them, n * p to n * p + n - 1.
+    counts as n = P // listed_page_size of them, n * p to n * p + n - 1. Raises ``ValueError`` where
+    it does not divide P.
 
     Returns (out in q's dtype, lse float32).
 
@@ -634,6 +635,7 @@ def select_pages(
     _expect_dtype("int32", num_candidates=num_candidates)
     if not 0 <= sink_pages <= num_pages:
         raise ValueError(f"need 0 <= sink_pages <= num_pages, got {sink_pages=} {num_pages=}")
+    _check_range("num_candidates", num_candidates, scores.shape[-1])
     num_pages = min(num_pages, scores.shape[-1])
     if resolve_backend(backend) == "reference":
         implementation = reference.select_pages

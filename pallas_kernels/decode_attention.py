@@ -217,7 +217,7 @@ def _attend_splits(
         ) = refs[fields * len(pools) :]
         if int8:
             *query_smem, v_bf16_smem, k_scale_smem, v_scale_smem = query_smem
-            # V [T, D] bf16; scales [stages, T] float32
+            # V [T, D] bf16; scales [stages, boxes * scale_box] float32
         b, k, s = (lax.axis_index(name) for name in ("row", "head", "split"))
 
         def of_head(field, *index):

@@ -69,7 +69,7 @@ STRIP = 64  # pages in a row of the matrix that compaction works on
 SQUARE = (64, 64)
 # Pages of one list that a CTA ranks, their keys in registers.
 PART = 8192
-MOST_SELECTED = 512
+MOST_SELECTED = 2048
 LOWEST_KEY = -(2**31)  # below the key of -inf
 HIGHEST_KEY = 2**31 - 1  # above the key of inf
 UPPER = 1 << 16  # two counts in one int32, so that one reduction makes both
@@ -289,12 +289,13 @@ def select_pages(
 ) -> Int[Array, "B Kr R"]:
     """``pallas_kernels.api.select_pages`` on a Hopper GPU (or under Mosaic GPU's interpreter).
 
-    float32 scores; at most 512 pages selected. Raises ``NotImplementedError`` for anything else.
+    float32 scores; at most 2048 pages selected. Raises ``NotImplementedError`` for anything else.
     """
     _refuse_unsupported_selection(scores, num_pages)
     B, Kr, M = scores.shape
     if M <= PART:
         return _select_in_cta(scores, num_candidates, num_pages, sink_pages)
+    num_candidates = jnp.clip(num_candidates, 0, M)
     # The best of every part, which are among the best of their part; then the best of those. Both
     # times the order is that of the sequence, so the lower number wins a tie here too.
     parts = pl.cdiv(M, PART)

@@ -1,6 +1,7 @@
 """Strict JAX settings for every test, and the default model's file for those that need it."""
 
 import fcntl
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -20,6 +21,16 @@ def pytest_configure(config: pytest.Config) -> None:
     # Most of the suite's time is compilation: keep it, also between the workers of one run.
     jax.config.update("jax_compilation_cache_dir", str(CACHE / "jit"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drop_compiled() -> Iterator[None]:
+    """Each program compiled for a CPU takes memory maps, of which a process may have 65,530.
+
+    With those of all modules in one process XLA ends in a segmentation fault.
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,7 @@ VIOLATIONS = [
     ("append_kv_chunk", {"streaming_page": jnp.full((T,), N)}, "streaming_page must lie in"),
     ("page_scores", {"length": jnp.array([1, M * P + 1])}, "length must lie in"),
     ("page_scores", {"page_table": jnp.full((2, M), N)}, "page_table must lie in"),
+    ("select_pages", {"num_candidates": jnp.array([1, M + 1])}, "num_candidates must lie in"),
 ]
 CHECKED = {op for op, _, _ in VIOLATIONS}
 

@@ -75,13 +75,13 @@ def append_arguments(rows=2, tokens=None, logical_page_size=16, **case):
 
 
 def decode_steps(caches, tokens, where, lists):
-    """Appends and attends, ten times over."""
+    """Appends and attends quarters of pages, ten times over."""
     q, *rest = tokens
 
     def step(_, carry):
         q, caches = carry
         q, *caches = append_kv(q, *rest, *caches, *where)
-        return paged_attention(q, *caches[:2], *lists)[0], tuple(caches)
+        return paged_attention(q, *caches[:2], *lists, listed_page_size=16)[0], tuple(caches)
 
     return lax.fori_loop(0, 10, step, (q, caches))
 

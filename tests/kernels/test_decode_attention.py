@@ -101,11 +101,12 @@ def test_start_beyond_the_first_tiles() -> None:
     check((*args, lists, empty), Config(splits=2))
 
 
-def test_lists_name_parts_of_pages() -> None:
-    q, *pools, retrieval_list, ring = problem(1, 1, 1, 4, 64, 16, 11, jnp.bfloat16, seed=4)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+def test_lists_name_parts_of_pages(dtype: str) -> None:
+    q, *pools, retrieval_list, ring = problem(1, 1, 1, 4, 64, 16, 11, dtype, seed=4)
+    # Pages of 64 in the same memory.
     pools = [
-        KVPages(*(x.reshape(x.shape[0], -1, 64, 64) for x in pool[:2]))  # the same memory
-        for pool in pools
+        jax.tree.map(lambda x: x.reshape(x.shape[0], -1, 64, *x.shape[3:]), pool) for pool in pools
     ]
     check((q, *pools, retrieval_list, ring), Config(splits=2), listed_page_size=16)
 

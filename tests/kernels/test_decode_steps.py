@@ -32,40 +32,43 @@ CONFIG = ModelConfig(
 )
 # Layer 0 has a head of each class, layer 1 two retrieval heads; 63 of 150 tokens are selected.
 LSERVE = SparsityConfig(
-    page_size=16,
+    page_size=32,
     token_budget=64,
     reuse_interval=2,
-    decode_sink=16,
+    decode_sink=32,
     decode_local=32,
-    prefill_sink=16,
+    prefill_sink=32,
     prefill_local=64,
 )
 
 
-def generate(backend: Backend) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and their log-probabilities [requests, tokens]."""
+def make_engine(backend: Backend, sparsity: SparsityConfig, max_model_len: int) -> Engine:
     spec = make_spec(
         CONFIG,
-        sparsity=LSERVE,
+        sparsity=sparsity,
         num_retrieval_heads=(1, 2),
-        max_model_len=192,
+        max_model_len=max_model_len,
         num_slots=2,
         num_pages=24,
         max_prefixes=0,
         kv_dtype="int8",
     )
-    params = init_params(CONFIG, dtype=jnp.bfloat16)
-    engine = Engine(
+    return Engine(
         CONFIG,
-        params,
+        init_params(CONFIG, dtype=jnp.bfloat16),
         spec,
         dtype=jnp.bfloat16,
-        max_model_len=192,
+        max_model_len=max_model_len,
         eos_token_ids=(),
         prefill_chunk_size=128,
         burst_steps=4,
         backend=backend,
     )
+
+
+def generate(backend: Backend) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and their log-probabilities [requests, tokens]."""
+    engine = make_engine(backend, LSERVE, 192)
     # No page is chosen or left by less than 0.4; rounding in bf16 moves scores by 0.2.
     rng = np.random.default_rng(6)
     sampling = SamplingParams(temperature=0, max_tokens=6)
@@ -90,3 +93,11 @@ def test_kernels_give_the_reference_tokens() -> None:
     np.testing.assert_array_equal(tokens, expected_tokens)
     # Logits of size 3 made of bf16 activations: a few units of 2^-8.
     assert_allclose(logprobs, expected, atol=0.05)
+
+
+def test_a_budget_that_the_kernel_cannot_select_is_refused_at_once() -> None:
+    budget = 16 * 2050  # a page of them is not selected but the newest
+    sparsity = SparsityConfig(token_budget=budget)
+    with pytest.raises(NotImplementedError, match=f"token_budget={budget} is more than 2048 pages"):
+        make_engine("mosaic", sparsity, 40_000)
+    make_engine("mosaic", SparsityConfig(token_budget=budget - 16), 40_000)

@@ -163,6 +163,7 @@ KINDS = {
         (13000, 63, 1, "normal"),  # two parts
         (8200, 70, 0, "tied"),  # fewer in the second part than are selected
         (16400, 20, 2, "tied"),  # three
+        (8200, 600, 1, "normal"),  # more than a block of strips of the best
     ],
 )
 def test_selection(width: int, num_pages: int, sink_pages: int, kind: str) -> None:
@@ -190,8 +191,8 @@ def test_one_cta_finds_all_slots_where_sms_are_few(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("width", "num_pages", "dtype", "reason"),
     [
-        (8, 0, jnp.float32, "1 to 512 pages can be selected, got 0"),
-        (600, 513, jnp.float32, "1 to 512 pages can be selected, got 513"),
+        (8, 0, jnp.float32, "1 to 2048 pages can be selected, got 0"),
+        (2100, 2049, jnp.float32, "1 to 2048 pages can be selected, got 2049"),
         (8, 2, jnp.bfloat16, "scores must be float32, got bfloat16"),
     ],
 )
