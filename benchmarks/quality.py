@@ -117,6 +117,8 @@ def run(study: Study) -> None:
 
 
 def main(args: Args) -> None:
+    if not args.parts or len(set(args.parts)) < len(args.parts):
+        raise ValueError(f"--parts {' '.join(args.parts)} must name parts, each of them once")
     runs = studies(args)  # all of them checked before the first runs
     begin = time.perf_counter()
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the processes share the GPU
