@@ -117,16 +117,17 @@ class SparsityConfig:
     logical_page_size: int = 16
     # Tokens that selection takes or leaves together, and decode reads together. None: a logical
     # page. With page_size, whole pages, ranked by their best logical page, as published: faster to
-    # select, but a quarter as many places for the same budget, and it finds less.
+    # select, but fewer places for the same budget, and it finds less.
     selected_page_size: int | None = None
     # A page scores the upper bound of q . k over its keys plus this share of the lower bound. With
     # 0 that is the upper bound alone, as published; with more, pages of unlike keys, whose bounds
-    # are loose, rank lower. Halving a query is exact in bf16.
+    # are loose, rank lower.
     lower_bound_weight: float = 0.5
     # What a retrieval head may attend in one decode step; histories that fit are attended whole.
     token_budget: int = 4096
     # Decode steps between two page selections.
     reuse_interval: int = 4
+    # Without a pattern no head streams, and these four do nothing.
     # While a prompt is read, streaming heads see its first `prefill_sink` tokens
     prefill_sink: int = 128
     # and the last `prefill_local`, the query's own included.

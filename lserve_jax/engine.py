@@ -49,7 +49,7 @@ from lserve_jax.relay import RelayDecision, RelayMode, check_mode, decide
 from lserve_jax.request import Request, TokenOutput
 from lserve_jax.sampling import SamplingArrays, SamplingMode, SamplingParams, sampling_row
 from lserve_jax.scheduler import Scheduler
-from pallas_kernels.api import Backend, resolve_backend
+from pallas_kernels.api import MOST_SELECTED_PAGES, Backend, resolve_backend
 
 SMALLEST_CHUNK = 64  # shorter prompts are padded to this
 MAX_STOP_IDS = 32  # of one request, end-of-text ids included
@@ -115,15 +115,13 @@ class Engine:
                 f"{relay=} with kv_dtype={spec.kv_dtype!r} has no kernel: prefix_attention reads "
                 "bfloat16 pages"
             )
-        if self.backend == "mosaic" and spec.sparsity is not None:
-            from pallas_kernels.page_selection import MOST_SELECTED
-
-            if spec.num_ranked > MOST_SELECTED:
-                raise NotImplementedError(
-                    f"token_budget={spec.sparsity.token_budget} is more than {MOST_SELECTED} pages "
-                    f"of selected_page_size={spec.listed_page_size}, which the kernel can select; "
-                    "lower the one or raise the other"
-                )
+        if self.backend == "mosaic" and spec.num_ranked > MOST_SELECTED_PAGES:
+            assert spec.sparsity is not None  # nothing is ranked in dense attention
+            raise NotImplementedError(
+                f"token_budget={spec.sparsity.token_budget} is more than {MOST_SELECTED_PAGES} "
+                f"pages of selected_page_size={spec.listed_page_size}, which the kernel can "
+                "select; lower the one or raise the other"
+            )
         self.max_model_len = max_model_len
         self.eos_token_ids = tuple(eos_token_ids)
         self.prefill_chunk_size = prefill_chunk_size

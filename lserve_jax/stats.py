@@ -78,16 +78,19 @@ def request_summary(metrics: RequestMetrics, clock: CompileClock, sparse: bool) 
     token, which is fetched when the first burst is on its way.
     """
     prefill = metrics.prefill_seconds - clock.seconds()
+    # Some of it is computed while the host compiles the first burst.
+    beside = " beside compiling" if clock.seconds() > 0 else ""
     lines = [
-        f"prefill   {_speed(metrics.prompt_tokens, prefill)}",
+        f"prefill   {_speed(metrics.prompt_tokens, prefill)}{beside}",
         f"decode    {_speed(metrics.generated_tokens - 1, metrics.decode_seconds)}",
         f"compile   {clock.seconds():.2f} s",
     ]
     if sparse:
         bypassed = metrics.bypassed_steps / max(metrics.decode_steps, 1)
         lines += [
-            f"pages     {metrics.pages_attended_per_step:.1f} read a step (mean over layers and KV "
-            f"heads), {metrics.selector_runs} selections, {bypassed:.0%} of steps read everything",
+            f"pages     {metrics.pages_attended_per_step:.1f} of the cache read a step (mean over "
+            f"layers and KV heads), {metrics.selector_runs} selections, {bypassed:.0%} of steps "
+            "read everything",
             f"KV bytes  {_size(metrics.kv_bytes_held)} held, "
             f"{_size(metrics.kv_bytes_read_per_step)} read a step, "
             f"{_size(metrics.dense_kv_bytes_read_per_step)} if attention were dense",
@@ -100,8 +103,8 @@ def batch_summary(metrics: EngineMetrics, times: BatchTimes, clock: CompileClock
     lines = [
         f"requests  {metrics.finished + metrics.cancelled} finished, "
         f"{metrics.preemptions} preemptions",
-        f"prompts   {metrics.prompt_tokens} tokens run, {metrics.prefix_tokens} saved by the "
-        "shared prefix",
+        f"prompts   {metrics.prompt_tokens} tokens run, {metrics.prefix_tokens} taken "
+        "from the shared prefix",
         f"answers   {_speed(metrics.generated_tokens, times.total)}",
     ]
     if times.first_token:
@@ -112,8 +115,8 @@ def batch_summary(metrics: EngineMetrics, times: BatchTimes, clock: CompileClock
         lines.append(f"latency   {latency} (medians)")
     if times.pages:
         lines.append(
-            f"pages     {statistics.median(times.pages):.1f} read a step (mean over layers and KV "
-            f"heads, median over requests), {metrics.selector_runs} selections"
+            f"pages     {statistics.median(times.pages):.1f} of the cache read a step (mean over "
+            f"layers and KV heads, median over requests), {metrics.selector_runs} selections"
         )
     reasons = "; ".join(f"{reason} ({n})" for reason, n in times.relay_reasons.most_common(3))
     return [

@@ -610,6 +610,10 @@ def page_scores(
     )
 
 
+# Pages that ``select_pages`` has a kernel for.
+MOST_SELECTED_PAGES = 2048
+
+
 def select_pages(
     scores: Float[Array, "B Kr M"],
     num_candidates: Int[Array, " B"],

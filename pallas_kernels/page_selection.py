@@ -48,6 +48,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.api import MOST_SELECTED_PAGES
 from pallas_kernels.mosaic import (
     MATRIX,
     MATRIX_TRANSPOSED,
@@ -69,7 +70,6 @@ STRIP = 64  # pages in a row of the matrix that compaction works on
 SQUARE = (64, 64)
 # Pages of one list that a CTA ranks, their keys in registers.
 PART = 8192
-MOST_SELECTED = 2048
 LOWEST_KEY = -(2**31)  # below the key of -inf
 HIGHEST_KEY = 2**31 - 1  # above the key of inf
 UPPER = 1 << 16  # two counts in one int32, so that one reduction makes both
@@ -493,6 +493,6 @@ def _refuse_unsupported_selection(scores: Array, num_pages: int) -> None:
     reasons = []
     if scores.dtype != jnp.float32:
         reasons.append(f"scores must be float32, got {scores.dtype}")
-    if not 1 <= num_pages <= MOST_SELECTED:
-        reasons.append(f"1 to {MOST_SELECTED} pages can be selected, got {num_pages}")
+    if not 1 <= num_pages <= MOST_SELECTED_PAGES:
+        reasons.append(f"1 to {MOST_SELECTED_PAGES} pages can be selected, got {num_pages}")
     refuse("select_pages", reasons)

@@ -162,7 +162,7 @@ def test_compilation_counts_as_neither_prefill_nor_decode():
     )
     clock = SimpleNamespace(seconds=lambda: 8.0)  # all before the first token
     assert request_summary(metrics, clock, sparse=False) == [
-        "prefill   100 tokens in 2.00 s, 50.0 tokens/s",
+        "prefill   100 tokens in 2.00 s, 50.0 tokens/s beside compiling",
         "decode    50 tokens in 5.00 s, 10.0 tokens/s",
         "compile   8.00 s",
     ]
