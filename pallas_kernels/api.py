@@ -565,6 +565,8 @@ def page_scores(
     dtype than the keys'). w is ``lower_bound_weight``, in [0, 1]; 0 is the papers' bound.
     ``q`` holds the rotated queries of the retrieval heads only. What holds none of the sequence's
     first ``length`` tokens scores -inf.
+    Raises ``ValueError`` for a weight outside [0, 1] and for sizes of logical, selected and whole
+    pages that do not divide one another.
 
     >>> import jax.numpy as jnp
     >>> args = jnp.ones((1, 2, 8)), jnp.ones((1, 4, 2, 2, 8)), jnp.array([[3, 1]]), jnp.array([10])
