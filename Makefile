@@ -1,5 +1,5 @@
 # make generate PROMPT="…"   prints what the model says      [MODEL=… ARGS="--max-tokens 64 …"]
-# make test                  runs the tests                  [TESTS=tests/test_cli.py ARGS="-k …"]
+# make test                  runs the tests                  [TESTS=tests/engine ARGS="-k …"]
 # make lint                  ruff and pyrefly
 # make clean                 removes the environment and caches that the above made
 #

@@ -47,11 +47,11 @@ from shapes import (
 
 from pallas_kernels import reference
 from pallas_kernels.api import OwnAttention
-from pallas_kernels.decode_attention import choose_config, paged_attention
-from pallas_kernels.kv_append import append_kv, append_kv_chunk
-from pallas_kernels.page_selection import page_scores, select_pages
-from pallas_kernels.prefill_attention import prefill_attention
-from pallas_kernels.prefix_attention import prefix_attention
+from pallas_kernels.hopper.decode_attention import choose_config, paged_attention
+from pallas_kernels.hopper.kv_append import append_kv, append_kv_chunk
+from pallas_kernels.hopper.page_selection import page_scores, select_pages
+from pallas_kernels.hopper.prefill_attention import prefill_attention
+from pallas_kernels.hopper.prefix_attention import prefix_attention
 
 COPY_RATE = 4.3e12  # bytes a second, read and written, of a large device-to-device copy
 MATMUL_RATE = 723e12  # operations a second of XLA's bf16 product of two 8192 x 8192 matrices

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.attention_patterns import load_pattern, partition_heads
-from lserve_jax.cache import LayerCache, cache_bytes, make_spec
-from lserve_jax.config import ModelConfig, SparsityConfig
-from lserve_jax.engine import Engine
-from lserve_jax.llama import Params, abstract_params
-from lserve_jax.sampling import SamplingParams
+from convert.attention_patterns import load_pattern
+from lserve_jax.attention.cache import LayerCache, cache_bytes, make_spec
+from lserve_jax.attention.config import SparsityConfig
+from lserve_jax.engine.engine import Engine
+from lserve_jax.model.config import ModelConfig
+from lserve_jax.model.heads import partition_heads
+from lserve_jax.model.llama import Params, abstract_params
+from lserve_jax.sampling_params import SamplingParams
 
 PATTERN = "Llama-3-8B-Instruct-Gradient-1048k"
 CONFIG = ModelConfig(
@@ -140,7 +142,7 @@ def without_prefill(engine: Engine, tokens: int) -> Iterator[None]:
     # Twice, as a step's budget counts padding to powers of two.
     budget = max(2 * tokens, engine.prefill_chunk_size)
     with (
-        mock.patch("lserve_jax.engine.prefill_chunk", no_prefill),
+        mock.patch("lserve_jax.engine.engine.prefill_chunk", no_prefill),
         mock.patch.object(engine, "prefill_chunk_size", budget),
     ):
         yield

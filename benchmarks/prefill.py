@@ -19,7 +19,7 @@ import tyro
 from llama_8b import CONFIG, LSERVE, make_engine, random_params
 from machine import provenance
 
-from lserve_jax.sampling import SamplingParams
+from lserve_jax.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)

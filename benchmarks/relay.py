@@ -45,10 +45,10 @@ from llama_8b import (
 from machine import provenance
 from report import write_relay
 
-from lserve_jax.config import SparsityConfig
-from lserve_jax.engine import Engine
-from lserve_jax.llama import Params
-from lserve_jax.relay import decide
+from lserve_jax.attention.config import SparsityConfig
+from lserve_jax.engine.engine import Engine
+from lserve_jax.engine.relay import decide
+from lserve_jax.model.llama import Params
 from pallas_kernels import api
 from pallas_kernels.api import KVPages, OwnAttention, PageList
 

@@ -38,8 +38,8 @@ from report import write_serving
 from tqdm import tqdm
 
 from lserve_jax import LLM, SamplingParams
-from lserve_jax.engine import Engine
-from lserve_jax.relay import RelayMode
+from lserve_jax.engine.engine import Engine
+from lserve_jax.engine.relay import RelayMode
 
 LIMITS = ("ttft", "tpot", "e2el")
 

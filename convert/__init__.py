@@ -1,4 +1,6 @@
-"""Checkpoints in, ``(config, params)`` out: Hugging Face, GGUF, Orbax, LoRA adapters.
+"""Files in; architecture, parameters, tokenizers and head patterns out.
+
+Checkpoints are Hugging Face directories, GGUF, Orbax, with LoRA adapters:
 
     config, params = convert.load("smollm2-135m-instruct", dtype=jnp.float32)
 
@@ -12,6 +14,7 @@ from typing import Any
 from jax.typing import DTypeLike
 
 from convert import orbax
+from convert.attention_patterns import load_pattern, save_pattern
 from convert.config_json import override, parse
 from convert.gguf import read_gguf
 from convert.hf import read_hf
@@ -19,10 +22,20 @@ from convert.lora import load_adapter
 from convert.orbax import save
 from convert.sources import ModelSource, resolve
 from convert.stream import Checkpoint, Placement, assemble, parse_dtype
-from lserve_jax.config import ModelConfig
-from lserve_jax.llama import Params
+from convert.tokenizers import load_tokenizer
+from lserve_jax.model.config import ModelConfig
+from lserve_jax.model.llama import Params
 
-__all__ = ["ModelSource", "load", "read_config", "resolve", "save"]
+__all__ = [
+    "ModelSource",
+    "load",
+    "load_pattern",
+    "load_tokenizer",
+    "read_config",
+    "resolve",
+    "save",
+    "save_pattern",
+]
 
 
 def load(
@@ -45,8 +58,8 @@ def load(
         (``layers.0.mlp.down_proj.kernel``) to its ``Sharding``; None is the default device.
     progress: progress bars on stderr.
 
-    The tree is that of ``lserve_jax.llama.init_params``. Tensors are converted one after another:
-    the host holds the parameters, one file's mapped pages and little else.
+    The tree is that of ``lserve_jax.model.llama.init_params``. Tensors are converted one after
+    another: the host holds the parameters, one file's mapped pages and little else.
 
     Raises ``ValueError`` for a missing, damaged or inconsistent file and for wrong arguments (all
     missing, unexpected and misshapen tensors in one message), ``NotImplementedError`` for an

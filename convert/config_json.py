@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lserve_jax.config import ModelConfig, RopeConfig
+from lserve_jax.model.config import ModelConfig, RopeConfig
 
 EXPLICIT = "lserve_jax"
 

@@ -20,9 +20,9 @@ from convert.config_json import canonical, read_json, to_json
 from convert.lora import Delta
 from convert.names import check_tensors, flatten, slots, unflatten
 from convert.stream import Checkpoint, FileTensor, Placement, assemble, sharding_of
-from lserve_jax.config import ModelConfig
-from lserve_jax.llama import Params, abstract_params
-from lserve_jax.tokenizer import load_tokenizer
+from convert.tokenizers import load_tokenizer
+from lserve_jax.model.config import ModelConfig
+from lserve_jax.model.llama import Params, abstract_params
 
 _PARAMS = "params"
 _TOKENIZER_FILES = (

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from convert.lora import Delta
 from convert.names import Naming, check_tensors, is_redundant, slots, unflatten
-from lserve_jax.config import ModelConfig
-from lserve_jax.llama import Params
+from lserve_jax.model.config import ModelConfig
+from lserve_jax.model.llama import Params
 
 # One sharding for all leaves, or one chosen by a leaf's dotted path. None: the default device.
 Placement = Sharding | Callable[[str], Sharding] | None

@@ -1,13 +1,24 @@
-"""Long-context LLM inference in JAX: LServe's sparse attention and RelayAttention."""
+"""Long-context LLM inference in JAX: LServe's sparse attention and RelayAttention.
 
-from lserve_jax.config import ModelConfig, RopeConfig, SparsityConfig
-from lserve_jax.functional import logits
-from lserve_jax.llm import LLM
-from lserve_jax.outputs import CompletionOutput, RequestOutput
-from lserve_jax.prefix import Prefix
-from lserve_jax.sampling import SamplingParams
+Names are imported when they are first used: who reads a checkpoint or calls an op does not load
+the engine.
+"""
+
+import importlib
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "LLM": "lserve_jax.llm",
+    "CompletionOutput": "lserve_jax.outputs",
+    "ModelConfig": "lserve_jax.model.config",
+    "Prefix": "lserve_jax.engine.prefix",
+    "RequestOutput": "lserve_jax.outputs",
+    "RopeConfig": "lserve_jax.model.config",
+    "SamplingParams": "lserve_jax.sampling_params",
+    "SparsityConfig": "lserve_jax.attention.config",
+    "logits": "lserve_jax.functional",
+}
 
 __all__ = [
     "LLM",
@@ -20,3 +31,9 @@ __all__ = [
     "SparsityConfig",
     "logits",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -22,12 +22,14 @@ import tyro
 from jaxtyping import Array, Float
 from tyro.conf import OmitArgPrefixes, arg
 
-from lserve_jax.cache import CacheSpec
-from lserve_jax.config import ModelConfig, SparsityConfig
-from lserve_jax.llama import Attend, Params, bind
+from lserve_jax.attention.cache import CacheSpec
+from lserve_jax.attention.config import SparsityConfig
+from lserve_jax.attention.selection import first_tail_page
+from lserve_jax.cli import exit_code, read_text
 from lserve_jax.llm import LLM, Prompt
-from lserve_jax.page_selection import first_tail_page
-from lserve_jax.rope import rotary_angles
+from lserve_jax.model.config import ModelConfig
+from lserve_jax.model.llama import Attend, Params, bind
+from lserve_jax.model.rope import rotary_angles
 from pallas_kernels import api
 
 
@@ -236,30 +238,24 @@ class AnalysisArgs:
     sparsity: OmitArgPrefixes[SparsityConfig] = field(default_factory=SparsityConfig)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m lserve_jax.analysis``: prints recall by layer, writes the picture; exit code."""
-    args = tyro.cli(AnalysisArgs, args=argv, prog="python -m lserve_jax.analysis")
-    try:
-        if args.plot is not None:
-            require_matplotlib()  # before any long work
-        if args.max_tokens is not None and args.max_tokens < 1:
-            raise ValueError(f"--max-tokens {args.max_tokens} must be at least 1")
-        text = args.prompt_file.read_text(encoding="utf-8")
-        llm = LLM(
-            args.model,
-            max_num_seqs=1,
-            attention="lserve",
-            sparsity=args.sparsity,
-            kv_cache_bytes=1 << 28,  # the measurement itself uses no cache
-            progress=True,
-        )
-        ids = llm.token_ids(text)[: args.max_tokens]
-        recall = page_recall(llm, {"prompt_token_ids": ids}, num_queries=args.num_queries)
-        if args.plot is not None:
-            plot_page_recall(recall, args.plot)
-    except (ValueError, NotImplementedError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def _main(args: AnalysisArgs) -> None:
+    if args.plot is not None:
+        require_matplotlib()  # before any long work
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise ValueError(f"--max-tokens {args.max_tokens} must be at least 1")
+    text = read_text(args.prompt_file, "prompt file")
+    llm = LLM(
+        args.model,
+        max_num_seqs=1,
+        attention="lserve",
+        sparsity=args.sparsity,
+        kv_cache_bytes=1 << 28,  # the measurement itself uses no cache
+        progress=True,
+    )
+    ids = llm.token_ids(text)[: args.max_tokens]
+    recall = page_recall(llm, {"prompt_token_ids": ids}, num_queries=args.num_queries)
+    if args.plot is not None:
+        plot_page_recall(recall, args.plot)
     print(f"{len(ids)} tokens, {args.num_queries} queries; share of attention mass covered")
     if len(ids) <= args.sparsity.token_budget and args.sparsity.pattern is None:
         print(f"all of it: the text fits the budget of {args.sparsity.token_budget} tokens")
@@ -267,7 +263,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for layer, heads in enumerate(recall.mean):
         print(f"{layer:5d}  {heads.mean():.3f}  {heads.min():.3f}")
     print(f"  all  {recall.mean.mean():.3f}  {recall.mean.min():.3f}")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m lserve_jax.analysis``: prints recall by layer, writes the picture; exit code."""
+    args = tyro.cli(AnalysisArgs, args=argv, prog="python -m lserve_jax.analysis")
+    return exit_code(lambda: _main(args))
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from lserve_jax import __version__
+from lserve_jax.engine.prefix import CommonPrefix
 from lserve_jax.llm import LLM, Message, Prompt
 from lserve_jax.outputs import CompletionOutput, RequestOutput
-from lserve_jax.prefix import CommonPrefix
-from lserve_jax.sampling import SamplingParams
+from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.stats import BatchTimes
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lserve_jax.attention import causal_attend
-from lserve_jax.config import ModelConfig
-from lserve_jax.llama import Params, bind
+from lserve_jax.attention.attend import causal_attend
+from lserve_jax.model.config import ModelConfig
+from lserve_jax.model.llama import Params, bind
 
 
 def logits(config: ModelConfig, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:

@@ -14,11 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
 import tyro
-from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, UseAppendAction, arg
+from tyro.conf import DisallowNone, OmitArgPrefixes, UseAppendAction
 
-from convert.artefacts import cache_directory
+from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.batch import (
     PromptFormat,
     PromptsFile,
@@ -26,20 +25,12 @@ from lserve_jax.batch import (
     completion_record,
     run_batch,
 )
-from lserve_jax.config import SparsityConfig
+from lserve_jax.cli import Switch, enable_compile_cache, exit_code, flag, read_text
+from lserve_jax.engine.relay import RelayMode
 from lserve_jax.llm import LLM, Prompt
 from lserve_jax.outputs import CompletionOutput
-from lserve_jax.relay import RelayMode
-from lserve_jax.sampling import SamplingParams
+from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.stats import CompileClock, batch_summary, memory_summary, request_summary
-
-
-def _flag(metavar: str, otherwise: str) -> object:
-    """How help shows a flag: what follows it, and what happens without it."""
-    return arg(metavar=metavar, help_behavior_hint=f"(default: {otherwise})")
-
-
-Switch = Annotated[FlagCreatePairsOff[bool], arg(help_behavior_hint="")]
 
 
 # Help texts stay within two lines each: tyro breaks longer ones in odd places.
@@ -52,32 +43,32 @@ class GenerateArgs:
     starts read it from the cache.
     """
 
-    model: Annotated[str, _flag("MODEL", "smollm2-135m-instruct")] = "smollm2-135m-instruct"
+    model: Annotated[str, flag("MODEL", "smollm2-135m-instruct")] = "smollm2-135m-instruct"
     """smollm2-135m-instruct or smollm2-135m-instruct-32k (prompts of up to 32K tokens), a
     checkpoint directory, a .gguf file, or a Hugging Face id (owner/name)."""
-    adapter: Annotated[str | None, _flag("DIR", "none")] = None
+    adapter: Annotated[str | None, flag("DIR", "none")] = None
     """Directory of a PEFT LoRA adapter to merge into the weights."""
 
-    prompt: Annotated[str | None, _flag("TEXT", "none")] = None
+    prompt: Annotated[str | None, flag("TEXT", "none")] = None
     """The prompt itself."""
-    prompt_file: Annotated[str | None, _flag("FILE", "none")] = None
+    prompt_file: Annotated[str | None, flag("FILE", "none")] = None
     """File that holds the prompt (UTF-8); - reads standard input."""
-    prompt_token_ids: Annotated[tuple[int, ...] | None, _flag("ID ID ...", "none")] = None
+    prompt_token_ids: Annotated[tuple[int, ...] | None, flag("ID ID ...", "none")] = None
     """The prompt as token ids, for a checkpoint that has no tokenizer."""
-    prompts_file: Annotated[Path | None, _flag("FILE", "none")] = None
+    prompts_file: Annotated[Path | None, flag("FILE", "none")] = None
     """Many prompts: a .txt file with one a line, or a .jsonl file with an object a line that has
     "prompt", "prompt_token_ids" or "messages", and can have "id", "max_tokens", "stop", ..."""
-    output: Annotated[Path | None, _flag("FILE", "none")] = None
+    output: Annotated[Path | None, flag("FILE", "none")] = None
     """Where the answers to --prompts-file go, as JSON Lines in the order in which they finish.
     The same command again continues an interrupted run."""
-    shared_prefix_file: Annotated[Path | None, _flag("FILE", "none")] = None
+    shared_prefix_file: Annotated[Path | None, flag("FILE", "none")] = None
     """Text that all of --prompts-file begin with, computed once: the system message of a chat,
     otherwise put in front of the prompt."""
     skip_bad_lines: Switch = False
     """Run the other lines of --prompts-file where some cannot be run."""
-    chat: Annotated[bool | None, _flag("", "chat if the model has a template")] = None
+    chat: Annotated[bool | None, flag("", "chat if the model has a template")] = None
     """Wrap the prompt in the model's chat template, or continue it as it is."""
-    system: Annotated[str | None, _flag("TEXT", "the chat template's own")] = None
+    system: Annotated[str | None, flag("TEXT", "the chat template's own")] = None
     """System message of the chat."""
 
     max_tokens: int = 256
@@ -88,19 +79,19 @@ class GenerateArgs:
     """Sample from the likeliest tokens that together hold this share of the probability."""
     top_k: int = 0
     """Sample from so many likeliest tokens; 0 means all."""
-    seed: Annotated[int | None, _flag("INT", "a new one each time")] = None
+    seed: Annotated[int | None, flag("INT", "a new one each time")] = None
     """Same seed, same text."""
-    stop: Annotated[UseAppendAction[tuple[str, ...]], _flag("TEXT", "none")] = ()
+    stop: Annotated[UseAppendAction[tuple[str, ...]], flag("TEXT", "none")] = ()
     """Stop before this text; may be given several times."""
 
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None,
-        _flag("{float32,bfloat16}", "bfloat16 on a GPU, float32 on a CPU"),
+        flag("{float32,bfloat16}", "bfloat16 on a GPU, float32 on a CPU"),
     ] = None
     """Type of weights and arithmetic."""
-    max_model_len: Annotated[int | None, _flag("INT", "what the model was trained for")] = None
+    max_model_len: Annotated[int | None, flag("INT", "what the model was trained for")] = None
     """Room for prompt and answer together, in tokens."""
-    kv_cache_bytes: Annotated[int | None, _flag("INT", "2 GiB on a CPU, most of a GPU")] = None
+    kv_cache_bytes: Annotated[int | None, flag("INT", "2 GiB on a CPU, most of a GPU")] = None
     """Memory for the cached keys and values; long prompts need more."""
     kv_dtype: Literal["auto", "int8"] = "auto"
     """Storage of keys and values: as --dtype, or quantised to 8 bits a number."""
@@ -141,19 +132,10 @@ def _read_prompt(args: GenerateArgs) -> Prompt:
     if args.prompt_file == "-":
         prompt = sys.stdin.read()
     elif args.prompt_file is not None:
-        prompt = _read_text(Path(args.prompt_file), "prompt file")
+        prompt = read_text(Path(args.prompt_file), "prompt file")
     if not prompt:
         raise ValueError("the prompt is empty: generation needs at least one token")
     return prompt
-
-
-def _read_text(path: Path, what: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{what} {str(path)!r} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{what} {str(path)!r} is not UTF-8: {error}") from None
 
 
 def _sampling_params(args: GenerateArgs) -> SamplingParams:
@@ -201,12 +183,6 @@ def _run(args: GenerateArgs, llm: LLM, prompt: Prompt, params: SamplingParams) -
     return llm.generate(prompt, params, on_text=on_text)[0].outputs[0]
 
 
-def _enable_compile_cache() -> None:
-    """Keeps compiled code between starts, so that the second one is quick."""
-    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "jit"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
-
 def _check_options(args: GenerateArgs) -> None:
     sources = (args.prompt, args.prompt_file, args.prompt_token_ids, args.prompts_file)
     if sum(source is not None for source in sources) != 1:
@@ -244,14 +220,14 @@ def _run_settings(
 def _main_batch(args: GenerateArgs, prompts_file: Path, output: Path) -> None:
     shared_text = None
     if args.shared_prefix_file is not None:
-        shared_text = _read_text(args.shared_prefix_file, "shared prefix file")
+        shared_text = read_text(args.shared_prefix_file, "shared prefix file")
     prompt_format = PromptFormat(chat=args.chat, system=args.system, shared_text=shared_text)
     prompts = PromptsFile(prompts_file, _sampling_params(args), skip_bad_lines=args.skip_bad_lines)
     with ResultsFile(output, _run_settings(args, prompts, shared_text)) as results:
         if len(results.done) == prompts.num_lines:
             print(f"{output} has all {prompts.num_lines} answers already", file=sys.stderr)
             return
-        _enable_compile_cache()
+        enable_compile_cache()
         llm = _load(args)
         with CompileClock() as clock:
             times = run_batch(llm, prompts, prompt_format, results)
@@ -267,7 +243,7 @@ def _main(args: GenerateArgs) -> None:
         _main_batch(args, args.prompts_file, args.output)
         return
     prompt, params = _read_prompt(args), _sampling_params(args)
-    _enable_compile_cache()
+    enable_compile_cache()
     llm = _load(args)
     with CompileClock() as clock:
         completion = _run(args, llm, prompt, params)
@@ -288,14 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(
         GenerateArgs, args=argv, prog="python -m lserve_jax.generate", config=(DisallowNone,)
     )
-    try:
-        _main(args)
-    except (ValueError, NotImplementedError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130  # what shells report for Ctrl-C
-    return 0
+    return exit_code(lambda: _main(args))
 
 
 if __name__ == "__main__":

@@ -17,16 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 
 import convert
-from convert.attention_patterns import load_pattern, partition_heads, permute_heads
-from lserve_jax.cache import CacheSpec, KVDtype, cache_bytes, make_spec
-from lserve_jax.config import ModelConfig, SparsityConfig
-from lserve_jax.engine import SMALLEST_CHUNK, Engine
-from lserve_jax.llama import Params
+from convert.attention_patterns import load_pattern
+from convert.tokenizers import load_tokenizer
+from lserve_jax.attention.cache import CacheSpec, KVDtype, cache_bytes, make_spec
+from lserve_jax.attention.config import SparsityConfig
+from lserve_jax.engine.engine import SMALLEST_CHUNK, Engine
+from lserve_jax.engine.prefix import CommonPrefix, Prefix
+from lserve_jax.engine.relay import RelayMode, check_mode
+from lserve_jax.model.config import ModelConfig
+from lserve_jax.model.heads import partition_heads, permute_heads
+from lserve_jax.model.llama import Params
 from lserve_jax.outputs import Completion, RequestOutput
-from lserve_jax.prefix import CommonPrefix, Prefix
-from lserve_jax.relay import RelayMode, check_mode
-from lserve_jax.sampling import SamplingParams
-from lserve_jax.tokenizer import Tokenizer, load_tokenizer
+from lserve_jax.sampling_params import SamplingParams
+from lserve_jax.tokenizer import Tokenizer
 from pallas_kernels.api import Backend, resolve_backend
 
 # Text, or {"prompt_token_ids": [...]}, where "prompt" may be the text that they come from.

@@ -3,9 +3,9 @@
 import dataclasses
 from dataclasses import dataclass
 
-from lserve_jax.metrics import RequestMetrics
-from lserve_jax.request import TokenOutput
-from lserve_jax.sampling import SamplingParams
+from lserve_jax.engine.metrics import RequestMetrics
+from lserve_jax.engine.request import TokenOutput
+from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.tokenizer import Tokenizer
 
 

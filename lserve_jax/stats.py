@@ -12,8 +12,8 @@ from typing import Self
 import jax
 import jax.monitoring
 
-from lserve_jax.cache import CacheSpec
-from lserve_jax.metrics import EngineMetrics, RequestMetrics
+from lserve_jax.attention.cache import CacheSpec
+from lserve_jax.engine.metrics import EngineMetrics, RequestMetrics
 
 
 @dataclass(kw_only=True)

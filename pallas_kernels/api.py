@@ -20,24 +20,38 @@ it, with ``value_checks`` and ``checkify``:
     error.throw()
 
 A function that was jitted and called before keeps what it was traced with: trace the plain function
-anew, such as ``lserve_jax.decode.decode_burst.__wrapped__``.
+anew, such as ``lserve_jax.engine.steps.decode_burst.__wrapped__``.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Literal
-
-import jax
 import jax.numpy as jnp
-from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import reference
-from pallas_kernels.device import is_hopper
-from pallas_kernels.reference import KVPages, OwnAttention, PageList
+from pallas_kernels.checks import (
+    check_list,
+    check_range,
+    check_table,
+    expect_dtype,
+    expect_groups,
+    expect_list,
+    expect_pages,
+    expect_pools,
+    expect_shape,
+    expect_stats,
+    value_checks,
+)
+from pallas_kernels.device import (
+    MOST_LINEAR_ROWS,
+    MOST_SELECTED_PAGES,
+    Backend,
+    implementation,
+    resolve_backend,
+)
+from pallas_kernels.types import KVPages, OwnAttention, PageList
 
 __all__ = [
+    "MOST_LINEAR_ROWS",
+    "MOST_SELECTED_PAGES",
     "Backend",
     "KVPages",
     "OwnAttention",
@@ -57,149 +71,6 @@ __all__ = [
     "select_pages",
     "value_checks",
 ]
-
-Backend = Literal["auto", "mosaic", "reference"]
-BACKENDS: tuple[Backend, ...] = ("auto", "mosaic", "reference")
-
-
-def resolve_backend(backend: Backend) -> Literal["mosaic", "reference"]:
-    """What "auto" means: "mosaic", the Pallas kernels, if the default device is a Hopper GPU.
-
-    It depends on nothing else: a shape or dtype that a kernel does not cover raises
-    ``NotImplementedError`` there, with the reason, and is not silently computed the slow way.
-
-    >>> resolve_backend("reference")
-    'reference'
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"{backend=} is unknown; known: {BACKENDS}")
-    if backend != "auto":
-        return backend
-    return "mosaic" if is_hopper(jax.devices()[0]) else "reference"
-
-
-_checks_values: ContextVar[bool] = ContextVar("checks_values", default=False)
-
-
-@contextmanager
-def value_checks() -> Iterator[None]:
-    """Ops traced inside also check values, for ``checkify`` to report.
-
-    Not always: a check is an effect to JAX even where nobody asks for it, and JAX calls programs
-    with effects from Python, which takes milliseconds for the hundreds of arrays of a model.
-
-    >>> import jax.numpy as jnp
-    >>> pool = KVPages(jnp.ones((1, 4, 16, 8)), jnp.ones((1, 4, 16, 8)))
-    >>> with value_checks():
-    ...     attend = checkify.checkify(lambda table: prefix_attention(
-    ...         jnp.ones((3, 2, 8)), pool, table, jnp.int32(20)))
-    ...     error, _ = attend(jnp.array([2, 4]))
-    >>> error.get().split(" (")[0]
-    'page_table must lie in [0, 3], got 2 to 4'
-    """
-    token = _checks_values.set(True)
-    try:
-        yield
-    finally:
-        _checks_values.reset(token)
-
-
-def _expect(name: str, x: Array, shape: tuple[int | None, ...]) -> None:
-    """``None`` in ``shape`` accepts any size."""
-    if x.ndim != len(shape) or any(
-        n is not None and n != m for n, m in zip(shape, x.shape, strict=True)
-    ):
-        wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        raise ValueError(f"{name} has shape {x.shape}, expected [{wanted}]")
-
-
-def _expect_dtype(dtype: str, **arrays: Array) -> None:
-    for name, x in arrays.items():
-        if x.dtype != dtype:
-            raise ValueError(f"{name} has dtype {x.dtype}, expected {dtype}")
-
-
-def _check_range(name: str, x: Array, limit: int, *, lowest: int = 0) -> None:
-    """Under ``value_checks``: every x is in [lowest, limit]."""
-    if _checks_values.get() and x.size > 0:
-        least, most = x.min(), x.max()
-        checkify.debug_check(
-            (least >= lowest) & (most <= limit),
-            f"{name} must lie in [{lowest}, {limit}], got {{least}} to {{most}}",
-            least=least,
-            most=most,
-        )
-
-
-def _check_table(name: str, table: Array, pages: KVPages, tokens: Array) -> None:
-    """Under ``value_checks``: the table reaches ``tokens`` and up to there names pages of the pool.
-
-    ``tokens`` is a count for each row of the table.
-    """
-    N, P = pages.k.shape[1:3]
-    if _checks_values.get() and pages.k.shape[0] > 0:
-        reach = table.shape[-1] * P
-        _check_range(f"tokens cached through {name}, which holds {reach},", tokens, reach)
-        used = jnp.arange(table.shape[-1]) * P < tokens[..., None]
-        _check_range(name, jnp.where(used, table, 0), N - 1)
-
-
-def _expect_pages(name: str, pages: KVPages, head_dim: int) -> None:
-    _expect(f"{name}.k", pages.k, (None, None, None, head_dim))
-    _expect(f"{name}.v", pages.v, pages.k.shape)
-    if pages.v.dtype != pages.k.dtype:
-        raise ValueError(f"{name}.v has dtype {pages.v.dtype}, {name}.k has {pages.k.dtype}")
-    for part, scale in (("k_scale", pages.k_scale), ("v_scale", pages.v_scale)):
-        if (scale is not None) != (pages.k.dtype == "int8"):
-            raise ValueError(
-                f"{name}.{part} must be given exactly for int8 pages; the pages are {pages.k.dtype}"
-            )
-        if scale is not None:
-            _expect(f"{name}.{part}", scale, pages.k.shape[:3])
-            _expect_dtype("float32", **{f"{name}.{part}": scale})
-
-
-def _expect_pools(retrieval: KVPages, streaming: KVPages, heads: int, head_dim: int) -> None:
-    _expect_pages("retrieval", retrieval, head_dim)
-    _expect_pages("streaming", streaming, head_dim)
-    split = (retrieval.k.shape[0], streaming.k.shape[0])
-    if sum(split) != heads:
-        raise ValueError(f"retrieval + streaming pools hold {split} KV heads, expected {heads}")
-    if retrieval.k.shape[2] != streaming.k.shape[2]:
-        raise ValueError(
-            f"page sizes differ: retrieval {retrieval.k.shape[2]}, streaming {streaming.k.shape[2]}"
-        )
-
-
-def _expect_groups(heads: int, kv_heads: int) -> None:
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"{heads} query heads must be a multiple of {kv_heads} KV heads")
-
-
-def _expect_list(name: str, lists: PageList, rows: int, heads: int) -> None:
-    _expect(f"{name}.pages", lists.pages, (None, None, None))
-    if lists.pages.shape[2] == 0:
-        raise ValueError(f"{name}.pages has shape {lists.pages.shape}, needs an entry")
-    _expect(f"{name}.start", lists.start, (None, None))
-    _expect(f"{name}.stop", lists.stop, (None, None))
-    for part, x in lists._asdict().items():
-        _expect_dtype("int32", **{f"{name}.{part}": x})
-        if x.shape[0] < rows or x.shape[1] not in (1, heads):
-            raise ValueError(
-                f"{name}.{part} has shape {x.shape}, expected at least {rows} rows and {heads} "
-                "heads, those of its pool, or 1 for all of them"
-            )
-
-
-def _check_list(
-    name: str, lists: PageList, rows: int, pages: KVPages, listed_page_size: int
-) -> None:
-    heads, N, P = pages.k.shape[:3]
-    if heads > 0:
-        slots = lists.pages.shape[2] * listed_page_size
-        _check_range(f"{name}.pages", lists.pages[:rows], N * (P // listed_page_size) - 1)
-        _check_range(f"{name}.start", lists.start[:rows], slots)
-        _check_range(f"{name}.stop", lists.stop[:rows], slots)
 
 
 def paged_attention(
@@ -232,26 +103,21 @@ def paged_attention(
     >>> out.shape, lse.shape
     ((1, 4, 8), (1, 4))
     """
-    _expect("q", q, (None, None, None))
+    expect_shape("q", q, (None, None, None))
     B, H, D = q.shape
     Kr, Ks = retrieval.k.shape[0], streaming.k.shape[0]
-    _expect_groups(H, Kr + Ks)
-    _expect_pools(retrieval, streaming, Kr + Ks, D)
-    _expect_list("retrieval_list", retrieval_list, B, Kr)
-    _expect_list("streaming_list", streaming_list, B, Ks)
+    expect_groups(H, Kr + Ks)
+    expect_pools(retrieval, streaming, Kr + Ks, D)
+    expect_list("retrieval_list", retrieval_list, B, Kr)
+    expect_list("streaming_list", streaming_list, B, Ks)
     page_size = retrieval.k.shape[2]
     if listed_page_size is None:
         listed_page_size = page_size
     if listed_page_size < 1 or page_size % listed_page_size:
         raise ValueError(f"{listed_page_size=} must divide the pages' {page_size} tokens")
-    _check_list("retrieval_list", retrieval_list, B, retrieval, listed_page_size)
-    _check_list("streaming_list", streaming_list, B, streaming, listed_page_size)
-    if resolve_backend(backend) == "reference":
-        implementation = reference.paged_attention
-    else:
-        # Not at the top: importing Pallas takes a second that CPU users need not wait.
-        from pallas_kernels.decode_attention import paged_attention as implementation
-    return implementation(
+    check_list("retrieval_list", retrieval_list, B, retrieval, listed_page_size)
+    check_list("streaming_list", streaming_list, B, streaming, listed_page_size)
+    return implementation("paged_attention", backend)(
         q,
         retrieval,
         streaming,
@@ -298,31 +164,27 @@ def prefill_attention(
     >>> out.shape, lse.shape
     ((32, 2, 8), (32, 2))
     """
-    _expect("q", q, (None, None, None))
+    expect_shape("q", q, (None, None, None))
     T, H, D = q.shape
-    _expect("k", k, (T, None, D))
-    _expect("v", v, k.shape)
-    _expect_groups(H, k.shape[1])
-    _expect_pools(retrieval, streaming, k.shape[1], D)
-    _expect("page_table", page_table, (None,))
+    expect_shape("k", k, (T, None, D))
+    expect_shape("v", v, k.shape)
+    expect_groups(H, k.shape[1])
+    expect_pools(retrieval, streaming, k.shape[1], D)
+    expect_shape("page_table", page_table, (None,))
     if page_table.shape[0] == 0:
         raise ValueError(f"page_table has shape {page_table.shape}, needs an entry")
-    _expect("streaming_table", streaming_table, page_table.shape)
-    _expect("start", start, ())
-    _expect("length", length, ())
-    _expect_dtype(
+    expect_shape("streaming_table", streaming_table, page_table.shape)
+    expect_shape("start", start, ())
+    expect_shape("length", length, ())
+    expect_dtype(
         "int32", page_table=page_table, streaming_table=streaming_table, start=start, length=length
     )
     if sink < 0 or local < 1:
         raise ValueError(f"need sink >= 0 and local >= 1, got {sink=} {local=}")
-    _check_range("length", length, T)
-    _check_table("page_table", page_table, retrieval, start)
-    _check_table("streaming_table", streaming_table, streaming, start)
-    if resolve_backend(backend) == "reference":
-        implementation = reference.prefill_attention
-    else:
-        from pallas_kernels.prefill_attention import prefill_attention as implementation
-    return implementation(
+    check_range("length", length, T)
+    check_table("page_table", page_table, retrieval, start)
+    check_table("streaming_table", streaming_table, streaming, start)
+    return implementation("prefill_attention", backend)(
         q,
         k,
         v,
@@ -364,27 +226,23 @@ def prefix_attention(
     >>> out.shape, lse.shape
     ((3, 2, 8), (3, 2))
     """
-    _expect("q", q, (None, None, None))
-    _expect_pages("pages", pages, q.shape[2])
-    _expect_groups(q.shape[1], pages.k.shape[0])
-    _expect("page_table", page_table, (None,))
+    expect_shape("q", q, (None, None, None))
+    expect_pages("pages", pages, q.shape[2])
+    expect_groups(q.shape[1], pages.k.shape[0])
+    expect_shape("page_table", page_table, (None,))
     if page_table.shape[0] == 0:
         raise ValueError(f"page_table has shape {page_table.shape}, needs an entry")
-    _expect("length", length, ())
-    _expect_dtype("int32", page_table=page_table, length=length)
+    expect_shape("length", length, ())
+    expect_dtype("int32", page_table=page_table, length=length)
     if own is not None:
-        _expect("own.out", own.out, q.shape)
-        _expect("own.lse", own.lse, q.shape[:2])
-        _expect("own.shares", own.shares, q.shape[:1])
-        _expect_dtype(str(q.dtype), **{"own.out": own.out})
-        _expect_dtype("float32", **{"own.lse": own.lse})
-        _expect_dtype("bool", **{"own.shares": own.shares})
-    _check_table("page_table", page_table, pages, length)
-    if resolve_backend(backend) == "reference":
-        implementation = reference.prefix_attention
-    else:
-        from pallas_kernels.prefix_attention import prefix_attention as implementation
-    return implementation(q, pages, page_table, length, own)
+        expect_shape("own.out", own.out, q.shape)
+        expect_shape("own.lse", own.lse, q.shape[:2])
+        expect_shape("own.shares", own.shares, q.shape[:1])
+        expect_dtype(str(q.dtype), **{"own.out": own.out})
+        expect_dtype("float32", **{"own.lse": own.lse})
+        expect_dtype("bool", **{"own.shares": own.shares})
+    check_table("page_table", page_table, pages, length)
+    return implementation("prefix_attention", backend)(q, pages, page_table, length, own)
 
 
 def merge_attention(
@@ -402,8 +260,8 @@ def merge_attention(
     """
     if outs.ndim < 2:
         raise ValueError(f"outs has shape {outs.shape}, expected [n, ..., D]")
-    _expect("lses", lses, outs.shape[:-1])
-    _expect_dtype("float32", lses=lses)
+    expect_shape("lses", lses, outs.shape[:-1])
+    expect_dtype("float32", lses=lses)
     return reference.merge_attention(outs, lses)
 
 
@@ -443,44 +301,29 @@ def append_kv(
     >>> float(r.k[0, 1, 3, 0]), float(r.k.sum())
     (1.0, 8.0)
     """
-    _expect("q", q, (None, None, None))
+    expect_shape("q", q, (None, None, None))
     B, H, D = q.shape
-    _expect("k", k, (B, None, D))
-    _expect("v", v, k.shape)
-    _expect_groups(H, k.shape[1])
-    _expect("cos", cos, (B, D // 2))
-    _expect("sin", sin, (B, D // 2))
-    _expect_dtype("float32", cos=cos, sin=sin)
-    _expect_pools(retrieval, streaming, k.shape[1], D)
-    _expect_stats(key_stats, retrieval)
+    expect_shape("k", k, (B, None, D))
+    expect_shape("v", v, k.shape)
+    expect_groups(H, k.shape[1])
+    expect_shape("cos", cos, (B, D // 2))
+    expect_shape("sin", sin, (B, D // 2))
+    expect_dtype("float32", cos=cos, sin=sin)
+    expect_pools(retrieval, streaming, k.shape[1], D)
+    expect_stats(key_stats, retrieval)
     for name, x in (("page", page), ("streaming_page", streaming_page), ("offset", offset)):
-        _expect(name, x, (B,))
-    _expect_dtype("int32", page=page, streaming_page=streaming_page, offset=offset)
-    _check_range("offset", offset, retrieval.k.shape[2] - 1)
+        expect_shape(name, x, (B,))
+    expect_dtype("int32", page=page, streaming_page=streaming_page, offset=offset)
+    check_range("offset", offset, retrieval.k.shape[2] - 1)
     for name, ids, pool in (
         ("page", page, retrieval),
         ("streaming_page", streaming_page, streaming),
     ):
         if pool.k.shape[0] > 0:
-            _check_range(name, ids, pool.k.shape[1] - 1, lowest=jnp.iinfo(jnp.int32).min)
-    if resolve_backend(backend) == "reference":
-        implementation = reference.append_kv
-    else:
-        from pallas_kernels.kv_append import append_kv as implementation
-    return implementation(
+            check_range(name, ids, pool.k.shape[1] - 1, lowest=jnp.iinfo(jnp.int32).min)
+    return implementation("append_kv", backend)(
         q, k, v, cos, sin, retrieval, streaming, key_stats, page, streaming_page, offset
     )
-
-
-def _expect_stats(key_stats: Array | None, retrieval: KVPages) -> None:
-    if key_stats is None:
-        return
-    K, N, P, D = retrieval.k.shape
-    _expect("key_stats", key_stats, (K, N, None, 2, D))
-    if key_stats.shape[2] == 0 or P % key_stats.shape[2]:
-        raise ValueError(
-            f"page size {P} must be a multiple of the {key_stats.shape[2]} logical pages it holds"
-        )
 
 
 def append_kv_chunk(
@@ -517,28 +360,24 @@ def append_kv_chunk(
     >>> float(s.k.sum())
     0.0
     """
-    _expect("k", k, (None, None, None))
+    expect_shape("k", k, (None, None, None))
     T, Hk, D = k.shape
-    _expect("v", v, k.shape)
-    _expect_pools(retrieval, streaming, Hk, D)
-    _expect_stats(key_stats, retrieval)
-    _expect("page_table", page_table, (None,))
-    _expect("streaming_page", streaming_page, (T,))
-    _expect("start", start, ())
-    _expect("length", length, ())
-    _expect_dtype(
+    expect_shape("v", v, k.shape)
+    expect_pools(retrieval, streaming, Hk, D)
+    expect_stats(key_stats, retrieval)
+    expect_shape("page_table", page_table, (None,))
+    expect_shape("streaming_page", streaming_page, (T,))
+    expect_shape("start", start, ())
+    expect_shape("length", length, ())
+    expect_dtype(
         "int32", page_table=page_table, streaming_page=streaming_page, start=start, length=length
     )
-    _check_range("length", length, T)
-    _check_table("page_table", page_table, retrieval, start + length)
+    check_range("length", length, T)
+    check_table("page_table", page_table, retrieval, start + length)
     if streaming.k.shape[0] > 0:
         lowest = jnp.iinfo(jnp.int32).min
-        _check_range("streaming_page", streaming_page, streaming.k.shape[1] - 1, lowest=lowest)
-    if resolve_backend(backend) == "reference":
-        implementation = reference.append_kv_chunk
-    else:
-        from pallas_kernels.kv_append import append_kv_chunk as implementation
-    return implementation(
+        check_range("streaming_page", streaming_page, streaming.k.shape[1] - 1, lowest=lowest)
+    return implementation("append_kv_chunk", backend)(
         k, v, retrieval, streaming, key_stats, page_table, streaming_page, start, length
     )
 
@@ -577,13 +416,13 @@ def page_scores(
     """
     if not 0.0 <= lower_bound_weight <= 1.0:
         raise ValueError(f"{lower_bound_weight=} must lie in [0, 1]")
-    _expect("q", q, (None, None, None))
+    expect_shape("q", q, (None, None, None))
     B, Hr, D = q.shape
-    _expect("key_stats", key_stats, (None, None, None, 2, D))
-    _expect_groups(Hr, key_stats.shape[0])
-    _expect("page_table", page_table, (B, None))
-    _expect("length", length, (B,))
-    _expect_dtype("int32", page_table=page_table, length=length)
+    expect_shape("key_stats", key_stats, (None, None, None, 2, D))
+    expect_groups(Hr, key_stats.shape[0])
+    expect_shape("page_table", page_table, (B, None))
+    expect_shape("length", length, (B,))
+    expect_dtype("int32", page_table=page_table, length=length)
     if key_stats.shape[2] == 0 or page_size % key_stats.shape[2]:
         raise ValueError(f"{page_size=} must be a multiple of {key_stats.shape[2]} logical pages")
     logical_page_size = page_size // key_stats.shape[2]
@@ -594,14 +433,10 @@ def page_scores(
             f"{selected_page_size=} must divide {page_size=} and be a multiple of "
             f"{logical_page_size=}"
         )
-    _check_range("length", length, page_table.shape[1] * page_size)
+    check_range("length", length, page_table.shape[1] * page_size)
     used = jnp.arange(page_table.shape[1])[None] * page_size < length[:, None]
-    _check_range("page_table", jnp.where(used, page_table, 0), key_stats.shape[1] - 1)
-    if resolve_backend(backend) == "reference":
-        implementation = reference.page_scores
-    else:
-        from pallas_kernels.page_selection import page_scores as implementation
-    return implementation(
+    check_range("page_table", jnp.where(used, page_table, 0), key_stats.shape[1] - 1)
+    return implementation("page_scores", backend)(
         q,
         key_stats,
         page_table,
@@ -610,10 +445,6 @@ def page_scores(
         selected_page_size=selected_page_size,
         lower_bound_weight=lower_bound_weight,
     )
-
-
-# Pages that ``select_pages`` has a kernel for.
-MOST_SELECTED_PAGES = 2048
 
 
 def select_pages(
@@ -636,22 +467,16 @@ def select_pages(
     >>> select_pages(scores, jnp.array([3]), num_pages=2, sink_pages=1).tolist()
     [[[0, 1]]]
     """
-    _expect("scores", scores, (None, None, None))
-    _expect("num_candidates", num_candidates, (scores.shape[0],))
-    _expect_dtype("int32", num_candidates=num_candidates)
+    expect_shape("scores", scores, (None, None, None))
+    expect_shape("num_candidates", num_candidates, (scores.shape[0],))
+    expect_dtype("int32", num_candidates=num_candidates)
     if not 0 <= sink_pages <= num_pages:
         raise ValueError(f"need 0 <= sink_pages <= num_pages, got {sink_pages=} {num_pages=}")
-    _check_range("num_candidates", num_candidates, scores.shape[-1])
+    check_range("num_candidates", num_candidates, scores.shape[-1])
     num_pages = min(num_pages, scores.shape[-1])
-    if resolve_backend(backend) == "reference":
-        implementation = reference.select_pages
-    else:
-        from pallas_kernels.page_selection import select_pages as implementation
-    return implementation(scores, num_candidates, num_pages=num_pages, sink_pages=sink_pages)
-
-
-# Rows that ``fused_linear`` has a kernel for. With more, XLA's matrix product is faster.
-MOST_LINEAR_ROWS = 4
+    return implementation("select_pages", backend)(
+        scores, num_candidates, num_pages=num_pages, sink_pages=sink_pages
+    )
 
 
 def fused_linear(
@@ -681,25 +506,21 @@ def fused_linear(
     >>> out.tolist()
     [[5.0, 5.0]]
     """
-    _expect("x", x, (None, None))
+    expect_shape("x", x, (None, None))
     R, K = x.shape
-    _expect("kernel", kernel, (K, None))
+    expect_shape("kernel", kernel, (K, None))
     width = kernel.shape[1]
     if gated and width % 2:
         raise ValueError(f"a gated kernel needs an even number of columns, got {width}")
     if bias is not None:
-        _expect("bias", bias, (width,))
+        expect_shape("bias", bias, (width,))
     if norm_scale is not None:
-        _expect("norm_scale", norm_scale, (K,))
+        expect_shape("norm_scale", norm_scale, (K,))
     if square_sums is not None and norm_scale is None:
         raise ValueError("square_sums are for a norm, and norm_scale is None")
     if residual is not None:
-        _expect("residual", residual, (R, width // 2 if gated else width))
-    if resolve_backend(backend) == "reference":
-        implementation = reference.fused_linear
-    else:
-        from pallas_kernels.fused_linear import fused_linear as implementation
-    return implementation(
+        expect_shape("residual", residual, (R, width // 2 if gated else width))
+    return implementation("fused_linear", backend)(
         x, kernel, bias, norm_scale, square_sums, residual, gated=gated, epsilon=epsilon
     )
 
@@ -714,11 +535,11 @@ def apply_rotary(
     >>> apply_rotary(x, zero, zero + 1).tolist()
     [[[[-1.0, -1.0, 1.0, 1.0]]]]
     """
-    _expect("x", x, (None, None, None, None))
+    expect_shape("x", x, (None, None, None, None))
     B, T, _, D = x.shape
-    _expect("cos", cos, (None, T, D // 2))
-    _expect("sin", sin, cos.shape)
-    _expect_dtype("float32", cos=cos, sin=sin)
+    expect_shape("cos", cos, (None, T, D // 2))
+    expect_shape("sin", sin, cos.shape)
+    expect_dtype("float32", cos=cos, sin=sin)
     if cos.shape[0] not in (1, B):
         raise ValueError(f"cos has {cos.shape[0]} rows, expected 1 or {B}")
     return reference.apply_rotary(x, cos, sin)
@@ -745,7 +566,7 @@ def dequantize_kv(codes: Array, scale: Float[Array, "..."]) -> Float[Array, "...
     >>> dequantize_kv(jnp.array([[2]], jnp.int8), jnp.array([0.5])).tolist()
     [[1.0]]
     """
-    _expect("scale", scale, codes.shape[:-1])
-    _expect_dtype("int8", codes=codes)
-    _expect_dtype("float32", scale=scale)
+    expect_shape("scale", scale, codes.shape[:-1])
+    expect_dtype("int8", codes=codes)
+    expect_dtype("float32", scale=scale)
     return codes.astype("float32") * scale[..., None]

@@ -1,8 +1,67 @@
-"""Which devices the kernels are for. Apart, so that asking does not import Pallas."""
+"""Which machine this is, which kernels it has, and how far they reach.
+
+Imports no Pallas, which takes a second that users of a CPU need not wait: an op's kernel is
+imported when it is first called.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Literal
 
 import jax
+
+from pallas_kernels import reference
+
+Backend = Literal["auto", "mosaic", "reference"]
+BACKENDS: tuple[Backend, ...] = ("auto", "mosaic", "reference")
+
+# The kernels of each machine: the module that holds the function of an op's name.
+KERNELS = {
+    "hopper": {
+        "append_kv": "pallas_kernels.hopper.kv_append",
+        "append_kv_chunk": "pallas_kernels.hopper.kv_append",
+        "fused_linear": "pallas_kernels.hopper.fused_linear",
+        "page_scores": "pallas_kernels.hopper.page_selection",
+        "paged_attention": "pallas_kernels.hopper.decode_attention",
+        "prefill_attention": "pallas_kernels.hopper.prefill_attention",
+        "prefix_attention": "pallas_kernels.hopper.prefix_attention",
+        "select_pages": "pallas_kernels.hopper.page_selection",
+    }
+}
+
+# Pages that ``select_pages`` has a kernel for.
+MOST_SELECTED_PAGES = 2048
+
+# Rows that ``fused_linear`` has a kernel for. With more, XLA's matrix product is faster.
+MOST_LINEAR_ROWS = 4
 
 
 def is_hopper(device: jax.Device) -> bool:
     """Compute capability 9.x: H100, H200."""
     return device.platform == "gpu" and str(device.compute_capability).startswith("9.")
+
+
+def resolve_backend(backend: Backend) -> Literal["mosaic", "reference"]:
+    """What "auto" means: "mosaic", the Pallas kernels, if the default device is a Hopper GPU.
+
+    It depends on nothing else: a shape or dtype that a kernel does not cover raises
+    ``NotImplementedError`` there, with the reason, and is not silently computed the slow way.
+
+    >>> resolve_backend("reference")
+    'reference'
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{backend=} is unknown; known: {BACKENDS}")
+    if backend != "auto":
+        return backend
+    return "mosaic" if is_hopper(jax.devices()[0]) else "reference"
+
+
+def implementation(op: str, backend: Backend) -> Callable:
+    """The function that runs ``op``: plain JAX, or this machine's kernel.
+
+    Without a GPU "mosaic" means Hopper's kernels, under Mosaic GPU's interpreter.
+    """
+    if resolve_backend(backend) == "reference":
+        return getattr(reference, op)
+    return getattr(importlib.import_module(KERNELS["hopper"][op]), op)

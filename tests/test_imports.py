@@ -5,7 +5,9 @@ to be loaded.
 """
 
 import ast
+import graphlib
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -16,38 +18,36 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("lserve_jax", "pallas_kernels", "convert")
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 
-# What each package may import beside the standard library and itself.
+# What each package may import beside the standard library, itself and the rooms below it.
 ALLOWED = {
     "pallas_kernels": {"jax", "numpy", "jaxtyping"},
     "convert": {
         *("jax", "numpy", "jaxtyping", "flax", "orbax", "safetensors", "gguf", "tqdm", "tyro"),
-        *("huggingface_hub", "lserve_jax.config", "lserve_jax.llama", "lserve_jax.tokenizer"),
+        *("huggingface_hub", "tokenizers"),
     },
     "lserve_jax": {
-        *("jax", "numpy", "jaxtyping", "flax", "tokenizers", "jinja2", "gguf", "tqdm", "tyro"),
-        *("matplotlib", "optax", "safetensors", "lm_eval", "convert", "pallas_kernels.api"),
+        *("jax", "numpy", "jaxtyping", "flax", "tokenizers", "jinja2", "tqdm", "tyro"),
+        *("matplotlib", "optax", "safetensors", "lm_eval"),
     },
 }
 
-# Modules of lserve_jax from the bottom up; a module imports only from rows above its own.
-LAYERS = (
-    ("config",),
-    ("linear", "rope", "sampling", "gguf_tokenizer", "prefix"),
-    ("tokenizer", "llama", "cache"),
-    ("page_selection", "relay"),
-    ("attention", "metrics"),
-    ("functional", "decode", "gate_training", "request"),
-    ("scheduler",),
-    ("engine", "passkeys"),
-    ("outputs", "stats"),
-    ("llm",),
-    ("analysis", "batch"),
-    ("generate", "calibrate"),
-    ("eval.prompts", "eval.scoring", "eval.settings", "eval.report"),
-    ("eval.needle", "eval.ruler", "eval.language", "eval.model", "eval.lm_eval"),
-    ("eval.study",),
-    ("eval.__main__",),
+# Rooms from the bottom up: a folder, or a file that stands by itself. A module imports from its own
+# room and from rows above its own.
+ROOMS = (
+    ("pallas_kernels",),
+    ("lserve_jax.model", "lserve_jax.sampling_params", "lserve_jax.tokenizer"),
+    ("lserve_jax.attention", "convert"),
+    ("lserve_jax.engine", "lserve_jax.functional"),
+    ("lserve_jax.outputs", "lserve_jax.stats"),
+    ("lserve_jax.llm", "lserve_jax.cli"),
+    ("lserve_jax.analysis", "lserve_jax.batch"),
+    ("lserve_jax.generate", "lserve_jax.calibrate", "lserve_jax.eval"),
 )
+# What a room takes of the package below it, where that is not all.
+DOORS = {
+    "pallas_kernels": ("pallas_kernels.api",),
+    "convert": ("lserve_jax.model", "lserve_jax.tokenizer"),
+}
 
 
 def modules(package: str) -> list[Path]:
@@ -72,12 +72,20 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def forbidden(package: str, name: str) -> bool:
-    parts = name.split(".")
-    if parts[0] == package or parts[0] in sys.stdlib_module_names:
-        return False
-    prefixes = {".".join(parts[: n + 1]) for n in range(len(parts))}
-    return not prefixes & ALLOWED[package]
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(module: str) -> str:
+    rooms = [r for row in ROOMS for r in row if module == r or module.startswith(f"{r}.")]
+    assert len(rooms) == 1, f"{module} has no place in ROOMS"
+    return rooms[0]
+
+
+def imports_of_all() -> dict[str, set[str]]:
+    """What every module of the three packages imports; the packages' own ``__init__`` left out."""
+    paths = [path for package in PACKAGES for path in modules(package)]
+    return {module_name(p): imports(p) for p in paths if module_name(p) != "lserve_jax"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -86,26 +94,56 @@ def test_packages_import_only_what_they_may(package):
         f"{path.relative_to(ROOT)} imports {name}"
         for path in modules(package)
         for name in sorted(imports(path))
-        if forbidden(package, name)
+        if (top := name.split(".")[0]) not in {*sys.stdlib_module_names, *PACKAGES}
+        and top not in ALLOWED[package]
     ]
     assert not wrong, "\n".join(wrong)
 
 
-def test_lserve_jax_modules_import_downwards():
-    rank = {module: i for i, row in enumerate(LAYERS) for module in row}
+def test_rooms_import_downwards():
+    rank = {room: i for i, row in enumerate(ROOMS) for room in row}
     wrong = []
-    for path in modules("lserve_jax"):
-        module = ".".join(path.relative_to(ROOT / "lserve_jax").with_suffix("").parts)
-        if path.stem == "__init__":
-            continue
-        assert module in rank, f"{path.name} has no place in LAYERS"
-        for name in imports(path):
-            package, _, imported = name.partition(".")
-            if package != "lserve_jax" or not imported:
+    for module, names in imports_of_all().items():
+        room = room_of(module)
+        for name in names:
+            # The version is all that the package's own __init__ gives to its modules.
+            if name.split(".")[0] not in PACKAGES or name == "lserve_jax":
                 continue
-            if rank[imported] >= rank[module]:
-                wrong.append(f"{module} (row {rank[module]}) imports {imported}")
-    assert not wrong, "\n".join(wrong)
+            other = room_of(name)
+            if other != room and rank[other] >= rank[room]:
+                wrong.append(f"{module} imports {name}, which is not below it")
+            elif other == "pallas_kernels" and room != other and name not in DOORS[other]:
+                wrong.append(f"{module} imports {name}: kernels are reached through api")
+            elif room == "convert" and other not in ("convert", *DOORS[room]):
+                wrong.append(f"{module} imports {name}: convert takes {DOORS[room]} only")
+    assert not wrong, "\n".join(sorted(wrong))
+
+
+def test_no_files_import_one_another_in_a_circle():
+    graph = {m: {n for n in names if n != m} for m, names in imports_of_all().items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"imports go round: {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize(
+    ("program", "absent"),
+    [
+        # Who reads a checkpoint does not load the engine,
+        ("import convert", ("lserve_jax.attention", "lserve_jax.engine", "lserve_jax.llm")),
+        # nor who names the package any of it; no one loads Pallas before a kernel is called.
+        ("import lserve_jax", ("jax", "flax", "lserve_jax.model")),
+        ("from lserve_jax import LLM", ("jax.experimental.pallas", "pallas_kernels.hopper")),
+        ("from pallas_kernels import api", ("lserve_jax", "jax.experimental.pallas", "flax")),
+    ],
+)
+def test_what_an_import_does_not_load(program, absent):
+    command = f"import sys; {program}; print([m for m in {absent!r} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
 
 
 def test_allowed_third_party_packages_are_declared_dependencies():

@@ -11,24 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-import jax
 import tyro
-from tyro.conf import DisallowNone, FlagCreatePairsOff, arg
+from tyro.conf import DisallowNone, arg
 
-from convert.artefacts import cache_directory
+from lserve_jax.cli import Switch, enable_compile_cache, exit_code, flag
 from lserve_jax.eval.model import EngineOptions
 from lserve_jax.eval.needle import NeedleKind
 from lserve_jax.eval.prompts import TextName
 from lserve_jax.eval.report import markdown
 from lserve_jax.eval.ruler import RulerTask
 from lserve_jax.eval.study import Study, Task, run_study
-
-Switch = Annotated[FlagCreatePairsOff[bool], arg(help_behavior_hint="")]
-
-
-def _flag(metavar: str, otherwise: str) -> object:
-    """How help shows a flag: what follows it, and what happens without it."""
-    return arg(metavar=metavar, help_behavior_hint=f"(default: {otherwise})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +49,9 @@ class EvalArgs:
 
     haystack: TextName = "documentation"
     """Text that facts are hidden in: Python's language reference, or one paragraph repeated."""
-    text: Annotated[Path | None, _flag("FILE", "what --haystack says")] = None
+    text: Annotated[Path | None, flag("FILE", "what --haystack says")] = None
     """Text file (UTF-8) to use in its place."""
-    chat: Annotated[bool | None, _flag("", "chat if the model has a template")] = None
+    chat: Annotated[bool | None, flag("", "chat if the model has a template")] = None
     """Ask through the model's chat template, or without."""
     haystacks: int = 2
     """Haystacks for each task and length."""
@@ -80,12 +72,12 @@ class EvalArgs:
 
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None,
-        _flag("{float32,bfloat16}", "bfloat16 on a GPU, float32 on a CPU"),
+        flag("{float32,bfloat16}", "bfloat16 on a GPU, float32 on a CPU"),
     ] = None
     """Type of weights and arithmetic."""
     kv_dtype: Literal["auto", "int8"] = "auto"
     """Storage of keys and values: as --dtype, or quantised to 8 bits a number."""
-    kv_cache_bytes: Annotated[int | None, _flag("INT", "2 GiB on a CPU, most of a GPU")] = None
+    kv_cache_bytes: Annotated[int | None, flag("INT", "2 GiB on a CPU, most of a GPU")] = None
     """Memory for the cached keys and values."""
     max_num_seqs: int = 8
     """Prompts that run at the same time."""
@@ -123,27 +115,17 @@ def _study(args: EvalArgs, argv: Sequence[str]) -> Study:
     )
 
 
-def _enable_compile_cache() -> None:
-    """Keeps compiled code between starts, so that the second one is quick."""
-    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "jit"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line ``argv`` (default: this process's); returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(EvalArgs, args=argv, prog="python -m lserve_jax.eval", config=(DisallowNone,))
-    try:
+
+    def run() -> None:
         study = _study(args, argv)
-        _enable_compile_cache()
-        result = run_study(study, progress=True)
-    except (ValueError, NotImplementedError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130  # what shells report for Ctrl-C
-    print(markdown(result))
-    return 0
+        enable_compile_cache()
+        print(markdown(run_study(study, progress=True)))
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

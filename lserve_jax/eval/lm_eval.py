@@ -35,7 +35,7 @@ from tqdm import tqdm
 from lserve_jax.eval.scoring import score
 from lserve_jax.eval.settings import parse_settings
 from lserve_jax.llm import LLM
-from lserve_jax.sampling import SamplingParams
+from lserve_jax.sampling_params import SamplingParams
 
 # Arguments of the registered name that go to LLM as they are; "model" and "attention" come first.
 _LLM_ARGUMENTS = (

@@ -4,11 +4,13 @@ import dataclasses
 from dataclasses import dataclass
 
 import convert
-from lserve_jax.cache import KVDtype
-from lserve_jax.config import ModelConfig, SparsityConfig
-from lserve_jax.llama import Params
+from convert.tokenizers import load_tokenizer
+from lserve_jax.attention.cache import KVDtype
+from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.llm import LLM, resolve_dtype
-from lserve_jax.tokenizer import Tokenizer, load_tokenizer
+from lserve_jax.model.config import ModelConfig
+from lserve_jax.model.llama import Params
+from lserve_jax.tokenizer import Tokenizer
 from pallas_kernels.api import Backend
 
 

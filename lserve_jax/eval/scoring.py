@@ -14,15 +14,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lserve_jax.attention import decode_attend
-from lserve_jax.cache import CacheSpec
-from lserve_jax.config import ModelConfig
-from lserve_jax.decode import Caches
-from lserve_jax.engine import bucket
-from lserve_jax.llama import Params, bind
+from lserve_jax.attention.attend import decode_attend
+from lserve_jax.attention.cache import CacheSpec
+from lserve_jax.attention.selection import first_tail_page
+from lserve_jax.engine.engine import bucket
+from lserve_jax.engine.steps import Caches
 from lserve_jax.llm import LLM
-from lserve_jax.page_selection import first_tail_page
-from lserve_jax.sampling import SamplingParams
+from lserve_jax.model.config import ModelConfig
+from lserve_jax.model.llama import Params, bind
+from lserve_jax.sampling_params import SamplingParams
 from pallas_kernels import api
 from pallas_kernels.api import Backend
 

@@ -19,8 +19,9 @@ from typing import Literal, cast, get_args
 
 import numpy as np
 
-from convert.attention_patterns import HeadPattern, load_pattern, save_pattern
-from lserve_jax.config import SparsityConfig
+from convert.attention_patterns import load_pattern, save_pattern
+from lserve_jax.attention.config import SparsityConfig
+from lserve_jax.model.heads import HeadPattern
 
 Control = Literal["inverted", "random"]
 

@@ -16,7 +16,7 @@ import jax
 from tqdm import tqdm
 
 import convert
-from convert.attention_patterns import load_pattern, partition_heads
+from convert.attention_patterns import load_pattern
 from lserve_jax.analysis import require_matplotlib
 from lserve_jax.eval import report
 from lserve_jax.eval.language import Window, make_windows, predict
@@ -27,7 +27,8 @@ from lserve_jax.eval.ruler import RulerTask, ruler_puzzle
 from lserve_jax.eval.scoring import Score
 from lserve_jax.eval.settings import Setting, parse_settings, resolve_sparsity
 from lserve_jax.llm import LLM, resolve_dtype
-from lserve_jax.sampling import SamplingParams
+from lserve_jax.model.heads import partition_heads
+from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.tokenizer import Tokenizer
 
 # Fields of a study that decide its prompts and windows, but for the seed.

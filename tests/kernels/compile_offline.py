@@ -13,13 +13,13 @@ from jax import lax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels.decode_attention import paged_attention
-from pallas_kernels.fused_linear import fused_linear
-from pallas_kernels.kv_append import append_kv, append_kv_chunk
-from pallas_kernels.page_selection import page_scores, select_pages
-from pallas_kernels.prefill_attention import prefill_attention
-from pallas_kernels.prefix_attention import prefix_attention
-from pallas_kernels.reference import KVPages, OwnAttention, PageList
+from pallas_kernels.hopper.decode_attention import paged_attention
+from pallas_kernels.hopper.fused_linear import fused_linear
+from pallas_kernels.hopper.kv_append import append_kv, append_kv_chunk
+from pallas_kernels.hopper.page_selection import page_scores, select_pages
+from pallas_kernels.hopper.prefill_attention import prefill_attention
+from pallas_kernels.hopper.prefix_attention import prefix_attention
+from pallas_kernels.types import KVPages, OwnAttention, PageList
 
 
 def decode_arguments(

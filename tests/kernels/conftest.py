@@ -1,8 +1,6 @@
 """Kernels run under Mosaic GPU's interpreter on a CPU, and every data race fails its test."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +8,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import query_tiles
-
-# The shapes that tests share with the benchmarks.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from pallas_kernels.hopper import query_tiles
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,9 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from pallas_kernels import reference
-from pallas_kernels.decode_attention import Config, choose_config, paged_attention
-from pallas_kernels.reference import KVPages, PageList, quantize_kv
+from pallas_kernels.hopper.decode_attention import Config, choose_config, paged_attention
+from pallas_kernels.reference import quantize_kv
+from pallas_kernels.types import KVPages, PageList
 
 # Weights and out are rounded to bf16: 2^-9 of a weight, averaged over the slots, and 2^-9 of out.
 # |v| < 5, so out is off by at most 2 * 5 * 2^-9 = 2e-2, in practice by a unit in its last place.

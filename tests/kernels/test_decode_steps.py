@@ -14,10 +14,10 @@ import pytest
 from numpy.testing import assert_allclose
 
 from lserve_jax import ModelConfig, SamplingParams, SparsityConfig
-from lserve_jax.cache import make_spec
-from lserve_jax.decode import prefill_chunk
-from lserve_jax.engine import Engine
-from lserve_jax.llama import init_params
+from lserve_jax.attention.cache import make_spec
+from lserve_jax.engine.engine import Engine
+from lserve_jax.engine.steps import prefill_chunk
+from lserve_jax.model.llama import init_params
 from pallas_kernels.api import Backend
 
 CONFIG = ModelConfig(
@@ -79,7 +79,7 @@ def generate(backend: Backend) -> tuple[np.ndarray, np.ndarray]:
     def on_reference(*args, backend: Backend):
         return prefill_chunk(*args, backend="reference")
 
-    with mock.patch("lserve_jax.engine.prefill_chunk", on_reference):
+    with mock.patch("lserve_jax.engine.engine.prefill_chunk", on_reference):
         for output in engine.stream():
             tokens.setdefault(output.request_id, []).extend(output.token_ids)
             logprobs.setdefault(output.request_id, []).extend(output.logprobs)

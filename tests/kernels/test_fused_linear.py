@@ -11,7 +11,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from pallas_kernels import reference
-from pallas_kernels.fused_linear import choose_config, fused_linear
+from pallas_kernels.hopper.fused_linear import choose_config, fused_linear
 
 PLAIN = {"bias": None, "norm_scale": None, "square_sums": None, "residual": None}
 

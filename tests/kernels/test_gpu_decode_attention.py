@@ -13,8 +13,8 @@ import pytest
 from shapes import DECODE, DecodeShape, decode_inputs
 
 from pallas_kernels import reference
-from pallas_kernels.decode_attention import paged_attention
-from pallas_kernels.reference import KVPages, PageList
+from pallas_kernels.hopper.decode_attention import paged_attention
+from pallas_kernels.types import KVPages, PageList
 
 pytestmark = pytest.mark.gpu
 

@@ -13,8 +13,8 @@ import pytest
 from shapes import APPEND, APPEND_CHUNK, AppendShape, append_chunk_inputs, append_inputs
 
 from pallas_kernels import reference
-from pallas_kernels.kv_append import append_kv, append_kv_chunk
-from pallas_kernels.reference import KVPages
+from pallas_kernels.hopper.kv_append import append_kv, append_kv_chunk
+from pallas_kernels.types import KVPages
 
 pytestmark = pytest.mark.gpu
 

@@ -13,7 +13,7 @@ from numpy.testing import assert_array_equal
 from shapes import SELECTION, SelectionShape, selection_inputs
 
 from pallas_kernels import reference
-from pallas_kernels.page_selection import page_scores, select_pages
+from pallas_kernels.hopper.page_selection import page_scores, select_pages
 
 pytestmark = pytest.mark.gpu
 

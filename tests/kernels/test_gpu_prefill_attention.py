@@ -14,9 +14,9 @@ from jax import lax
 from shapes import PREFILL, PREFIX, PrefillShape, PrefixShape, prefill_inputs, prefix_inputs
 
 from pallas_kernels import reference
-from pallas_kernels.prefill_attention import prefill_attention
-from pallas_kernels.prefix_attention import prefix_attention
-from pallas_kernels.reference import KVPages, OwnAttention
+from pallas_kernels.hopper.prefill_attention import prefill_attention
+from pallas_kernels.hopper.prefix_attention import prefix_attention
+from pallas_kernels.types import KVPages, OwnAttention
 
 pytestmark = pytest.mark.gpu
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels import reference
-from pallas_kernels.kv_append import (
+from pallas_kernels.hopper.kv_append import (
     Config,
     append_kv,
     append_kv_chunk,
     choose_config,
 )
-from pallas_kernels.reference import KVPages
+from pallas_kernels.types import KVPages
 
 PAGES = 7
 

@@ -10,8 +10,9 @@ import pytest
 from numpy.testing import assert_allclose
 
 from pallas_kernels import reference
-from pallas_kernels.prefill_attention import Config, choose_config, prefill_attention
-from pallas_kernels.reference import KVPages, quantize_kv
+from pallas_kernels.hopper.prefill_attention import Config, choose_config, prefill_attention
+from pallas_kernels.reference import quantize_kv
+from pallas_kernels.types import KVPages
 
 # Weights and out are rounded to bf16: 2^-9 of a weight, averaged over the keys, and 2^-9 of out.
 # |v| < 5, so out is off by at most 2 * 5 * 2^-9 = 2e-2, in practice by a unit in its last place.

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from pallas_kernels.prefix_attention import (
+from pallas_kernels.hopper.prefix_attention import (
     Config,
     choose_config,
     merge_parts,
     prefix_attention,
 )
-from pallas_kernels.reference import KVPages, OwnAttention, quantize_kv
+from pallas_kernels.reference import quantize_kv
+from pallas_kernels.types import KVPages, OwnAttention
 
 # As for decode: weights and out are rounded to bf16, here also the parts that are merged.
 OUT_TOLERANCE = 1e-2

@@ -11,8 +11,9 @@ import oracle
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from pallas_kernels import page_selection, reference
-from pallas_kernels.page_selection import Config, choose_config, page_scores, select_pages
+from pallas_kernels import reference
+from pallas_kernels.hopper import page_selection
+from pallas_kernels.hopper.page_selection import Config, choose_config, page_scores, select_pages
 
 # Products of bf16 are exact in float32; their sum of at most 256 terms below 16 is not.
 TOLERANCE = 5e-5

@@ -1,0 +1,1 @@
+"""Attention over the paged cache: settings, cache, page selection, attend functions."""

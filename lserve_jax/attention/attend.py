@@ -1,0 +1,257 @@
+"""The attention functions that are passed to the model as ``attend`` (see ``llama.py``).
+
+Each factory computes the rotary angles once, for all layers, and returns the function that every
+layer calls:
+
+    causal_attend   whole sequences, no cache: training-like use, scoring, calibration
+    prefill_attend  one chunk of one sequence, its history in the paged cache
+    decode_attend   one token for every slot of the batch, over page lists
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lserve_jax.attention.cache import CacheSpec, LayerCache
+from lserve_jax.attention.selection import retrieval_pages, retrieval_stop, ring_list
+from lserve_jax.model.config import ModelConfig
+from lserve_jax.model.llama import Attend
+from lserve_jax.model.rope import rotary_angles
+from pallas_kernels import api
+from pallas_kernels.api import Backend, KVPages, OwnAttention, PageList
+
+
+def causal_attend(config: ModelConfig, positions: Int[Array, "B T"]) -> Attend:
+    """Plain causal attention over whole sequences; differentiable; the caches stay ``None``."""
+    T = positions.shape[1]
+    cos, sin = rotary_angles(config, positions, positions.max(axis=1) + 1)
+    causal = jnp.tril(jnp.ones((T, T), bool))
+
+    def attend(layer: int, q: Array, k: Array, v: Array, cache: None) -> tuple[Array, None]:
+        B, _, H, D = q.shape
+        q, k = api.apply_rotary(q, cos, sin), api.apply_rotary(k, cos, sin)
+        q = q.reshape(B, T, -1, config.group_size, D)
+        highest = jax.lax.Precision.HIGHEST
+        scores = jnp.einsum(
+            "bqkgd,btkd->bkgqt", q, k, precision=highest, preferred_element_type=jnp.float32
+        )
+        weights = jax.nn.softmax(jnp.where(causal[None, None, None], scores * D**-0.5, -jnp.inf))
+        out = jnp.einsum("bkgqt,btkd->bqkgd", weights.astype(v.dtype), v, precision=highest)
+        return out.reshape(B, T, H, D), None
+
+    return attend
+
+
+def prefill_attend(
+    config: ModelConfig,
+    spec: CacheSpec,
+    page_table: Int[Array, " M"],
+    start: Int[Array, ""],
+    length: Int[Array, ""],
+    prompt_length: Int[Array, ""],
+    chunk_size: int,
+    *,
+    backend: Backend,
+) -> Attend:
+    """One chunk of one prompt: positions ``start`` to ``start + length - 1``.
+
+    Retrieval heads attend causally, streaming heads through the lambda mask of the prefill
+    window. The chunk's K and V are written after they were attended, unquantised, by the chunk
+    itself; later chunks and decode read them back from the cache.
+    """
+    window = spec.window
+    position = start + jnp.arange(chunk_size)
+    cos, sin = rotary_angles(config, position[None], prompt_length[None])
+    window_table = window.index(jnp.arange(spec.pages_per_sequence))
+    kept = window.keeps(position, start + length)
+    window_page = jnp.where(kept, window.index(position // spec.page_size), -1)
+
+    def attend(
+        layer: int, q: Array, k: Array, v: Array, cache: LayerCache
+    ) -> tuple[Array, LayerCache]:
+        q, k = api.apply_rotary(q, cos, sin)[0], api.apply_rotary(k, cos, sin)[0]
+        out, _ = api.prefill_attention(
+            q,
+            k,
+            v[0],
+            cache.retrieval,
+            cache.window,
+            page_table,
+            window_table,
+            start,
+            length,
+            sink=window.sink,
+            local=window.local,
+            backend=backend,
+        )
+        # The pools are written after they were read. Without this order XLA copies them whole.
+        out, pools, streaming_pools = jax.lax.optimization_barrier(
+            (out, cache.retrieval, cache.window)
+        )
+        retrieval, kept_window, key_stats = api.append_kv_chunk(
+            k,
+            v[0],
+            pools,
+            streaming_pools,
+            cache.key_stats,
+            page_table,
+            window_page,
+            start,
+            length,
+            backend=backend,
+        )
+        cache = dataclasses.replace(
+            cache, retrieval=retrieval, window=kept_window, key_stats=key_stats
+        )
+        return out[None], cache
+
+    return attend
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Relay:
+    """Which rows of a batch read their prefix together (RelayAttention); X groups of rows."""
+
+    pages: Int[Array, "X M"]  # page table of each group's prefix
+    tokens: Int[Array, " X"]  # tokens of it, whole pages; 0: there is no such group
+    group: Int[Array, " B"]  # group of each row; -1: it reads all of its tokens by itself
+
+    def private_start(self) -> Int[Array, " B"]:
+        """The position at which each row's own part begins."""
+        return jnp.where(self.group >= 0, self.tokens[jnp.maximum(self.group, 0)], 0)
+
+
+def decode_attend(
+    config: ModelConfig,
+    spec: CacheSpec,
+    page_table: Int[Array, "B M"],
+    sink_page: Int[Array, " B"],
+    relay: Relay | None,
+    position: Int[Array, " B"],
+    active: Bool[Array, " B"],
+    tail: Int[Array, " B"],
+    *,
+    select: bool,
+    backend: Backend,
+) -> tuple[Attend, Int[Array, " B"]]:
+    """One token for each of the first B slots, row b in slot b at ``position[b]``.
+
+    With ``select`` every retrieval head ranks its pages anew; without, it reuses the list kept
+    in the cache. ``tail`` is ``first_tail_page`` at that selection. ``sink_page`` is where the
+    sinks of the row's streaming heads begin.
+
+    Under ``relay`` the retrieval heads of a row attend its group's prefix together with the rest of
+    the group. What remains is a sequence of its own that begins after the prefix: its pages are
+    ranked, and its budget spent, as if the prefix were not there, and ``page_table`` and ``tail``
+    begin with its first page.
+
+    Also returns the number of token slots that each row attends, summed over layers and KV
+    heads, the prefix included.
+    """
+    B, P = position.shape[0], spec.page_size
+    slot = jnp.arange(B)
+    cos, sin = (x[:, 0] for x in rotary_angles(config, position[:, None], position + 1))
+    private_start = jnp.zeros_like(position) if relay is None else relay.private_start()
+    own = position - private_start  # position in the part that the page table covers
+    page = jnp.take_along_axis(page_table, own[:, None] // P, axis=1)[:, 0]
+    page = jnp.where(active, page, -1)
+    ring_page = slot * spec.ring.num_pages + spec.ring.index(position // P)
+    ring_page = jnp.where(active, ring_page, -1)
+    # All layers attend as many slots; only which pages a retrieval head lists is its own.
+    start, stop = jnp.zeros((B, 1), jnp.int32), retrieval_stop(spec, tail, own, active)
+    ring = ring_list(spec, slot, sink_page, position, active)
+    num_retrieval = sum(spec.num_retrieval_heads)
+    num_streaming = config.num_hidden_layers * config.num_key_value_heads - num_retrieval
+    attended = (num_retrieval * stop + num_streaming * (ring.stop - ring.start))[:, 0]
+    attended += num_retrieval * jnp.where(active, private_start, 0)
+
+    def attend(
+        layer: int, q: Array, k: Array, v: Array, cache: LayerCache
+    ) -> tuple[Array, LayerCache]:
+        Kr = cache.retrieval.k.shape[0]
+        q, retrieval, streaming, key_stats = api.append_kv(
+            q[:, 0],
+            k[:, 0],
+            v[:, 0],
+            cos,
+            sin,
+            cache.retrieval,
+            cache.streaming,
+            cache.key_stats,
+            page,
+            ring_page,
+            position % P,
+            backend=backend,
+        )
+        retrieval_queries = q[:, : Kr * config.group_size]
+        listed = cache.listed
+        if select and listed is not None and key_stats is not None and Kr > 0:
+            scores = api.page_scores(
+                retrieval_queries,
+                key_stats,
+                page_table,
+                own + 1,
+                page_size=P,
+                selected_page_size=spec.listed_page_size,
+                lower_bound_weight=spec.lower_bound_weight,
+                backend=backend,
+            )
+            selected = api.select_pages(
+                scores,
+                tail,
+                num_pages=spec.num_ranked,
+                sink_pages=spec.forced_sink_pages,
+                backend=backend,
+            )
+            listed = listed.at[:B].set(retrieval_pages(spec, selected, tail, page_table))
+        pages = page_table[:, None] if listed is None else listed
+        out, lse = api.paged_attention(
+            q,
+            retrieval,
+            streaming,
+            PageList(pages, start, stop),
+            ring,
+            listed_page_size=spec.listed_page_size,
+            backend=backend,
+        )
+        if relay is not None and Kr > 0:
+            Hr = Kr * config.group_size
+            joined = _join_prefixes(
+                relay, retrieval_queries, retrieval, out[:, :Hr], lse[:, :Hr], backend
+            )
+            out = jnp.concatenate([joined, out[:, Hr:]], axis=1)
+        cache = dataclasses.replace(
+            cache,
+            retrieval=retrieval,
+            streaming=streaming,
+            key_stats=key_stats,
+            listed=listed,
+        )
+        return out[:, None], cache
+
+    return attend, attended
+
+
+def _join_prefixes(
+    relay: Relay,
+    q: Float[Array, "B Hr D"],
+    pages: KVPages,
+    out: Float[Array, "B Hr D"],
+    lse: Float[Array, "B Hr"],
+    backend: Backend,
+) -> Float[Array, "B Hr D"]:
+    """Attention over a row's own part joined with that over the prefix of its group.
+
+    All rows attend every group's prefix, and only those of the group keep the result: as long as
+    reading the prefix takes longer than the arithmetic, the others' share costs nothing.
+    """
+    for group in range(relay.tokens.shape[0]):
+        own = OwnAttention(out, lse, relay.group == group)
+        out, lse = api.prefix_attention(
+            q, pages, relay.pages[group], relay.tokens[group], own, backend=backend
+        )
+    return out

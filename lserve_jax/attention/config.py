@@ -1,0 +1,116 @@
+"""How attention is made sparse: LServe's settings, one frozen dataclass."""
+
+from dataclasses import dataclass
+
+PAGE_SIZES = (16, 32, 64, 128)
+LOGICAL_PAGE_SIZES = (16, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsityConfig:
+    """LServe's settings; sizes are in tokens (LServe, arXiv 2502.14866).
+
+    Raises ``ValueError`` naming values and rule where they do not fit together.
+    """
+
+    # A shipped head pattern's name or a directory in DuoAttention's format. Without a pattern
+    # every head is a retrieval head.
+    pattern: str | None = None
+    # Share of KV heads made streaming heads, lowest gates first. None: 0.5 with a pattern, else 0.
+    streaming_fraction: float | None = None
+    # Tokens of a page of the KV cache: what is allocated and shared as a whole.
+    page_size: int = 64
+    # Statistics for page selection are kept per logical page.
+    logical_page_size: int = 16
+    # Tokens that selection takes or leaves together, and decode reads together. None: a logical
+    # page. With page_size, whole pages, ranked by their best logical page, as published: faster to
+    # select, but fewer places for the same budget, and it finds less.
+    selected_page_size: int | None = None
+    # A page scores the upper bound of q . k over its keys plus this share of the lower bound. With
+    # 0 that is the upper bound alone, as published; with more, pages of unlike keys, whose bounds
+    # are loose, rank lower.
+    lower_bound_weight: float = 0.5
+    # What a retrieval head may attend in one decode step; histories that fit are attended whole.
+    token_budget: int = 4096
+    # Decode steps between two page selections.
+    reuse_interval: int = 4
+    # Without a pattern no head streams, and these four do nothing.
+    # While a prompt is read, streaming heads see its first `prefill_sink` tokens
+    prefill_sink: int = 128
+    # and the last `prefill_local`, the query's own included.
+    prefill_local: int = 8192
+    # While text is generated they see the first `decode_sink` tokens
+    decode_sink: int = 128
+    # and the last `decode_local`.
+    decode_local: int = 256
+    # First selected pages that always win: softmax parks surplus weight there.
+    forced_sink_pages: int = 1
+
+    def __post_init__(self):
+        fraction = self.streaming_fraction
+        if fraction is not None and not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"streaming_fraction={fraction} must lie in [0, 1]")
+        if self.pattern is None and fraction:
+            raise ValueError(
+                f"streaming_fraction={fraction} needs a head pattern: which heads stream is learned"
+            )
+        for name, allowed in (
+            ("page_size", PAGE_SIZES),
+            ("logical_page_size", LOGICAL_PAGE_SIZES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)} must be one of {allowed}")
+        page_size = self.page_size
+        if page_size % self.logical_page_size:
+            raise ValueError(
+                f"{page_size=} must be a multiple of logical_page_size={self.logical_page_size}"
+            )
+        selected = self.resolved_selected_page_size
+        if selected < 1 or page_size % selected or selected % self.logical_page_size:
+            raise ValueError(
+                f"selected_page_size={selected} must divide {page_size=} and be a multiple of "
+                f"logical_page_size={self.logical_page_size}"
+            )
+        if not 0.0 <= self.lower_bound_weight <= 1.0:
+            raise ValueError(f"lower_bound_weight={self.lower_bound_weight} must lie in [0, 1]")
+        if self.reuse_interval < 1:
+            raise ValueError(f"reuse_interval={self.reuse_interval} must be at least 1")
+        if self.forced_sink_pages < 0:
+            raise ValueError(f"forced_sink_pages={self.forced_sink_pages} must not be negative")
+        if self.token_budget % selected:
+            raise ValueError(
+                f"token_budget={self.token_budget} must be a multiple of "
+                f"selected_page_size={selected}"
+            )
+        least = (self.forced_sink_pages + 2) * selected
+        if self.token_budget < least:
+            raise ValueError(
+                f"token_budget={self.token_budget} must be at least {least}: "
+                f"{self.forced_sink_pages} forced sink pages, one selected and the newest page "
+                f"of {selected} tokens"
+            )
+        for name in ("prefill_sink", "prefill_local", "decode_sink", "decode_local"):
+            size = getattr(self, name)
+            if size % page_size or size < 0:
+                raise ValueError(f"{name}={size} must be a multiple of {page_size=}")
+        for name in ("sink", "local"):
+            decode, prefill = getattr(self, f"decode_{name}"), getattr(self, f"prefill_{name}")
+            if decode > prefill:
+                raise ValueError(
+                    f"decode_{name}={decode} must not exceed prefill_{name}={prefill}: "
+                    "decode reads what prefill kept"
+                )
+        if self.decode_local < page_size:
+            raise ValueError(f"decode_local={self.decode_local} must be at least {page_size=}")
+
+    @property
+    def resolved_selected_page_size(self) -> int:
+        if self.selected_page_size is not None:
+            return self.selected_page_size
+        return self.logical_page_size
+
+    @property
+    def resolved_streaming_fraction(self) -> float:
+        if self.streaming_fraction is not None:
+            return self.streaming_fraction
+        return 0.0 if self.pattern is None else 0.5

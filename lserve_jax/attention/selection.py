@@ -1,0 +1,117 @@
+"""From page scores to the page lists that decode attention reads (LServe, decoding stage).
+
+A retrieval head reads R ranked pages, chosen at a selection and reused until the next one, and
+the *tail*: every page that holds tokens written since just before that selection. So no token
+can fall between a reused list and the newest page. A streaming head reads its ring.
+
+Page numbers count a sequence's pages from 0; physical ids index a pool. A page here is what decode
+lists, U tokens (``CacheSpec.listed_page_size``): where that is less than the cache's page of P,
+both pools count as pools of P / U times as many pages, without a copy:
+
+    cache   page 0                    page 1                    page 2
+    lists   | 0  | 1  | 2  | 3  |     | 4  | 5  | 6  | 7  |     | 8  | 9  | 10 | 11 |
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from lserve_jax.attention.cache import CacheSpec
+from pallas_kernels.api import PageList
+
+
+def first_tail_page(position: Int[Array, " B"], page_size: int) -> Int[Array, " B"]:
+    """The page of the newest history token when the token at ``position`` selects.
+
+    Not the page of ``position`` itself: when that token opens a new page, the full page before
+    it must still be attended whatever its score.
+    """
+    return jnp.maximum(position - 1, 0) // page_size
+
+
+def retrieval_pages(
+    spec: CacheSpec,
+    selected: Int[Array, "B Kr R"],
+    tail: Int[Array, " B"],
+    page_table: Int[Array, "B M"],
+) -> Int[Array, "B Kr L"]:
+    """Physical ids of the selected pages, then of the tail as far as reuse can let it grow.
+
+    ``page_table`` has the cache's pages; selected, ``tail`` and what is returned are listed pages.
+    Made once a selection: until the next one only the number of attended slots grows.
+    """
+    B, Kr, R = selected.shape
+    ranked = jnp.minimum(tail, R)  # pages before the tail that were there to be selected
+    entry = jnp.broadcast_to(jnp.arange(spec.num_listed)[None, None], (B, Kr, spec.num_listed))
+    number = tail[:, None, None] + entry - ranked[:, None, None]
+    chosen = jnp.pad(selected, ((0, 0), (0, 0), (0, spec.num_listed - R)))
+    number = jnp.where(entry < ranked[:, None, None], chosen, number)
+    # Entries past the sequence's end name some valid page; they are not attended.
+    number = jnp.minimum(number, spec.listed_pages_per_sequence - 1)
+    cut = spec.page_size // spec.listed_page_size
+    page = jnp.take_along_axis(page_table[:, None], number // cut, axis=2)
+    return (page * cut + number % cut).astype(jnp.int32)
+
+
+def retrieval_stop(
+    spec: CacheSpec,
+    tail: Int[Array, " B"],
+    position: Int[Array, " B"],
+    active: Bool[Array, " B"],
+) -> Int[Array, "B 1"]:
+    """Slots that a retrieval head attends: its ranked pages and the tail up to ``position``.
+
+    ``tail`` is ``first_tail_page`` at the last selection (0 when dense). All listed pages but the
+    newest are full, so the attended slots are contiguous.
+    """
+    before_tail = jnp.minimum(tail, spec.num_ranked)
+    U = spec.listed_page_size
+    count = before_tail + position // U - tail + 1
+    stop = (count - 1) * U + position % U + 1
+    return jnp.where(active, stop, 0)[:, None]
+
+
+def ring_list(
+    spec: CacheSpec,
+    slot: Int[Array, " B"],
+    sink_page: Int[Array, " B"],
+    position: Int[Array, " B"],
+    active: Bool[Array, " B"],
+) -> PageList:
+    """Sink and local pages of each slot: positions below ``sink`` or above ``position - local``.
+
+    One list, shared by all streaming heads. ``sink_page`` is the first physical page of the row's
+    sinks: those of its slot or of its prefix.
+
+    The oldest local page is usually visible only from some token on, so it comes first and
+    ``start`` skips its beginning; sinks and the other local pages follow, the newest last.
+    """
+    ring, P, sinks = spec.ring, spec.page_size, spec.ring.sink_pages
+    newest = position // P
+    first_visible = jnp.maximum(position - ring.local + 1, 0)
+    oldest = jnp.maximum(first_visible // P, sinks)
+    num_local = jnp.maximum(newest - oldest + 1, 0)
+    num_sinks = jnp.minimum(sinks, newest + 1)
+    entry = jnp.arange(ring.num_pages)[None]  # [1, R]
+
+    def column(x: Array) -> Array:
+        return x[:, None]  # [B, 1]
+
+    local = column(oldest) + entry - column(num_sinks)  # sinks first, then local pages
+    sinks_first = jnp.where(entry < column(num_sinks), entry, local)
+    rotated = jnp.where(entry == 0, column(oldest), entry - 1)  # oldest local, then sinks
+    oldest_first = jnp.where(entry <= column(num_sinks), rotated, local)
+    number = jnp.where(column(num_local > 1), oldest_first, sinks_first)
+    count = num_sinks + num_local
+    number = jnp.where(entry < column(count), number, 0)
+    pages = jnp.where(
+        number < sinks,
+        column(sink_page) + number,
+        column(slot) * ring.num_pages + ring.index(number),
+    )
+    # With a single local page the window starts at its edge (local >= P), so nothing is skipped.
+    start = jnp.where(num_local > 1, jnp.maximum(first_visible - oldest * P, 0), 0)
+    stop = (count - 1) * P + position % P + 1
+    start, stop = jnp.where(active, start, 0), jnp.where(active, stop, 0)
+    cut = P // spec.listed_page_size
+    pages = (pages[:, :, None] * cut + jnp.arange(cut)[None, None]).reshape(len(pages), -1)
+    return PageList(pages[:, None].astype(jnp.int32), column(start), column(stop))

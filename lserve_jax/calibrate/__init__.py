@@ -1,0 +1,1 @@
+"""A head pattern for a model: ``python -m lserve_jax.calibrate``."""

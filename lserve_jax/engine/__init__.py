@@ -1,0 +1,1 @@
+"""Requests in, token ids out: scheduling on the host, jitted steps on the device."""

@@ -1,0 +1,81 @@
+"""What is counted: for a request, for a step of the engine, for the engine as a whole."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelayDecision:
+    """Whether the requests of one prefix read it together in a burst, and why."""
+
+    used: bool
+    reason: str
+    prefix_tokens: int
+    requests: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestMetrics:
+    """What one request cost. Times in seconds, sizes in bytes; means are over its decode steps.
+
+    A preempted request runs its steps again: they count again.
+    """
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_tokens: int = 0  # of the prompt, those whose keys and values were there already
+    queue_seconds: float = 0.0  # from arrival to the start of its prefill
+    prefill_seconds: float = 0.0  # from then to its first token, other requests' steps included
+    first_token_seconds: float = 0.0  # from arrival to the first token (TTFT)
+    decode_seconds: float = 0.0  # from the first token to the newest
+    preemptions: int = 0
+    decode_steps: int = 0
+    relay_steps: int = 0  # steps that read the prefix together with other requests
+    relay_reason: str = ""  # why its last burst did or did not
+    selector_runs: int = 0  # steps in which its pages were chosen anew
+    bypassed_steps: int = 0  # steps whose history fitted the budget, so that nothing was pruned
+    pages_attended_per_step: float = 0.0  # of page_size tokens; mean over layers and KV heads
+    kv_bytes_held: int = 0  # pages with tokens, and ring, at its end; a prefix's pages too
+    # K and V attended, and statistics read by the selector; of a prefix read together its share.
+    kv_bytes_read_per_step: float = 0.0
+    dense_kv_bytes_read_per_step: float = 0.0  # what attending everything would have read
+
+    @property
+    def seconds_per_output_token(self) -> float:
+        """TPOT: mean time between two tokens, the first one left out; 0 for a single token."""
+        return self.decode_seconds / max(self.generated_tokens - 1, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """What one step of the engine handed to the device."""
+
+    number: int
+    prefill_tokens: int  # prompt tokens run
+    prefix_tokens: int  # of the prompts that it admitted, tokens that a prefix had
+    decode_requests: int  # requests in the burst
+    decode_steps: int  # its length; 0: there was no burst
+    relay: tuple[RelayDecision, ...]  # for each prefix that requests of the burst have
+    # Of the burst before, whose results it fetched:
+    selector_runs: int  # selections, summed over requests
+    pages_attended: float  # of page_size tokens; over its steps, requests, layers and KV heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineMetrics:
+    """The engine at one moment: where requests and pages are, and counts since it was made."""
+
+    waiting: int
+    running: int  # the one whose prompt is prefilled included
+    free_pages: int
+    pinned_pages: int  # held by prefixes
+    num_pages: int
+    finished: int
+    cancelled: int  # by a stop string too: only text shows those
+    preemptions: int
+    prompt_tokens: int  # prefilled, preempted requests' again
+    prefix_tokens: int  # not prefilled, since a prefix had them
+    generated_tokens: int
+    selector_runs: int  # selections, summed over requests
+    relay_bursts: int  # bursts in which some prefix was read together
+    compilations: int  # different shapes that jitted functions were called with
+    last_step: StepMetrics | None

@@ -1,0 +1,171 @@
+"""The Llama-family decoder in Flax NNX: parameters and one forward pass.
+
+The model knows nothing of caches, pages or sparsity. Attention is a function passed in:
+
+    attend(layer, q, k, v, cache) -> (o, cache)
+
+    layer  int                which layer, from 0
+    q      [B, T, H, D]       queries, before rotary embedding
+    k, v   [B, T, Hk, D]      keys (before rotary embedding) and values
+    cache  any pytree         whatever that attention function keeps per layer
+    o      [B, T, H, D]       attention output
+
+Rotary embedding belongs to ``attend`` because that is where positions are known, and because the
+decode kernel rotates a key while it writes it to its page.
+
+Covered: Llama 1-3.2 and its relatives, Mistral, Qwen2 (bias on q, k, v), Qwen3 (RMSNorm on q, k).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lserve_jax.model.config import ModelConfig
+from lserve_jax.model.linear import Linear, RMSNorm, Stream, add_linear, normed_linear
+from pallas_kernels.api import Backend
+
+Attend = Callable[[int, Array, Array, Array, Any], tuple[Array, Any]]
+Params = dict[str, Any]  # nested dict of arrays; leaves are listed in docs/architecture.md
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
+        H, Hk, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads = (H, Hk, D)
+        self.qkv_proj = Linear(
+            config.hidden_size, (H + 2 * Hk) * D, bias=config.attention_bias, dtype=dtype, rngs=rngs
+        )
+        self.o_proj = Linear(
+            H * D, config.hidden_size, bias=config.attention_out_bias, dtype=dtype, rngs=rngs
+        )
+        norm = functools.partial(RMSNorm, D, epsilon=config.rms_norm_eps, dtype=dtype)
+        self.q_norm = norm() if config.qk_norm else None
+        self.k_norm = norm() if config.qk_norm else None
+
+    def __call__(
+        self, layer: int, x: Stream, norm: RMSNorm, attend: Attend, cache: Any, backend: Backend
+    ) -> tuple[Stream, Any]:
+        (B, T), (H, Hk, D) = x.value.shape[:2], self.heads
+        qkv = normed_linear(x, norm, self.qkv_proj, backend=backend).reshape(B, T, H + 2 * Hk, D)
+        q, k, v = jnp.split(qkv, [H, H + Hk], axis=2)  # [B, T, H, D], [B, T, Hk, D] twice
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        o, cache = attend(layer, q, k, v, cache)  # [B, T, H, D]
+        return add_linear(x, o.reshape(B, T, H * D), self.o_proj, backend=backend), cache
+
+
+class Mlp(nnx.Module):
+    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
+        E, F, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_up_proj = Linear(E, 2 * F, bias=bias, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(F, E, bias=bias, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Stream, norm: RMSNorm, backend: Backend) -> Stream:
+        hidden = normed_linear(x, norm, self.gate_up_proj, gated=True, backend=backend)  # [B, T, F]
+        return add_linear(x, hidden, self.down_proj, backend=backend)
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
+        norm = functools.partial(
+            RMSNorm, config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype
+        )
+        self.input_layernorm = norm()
+        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = norm()
+        self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, layer: int, x: Stream, attend: Attend, cache: Any, backend: Backend
+    ) -> tuple[Stream, Any]:
+        x, cache = self.self_attn(layer, x, self.input_layernorm, attend, cache, backend)
+        return self.mlp(x, self.post_attention_layernorm, backend), cache
+
+
+class Embedding(nnx.Module):
+    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
+        shape = (config.vocab_size, config.hidden_size)
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape).astype(dtype))
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+        return self.embedding[...][tokens]
+
+
+class Llama(nnx.Module):
+    """The whole decoder. Calling it gives hidden states; ``unembed`` turns those into logits."""
+
+    def __init__(self, config: ModelConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.embed_tokens = Embedding(config, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List(
+            [DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)]
+        )
+        self.norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        attend: Attend,
+        caches: Sequence[Any],
+        *,
+        backend: Backend = "reference",
+    ) -> tuple[Float[Array, "B T E"], list[Any]]:
+        """``backend`` is that of the linear layers: "mosaic" for few tokens, as in decode."""
+        x = Stream(self.embed_tokens(tokens))
+        new_caches = []
+        for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            x, cache = layer(i, x, attend, cache, backend)
+            new_caches.append(cache)
+        return self.norm(x.value), new_caches
+
+    def unembed(self, hidden: Float[Array, "... E"]) -> Float[Array, "... V"]:
+        """Logits in float32: bf16 weights are multiplied exactly and summed in float32."""
+        if self.lm_head is None:
+            kernel = self.embed_tokens.embedding[...].T
+        else:
+            kernel = self.lm_head.kernel[...]
+        return jnp.matmul(
+            hidden,
+            kernel,
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+
+
+@functools.cache
+def _graph(config: ModelConfig) -> nnx.GraphDef:
+    """The parameterless structure of the model, built once a config."""
+    return nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))[0]
+
+
+def bind(config: ModelConfig, params: Params) -> Llama:
+    """The module holding ``params``, for use inside a traced function.
+
+    Binding inside the trace keeps NNX objects off the jit boundary, where passing them costs
+    milliseconds a call.
+    """
+    return nnx.merge(_graph(config), params)
+
+
+def init_params(config: ModelConfig, seed: int = 0, dtype=jnp.float32) -> Params:
+    """Random parameters, made on the default device. Same tree as ``convert.load`` returns."""
+
+    def init():
+        return nnx.to_pure_dict(nnx.split(Llama(config, dtype=dtype, rngs=nnx.Rngs(seed)))[1])
+
+    return jax.jit(init)()
+
+
+def abstract_params(config: ModelConfig, dtype=jnp.float32) -> Params:
+    """``init_params`` as ``jax.ShapeDtypeStruct`` leaves: the shapes a checkpoint must fill."""
+    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.split(model)[1])

@@ -1,0 +1,106 @@
+"""What one request asks of sampling and of its end. Names and meaning are vLLM's."""
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# Below this temperature a row is greedy, as in vLLM: dividing by it would overflow.
+_GREEDY_TEMPERATURE = 1e-5
+_MOST_FLOAT32 = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """What one request asks of sampling and of its end. Raises ``ValueError`` where it is wrong."""
+
+    n: int = 1  # completions of the prompt
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # keep the k likeliest tokens; 0 or -1 keep all
+    top_p: float = 1.0  # keep the fewest likeliest tokens with this much probability
+    min_p: float = 0.0  # keep tokens at least this likely relative to the likeliest
+    seed: int | None = None  # same seed, same tokens, whatever else is in the batch
+    max_tokens: int = 16
+    min_tokens: int = 0  # no stop id before this many tokens
+    stop: str | Sequence[str] = ()  # a completion ends where one of these appears; kept as tuple
+    stop_token_ids: Sequence[int] = ()  # ids that end a completion; kept as tuple
+    ignore_eos: bool = False
+    repetition_penalty: float = 1.0  # over 1: tokens of prompt and output become less likely
+    presence_penalty: float = 0.0  # subtracted once from every token in the output
+    frequency_penalty: float = 0.0  # subtracted once per occurrence in the output
+    logprobs: int | None = None  # log probabilities of this many top tokens and the chosen one
+    skip_special_tokens: bool = True  # leave special tokens out of the text
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self):
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+
+        for name, least in (("n", 1), ("top_k", -1), ("max_tokens", 1), ("min_tokens", 0)):
+            _check_integer(name, getattr(self, name), least)
+        if self.seed is not None:
+            _check_integer("seed", self.seed, 0, most=math.inf)
+        if self.logprobs is not None:
+            _check_integer("logprobs", self.logprobs, 0)
+        for token_id in self.stop_token_ids:
+            _check_integer("every entry of stop_token_ids", token_id, 0)
+        for name, low, high in (
+            ("temperature", 0.0, math.inf),
+            ("top_p", 0.0, 1.0),
+            ("min_p", 0.0, 1.0),
+            ("repetition_penalty", 0.0, math.inf),
+            ("presence_penalty", -2.0, 2.0),
+            ("frequency_penalty", -2.0, 2.0),
+        ):
+            value = getattr(self, name)
+            # Written so that NaN fails too.
+            if not _is_real(value) or not low <= value <= high or value > _MOST_FLOAT32:
+                bounds = f"at least {low}" if math.isinf(high) else f"in [{low}, {high}]"
+                raise ValueError(f"{name}={value!r} must be a finite number {bounds}")
+        if self.top_p == 0:
+            raise ValueError("top_p=0 must be greater than 0")
+        if np.float32(self.repetition_penalty) == 0:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty!r} is too close to 0")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens={self.min_tokens} must not exceed max_tokens={self.max_tokens}"
+            )
+        for text in stop:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"stop={stop!r} must hold non-empty strings only")
+        if self.n > 1 and self.is_greedy:
+            raise ValueError(
+                f"n={self.n} needs temperature > 0: greedy completions would all be the same"
+            )
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < _GREEDY_TEMPERATURE
+
+    @property
+    def uses_penalties(self) -> bool:
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+
+    @property
+    def uses_filters(self) -> bool:
+        """Whether the vocabulary must be ranked; ``min_p`` needs only the likeliest token."""
+        return not self.is_greedy and (self.top_k > 0 or self.top_p < 1)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _check_integer(name: str, value: object, least: int, most: float = 2**31 - 1) -> None:
+    # By default at most what fits the device's int32.
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if int(value) > most:
+        raise ValueError(f"{name} must be at most {most}, got {value!r}")

@@ -1,0 +1,150 @@
+"""What ops check: shapes and dtypes always, values where ``value_checks`` asks for it.
+
+``expect_*`` raise ``ValueError`` from shapes and dtypes, which are known while tracing. ``check_*``
+leave a check for ``checkify`` in the traced function.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import jax.numpy as jnp
+from jax.experimental import checkify
+from jaxtyping import Array
+
+from pallas_kernels.types import KVPages, PageList
+
+_checks_values: ContextVar[bool] = ContextVar("checks_values", default=False)
+
+
+@contextmanager
+def value_checks() -> Iterator[None]:
+    """Ops traced inside also check values, for ``checkify`` to report.
+
+    Not always: a check is an effect to JAX even where nobody asks for it, and JAX calls programs
+    with effects from Python, which takes milliseconds for the hundreds of arrays of a model.
+
+    >>> import jax.numpy as jnp
+    >>> from pallas_kernels import api
+    >>> pool = KVPages(jnp.ones((1, 4, 16, 8)), jnp.ones((1, 4, 16, 8)))
+    >>> with value_checks():
+    ...     attend = checkify.checkify(lambda table: api.prefix_attention(
+    ...         jnp.ones((3, 2, 8)), pool, table, jnp.int32(20)))
+    ...     error, _ = attend(jnp.array([2, 4]))
+    >>> error.get().split(" (")[0]
+    'page_table must lie in [0, 3], got 2 to 4'
+    """
+    token = _checks_values.set(True)
+    try:
+        yield
+    finally:
+        _checks_values.reset(token)
+
+
+def expect_shape(name: str, x: Array, shape: tuple[int | None, ...]) -> None:
+    """``None`` in ``shape`` accepts any size."""
+    if x.ndim != len(shape) or any(
+        n is not None and n != m for n, m in zip(shape, x.shape, strict=True)
+    ):
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name} has shape {x.shape}, expected [{wanted}]")
+
+
+def expect_dtype(dtype: str, **arrays: Array) -> None:
+    for name, x in arrays.items():
+        if x.dtype != dtype:
+            raise ValueError(f"{name} has dtype {x.dtype}, expected {dtype}")
+
+
+def check_range(name: str, x: Array, limit: int, *, lowest: int = 0) -> None:
+    """Under ``value_checks``: every x is in [lowest, limit]."""
+    if _checks_values.get() and x.size > 0:
+        least, most = x.min(), x.max()
+        checkify.debug_check(
+            (least >= lowest) & (most <= limit),
+            f"{name} must lie in [{lowest}, {limit}], got {{least}} to {{most}}",
+            least=least,
+            most=most,
+        )
+
+
+def check_table(name: str, table: Array, pages: KVPages, tokens: Array) -> None:
+    """Under ``value_checks``: the table reaches ``tokens`` and up to there names pages of the pool.
+
+    ``tokens`` is a count for each row of the table.
+    """
+    N, P = pages.k.shape[1:3]
+    if _checks_values.get() and pages.k.shape[0] > 0:
+        reach = table.shape[-1] * P
+        check_range(f"tokens cached through {name}, which holds {reach},", tokens, reach)
+        used = jnp.arange(table.shape[-1]) * P < tokens[..., None]
+        check_range(name, jnp.where(used, table, 0), N - 1)
+
+
+def expect_pages(name: str, pages: KVPages, head_dim: int) -> None:
+    expect_shape(f"{name}.k", pages.k, (None, None, None, head_dim))
+    expect_shape(f"{name}.v", pages.v, pages.k.shape)
+    if pages.v.dtype != pages.k.dtype:
+        raise ValueError(f"{name}.v has dtype {pages.v.dtype}, {name}.k has {pages.k.dtype}")
+    for part, scale in (("k_scale", pages.k_scale), ("v_scale", pages.v_scale)):
+        if (scale is not None) != (pages.k.dtype == "int8"):
+            raise ValueError(
+                f"{name}.{part} must be given exactly for int8 pages; the pages are {pages.k.dtype}"
+            )
+        if scale is not None:
+            expect_shape(f"{name}.{part}", scale, pages.k.shape[:3])
+            expect_dtype("float32", **{f"{name}.{part}": scale})
+
+
+def expect_pools(retrieval: KVPages, streaming: KVPages, heads: int, head_dim: int) -> None:
+    expect_pages("retrieval", retrieval, head_dim)
+    expect_pages("streaming", streaming, head_dim)
+    split = (retrieval.k.shape[0], streaming.k.shape[0])
+    if sum(split) != heads:
+        raise ValueError(f"retrieval + streaming pools hold {split} KV heads, expected {heads}")
+    if retrieval.k.shape[2] != streaming.k.shape[2]:
+        raise ValueError(
+            f"page sizes differ: retrieval {retrieval.k.shape[2]}, streaming {streaming.k.shape[2]}"
+        )
+
+
+def expect_groups(heads: int, kv_heads: int) -> None:
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{heads} query heads must be a multiple of {kv_heads} KV heads")
+
+
+def expect_list(name: str, lists: PageList, rows: int, heads: int) -> None:
+    expect_shape(f"{name}.pages", lists.pages, (None, None, None))
+    if lists.pages.shape[2] == 0:
+        raise ValueError(f"{name}.pages has shape {lists.pages.shape}, needs an entry")
+    expect_shape(f"{name}.start", lists.start, (None, None))
+    expect_shape(f"{name}.stop", lists.stop, (None, None))
+    for part, x in lists._asdict().items():
+        expect_dtype("int32", **{f"{name}.{part}": x})
+        if x.shape[0] < rows or x.shape[1] not in (1, heads):
+            raise ValueError(
+                f"{name}.{part} has shape {x.shape}, expected at least {rows} rows and {heads} "
+                "heads, those of its pool, or 1 for all of them"
+            )
+
+
+def check_list(
+    name: str, lists: PageList, rows: int, pages: KVPages, listed_page_size: int
+) -> None:
+    heads, N, P = pages.k.shape[:3]
+    if heads > 0:
+        slots = lists.pages.shape[2] * listed_page_size
+        check_range(f"{name}.pages", lists.pages[:rows], N * (P // listed_page_size) - 1)
+        check_range(f"{name}.start", lists.start[:rows], slots)
+        check_range(f"{name}.stop", lists.stop[:rows], slots)
+
+
+def expect_stats(key_stats: Array | None, retrieval: KVPages) -> None:
+    if key_stats is None:
+        return
+    K, N, P, D = retrieval.k.shape
+    expect_shape("key_stats", key_stats, (K, N, None, 2, D))
+    if key_stats.shape[2] == 0 or P % key_stats.shape[2]:
+        raise ValueError(
+            f"page size {P} must be a multiple of the {key_stats.shape[2]} logical pages it holds"
+        )

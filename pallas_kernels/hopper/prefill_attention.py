@@ -1,0 +1,318 @@
+"""Prefill attention over paged history and the chunk itself: both head classes in one launch.
+
+Index map (Hopper, Mosaic GPU). A CTA holds a tile of 128 queries of one query head (see
+``query_tiles``) and visits the blocks of 128 keys they can see: first those of the history, read
+from pages through the table, then those of the chunk, read from ``k`` and ``v``.
+
+      keys             0 . . . . . . . . . . . . . start . . . . . . . . . start + length
+      blocks           |  0  |  1  |  2  |  3  |  4 ] |  0  |  1  |  2  |  3 ]  each part has a
+                       `------- history ----------' `------- chunk -------'    ragged last block
+      retrieval tile   x     x     x     x     x      x     x     \\             causal
+      streaming tile   x     (gap: never visited)  \\    x     x     \\             sink, local
+                       sink                           local
+
+      program          kv_head * tiles * G + (tiles - 1 - tile) * G + query head in the group
+
+Tiles of a head are launched from the last, which sees most, to the first; the tiles that run
+together read the same KV head at about the same place, so that K and V come from L2. Streaming
+heads come last and fill the SMs that long tiles leave.
+
+Masks cost only where they matter: a block is masked if some of its keys are hidden from some of
+its queries (the diagonal, ragged ends, the edges of the window), else not even compared.
+
+What must be computed: 4 * D operations for each visible pair of query and key; a block of the
+diagonal does twice its share. What must move: per tile, K and V of its blocks, 4 * 128 * D bytes a
+block from L2; q and out once.
+
+What must not be read: V rows of keys that no query of the chunk sees are zeroed in shared memory
+(ragged ends; edges of the window in the history), their scores are replaced.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.hopper.mosaic import MATRIX, cdiv, refuse
+from pallas_kernels.hopper.query_tiles import (
+    BLOCK,
+    HALF,
+    ROWS,
+    WARPGROUPS,
+    Work,
+    attend,
+    copy_pages,
+    tile_scratch,
+    zero_rows,
+)
+from pallas_kernels.types import KVPages
+
+# The window of a retrieval head: longer than any sequence.
+EVERYTHING = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tuning of one call; ``choose_config`` gives a good one."""
+
+    stages: int  # blocks of K and V in shared memory
+
+    def __post_init__(self) -> None:
+        if self.stages < 1:
+            raise ValueError(f"stages must be at least 1, got {self.stages}")
+
+
+def choose_config(head_dim: int) -> Config:
+    """The configuration for heads of ``head_dim`` channels."""
+    # Two blocks of 128 channels fill 128 KB of the SM's 227; one block is in use while the other
+    # arrives.
+    return Config(stages=256 // head_dim)
+
+
+@partial(jax.jit, static_argnames=("sink", "local", "config"))
+def prefill_attention(
+    q: Float[Array, "T H D"],
+    k: Float[Array, "T Hk D"],
+    v: Float[Array, "T Hk D"],
+    retrieval: KVPages,
+    streaming: KVPages,
+    page_table: Int[Array, " M"],
+    streaming_table: Int[Array, " M"],
+    start: Int[Array, ""],
+    length: Int[Array, ""],
+    *,
+    sink: int,
+    local: int,
+    config: Config | None = None,
+) -> tuple[Float[Array, "T H D"], Float[Array, "T H"]]:
+    """``pallas_kernels.api.prefill_attention`` on a Hopper GPU (or under Mosaic GPU's interpreter).
+
+    q, k and v bf16; D 64 or 128; P 16 to 128; any T and group. Pages bf16, or int8: then the pages
+    that the table names are first converted to bf16, all of them, by XLA. Shapes are those the api
+    has checked. Raises ``NotImplementedError`` for anything else.
+    """
+    _refuse_unsupported(q, k, v, retrieval, streaming)
+    T, D = q.shape[0], q.shape[2]
+    classes = [
+        _as_bfloat16(pool, table)
+        for pool, table in ((retrieval, page_table), (streaming, streaming_table))
+        if pool.k.shape[0] > 0
+    ]
+    q, k, v = (jnp.pad(x, ((0, -T % ROWS), (0, 0), (0, 0))) for x in (q, k, v))
+    out, lse = _attend_chunk(
+        q,
+        k,
+        v,
+        [pool for pool, _ in classes],
+        jnp.stack([table for _, table in classes]),
+        jnp.stack([start, length]),
+        retrieval.k.shape[0],
+        (sink, min(local, EVERYTHING)),
+        choose_config(D) if config is None else config,
+    )
+    return out[:T], lse.T[:T]
+
+
+def _refuse_unsupported(
+    q: Array, k: Array, v: Array, retrieval: KVPages, streaming: KVPages
+) -> None:
+    head_dim, page_size = q.shape[2], retrieval.k.shape[2]
+    reasons = []
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype != jnp.bfloat16:
+            reasons.append(f"{name} must be bfloat16, got {x.dtype}")
+    for name, pool in (("retrieval", retrieval), ("streaming", streaming)):
+        if pool.k.dtype not in (jnp.bfloat16, jnp.int8):
+            reasons.append(f"{name} pages must be bfloat16 or int8, got {pool.k.dtype}")
+    if head_dim not in (64, 128):
+        reasons.append(f"head_dim must be 64 or 128, got {head_dim}")
+    if page_size not in (16, 32, 64, 128):
+        reasons.append(f"page size must be 16, 32, 64 or 128, got {page_size}")
+    refuse("prefill_attention", reasons)
+
+
+def _as_bfloat16(pool: KVPages, table: Int[Array, " M"]) -> tuple[KVPages, Int[Array, " M"]]:
+    """The pool and table as they are, or a bf16 copy of an int8 pool's pages in table order."""
+    if pool.k_scale is None or pool.v_scale is None:
+        return pool, table
+
+    def convert(codes: Array, scale: Array) -> Array:
+        return (codes[:, table].astype(jnp.float32) * scale[:, table, :, None]).astype(jnp.bfloat16)
+
+    pages = KVPages(convert(pool.k, pool.k_scale), convert(pool.v, pool.v_scale))
+    return pages, jnp.arange(table.shape[0], dtype=table.dtype)
+
+
+def _attend_chunk(
+    q: Float[Array, "T H D"],
+    k: Float[Array, "T Hk D"],
+    v: Float[Array, "T Hk D"],
+    pools: list[KVPages],  # bf16, of the classes that have heads
+    tables: Int[Array, "classes M"],
+    bounds: Int[Array, " 2"],  # start, length
+    split: int,  # retrieval KV heads
+    window: tuple[int, int],  # sink, local
+    config: Config,
+) -> tuple[Float[Array, "T H D"], Float[Array, "H T"]]:
+    """T is a multiple of 128."""
+    T, H, D = q.shape
+    P = pools[0].k.shape[2]
+
+    def attend_chunk(q_gmem, k_gmem, v_gmem, tables_gmem, bounds_gmem, *refs):
+        # q, k, v, tables, bounds as above
+        pools_gmem = [
+            KVPages(*refs[i : i + 2])  # k, v [Kp, N, P, D]
+            for i in range(0, 2 * len(pools), 2)
+        ]
+        out_gmem, lse_gmem, tile = refs[2 * len(pools) :]  # [T, H, D], [H, T] float32; a Tile
+        plan = partial(
+            _plan,
+            (q_gmem, out_gmem, lse_gmem),
+            (k_gmem, v_gmem),
+            pools_gmem,
+            tables_gmem,
+            bounds_gmem,
+            split,
+            window,
+        )
+        attend(tile, plan)
+
+    return plgpu.kernel(
+        attend_chunk,
+        out_type=(
+            jax.ShapeDtypeStruct((T, H, D), q.dtype),
+            jax.ShapeDtypeStruct((H, T), jnp.float32),
+        ),
+        grid=(T // ROWS * H,),
+        grid_names=("program",),
+        num_threads=WARPGROUPS,
+        thread_name="warpgroup",
+        scratch_types=[tile_scratch(D, q.dtype, config.stages, BLOCK // P)],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(q, k, v, tables, bounds, *(x for pool in pools for x in (pool.k, pool.v)))
+
+
+def _plan(
+    rows_gmem: tuple,  # q [T, H, D], out [T, H, D], lse [H, T]
+    chunk_gmem: tuple,  # k, v [T, Hk, D]
+    pools_gmem: list[KVPages],  # k, v [Kp, N, P, D]
+    tables_gmem,  # [classes, M]
+    bounds_gmem,  # [2]
+    split: int,
+    window: tuple[int, int],
+) -> Work:
+    """Which blocks the tile of this program attends, and how."""
+    q_gmem, out_gmem, lse_gmem = rows_gmem
+    T, H, _ = q_gmem.shape
+    M, P = tables_gmem.shape[1], pools_gmem[0].k.shape[2]
+    G, tiles, pages_per_block = H // chunk_gmem[0].shape[1], T // ROWS, BLOCK // P
+    sink, local = window
+
+    program = lax.axis_index("program")
+    kv_head = lax.div(program, jnp.int32(tiles * G))
+    program = lax.rem(program, jnp.int32(tiles * G))
+    first = (tiles - 1 - lax.div(program, jnp.int32(G))) * ROWS  # of the tile's queries
+    head = kv_head * G + lax.rem(program, jnp.int32(G))
+    start, length = bounds_gmem[0], bounds_gmem[1]
+    near = jnp.where(kv_head < split, EVERYTHING, local)
+
+    def visited(total, sink_end, local_begin):
+        """Of ``total`` blocks, those up to key ``sink_end`` and from ``local_begin`` on.
+
+        Returns (count, sink_blocks, gap): blocks 0..sink_blocks-1 and, ``gap`` blocks later, the
+        local ones. The keys are relative to the first block.
+        """
+        sinks = jnp.minimum(cdiv(jnp.maximum(sink_end, 0), BLOCK), total)
+        begin = lax.div(jnp.maximum(local_begin, 0), jnp.int32(BLOCK))
+        gap = jnp.minimum(jnp.maximum(begin - sinks, 0), total - sinks)
+        return total - gap, sinks, gap
+
+    exists = first < length  # a tile of padding attends nothing
+    oldest_seen = start + first - near + 1  # by the tile's first query, sink aside
+    history_count, history_sinks, history_gap = visited(
+        jnp.where(exists, cdiv(start, BLOCK), 0), jnp.int32(sink), oldest_seen
+    )
+    chunk_count, chunk_sinks, chunk_gap = visited(
+        jnp.where(exists, cdiv(jnp.minimum(first + ROWS, length), BLOCK), 0),
+        sink - start,
+        oldest_seen - start,
+    )
+
+    def block(step):
+        """(whether of the history, number there, position of the first key, end of keys)."""
+        of_history = step < history_count
+        i = jnp.where(of_history, step, step - history_count)
+        sinks = jnp.where(of_history, history_sinks, chunk_sinks)
+        number = jnp.where(i < sinks, i, i + jnp.where(of_history, history_gap, chunk_gap))
+        begin = number * BLOCK + jnp.where(of_history, 0, start)
+        return of_history, number, begin, jnp.where(of_history, start, start + length)
+
+    def rows_of(half):
+        rows = pl.ds(first + half * HALF, HALF)
+        return q_gmem.at[rows, head], out_gmem.at[rows, head], lse_gmem.at[head, rows]
+
+    def fetch(step, part, to, ready):
+        of_history, number, _, _ = block(step)
+
+        def from_pool(index, head):
+            def page_id(j):
+                return tables_gmem[index, jnp.minimum(number * pages_per_block + j, M - 1)]
+
+            copy_pages(pools_gmem[index][part], head, page_id, to, ready)
+
+        @pl.when(of_history)
+        def _():
+            if len(pools_gmem) == 1:
+                from_pool(0, kv_head)
+            else:
+                pl.when(kv_head < split)(lambda: from_pool(0, kv_head))
+                pl.when(kv_head >= split)(lambda: from_pool(1, kv_head - split))
+
+        @pl.when(jnp.logical_not(of_history))
+        def _():
+            for j in range(0, BLOCK, P):  # in as many copies as blocks of the history
+                tokens = pl.ds(number * BLOCK + j, P)
+                plgpu.copy_gmem_to_smem(
+                    chunk_gmem[part].at[tokens, kv_head], to.at[pl.ds(j, P)], ready
+                )
+
+    def mask(step, half, scores):
+        _, _, begin, end = block(step)
+        query = start + first + half * HALF  # the oldest of the warpgroup's queries
+        newest = query + HALF - 1
+        in_window = (begin + BLOCK <= sink) | (begin > newest - near)
+        whole = (begin + BLOCK <= end) & (begin + BLOCK - 1 <= query) & in_window
+
+        def hide(scores):
+            i, j = (
+                plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=MATRIX)
+                for axis in (0, 1)
+            )
+            i, j = i + query, j + begin
+            seen = (j <= i) & (j < end) & ((j < sink) | (j > i - near))
+            return jnp.where(seen, scores, -jnp.inf)
+
+        return lax.cond(whole, lambda scores: scores, hide, scores)
+
+    def clean(step, values):
+        of_history, _, begin, end = block(step)
+        # What the chunk's first query does not see of the history, none does.
+        gap_end = jnp.where(of_history, start - near, -1)
+        in_gap = (begin + BLOCK > sink) & (begin <= gap_end)
+
+        @pl.when((begin + BLOCK > end) | in_gap)
+        def _():
+            def seen_by_some(row):
+                j = row + begin
+                return (j < end) & ((j < sink) | (j > gap_end))
+
+            zero_rows(values, seen_by_some)
+
+    return Work(
+        steps=history_count + chunk_count, rows_of=rows_of, fetch=fetch, mask=mask, clean=clean
+    )

@@ -1,0 +1,249 @@
+"""A tile of 128 query rows attends blocks of 128 keys: what the prefill and prefix kernels share.
+
+One CTA holds one tile and has three warpgroups of 128 threads. Two of them compute, 64 rows each,
+out of phase: they hand the tensor cores to each other, so that one multiplies while the other
+does its softmax. The third copies keys and values ahead of them.
+
+    warpgroup 0   Q K^T | softmax . . . . . | P V, Q K^T | softmax . . . . . | P V, Q K^T |
+    warpgroup 1         | Q K^T | softmax . . . . . | P V, Q K^T | softmax . . . . . |
+    warpgroup 2   copies K and V of later blocks as buffers become free
+
+For a block, with 64 rows in registers:
+
+    scores [64, 128] = Q [64, D] @ K^T [D, 128]      both from shared memory
+    online softmax along the rows
+    acc [64, D] += P [64, 128] @ V [128, D]          P from registers, V from shared memory
+
+A kernel says which blocks a tile attends and how to fetch and mask them; whatever it does not mask
+is attended. A tile may attend no block at all: its output is 0, its lse -inf.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Int
+
+from pallas_kernels.hopper.mosaic import (
+    LN_2,
+    LOG2_E,
+    LOWEST,
+    MATRIX,
+    PER_ROW,
+    full,
+    matmul,
+    spread_rows,
+    tile_transforms,
+)
+
+ROWS = 128  # queries of a tile
+HALF = 64  # queries of a compute warpgroup
+BLOCK = 128  # keys of a block: half as many leave the tensor cores idle a fifth of the time
+WARPGROUPS = 3
+COPYING = 2  # the warpgroup that copies
+# Registers a thread, of 65536 for all: accumulators, scores and weights need many, copying few.
+COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
+
+# Positions of K and V where a function takes one or the other.
+KEYS, VALUES = 0, 1
+
+
+class Tile(NamedTuple):
+    """Shared memory and barriers of a CTA. Barriers of buffers come one for each stage."""
+
+    q: Any  # [2, 64, D]; at the end the tile's output
+    k: Any  # [stages, 128, D]
+    v: Any  # [stages, 128, D]
+    lse: Any  # [2, 64] float32
+    q_ready: Any  # [2] barriers
+    k_ready: Any  # [stages] barriers, after all copies of a block
+    v_ready: Any
+    k_free: Any  # [stages] barriers, after both compute warpgroups have used a block
+    v_free: Any
+    turn: Any  # [2] barriers: a compute warpgroup may use the tensor cores
+
+
+def tile_scratch(head_dim: int, dtype: jax.typing.DTypeLike, stages: int, copies: int) -> Tile:
+    """``copies`` is how many copies bring the keys (or the values) of one block."""
+    transforms = tile_transforms(head_dim, dtype)
+    block = plgpu.SMEM((stages, BLOCK, head_dim), dtype, transforms=transforms)
+    ready = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
+    each = plgpu.Barrier(num_barriers=2)
+    return Tile(
+        q=plgpu.SMEM((2, HALF, head_dim), dtype, transforms=transforms),
+        k=block,
+        v=block,
+        lse=plgpu.SMEM((2, HALF), jnp.float32),
+        q_ready=each,
+        k_ready=ready,
+        v_ready=ready,
+        k_free=free,
+        v_free=free,
+        turn=each,
+    )
+
+
+class Work(NamedTuple):
+    """What one tile has to do."""
+
+    steps: Int[Array, ""]  # number of blocks to attend
+    # rows_of(half): 64 rows of q and out [64, D] and of lse [64] in device memory
+    rows_of: Callable[[Any], tuple[Any, Any, Any]]
+    # fetch(step, KEYS or VALUES, to, ready): starts the copies of a block to [128, D]
+    fetch: Callable[[Any, int, Any, Any], None]
+    # mask(step, half, scores): scores [64, 128] with -inf where a query must not see a key
+    mask: Callable[[Any, Any, Any], Any]
+    # clean(step, v): zeroes rows of v [128, D] that may hold NaN, which a weight of zero does not
+    # silence; called by one warpgroup before either uses them
+    clean: Callable[[Any, Any], None]
+
+
+def attend(tile: Tile, plan: Callable[[], Work]) -> None:
+    """The whole of a kernel for one tile, run by all three warpgroups.
+
+    ``plan`` is traced for either role anew: numbers computed before the roles part would have to
+    fit into the few registers of the one that copies.
+    """
+
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup < COPYING)
+    def _():
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        _compute(tile, warpgroup, plan())
+
+    @pl.when(warpgroup == COPYING)
+    def _():
+        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+        _copy(tile, plan())
+
+
+def zero_rows(v, keep: Callable[[Any], Any]) -> None:
+    """Zeroes the rows of a block v [128, D] in shared memory whose numbers ``keep`` refuses."""
+    for first in range(0, BLOCK, HALF):  # a warpgroup holds multiples of 64 rows
+        part = v.at[pl.ds(first, HALF)]
+        values = plgpu.load(part, layout=MATRIX)
+        number = first + plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=MATRIX)
+        part[...] = jnp.where(keep(number), values, jnp.zeros_like(values))
+    plgpu.commit_smem()
+
+
+def add_product(acc, p, v, meanwhile: Callable[[], None]):
+    """``acc + p @ v`` by wgmma, p in registers and v in shared memory.
+
+    ``meanwhile`` runs while the tensor cores do. Mosaic GPU's interpreter has no such wgmma; tests
+    replace this function there.
+    """
+
+    def product(accumulator):
+        plgpu.wgmma(accumulator, p, v)
+        meanwhile()
+
+    return pl.run_state(product)(plgpu.ACC.init(acc))
+
+
+def _compute(tile: Tile, half, work: Work) -> None:
+    steps = work.steps
+    q_gmem, out_gmem, lse_gmem = work.rows_of(half)
+    q, lse_smem = tile.q.at[half], tile.lse.at[half]
+    stages, _, D = tile.k.shape
+    scale = D**-0.5 * LOG2_E  # scores in base 2: exp2 is one instruction
+
+    def wait_for_turn():
+        plgpu.barrier_wait(tile.turn.at[half])
+
+    def pass_turn():
+        plgpu.barrier_arrive(tile.turn.at[1 - half])
+
+    def wait_for_keys(step):
+        @pl.when(step < steps)
+        def _():
+            plgpu.barrier_wait(tile.k_ready.at[lax.rem(step, jnp.int32(stages))])
+
+    def attend_block(step, carry):
+        acc, peak, total = carry  # [64, D], [64], [64]
+        slot = lax.rem(step, jnp.int32(stages))
+        # Its keys were waited for during the previous block's last product.
+        x = matmul(q, tile.k.at[slot].transpose((1, 0)), HALF, BLOCK, meanwhile=pass_turn)
+        plgpu.barrier_arrive(tile.k_free.at[slot])
+        x = work.mask(step, half, x)
+
+        new_peak = jnp.maximum(peak, x.max(axis=1) * scale)
+        decay = jnp.exp2(peak - new_peak)
+        p = jnp.exp2(x * scale - spread_rows(new_peak, x))
+        total = total * decay + p.sum(axis=1)
+        acc = acc * spread_rows(decay, acc)
+        p = p.astype(tile.v.dtype)
+        # All of this is to happen before the tensor cores are asked for, not after.
+        acc, p, total, new_peak = lax.optimization_barrier((acc, p, total, new_peak))
+
+        plgpu.barrier_wait(tile.v_ready.at[slot])
+        # Warpgroup 1 multiplies by these values a turn later.
+        pl.when(half == 0)(lambda: work.clean(step, tile.v.at[slot]))
+        wait_for_turn()
+        acc = add_product(acc, p, tile.v.at[slot], lambda: wait_for_keys(step + 1))
+        plgpu.barrier_arrive(tile.v_free.at[slot])
+        return acc, new_peak, total
+
+    plgpu.copy_gmem_to_smem(q_gmem, q, tile.q_ready.at[half])
+    wait_for_keys(0)
+    plgpu.barrier_wait(tile.q_ready.at[half])
+    pl.when(half == 1)(wait_for_turn)  # warpgroup 0 begins
+    acc, peak, total = lax.fori_loop(
+        0,
+        steps,
+        attend_block,
+        (full((HALF, D), 0.0, MATRIX), full((HALF,), LOWEST, PER_ROW), full((HALF,), 0.0, PER_ROW)),
+    )
+    pl.when(half == 0)(pass_turn)  # for warpgroup 1's last block
+
+    inverse = jnp.where(total > 0.0, 1.0 / total, 0.0)
+    q[...] = (acc * spread_rows(inverse, acc)).astype(q.dtype)
+    lse_smem[...] = jnp.where(total > 0.0, (peak + jnp.log2(total)) * LN_2, -jnp.inf)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(q, out_gmem)
+    plgpu.copy_smem_to_gmem(lse_smem, lse_gmem)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _copy(tile: Tile, work: Work) -> None:
+    steps, stages = work.steps, tile.k.shape[0]
+
+    def fetch_keys(step, slot):
+        work.fetch(step, KEYS, tile.k.at[slot], tile.k_ready.at[slot])
+
+    def fetch_values(step, slot):
+        work.fetch(step, VALUES, tile.v.at[slot], tile.v_ready.at[slot])
+
+    for slot in range(stages):
+
+        @pl.when(slot < steps)
+        def _(slot=slot):
+            fetch_keys(jnp.int32(slot), slot)
+            fetch_values(jnp.int32(slot), slot)
+
+    def refill(step, _):
+        slot = lax.rem(step, jnp.int32(stages))
+        more = step + stages < steps
+        plgpu.barrier_wait(tile.k_free.at[slot])
+        pl.when(more)(lambda: fetch_keys(step + stages, slot))
+        plgpu.barrier_wait(tile.v_free.at[slot])
+        pl.when(more)(lambda: fetch_values(step + stages, slot))
+
+    lax.fori_loop(0, steps, refill, None)
+
+
+def copy_pages(pages, head, page_id: Callable[[int], Any], to, ready) -> None:
+    """Starts the copies of a block [128, D] from the pages [heads, N, P, D] of a head.
+
+    ``page_id(j)`` names the block's j-th page. Any number will do for a page that is masked.
+    """
+    _, N, P, _ = pages.shape
+    for j in range(BLOCK // P):
+        page = jnp.minimum(jnp.maximum(page_id(j), 0), N - 1)
+        plgpu.copy_gmem_to_smem(pages.at[head, page], to.at[pl.ds(j * P, P)], ready)

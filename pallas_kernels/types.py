@@ -1,0 +1,43 @@
+"""What ops take and return beside plain arrays: pages, lists of pages, partial attention."""
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Bool, Float, Int
+
+
+class KVPages(NamedTuple):
+    """Pages of keys and values of one class of heads in one layer.
+
+    int8 storage is symmetric per token and head: ``x = int8 * scale``. Floating-point storage has
+    no scales. K and V are separate arrays so that updating one never copies the other.
+    """
+
+    k: Array  # [K, N, P, D]  float or int8
+    v: Array  # [K, N, P, D]
+    k_scale: Float[Array, "K N P"] | None = None  # float32, int8 storage only
+    v_scale: Float[Array, "K N P"] | None = None
+
+
+class PageList(NamedTuple):
+    """For each sequence and KV head of one pool, which token slots to attend.
+
+    The listed pages, of U tokens each (the pool's P or less, see ``api.paged_attention``), laid end
+    to end form a row of ``L * U`` token slots; slots ``start`` to
+    ``stop - 1`` of that row are attended. Softmax does not care about order, so a caller with a
+    page that is valid only at its end (the oldest local page) lists it first, and one valid only
+    at its beginning (the newest page) last. Entries past ``stop`` must be valid page ids.
+
+    The axis K of each field has the pool's number of heads, or 1 for what all of them share.
+    """
+
+    pages: Int[Array, "B K L"]  # physical page ids
+    start: Int[Array, "B K"]  # first attended slot of the row
+    stop: Int[Array, "B K"]  # one past the last, at most L * U; start == stop attends nothing
+
+
+class OwnAttention(NamedTuple):
+    """Attention of each row over tokens that are its own, to be joined with that over a prefix."""
+
+    out: Float[Array, "B H D"]  # in q's dtype
+    lse: Float[Array, "B H"]  # float32
+    shares: Bool[Array, " B"]  # whether the prefix belongs to the row; others keep what they have

@@ -1,0 +1,142 @@
+"""Page recall against its definition, written out in NumPy on the model's own queries and keys."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lserve_jax import LLM, ModelConfig, SparsityConfig
+from lserve_jax.analysis import main, page_recall, plot_page_recall
+from lserve_jax.model.llama import bind, init_params
+from lserve_jax.model.rope import rotary_angles
+from pallas_kernels.api import apply_rotary
+
+CONFIG = ModelConfig(
+    vocab_size=96,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+    head_dim=16,
+    max_position_embeddings=512,
+)
+SPARSITY = SparsityConfig(
+    page_size=16, token_budget=96, reuse_interval=4, decode_sink=16, decode_local=32
+)
+TOKENS = np.random.default_rng(0).integers(0, 96, 300).tolist()
+
+
+@pytest.fixture(scope="module")
+def params():
+    # Larger weights than a fresh model's: attention must not be flat, or every page is the same.
+    return jax.tree.map(lambda x: x * 2 if x.ndim == 2 else x, init_params(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def pattern(tmp_path_factory):
+    """One streaming head in layer 0, two in layer 1, none in layer 2."""
+    directory = tmp_path_factory.mktemp("pattern")
+    (directory / "full_attention_heads.tsv").write_text("1\t0.1\t1\n0.2\t1\t0.1\n1\t1\t1\n")
+    (directory / "config.json").write_text('{"sink_size": 16, "recent_size": 32}')
+    return str(directory)
+
+
+def queries_and_keys(params):
+    """Rotated q ``[L, T, H, D]`` and k ``[L, T, Hk, D]`` of dense attention, checkpoint order."""
+    seen = []
+    positions = jnp.arange(len(TOKENS))[None]
+    cos, sin = rotary_angles(CONFIG, positions, jnp.array([len(TOKENS)]))
+
+    def attend(layer, q, k, v, cache):
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        seen.append((np.asarray(q[0], np.float64), np.asarray(k[0], np.float64)))
+        scores = jnp.einsum("bqkgd,btkd->bkgqt", q.reshape(*q.shape[:2], 3, 2, 16), k) / 4
+        visible = jnp.tril(jnp.ones((1, 1, 1, len(TOKENS), len(TOKENS)), bool))
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
+        return jnp.einsum("bkgqt,btkd->bqkgd", weights, v).reshape(q.shape), None
+
+    bind(CONFIG, params)(jnp.asarray(TOKENS)[None], attend, [None] * 3)
+    return seen
+
+
+def covered_positions(q, k, is_retrieval, query, selecting):
+    """Positions that one KV head reads for ``query`` when its pages were chosen at ``selecting``.
+
+    q ``[T, G, D]`` and k ``[T, D]`` of that head.
+    """
+    if not is_retrieval:
+        return [t for t in range(query + 1) if t < 16 or t > query - 32]
+    tail = (selecting - 1) // 16
+    scores = []
+    for page in range(tail):
+        keys = k[page * 16 : page * 16 + 16]
+        high, low = keys.max(axis=0), keys.min(axis=0)
+        upper = [np.maximum(g * high, g * low).sum() for g in q[selecting]]
+        lower = [np.minimum(g * high, g * low).sum() for g in q[selecting]]
+        scores.append(max(u + l / 2 for u, l in zip(upper, lower, strict=True)))
+    ranked = sorted(range(tail), key=lambda page: (page != 0, -scores[page], page))
+    pages = {*ranked[: 96 // 16 - 1], *range(tail, query // 16 + 1)}
+    return [t for t in range(query + 1) if t // 16 in pages]
+
+
+def test_recall_is_its_definition(params, pattern):
+    sparsity = SparsityConfig(**{**vars(SPARSITY), "pattern": pattern, "streaming_fraction": 0.33})
+    llm = LLM((CONFIG, params), attention="lserve", sparsity=sparsity)
+    recall = page_recall(llm, {"prompt_token_ids": TOKENS}, num_queries=6)
+    assert recall.is_retrieval.tolist() == [[True, False, True], [False, True, False], [True] * 3]
+    expected = np.zeros((3, 6, 6))
+    for layer, (q, k) in enumerate(queries_and_keys(params)):
+        for head in range(6):
+            group = q[:, head // 2 * 2 : head // 2 * 2 + 2]
+            for i, query in enumerate(range(294, 300)):
+                logits = k[: query + 1, head // 2] @ q[query, head] / 4
+                mass = np.exp(logits - logits.max())
+                read = covered_positions(
+                    group,
+                    k[:, head // 2],
+                    recall.is_retrieval[layer, head // 2],
+                    query,
+                    294 + i // 4 * 4,
+                )
+                expected[layer, head, i] = mass[read].sum() / mass.sum()
+    assert expected.min() < 0.9  # else the test could not see a wrong page
+    np.testing.assert_allclose(recall.recall, expected, atol=1e-5)  # float32 softmax of 300 keys
+    assert recall.positions.tolist() == list(range(294, 300))
+
+
+def test_a_budget_for_everything_loses_nothing(params):
+    sparsity = SparsityConfig(page_size=16, token_budget=512)
+    llm = LLM((CONFIG, params), attention="lserve", sparsity=sparsity)
+    recall = page_recall(llm, {"prompt_token_ids": TOKENS}, num_queries=5)
+    np.testing.assert_allclose(recall.recall, 1.0, atol=1e-6)
+
+
+def test_plot_is_a_picture(params, tmp_path):
+    llm = LLM((CONFIG, params), attention="lserve", sparsity=SPARSITY)
+    recall = page_recall(llm, {"prompt_token_ids": TOKENS}, num_queries=4)
+    plot_page_recall(recall, tmp_path / "recall.png")
+    assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "num_queries", "message"),
+    [
+        (TOKENS, 300, "num_queries=300 must be positive and below the prompt's 300 tokens"),
+        (TOKENS * 2, 8, "the prompt's 600 tokens exceed llm.max_model_len=512"),
+    ],
+)
+def test_bad_prompts_are_refused(params, prompt, num_queries, message):
+    llm = LLM((CONFIG, params), attention="lserve", sparsity=SPARSITY)
+    with pytest.raises(ValueError, match=message):
+        page_recall(llm, {"prompt_token_ids": prompt}, num_queries=num_queries)
+
+
+def test_dense_has_no_recall(params):
+    with pytest.raises(ValueError, match="attention='lserve', got 'dense'"):
+        page_recall(LLM((CONFIG, params)), {"prompt_token_ids": TOKENS})
+
+
+def test_command_line_names_a_missing_file(capsys):
+    assert main(["--prompt-file", "nowhere.txt"]) == 2
+    assert "nowhere.txt" in capsys.readouterr().err

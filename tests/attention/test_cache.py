@@ -1,0 +1,310 @@
+"""The two-way cache: what a ring keeps, what moves into it after a prompt, and how much it takes.
+
+Tests of attention use zero queries and keys: then every visible token has the same weight, the
+output is the mean of their values, and with a random value for each position the mean tells which
+positions were visible. The caches begin as NaN.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from lserve_jax import ModelConfig, SparsityConfig
+from lserve_jax.attention.attend import decode_attend, prefill_attend
+from lserve_jax.attention.cache import (
+    CacheSpec,
+    LayerCache,
+    Ring,
+    cache_bytes,
+    init_layer_cache,
+    make_spec,
+    window_to_ring,
+)
+from lserve_jax.attention.selection import first_tail_page
+
+D = 16
+CONFIG = ModelConfig(
+    vocab_size=8,
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=D,
+    max_position_embeddings=4096,
+)
+# A mean of 2,000 float32 numbers of size 3; one token more or less in 500 moves it by 1e-3.
+MEAN = {"atol": 2e-5, "rtol": 0}
+
+
+def make(sparsity: SparsityConfig | None, max_model_len: int = 4096, **changes) -> CacheSpec:
+    settings = {
+        "num_slots": 3,
+        "num_pages": 40,
+        "max_prefixes": 0,
+        "kv_dtype": "auto",
+        "num_retrieval_heads": (1, 2),
+    }
+    return make_spec(CONFIG, sparsity=sparsity, max_model_len=max_model_len, **settings | changes)
+
+
+def poisoned(spec: CacheSpec, layer: int = 0) -> LayerCache:
+    def spoil(x: jax.Array) -> jax.Array:
+        return jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 127)
+
+    return jax.tree.map(spoil, init_layer_cache(CONFIG, spec, layer, jnp.float32))
+
+
+@pytest.mark.parametrize(("sink", "local"), [(2, 4), (0, 1), (1, 1)])
+def test_ring_addresses(sink: int, local: int) -> None:
+    """Sinks stay; the last ``local`` tokens never share a page of the ring, wherever they begin."""
+    ring = Ring(sink=16 * sink, local=16 * local, page_size=16)
+    index = np.asarray(ring.index(jnp.arange(50)))
+    assert_array_equal(index[:sink], np.arange(sink))
+    assert np.all((index[sink:] >= sink) & (index[sink:] < ring.num_pages))
+    assert ring.num_pages == sink + local + 1
+    positions = np.arange(700)
+    every = jax.vmap(ring.keeps, (None, 0))(jnp.asarray(positions), jnp.arange(701))
+    for end, kept in enumerate(np.asarray(every)):
+        newest_pages = positions // 16 > (end - 1) // 16 - (local + 1)
+        assert_array_equal(kept, (positions < ring.sink) | newest_pages)
+        assert np.all(kept[max(end - ring.local, 0) : end])
+        pages = np.unique(positions[:end][kept[:end]] // 16)
+        assert len(np.unique(index[pages])) == len(pages)
+
+
+# 1 sink page and 2 local pages of 16 while decoding, 2 and 5 while prefilling.
+SMALL = SparsityConfig(
+    page_size=16,
+    token_budget=64,
+    reuse_interval=3,
+    decode_sink=16,
+    decode_local=32,
+    prefill_sink=32,
+    prefill_local=80,
+)
+# LServe's own sizes, but for the prefill window.
+LARGE = SparsityConfig(token_budget=512, prefill_local=1024)
+
+
+class Sequence:
+    """One sequence in slot 1 whose token at position p has the value ``codes[p]`` in both heads.
+
+    Head 0 is a retrieval head, head 1 streams.
+    """
+
+    def __init__(self, sparsity: SparsityConfig, max_len: int, chunk: int) -> None:
+        rng = np.random.default_rng(0)
+        self.sparsity, self.chunk = sparsity, chunk
+        self.spec = make(sparsity, max_len, num_pages=-(-max_len // sparsity.page_size) + 3)
+        self.table = rng.permutation(self.spec.num_pages)[: self.spec.pages_per_sequence]
+        self.codes = rng.standard_normal((max_len + chunk, D), np.float32)
+        self.zeros = jnp.zeros((1, chunk, 2, D))
+        self._prefill = jax.jit(self._prefill_chunk, donate_argnums=0)
+        self._decode = {
+            select: jax.jit(functools.partial(self._decode_step, select=select), donate_argnums=0)
+            for select in (True, False)
+        }
+        finish = functools.partial(window_to_ring, spec=self.spec, own_sinks=jnp.bool(True))
+        self.finish = jax.jit(finish, donate_argnums=0)
+
+    def _prefill_chunk(self, cache, values, start, length, total):
+        table = jnp.asarray(self.table, jnp.int32)
+        attend = prefill_attend(
+            CONFIG, self.spec, table, start, length, total, self.chunk, backend="reference"
+        )
+        out, cache = attend(0, self.zeros, self.zeros, values, cache)
+        return out[0], cache
+
+    def _decode_step(self, cache, value, position, tail, *, select):
+        # Row 1 is the sequence, row 0 an empty slot.
+        table = jnp.stack([jnp.zeros_like(self.table), self.table]).astype(jnp.int32)
+        active = jnp.array([False, True])
+        positions, tails = (jnp.stack([x * 0, x]) for x in (position, tail))
+        attend, attended = decode_attend(
+            CONFIG,
+            self.spec,
+            table,
+            jnp.arange(2) * self.spec.ring.num_pages,
+            None,
+            positions,
+            active,
+            tails,
+            select=select,
+            backend="reference",
+        )
+        zero = jnp.zeros((2, 1, 2, D))
+        out, cache = attend(0, zero, zero, zero.at[1].set(value[None]), cache)
+        return (out[1, 0], attended[1]), cache
+
+    def prefill(self, total: int) -> tuple[np.ndarray, LayerCache]:
+        """Outputs ``[total, 2, D]`` of a prompt and the cache after it, its ring filled."""
+        cache, outs = poisoned(self.spec), []
+        for start in range(0, total, self.chunk):
+            length = min(self.chunk, total - start)
+            values = np.repeat(self.codes[None, start : start + self.chunk, None], 2, axis=2)
+            values[:, length:] = np.nan  # padding
+            out, cache = self._prefill(
+                cache, values, *(jnp.int32(x) for x in (start, length, total))
+            )
+            outs.append(np.asarray(out)[:length])
+        return np.concatenate(outs), self.finish(cache, slot=jnp.int32(1), length=jnp.int32(total))
+
+    def mean(self, seen: np.ndarray) -> np.ndarray:
+        return self.codes[: len(seen)][seen].astype(np.float64).mean(axis=0)
+
+    def decode(self, cache: LayerCache, first: int, steps: int) -> None:
+        """Checks what both heads see at each of ``steps`` steps from position ``first`` on."""
+        s = self.sparsity
+        P = s.selected_page_size or s.logical_page_size
+        for step in range(steps):
+            position = first + step
+            select = step % s.reuse_interval == 0
+            if select:
+                tail = (position - 1) // P
+                assert tail == first_tail_page(jnp.array([position]), P)[0]
+            value = np.repeat(self.codes[position][None], 2, axis=0)
+            (out, attended), cache = self._decode[select](
+                cache, value, jnp.int32(position), jnp.int32(tail)
+            )
+            j = np.arange(position + 1)
+            streaming = (j < s.decode_sink) | (j > position - s.decode_local)
+            # All scores are zero, and among equals the first pages win.
+            retrieval = (j // P < s.token_budget // P - 1) | (j // P >= tail)
+            for head, seen in enumerate((retrieval, streaming)):
+                assert_allclose(out[head], self.mean(seen), **MEAN, err_msg=f"{position} {head}")
+            # Layer 0 has one head of each class, layer 1 two retrieval heads.
+            assert attended == 3 * retrieval.sum() + streaming.sum()
+
+
+@pytest.fixture(scope="module")
+def small() -> Sequence:
+    return Sequence(SMALL, max_len=400, chunk=64)
+
+
+@pytest.fixture(scope="module")
+def large() -> Sequence:
+    return Sequence(LARGE, max_len=2400, chunk=512)
+
+
+def check_prompt(sequence: Sequence, total: int) -> LayerCache:
+    """The lambda mask in prefill, whatever the ring has overwritten."""
+    out, cache = sequence.prefill(total)
+    sink, local = sequence.sparsity.prefill_sink, sequence.sparsity.prefill_local
+    for i in range(total):
+        j = np.arange(i + 1)
+        assert_allclose(out[i, 0], sequence.mean(j <= i), **MEAN)
+        assert_allclose(out[i, 1], sequence.mean((j < sink) | (j > i - local)), **MEAN)
+    return cache
+
+
+@pytest.mark.parametrize("total", [1, 15, 16, 17, 31, 32, 33, 48, 49, 64, 65, 96, 113, 128, 257])
+def test_prompt_then_decode(total: int, small: Sequence) -> None:
+    """Prompts around the edges of pages, ring, window and chunk; decode across two pages."""
+    small.decode(check_prompt(small, total), total, 40)
+
+
+@pytest.mark.parametrize("total", [257, 320, 321, 384, 385])
+def test_ring_of_default_size_fills(total: int, large: Sequence) -> None:
+    large.decode(check_prompt(large, total), total, 70)
+
+
+def test_ring_after_2000_tokens_of_prompt(large: Sequence) -> None:
+    large.decode(check_prompt(large, 2000), 2000, 130)
+
+
+def test_ring_after_2000_tokens_of_decode(large: Sequence) -> None:
+    large.decode(large.prefill(1)[1], 1, 2000)
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_window_to_ring(kv_dtype: str) -> None:
+    """Every length up to nine pages: all that decode can read is in the ring, in whole pages.
+
+    Other slots' rings stay as they are. int8 errs by at most half a step.
+    """
+    spec = make(SMALL, kv_dtype=kv_dtype)
+    window, ring = spec.window, spec.ring
+    rng = np.random.default_rng(1)
+    codes = rng.standard_normal((9 * 16, 2, D), np.float32)  # [position, k or v, D]
+    move = jax.jit(functools.partial(window_to_ring, spec=spec))
+    for length in range(1, len(codes) + 1):
+        held = np.full((2, 1, window.num_pages, 16, D), np.nan, np.float32)
+        for position in range(length):
+            page, offset = divmod(position, 16)
+            place = page if page < 2 else 2 + (page - 2) % 6
+            held[:, 0, place, offset] = codes[position]
+        cache = poisoned(spec)
+        before = cache.streaming
+        moved = move(
+            LayerCache(
+                retrieval=cache.retrieval,
+                key_stats=cache.key_stats,
+                streaming=before,
+                window=cache.window._replace(k=held[0], v=held[1]),
+                listed=cache.listed,
+            ),
+            slot=jnp.int32(2),
+            length=jnp.int32(length),
+            own_sinks=jnp.bool(True),
+        ).streaming
+        for part in range(2):
+            pool, untouched = np.asarray(moved[part][0]), np.asarray(before[part][0])
+            assert_array_equal(pool[: 2 * ring.num_pages], untouched[: 2 * ring.num_pages])
+            step = np.ones(pool.shape[:2], np.float32)
+            if kv_dtype == "int8":
+                step = np.asarray(moved[part + 2][0])
+            for position in range(length):
+                if position < ring.sink or position >= length - ring.local:
+                    page, offset = divmod(position, 16)
+                    place = 2 * ring.num_pages + (page if page < 1 else 1 + (page - 1) % 3)
+                    scale = step[place, offset]
+                    error = np.abs(pool[place, offset] * scale - codes[position, part])
+                    bound = scale / 2 * (1 + 1e-5) if kv_dtype == "int8" else 0
+                    assert error.max() <= bound, (length, position)
+
+
+def test_window_to_ring_without_streaming_heads() -> None:
+    spec = make(SMALL)
+    cache = poisoned(spec, layer=1)
+    moved = window_to_ring(cache, spec, jnp.int32(0), jnp.int32(5), own_sinks=jnp.bool(True))
+    assert moved.streaming.k.shape == (0, 3 * 4, 16, D)
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_cache_bytes(kv_dtype: str, dtype) -> None:
+    """LServe's size formulas; and what is planned is what is allocated."""
+    spec = make(SMALL, kv_dtype=kv_dtype)
+    word = jnp.dtype(dtype).itemsize
+    token = 2 * D * word if kv_dtype == "auto" else 2 * D + 8
+    heads, ring, window = 1 + 2, 1 + 2 + 1, 2 + 5 + 1
+    plan = cache_bytes(CONFIG, spec, dtype)
+    assert plan == {
+        "retrieval": heads * 40 * 16 * token,
+        "key_stats": heads * 40 * 2 * D * word,
+        "streaming": 3 * ring * 16 * token,
+        "window": window * 16 * 2 * D * word,
+        "listed": 3 * heads * (3 + 2) * 4,  # budget less one page, and the longest tail
+    }
+    caches = [init_layer_cache(CONFIG, spec, layer, dtype) for layer in range(2)]
+    assert sum(x.nbytes for x in jax.tree.leaves(caches)) == sum(plan.values())
+
+
+def test_dense_cache_has_no_statistics() -> None:
+    cache = init_layer_cache(CONFIG, make(None, num_retrieval_heads=(2, 2)), 0, jnp.float32)
+    assert cache.key_stats is None
+    assert cache.listed is None
+    assert cache.retrieval.k.shape == (2, 40, 64, D)
+
+
+def test_rings_are_no_longer_than_a_sequence() -> None:
+    spec = make(SparsityConfig(), max_model_len=200)
+    assert spec.pages_per_sequence == 4
+    assert (spec.ring.sink, spec.ring.local) == (128, 256)
+    assert (spec.window.sink, spec.window.local) == (128, 256)
+    assert make(SparsityConfig()).window.local == 4096

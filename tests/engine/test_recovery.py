@@ -1,0 +1,76 @@
+"""What goes wrong in the middle leaves an engine that works, and what cannot work is refused."""
+
+import pytest
+from tiny_llm import check_nothing_left, tiny_config, tiny_params
+
+import lserve_jax.engine.engine
+from lserve_jax import LLM, SamplingParams, SparsityConfig
+
+CONFIG = tiny_config(layers=2, kv_heads=2)
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+PROMPTS = [{"prompt_token_ids": [1, 2, 3]}, {"prompt_token_ids": [4, 5]}]
+
+
+def tokens(llm: LLM) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM((CONFIG, tiny_params(CONFIG)), max_model_len=64, max_num_seqs=2)
+
+
+def test_a_failed_device_call_is_survived(llm, monkeypatch):
+    """What the call was to update in place is gone; the next call must not touch it."""
+    before = tokens(llm)
+    burst = lserve_jax.engine.engine.decode_burst
+
+    def fail(*args, **kwargs):
+        burst(*args, **kwargs)  # consumes the donated caches and state
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(lserve_jax.engine.engine, "decode_burst", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        tokens(llm)
+    monkeypatch.undo()
+    check_nothing_left(llm.engine)
+    assert tokens(llm) == before
+
+
+def test_a_call_inside_a_call_is_refused(llm):
+    def nested(request: int, completion: int, text: str) -> None:
+        tokens(llm)
+
+    llm.engine.add_request("mine", [1, 2], GREEDY, seed=0)
+    with pytest.raises(ValueError, match="still busy with another call's requests"):
+        llm.generate(PROMPTS, GREEDY, on_text=nested)
+    llm.engine.cancel("mine")
+    check_nothing_left(llm.engine)
+
+
+def test_more_forced_pages_than_a_sequence_has():
+    """Every page is forced then, which is dense attention."""
+    model = (CONFIG, tiny_params(CONFIG))
+    sparsity = SparsityConfig(page_size=64, forced_sink_pages=4, token_budget=512)
+    sparse = LLM(model, max_model_len=100, attention="lserve", sparsity=sparsity)
+    assert tokens(sparse) == tokens(LLM(model, max_model_len=100))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_k": 2**31}, "top_k must be at most 2147483647"),
+        ({"stop_token_ids": [2**31]}, "stop_token_ids must be at most 2147483647"),
+        ({"temperature": 1e39}, r"temperature=1e\+39 must be a finite number"),
+        ({"repetition_penalty": 1e-46}, "repetition_penalty=1e-46 is too close to 0"),
+    ],
+)
+def test_values_that_devices_cannot_hold(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**settings)
+
+
+def test_stop_ids_lie_in_the_vocabulary(llm):
+    params = SamplingParams(temperature=0, stop_token_ids=[CONFIG.vocab_size])
+    with pytest.raises(ValueError, match=r"stop token id .* is outside the vocabulary"):
+        llm.generate(PROMPTS, params)

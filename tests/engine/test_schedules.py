@@ -1,0 +1,388 @@
+"""Whatever the schedule, a request makes the same tokens, and no page is lost or owned twice.
+
+Schedules are drawn at random: arrivals, cancellations, deadlines, prefixes held and released, in
+an engine with fewer slots and pages than its requests want, so that they wait and are preempted.
+What a request makes alone is the standard.
+"""
+
+import dataclasses
+import gc
+import tracemalloc
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose
+from tiny_llm import (
+    VOCAB,
+    check_nothing_left,
+    check_pages,
+    random_prompts,
+    tiny_config,
+    tiny_params,
+    write_pattern,
+)
+
+from lserve_jax import LLM, SamplingParams, SparsityConfig
+from lserve_jax.engine.engine import Engine
+from lserve_jax.engine.prefix import Prefix
+from lserve_jax.engine.request import TokenOutput
+
+CONFIG = tiny_config(layers=1, kv_heads=2, max_len=512)
+SIZES = {
+    "page_size": 16,
+    "token_budget": 48,
+    "reuse_interval": 4,
+    "decode_sink": 16,
+    "decode_local": 32,
+    "prefill_sink": 16,
+    "prefill_local": 64,
+}
+
+
+class Clock:
+    """Stands still until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Kind(NamedTuple):
+    prompt: list[int]
+    sampling: SamplingParams
+
+
+PREFIXES = random_prompts(1, [70, 130])
+
+
+def kinds() -> list[Kind]:
+    """Requests that schedules are made of: short and long, greedy and drawn, with prefixes."""
+    own = random_prompts(2, [5, 40, 100, 150, 16, 3, 60])
+    prompts = [*own[:4], PREFIXES[0] + own[4], PREFIXES[1] + own[5], PREFIXES[1] + own[6]]
+    prompts += [PREFIXES[0], own[0]]
+    lengths = [90, 80, 70, 50, 40, 35, 1, 10, 12]
+    made = []
+    for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        temperature = 0.8 if i % 4 == 3 else 0
+        params = SamplingParams(temperature=temperature, max_tokens=length, seed=i, logprobs=1)
+        made.append(Kind(prompt, params))
+    made[2] = Kind(made[2].prompt, dataclasses.replace(made[2].sampling, frequency_penalty=0.5))
+    stops = dataclasses.replace(made[5].sampling, stop_token_ids=range(0, VOCAB, 7), min_tokens=4)
+    made[5] = Kind(made[5].prompt, stops)
+    return made
+
+
+KINDS = kinds()
+
+
+def build(attention: str, pattern: str, pages: int, **options: Any) -> LLM:
+    sparsity = None
+    if attention == "lserve":
+        sparsity = SparsityConfig(pattern=pattern, **SIZES)
+    heads, page_size = (2, 64) if sparsity is None else (1, 16)
+    statistics = 0 if sparsity is None else 2 * 16 * 4
+    page_bytes = heads * page_size * 2 * 16 * 4 + statistics
+    llm = LLM(
+        (CONFIG, tiny_params(CONFIG)),
+        attention=attention,
+        sparsity=sparsity,
+        kv_cache_bytes=pages * page_bytes,
+        **{
+            "max_num_seqs": 3,
+            "prefill_chunk_size": 64,
+            "burst_steps": 8,
+            "max_prefixes": 2,
+            "deterministic": True,
+            "relay": "never" if attention == "lserve" else "always",
+        }
+        | options,
+    )
+    assert llm.spec.num_pages == pages
+    return llm
+
+
+class Machine(NamedTuple):
+    engine: Engine
+    clock: Clock
+    alone: list[list[int]]  # tokens of each kind
+    logprobs: list[list[float]]  # of these
+
+
+def make_machine(attention: str, pattern: str, pages: int) -> Machine:
+    engine, clock = build(attention, pattern, pages).engine, Clock()
+    engine.clock = clock
+    alone, logprobs = [], []
+    for i, kind in enumerate(KINDS):
+        engine.add_request(str(i), kind.prompt, kind.sampling, seed=0)
+        outputs = list(engine.stream())
+        alone.append([token for new in outputs for token in new.token_ids])
+        logprobs.append([x for new in outputs for x in new.logprobs])
+    check_nothing_left(engine)
+    return Machine(engine, clock, alone, logprobs)
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Machine]:
+    pattern = write_pattern(tmp_path_factory.mktemp("patterns") / "half", [[0.1, 0.9]])
+    # The longest request needs 13 pages of 16 tokens, or 4 of 64.
+    return {
+        "lserve": make_machine("lserve", pattern, 14),
+        "dense": make_machine("dense", pattern, 4),
+    }
+
+
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(0, len(KINDS) - 1)),
+        st.tuples(st.just("add"), st.integers(0, len(KINDS) - 1)),
+        st.tuples(st.just("add, one second"), st.integers(0, len(KINDS) - 1)),
+        st.tuples(st.just("step"), st.integers(1, 4)),
+        st.tuples(st.just("cancel"), st.integers(0, 9)),
+        st.tuples(st.just("wait"), st.integers(0, 1)),
+        st.tuples(st.just("hold prefix"), st.integers(0, len(PREFIXES) - 1)),
+        st.tuples(st.just("release prefix"), st.integers(0, len(PREFIXES) - 1)),
+    ),
+    min_size=4,
+    max_size=24,
+)
+
+
+class Run:
+    """One schedule on a machine."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine, self.engine = machine, machine.engine
+        self.kind_of: dict[str, int] = {}
+        self.outputs: dict[str, list[TokenOutput]] = {}
+        self.live: list[str] = []
+        self.held: dict[int, Prefix] = {}
+
+    def act(self, action: str, number: int) -> None:
+        engine = self.engine
+        if action.startswith("add"):
+            name = f"r{len(self.kind_of)}"
+            kind = KINDS[number]
+            deadline = 1.0 if action.endswith("second") else None
+            try:
+                engine.add_request(name, kind.prompt, kind.sampling, seed=0, deadline=deadline)
+            except ValueError as error:  # prefixes hold the pages that it would need
+                assert self.held and "held by prefixes" in str(error)
+                return
+            self.kind_of[name] = number
+            self.outputs[name] = []
+            self.live.append(name)
+        elif action == "step":
+            for _ in range(number):
+                self.take(engine.step())
+        elif action == "cancel" and self.live:
+            engine.cancel(self.live.pop(number % len(self.live)))
+        elif action == "wait":
+            self.machine.clock.now += 0.6 + number
+        elif action == "hold prefix" and number not in self.held:
+            try:
+                self.held[number] = engine.add_prefix(PREFIXES[number])
+            except ValueError as error:  # requests have the pages, or may need them
+                assert "the prefix needs" in str(error)
+        elif action == "release prefix" and number in self.held:
+            self.held.pop(number).release()
+        check_pages(engine)
+
+    def take(self, outputs: list[TokenOutput]) -> None:
+        for new in outputs:
+            assert new.request_id in self.live
+            self.outputs[new.request_id].append(new)
+            if new.finish_reason is not None:
+                self.live.remove(new.request_id)
+        check_pages(self.engine)
+
+    def finish(self) -> None:
+        while self.engine.has_unfinished_requests:
+            self.take(self.engine.step())
+        for prefix in self.held.values():
+            prefix.release()
+        check_nothing_left(self.engine)
+        assert len(self.engine.scheduler.pool.free) == self.engine.spec.num_pages
+        assert not self.live
+        for name, outputs in self.outputs.items():
+            alone = self.machine.alone[self.kind_of[name]]
+            tokens = [token for new in outputs for token in new.token_ids]
+            reason = outputs[-1].finish_reason if outputs else None
+            if reason in ("stop", "length"):
+                assert tokens == alone
+            else:  # cancelled, or too late
+                assert tokens == alone[: len(tokens)]
+            # Sharing a prefix and the sampling of neighbours change the order of sums.
+            logprobs = self.machine.logprobs[self.kind_of[name]][: len(tokens)]
+            assert_allclose([x for new in outputs for x in new.logprobs], logprobs, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["lserve", "dense"])
+@settings(
+    max_examples=50,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(actions=ACTIONS)
+def test_any_schedule(
+    attention: str, machines: dict[str, Machine], actions: list[tuple[str, int]]
+) -> None:
+    run = Run(machines[attention])
+    try:
+        for action, number in actions:
+            run.act(action, number)
+        run.finish()
+    except BaseException:
+        run.engine.reset()  # the next schedule begins with an empty engine
+        raise
+
+
+@pytest.mark.parametrize("attention", ["lserve", "dense"])
+def test_preemption(attention: str, machines: dict[str, Machine]) -> None:
+    """Three long requests and pages for two: the newest begins again, twice its work, same tokens.
+
+    Also in the middle of its prefill, and while it repeats what it had made.
+    """
+    run = Run(machines[attention])
+    before = run.engine.metrics().preemptions
+    for number in (2, 0, 1, 3, 4):
+        run.act("add", number)
+    run.finish()
+    assert run.engine.metrics().preemptions > before
+    last = {name: outputs[-1].metrics for name, outputs in run.outputs.items()}
+    preempted = [metrics for metrics in last.values() if metrics.preemptions]
+    assert preempted
+    assert last["r0"].preemptions == 0  # the oldest always gets on
+    for metrics in preempted:
+        assert metrics.decode_steps >= metrics.generated_tokens - 1
+
+
+def test_deadlines(machines: dict[str, Machine]) -> None:
+    """A request that waits, one in prefill and one that decodes end with what they have."""
+    machine = machines["lserve"]
+    engine, clock = machine.engine, machine.clock
+    for name, number in (("runs", 0), ("prefills", 3), ("waits", 2), ("stays", 1)):
+        kind = KINDS[number]
+        deadline = None if name == "stays" else 5.0
+        engine.add_request(name, kind.prompt, kind.sampling, seed=0, deadline=deadline)
+    outputs = engine.step() + engine.step()
+    assert engine.scheduler.prefilling.request_id == "prefills"
+    clock.now += 4.9
+    outputs += engine.step()
+    clock.now += 0.2
+    outputs += engine.step()
+    check_pages(engine)
+    late = {new.request_id: new for new in outputs if new.finish_reason == "deadline"}
+    assert late.keys() == {"runs", "prefills", "waits"}
+    assert late["runs"].metrics.generated_tokens > 8
+    assert late["waits"].metrics.generated_tokens == 0
+    outputs += list(engine.stream())
+    tokens = [t for new in outputs if new.request_id == "stays" for t in new.token_ids]
+    assert tokens == machine.alone[1]
+    with pytest.raises(ValueError, match=r"deadline=0 must be positive"):
+        engine.add_request("x", [1], KINDS[0].sampling, seed=0, deadline=0)
+    check_nothing_left(engine)
+
+
+def test_numbers_do_not_depend_on_neighbours(machines: dict[str, Machine]) -> None:
+    """In deterministic mode bit for bit, a preemption included."""
+    engine, kind = machines["lserve"].engine, KINDS[1]
+
+    def logprobs(outputs: list[TokenOutput], name: str) -> list[float]:
+        return [x for new in outputs if new.request_id == name for x in new.logprobs]
+
+    engine.add_request("a", kind.prompt, kind.sampling, seed=0)
+    alone = logprobs(list(engine.stream()), "a")
+    before = engine.metrics().preemptions
+    for name, number in (("b", 2), ("c", 0), ("a", 1)):
+        engine.add_request(name, KINDS[number].prompt, KINDS[number].sampling, seed=0)
+    outputs = list(engine.stream())
+    assert engine.metrics().preemptions > before
+    [metrics] = [new.metrics for new in outputs if new.request_id == "a" and new.finish_reason]
+    assert metrics.preemptions == 1
+    assert logprobs(outputs, "a") == alone
+
+
+@pytest.mark.slow
+def test_many_requests_compile_and_keep_nothing_new() -> None:
+    """500 short requests through 16 slots: few shapes, and memory does not grow after the first."""
+    llm = LLM((CONFIG, tiny_params(CONFIG)), max_num_seqs=16, prefill_chunk_size=128)
+    engine = llm.engine
+    compiled: list[str] = []
+
+    def listen(event: str, seconds: float, **details: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    rng = np.random.default_rng(0)
+    sampling = SamplingParams(temperature=0, max_tokens=6)
+    held, on_host = [], []
+    tracemalloc.start()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for batch in range(5):
+            before = len(compiled)
+            for i in range(100):
+                prompt = rng.integers(0, VOCAB, rng.integers(1, 120)).tolist()
+                engine.add_request(f"{batch}-{i}", prompt, sampling, seed=0)
+            ended = sum(new.finish_reason is not None for new in engine.stream())
+            assert ended == 100
+            gc.collect()
+            held.append((len(jax.live_arrays()), sum(x.nbytes for x in jax.live_arrays())))
+            on_host.append(tracemalloc.get_traced_memory()[0])
+            if batch:
+                assert len(compiled) == before
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+        tracemalloc.stop()
+    # A request's own record would be some 10 kB: 400 of them four megabytes.
+    assert on_host[-1] - on_host[0] < 100_000, on_host
+    assert held[1:] == held[:-1]
+    buckets = engine.shape_buckets()
+    most = len(buckets["chunk_tokens"]) + len(buckets["slots"]) + 1  # and one admission
+    assert engine.metrics().compilations <= most
+    assert not engine.unfinished
+
+
+def test_a_long_prompt_does_not_stall_others(machines: dict[str, Machine]) -> None:
+    """Between two bursts of a running request there is at most one chunk of another's prompt.
+
+    What that is in time, ``benchmarks/stall.py`` measures.
+    """
+    engine = machines["lserve"].engine
+    sampling = SamplingParams(temperature=0, max_tokens=40)
+    engine.add_request("a", KINDS[0].prompt, sampling, seed=0)
+    assert engine.step() == []  # its prompt and a first burst are on their way
+    [first] = engine.step()
+    assert len(first.token_ids) == 1
+    [long_prompt] = random_prompts(3, [150])
+    engine.add_request("b", long_prompt, sampling, seed=0)
+    chunks = []
+    while engine.scheduler.prefilling or engine.scheduler.waiting:
+        outputs = engine.step()
+        assert [new.request_id for new in outputs][:1] == ["a"]
+        last = engine.metrics().last_step
+        assert (last.decode_requests, last.decode_steps) == (1 + (len(chunks) == 2), 8)
+        chunks.append(last.prefill_tokens)
+    assert chunks == [64, 64, 22]
+    list(engine.stream())
+    check_nothing_left(engine)
+
+
+def test_many_tiny_prompts_do_not_stall_others_either() -> None:
+    """A prompt of one token runs as 64: a step of 64 tokens takes no more than one of them."""
+    llm = LLM((CONFIG, tiny_params(CONFIG)), max_num_seqs=4, prefill_chunk_size=64)
+    engine = llm.engine
+    for i in range(6):
+        sampling = SamplingParams(temperature=0, max_tokens=1)
+        engine.add_request(str(i), [1], sampling, seed=0)
+    while engine.has_unfinished_requests:
+        engine.step()
+        assert engine.metrics().last_step.prefill_tokens <= 1

@@ -1,0 +1,116 @@
+"""What only values can tell: reported under checkify if asked for, and else not in the program."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import checkify
+from test_ops_contract import ACCEPTED, KR, L, M, N, P, T, example, jitted
+from tiny_llm import tiny_config, tiny_params
+
+import lserve_jax.engine.engine
+from lserve_jax import LLM, SamplingParams
+from pallas_kernels import api
+
+
+def run(op: str, **changes):
+    """The op of valid arguments but for ``changes``, jitted anew, under checkify."""
+    with api.value_checks():
+        return checkify.checkify(jitted.__wrapped__(op))(example(op) | changes)[0]
+
+
+@pytest.mark.parametrize("op", sorted(ACCEPTED))
+def test_valid_arguments_pass(op: str) -> None:
+    run(op).throw()
+
+
+def changed(op: str, name: str, **fields):
+    return {name: example(op)[name]._replace(**fields)}
+
+
+VIOLATIONS = [
+    (
+        "paged_attention",
+        changed("paged_attention", "retrieval_list", pages=jnp.full((2, KR, L), N)),
+        rf"retrieval_list.pages must lie in \[0, {N - 1}\], got {N} to {N}",
+    ),
+    (
+        "paged_attention",
+        changed("paged_attention", "streaming_list", stop=jnp.full((2, 1), L * P + 1)),
+        rf"streaming_list.stop must lie in \[0, {L * P}\], got {L * P + 1}",
+    ),
+    (
+        "prefill_attention",
+        {"start": jnp.int32(M * P + 1)},
+        rf"tokens cached through page_table, which holds {M * P}, must lie in",
+    ),
+    (
+        "prefill_attention",
+        {"streaming_table": jnp.array([0, -1, 0, 0])},
+        rf"streaming_table must lie in \[0, {N - 1}\], got -1 to 0",
+    ),
+    ("prefill_attention", {"length": jnp.int32(T + 1)}, rf"length must lie in \[0, {T}\]"),
+    ("prefix_attention", {"length": jnp.int32(M * P + 1)}, "tokens cached through page_table"),
+    (
+        "append_kv",
+        {"page": jnp.array([0, N])},
+        rf"page must lie in .*, {N - 1}\], got 0 to {N}",
+    ),
+    ("append_kv", {"offset": jnp.array([0, P])}, rf"offset must lie in \[0, {P - 1}\]"),
+    (
+        "append_kv_chunk",
+        {"start": jnp.int32(M * P - T + 1)},
+        "tokens cached through page_table",
+    ),
+    ("append_kv_chunk", {"streaming_page": jnp.full((T,), N)}, "streaming_page must lie in"),
+    ("page_scores", {"length": jnp.array([1, M * P + 1])}, "length must lie in"),
+    ("page_scores", {"page_table": jnp.full((2, M), N)}, "page_table must lie in"),
+    ("select_pages", {"num_candidates": jnp.array([1, M + 1])}, "num_candidates must lie in"),
+]
+CHECKED = {op for op, _, _ in VIOLATIONS}
+
+
+@pytest.mark.parametrize(("op", "changes", "words"), VIOLATIONS)
+def test_violations_are_reported(op: str, changes: dict, words: str) -> None:
+    with pytest.raises(checkify.JaxRuntimeError, match=words):
+        run(op, **changes).throw()
+
+
+def test_entries_that_are_not_used_may_hold_anything() -> None:
+    table = jnp.array([3, 0, 4, N])  # 21 tokens are cached: two pages
+    run("prefill_attention", page_table=table, streaming_table=table).throw()
+    run("append_kv", page=jnp.array([-1, -7])).throw()
+
+
+@pytest.mark.parametrize("op", sorted(ACCEPTED))
+def test_programs_have_no_effects_unless_asked_for(op: str) -> None:
+    """With effects JAX calls a program from Python."""
+
+    def effects() -> int:
+        return len(jax.make_jaxpr(jitted.__wrapped__(op))(example(op)).effects)
+
+    assert effects() == 0
+    if op in CHECKED:
+        with api.value_checks():
+            assert effects() > 0
+
+
+def test_checks_reach_a_whole_burst_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain function of a jitted one is traced anew: a page beyond the pool is reported."""
+    config = tiny_config(layers=1, kv_heads=1)
+    llm = LLM((config, tiny_params(config)), max_num_seqs=1, max_model_len=64)
+    real, errors = lserve_jax.engine.engine.decode_burst, []
+
+    def checked(config, spec, params, caches, state, page_table, *rest, **static):
+        plain = partial(real.__wrapped__, config, spec, **static)
+        for table in (page_table, page_table + spec.num_pages):
+            with api.value_checks():
+                error, _ = checkify.checkify(plain)(params, caches, state, table, *rest)
+            errors.append(error.get())
+        return real(config, spec, params, caches, state, page_table, *rest, **static)
+
+    monkeypatch.setattr(lserve_jax.engine.engine, "decode_burst", checked)
+    llm.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(temperature=0, max_tokens=3))
+    assert errors[0] is None
+    assert "must lie in" in errors[1]

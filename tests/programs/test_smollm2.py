@@ -1,0 +1,218 @@
+"""The real default models against Hugging Face's answers (tests/data/golden).
+
+The goldens were computed by transformers in float32 from the GGUF weights rounded to bfloat16, so
+the tests load in bfloat16 and compute in float32.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import convert
+import lserve_jax
+from lserve_jax import LLM, SamplingParams, SparsityConfig
+from lserve_jax.attention.attend import prefill_attend
+from lserve_jax.attention.cache import init_layer_cache, make_spec
+from lserve_jax.model.llama import bind
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+LONG = "smollm2-135m-instruct-32k"
+
+
+def golden(name: str) -> tuple[dict, dict]:
+    directory = GOLDEN / name
+    return json.loads((directory / "golden.json").read_text()), dict(
+        np.load(directory / "golden.npz")
+    )
+
+
+@pytest.fixture(scope="module")
+def base(smollm2):
+    """Weights rounded to bfloat16, in float32 arithmetic."""
+    config, params = convert.load(smollm2, dtype=jnp.bfloat16)
+    return config, jax.tree.map(lambda x: x.astype(jnp.float32), params)
+
+
+@pytest.fixture(scope="module")
+def long_context(smollm2, tmp_path_factory):
+    """The 32K model: the adapter merged in float32 into weights rounded to bfloat16."""
+    rounded = tmp_path_factory.mktemp("rounded") / "checkpoint"
+    convert.save(rounded, *convert.load(smollm2, dtype=jnp.bfloat16))
+    source = convert.resolve(LONG)
+    return convert.load(
+        rounded, dtype=jnp.float32, adapter=source.adapter, overrides=source.overrides
+    )
+
+
+def text_logits(config, params, ids) -> np.ndarray:
+    score = jax.jit(lserve_jax.logits, static_argnums=0)
+    return np.asarray(score(config, params, jnp.asarray(ids)[None])[0])
+
+
+def negative_log_likelihood(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    logprobs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return -logprobs[np.arange(len(ids) - 1), ids[1:]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", LONG])
+def test_logits_are_those_of_transformers(name, request):
+    config, params = request.getfixturevalue("long_context" if name == LONG else "base")
+    expected, arrays = golden(name)
+    logits = text_logits(config, params, arrays["text_ids"])
+    nll = negative_log_likelihood(logits[:-1], arrays["text_ids"])
+    assert np.exp(nll.mean()) == pytest.approx(expected["perplexity"], abs=0.01)
+    for row, ids, values in zip(
+        logits[arrays["pos"]], arrays["top_ids"], arrays["top_logits"], strict=True
+    ):
+        assert set(np.argsort(-row)[: len(ids)]) == set(ids)
+        # Two float32 implementations of 30 layers; logits reach 30.
+        np.testing.assert_allclose(row[ids], values, atol=2e-3)
+
+
+# Everything fits the budget, so lserve must give dense attention's tokens.
+UNPRUNED = SparsityConfig(page_size=16, token_budget=1024)
+
+
+@pytest.mark.parametrize("attention", ["dense", pytest.param("lserve", marks=pytest.mark.slow)])
+def test_greedy_chats_are_those_of_transformers(base, attention):
+    expected, _ = golden("smollm2-135m-instruct")
+    llm = LLM(
+        base,
+        dtype="float32",
+        max_model_len=512,
+        attention=attention,
+        sparsity=UNPRUNED if attention == "lserve" else None,
+    )
+    prompts = [{"prompt_token_ids": chat["prompt_ids"]} for chat in expected["chats"]]
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=64))
+    for output, chat in zip(outputs, expected["chats"], strict=True):
+        assert output.outputs[0].token_ids == chat["greedy_ids"]
+        assert output.outputs[0].finish_reason == "stop"
+
+
+SYSTEM = (
+    "You are a helpful assistant of a small museum of natural history. Visitors ask you about the "
+    "exhibits, the opening hours and the world. Answer in one or two sentences, politely and to "
+    "the point, and never make anything up. The museum is open from nine to five, except on "
+    "Mondays. It shows fossils, minerals and a collection of beetles from five continents. "
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["dense", "lserve"])
+def test_a_shared_prefix_changes_no_token(smollm2, attention):
+    """A system prompt computed once and read together, cold and warm, or by each for itself."""
+    llm = LLM(
+        smollm2,
+        dtype="float32",
+        max_model_len=512,
+        attention=attention,
+        sparsity=UNPRUNED if attention == "lserve" else None,
+        relay="always",
+    )
+    questions = ("When are you open?", "What is the capital of France?")
+    chats = [
+        [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+        for question in questions
+    ]
+    sampling = SamplingParams(temperature=0, max_tokens=16)
+
+    def tokens(shared_prefix) -> list[list[int]]:
+        outputs = llm.chat(chats, sampling, shared_prefix=shared_prefix)
+        wanted = 0 if shared_prefix == "off" else 64
+        assert all(output.metrics.prefix_tokens >= wanted for output in outputs)
+        return [output.outputs[0].token_ids for output in outputs]
+
+    alone = tokens("off")
+    assert tokens("auto") == alone
+    [output] = llm.chat(chats[0], SamplingParams(max_tokens=1))
+    prefix = llm.prefix({"prompt_token_ids": output.prompt_token_ids[:80]})
+    assert tokens(prefix) == alone
+
+
+def test_chat_template_and_text(smollm2):
+    """From words to words, with the file's own tokenizer and template."""
+    expected, _ = golden("smollm2-135m-instruct")
+    llm = LLM(smollm2, max_model_len=512)
+    pieces = [""] * len(expected["chats"])
+
+    def collect(request: int, completion: int, text: str) -> None:
+        pieces[request] += text
+
+    outputs = llm.chat(
+        [[{"role": "user", "content": chat["user"]}] for chat in expected["chats"]],
+        SamplingParams(temperature=0, max_tokens=64),
+        on_text=collect,
+    )
+    for output, chat, streamed in zip(outputs, expected["chats"], pieces, strict=True):
+        assert output.prompt_token_ids == chat["prompt_ids"]
+        assert output.outputs[0].text == chat["greedy_text"].removesuffix("<|im_end|>")
+        assert streamed == output.outputs[0].text
+
+
+@pytest.mark.slow
+def test_needle_is_found(long_context):
+    """3,644 tokens, prefilled in chunks; the answer is the golden one, token by token."""
+    expected, _ = golden(LONG)
+    llm = LLM(long_context, dtype="float32", max_model_len=4096, prefill_chunk_size=1024)
+    prompt = {"prompt_token_ids": expected["needle"]["prompt_ids"]}
+    output = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=32))[0]
+    assert output.outputs[0].token_ids == expected["needle"]["greedy_ids"]
+
+
+def cached_perplexity(config, params, ids, kv_dtype, chunk=16) -> float:
+    """Perplexity when all but the last ``chunk`` keys are read back from the cache."""
+    spec = make_spec(
+        config,
+        sparsity=None,
+        num_retrieval_heads=(config.num_key_value_heads,) * config.num_hidden_layers,
+        max_model_len=len(ids),
+        num_slots=1,
+        num_pages=-(-len(ids) // 64),
+        max_prefixes=0,
+        kv_dtype=kv_dtype,
+    )
+    caches = [
+        init_layer_cache(config, spec, layer, jnp.float32)
+        for layer in range(config.num_hidden_layers)
+    ]
+    page_table = jnp.arange(spec.num_pages)[::-1]
+
+    @jax.jit
+    def step(params, caches, tokens, start):
+        attend = prefill_attend(
+            config,
+            spec,
+            page_table,
+            start,
+            jnp.int32(chunk),
+            jnp.int32(len(ids)),
+            chunk,
+            backend="reference",
+        )
+        model = bind(config, params)
+        hidden, caches = model(tokens[None], attend, caches)
+        return model.unembed(hidden[0]), caches
+
+    logits = []
+    for start in range(0, len(ids), chunk):
+        tokens = jnp.asarray(ids[start : start + chunk])
+        new, caches = step(params, caches, tokens, jnp.int32(start))
+        logits.append(np.asarray(new))
+    return np.exp(negative_log_likelihood(np.concatenate(logits)[:-1], ids).mean())
+
+
+@pytest.mark.slow
+def test_int8_cache_keeps_perplexity(base):
+    _, arrays = golden("smollm2-135m-instruct")
+    ids = arrays["text_ids"]
+    plain = cached_perplexity(*base, ids, "auto")
+    assert plain == pytest.approx(np.exp(arrays["text_nll"].mean()), abs=0.01)
+    assert cached_perplexity(*base, ids, "int8") == pytest.approx(plain, rel=0.01)

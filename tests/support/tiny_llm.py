@@ -1,0 +1,161 @@
+"""Tiny random models behind ``LLM``, and their whole output distribution at every step."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.testing import assert_array_equal
+from numpy.typing import ArrayLike, NDArray
+from oracle_model import Oracle, log_softmax
+
+from lserve_jax import LLM, ModelConfig, SamplingParams
+from lserve_jax.attention.cache import LayerCache
+from lserve_jax.engine.engine import Engine
+from lserve_jax.engine.request import Request
+from lserve_jax.model.llama import Params, init_params
+
+VOCAB = 96
+
+Tokens = Sequence[int]
+
+
+class Generation(NamedTuple):
+    tokens: list[int]
+    logprobs: NDArray[np.float64]  # [tokens, V]: the distribution that each token was drawn from
+
+
+def tiny_config(
+    *, layers: int, kv_heads: int, group: int = 1, max_len: int = 1024, **changes
+) -> ModelConfig:
+    config = ModelConfig(
+        vocab_size=VOCAB,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=kv_heads * group,
+        num_key_value_heads=kv_heads,
+        head_dim=16,
+        max_position_embeddings=max_len,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def tiny_params(config: ModelConfig, seed: int = 0) -> Params:
+    """Random, with small embeddings and sharp attention.
+
+    So what is attended decides what comes next, and greedy tokens do not soon repeat themselves.
+    """
+    params = init_params(config, seed)
+    params["embed_tokens"]["embedding"] *= 0.25
+    for layer in params["layers"].values():
+        layer["self_attn"]["qkv_proj"]["kernel"] *= 1.5
+    return params
+
+
+def write_pattern(directory: Path, gates: ArrayLike) -> str:
+    """A head pattern as DuoAttention publishes them; its path, for ``SparsityConfig.pattern``."""
+    directory.mkdir(exist_ok=True)
+    np.savetxt(directory / "full_attention_heads.tsv", np.asarray(gates), delimiter="\t")
+    sizes = {"sink_size": 128, "recent_size": 256}
+    (directory / "config.json").write_text(json.dumps(sizes))
+    return str(directory)
+
+
+def random_prompts(seed: int, lengths: Sequence[int]) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCAB, n).tolist() for n in lengths]
+
+
+def poison(llm: LLM) -> None:
+    """Overwrites all that the cache holds with values that spoil any result they get into."""
+
+    def spoil(x: jax.Array) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            return jnp.full_like(x, jnp.nan)
+        return jnp.full_like(x, 127)  # int8 codes (their scales are NaN) and selected pages
+
+    llm.engine.caches = jax.tree.map(spoil, llm.engine.caches)
+
+
+def generate(
+    llm: LLM, prompts: Sequence[Tokens], max_tokens: int | Sequence[int]
+) -> list[Generation]:
+    """Greedy continuations."""
+    if isinstance(max_tokens, int):
+        max_tokens = [max_tokens] * len(prompts)
+    sampling = [SamplingParams(temperature=0, max_tokens=n, logprobs=VOCAB) for n in max_tokens]
+    outputs = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], sampling)
+    generations = []
+    for output in outputs:
+        completion = output.outputs[0]
+        rows = [[row[token] for token in range(VOCAB)] for row in completion.logprobs]
+        generations.append(Generation(completion.token_ids, np.array(rows)))
+    return generations
+
+
+def expected(oracle: Oracle, prompt: Tokens, tokens: Tokens) -> NDArray[np.float64]:
+    """What ``Generation.logprobs`` should be for these tokens; the oracle must be new."""
+    logits = [oracle.prefill(prompt)[-1]]
+    logits += [oracle.decode(token) for token in tokens[:-1]]
+    return log_softmax(np.array(logits))
+
+
+def record_ends(llm: LLM) -> list[tuple[list[int], LayerCache]]:
+    """A list that fills up with the pages of every request, in the order in which they end.
+
+    Beside them the first layer's cache at that moment: later its pages may be somebody else's.
+    """
+    engine, ends = llm.engine, []
+    release = engine.scheduler.release
+
+    def record(request: Request) -> None:
+        if request.pages:  # it may be out already
+            ends.append((request.pages, jax.device_get(engine.caches[0])))
+        release(request)
+
+    engine.scheduler.release = record
+    return ends
+
+
+def check_pages(engine: Engine) -> None:
+    """Every page is held as often as it is named, every slot is free or has one request."""
+    scheduler, spec = engine.scheduler, engine.spec
+    placed = scheduler.placed()
+    held = np.zeros((spec.num_pages,), int)
+    for pages in [r.pages for r in placed] + [p.pages for p in scheduler.prefixes.values()]:
+        assert len(set(pages)) == len(pages)
+        held[pages] += 1
+    assert_array_equal(scheduler.pool.references, held)
+    assert sorted(scheduler.pool.free) == np.flatnonzero(held == 0).tolist()
+    # Nobody writes to a page that somebody else reads: what is shared belongs to a prefix.
+    shared = {page for prefix in scheduler.prefixes.values() for page in prefix.pages}
+    assert set(np.flatnonzero(held > 1)) <= shared
+    slots = [request.slot for request in placed] + scheduler.free_slots
+    assert sorted(slots) == list(range(spec.num_slots))
+    for request in placed:
+        owned = request.shared_tokens // spec.page_size
+        assert not shared & set(request.pages[owned:])
+        table = scheduler.page_table[request.slot]
+        assert table[: len(request.pages)].tolist() == request.pages
+        assert not request.finished
+        assert len(request.pages) * spec.page_size >= request.prefilled
+    for slot in scheduler.free_slots:
+        assert not scheduler.page_table[slot].any()
+    for prefix in scheduler.prefixes.values():
+        assert prefix.users == sum(request.prefix is prefix for request in placed)
+        assert prefix.holders or prefix.users
+    numbers = [request.number for request in scheduler.waiting]
+    assert numbers == sorted(numbers)
+    known = {r.request_id for r in [*placed, *scheduler.waiting]}
+    assert known <= set(engine.unfinished)
+
+
+def check_nothing_left(engine: Engine) -> None:
+    check_pages(engine)
+    assert not engine.has_unfinished_requests
+    assert not engine.scheduler.waiting and not engine.scheduler.placed()
