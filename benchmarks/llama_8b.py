@@ -82,7 +82,7 @@ def make_engine(
         sparsity=sparsity,
         num_retrieval_heads=partition.num_retrieval,
         max_model_len=max_model_len,
-        num_slots=rows,
+        max_num_seqs=rows,
         num_pages=1,
         max_prefixes=max_prefixes,
         kv_dtype="auto",

@@ -196,7 +196,7 @@ def operator_row(tokens: int, requests: int, args: Args) -> dict:
         """All of ``ids`` ``[B, n]``, for every head; no streaming head lists anything."""
         stop = jnp.full((requests, 1), ids.shape[1] * PAGE, jnp.int32)
         retrieval = PageList(jnp.asarray(ids[:, None]), jnp.zeros_like(stop), stop)
-        return retrieval, PageList(retrieval.pages[:, :, :1], stop * 0, stop * 0)
+        return retrieval, PageList(retrieval.page_ids[:, :, :1], stop * 0, stop * 0)
 
     def whole(q, pages, lists):
         return api.paged_attention(q, pages, none, *lists)[0]

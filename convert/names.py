@@ -61,7 +61,7 @@ _DERIVED = re.compile(r"(.*\.)?rotary_emb\.inv_freq|rope_freqs\.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slot:
+class TensorSlot:
     """Where one tensor of a checkpoint goes."""
 
     hf: str
@@ -86,19 +86,19 @@ class Slot:
         return part.T if self.transposed else part
 
 
-def slots(config: ModelConfig) -> list[Slot]:
+def slots(config: ModelConfig) -> list[TensorSlot]:
     """One slot for every tensor that a checkpoint of this ``config`` must hold."""
     shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(config)).items()}
     columns = _columns(config)
 
-    def fill_in(rows: tuple[_Row, ...], prefixes: tuple[str, ...]) -> list[Slot]:
+    def fill_in(rows: tuple[_Row, ...], prefixes: tuple[str, ...]) -> list[TensorSlot]:
         found = []
         for *names, part, transposed in rows:
             hf, gguf, leaf = (prefix + name for prefix, name in zip(prefixes, names, strict=True))
             if leaf in shapes:
                 whole = slice(0, shapes[leaf][-1])
                 found.append(
-                    Slot(
+                    TensorSlot(
                         hf=hf,
                         gguf=gguf,
                         leaf=leaf,

@@ -130,12 +130,13 @@ def _measuring_attend(
     Q, D, C = queries.shape[0], config.head_dim, sparsity.reuse_interval
     # The query that selects for query i is the first of its interval.
     selecting = queries[(jnp.arange(Q) // C) * C]
-    U = spec.listed_page_size
+    U = spec.selected_page_size
     tail = first_tail_page(selecting, U)
     page = jnp.arange(num_tokens // U)[None]
     in_tail = (page >= tail[:, None]) & (page <= queries[:, None] // U)  # [Q, M * P / U]
-    ring = spec.ring
-    in_ring = (position[None] < ring.sink) | (position[None] > queries[:, None] - ring.local)
+    window = spec.decode_window
+    in_window = position[None] < window.sink
+    in_window |= position[None] > queries[:, None] - window.local
 
     def attend(layer: int, q: Array, k: Array, v: Array, covered: Array) -> tuple[Array, Array]:
         q, k = api.apply_rotary(q, cos, sin)[0], api.apply_rotary(k, cos, sin)[0]
@@ -153,7 +154,9 @@ def _measuring_attend(
         )
         causal = (position[None] <= queries[:, None])[:, None, None]
         mass = jax.nn.softmax(jnp.where(causal, scores * D**-0.5, -jnp.inf), axis=-1)
-        streaming = jnp.where(in_ring[:, None, None], mass[:, Kr:], 0.0).sum(axis=-1)  # [Q, Ks, G]
+        streaming = jnp.where(in_window[:, None, None], mass[:, Kr:], 0.0).sum(
+            axis=-1
+        )  # [Q, Ks, G]
         # Statistics of whole pages: pages before the tail hold no token newer than the query.
         pages = k[:, :Kr].reshape(M, P // logical, logical, Kr, D).astype(jnp.float32)
         stats = jnp.stack([pages.max(axis=2), pages.min(axis=2)], axis=2)  # [M, g, 2, Kr, D]

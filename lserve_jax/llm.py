@@ -151,7 +151,7 @@ class LLM:
             sparsity=sparsity,
             num_retrieval_heads=self.partition.num_retrieval,
             max_model_len=self.max_model_len,
-            num_slots=max_num_seqs,
+            max_num_seqs=max_num_seqs,
             num_pages=1,
             max_prefixes=max_prefixes,
             kv_dtype=kv_dtype,
@@ -258,7 +258,7 @@ class LLM:
                 prefix = self.engine.add_prefix(beginning)
             while True:
                 # So many may wait that the next step can fill every slot.
-                room = max(self.spec.num_slots - len(self.engine.scheduler.waiting), 0)
+                room = max(self.spec.max_num_seqs - len(self.engine.scheduler.waiting), 0)
                 for position, (prompt, sampling) in itertools.islice(drawn, room):
                     running |= self._add(position, prompt, sampling)
                 if not self.engine.has_unfinished_requests:
@@ -495,4 +495,4 @@ def _plan_pages(
     if pages < 1:
         raise ValueError(f"{kv_cache_bytes=} holds no page: one takes {page_bytes} bytes")
     # Sequences of all slots, and prefixes that none of them shares.
-    return min((spec.num_slots + spec.max_prefixes) * spec.pages_per_sequence, pages)
+    return min((spec.max_num_seqs + spec.max_prefixes) * spec.pages_per_sequence, pages)

@@ -135,7 +135,7 @@ def memory_summary(memory_plan: Mapping[str, int], spec: CacheSpec) -> list[str]
     return [
         f"memory    {_size(parameters)} parameters, {_size(kv_cache)} KV cache, {_peak_memory()}",
         f"KV cache  {spec.num_pages} pages of {spec.page_size} tokens {_size(pages)}, rings "
-        f"{_size(memory_plan['streaming'])}, prefill window {_size(memory_plan['window'])}",
+        f"{_size(memory_plan['streaming'])}, prefill window {_size(memory_plan['prefill_window'])}",
     ]
 
 

@@ -80,7 +80,7 @@ def paged_attention(
     retrieval_list: PageList,
     streaming_list: PageList,
     *,
-    listed_page_size: int | None = None,
+    selected_page_size: int | None = None,
     backend: Backend = "auto",
 ) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
     """One query token a row attends the listed pages (LServe, unified attention).
@@ -90,9 +90,9 @@ def paged_attention(
     h // G correspond. A row that attends nothing gives out 0, lse -inf. Lists may have more rows
     than q, which are ignored (so that a batch can use the lists of all slots as they are).
 
-    Lists may name parts of pages. Then ``listed_page_size`` is less than P, and page p of a pool
-    counts as n = P // listed_page_size of them, n * p to n * p + n - 1. Raises ``ValueError`` where
-    it does not divide P.
+    Lists may name parts of pages. Then ``selected_page_size`` is less than P, and page p of a pool
+    counts as n = P // selected_page_size of them, n * p to n * p + n - 1. Raises ``ValueError``
+    where it does not divide P.
 
     Returns (out in q's dtype, lse float32).
 
@@ -111,19 +111,19 @@ def paged_attention(
     expect_list("retrieval_list", retrieval_list, B, Kr)
     expect_list("streaming_list", streaming_list, B, Ks)
     page_size = retrieval.k.shape[2]
-    if listed_page_size is None:
-        listed_page_size = page_size
-    if listed_page_size < 1 or page_size % listed_page_size:
-        raise ValueError(f"{listed_page_size=} must divide the pages' {page_size} tokens")
-    check_list("retrieval_list", retrieval_list, B, retrieval, listed_page_size)
-    check_list("streaming_list", streaming_list, B, streaming, listed_page_size)
+    if selected_page_size is None:
+        selected_page_size = page_size
+    if selected_page_size < 1 or page_size % selected_page_size:
+        raise ValueError(f"{selected_page_size=} must divide the pages' {page_size} tokens")
+    check_list("retrieval_list", retrieval_list, B, retrieval, selected_page_size)
+    check_list("streaming_list", streaming_list, B, streaming, selected_page_size)
     return implementation("paged_attention", backend)(
         q,
         retrieval,
         streaming,
         retrieval_list,
         streaming_list,
-        listed_page_size=listed_page_size,
+        selected_page_size=selected_page_size,
     )
 
 

@@ -114,9 +114,9 @@ def expect_groups(heads: int, kv_heads: int) -> None:
 
 
 def expect_list(name: str, lists: PageList, rows: int, heads: int) -> None:
-    expect_shape(f"{name}.pages", lists.pages, (None, None, None))
-    if lists.pages.shape[2] == 0:
-        raise ValueError(f"{name}.pages has shape {lists.pages.shape}, needs an entry")
+    expect_shape(f"{name}.page_ids", lists.page_ids, (None, None, None))
+    if lists.page_ids.shape[2] == 0:
+        raise ValueError(f"{name}.page_ids has shape {lists.page_ids.shape}, needs an entry")
     expect_shape(f"{name}.start", lists.start, (None, None))
     expect_shape(f"{name}.stop", lists.stop, (None, None))
     for part, x in lists._asdict().items():
@@ -129,14 +129,14 @@ def expect_list(name: str, lists: PageList, rows: int, heads: int) -> None:
 
 
 def check_list(
-    name: str, lists: PageList, rows: int, pages: KVPages, listed_page_size: int
+    name: str, lists: PageList, rows: int, pages: KVPages, selected_page_size: int
 ) -> None:
     heads, N, P = pages.k.shape[:3]
     if heads > 0:
-        slots = lists.pages.shape[2] * listed_page_size
-        check_range(f"{name}.pages", lists.pages[:rows], N * (P // listed_page_size) - 1)
-        check_range(f"{name}.start", lists.start[:rows], slots)
-        check_range(f"{name}.stop", lists.stop[:rows], slots)
+        tokens = lists.page_ids.shape[2] * selected_page_size
+        check_range(f"{name}.page_ids", lists.page_ids[:rows], N * (P // selected_page_size) - 1)
+        check_range(f"{name}.start", lists.start[:rows], tokens)
+        check_range(f"{name}.stop", lists.stop[:rows], tokens)
 
 
 def expect_stats(key_stats: Array | None, retrieval: KVPages) -> None:

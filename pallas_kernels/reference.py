@@ -140,9 +140,9 @@ def cut_pages(pages: KVPages, page_size: int) -> KVPages:
 def _attend_page_list(
     q: Float[Array, "B K G D"], pages: KVPages, lists: PageList, page_size: int
 ) -> tuple[Float[Array, "B K G D"], Float[Array, "B K G"]]:
-    per_step = min(max(BLOCK_TOKENS // page_size, 1), lists.pages.shape[-1])
-    padding = -lists.pages.shape[-1] % per_step
-    ids = jnp.pad(lists.pages, ((0, 0), (0, 0), (0, padding)))
+    per_step = min(max(BLOCK_TOKENS // page_size, 1), lists.page_ids.shape[-1])
+    padding = -lists.page_ids.shape[-1] % per_step
+    ids = jnp.pad(lists.page_ids, ((0, 0), (0, 0), (0, padding)))
     q = q.astype(jnp.float32)
     block = per_step * page_size
 
@@ -158,7 +158,7 @@ def _attend_page_list(
     return _softmax_finish(lax.fori_loop(0, steps, step, _softmax_start(q)))
 
 
-@partial(jax.jit, static_argnames=("listed_page_size",))
+@partial(jax.jit, static_argnames=("selected_page_size",))
 def paged_attention(
     q: Float[Array, "B H D"],
     retrieval: KVPages,
@@ -166,7 +166,7 @@ def paged_attention(
     retrieval_list: PageList,
     streaming_list: PageList,
     *,
-    listed_page_size: int | None = None,
+    selected_page_size: int | None = None,
 ) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
     B, H, D = q.shape
     split = retrieval.k.shape[0]
@@ -180,7 +180,7 @@ def paged_attention(
         heads = pages.k.shape[0]
         if heads > 0:
             every = PageList(*(jnp.broadcast_to(x[:B], (B, heads, *x.shape[2:])) for x in lists))
-            page_size = listed_page_size or pages.k.shape[2]
+            page_size = selected_page_size or pages.k.shape[2]
             out, lse = _attend_page_list(grouped[:, part], pages, every, page_size)
             outs.append(out)
             lses.append(lse)

@@ -19,19 +19,19 @@ class KVPages(NamedTuple):
 
 
 class PageList(NamedTuple):
-    """For each sequence and KV head of one pool, which token slots to attend.
+    """For each sequence and KV head of one pool, which tokens to attend.
 
     The listed pages, of U tokens each (the pool's P or less, see ``api.paged_attention``), laid end
-    to end form a row of ``L * U`` token slots; slots ``start`` to
-    ``stop - 1`` of that row are attended. Softmax does not care about order, so a caller with a
+    to end form a row of ``L * U`` tokens; tokens ``start`` to ``stop - 1`` of that row are
+    attended. Softmax does not care about order, so a caller with a
     page that is valid only at its end (the oldest local page) lists it first, and one valid only
     at its beginning (the newest page) last. Entries past ``stop`` must be valid page ids.
 
     The axis K of each field has the pool's number of heads, or 1 for what all of them share.
     """
 
-    pages: Int[Array, "B K L"]  # physical page ids
-    start: Int[Array, "B K"]  # first attended slot of the row
+    page_ids: Int[Array, "B K L"]  # physical page ids
+    start: Int[Array, "B K"]  # first attended token of the row
     stop: Int[Array, "B K"]  # one past the last, at most L * U; start == stop attends nothing
 
 

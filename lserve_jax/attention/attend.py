@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lserve_jax.attention.cache import CacheSpec, LayerCache
-from lserve_jax.attention.selection import retrieval_pages, retrieval_stop, ring_list
+from lserve_jax.attention.selection import retrieval_pages, retrieval_stop, window_list
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Attend
 from lserve_jax.model.rope import rotary_angles
@@ -62,7 +62,7 @@ def prefill_attend(
     window. The chunk's K and V are written after they were attended, unquantised, by the chunk
     itself; later chunks and decode read them back from the cache.
     """
-    window = spec.window
+    window = spec.prefill_window
     position = start + jnp.arange(chunk_size)
     cos, sin = rotary_angles(config, position[None], prompt_length[None])
     window_table = window.index(jnp.arange(spec.pages_per_sequence))
@@ -78,7 +78,7 @@ def prefill_attend(
             k,
             v[0],
             cache.retrieval,
-            cache.window,
+            cache.prefill_window,
             page_table,
             window_table,
             start,
@@ -89,7 +89,7 @@ def prefill_attend(
         )
         # The pools are written after they were read. Without this order XLA copies them whole.
         out, pools, streaming_pools = jax.lax.optimization_barrier(
-            (out, cache.retrieval, cache.window)
+            (out, cache.retrieval, cache.prefill_window)
         )
         retrieval, kept_window, key_stats = api.append_kv_chunk(
             k,
@@ -104,7 +104,7 @@ def prefill_attend(
             backend=backend,
         )
         cache = dataclasses.replace(
-            cache, retrieval=retrieval, window=kept_window, key_stats=key_stats
+            cache, retrieval=retrieval, prefill_window=kept_window, key_stats=key_stats
         )
         return out[None], cache
 
@@ -113,16 +113,16 @@ def prefill_attend(
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class Relay:
+class PrefixGroups:
     """Which rows of a batch read their prefix together (RelayAttention); X groups of rows."""
 
-    pages: Int[Array, "X M"]  # page table of each group's prefix
-    tokens: Int[Array, " X"]  # tokens of it, whole pages; 0: there is no such group
+    page_table: Int[Array, "X M"]  # of each group's prefix
+    length: Int[Array, " X"]  # tokens of it, whole pages; 0: there is no such group
     group: Int[Array, " B"]  # group of each row; -1: it reads all of its tokens by itself
 
     def private_start(self) -> Int[Array, " B"]:
         """The position at which each row's own part begins."""
-        return jnp.where(self.group >= 0, self.tokens[jnp.maximum(self.group, 0)], 0)
+        return jnp.where(self.group >= 0, self.length[jnp.maximum(self.group, 0)], 0)
 
 
 def decode_attend(
@@ -130,7 +130,7 @@ def decode_attend(
     spec: CacheSpec,
     page_table: Int[Array, "B M"],
     sink_page: Int[Array, " B"],
-    relay: Relay | None,
+    groups: PrefixGroups | None,
     position: Int[Array, " B"],
     active: Bool[Array, " B"],
     tail: Int[Array, " B"],
@@ -144,29 +144,29 @@ def decode_attend(
     in the cache. ``tail`` is ``first_tail_page`` at that selection. ``sink_page`` is where the
     sinks of the row's streaming heads begin.
 
-    Under ``relay`` the retrieval heads of a row attend its group's prefix together with the rest of
-    the group. What remains is a sequence of its own that begins after the prefix: its pages are
+    Under ``groups`` the retrieval heads of a row attend its group's prefix together with the rest
+    of the group. What remains is a sequence of its own that begins after the prefix: its pages are
     ranked, and its budget spent, as if the prefix were not there, and ``page_table`` and ``tail``
     begin with its first page.
 
-    Also returns the number of token slots that each row attends, summed over layers and KV
-    heads, the prefix included.
+    Also returns the number of tokens that each row attends, summed over layers and KV heads, the
+    prefix included.
     """
     B, P = position.shape[0], spec.page_size
     slot = jnp.arange(B)
     cos, sin = (x[:, 0] for x in rotary_angles(config, position[:, None], position + 1))
-    private_start = jnp.zeros_like(position) if relay is None else relay.private_start()
+    private_start = jnp.zeros_like(position) if groups is None else groups.private_start()
     own = position - private_start  # position in the part that the page table covers
     page = jnp.take_along_axis(page_table, own[:, None] // P, axis=1)[:, 0]
     page = jnp.where(active, page, -1)
-    ring_page = slot * spec.ring.num_pages + spec.ring.index(position // P)
-    ring_page = jnp.where(active, ring_page, -1)
-    # All layers attend as many slots; only which pages a retrieval head lists is its own.
+    streaming_page = slot * spec.decode_window.num_pages + spec.decode_window.index(position // P)
+    streaming_page = jnp.where(active, streaming_page, -1)
+    # All layers attend as many tokens; only which pages a retrieval head lists is its own.
     start, stop = jnp.zeros((B, 1), jnp.int32), retrieval_stop(spec, tail, own, active)
-    ring = ring_list(spec, slot, sink_page, position, active)
+    local = window_list(spec, slot, sink_page, position, active)
     num_retrieval = sum(spec.num_retrieval_heads)
     num_streaming = config.num_hidden_layers * config.num_key_value_heads - num_retrieval
-    attended = (num_retrieval * stop + num_streaming * (ring.stop - ring.start))[:, 0]
+    attended = (num_retrieval * stop + num_streaming * (local.stop - local.start))[:, 0]
     attended += num_retrieval * jnp.where(active, private_start, 0)
 
     def attend(
@@ -183,7 +183,7 @@ def decode_attend(
             cache.streaming,
             cache.key_stats,
             page,
-            ring_page,
+            streaming_page,
             position % P,
             backend=backend,
         )
@@ -196,7 +196,7 @@ def decode_attend(
                 page_table,
                 own + 1,
                 page_size=P,
-                selected_page_size=spec.listed_page_size,
+                selected_page_size=spec.selected_page_size,
                 lower_bound_weight=spec.lower_bound_weight,
                 backend=backend,
             )
@@ -214,14 +214,14 @@ def decode_attend(
             retrieval,
             streaming,
             PageList(pages, start, stop),
-            ring,
-            listed_page_size=spec.listed_page_size,
+            local,
+            selected_page_size=spec.selected_page_size,
             backend=backend,
         )
-        if relay is not None and Kr > 0:
+        if groups is not None and Kr > 0:
             Hr = Kr * config.group_size
             joined = _join_prefixes(
-                relay, retrieval_queries, retrieval, out[:, :Hr], lse[:, :Hr], backend
+                groups, retrieval_queries, retrieval, out[:, :Hr], lse[:, :Hr], backend
             )
             out = jnp.concatenate([joined, out[:, Hr:]], axis=1)
         cache = dataclasses.replace(
@@ -237,7 +237,7 @@ def decode_attend(
 
 
 def _join_prefixes(
-    relay: Relay,
+    groups: PrefixGroups,
     q: Float[Array, "B Hr D"],
     pages: KVPages,
     out: Float[Array, "B Hr D"],
@@ -249,9 +249,9 @@ def _join_prefixes(
     All rows attend every group's prefix, and only those of the group keep the result: as long as
     reading the prefix takes longer than the arithmetic, the others' share costs nothing.
     """
-    for group in range(relay.tokens.shape[0]):
-        own = OwnAttention(out, lse, relay.group == group)
+    for i in range(groups.length.shape[0]):
+        own = OwnAttention(out, lse, groups.group == i)
         out, lse = api.prefix_attention(
-            q, pages, relay.pages[group], relay.tokens[group], own, backend=backend
+            q, pages, groups.page_table[i], groups.length[i], own, backend=backend
         )
     return out

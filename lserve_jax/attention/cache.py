@@ -9,7 +9,7 @@ One layer, Kr retrieval and Ks streaming KV heads, S slots (sequences), page siz
                     [slot 1 ] [slot 0 ] [ free ]        [slot 1 ]
                          ^---------^---------------------------^---- page_table[slot, position // P]
 
-    streaming pool   k, v    [Ks, Q, P, D]        R ring pages for every slot, always the same ones
+    streaming pool   k, v    [Ks, Q, P, D]        R pages for every slot, always the same ones
 
                      slot s:  [sink 0][sink 1] [local a][local b][local c]
                                positions below  position p is in local page
@@ -19,14 +19,14 @@ One layer, Kr retrieval and Ks streaming KV heads, S slots (sequences), page siz
                      Behind them the sink pages of prefixes, X times [sink 0][sink 1]: slots whose
                      sequences begin with a prefix read its sinks and not their own.
 
-    prefill window   k, v    [Ks, W, P, D]        a ring with prefill's larger local part; one for
+    prefill window   k, v    [Ks, W, P, D]        the same with prefill's larger local part; one for
                                                   the cache, since one prompt is prefilled at a time
 
 A page id means the same page in every layer's retrieval pool, so a sequence has one page table;
 pool bytes differ between layers because Kr does. K and V are separate arrays so that updating one
-never copies the other. Keys are stored rotated, at absolute positions, so a stale ring slot is
-recognised by position. int8 storage adds one float32 scale per token and head; other storage types
-(int4, a scale per tensor) differ only in the element type and the shape of the scale arrays.
+never copies the other. Keys are stored rotated, at absolute positions, so a stale key is
+recognised by its position. int8 storage adds one float32 scale per token and head; other storage
+types (int4, a scale per tensor) differ only in the element type and the shape of the scale arrays.
 """
 
 import dataclasses
@@ -45,8 +45,11 @@ KVDtype = Literal["auto", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ring:
-    """Pages that hold a sequence's first ``sink`` and last ``local`` tokens, and no others."""
+class StreamingWindow:
+    """Pages that hold a sequence's first ``sink`` and last ``local`` tokens, and no others.
+
+    The sink pages stay; the local pages are a ring, in which the newest overwrites the oldest.
+    """
 
     sink: int  # tokens, a multiple of page_size
     local: int  # tokens, a multiple of page_size; the newest token counts
@@ -66,15 +69,15 @@ class Ring:
         return self.sink_pages + self.local_pages
 
     def index(self, page: Int[Array, "..."]) -> Int[Array, "..."]:
-        """Ring page (0 .. num_pages-1) of a page number of the sequence."""
+        """The window's page (0 .. num_pages-1) for a page number of the sequence."""
         wrapped = self.sink_pages + (page - self.sink_pages) % self.local_pages
         return jnp.where(page < self.sink_pages, page, wrapped)
 
     def keeps(self, position: Int[Array, "..."], end: Int[Array, ""]) -> Bool[Array, "..."]:
         """Whether a token's page is still held once the sequence is ``end`` tokens long.
 
-        All pages that there is room for, up to a page more than ``local`` tokens: who goes on from
-        a page earlier (a prompt equal to a shared prefix) sees its whole window.
+        All pages that there is room for, up to a page more than ``local`` tokens: a prompt equal to
+        a shared prefix runs its last page again and must see the whole window of that page.
         """
         oldest = (end - 1) // self.page_size - self.local_pages + 1
         return (position < self.sink) | (position // self.page_size >= oldest)
@@ -90,33 +93,33 @@ class CacheSpec:
     page_size: int
     num_pages: int  # N, of every retrieval pool
     pages_per_sequence: int  # M, width of the page table
-    num_slots: int  # S
+    max_num_seqs: int  # S
     max_prefixes: int  # X, shared prefixes at a time
     num_retrieval_heads: tuple[int, ...]  # Kr of each layer
     kv_dtype: KVDtype
-    ring: Ring  # what streaming heads keep while decoding
-    window: Ring  # what they keep while a prompt is prefilled
+    decode_window: StreamingWindow  # what streaming heads keep while decoding
+    prefill_window: StreamingWindow  # what they keep while a prompt is prefilled
     # None: decode attends every page (dense). Otherwise how pages are selected.
     sparsity: SparsityConfig | None
 
     @property
-    def listed_page_size(self) -> int:
+    def selected_page_size(self) -> int:
         """U: tokens of a page in decode's lists: a selected page, or a page where none is."""
         if self.sparsity is None:
             return self.page_size
         return self.sparsity.resolved_selected_page_size
 
     @property
-    def listed_pages_per_sequence(self) -> int:
-        return self.pages_per_sequence * (self.page_size // self.listed_page_size)
+    def selected_pages_per_sequence(self) -> int:
+        return self.pages_per_sequence * (self.page_size // self.selected_page_size)
 
     @property
     def num_ranked(self) -> int:
         """R: pages a retrieval head gets by score; the rest of its budget is the newest pages."""
         if self.sparsity is None:
             return 0
-        budget = self.sparsity.token_budget // self.listed_page_size
-        return min(budget - 1, self.listed_pages_per_sequence)
+        budget = self.sparsity.token_budget // self.selected_page_size
+        return min(budget - 1, self.selected_pages_per_sequence)
 
     @property
     def forced_sink_pages(self) -> int:
@@ -134,8 +137,8 @@ class CacheSpec:
         if self.sparsity is None:
             return self.pages_per_sequence
         # From the last token before the selection to the last step that reuses it.
-        tail = 1 + -(-self.sparsity.reuse_interval // self.listed_page_size)
-        return min(self.num_ranked + tail, self.listed_pages_per_sequence)
+        tail = 1 + -(-self.sparsity.reuse_interval // self.selected_page_size)
+        return min(self.num_ranked + tail, self.selected_pages_per_sequence)
 
     @property
     def reuse_interval(self) -> int:
@@ -143,16 +146,21 @@ class CacheSpec:
 
     @property
     def num_streaming_pages(self) -> int:
-        """Q: the rings of all slots, then the sink pages of all prefixes."""
-        return self.num_slots * self.ring.num_pages + self.max_prefixes * self.ring.sink_pages
+        """Q: the decode windows of all slots, then the sink pages of all prefixes."""
+        return (
+            self.max_num_seqs * self.decode_window.num_pages
+            + self.max_prefixes * self.decode_window.sink_pages
+        )
 
     def slot_sink(self, slot: int) -> int:
-        """The streaming page where the sinks of a slot's own ring begin."""
-        return slot * self.ring.num_pages
+        """The streaming page where the slot's own sinks begin."""
+        return slot * self.decode_window.num_pages
 
     def prefix_sink(self, place: int) -> int:
         """The streaming page where the sinks of a prefix begin."""
-        return self.num_slots * self.ring.num_pages + place * self.ring.sink_pages
+        return (
+            self.max_num_seqs * self.decode_window.num_pages + place * self.decode_window.sink_pages
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -163,7 +171,7 @@ class LayerCache:
     retrieval: KVPages  # [Kr, N, P, D]
     key_stats: Float[Array, "Kr N g 2 D"] | None  # kmax, kmin; None when nothing is selected
     streaming: KVPages  # [Ks, Q, P, D]
-    window: KVPages  # [Ks, W, P, D], in the compute dtype
+    prefill_window: KVPages  # [Ks, W, P, D], in the compute dtype
     # What the last selection lists, as ``retrieval_pages`` numbers it; None: nothing is selected.
     listed: Int[Array, "S Kr L"] | None
 
@@ -174,7 +182,7 @@ def make_spec(
     sparsity: SparsityConfig | None,
     num_retrieval_heads: tuple[int, ...],
     max_model_len: int,
-    num_slots: int,
+    max_num_seqs: int,
     num_pages: int,
     max_prefixes: int,
     kv_dtype: KVDtype,
@@ -183,22 +191,24 @@ def make_spec(
     page_size = SparsityConfig().page_size if sparsity is None else sparsity.page_size
     pages_per_sequence = -(-max_model_len // page_size)
 
-    def ring(sink: int, local: int) -> Ring:
-        # No ring needs to be longer than the longest sequence.
+    def window(sink: int, local: int) -> StreamingWindow:
+        # No window needs to be longer than the longest sequence.
         longest = pages_per_sequence * page_size
-        return Ring(sink=min(sink, longest), local=min(local, longest), page_size=page_size)
+        return StreamingWindow(
+            sink=min(sink, longest), local=min(local, longest), page_size=page_size
+        )
 
     sizes = SparsityConfig() if sparsity is None else sparsity
     return CacheSpec(
         page_size=page_size,
         num_pages=num_pages,
         pages_per_sequence=pages_per_sequence,
-        num_slots=num_slots,
+        max_num_seqs=max_num_seqs,
         max_prefixes=max_prefixes,
         num_retrieval_heads=num_retrieval_heads,
         kv_dtype=kv_dtype,
-        ring=ring(sizes.decode_sink, sizes.decode_local),
-        window=ring(sizes.prefill_sink, sizes.prefill_local),
+        decode_window=window(sizes.decode_sink, sizes.decode_local),
+        prefill_window=window(sizes.prefill_sink, sizes.prefill_local),
         sparsity=sparsity,
     )
 
@@ -223,21 +233,21 @@ def init_layer_cache(config: ModelConfig, spec: CacheSpec, layer: int, dtype) ->
     quantized = spec.kv_dtype == "int8"
     key_stats = listed = None
     if spec.sparsity is not None:
-        listed = jnp.zeros((spec.num_slots, Kr, spec.num_listed), jnp.int32)
+        listed = jnp.zeros((spec.max_num_seqs, Kr, spec.num_listed), jnp.int32)
         g = P // spec.sparsity.logical_page_size
         key_stats = jnp.zeros((Kr, spec.num_pages, g, 2, D), dtype)
     return LayerCache(
         retrieval=pages(Kr, spec.num_pages, quantized),
         key_stats=key_stats,
         streaming=pages(Ks, spec.num_streaming_pages, quantized),
-        window=pages(Ks, spec.window.num_pages, False),
+        prefill_window=pages(Ks, spec.prefill_window.num_pages, False),
         listed=listed,
     )
 
 
 def cache_bytes(config: ModelConfig, spec: CacheSpec, dtype) -> dict[str, int]:
     """Bytes of each part of a cache, all layers together."""
-    totals = {"retrieval": 0, "key_stats": 0, "streaming": 0, "window": 0, "listed": 0}
+    totals = {"retrieval": 0, "key_stats": 0, "streaming": 0, "prefill_window": 0, "listed": 0}
     for layer in range(config.num_hidden_layers):
         shapes = jax.eval_shape(lambda layer=layer: init_layer_cache(config, spec, layer, dtype))
         for part in totals:
@@ -246,7 +256,7 @@ def cache_bytes(config: ModelConfig, spec: CacheSpec, dtype) -> dict[str, int]:
     return totals
 
 
-def window_to_ring(
+def fill_decode_window(
     cache: LayerCache,
     spec: CacheSpec,
     slot: Int[Array, ""],
@@ -257,22 +267,22 @@ def window_to_ring(
     """At the end of a prompt of ``length`` tokens: keep of the window what decode will read.
 
     Whole pages are copied (and quantised if the cache is int8): the sinks, unless the slot reads
-    those of a prefix, and the newest pages, as many as the decode ring has. Pages the sequence
+    those of a prefix, and the newest pages, as many as the decode window has. Pages the sequence
     does not have are dropped.
     """
-    ring, newest = spec.ring, (length - 1) // spec.page_size
+    window, newest = spec.decode_window, (length - 1) // spec.page_size
     number = jnp.concatenate(
-        [jnp.arange(ring.sink_pages), newest - jnp.arange(ring.local_pages)]
+        [jnp.arange(window.sink_pages), newest - jnp.arange(window.local_pages)]
     )  # page numbers within the sequence
-    is_local = jnp.arange(ring.num_pages) >= ring.sink_pages
-    exists = jnp.where(is_local, number >= ring.sink_pages, (number <= newest) & own_sinks)
-    target = slot * ring.num_pages + ring.index(jnp.maximum(number, 0))
+    is_local = jnp.arange(window.num_pages) >= window.sink_pages
+    exists = jnp.where(is_local, number >= window.sink_pages, (number <= newest) & own_sinks)
+    target = slot * window.num_pages + window.index(jnp.maximum(number, 0))
     return _copy_from_window(cache, spec, jnp.maximum(number, 0), target, exists)
 
 
-def window_to_sinks(cache: LayerCache, spec: CacheSpec, first_page: Int[Array, ""]) -> LayerCache:
+def keep_sinks(cache: LayerCache, spec: CacheSpec, first_page: Int[Array, ""]) -> LayerCache:
     """Keeps the sinks of a prefix, at least as long as they are, from ``first_page`` on."""
-    number = jnp.arange(spec.ring.sink_pages)
+    number = jnp.arange(spec.decode_window.sink_pages)
     return _copy_from_window(cache, spec, number, first_page + number, number >= 0)
 
 
@@ -284,15 +294,15 @@ def _copy_from_window(
     exists: Bool[Array, " n"],
 ) -> LayerCache:
     """Pages ``number`` of the sequence in the window to pages ``target`` of the streaming pool."""
-    if cache.window.k.shape[0] == 0:
+    if cache.prefill_window.k.shape[0] == 0:
         return cache
-    source = spec.window.index(number)
+    source = spec.prefill_window.index(number)
     target = jnp.where(exists, target, cache.streaming.k.shape[1])  # out of range: dropped
 
     def copy(pool: Array, pages: Array) -> Array:
         return pool.at[:, target].set(pages.astype(pool.dtype), mode="drop")
 
-    k, v = cache.window.k[:, source], cache.window.v[:, source]  # [Ks, n, P, D]
+    k, v = cache.prefill_window.k[:, source], cache.prefill_window.v[:, source]  # [Ks, n, P, D]
     held = cache.streaming
     if held.k_scale is None or held.v_scale is None:
         return dataclasses.replace(cache, streaming=KVPages(copy(held.k, k), copy(held.v, v)))

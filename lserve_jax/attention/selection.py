@@ -2,10 +2,10 @@
 
 A retrieval head reads R ranked pages, chosen at a selection and reused until the next one, and
 the *tail*: every page that holds tokens written since just before that selection. So no token
-can fall between a reused list and the newest page. A streaming head reads its ring.
+can fall between a reused list and the newest page. A streaming head reads its window.
 
 Page numbers count a sequence's pages from 0; physical ids index a pool. A page here is what decode
-lists, U tokens (``CacheSpec.listed_page_size``): where that is less than the cache's page of P,
+lists, U tokens (``CacheSpec.selected_page_size``): where that is less than the cache's page of P,
 both pools count as pools of P / U times as many pages, without a copy:
 
     cache   page 0                    page 1                    page 2
@@ -37,7 +37,7 @@ def retrieval_pages(
     """Physical ids of the selected pages, then of the tail as far as reuse can let it grow.
 
     ``page_table`` has the cache's pages; selected, ``tail`` and what is returned are listed pages.
-    Made once a selection: until the next one only the number of attended slots grows.
+    Made once a selection: until the next one only the number of attended tokens grows.
     """
     B, Kr, R = selected.shape
     ranked = jnp.minimum(tail, R)  # pages before the tail that were there to be selected
@@ -46,8 +46,8 @@ def retrieval_pages(
     chosen = jnp.pad(selected, ((0, 0), (0, 0), (0, spec.num_listed - R)))
     number = jnp.where(entry < ranked[:, None, None], chosen, number)
     # Entries past the sequence's end name some valid page; they are not attended.
-    number = jnp.minimum(number, spec.listed_pages_per_sequence - 1)
-    cut = spec.page_size // spec.listed_page_size
+    number = jnp.minimum(number, spec.selected_pages_per_sequence - 1)
+    cut = spec.page_size // spec.selected_page_size
     page = jnp.take_along_axis(page_table[:, None], number // cut, axis=2)
     return (page * cut + number % cut).astype(jnp.int32)
 
@@ -58,19 +58,19 @@ def retrieval_stop(
     position: Int[Array, " B"],
     active: Bool[Array, " B"],
 ) -> Int[Array, "B 1"]:
-    """Slots that a retrieval head attends: its ranked pages and the tail up to ``position``.
+    """Tokens that a retrieval head attends: its ranked pages and the tail up to ``position``.
 
     ``tail`` is ``first_tail_page`` at the last selection (0 when dense). All listed pages but the
-    newest are full, so the attended slots are contiguous.
+    newest are full, so the attended places of the list are contiguous.
     """
     before_tail = jnp.minimum(tail, spec.num_ranked)
-    U = spec.listed_page_size
+    U = spec.selected_page_size
     count = before_tail + position // U - tail + 1
     stop = (count - 1) * U + position % U + 1
     return jnp.where(active, stop, 0)[:, None]
 
 
-def ring_list(
+def window_list(
     spec: CacheSpec,
     slot: Int[Array, " B"],
     sink_page: Int[Array, " B"],
@@ -85,13 +85,13 @@ def ring_list(
     The oldest local page is usually visible only from some token on, so it comes first and
     ``start`` skips its beginning; sinks and the other local pages follow, the newest last.
     """
-    ring, P, sinks = spec.ring, spec.page_size, spec.ring.sink_pages
+    window, P, sinks = spec.decode_window, spec.page_size, spec.decode_window.sink_pages
     newest = position // P
-    first_visible = jnp.maximum(position - ring.local + 1, 0)
+    first_visible = jnp.maximum(position - window.local + 1, 0)
     oldest = jnp.maximum(first_visible // P, sinks)
     num_local = jnp.maximum(newest - oldest + 1, 0)
     num_sinks = jnp.minimum(sinks, newest + 1)
-    entry = jnp.arange(ring.num_pages)[None]  # [1, R]
+    entry = jnp.arange(window.num_pages)[None]  # [1, R]
 
     def column(x: Array) -> Array:
         return x[:, None]  # [B, 1]
@@ -106,12 +106,12 @@ def ring_list(
     pages = jnp.where(
         number < sinks,
         column(sink_page) + number,
-        column(slot) * ring.num_pages + ring.index(number),
+        column(slot) * window.num_pages + window.index(number),
     )
     # With a single local page the window starts at its edge (local >= P), so nothing is skipped.
     start = jnp.where(num_local > 1, jnp.maximum(first_visible - oldest * P, 0), 0)
     stop = (count - 1) * P + position % P + 1
     start, stop = jnp.where(active, start, 0), jnp.where(active, stop, 0)
-    cut = P // spec.listed_page_size
+    cut = P // spec.selected_page_size
     pages = (pages[:, :, None] * cut + jnp.arange(cut)[None, None]).reshape(len(pages), -1)
     return PageList(pages[:, None].astype(jnp.int32), column(start), column(stop))

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lserve_jax.attention.attend import Relay
+from lserve_jax.attention.attend import PrefixGroups
 from lserve_jax.attention.cache import CacheSpec, cache_bytes, init_layer_cache
 from lserve_jax.engine.metrics import EngineMetrics, RelayDecision, RequestMetrics, StepMetrics
 from lserve_jax.engine.prefix import Prefix, read_prefix
@@ -38,9 +38,9 @@ from lserve_jax.engine.steps import (
     Caches,
     DecodeState,
     Sample,
-    admit,
     deactivate,
     decode_burst,
+    insert,
     keep_prefix,
     prefill_chunk,
     read_prefix_pages,
@@ -120,7 +120,7 @@ class Engine:
             assert spec.sparsity is not None  # nothing is ranked in dense attention
             raise NotImplementedError(
                 f"token_budget={spec.sparsity.token_budget} is more than {MOST_SELECTED_PAGES} "
-                f"pages of selected_page_size={spec.listed_page_size}, which the kernel can "
+                f"pages of selected_page_size={spec.selected_page_size}, which the kernel can "
                 "select; lower the one or raise the other"
             )
         self.max_model_len = max_model_len
@@ -134,7 +134,9 @@ class Engine:
         sizes = cache_bytes(config, spec, dtype)
         self._page_bytes = (sizes["retrieval"] + sizes["key_stats"]) // spec.num_pages
         self._statistics_bytes = sizes["key_stats"] // spec.num_pages
-        self._slot_bytes = sizes["streaming"] // spec.num_streaming_pages * spec.ring.num_pages
+        self._slot_bytes = (
+            sizes["streaming"] // spec.num_streaming_pages * spec.decode_window.num_pages
+        )
         code_bytes = 1 if spec.kv_dtype == "int8" else jnp.dtype(dtype).itemsize
         scale_bytes = 4 if spec.kv_dtype == "int8" else 0
         self._token_bytes = 2 * (config.head_dim * code_bytes + scale_bytes)  # one KV head
@@ -144,7 +146,7 @@ class Engine:
         self._shapes: set[tuple] = set()  # that jitted functions were called with
         self._counts = dict.fromkeys(
             ("finished", "cancelled", "prompt_tokens", "prefix_tokens", "generated_tokens",
-             "selector_runs", "relay_bursts", "steps", "preemptions", "slots_attended"), 0,
+             "selector_runs", "relay_bursts", "steps", "preemptions", "tokens_attended"), 0,
         )  # fmt: skip
         self._next_number = 0
         self.scheduler = Scheduler(spec, self.burst_steps)
@@ -168,7 +170,7 @@ class Engine:
         ]
         self.state = self._empty_state()
         for prefix in self.scheduler.prefixes.values():
-            prefix.holders, prefix.pages, prefix.windows, prefix.place = 0, [], [], -1
+            prefix.pins, prefix.pages, prefix.windows, prefix.index = 0, [], [], -1
         self.scheduler = Scheduler(spec, self.burst_steps)
         self.unfinished: dict[str, Request] = {}  # those whose end is not yet handed out
         self._in_flight: _InFlight | None = None
@@ -176,7 +178,7 @@ class Engine:
         self._last_step: StepMetrics | None = None
 
     def _empty_state(self) -> DecodeState:
-        S = self.spec.num_slots
+        S = self.spec.max_num_seqs
 
         def zeros() -> jax.Array:  # one buffer a field: donated buffers must not be shared
             return jnp.zeros((S,), jnp.int32)
@@ -210,7 +212,7 @@ class Engine:
             num_pages=self.spec.num_pages,
             compilations=len(self._shapes),
             last_step=self._last_step,
-            **{name: counts[name] for name in counts if name not in ("steps", "slots_attended")},
+            **{name: counts[name] for name in counts if name not in ("steps", "tokens_attended")},
         )
 
     def shape_buckets(self) -> dict[str, list[int]]:
@@ -220,7 +222,7 @@ class Engine:
         groups, prefix pages (with relay) and ``SamplingMode`` that occurs.
         """
         spec = self.spec
-        slots = [spec.num_slots] if self.deterministic else _buckets(1, spec.num_slots)
+        slots = [spec.max_num_seqs] if self.deterministic else _buckets(1, spec.max_num_seqs)
         groups = [] if self.relay == "never" else _buckets(1, 2 * spec.max_prefixes)
         return {
             "chunk_tokens": _buckets(SMALLEST_CHUNK, self.prefill_chunk_size),
@@ -367,7 +369,7 @@ class Engine:
             prefill_tokens=counts["prompt_tokens"],
             prefix_tokens=counts["prefix_tokens"],
             selector_runs=counts["selector_runs"],
-            pages_attended=counts["slots_attended"] / self.spec.page_size,
+            pages_attended=counts["tokens_attended"] / self.spec.page_size,
             decode_requests=len(burst.requests) if burst else 0,
             decode_steps=burst.steps if burst else 0,
             relay=tuple({id(x): x for x in burst.relays.values()}.values()) if burst else (),
@@ -479,8 +481,8 @@ class Engine:
         sampling = self.state.sampling.with_row(request.slot, request.sampling_row)
         self.state = dataclasses.replace(self.state, sampling=sampling)
         mode = SamplingMode.of([request.sampling])
-        self._count_shape("admit", mode, prompt_mask is None)
-        self.state, self.caches, first = admit(
+        self._count_shape("insert", mode, prompt_mask is None)
+        self.state, self.caches, first = insert(
             self.spec,
             self.caches,
             self.state,
@@ -500,7 +502,7 @@ class Engine:
 
     def _shares_sinks(self, request: Request) -> bool:
         """Whether its streaming heads read the sinks of its prefix: they all lie in it."""
-        return request.prefix is not None and request.shared_tokens >= self.spec.ring.sink
+        return request.prefix is not None and request.shared_tokens >= self.spec.decode_window.sink
 
     def _count_tokens(self, request: Request) -> jax.Array | None:
         """The prompt mask for penalties, once any request has asked for them; else None."""
@@ -508,7 +510,7 @@ class Engine:
         if self.state.output_counts is None:
             if not request.sampling.uses_penalties:
                 return None
-            shape = (self.spec.num_slots, V)
+            shape = (self.spec.max_num_seqs, V)
             self.state = dataclasses.replace(
                 self.state,
                 output_counts=jnp.zeros(shape, jnp.int32),
@@ -555,12 +557,12 @@ class Engine:
         requests = sorted(self.scheduler.running.items())
         if not requests:
             return None, outputs
-        rows = self.spec.num_slots
+        rows = self.spec.max_num_seqs
         if not self.deterministic:
             rows = bucket(requests[-1][0] + 1, 1, rows)
         mode = SamplingMode.of([request.sampling for _, request in requests])
         relay, relays = self._relay(requests, rows)
-        groups = None if relay is None else relay.pages.shape
+        groups = None if relay is None else relay.page_table.shape
         self._count_shape("decode_burst", rows, groups, mode, self.state.output_counts is None)
         self.state, self.caches, burst = decode_burst(
             self.config,
@@ -598,10 +600,10 @@ class Engine:
 
         The page table ``[S, M]``, and the streaming pages where the slots' sinks begin ``[S]``.
         """
-        sinks = np.array([self.spec.slot_sink(s) for s in range(self.spec.num_slots)], np.int32)
+        sinks = np.array([self.spec.slot_sink(s) for s in range(self.spec.max_num_seqs)], np.int32)
         for slot, request in self.scheduler.running.items():
             if request.prefix is not None and self._shares_sinks(request):
-                sinks[slot] = self.spec.prefix_sink(request.prefix.place)
+                sinks[slot] = self.spec.prefix_sink(request.prefix.index)
         # A copy: the scheduler goes on writing to its own.
         return jnp.asarray(self.scheduler.page_table.copy()), jnp.asarray(sinks)
 
@@ -615,12 +617,12 @@ class Engine:
 
     def _relay(
         self, requests: Sequence[tuple[int, Request]], rows: int
-    ) -> tuple[Relay | None, dict[int, RelayDecision]]:
+    ) -> tuple[PrefixGroups | None, dict[int, RelayDecision]]:
         """Which requests of a burst read their prefix together, and why the others do not."""
         groups: dict[tuple[int, int], list[tuple[int, Request]]] = {}
         for slot, request in requests:
             if request.prefix is not None:
-                key = (request.prefix.place, request.shared_tokens)
+                key = (request.prefix.index, request.shared_tokens)
                 groups.setdefault(key, []).append((slot, request))
         decisions = {}
         for (place, shared), members in groups.items():
@@ -650,8 +652,8 @@ class Engine:
             tokens[i] = key[1]
             pages[i, : key[1] // P] = groups[key][0][1].pages[: key[1] // P]
             group[[slot for slot, _ in groups[key]]] = i
-        relay = Relay(
-            pages=jnp.asarray(pages), tokens=jnp.asarray(tokens), group=jnp.asarray(group)
+        relay = PrefixGroups(
+            page_table=jnp.asarray(pages), length=jnp.asarray(tokens), group=jnp.asarray(group)
         )
         return relay, by_slot
 
@@ -675,7 +677,7 @@ class Engine:
             request.position_sum += sum(range(position + 1, position + steps + 1))
             attended = float(result.attended[slot])
             request.attended += attended
-            self._counts["slots_attended"] += round(attended)
+            self._counts["tokens_attended"] += round(attended)
             request.statistics_pages += int(result.scored[slot])
             decision = in_flight.relays.get(slot)
             if decision is not None and decision.used:
@@ -801,8 +803,8 @@ class Engine:
     def _hold_again(self, ids: np.ndarray) -> Prefix | None:
         """Holds the prefix of these tokens once more; None if there is none."""
         for prefix in self.scheduler.prefixes.values():
-            if prefix.holders and np.array_equal(prefix.token_ids, ids):
-                prefix.holders += 1
+            if prefix.pins and np.array_equal(prefix.token_ids, ids):
+                prefix.pins += 1
                 return prefix
         return None
 
@@ -817,9 +819,9 @@ class Engine:
         for start in range(0, shared, self.prefill_chunk_size):
             chunk = ids[start:shared][: self.prefill_chunk_size]
             self._run_chunk(chunk, table, start=start, total=shared)
-        kept = bucket(len(prefix.pages), 1, self.spec.window.num_pages)
+        kept = bucket(len(prefix.pages), 1, self.spec.prefill_window.num_pages)
         self._count_shape("keep_prefix", kept)
-        sinks = jnp.int32(self.spec.prefix_sink(prefix.place))
+        sinks = jnp.int32(self.spec.prefix_sink(prefix.index))
         self.caches, prefix.windows = keep_prefix(self.spec, self.caches, sinks, num_pages=kept)
 
     @property
@@ -854,7 +856,7 @@ class Engine:
         """See ``Prefix.release``."""
         if prefix.is_released:
             raise ValueError(f"the prefix of {len(prefix.token_ids)} tokens is released already")
-        prefix.holders -= 1
+        prefix.pins -= 1
         self.scheduler.drop_prefix(prefix)
 
     def prefix_arrays(self, prefix: Prefix) -> dict[str, jax.Array]:
@@ -869,7 +871,7 @@ class Engine:
 
     def _prefix_pages(self, prefix: Prefix) -> tuple[jax.Array, jax.Array]:
         """Its retrieval pages, and the pages of its sinks in the streaming pool."""
-        sinks = self.spec.prefix_sink(prefix.place) + np.arange(self.spec.ring.sink_pages)
+        sinks = self.spec.prefix_sink(prefix.index) + np.arange(self.spec.decode_window.sink_pages)
         return jnp.asarray(prefix.pages, jnp.int32), jnp.asarray(sinks, jnp.int32)
 
     def prefix_identity(self) -> dict[str, str]:
@@ -880,7 +882,7 @@ class Engine:
             "page size": f"{spec.page_size}, logical {logical}",
             "kv_dtype": f"{spec.kv_dtype}, {jnp.dtype(self._dtype).name}",
             "number of retrieval heads": str(spec.num_retrieval_heads),
-            "sink and local sizes": f"{spec.ring} {spec.window}",
+            "sink and local sizes": f"{spec.decode_window} {spec.prefill_window}",
             "model": self._fingerprint(),
         }
 
@@ -914,11 +916,11 @@ class Engine:
         """Puts a saved prefix's arrays on its pages."""
         if not prefix.pages:
             return
-        num_windows = bucket(len(prefix.pages), 1, self.spec.window.num_pages)
+        num_windows = bucket(len(prefix.pages), 1, self.spec.prefill_window.num_pages)
         wanted = jax.eval_shape(
             lambda: (
                 read_prefix_pages(self.caches, *self._prefix_pages(prefix)),
-                [jax.tree.map(lambda x: x[:, :num_windows], c.window) for c in self.caches],
+                [jax.tree.map(lambda x: x[:, :num_windows], c.prefill_window) for c in self.caches],
             )
         )
         paths, tree = jax.tree.flatten_with_path(wanted)

@@ -51,14 +51,14 @@ class Prefix:
     owner: PrefixOwner = field(repr=False)
     # Of its whole pages; empty for a prefix that fills no page, which shares nothing.
     pages: list[int] = field(default_factory=list, repr=False)
-    place: int = -1  # among the engine's prefixes; -1: it holds no pages
+    index: int = -1  # among the engine's prefixes; -1: it holds no pages
     windows: list[KVPages] = field(default_factory=list, repr=False)  # of each layer
-    holders: int = 1  # who asked for it and has not released it
-    users: int = 0  # requests in slots that share its pages
+    pins: int = 1  # who asked for it and has not released it
+    ref_count: int = 0  # requests in slots that share its pages
 
     @property
     def is_released(self) -> bool:
-        return self.holders == 0
+        return self.pins == 0
 
     @property
     def num_shared_tokens(self) -> int:

@@ -56,9 +56,9 @@ class Scheduler:
         self.prefilling: Request | None = None
         self.running: dict[int, Request] = {}  # by slot
         self.prefixes: dict[int, Prefix] = {}  # by their place
-        self.free_slots = list(range(spec.num_slots))  # a heap: low slots keep the batch small
+        self.free_slots = list(range(spec.max_num_seqs))  # a heap: low slots keep the batch small
         self.pool = PagePool(spec.num_pages)
-        self.page_table = np.zeros((spec.num_slots, spec.pages_per_sequence), np.int32)
+        self.page_table = np.zeros((spec.max_num_seqs, spec.pages_per_sequence), np.int32)
 
     # What is there.
 
@@ -72,7 +72,7 @@ class Scheduler:
     @property
     def pinned_pages(self) -> int:
         """Pages that prefixes hold for good: not those kept only until their requests end."""
-        return sum(len(prefix.pages) for prefix in self.prefixes.values() if prefix.holders)
+        return sum(len(prefix.pages) for prefix in self.prefixes.values() if prefix.pins)
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.spec.page_size)
@@ -86,7 +86,7 @@ class Scheduler:
         """
         best, most = None, 0
         for prefix in self.prefixes.values():
-            if not prefix.holders:
+            if not prefix.pins:
                 continue
             shared = prefix.shared_tokens_of(prompt)
             if shared > most:
@@ -123,16 +123,16 @@ class Scheduler:
                     f"the prefix needs {num_pages} pages and would leave {left}; request "
                     f"{request.request_id!r} can need {pages}"
                 )
-        prefix.place = min(free_places)
+        prefix.index = min(free_places)
         prefix.pages = self.pool.take(num_pages)
-        self.prefixes[prefix.place] = prefix
+        self.prefixes[prefix.index] = prefix
 
     def drop_prefix(self, prefix: Prefix) -> None:
         """Frees the pages of a prefix that nobody holds or uses any more."""
-        if prefix.holders == 0 and prefix.users == 0 and prefix.place >= 0:
-            del self.prefixes[prefix.place]
+        if prefix.pins == 0 and prefix.ref_count == 0 and prefix.index >= 0:
+            del self.prefixes[prefix.index]
             self.pool.release(prefix.pages)
-            prefix.pages, prefix.windows, prefix.place = [], [], -1
+            prefix.pages, prefix.windows, prefix.index = [], [], -1
 
     # From place to place.
 
@@ -159,7 +159,7 @@ class Scheduler:
         if prefix is not None:
             request.pages = prefix.pages[:shared_pages]
             self.pool.share(request.pages)
-            prefix.users += 1
+            prefix.ref_count += 1
         self._grow(request, len(request.prompt))
         return request
 
@@ -188,7 +188,7 @@ class Scheduler:
         prefix = request.prefix
         request.slot, request.pages, request.prefix = -1, [], None
         if prefix is not None:
-            prefix.users -= 1
+            prefix.ref_count -= 1
             self.drop_prefix(prefix)
 
     # Growing.

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from lserve_jax.attention.attend import Relay, decode_attend, prefill_attend
-from lserve_jax.attention.cache import CacheSpec, LayerCache, window_to_ring, window_to_sinks
+from lserve_jax.attention.attend import PrefixGroups, decode_attend, prefill_attend
+from lserve_jax.attention.cache import CacheSpec, LayerCache, fill_decode_window, keep_sinks
 from lserve_jax.attention.selection import first_tail_page
 from lserve_jax.engine.sampling import (
     SamplingArrays,
@@ -70,7 +70,7 @@ class Burst:
     bypassed: Int[Array, " B"]  # of these, steps whose history fitted the budget: nothing pruned
     selections: Int[Array, " B"]  # steps that chose pages anew
     scored: Int[Array, " B"]  # pages whose statistics these read, summed; one layer and KV head
-    attended: Float[Array, " B"]  # token slots attended, summed over steps, layers and KV heads
+    attended: Float[Array, " B"]  # tokens attended, summed over steps, layers and KV heads
 
 
 @functools.partial(
@@ -110,7 +110,7 @@ def prefill_chunk(
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "mode"), donate_argnames=("caches", "state"))
-def admit(
+def insert(
     spec: CacheSpec,
     caches: Caches,
     state: DecodeState,
@@ -133,7 +133,8 @@ def admit(
     (one row).
     """
     caches = [
-        window_to_ring(cache, spec, slot, prompt_length, own_sinks=own_sinks) for cache in caches
+        fill_decode_window(cache, spec, slot, prompt_length, own_sinks=own_sinks)
+        for cache in caches
     ]
     counts, mask = state.output_counts, state.prompt_mask
     if counts is not None and mask is not None and prompt_mask is not None:
@@ -173,8 +174,8 @@ def keep_prefix(
     ``num_pages`` pages of each layer's prefill window, ``[Ks, num_pages, P, D]``; with fewer pages
     than the window has, those of a prefix that fills no more.
     """
-    caches = [window_to_sinks(cache, spec, sink_page) for cache in caches]
-    windows = [jax.tree.map(lambda x: x[:, :num_pages], cache.window) for cache in caches]
+    caches = [keep_sinks(cache, spec, sink_page) for cache in caches]
+    windows = [jax.tree.map(lambda x: x[:, :num_pages], cache.prefill_window) for cache in caches]
     return caches, windows
 
 
@@ -227,7 +228,7 @@ def restore_window(caches: Caches, windows: list[KVPages]) -> Caches:
         return window.at[:, : kept.shape[1]].set(kept)
 
     return [
-        dataclasses.replace(cache, window=jax.tree.map(put, cache.window, kept))
+        dataclasses.replace(cache, prefill_window=jax.tree.map(put, cache.prefill_window, kept))
         for cache, kept in zip(caches, windows, strict=True)
     ]
 
@@ -254,7 +255,7 @@ def _decode_step(
     state: DecodeState,
     page_table: Int[Array, "B M"],
     sink_page: Int[Array, " B"],
-    relay: Relay | None,
+    relay: PrefixGroups | None,
     forced: Int[Array, " B"],
     mode: SamplingMode,
     *,
@@ -265,7 +266,7 @@ def _decode_step(
     tail = state.tail
     if select:
         own = state.position if relay is None else state.position - relay.private_start()
-        tail = first_tail_page(own, spec.listed_page_size)
+        tail = first_tail_page(own, spec.selected_page_size)
     attend, attended = decode_attend(
         config,
         spec,
@@ -332,7 +333,7 @@ def decode_burst(
     state: DecodeState,
     page_table: Int[Array, "S M"],
     sink_page: Int[Array, " S"],
-    relay: Relay | None,
+    relay: PrefixGroups | None,
     forced: Int[Array, "burst rows"],
     num_steps: Int[Array, ""],
     *,

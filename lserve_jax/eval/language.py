@@ -92,7 +92,7 @@ def predict(
     windows done since the last call.
     """
     predictions, kept = [], []
-    step = llm.engine.spec.num_slots
+    step = llm.engine.spec.max_num_seqs
     for first in range(0, len(windows), step):
         batch = windows[first : first + step]
         scores = score(

@@ -130,7 +130,7 @@ class LServeLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """(log probability of the continuation, whether greedy decoding would have made it)."""
         results = []
-        step = self.llm.engine.spec.num_slots
+        step = self.llm.engine.spec.max_num_seqs
         quiet = kwargs.get("disable_tqdm", False)
         for first in tqdm(range(0, len(requests), step), disable=quiet, desc="scoring"):
             batch = requests[first : first + step]
@@ -177,7 +177,7 @@ class LServeLM(TemplateLM):
             prompts.append({"prompt_token_ids": ids})
             sampling.append(params)
         texts = []
-        step = 4 * self.llm.engine.spec.num_slots  # so that slots are rarely idle
+        step = 4 * self.llm.engine.spec.max_num_seqs  # so that slots are rarely idle
         for first in tqdm(range(0, len(prompts), step), disable=disable_tqdm, desc="generating"):
             outputs = self.llm.generate(
                 prompts[first : first + step], sampling[first : first + step]

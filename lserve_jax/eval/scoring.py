@@ -1,7 +1,7 @@
 """What a model thinks of given tokens, through the decode path: teacher forcing.
 
-Page selection and streaming rings act in decode steps; prefill is nearly dense. So the sparse path
-is judged by feeding a text's tokens through decode steps and reading the distribution of each.
+Page selection and streaming windows act in decode steps; prefill is nearly dense. So the sparse
+path is judged by feeding a text's tokens through decode steps and reading the distribution of each.
 """
 
 from collections.abc import Sequence
@@ -83,11 +83,11 @@ def score(
 def _fitting(llm: LLM, requests: list[tuple]) -> int:
     """How many of the first requests the engine can hold at the same time: at least one."""
     spec, pages = llm.engine.spec, 0
-    for count, (prompt, sampling, *_) in enumerate(requests[: spec.num_slots]):
+    for count, (prompt, sampling, *_) in enumerate(requests[: spec.max_num_seqs]):
         pages += llm.engine.scheduler.most_pages(np.asarray(prompt), sampling.max_tokens)
         if pages > spec.num_pages - llm.engine.scheduler.pinned_pages:
             return count
-    return min(len(requests), spec.num_slots)
+    return min(len(requests), spec.max_num_seqs)
 
 
 def _score_batch(llm: LLM, batch: list[tuple], distributions: bool) -> list[Score]:
@@ -113,7 +113,7 @@ def _force(llm: LLM, batch: list[tuple], distributions: bool) -> list[Score]:
     engine = llm.engine
     slot_of = {request.request_id: slot for slot, request in engine.scheduler.running.items()}
     slots = [slot_of[f"score-{number}"] for number in range(len(batch))]
-    rows = bucket(max(slots) + 1, 1, engine.spec.num_slots)
+    rows = bucket(max(slots) + 1, 1, engine.spec.max_num_seqs)
     C = engine.spec.reuse_interval
     steps = -(-_STEPS // C) * C
     page_table, sink_page = engine.decode_tables()
@@ -216,7 +216,7 @@ def _forced_steps(
         n = number * C
         tail = jnp.zeros_like(start)
         if sparse:
-            tail = first_tail_page(position(first + n), spec.listed_page_size)
+            tail = first_tail_page(position(first + n), spec.selected_page_size)
         carry = step(n, tail, carry, select=sparse)
 
         def reuse(m: Array, carry: tuple) -> tuple:

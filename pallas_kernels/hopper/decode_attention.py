@@ -60,7 +60,7 @@ from pallas_kernels.hopper.mosaic import (
     refuse,
     spread_columns,
     spread_rows,
-    store_anyhow,
+    store_unoptimised,
     tile_transforms,
 )
 from pallas_kernels.reference import cut_pages
@@ -98,7 +98,7 @@ def choose_config(rows: int, kv_heads: int, slots: int, dtype: jax.typing.DTypeL
     return Config(splits=max(min(splits, 66, slots // (2 * TILE)), 1))
 
 
-@partial(jax.jit, static_argnames=("listed_page_size", "config"))
+@partial(jax.jit, static_argnames=("selected_page_size", "config"))
 def paged_attention(
     q: Float[Array, "B H D"],
     retrieval: KVPages,
@@ -106,7 +106,7 @@ def paged_attention(
     retrieval_list: PageList,
     streaming_list: PageList,
     *,
-    listed_page_size: int | None = None,
+    selected_page_size: int | None = None,
     config: Config | None = None,
 ) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
     """``pallas_kernels.api.paged_attention`` on a Hopper GPU (or under Mosaic GPU's interpreter).
@@ -115,8 +115,8 @@ def paged_attention(
     heads a KV head.
     Shapes are those the api has checked. Raises ``NotImplementedError`` for anything else.
     """
-    if listed_page_size is not None:
-        retrieval, streaming = (cut_pages(x, listed_page_size) for x in (retrieval, streaming))
+    if selected_page_size is not None:
+        retrieval, streaming = (cut_pages(x, selected_page_size) for x in (retrieval, streaming))
     _refuse_unsupported(q, retrieval, streaming)
     B, H, D = q.shape
     K = retrieval.k.shape[0] + streaming.k.shape[0]
@@ -128,7 +128,7 @@ def paged_attention(
         if pool.k.shape[0] > 0
     ]
     if config is None:
-        slots = max(lists.pages.shape[2] for _, lists in classes) * retrieval.k.shape[2]
+        slots = max(lists.page_ids.shape[2] for _, lists in classes) * retrieval.k.shape[2]
         config = choose_config(B, K, slots, retrieval.k.dtype)
 
     rows = q.reshape(B * H, D)
@@ -342,7 +342,7 @@ def _attend_splits(
 
         @pl.when(steps == 0)
         def _():
-            store_anyhow(lses_gmem.at[b, k, s], full((N,), -jnp.inf, PER_COLUMN))
+            store_unoptimised(lses_gmem.at[b, k, s], full((N,), -jnp.inf, PER_COLUMN))
 
         @pl.when(steps > 0)
         def _():
@@ -400,8 +400,8 @@ def _attend_splits(
             # Every tile of the split may lie before ``start``.
             inverse = jnp.where(total > 0.0, 1.0 / total, 0.0)
             lse = jnp.where(total > 0.0, peak + jnp.log2(total), -jnp.inf)
-            store_anyhow(parts_gmem.at[b, k, s], acc * spread_columns(inverse, acc))
-            store_anyhow(lses_gmem.at[b, k, s], lse)
+            store_unoptimised(parts_gmem.at[b, k, s], acc * spread_columns(inverse, acc))
+            store_unoptimised(lses_gmem.at[b, k, s], lse)
 
     dtype = pools[0].k.dtype
     kv_tile = plgpu.SMEM((stages, T, D), dtype, transforms=tile_transforms(D, dtype))
@@ -498,13 +498,13 @@ def _combine_splits(
         empty = total == 0.0
         inverse = jnp.where(empty, 0.0, 1.0 / total)
         out = (acc * spread_columns(inverse, acc)).astype(dtype)  # [64, N]
-        store_anyhow(out_smem.transpose((1, 0)), plgpu.layout_cast(out, MATRIX_TRANSPOSED))
+        store_unoptimised(out_smem.transpose((1, 0)), plgpu.layout_cast(out, MATRIX_TRANSPOSED))
         plgpu.commit_smem()
 
         @pl.when(d == 0)
         def _():
             lse = (peak + jnp.log2(total)) * LN_2
-            store_anyhow(lse_gmem.at[b, k], jnp.where(empty, -jnp.inf, lse))
+            store_unoptimised(lse_gmem.at[b, k], jnp.where(empty, -jnp.inf, lse))
 
         own = (b * K + k) * G
         shift = own - _query_tile(b * K + k, G, N, max(H, N))

@@ -38,7 +38,7 @@ from pallas_kernels.hopper.mosaic import (
     refuse,
     spread_columns,
     spread_rows,
-    store_anyhow,
+    store_unoptimised,
     tile_transforms,
 )
 
@@ -211,12 +211,12 @@ def fused_linear(
             y = y + as_columns(load_residual, COLUMNS)
         y = y.astype(jnp.bfloat16).astype(jnp.float32)
         if out_sums_gmem is not None:
-            store_anyhow(out_sums_gmem.at[c], (y * y).sum(axis=0))
+            store_unoptimised(out_sums_gmem.at[c], (y * y).sum(axis=0))
         column = plgpu.broadcasted_iota(jnp.int32, y.shape, 1, layout=MATRIX)
         for row in range(B):
             # The only element that counts in a sum over columns: a column without a gather.
             values = jnp.where(column == row, y, 0.0).sum(axis=1)
-            store_anyhow(out_gmem.at[row, own], values.astype(jnp.bfloat16))
+            store_unoptimised(out_gmem.at[row, own], values.astype(jnp.bfloat16))
 
     out_type = [jax.ShapeDtypeStruct((B, width), x.dtype)]
     if residual is not None:

@@ -49,7 +49,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.hopper.mosaic import cdiv, refuse, spread_columns, spread_rows, store_anyhow
+from pallas_kernels.hopper.mosaic import (
+    cdiv,
+    refuse,
+    spread_columns,
+    spread_rows,
+    store_unoptimised,
+)
 from pallas_kernels.types import KVPages
 
 # Rows of a tile that are in registers at once: 16 x 128 float32 are 16 registers a thread.
@@ -270,10 +276,10 @@ def _append_token(
                     vector = [x.astype(jnp.float32) for x in vector]
                     low, high = (jnp.abs(x).max(axis=1) for x in vector)
                     quantized = [_quantize(jnp.maximum(low, high), x) for x in vector]
-                    store_anyhow(scale_to.at[heads, page, offset], quantized[0][1])
+                    store_unoptimised(scale_to.at[heads, page, offset], quantized[0][1])
                     vector = [codes for codes, _ in quantized]
                 for x, channels in zip(vector, (lower, upper), strict=True):
-                    store_anyhow(to.at[heads, page, offset, channels], x.astype(to.dtype))
+                    store_unoptimised(to.at[heads, page, offset, channels], x.astype(to.dtype))
 
             def widen():
                 size = jnp.int32(P // stats.shape[2])
@@ -288,14 +294,14 @@ def _append_token(
                 @pl.when(first)  # what the logical page held belongs to somebody else
                 def _():
                     for to, _, x in extremes:
-                        store_anyhow(to, x)
+                        store_unoptimised(to, x)
 
                 @pl.when(~first)
                 def _():
                     layout = _a_row_a_warp(per_kv_part, half)
                     old = [_load(to, layout) for to, _, _ in extremes]  # they wait together
                     for (to, extreme, x), was in zip(extremes, old, strict=True):
-                        store_anyhow(to, extreme(was, x))
+                        store_unoptimised(to, extreme(was, x))
 
             # A page outside the pool is written nowhere, as in the reference.
             @pl.when((page >= 0) & (page < pool.k.shape[1]))
@@ -322,7 +328,7 @@ def _append_token(
             head = (part - kv_parts) * per_query_part
             turned = rotate(halves(head, per_query_part), angles(per_query_part))
             for x, channels in zip(turned, (lower, upper), strict=True):
-                store_anyhow(rotated_gmem.at[b, pl.ds(head, per_query_part), channels], x)
+                store_unoptimised(rotated_gmem.at[b, pl.ds(head, per_query_part), channels], x)
 
     kernel = plgpu.kernel(
         append_token,
@@ -409,8 +415,8 @@ def _append_pages(
                 block = pl.ds(j * rows, rows)
                 x = _load(tile_smem.at[block], matrix).astype(jnp.float32)
                 codes, scale = _quantize(jnp.abs(x).max(axis=1), x)
-                store_anyhow(codes_smem.at[block], codes)
-                store_anyhow(scales_smem.at[block], scale)
+                store_unoptimised(codes_smem.at[block], codes)
+                store_unoptimised(scales_smem.at[block], scale)
 
             lax.fori_loop(0, P // rows, quantize_rows, None)
             plgpu.commit_smem()
@@ -439,7 +445,7 @@ def _append_pages(
             g = to.shape[0]
             for j in range(g):
                 for which, x in enumerate(extremes(j * (P // g), P // g)):
-                    store_anyhow(to.at[j, which], x.astype(to.dtype))
+                    store_unoptimised(to.at[j, which], x.astype(to.dtype))
 
         def widen_statistics(to):
             """Of a page that the chunk writes in part; ``to`` [g, 2, D]."""
@@ -457,11 +463,11 @@ def _append_pages(
 
                         @pl.when(~holds_earlier_tokens)
                         def _(here=here, x=x):
-                            store_anyhow(here, x)
+                            store_unoptimised(here, x)
 
                         @pl.when(holds_earlier_tokens)
                         def _(here=here, x=x, wider=wider):
-                            store_anyhow(here, wider(_load(here, per_channel), x))
+                            store_unoptimised(here, wider(_load(here, per_channel), x))
 
             lax.fori_loop(0, to.shape[0], logical_page, None)
 
@@ -475,7 +481,7 @@ def _append_pages(
 
                 @pl.when(page >= 0)
                 def _():
-                    store_anyhow(pool.at[head, page, slot], _load(tile.at[row], per_channel))
+                    store_unoptimised(pool.at[head, page, slot], _load(tile.at[row], per_channel))
                     if scale_pool is not None:
                         scale_pool[head, page, slot] = int8_smem[1][row]
 
@@ -487,10 +493,10 @@ def _append_pages(
                 @pl.when(at_once)
                 def _():
                     rows = pl.ds(j * 8 + shift, 8)
-                    store_anyhow(pool.at[head, page, slots], _load(tile.at[rows], matrix))
+                    store_unoptimised(pool.at[head, page, slots], _load(tile.at[rows], matrix))
                     if scale_pool is not None:
                         scale = _load(int8_smem[1].at[rows], per_row)
-                        store_anyhow(scale_pool.at[head, page, slots], scale)
+                        store_unoptimised(scale_pool.at[head, page, slots], scale)
 
                 @pl.when(~at_once)
                 def _():

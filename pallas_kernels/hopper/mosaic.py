@@ -101,7 +101,7 @@ def cdiv(a, b: int):
     return lax.div(a + (b - 1), jnp.int32(b))
 
 
-def store_anyhow(ref, value) -> None:
+def store_unoptimised(ref, value) -> None:
     """Stores registers in whatever pattern their layout gives: for small or rare stores."""
     if hasattr(plgpu, "store"):  # from JAX 0.12 on a plain store insists on a fast pattern
         plgpu.store(ref, value, optimized=False)

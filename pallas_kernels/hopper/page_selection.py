@@ -61,7 +61,7 @@ from pallas_kernels.hopper.mosaic import (
     refuse,
     spread_columns,
     spread_rows,
-    store_anyhow,
+    store_unoptimised,
     tile_transforms,
 )
 
@@ -216,7 +216,7 @@ def page_scores(
             best = jnp.where(holds_tokens & of_group, score, -jnp.inf).max(axis=1)
             scores = scores_gmem.at[b, k, pl.ds(tile * tile_scores, tile_scores)]
             if together == 1:
-                store_anyhow(scores, best)
+                store_unoptimised(scores, best)
                 return ()
             # Row i of a matrix gets the logical pages that are selected together as page i.
             best_smem[...] = best
@@ -228,7 +228,7 @@ def page_scores(
             best_smem[...] = jnp.where(of_page, spread_columns(best, i), -jnp.inf).max(axis=1)
             plgpu.commit_smem()
             best = plgpu.load(best_smem.at[pl.ds(0, tile_scores)], layout=PER_COLUMN)
-            store_anyhow(scores, best)
+            store_unoptimised(scores, best)
             return ()
 
         lax.fori_loop(0, tiles, score_tile, ())
@@ -463,7 +463,7 @@ def _select_in_cta(
             found = (strip * STRIP + within).astype(jnp.int32)
             number = plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=PER_ROW) + tile * 64
             found = jnp.where(number < total, found, -1)
-            store_anyhow(selected_gmem.at[b, k, pl.ds(tile * 64, 64)], found)
+            store_unoptimised(selected_gmem.at[b, k, pl.ds(tile * 64, 64)], found)
             return ()
 
         lax.fori_loop(0, tiles_of_share, find, ())

@@ -38,7 +38,7 @@ from pallas_kernels.hopper.mosaic import (
     STRIDED,
     cdiv,
     refuse,
-    store_anyhow,
+    store_unoptimised,
 )
 from pallas_kernels.hopper.query_tiles import (
     BLOCK,
@@ -255,7 +255,7 @@ def merge_parts(
         empty = total == 0.0
         out_smem[...] = (acc * jnp.where(empty, 0.0, 1.0 / total)).astype(parts.dtype)
         lse = jnp.where(empty, -jnp.inf, peak + jnp.log2(total) * LN_2)
-        store_anyhow(lse_gmem.at[b, h], plgpu.layout_cast(lse, STRIDED))
+        store_unoptimised(lse_gmem.at[b, h], plgpu.layout_cast(lse, STRIDED))
         plgpu.commit_smem()
         to = out_gmem.at[pl.ds((b * H + h) * D, D)]
         plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, D)], to)

@@ -20,9 +20,9 @@ from lserve_jax.attention.cache import (
     LayerCache,
     Ring,
     cache_bytes,
+    fill_decode_window,
     init_layer_cache,
     make_spec,
-    window_to_ring,
 )
 from lserve_jax.attention.selection import first_tail_page
 
@@ -43,7 +43,7 @@ MEAN = {"atol": 2e-5, "rtol": 0}
 
 def make(sparsity: SparsityConfig | None, max_model_len: int = 4096, **changes) -> CacheSpec:
     settings = {
-        "num_slots": 3,
+        "max_num_seqs": 3,
         "num_pages": 40,
         "max_prefixes": 0,
         "kv_dtype": "auto",
@@ -109,7 +109,7 @@ class Sequence:
             select: jax.jit(functools.partial(self._decode_step, select=select), donate_argnums=0)
             for select in (True, False)
         }
-        finish = functools.partial(window_to_ring, spec=self.spec, own_sinks=jnp.bool(True))
+        finish = functools.partial(fill_decode_window, spec=self.spec, own_sinks=jnp.bool(True))
         self.finish = jax.jit(finish, donate_argnums=0)
 
     def _prefill_chunk(self, cache, values, start, length, total):
@@ -129,7 +129,7 @@ class Sequence:
             CONFIG,
             self.spec,
             table,
-            jnp.arange(2) * self.spec.ring.num_pages,
+            jnp.arange(2) * self.spec.decode_window.num_pages,
             None,
             positions,
             active,
@@ -222,16 +222,16 @@ def test_ring_after_2000_tokens_of_decode(large: Sequence) -> None:
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
-def test_window_to_ring(kv_dtype: str) -> None:
+def test_fill_decode_window(kv_dtype: str) -> None:
     """Every length up to nine pages: all that decode can read is in the ring, in whole pages.
 
     Other slots' rings stay as they are. int8 errs by at most half a step.
     """
     spec = make(SMALL, kv_dtype=kv_dtype)
-    window, ring = spec.window, spec.ring
+    window, ring = spec.prefill_window, spec.decode_window
     rng = np.random.default_rng(1)
     codes = rng.standard_normal((9 * 16, 2, D), np.float32)  # [position, k or v, D]
-    move = jax.jit(functools.partial(window_to_ring, spec=spec))
+    move = jax.jit(functools.partial(fill_decode_window, spec=spec))
     for length in range(1, len(codes) + 1):
         held = np.full((2, 1, window.num_pages, 16, D), np.nan, np.float32)
         for position in range(length):
@@ -245,7 +245,7 @@ def test_window_to_ring(kv_dtype: str) -> None:
                 retrieval=cache.retrieval,
                 key_stats=cache.key_stats,
                 streaming=before,
-                window=cache.window._replace(k=held[0], v=held[1]),
+                prefill_window=cache.prefill_window._replace(k=held[0], v=held[1]),
                 listed=cache.listed,
             ),
             slot=jnp.int32(2),
@@ -268,10 +268,10 @@ def test_window_to_ring(kv_dtype: str) -> None:
                     assert error.max() <= bound, (length, position)
 
 
-def test_window_to_ring_without_streaming_heads() -> None:
+def test_fill_decode_window_without_streaming_heads() -> None:
     spec = make(SMALL)
     cache = poisoned(spec, layer=1)
-    moved = window_to_ring(cache, spec, jnp.int32(0), jnp.int32(5), own_sinks=jnp.bool(True))
+    moved = fill_decode_window(cache, spec, jnp.int32(0), jnp.int32(5), own_sinks=jnp.bool(True))
     assert moved.streaming.k.shape == (0, 3 * 4, 16, D)
 
 
@@ -288,7 +288,7 @@ def test_cache_bytes(kv_dtype: str, dtype) -> None:
         "retrieval": heads * 40 * 16 * token,
         "key_stats": heads * 40 * 2 * D * word,
         "streaming": 3 * ring * 16 * token,
-        "window": window * 16 * 2 * D * word,
+        "prefill_window": window * 16 * 2 * D * word,
         "listed": 3 * heads * (3 + 2) * 4,  # budget less one page, and the longest tail
     }
     caches = [init_layer_cache(CONFIG, spec, layer, dtype) for layer in range(2)]
@@ -305,6 +305,6 @@ def test_dense_cache_has_no_statistics() -> None:
 def test_rings_are_no_longer_than_a_sequence() -> None:
     spec = make(SparsityConfig(), max_model_len=200)
     assert spec.pages_per_sequence == 4
-    assert (spec.ring.sink, spec.ring.local) == (128, 256)
-    assert (spec.window.sink, spec.window.local) == (128, 256)
+    assert (spec.decode_window.sink, spec.decode_window.local) == (128, 256)
+    assert (spec.prefill_window.sink, spec.prefill_window.local) == (128, 256)
     assert make(SparsityConfig()).window.local == 4096

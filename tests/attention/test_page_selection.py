@@ -11,7 +11,7 @@ from lserve_jax.attention.selection import (
     first_tail_page,
     retrieval_pages,
     retrieval_stop,
-    ring_list,
+    window_list,
 )
 from pallas_kernels.api import PageList
 
@@ -33,7 +33,7 @@ def make(sparsity: SparsityConfig | None, max_model_len: int) -> CacheSpec:
         sparsity=sparsity,
         num_retrieval_heads=(2,),
         max_model_len=max_model_len,
-        num_slots=1,
+        max_num_seqs=1,
         num_pages=1,
         max_prefixes=0,
         kv_dtype="auto",
@@ -110,7 +110,7 @@ def test_retrieval_list(cut: int, page_size: int, reuse: int) -> None:
         assert len(attended) == len(set(attended)), rows[row]
         assert set(attended) == wanted[row][head], rows[row]
     # Also past the end: ids that a kernel may load.
-    assert np.isin(np.asarray(lists.pages) // cut, table).all()
+    assert np.isin(np.asarray(lists.page_ids) // cut, table).all()
 
 
 def test_dense_list() -> None:
@@ -127,10 +127,10 @@ def test_dense_list() -> None:
     assert slots(lists, 4, 0, 64) == []
 
 
-def of_ring(sink: int, local: int, page_size: int, listed_page_size: int) -> CacheSpec:
+def of_ring(sink: int, local: int, page_size: int, selected_page_size: int) -> CacheSpec:
     sparsity = SparsityConfig(
         page_size=page_size,
-        selected_page_size=listed_page_size,
+        selected_page_size=selected_page_size,
         decode_sink=sink,
         decode_local=local,
     )
@@ -142,12 +142,12 @@ def of_ring(sink: int, local: int, page_size: int, listed_page_size: int) -> Cac
 def test_ring_list(page_size: int, listed: int, sink: int, local: int) -> None:
     """At every position from 0 to 2,000, the ring being written token by token."""
     spec = of_ring(sink * page_size, local * page_size, page_size, listed)
-    ring, cut = spec.ring, page_size // listed
+    ring, cut = spec.decode_window, page_size // listed
     positions = jnp.arange(2001, dtype=jnp.int32)
     slot = jnp.full_like(positions, 3)
     pages = sink + local + 1
     own_sinks = slot * pages
-    lists = ring_list(spec, slot, own_sinks, positions, jnp.ones_like(positions, bool))
+    lists = window_list(spec, slot, own_sinks, positions, jnp.ones_like(positions, bool))
     held: dict[tuple[int, int], int] = {}  # (physical page, offset): position of its token
     for position in range(2001):
         page, offset = divmod(position, page_size)
@@ -156,13 +156,13 @@ def test_ring_list(page_size: int, listed: int, sink: int, local: int) -> None:
         attended = [held.get(where, -1) for where in slots(lists, position, 1, listed)]
         wanted = [p for p in range(position + 1) if p < ring.sink or p > position - ring.local]
         assert sorted(attended) == wanted, position
-    assert np.all((lists.pages >= 3 * pages * cut) & (lists.pages < 4 * pages * cut))
+    assert np.all((lists.page_ids >= 3 * pages * cut) & (lists.page_ids < 4 * pages * cut))
 
 
 def test_ring_list_of_inactive_rows() -> None:
     spec = of_ring(16, 32, 16, 16)
     position = jnp.array([100, 100], jnp.int32)
-    lists = ring_list(spec, jnp.arange(2), jnp.array([0, 4]), position, jnp.array([False, True]))
+    lists = window_list(spec, jnp.arange(2), jnp.array([0, 4]), position, jnp.array([False, True]))
     assert slots(lists, 0, 0, 16) == []
     assert len(slots(lists, 1, 0, 16)) == 48
 
@@ -181,7 +181,7 @@ def test_list_sizes() -> None:
         assert (spec.num_ranked, spec.num_listed) == (9, 9 + tail)
         assert spec.reuse_interval == reuse
     cut = make(SparsityConfig(**settings | {"page_size": 64}), 2000)
-    assert (cut.num_ranked, cut.num_listed, cut.listed_pages_per_sequence) == (9, 11, 128)
+    assert (cut.num_ranked, cut.num_listed, cut.selected_pages_per_sequence) == (9, 11, 128)
     short = make(SparsityConfig(**settings), 64)  # nothing longer than the longest sequence
     assert (short.num_ranked, short.num_listed) == (4, 4)
     dense = make(None, 300)

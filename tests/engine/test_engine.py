@@ -576,7 +576,7 @@ def test_bfloat16(kv_dtype: str, pattern: str) -> None:
     """All arrays are bfloat16 and no step mixes it with float32; the output stays close."""
     llm = build(pattern, dtype="bfloat16", kv_dtype=kv_dtype)
     cache, params = llm.engine.caches[0], llm.engine.params
-    dtypes = {x.dtype for x in (cache.window.k, cache.key_stats, *jax.tree.leaves(params))}
+    dtypes = {x.dtype for x in (cache.prefill_window.k, cache.key_stats, *jax.tree.leaves(params))}
     assert dtypes == {jnp.dtype("bfloat16")}
     assert cache.retrieval.k.dtype == cache.streaming.k.dtype
     assert cache.retrieval.k.dtype == ("int8" if kv_dtype == "int8" else "bfloat16")

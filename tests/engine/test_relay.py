@@ -299,10 +299,10 @@ def test_a_prefix_lives_as_long_as_its_requests(build: Build) -> None:
     prefix.release()
     check_pages(engine)
     other = llm.prefix({"prompt_token_ids": random_prompts(17, [96])[0]})
-    assert other.place != prefix.place
+    assert other.place != prefix.index
     outputs += [new for new in engine.stream()]
     assert [token for new in outputs for token in new.token_ids] == alone.tokens
-    assert prefix.place == -1
+    assert prefix.index == -1
     other.release()
     check_nothing_left(engine)
 
@@ -515,7 +515,7 @@ def spec_of(sparsity: SparsityConfig | None):
         sparsity=sparsity,
         num_retrieval_heads=(2, 2),
         max_model_len=1 << 17,
-        num_slots=8,
+        max_num_seqs=8,
         num_pages=1,
         max_prefixes=1,
         kv_dtype="auto",

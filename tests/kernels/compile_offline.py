@@ -81,7 +81,7 @@ def decode_steps(caches, tokens, where, lists):
     def step(_, carry):
         q, caches = carry
         q, *caches = append_kv(q, *rest, *caches, *where)
-        return paged_attention(q, *caches[:2], *lists, listed_page_size=16)[0], tuple(caches)
+        return paged_attention(q, *caches[:2], *lists, selected_page_size=16)[0], tuple(caches)
 
     return lax.fori_loop(0, 10, step, (q, caches))
 

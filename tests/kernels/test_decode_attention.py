@@ -56,8 +56,8 @@ def problem(rows, retrieval, streaming, group, head_dim, page_size, width, dtype
     return q, pool(slice(retrieval)), pool(slice(retrieval, heads)), *lists
 
 
-def check(args, config: Config, listed_page_size: int | None = None) -> None:
-    how = {"listed_page_size": listed_page_size}
+def check(args, config: Config, selected_page_size: int | None = None) -> None:
+    how = {"selected_page_size": selected_page_size}
     out, lse = jax.jit(lambda *xs: paged_attention(*xs, **how, config=config))(*args)
     expected_out, expected_lse = reference.paged_attention(*args, **how)
     tolerance = LSE_TOLERANCE[args[1].k.dtype]
@@ -98,7 +98,7 @@ def test_any_number_of_splits(splits: int) -> None:
 
 def test_start_beyond_the_first_tiles() -> None:
     *args, retrieval_list, empty = problem(1, 1, 1, 4, 64, 16, 16, jnp.bfloat16, seed=2)
-    lists = PageList(retrieval_list.pages, jnp.array([[150]]), jnp.array([[256]]))
+    lists = PageList(retrieval_list.page_ids, jnp.array([[150]]), jnp.array([[256]]))
     check((*args, lists, empty), Config(splits=2))
 
 
@@ -109,7 +109,7 @@ def test_lists_name_parts_of_pages(dtype: str) -> None:
     pools = [
         jax.tree.map(lambda x: x.reshape(x.shape[0], -1, 64, *x.shape[3:]), pool) for pool in pools
     ]
-    check((q, *pools, retrieval_list, ring), Config(splits=2), listed_page_size=16)
+    check((q, *pools, retrieval_list, ring), Config(splits=2), selected_page_size=16)
 
 
 def test_heads_share_a_list() -> None:

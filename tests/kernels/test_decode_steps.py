@@ -48,7 +48,7 @@ def make_engine(backend: Backend, sparsity: SparsityConfig, max_model_len: int) 
         sparsity=sparsity,
         num_retrieval_heads=(1, 2),
         max_model_len=max_model_len,
-        num_slots=2,
+        max_num_seqs=2,
         num_pages=24,
         max_prefixes=0,
         kv_dtype="int8",

@@ -38,10 +38,10 @@ def bf16_attention(
         if pool.k.shape[0] == 0:
             continue
         heads = jnp.arange(pool.k.shape[0])[None, :, None]
-        slots = jnp.arange(lists.pages.shape[2] * pool.k.shape[2])[None, None]
+        slots = jnp.arange(lists.page_ids.shape[2] * pool.k.shape[2])[None, None]
         seen = (slots >= lists.start[..., None]) & (slots < lists.stop[..., None])
 
-        def read(x, scale, heads=heads, pages=lists.pages, seen=seen):
+        def read(x, scale, heads=heads, pages=lists.page_ids, seen=seen):
             tokens = x[heads, pages].astype(jnp.float32)
             if scale is not None:
                 tokens = tokens * scale[heads, pages][..., None]

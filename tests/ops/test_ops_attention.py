@@ -18,7 +18,7 @@ from pallas_kernels import api
 from pallas_kernels.api import KVPages, PageList
 
 prefill = jax.jit(api.prefill_attention, static_argnames=("sink", "local"))
-paged = jax.jit(api.paged_attention, static_argnames="listed_page_size")
+paged = jax.jit(api.paged_attention, static_argnames="selected_page_size")
 prefix = jax.jit(api.prefix_attention)
 merge = jax.jit(api.merge_attention)
 
@@ -256,7 +256,7 @@ class PagedCase:
         if self.together > 1:
             size = pools[0].k.shape[2]
             pools = [jax.tree.map(self.join, pool) for pool in pools]
-        out, lse = paged(jnp.asarray(self.q), *pools, *parts, listed_page_size=size)
+        out, lse = paged(jnp.asarray(self.q), *pools, *parts, selected_page_size=size)
         return np.asarray(out), np.asarray(lse)
 
     def join(self, pool: jax.Array) -> jax.Array:

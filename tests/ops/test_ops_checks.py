@@ -33,7 +33,7 @@ VIOLATIONS = [
     (
         "paged_attention",
         changed("paged_attention", "retrieval_list", pages=jnp.full((2, KR, L), N)),
-        rf"retrieval_list.pages must lie in \[0, {N - 1}\], got {N} to {N}",
+        rf"retrieval_list.page_ids must lie in \[0, {N - 1}\], got {N} to {N}",
     ),
     (
         "paged_attention",

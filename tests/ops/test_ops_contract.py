@@ -61,7 +61,7 @@ STATS = {"key_stats": f32(KR, N, LOGICAL, 2, D)}
 # Arguments that every op accepts, and the shapes and dtypes that it returns for them.
 ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
     "paged_attention": (
-        {"q": f32(B, H, D), **POOLS, **LISTS, "listed_page_size": P},
+        {"q": f32(B, H, D), **POOLS, **LISTS, "selected_page_size": P},
         (f32(B, H, D), f32(B, H)),
     ),
     "prefill_attention": (
@@ -192,7 +192,7 @@ def test_the_table_above_covers_every_op() -> None:
         (
             "paged_attention",
             {"retrieval_list": lists(1, KR, L)},
-            "retrieval_list.pages has shape (1, 1, 3), expected at least 2 rows and 1 heads",
+            "retrieval_list.page_ids has shape (1, 1, 3), expected at least 2 rows and 1 heads",
         ),
         (
             "paged_attention",
@@ -343,8 +343,8 @@ def test_the_table_above_covers_every_op() -> None:
         ("append_kv_chunk", {"start": i32(1)}, "start has shape (1,), expected []"),
         ("append_kv_chunk", {"length": f32()}, "length has dtype float32, expected int32"),
         ("append_kv_chunk", {"streaming": pages(1)}, "hold (1, 1) KV heads, expected 3"),
-        ("paged_attention", {"listed_page_size": 6}, "listed_page_size=6 must divide the"),
-        ("paged_attention", {"listed_page_size": 0}, "listed_page_size=0 must divide the"),
+        ("paged_attention", {"selected_page_size": 6}, "selected_page_size=6 must divide the"),
+        ("paged_attention", {"selected_page_size": 0}, "selected_page_size=0 must divide the"),
         ("page_scores", {"q": f32(B, 2)}, "q has shape (2, 2)"),
         (
             "page_scores",
@@ -400,7 +400,7 @@ def test_the_table_above_covers_every_op() -> None:
         (
             "paged_attention",
             {"streaming_list": lists(B, KS, 0)},
-            "streaming_list.pages has shape (2, 2, 0), needs an entry",
+            "streaming_list.page_ids has shape (2, 2, 0), needs an entry",
         ),
         (
             "prefill_attention",

@@ -428,7 +428,7 @@ def test_requests_are_drawn_as_they_are_needed(llm):
         ahead.append(drawn - finished)
     assert drawn == len(ahead) == 60
     # Those that run and as many that wait.
-    assert max(ahead) <= 2 * llm.spec.num_slots
+    assert max(ahead) <= 2 * llm.spec.max_num_seqs
 
 
 def test_a_stream_that_is_closed_leaves_the_engine_empty(llm):

@@ -136,7 +136,7 @@ def check_pages(engine: Engine) -> None:
     shared = {page for prefix in scheduler.prefixes.values() for page in prefix.pages}
     assert set(np.flatnonzero(held > 1)) <= shared
     slots = [request.slot for request in placed] + scheduler.free_slots
-    assert sorted(slots) == list(range(spec.num_slots))
+    assert sorted(slots) == list(range(spec.max_num_seqs))
     for request in placed:
         owned = request.shared_tokens // spec.page_size
         assert not shared & set(request.pages[owned:])
@@ -147,8 +147,8 @@ def check_pages(engine: Engine) -> None:
     for slot in scheduler.free_slots:
         assert not scheduler.page_table[slot].any()
     for prefix in scheduler.prefixes.values():
-        assert prefix.users == sum(request.prefix is prefix for request in placed)
-        assert prefix.holders or prefix.users
+        assert prefix.ref_count == sum(request.prefix is prefix for request in placed)
+        assert prefix.pins or prefix.ref_count
     numbers = [request.number for request in scheduler.waiting]
     assert numbers == sorted(numbers)
     known = {r.request_id for r in [*placed, *scheduler.waiting]}
