@@ -15,11 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import jax
 import numpy as np
 import tyro
-from llama_8b import CONFIG, LSERVE, burst_seconds, fill_caches, make_engine, random_params
+from llama_8b import (
+    CONFIG,
+    LSERVE,
+    NO_CHUNKS,
+    UncomputedPrompts,
+    burst_seconds,
+    options,
+    random_params,
+)
 from machine import provenance
+
+from lserve_jax.engine.build import build_engine
 
 BURST = 64
 
@@ -48,16 +57,21 @@ def main(args: Args) -> None:
                 continue
             longest = max(contexts) + BURST * (args.bursts + 3) + 64
             begin = time.perf_counter()
-            engine = make_engine(
+            engine = build_engine(
+                CONFIG,
                 params,
-                sparsity,
-                rows=batch,
-                max_model_len=longest,
-                burst_steps=BURST,
-                config=CONFIG,
+                options(
+                    sparsity,
+                    max_num_seqs=batch,
+                    max_model_len=longest,
+                    max_prefixes=0,
+                    kv_cache_bytes=args.cache_bytes,
+                    burst_steps=BURST,
+                    prefill_chunk_size=NO_CHUNKS,
+                ),
+                runner_class=UncomputedPrompts,
             )
-            fill_caches(engine)
-            jax.block_until_ready(engine.caches)
+            engine.runner.wait()
             print(f"{name}, batch {batch}: cache filled in {time.perf_counter() - begin:.0f} s")
             for context in contexts:
                 begin = time.perf_counter()
@@ -80,8 +94,7 @@ def main(args: Args) -> None:
                     f"[{time.perf_counter() - begin:.0f} s]",
                     flush=True,
                 )
-            engine.caches = []
-            del engine
+            del engine  # the memory of its cache is needed
 
 
 if __name__ == "__main__":

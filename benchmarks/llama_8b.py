@@ -1,22 +1,22 @@
 """The engine with Llama-3-8B's geometry and random weights: what speed needs of a model."""
 
-import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
-from unittest import mock
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.attention_patterns import load_pattern
-from lserve_jax.attention.cache import LayerCache, cache_bytes, make_spec
+from lserve_jax.attention.cache import LayerCache
 from lserve_jax.attention.config import SparsityConfig
+from lserve_jax.engine.build import EngineOptions
 from lserve_jax.engine.engine import Engine
+from lserve_jax.engine.inputs import Chunk
+from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.heads import partition_heads
 from lserve_jax.model.llama import Params, abstract_params
 from lserve_jax.sampling_params import SamplingParams
 
@@ -54,61 +54,24 @@ def random_params(config: ModelConfig = CONFIG) -> Params:
     return jax.tree.unflatten(tree, made)
 
 
-def make_engine(
-    params: Params,
-    sparsity: SparsityConfig | None,
-    *,
-    rows: int,
-    max_model_len: int,
-    kv_cache_bytes: int | None = None,
-    max_prefixes: int = 0,
-    burst_steps: int = 64,
-    prefill_chunk_size: int = 8192,
-    config: ModelConfig = CONFIG,
-) -> Engine:
-    """An engine for ``rows`` requests.
+class UncomputedPrompts(ModelRunner):
+    """Prompts and prefixes enter at once: decode can be timed without computing them.
 
-    Its cache holds as many of ``max_model_len`` tokens, or what fits into ``kv_cache_bytes``.
+    The cache holds random keys, values and statistics. Build the engine with chunks of
+    ``NO_CHUNKS`` tokens, so that a step of it takes in as many prompts as there are slots.
     """
-    pattern = None if sparsity is None else sparsity.pattern
-    partition = partition_heads(
-        None if pattern is None else load_pattern(pattern),
-        0.0 if sparsity is None else sparsity.resolved_streaming_fraction,
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=config.num_key_value_heads,
-    )
-    spec = make_spec(
-        config,
-        sparsity=sparsity,
-        num_retrieval_heads=partition.num_retrieval,
-        max_model_len=max_model_len,
-        max_num_seqs=rows,
-        num_pages=1,
-        max_prefixes=max_prefixes,
-        kv_dtype="auto",
-    )
-    num_pages = rows * spec.pages_per_sequence
-    if kv_cache_bytes is not None:
-        sizes = cache_bytes(config, spec, jnp.bfloat16)
-        num_pages = kv_cache_bytes // (sizes["retrieval"] + sizes["key_stats"])
-    spec = dataclasses.replace(spec, num_pages=num_pages)
-    return Engine(
-        config,
-        params,
-        spec,
-        dtype=jnp.bfloat16,
-        max_model_len=max_model_len,
-        eos_token_ids=(),
-        prefill_chunk_size=prefill_chunk_size,
-        burst_steps=burst_steps,
-    )
+
+    def reset(self) -> None:
+        super().reset()
+        self.fill_caches(lambda cache, layer: _random_cache(cache, jnp.int32(layer)))
+        logits = jax.random.normal(jax.random.key(0), (self.config.vocab_size,), jnp.float32)
+        self._any_logits = logits
+
+    def prefill(self, chunk: Chunk) -> jax.Array:
+        return self._any_logits
 
 
-def fill_caches(engine: Engine) -> None:
-    """Random keys, values and statistics: decode can be timed without a prefill."""
-    shapes = jax.eval_shape(lambda: engine.caches)
-    engine.caches = []  # the memory of the old ones is needed
-    engine.caches = [_random_cache(cache, jnp.int32(i)) for i, cache in enumerate(shapes)]
+NO_CHUNKS = 1 << 30  # tokens
 
 
 @functools.partial(jax.jit, static_argnames=("shapes",))
@@ -131,25 +94,16 @@ def _random_cache(shapes: LayerCache, seed: jax.Array) -> LayerCache:
     return dataclasses.replace(filled, key_stats=stats)
 
 
-@contextlib.contextmanager
-def without_prefill(engine: Engine, tokens: int) -> Iterator[None]:
-    """Prompts and prefixes, ``tokens`` together, enter at once: the cache holds random ones."""
-    logits = jax.random.normal(jax.random.key(0), (engine.config.vocab_size,))
-
-    def no_prefill(config, spec, params, caches, *rest, **options):
-        return logits, caches
-
-    # Twice, as a step's budget counts padding to powers of two.
-    budget = max(2 * tokens, engine.prefill_chunk_size)
-    with (
-        mock.patch("lserve_jax.engine.engine.prefill_chunk", no_prefill),
-        mock.patch.object(engine, "prefill_chunk_size", budget),
-    ):
-        yield
+def options(sparsity: SparsityConfig | None, **changes: Any) -> EngineOptions:
+    """Those of an engine of this geometry, bf16; ``changes`` are further ``EngineOptions``."""
+    attention = "dense" if sparsity is None else "lserve"
+    return EngineOptions(dtype="bfloat16", attention=attention, sparsity=sparsity, **changes)
 
 
 def burst_seconds(engine: Engine, prompts: Sequence[np.ndarray], bursts: int) -> list[float]:
     """Seconds of each of ``bursts`` bursts in which all ``prompts`` decode, after a compiling one.
+
+    ``engine`` has a runner of ``UncomputedPrompts``.
 
     A step of the engine returns when the burst before is done, and the device has the next by
     then: between two returns lies one burst, with the host's work hidden behind it. The first and
@@ -160,8 +114,7 @@ def burst_seconds(engine: Engine, prompts: Sequence[np.ndarray], bursts: int) ->
     sampling = SamplingParams(temperature=0, max_tokens=steps * (bursts + 3) + 1, ignore_eos=True)
     for row, prompt in enumerate(prompts):
         engine.add_request(str(row), prompt, sampling, seed=row)
-    with without_prefill(engine, sum(map(len, prompts))):
-        engine.step()
+    engine.step()
     ends = []
     while engine.has_unfinished_requests:
         outputs = engine.step()

@@ -16,9 +16,10 @@ from statistics import median
 
 import numpy as np
 import tyro
-from llama_8b import CONFIG, LSERVE, make_engine, random_params
+from llama_8b import CONFIG, LSERVE, options, random_params
 from machine import provenance
 
+from lserve_jax.engine.build import build_engine
 from lserve_jax.sampling_params import SamplingParams
 
 
@@ -38,13 +39,16 @@ def main(args: Args) -> None:
     sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     rng = np.random.default_rng(0)
     for name in args.attention:
-        engine = make_engine(
+        engine = build_engine(
+            CONFIG,
             params,
-            LSERVE if name == "lserve" else None,
-            rows=1,
-            max_model_len=max(args.prompts) + 64,
-            prefill_chunk_size=args.chunk,
-            config=CONFIG,
+            options(
+                LSERVE if name == "lserve" else None,
+                max_num_seqs=1,
+                max_model_len=max(args.prompts) + 64,
+                max_prefixes=0,
+                prefill_chunk_size=args.chunk,
+            ),
         )
         begin = time.perf_counter()
         engine.add_request("warm", np.ones((2 * args.chunk,), np.int32), sampling, seed=0)
@@ -72,7 +76,7 @@ def main(args: Args) -> None:
                 f"({row['fastest']:.3f}-{row['slowest']:.3f})",
                 flush=True,
             )
-        engine.caches = []
+        del engine  # the memory of its cache is needed
 
 
 if __name__ == "__main__":

@@ -36,18 +36,19 @@ from kernels import L2_BYTES
 from llama_8b import (
     CONFIG,
     LSERVE,
+    NO_CHUNKS,
+    UncomputedPrompts,
     burst_seconds,
-    fill_caches,
-    make_engine,
+    options,
     random_params,
-    without_prefill,
 )
 from machine import provenance
 from report import write_relay
 
 from lserve_jax.attention.config import SparsityConfig
+from lserve_jax.engine.build import build_engine
 from lserve_jax.engine.engine import Engine
-from lserve_jax.engine.relay import decide
+from lserve_jax.engine.relay import RelayMode, decide
 from lserve_jax.model.llama import Params
 from pallas_kernels import api
 from pallas_kernels.api import KVPages, OwnAttention, PageList
@@ -56,6 +57,7 @@ PRIVATE = 256  # tokens of each request after the prefix, when it begins to deco
 BURST = 16
 PAGE = SparsityConfig().page_size
 WAYS = ("sharing", "relay", "copies")
+RELAY_OF: dict[str, RelayMode] = {"sharing": "never", "relay": "always", "copies": "never"}
 MOST_CALLS = 8  # of an operator, one after another
 
 Level = Literal["engine", "operator"]
@@ -95,24 +97,27 @@ def engine_rows(
     params: Params, name: str, args: Args, rows: list[dict], save: Callable[[], None]
 ) -> None:
     """Adds to ``rows``; saves whenever it has measured something."""
-    engine = make_engine(
+    built = build_engine(
+        CONFIG,
         params,
-        LSERVE if name == "lserve" else None,
-        rows=max(args.requests),
-        max_model_len=max(args.prefixes) + PRIVATE + BURST * (args.bursts + 3) + 1,
-        kv_cache_bytes=args.cache_bytes,
-        max_prefixes=1,
-        burst_steps=BURST,
-        config=CONFIG,
+        options(
+            LSERVE if name == "lserve" else None,
+            max_num_seqs=max(args.requests),
+            max_model_len=max(args.prefixes) + PRIVATE + BURST * (args.bursts + 3) + 1,
+            kv_cache_bytes=args.cache_bytes,
+            max_prefixes=1,
+            burst_steps=BURST,
+            prefill_chunk_size=NO_CHUNKS,
+        ),
+        runner_class=UncomputedPrompts,
     )
-    fill_caches(engine)
     rng = np.random.default_rng(0)
     for requests in args.requests:
         for tokens in args.prefixes:
             auto = decide(
                 "auto",
-                engine.spec,
-                token_bytes=engine.retrieval_token_bytes,
+                built.spec,
+                token_bytes=built.units.retrieval_token,
                 prefix_tokens=tokens,
                 private_tokens=PRIVATE,
                 requests=requests,
@@ -129,9 +134,16 @@ def engine_rows(
             own = rng.integers(0, CONFIG.vocab_size, (requests, PRIVATE))
             prompts = [np.concatenate([prefix, tail]) for tail in own]
             for way in WAYS:
+                # One runner, and so one cache, for all engines, which run one after another.
+                engine = Engine(
+                    built.runner,
+                    max_model_len=built.max_model_len,
+                    eos_token_ids=(),
+                    burst_steps=BURST,
+                    relay=RELAY_OF[way],
+                )
                 row[way] = engine_time(engine, way, prefix, prompts, args.bursts)
                 save()
-    engine.caches = []
 
 
 def engine_time(
@@ -147,9 +159,7 @@ def engine_time(
     begin = time.perf_counter()
     held, before = None, engine.metrics()
     if way != "copies":
-        with without_prefill(engine, len(prefix)):
-            held = engine.add_prefix(prefix)
-    engine.relay = "always" if way == "relay" else "never"
+        held = engine.add_prefix(prefix)
     times = [1e3 * t / BURST for t in burst_seconds(engine, prompts, bursts)]
     after = engine.metrics()
     shared = after.prefix_tokens - before.prefix_tokens

@@ -7,8 +7,8 @@ Checkpoints are Hugging Face directories, GGUF, Orbax, with LoRA adapters:
 ``python -m convert SRC DST`` writes any of them as an Orbax checkpoint.
 """
 
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from jax.typing import DTypeLike
@@ -39,10 +39,10 @@ __all__ = [
 
 
 def load(
-    model: str | Path | ModelSource,
+    model: str | os.PathLike[str] | ModelSource,
     *,
     dtype: DTypeLike | None = None,
-    adapter: str | Path | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     overrides: Mapping[str, Any] | None = None,
     sharding: Placement = None,
     progress: bool = False,

@@ -1,6 +1,7 @@
 """LoRA adapters in PEFT's format (arXiv 2106.09685): low-rank terms added to weights at load."""
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Delta:
         return (np.float32(self.scale) * self.b[start:stop]) @ self.a
 
 
-def load_adapter(directory: str | Path) -> dict[str, Delta]:
+def load_adapter(directory: str | os.PathLike[str]) -> dict[str, Delta]:
     """The deltas of a PEFT LoRA adapter, keyed by the Hugging Face name of the weight.
 
     ``directory`` holds ``adapter_config.json`` and ``adapter_model.safetensors``. Raises

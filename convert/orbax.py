@@ -56,11 +56,11 @@ def require_empty(directory: Path) -> None:
 
 
 def save(
-    path: str | Path,
+    path: str | os.PathLike[str],
     config: ModelConfig,
     params: Params,
     *,
-    tokenizer_from: str | Path | None = None,
+    tokenizer_from: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes ``config`` and ``params`` as a checkpoint that ``load`` reads.
 

@@ -1,5 +1,6 @@
 """What a model's name means: an alias, a path, or an id on the Hugging Face Hub."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ _ALIASES = {
 }
 
 
-def resolve(model: str | Path, *, progress: bool = False) -> ModelSource:
+def resolve(model: str | os.PathLike[str], *, progress: bool = False) -> ModelSource:
     """Finds ``model``, fetching it first if need be.
 
     In this order: an alias (``smollm2-135m-instruct``, ``smollm2-135m-instruct-32k``), a path
@@ -47,7 +48,7 @@ def resolve(model: str | Path, *, progress: bool = False) -> ModelSource:
 
     Raises ``ValueError`` if there is no such model or it cannot be fetched.
     """
-    name = str(model)
+    name = os.fspath(model)
     if name in _ALIASES:
         alias = _ALIASES[name]
         return ModelSource(

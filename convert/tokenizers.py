@@ -1,6 +1,7 @@
 """Tokenizer files in, a ``Tokenizer`` out: Hugging Face directories and GGUF files."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lserve_jax.tokenizer import Tokenizer
 _MARKERS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def load_tokenizer(path: str | Path, *, required: bool = False) -> Tokenizer | None:
+def load_tokenizer(path: str | os.PathLike[str], *, required: bool = False) -> Tokenizer | None:
     """The tokenizer of a checkpoint: a directory with ``tokenizer.json``, or a ``.gguf`` file.
 
     A directory may also hold ``tokenizer_config.json`` and ``special_tokens_map.json`` (names of

@@ -8,6 +8,7 @@ From the shell: ``python -m lserve_jax.analysis --prompt-file book.txt --plot re
 """
 
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,10 +27,12 @@ from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.attention.selection import first_tail_page
 from lserve_jax.cli import exit_code, read_text
-from lserve_jax.llm import LLM, Prompt
+from lserve_jax.engine.build import head_partition
+from lserve_jax.llm import LLM
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Attend, Params, bind
 from lserve_jax.model.rope import rotary_angles
+from lserve_jax.text_engine import Prompt
 from pallas_kernels import api
 
 
@@ -70,26 +73,28 @@ def page_recall(llm: LLM, prompt: Prompt, *, num_queries: int = 64) -> PageRecal
         )
     if len(ids) > llm.max_model_len:
         raise ValueError(f"the prompt's {len(ids)} tokens exceed {llm.max_model_len=}")
-    config, spec = llm.engine.config, llm.spec
+    spec, runner = llm.spec, llm.engine.runner
+    config = runner.config
     padded = np.zeros((spec.page_size * -(-len(ids) // spec.page_size),), np.int32)
     padded[: len(ids)] = ids
     recall = np.asarray(
         _recall(
             config,
             spec,
-            llm.engine.params,
+            runner.params,
             jnp.asarray(padded),
             jnp.int32(len(ids)),
             num_queries=num_queries,
         )
     )
-    order = np.asarray(llm.partition.order)  # [L, Hk] checkpoint heads in the order of the params
+    partition = head_partition(config, spec.sparsity)
+    order = np.asarray(partition.order)  # [L, Hk] checkpoint heads in the order of the params
     G = config.group_size
     query_order = (order[:, :, None] * G + np.arange(G)).reshape(order.shape[0], -1)
     restored = np.empty_like(recall)
     np.put_along_axis(restored, query_order[:, :, None], recall, axis=1)
     is_retrieval = np.zeros(order.shape, bool)
-    for layer, heads in enumerate(llm.partition.retrieval):
+    for layer, heads in enumerate(partition.retrieval):
         is_retrieval[layer, list(heads)] = True
     return PageRecall(
         recall=restored,
@@ -190,7 +195,7 @@ def require_matplotlib() -> None:
         raise ValueError("plots need matplotlib: pip install 'lserve-jax[plot]'")
 
 
-def plot_page_recall(recall: PageRecall, path: str | Path) -> None:
+def plot_page_recall(recall: PageRecall, path: str | os.PathLike[str]) -> None:
     """Writes a PNG: mean recall by layer and query head, and its spread over layers.
 
     Raises ``ValueError`` if matplotlib (extra ``plot``) is not installed.

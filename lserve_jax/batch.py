@@ -29,10 +29,11 @@ from tqdm import tqdm
 
 from lserve_jax import __version__
 from lserve_jax.engine.prefix import CommonPrefix
-from lserve_jax.llm import LLM, Message, Prompt
+from lserve_jax.llm import LLM, Message
 from lserve_jax.outputs import CompletionOutput, RequestOutput
 from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.stats import BatchTimes
+from lserve_jax.text_engine import Prompt
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 SAMPLING_KEYS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
@@ -152,7 +153,7 @@ class PromptsFile:
             except ValueError as error:
                 self._refuse(line.number, error)
                 continue
-            common.add(ids)
+            common.add(ids.ids)
         return common.whole_pages(llm.spec.page_size) if common.count > 1 else []
 
     def _raw_lines(self) -> Iterator[tuple[int, bytes]]:

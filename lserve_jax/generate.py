@@ -27,10 +27,11 @@ from lserve_jax.batch import (
 )
 from lserve_jax.cli import Switch, enable_compile_cache, exit_code, flag, read_text
 from lserve_jax.engine.relay import RelayMode
-from lserve_jax.llm import LLM, Prompt
+from lserve_jax.llm import LLM
 from lserve_jax.outputs import CompletionOutput
 from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.stats import CompileClock, batch_summary, memory_summary, request_summary
+from lserve_jax.text_engine import Prompt
 
 
 # Help texts stay within two lines each: tyro breaks longer ones in odd places.

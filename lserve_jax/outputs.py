@@ -19,7 +19,7 @@ class CompletionOutput:
     cumulative_logprob: float  # sum of the tokens' logprobs under the model's own distribution
     # Per token, {id: logprob} of the most likely tokens and the chosen one; None unless asked for.
     logprobs: list[dict[int, float]] | None
-    finish_reason: str  # "stop" or "length"
+    finish_reason: str  # "stop", "length" or "deadline"
     stop_reason: int | str | None  # the stop token id or string that ended it; None otherwise
     metrics: RequestMetrics
 
@@ -40,6 +40,21 @@ class RequestOutput:
         return self.outputs[0].metrics
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextDelta:
+    """What is new of one completion of a request."""
+
+    request_id: str
+    index: int  # which of the request's n completions
+    text: str  # that can be shown now: never what a stop string could still take back
+    token_ids: list[int]
+    # Per token, as in ``CompletionOutput``; None unless asked for.
+    logprobs: list[dict[int, float]] | None
+    finish_reason: str | None  # "stop", "length" or "deadline" with the completion's last delta
+    stop_reason: int | str | None
+    output: RequestOutput | None  # with the last delta of the request
+
+
 class Completion:
     """A completion in the making: tokens in, readable text out, stop strings found.
 
@@ -55,20 +70,22 @@ class Completion:
             self._vocab_size = tokenizer.vocab_size
             self._stream = tokenizer.stream(skip_special_tokens=sampling.skip_special_tokens)
         self._text = ""
-        self._handed_out = 0  # characters of text that append() has returned
+        self._shown = 0  # characters of text that append() has returned
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
         self._top: list[dict[int, float]] = []
-        self._finish_reason = ""
-        self._stop_reason: int | str | None = None
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
         self._metrics = RequestMetrics()
 
-    def append(self, new: TokenOutput) -> str:
-        """Takes new tokens; returns the text that can be shown now.
+    def append(self, new: TokenOutput) -> tuple[str, list[int]]:
+        """Takes new tokens; returns the text that can be shown now, and the tokens taken.
 
-        After a stop string ``finished`` is set although the engine still generates.
+        After a stop string ``finished`` is set although the engine still generates, and the tokens
+        behind it are left out.
         """
         self._metrics = new.metrics
+        before = len(self._token_ids)
         stopped_by_token = new.finish_reason == "stop"
         for i, token in enumerate(new.token_ids):
             self._token_ids.append(token)
@@ -80,15 +97,23 @@ class Completion:
             if self.finished:  # a stop string
                 break
         if not self.finished and new.finish_reason is not None:
-            self.finished, self._finish_reason = True, new.finish_reason
+            self.finished, self.finish_reason = True, new.finish_reason
             if stopped_by_token and self._token_ids[-1] in self.sampling.stop_token_ids:
-                self._stop_reason = self._token_ids[-1]
+                self.stop_reason = self._token_ids[-1]
             if self._stream is not None:
                 self._add_text(self._stream.flush())
+        # What could be the beginning of a stop string is shown once it is not.
         held_back = 0 if self.finished else max(map(len, self.sampling.stop), default=1) - 1
-        ready = self._text[self._handed_out : len(self._text) - held_back]
-        self._handed_out += len(ready)
-        return ready
+        end = max(len(self._text) - held_back, self._shown)
+        text = self._text[self._shown : end]
+        self._shown = end
+        return text, self._token_ids[before:]
+
+    def logprobs_of_last(self, count: int) -> list[dict[int, float]] | None:
+        """Of the newest ``count`` tokens, as in ``CompletionOutput``."""
+        if self.sampling.logprobs is None:
+            return None
+        return self._top[len(self._top) - count :]
 
     def _readable(self, token: int) -> str:
         # Embeddings are often padded beyond the tokenizer's vocabulary: such ids have no text.
@@ -97,19 +122,22 @@ class Completion:
         return self._stream.step(token)
 
     def _add_text(self, text: str) -> None:
-        # A stop string may begin before the new text, but must end in it.
-        longest = max(map(len, self.sampling.stop), default=0)
-        search_from = max(len(self._text) - longest + 1, 0)
+        before = len(self._text)
         self._text += text
         if len(self._token_ids) <= self.sampling.min_tokens:
             return
-        found = [(self._text.find(s, search_from), s) for s in self.sampling.stop]
-        found = [(at, s) for at, s in found if at >= 0]
+        # A stop string may begin before the new text, but must end in it: one that was complete
+        # before ``min_tokens`` is text like any other.
+        found = [
+            (self._text.find(stop, max(before - len(stop) + 1, 0)), stop)
+            for stop in self.sampling.stop
+        ]
+        found = [(at, stop) for at, stop in found if at >= 0]
         if found:
             at, stop = min(found)
             keep = len(stop) if self.sampling.include_stop_str_in_output else 0
             self._text = self._text[: at + keep]
-            self.finished, self._finish_reason, self._stop_reason = True, "stop", stop
+            self.finished, self.finish_reason, self.stop_reason = True, "stop", stop
             # The engine may have generated on to the end of its burst.
             self._metrics = dataclasses.replace(
                 self._metrics, generated_tokens=len(self._token_ids)
@@ -117,13 +145,14 @@ class Completion:
 
     def output(self) -> CompletionOutput:
         """The finished completion."""
+        assert self.finish_reason is not None
         return CompletionOutput(
             index=self.index,
             text=self._text,
             token_ids=self._token_ids,
             cumulative_logprob=sum(self._logprobs),
             logprobs=None if self.sampling.logprobs is None else self._top,
-            finish_reason=self._finish_reason,
-            stop_reason=self._stop_reason,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
             metrics=self._metrics,
         )

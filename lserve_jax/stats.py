@@ -101,8 +101,7 @@ def request_summary(metrics: RequestMetrics, clock: CompileClock, sparse: bool) 
 def batch_summary(metrics: EngineMetrics, times: BatchTimes, clock: CompileClock) -> list[str]:
     """Lines that say what a batch cost; its speed includes compilation."""
     lines = [
-        f"requests  {metrics.finished + metrics.cancelled} finished, "
-        f"{metrics.preemptions} preemptions",
+        f"requests  {metrics.finished} finished, {metrics.preemptions} preemptions",
         f"prompts   {metrics.prompt_tokens} tokens run, {metrics.prefix_tokens} taken "
         "from the shared prefix",
         f"answers   {_speed(metrics.generated_tokens, times.total)}",
@@ -134,7 +133,7 @@ def memory_summary(memory_plan: Mapping[str, int], spec: CacheSpec) -> list[str]
     pages = memory_plan["retrieval"] + memory_plan["key_stats"]
     return [
         f"memory    {_size(parameters)} parameters, {_size(kv_cache)} KV cache, {_peak_memory()}",
-        f"KV cache  {spec.num_pages} pages of {spec.page_size} tokens {_size(pages)}, rings "
+        f"KV cache  {spec.num_pages} pages of {spec.page_size} tokens {_size(pages)}, windows "
         f"{_size(memory_plan['streaming'])}, prefill window {_size(memory_plan['prefill_window'])}",
     ]
 

@@ -1,6 +1,7 @@
 """Text to token ids and back, and chat templates; no model and no JAX here."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -96,7 +97,7 @@ class Tokenizer:
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template failed on these messages: {error}") from error
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes Hugging Face tokenizer files; ``convert.load_tokenizer`` reads them back.
 
         These are ``tokenizer.json`` and ``tokenizer_config.json``, and with several end-of-text

@@ -25,6 +25,7 @@ def value_checks() -> Iterator[None]:
     with effects from Python, which takes milliseconds for the hundreds of arrays of a model.
 
     >>> import jax.numpy as jnp
+    >>> from jax.experimental import checkify
     >>> from pallas_kernels import api
     >>> pool = KVPages(jnp.ones((1, 4, 16, 8)), jnp.ones((1, 4, 16, 8)))
     >>> with value_checks():

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lserve_jax.attention.cache import CacheSpec, LayerCache
@@ -116,9 +117,12 @@ def prefill_attend(
 class PrefixGroups:
     """Which rows of a batch read their prefix together (RelayAttention); X groups of rows."""
 
-    page_table: Int[Array, "X M"]  # of each group's prefix
-    length: Int[Array, " X"]  # tokens of it, whole pages; 0: there is no such group
-    group: Int[Array, " B"]  # group of each row; -1: it reads all of its tokens by itself
+    # On the host, where they are put together, these are NumPy arrays.
+    page_table: Int[Array | np.ndarray, "X M"]  # of each group's prefix
+    length: Int[Array | np.ndarray, " X"]  # tokens of it, whole pages; 0: there is no such group
+    group: Int[
+        Array | np.ndarray, " B"
+    ]  # group of each row; -1: it reads all of its tokens by itself
 
     def private_start(self) -> Int[Array, " B"]:
         """The position at which each row's own part begins."""

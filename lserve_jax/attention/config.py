@@ -1,5 +1,6 @@
 """How attention is made sparse: LServe's settings, one frozen dataclass."""
 
+import os
 from dataclasses import dataclass
 
 PAGE_SIZES = (16, 32, 64, 128)
@@ -47,6 +48,8 @@ class SparsityConfig:
     forced_sink_pages: int = 1
 
     def __post_init__(self):
+        if self.pattern is not None:  # a path of any kind; kept as text, which JSON can hold
+            object.__setattr__(self, "pattern", os.fspath(self.pattern))
         fraction = self.streaming_fraction
         if fraction is not None and not 0.0 <= fraction <= 1.0:
             raise ValueError(f"streaming_fraction={fraction} must lie in [0, 1]")

@@ -38,7 +38,7 @@ from lserve_jax.calibrate.gates import (
 )
 from lserve_jax.calibrate.passkeys import PasskeySamples, PasskeySettings, builtin_text
 from lserve_jax.cli import Switch, exit_code, flag, read_text
-from lserve_jax.llm import check_backend, resolve_dtype
+from lserve_jax.engine.build import check_backend, resolve_dtype
 
 CHECKPOINT = "checkpoint.npz"
 

@@ -57,25 +57,33 @@ class StepMetrics:
     relay: tuple[RelayDecision, ...]  # for each prefix that requests of the burst have
     # Of the burst before, whose results it fetched:
     selector_runs: int  # selections, summed over requests
-    pages_attended: float  # of page_size tokens; over its steps, requests, layers and KV heads
+    tokens_attended: int  # summed over its steps, requests, layers and KV heads
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineMetrics:
-    """The engine at one moment: where requests and pages are, and counts since it was made."""
+@dataclass(kw_only=True)
+class EngineCounts:
+    """Counts since the engine was made."""
+
+    finished: int = 0
+    cancelled: int = 0
+    preemptions: int = 0
+    prefix_tokens: int = 0  # of prompts, not prefilled, since a prefix had them
+    generated_tokens: int = 0
+    selector_runs: int = 0  # selections, summed over requests
+    relay_bursts: int = 0  # bursts in which some prefix was read together
+    steps: int = 0  # of the engine
+    tokens_attended: int = 0  # summed over decode steps, requests, layers and KV heads
+
+
+@dataclass(kw_only=True)
+class EngineMetrics(EngineCounts):
+    """The engine at one moment: where requests and pages are, and its counts."""
 
     waiting: int
     running: int  # the one whose prompt is prefilled included
     free_pages: int
     pinned_pages: int  # held by prefixes
     num_pages: int
-    finished: int
-    cancelled: int  # by a stop string too: only text shows those
-    preemptions: int
     prompt_tokens: int  # prefilled, preempted requests' again
-    prefix_tokens: int  # not prefilled, since a prefix had them
-    generated_tokens: int
-    selector_runs: int  # selections, summed over requests
-    relay_bursts: int  # bursts in which some prefix was read together
     compilations: int  # different shapes that jitted functions were called with
     last_step: StepMetrics | None

@@ -6,13 +6,14 @@ and are shared too, and the prefill window at the prefix's end, from which a req
 
     prefix      | page 0 | page 1 | ...  | page n-1 | rest |
     pool          shared   shared          shared     every request computes it with its own tokens
-    streaming     sinks, shared   ...  the last tokens, copied to each request's window and ring
+    streaming     sinks, shared   ...  the last tokens, copied to each request's windows
 
 Requests are matched by token ids, never by text: where a text is cut, its tokens can change.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +24,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
-from pallas_kernels.api import KVPages
-
-FORMAT = "lserve_jax prefix 1"
+FORMAT = "lserve_jax prefix 2"
 
 
 class PrefixOwner(Protocol):
-    """What a prefix asks of the engine that holds its pages."""
+    """What a prefix asks of the store that made it."""
 
     def release_prefix(self, prefix: "Prefix") -> None: ...
 
@@ -51,9 +50,8 @@ class Prefix:
     owner: PrefixOwner = field(repr=False)
     # Of its whole pages; empty for a prefix that fills no page, which shares nothing.
     pages: list[int] = field(default_factory=list, repr=False)
-    index: int = -1  # among the engine's prefixes; -1: it holds no pages
-    windows: list[KVPages] = field(default_factory=list, repr=False)  # of each layer
-    pins: int = 1  # who asked for it and has not released it
+    index: int = -1  # among the prefixes held; -1: it holds no pages
+    pins: int = 1  # how often it was asked for and not released
     ref_count: int = 0  # requests in slots that share its pages
 
     @property
@@ -82,7 +80,7 @@ class Prefix:
         """
         self.owner.release_prefix(self)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes tokens, keys, values and statistics to a safetensors file.
 
         For a model of 8B in bf16 that is 128 KiB a token. Raises ``ValueError`` once released.
@@ -105,7 +103,7 @@ def _digest(token_ids: str, arrays: dict[str, jax.Array]) -> str:
 
 
 def read_prefix(
-    path: str | Path, identity: dict[str, str]
+    path: str | os.PathLike[str], identity: dict[str, str]
 ) -> tuple[np.ndarray, dict[str, jax.Array]]:
     """Token ids and arrays of a file that ``Prefix.save`` wrote.
 
@@ -154,8 +152,9 @@ class CommonPrefix:
         self._shared = np.zeros((0,), np.int32)
         self._shortest = 0
 
-    def add(self, prompt: Sequence[int]) -> None:
-        ids = np.array(prompt, np.int32)
+    def add(self, prompt: Sequence[int] | np.ndarray) -> None:
+        """Takes up the token ids of one more prompt."""
+        ids = np.asarray(prompt, np.int32)
         if self.count == 0:
             self._shared, self._shortest = ids, len(ids)
         self.count += 1

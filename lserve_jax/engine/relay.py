@@ -15,11 +15,18 @@ L2 cache.
 A also attends more (the whole prefix), so it is at least as exact as B.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+
+from lserve_jax.attention.attend import PrefixGroups
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.attention.config import SparsityConfig
+from lserve_jax.engine.buckets import bucket
 from lserve_jax.engine.metrics import RelayDecision
+from lserve_jax.engine.request import Request
 
 RelayMode = Literal["auto", "always", "never"]
 
@@ -75,3 +82,56 @@ def decide(
     if saved < LEAST_SAVED_BYTES:
         return decision(False, f"it would save {amount} a layer < {least}")
     return decision(True, f"it saves {amount} a layer >= {least}")
+
+
+def group_by_prefix(
+    requests: Sequence[tuple[int, Request]],
+    mode: RelayMode,
+    spec: CacheSpec,
+    *,
+    num_rows: int,
+    token_bytes: float,
+    has_kernel: bool,
+) -> tuple[PrefixGroups | None, dict[int, RelayDecision]]:
+    """Which requests of a burst read their prefix together, and why the others do not.
+
+    ``requests`` are (slot, request), the slots below ``num_rows``. ``token_bytes`` is that of
+    ``decide``. Returns the groups with NumPy arrays, None where no prefix is read together, and the
+    decision for each slot whose request has a prefix.
+    """
+    groups: dict[tuple[int, int], list[tuple[int, Request]]] = {}  # by prefix and tokens shared
+    for slot, request in requests:
+        if request.prefix is not None:
+            key = (request.prefix.index, request.shared_tokens)
+            groups.setdefault(key, []).append((slot, request))
+    decisions: dict[int, RelayDecision] = {}
+    read_together = []
+    for (_, shared), members in groups.items():
+        private = sum(request.length - shared for _, request in members) // len(members)
+        decision = decide(
+            mode,
+            spec,
+            token_bytes=token_bytes,
+            prefix_tokens=shared,
+            private_tokens=private,
+            requests=len(members),
+        )
+        if decision.used and not has_kernel:
+            reason = f"no kernel for {spec.kv_dtype} pages"
+            decision = dataclasses.replace(decision, used=False, reason=reason)
+        decisions |= {slot: decision for slot, _ in members}
+        if decision.used:
+            read_together.append((shared, members))
+    if not read_together:
+        return None, decisions
+    P = spec.page_size
+    count = bucket(len(read_together), 1, 2 * spec.max_prefixes)
+    longest = max(shared // P for shared, _ in read_together)
+    page_table = np.zeros((count, bucket(longest, 1, spec.pages_per_sequence)), np.int32)
+    length, group = np.zeros((count,), np.int32), np.full((num_rows,), -1, np.int32)
+    for i, (shared, members) in enumerate(read_together):
+        _, any_member = members[0]
+        length[i] = shared
+        page_table[i, : shared // P] = any_member.pages[: shared // P]
+        group[[slot for slot, _ in members]] = i
+    return PrefixGroups(page_table=page_table, length=length, group=group), decisions

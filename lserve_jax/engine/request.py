@@ -1,12 +1,58 @@
 """A request on its way through the engine, and what comes out of it."""
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
+import jax
 import numpy as np
 
+from lserve_jax.engine.costs import CacheUnits, RequestCosts
 from lserve_jax.engine.metrics import RequestMetrics
 from lserve_jax.engine.prefix import Prefix
+from lserve_jax.engine.state import Sample
 from lserve_jax.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, eq=False)
+class PromptIds:
+    """Token ids of a prompt that were checked: it is made once, where a prompt comes in."""
+
+    ids: np.ndarray  # [n] int32, n >= 1, each in the vocabulary; read-only
+
+    @classmethod
+    def check(
+        cls, token_ids: "PromptIds | Sequence[int] | np.ndarray", vocab_size: int
+    ) -> "PromptIds":
+        """A copy of ``token_ids``, or what was checked already.
+
+        Raises ``ValueError`` for an empty prompt, an id that is no integer, and one outside the
+        vocabulary.
+        """
+        if isinstance(token_ids, PromptIds):
+            return token_ids
+        if len(token_ids) == 0:
+            raise ValueError("the prompt is empty: generation needs at least one token")
+        ids = np.array(token_ids)
+        if ids.dtype.kind not in "iu":  # floats, text, or integers that no array type holds
+            for token in token_ids:
+                if not isinstance(token, Integral):
+                    raise ValueError(f"prompt token id {token!r} must be an integer")
+        if ids.ndim != 1:
+            raise ValueError(f"prompt token ids must be a list of integers, got shape {ids.shape}")
+        outside = (ids < 0) | (ids >= vocab_size)
+        if outside.any():
+            raise ValueError(
+                f"prompt token id {ids[outside.argmax()]} is outside the vocabulary "
+                f"[0, {vocab_size})"
+            )
+        ids = ids.astype(np.int32)
+        ids.flags.writeable = False
+        return cls(ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +92,10 @@ class Request:
     scheduled: int = 0  # tokens that the steps so far can have made, since its last admission
     received: int = 0  # of these, those that the host has seen
 
-    # Sums behind its metrics.
+    # What it cost.
     prefill_start: float = 0.0
     first_token: float | None = None  # when the first token came
-    position_sum: int = 0  # sum over decode steps of tokens in the sequence: the dense cost
-    attended: float = 0.0  # token slots, summed over steps, layers and KV heads
-    read: float = 0.0  # of these, its share of those that were read
-    statistics_pages: int = 0  # pages scored, summed over selections
+    costs: RequestCosts = field(default_factory=RequestCosts)
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
     @property
@@ -64,3 +107,64 @@ class Request:
     def remaining(self) -> int:
         """Tokens that are still to be scheduled."""
         return self.sampling.max_tokens - self.scheduled
+
+    # What comes back from the device.
+
+    def begin(self, now: float) -> None:
+        """The first token is there; what is known of the time before it goes to the metrics."""
+        if self.first_token is not None:  # it began before it was preempted
+            return
+        self.first_token = now
+        self.metrics = dataclasses.replace(
+            self.metrics,
+            prompt_tokens=len(self.prompt),
+            prefix_tokens=self.shared_tokens,
+            queue_seconds=self.prefill_start - self.arrival,
+            prefill_seconds=now - self.prefill_start,
+            first_token_seconds=now - self.arrival,
+        )
+
+    def take(self, samples: Sample) -> Sample:
+        """Adds sampled tokens (leaves ``[n, ...]``); returns those not known before.
+
+        After a preemption the first ones are tokens that the request has already.
+        """
+        count = len(samples.token)
+        replayed = min(max(len(self.tokens) - self.received, 0), count)
+        self.received += count
+        new: Sample = jax.tree.map(lambda x: x[replayed:], samples)
+        self.tokens += [int(token) for token in new.token]
+        return new
+
+    def finish_reason(self) -> str | None:
+        """Why its newest token is the last: "stop" or "length"; None if it is not."""
+        if self.tokens[-1] in self.sampling_row["stop_token_ids"]:
+            return "stop"
+        return "length" if len(self.tokens) >= self.sampling.max_tokens else None
+
+    def output(
+        self, new: Sample | None, finish_reason: str | None, units: CacheUnits
+    ) -> TokenOutput:
+        """New tokens as they are returned, with the metrics up to now; None: no new ones."""
+        self.metrics = self.costs.metrics(
+            dataclasses.replace(self.metrics, generated_tokens=len(self.tokens)),
+            units,
+            cached_tokens=max(len(self.prompt) + len(self.tokens) - 1, 0),
+        )
+        token_ids, logprobs, top_logprobs = [], [], []
+        if new is not None:
+            wanted = self.sampling.logprobs or 0
+            token_ids = [int(token) for token in new.token]
+            logprobs = [float(x) for x in new.logprob]
+            top_logprobs = [
+                dict(zip(ids[:wanted].tolist(), values[:wanted].tolist(), strict=True))
+                for ids, values in zip(new.top_ids, new.top_logprobs, strict=True)
+            ]
+        return TokenOutput(
+            request_id=self.request_id,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            top_logprobs=top_logprobs,
+            finish_reason=finish_reason,
+            metrics=self.metrics,
+        )

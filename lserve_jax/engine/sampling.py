@@ -26,6 +26,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from lserve_jax.sampling_params import SamplingParams
 
+MAX_STOP_IDS = 32  # of one request, end-of-text ids included
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingMode:
@@ -101,6 +103,19 @@ def _set_row(arrays: SamplingArrays, index: Int[Array, ""], row: dict[str, Array
     return SamplingArrays(
         **{name: getattr(arrays, name).at[index].set(value) for name, value in row.items()}
     )
+
+
+def check_stop_ids(params: SamplingParams, eos_token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raises ``ValueError`` for a stop id outside the vocabulary, and for more than there is room.
+
+    End-of-text ids take room too.
+    """
+    for token in params.stop_token_ids:
+        if token >= vocab_size:
+            raise ValueError(f"stop token id {token} is outside the vocabulary [0, {vocab_size})")
+    count = len({*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)})
+    if count > MAX_STOP_IDS:
+        raise ValueError(f"{count} stop token ids, end-of-text ids included, exceed {MAX_STOP_IDS}")
 
 
 def sampling_row(

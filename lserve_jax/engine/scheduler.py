@@ -1,4 +1,4 @@
-"""Who runs where: the queue, slots and pages. Decides; knows nothing of arrays or devices.
+"""Who runs where: the queue, slots and pages. Decides; knows nothing of devices.
 
 First come, first served: nobody overtakes the request at the head of the queue. A request gets
 pages as it grows. When there are none left, the newest request is preempted: it loses slot and
@@ -8,38 +8,17 @@ pages, goes back to its place in the queue and later begins again from its promp
 import bisect
 import heapq
 from collections import deque
-from collections.abc import Sequence
 
 import numpy as np
 
+from lserve_jax.attention.attend import PrefixGroups
 from lserve_jax.attention.cache import CacheSpec
+from lserve_jax.engine.inputs import BurstInputs, Chunk, Start
+from lserve_jax.engine.pages import PagePool
 from lserve_jax.engine.prefix import Prefix
+from lserve_jax.engine.prefix_cache import PrefixCache
 from lserve_jax.engine.request import Request
-
-
-class PagePool:
-    """Physical pages with reference counts: a page is free when nobody holds it."""
-
-    def __init__(self, num_pages: int):
-        self.references = np.zeros((num_pages,), np.int32)
-        self.free = list(range(num_pages))[::-1]
-
-    def take(self, count: int) -> list[int]:
-        """``count`` free pages, now held once; there must be as many."""
-        if count > len(self.free):
-            raise ValueError(f"{count} pages are wanted, {len(self.free)} are free")
-        pages = [self.free.pop() for _ in range(count)]
-        self.references[pages] += 1
-        return pages
-
-    def share(self, pages: Sequence[int]) -> None:
-        """Holds pages that somebody holds already."""
-        self.references[list(pages)] += 1
-
-    def release(self, pages: Sequence[int]) -> None:
-        """Gives up one hold on each page."""
-        self.references[list(pages)] -= 1
-        self.free.extend(page for page in pages if self.references[page] == 0)
+from lserve_jax.engine.sampling import SamplingMode
 
 
 class Scheduler:
@@ -55,9 +34,9 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.prefilling: Request | None = None
         self.running: dict[int, Request] = {}  # by slot
-        self.prefixes: dict[int, Prefix] = {}  # by their place
         self.free_slots = list(range(spec.max_num_seqs))  # a heap: low slots keep the batch small
         self.pool = PagePool(spec.num_pages)
+        self.prefixes = PrefixCache(spec, self.pool)
         self.page_table = np.zeros((spec.max_num_seqs, spec.pages_per_sequence), np.int32)
 
     # What is there.
@@ -69,29 +48,51 @@ class Scheduler:
             placed.append(self.prefilling)
         return sorted(placed, key=lambda request: request.number)
 
-    @property
-    def pinned_pages(self) -> int:
-        """Pages that prefixes hold for good: not those kept only until their requests end."""
-        return sum(len(prefix.pages) for prefix in self.prefixes.values() if prefix.pins)
-
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.spec.page_size)
 
-    # Prefixes.
+    # What the runner must know.
 
-    def match(self, prompt: np.ndarray) -> tuple[Prefix | None, int]:
-        """The prefix that saves most of a prompt's prefill, and how many tokens it saves.
+    def next_chunk(self, request: Request, chunk_size: int) -> Chunk:
+        """The next tokens of a prompt, at most ``chunk_size``."""
+        return Chunk(
+            tokens=request.prompt[request.prefilled :][:chunk_size],
+            page_table=self.page_table[request.slot].copy(),  # this one goes on changing
+            start=request.prefilled,
+            prompt_length=len(request.prompt),
+        )
 
-        Whole pages, and never the whole prompt: its last token has to run for the logits.
-        """
-        best, most = None, 0
-        for prefix in self.prefixes.values():
-            if not prefix.pins:
-                continue
-            shared = prefix.shared_tokens_of(prompt)
-            if shared > most:
-                best, most = prefix, shared
-        return best, most
+    def burst_inputs(self, steps: int, num_rows: int, groups: PrefixGroups | None) -> BurstInputs:
+        """Of a burst of all running requests, whose slots are below ``num_rows``."""
+        page_table, sink_page = self.tables(num_rows)
+        forced = np.full((self.burst_steps, num_rows), -1, np.int32)
+        for slot, request in self.running.items():
+            # Tokens that a preempted request has made before.
+            replayed = request.tokens[request.scheduled :][: self.burst_steps]
+            forced[: len(replayed), slot] = replayed
+        return BurstInputs(
+            steps=steps,
+            page_table=page_table,
+            sink_page=sink_page,
+            groups=groups,
+            forced=forced,
+            mode=SamplingMode.of([request.sampling for request in self.running.values()]),
+        )
+
+    def tables(self, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """The page table ``[num_rows, M]`` and each row's first sink page ``[num_rows]``; int32."""
+        sinks = np.array([self.spec.slot_sink(slot) for slot in range(num_rows)], np.int32)
+        for slot, request in self.running.items():
+            if request.prefix is not None and self._shares_sinks(request):
+                sinks[slot] = self.spec.prefix_sink(request.prefix.index)
+        return self.page_table[:num_rows].copy(), sinks
+
+    def _shares_sinks(self, request: Request) -> bool:
+        """Whether its streaming heads read the sinks of its prefix: they all lie in it."""
+        shared = request.shared_tokens
+        return request.prefix is not None and shared >= self.spec.decode_window.sink
+
+    # Pages that a request or a prefix can need.
 
     def most_pages(self, prompt: np.ndarray, max_tokens: int) -> int:
         """Pages that a request must be able to get: all its tokens but the last, less shared ones.
@@ -99,23 +100,27 @@ class Scheduler:
         The last token generated is never fed back.
         """
         total = self.pages_for(len(prompt) + max_tokens - 1)
-        return total - self.match(prompt)[1] // self.spec.page_size
+        return total - self.prefixes.match(prompt).tokens // self.spec.page_size
+
+    def check_pages(self, prompt: np.ndarray, max_tokens: int) -> None:
+        """Raises ``ValueError`` for a request that can never have all its pages."""
+        pages, pinned = self.most_pages(prompt, max_tokens), self.prefixes.pinned_pages
+        if pages > self.spec.num_pages - pinned:
+            held = f", {pinned} of them held by prefixes" if pinned else ""
+            raise ValueError(
+                f"the request needs {pages} pages of {self.spec.page_size} tokens, the KV cache "
+                f"has {self.spec.num_pages}{held}: give it more memory (kv_cache_bytes) or ask "
+                "for less"
+            )
 
     def add_prefix(self, prefix: Prefix, num_pages: int) -> None:
-        """Gives a prefix a place and pages. Raises ``ValueError`` where there is no room."""
-        spec = self.spec
-        free_places = set(range(spec.max_prefixes)) - self.prefixes.keys()
-        if not free_places:
-            raise ValueError(
-                f"{spec.max_prefixes} prefixes are held already: release one, or make room for "
-                "more (max_prefixes)"
-            )
-        if num_pages > len(self.pool.free):
-            raise ValueError(
-                f"the prefix needs {num_pages} pages of {spec.page_size} tokens, "
-                f"{len(self.pool.free)} of {spec.num_pages} are free"
-            )
-        left = spec.num_pages - self.pinned_pages - num_pages
+        """Gives a prefix an index and pages.
+
+        Raises ``ValueError`` where there is no room, or what is left is too little for a request
+        that waits or runs.
+        """
+        self.prefixes.check_room(num_pages)
+        left = self.spec.num_pages - self.prefixes.pinned_pages - num_pages
         for request in [*self.placed(), *self.waiting]:
             pages = self.most_pages(request.prompt, request.sampling.max_tokens)
             if pages > left:
@@ -123,18 +128,9 @@ class Scheduler:
                     f"the prefix needs {num_pages} pages and would leave {left}; request "
                     f"{request.request_id!r} can need {pages}"
                 )
-        prefix.index = min(free_places)
-        prefix.pages = self.pool.take(num_pages)
-        self.prefixes[prefix.index] = prefix
+        self.prefixes.insert(prefix, num_pages)
 
-    def drop_prefix(self, prefix: Prefix) -> None:
-        """Frees the pages of a prefix that nobody holds or uses any more."""
-        if prefix.pins == 0 and prefix.ref_count == 0 and prefix.index >= 0:
-            del self.prefixes[prefix.index]
-            self.pool.release(prefix.pages)
-            prefix.pages, prefix.windows, prefix.index = [], [], -1
-
-    # From place to place.
+    # From the queue to a slot and out again.
 
     def admit(self) -> Request | None:
         """Gives the request at the head of the queue a slot and pages for its prompt, if it can.
@@ -145,29 +141,34 @@ class Scheduler:
         if self.prefilling is not None or not self.waiting or not self.free_slots:
             return None
         request = self.waiting[0]
-        prefix, shared = self.match(request.prompt)
-        shared_pages = shared // self.spec.page_size
+        match = self.prefixes.match(request.prompt)
+        shared = match.tokens
         steps = min(self.burst_steps, request.sampling.max_tokens - 1)
-        needed = self.pages_for(len(request.prompt) + steps) - shared_pages
+        needed = self.pages_for(len(request.prompt) + steps) - shared // self.spec.page_size
         if needed + self._missing(self.burst_steps) > len(self.pool.free):
             return None
         self.waiting.popleft()
         self.prefilling = request
         request.slot = heapq.heappop(self.free_slots)
-        request.prefix, request.shared_tokens = prefix, shared
+        request.prefix, request.shared_tokens = match.prefix, shared
         request.prefilled, request.scheduled, request.received = shared, 0, 0
-        if prefix is not None:
-            request.pages = prefix.pages[:shared_pages]
-            self.pool.share(request.pages)
-            prefix.ref_count += 1
+        request.pages = self.prefixes.lock(match)
         self._grow(request, len(request.prompt))
         return request
 
-    def start(self, request: Request) -> None:
+    def start(self, request: Request) -> Start:
         """The prompt of the prefilling request is in the cache: it decodes from now on."""
         assert request is self.prefilling
         self.prefilling = None
         self.running[request.slot] = request
+        request.scheduled = 1
+        return Start(
+            prompt=request.prompt,
+            sampling=request.sampling,
+            sampling_row=request.sampling_row,
+            forced=request.tokens[0] if request.tokens else -1,
+            own_sinks=not self._shares_sinks(request),
+        )
 
     def release(self, request: Request) -> None:
         """Takes a request out, wherever it is; its slot and pages are free at once.
@@ -188,10 +189,15 @@ class Scheduler:
         prefix = request.prefix
         request.slot, request.pages, request.prefix = -1, [], None
         if prefix is not None:
-            prefix.ref_count -= 1
-            self.drop_prefix(prefix)
+            self.prefixes.unlock(prefix)
 
     # Growing.
+
+    def burst_length(self) -> int:
+        """Steps of the next burst: no more than some request needs, in whole reuse intervals."""
+        longest = max((r.remaining for r in self.running.values()), default=0)
+        interval = self.spec.reuse_interval
+        return min(self.burst_steps, -(-longest // interval) * interval)
 
     def _steps(self, request: Request, steps: int) -> int:
         """Of the next ``steps``, those in which the request still feeds a token."""

@@ -15,7 +15,7 @@ import tyro
 from tyro.conf import DisallowNone, arg
 
 from lserve_jax.cli import Switch, enable_compile_cache, exit_code, flag
-from lserve_jax.eval.model import EngineOptions
+from lserve_jax.eval.model import SharedOptions
 from lserve_jax.eval.needle import NeedleKind
 from lserve_jax.eval.prompts import TextName
 from lserve_jax.eval.report import markdown
@@ -105,7 +105,7 @@ def _study(args: EvalArgs, argv: Sequence[str]) -> Study:
         plot=args.plot,
         resume=args.resume,
         command=f"python -m lserve_jax.eval {shlex.join(argv)}",
-        options=EngineOptions(
+        options=SharedOptions(
             dtype=args.dtype,
             kv_dtype=args.kv_dtype,
             kv_cache_bytes=args.kv_cache_bytes,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from lserve_jax.eval.scoring import Score, score
+from lserve_jax.engine.scoring import Score, score
 from lserve_jax.llm import LLM
 from lserve_jax.tokenizer import Tokenizer
 
@@ -92,11 +92,11 @@ def predict(
     windows done since the last call.
     """
     predictions, kept = [], []
-    step = llm.engine.spec.max_num_seqs
+    step = llm.spec.max_num_seqs
     for first in range(0, len(windows), step):
         batch = windows[first : first + step]
         scores = score(
-            llm,
+            llm.engine,
             [w.token_ids[: -w.scored] for w in batch],
             [w.token_ids[-w.scored :] for w in batch],
             distributions=agreement,

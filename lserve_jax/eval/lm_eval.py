@@ -13,7 +13,7 @@ a setting (``lserve_jax.eval.settings``) and some of ``LLM``'s own:
 
     lm_eval.simple_evaluate("lserve_jax", model_args="model=…,attention=lserve,budget=2048", …)
 
-Log likelihoods come from decode steps (``lserve_jax.eval.scoring``), so that they show what the
+Log likelihoods come from decode steps (``lserve_jax.engine.scoring``), so that they show what the
 sparse path does even where a continuation has one token.
 """
 
@@ -32,7 +32,7 @@ from lm_eval.utils import (
 )
 from tqdm import tqdm
 
-from lserve_jax.eval.scoring import score
+from lserve_jax.engine.scoring import score
 from lserve_jax.eval.settings import parse_settings
 from lserve_jax.llm import LLM
 from lserve_jax.sampling_params import SamplingParams
@@ -130,7 +130,7 @@ class LServeLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """(log probability of the continuation, whether greedy decoding would have made it)."""
         results = []
-        step = self.llm.engine.spec.max_num_seqs
+        step = self.llm.spec.max_num_seqs
         quiet = kwargs.get("disable_tqdm", False)
         for first in tqdm(range(0, len(requests), step), disable=quiet, desc="scoring"):
             batch = requests[first : first + step]
@@ -141,7 +141,7 @@ class LServeLM(TemplateLM):
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         prompts = [self._shortened(context, len(ids)) for context, ids in pairs]
-        scores = score(self.llm, prompts, [ids for _, ids in pairs])
+        scores = score(self.llm.engine, prompts, [ids for _, ids in pairs])
         return [
             (float(new.logprobs.sum()), new.likeliest.tolist() == ids)
             for (_, ids), new in zip(pairs, scores, strict=True)
@@ -177,7 +177,7 @@ class LServeLM(TemplateLM):
             prompts.append({"prompt_token_ids": ids})
             sampling.append(params)
         texts = []
-        step = 4 * self.llm.engine.spec.max_num_seqs  # so that slots are rarely idle
+        step = 4 * self.llm.spec.max_num_seqs  # so that slots are rarely idle
         for first in tqdm(range(0, len(prompts), step), disable=disable_tqdm, desc="generating"):
             outputs = self.llm.generate(
                 prompts[first : first + step], sampling[first : first + step]

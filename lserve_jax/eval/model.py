@@ -7,7 +7,8 @@ import convert
 from convert.tokenizers import load_tokenizer
 from lserve_jax.attention.cache import KVDtype
 from lserve_jax.attention.config import SparsityConfig
-from lserve_jax.llm import LLM, resolve_dtype
+from lserve_jax.engine.build import resolve_dtype
+from lserve_jax.llm import LLM
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params
 from lserve_jax.tokenizer import Tokenizer
@@ -15,8 +16,8 @@ from pallas_kernels.api import Backend
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """How every setting's engine is built; ``LLM`` explains each."""
+class SharedOptions:
+    """How every setting's engine is built; ``engine.build.EngineOptions`` explains each."""
 
     dtype: str | None = None
     kv_dtype: KVDtype = "auto"
@@ -33,22 +34,21 @@ class Model:
     params: Params
     tokenizer: Tokenizer
 
-    def engine(self, sparsity: SparsityConfig | None, max_len: int, options: EngineOptions) -> LLM:
+    def engine(self, sparsity: SparsityConfig | None, max_len: int, options: SharedOptions) -> LLM:
         """An ``LLM`` with room for ``max_len`` tokens a sequence; None is dense attention.
 
         Prompts of one haystack share its pages, but never read it together: relay attends the
         whole prefix, so a setting would seem better than it is for a request by itself.
         """
-        llm = LLM(
+        return LLM(
             (self.config, self.params),
+            tokenizer=self.tokenizer,
             relay="never",
             attention="dense" if sparsity is None else "lserve",
             sparsity=sparsity,
             max_model_len=max_len,
             **dataclasses.asdict(options),
         )
-        llm.tokenizer = self.tokenizer
-        return llm
 
 
 def load_eval_tokenizer(source: convert.ModelSource) -> Tokenizer:
@@ -65,7 +65,7 @@ def load_model(
     *,
     max_len: int,
     rope_extend: bool,
-    options: EngineOptions,
+    options: SharedOptions,
     progress: bool = False,
 ) -> Model:
     """Makes sure that ``max_len`` tokens fit, and reads the weights of ``source``.

@@ -18,15 +18,16 @@ from tqdm import tqdm
 import convert
 from convert.attention_patterns import load_pattern
 from lserve_jax.analysis import require_matplotlib
+from lserve_jax.engine.build import resolve_dtype
+from lserve_jax.engine.scoring import Score
 from lserve_jax.eval import report
 from lserve_jax.eval.language import Window, make_windows, predict
-from lserve_jax.eval.model import EngineOptions, load_eval_tokenizer, load_model
+from lserve_jax.eval.model import SharedOptions, load_eval_tokenizer, load_model
 from lserve_jax.eval.needle import NeedleKind, needle_puzzle
 from lserve_jax.eval.prompts import Case, TextName, make_cases, read_text, share_found
 from lserve_jax.eval.ruler import RulerTask, ruler_puzzle
-from lserve_jax.eval.scoring import Score
 from lserve_jax.eval.settings import Setting, parse_settings, resolve_sparsity
-from lserve_jax.llm import LLM, resolve_dtype
+from lserve_jax.llm import LLM
 from lserve_jax.model.heads import partition_heads
 from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.tokenizer import Tokenizer
@@ -65,7 +66,7 @@ class Study:
     plot: bool = False
     resume: bool = False  # keep what an earlier run of the same study left in ``output``
     command: str  # for the record
-    options: EngineOptions = field(default_factory=EngineOptions)
+    options: SharedOptions = field(default_factory=SharedOptions)
 
     def __post_init__(self):
         for name in ("tasks", "lengths", "needles", "ruler_tasks"):

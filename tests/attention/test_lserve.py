@@ -29,7 +29,7 @@ from tiny_llm import (
     write_pattern,
 )
 
-import lserve_jax.engine.engine
+import lserve_jax.engine.runner
 from lserve_jax import LLM, ModelConfig, SamplingParams, SparsityConfig, logits
 
 # Logits are of size 10, where float32 rounds by 5e-7, and pass through some dozens of roundings.
@@ -370,9 +370,10 @@ def test_kv_bytes_held(kv_dtype: str, build: Build) -> None:
     plan = llm.memory_plan()
     assert plan["retrieval"] + plan["key_stats"] == llm.spec.num_pages * P * per_token
     # Of the ring's four pages one is a sink, which every prefix has too.
+    caches = [llm.engine.runner.read_cache(i) for i in range(llm.config.num_hidden_layers)]
     rings = 4 * ring + llm.spec.max_prefixes * ring // 4
     assert plan["streaming"] == rings
-    held = jax.tree.leaves([[c.retrieval, c.key_stats, c.streaming] for c in llm.engine.caches])
+    held = jax.tree.leaves([[c.retrieval, c.key_stats, c.streaming] for c in caches])
     assert sum(x.nbytes for x in held) == rings + llm.spec.num_pages * P * per_token
 
 
@@ -421,10 +422,10 @@ class Calls:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
         self.lowered: dict[str, Any] = {}
         for name in names:
-            monkeypatch.setattr(lserve_jax.engine.engine, name, self._recording(name))
+            monkeypatch.setattr(lserve_jax.engine.runner, name, self._recording(name))
 
     def _recording(self, name: str) -> Callable:
-        function = getattr(lserve_jax.engine.engine, name)
+        function = getattr(lserve_jax.engine.runner, name)
 
         def record(*args: Any, **static: Any) -> Any:
             self.lowered[name] = function.lower(*args, **static)
@@ -439,7 +440,8 @@ def test_pools_are_updated_in_place(long_llm: LLM, monkeypatch: pytest.MonkeyPat
     [prompt] = random_prompts(18, [1_024])
     sampling = SamplingParams(temperature=0, max_tokens=9)
     long_llm.generate([{"prompt_token_ids": prompt}], sampling)
-    caches = long_llm.engine.caches
+    runner = long_llm.engine.runner
+    caches = [runner.read_cache(layer) for layer in range(runner.config.num_hidden_layers)]
     for name, lowered in calls.lowered.items():
         memory = lowered.compile().memory_analysis()
         assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(caches)), name

@@ -575,7 +575,8 @@ def test_backend_is_checked_before_the_model_is_loaded() -> None:
 def test_bfloat16(kv_dtype: str, pattern: str) -> None:
     """All arrays are bfloat16 and no step mixes it with float32; the output stays close."""
     llm = build(pattern, dtype="bfloat16", kv_dtype=kv_dtype)
-    cache, params = llm.engine.caches[0], llm.engine.params
+    runner = llm.engine.runner
+    cache, params = runner.read_cache(0), runner.params
     dtypes = {x.dtype for x in (cache.prefill_window.k, cache.key_stats, *jax.tree.leaves(params))}
     assert dtypes == {jnp.dtype("bfloat16")}
     assert cache.retrieval.k.dtype == cache.streaming.k.dtype

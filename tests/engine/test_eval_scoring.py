@@ -16,8 +16,8 @@ from tiny_llm import (
 )
 
 from lserve_jax import LLM, SparsityConfig, logits
+from lserve_jax.engine.scoring import Score, score
 from lserve_jax.eval.language import Prediction, kl_divergence, make_windows, predict
-from lserve_jax.eval.scoring import Score, score
 
 # As in test_lserve.py: float32 roundings against float64; a page more or less changes 1e-3.
 ORACLE = {"atol": 2e-5, "rtol": 0}
@@ -66,7 +66,7 @@ def test_sparse_scores_are_the_oracles(params, pattern, interval):
     poison(llm)
     prompts = random_prompts(5, [300, 41, 1, 130, 77])  # more than there are slots; one of 1 token
     continuations = random_prompts(6, [40, 7, 33, 1, 20])  # more steps than one call runs
-    scores = score(llm, prompts, continuations, distributions=True)
+    scores = score(llm.engine, prompts, continuations, distributions=True)
     sparsity = SparsityConfig(**SIZES, reuse_interval=interval)
     for prompt, continuation, new in zip(prompts, continuations, scores, strict=True):
         oracle = Oracle(CONFIG, params, sparsity=sparsity, streaming=streaming_heads(GATES, 0.5))
@@ -80,7 +80,7 @@ def test_sparse_scores_are_the_oracles(params, pattern, interval):
 def test_dense_scores_are_the_models(params):
     llm = LLM((CONFIG, params), max_num_seqs=2, **CHUNK)
     (prompt,), (continuation,) = random_prompts(1, [100]), random_prompts(2, [50])
-    (new,) = score(llm, [prompt], [continuation], distributions=True)
+    (new,) = score(llm.engine, [prompt], [continuation], distributions=True)
     tokens = jnp.asarray([prompt + continuation])
     whole = log_softmax(np.asarray(logits(CONFIG, params, tokens)[0, 99:-1], np.float64))
     check_score(new, whole, continuation)
@@ -93,7 +93,7 @@ def test_requests_that_do_not_fit_together_take_turns(params):
     llm = LLM((CONFIG, params), kv_cache_bytes=3 * page, max_num_seqs=2, max_model_len=128, **CHUNK)
     assert llm.spec.num_pages == 3  # each of the three needs two
     poison(llm)
-    scores = score(llm, prompts, continuations)
+    scores = score(llm.engine, prompts, continuations)
     for prompt, continuation, new in zip(prompts, continuations, scores, strict=True):
         oracle = Oracle(CONFIG, params)
         whole = log_softmax(oracle.prefill(prompt + continuation))
@@ -115,7 +115,7 @@ def test_requests_that_do_not_fit_together_take_turns(params):
 def test_bad_requests_are_refused(params, prompt, continuation, message):
     llm = LLM((CONFIG, params), max_num_seqs=1)
     with pytest.raises(ValueError, match=message):
-        score(llm, [prompt], [continuation])
+        score(llm.engine, [prompt], [continuation])
     check_nothing_left(llm.engine)
 
 

@@ -3,7 +3,7 @@
 import pytest
 from tiny_llm import check_nothing_left, tiny_config, tiny_params
 
-import lserve_jax.engine.engine
+import lserve_jax.engine.runner
 from lserve_jax import LLM, SamplingParams, SparsityConfig
 
 CONFIG = tiny_config(layers=2, kv_heads=2)
@@ -23,13 +23,13 @@ def llm() -> LLM:
 def test_a_failed_device_call_is_survived(llm, monkeypatch):
     """What the call was to update in place is gone; the next call must not touch it."""
     before = tokens(llm)
-    burst = lserve_jax.engine.engine.decode_burst
+    burst = lserve_jax.engine.runner.decode_burst
 
     def fail(*args, **kwargs):
         burst(*args, **kwargs)  # consumes the donated caches and state
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(lserve_jax.engine.engine, "decode_burst", fail)
+    monkeypatch.setattr(lserve_jax.engine.runner, "decode_burst", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         tokens(llm)
     monkeypatch.undo()

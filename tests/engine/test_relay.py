@@ -28,7 +28,7 @@ from tiny_llm import (
     write_pattern,
 )
 
-import lserve_jax.engine.engine
+import lserve_jax.engine.runner
 from lserve_jax import LLM, SamplingParams, SparsityConfig
 from lserve_jax.attention.cache import make_spec
 from lserve_jax.engine.prefix import CommonPrefix
@@ -351,7 +351,7 @@ def test_an_interrupted_prefix_leaves_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(lserve_jax.engine.engine, "prefill_chunk", interrupt)
+        patch.setattr(lserve_jax.engine.runner, "prefill_chunk", interrupt)
         with pytest.raises(KeyboardInterrupt):
             llm.prefix({"prompt_token_ids": ids})
     check_nothing_left(llm.engine)
@@ -455,7 +455,7 @@ def test_files_that_do_not_fit(build: Build, tmp_path: Path) -> None:
     assert len(llm.engine.scheduler.pool.free) == free
     path.write_bytes(whole)
     other = build()
-    other.engine.params = tiny_params(CONFIG, seed=1)
+    other.engine.runner.params = tiny_params(CONFIG, seed=1)
     for wrong, part in (
         (build("dense"), "page size"),
         (build(kv_dtype="int8"), "kv_dtype"),

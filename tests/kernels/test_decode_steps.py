@@ -6,8 +6,9 @@ Decode goes past a page and past selections, in bf16. Both round at the same pla
 same order, so log-probabilities agree to what bf16 leaves of them.
 """
 
-from unittest import mock
+import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from numpy.testing import assert_allclose
 from lserve_jax import ModelConfig, SamplingParams, SparsityConfig
 from lserve_jax.attention.cache import make_spec
 from lserve_jax.engine.engine import Engine
-from lserve_jax.engine.steps import prefill_chunk
+from lserve_jax.engine.inputs import Chunk
+from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.model.llama import init_params
 from pallas_kernels.api import Backend
 
@@ -42,6 +44,17 @@ LSERVE = SparsityConfig(
 )
 
 
+class ReferencePrefill(ModelRunner):
+    """Decodes with ``backend``, prefills on the reference ops."""
+
+    def prefill(self, chunk: Chunk) -> jax.Array:
+        on_kernels = self._program
+        self._program = dataclasses.replace(on_kernels, backend="reference")
+        logits = super().prefill(chunk)
+        self._program = on_kernels
+        return logits
+
+
 def make_engine(backend: Backend, sparsity: SparsityConfig, max_model_len: int) -> Engine:
     spec = make_spec(
         CONFIG,
@@ -53,17 +66,15 @@ def make_engine(backend: Backend, sparsity: SparsityConfig, max_model_len: int) 
         max_prefixes=0,
         kv_dtype="int8",
     )
-    return Engine(
+    runner = ReferencePrefill(
         CONFIG,
         init_params(CONFIG, dtype=jnp.bfloat16),
         spec,
         dtype=jnp.bfloat16,
-        max_model_len=max_model_len,
-        eos_token_ids=(),
-        prefill_chunk_size=128,
-        burst_steps=4,
         backend=backend,
+        chunk_size=128,
     )
+    return Engine(runner, max_model_len=max_model_len, eos_token_ids=(), burst_steps=4)
 
 
 def generate(backend: Backend) -> tuple[np.ndarray, np.ndarray]:
@@ -75,14 +86,9 @@ def generate(backend: Backend) -> tuple[np.ndarray, np.ndarray]:
     tokens, logprobs = {}, {}
     for name, length in (("long", 158), ("short", 20)):
         engine.add_request(name, rng.integers(0, 64, length), sampling, seed=0)
-
-    def on_reference(*args, backend: Backend):
-        return prefill_chunk(*args, backend="reference")
-
-    with mock.patch("lserve_jax.engine.engine.prefill_chunk", on_reference):
-        for output in engine.stream():
-            tokens.setdefault(output.request_id, []).extend(output.token_ids)
-            logprobs.setdefault(output.request_id, []).extend(output.logprobs)
+    for output in engine.stream():
+        tokens.setdefault(output.request_id, []).extend(output.token_ids)
+        logprobs.setdefault(output.request_id, []).extend(output.logprobs)
     return np.array(list(tokens.values())), np.array(list(logprobs.values()))
 
 

@@ -129,7 +129,7 @@ def test_parameters_are_plain(dtype) -> None:
 
     params = init_params(CONFIG, dtype=dtype)
     check(params)
-    check(LLM((CONFIG, params)).engine.params)
+    check(LLM((CONFIG, params)).engine.runner.params)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     assert shapes == abstract_params(CONFIG, dtype)
     assert sorted(params["layers"]) == [0, 1]

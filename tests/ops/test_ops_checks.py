@@ -1,5 +1,6 @@
 """What only values can tell: reported under checkify if asked for, and else not in the program."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -9,7 +10,7 @@ from jax.experimental import checkify
 from test_ops_contract import ACCEPTED, KR, L, M, N, P, T, example, jitted
 from tiny_llm import tiny_config, tiny_params
 
-import lserve_jax.engine.engine
+import lserve_jax.engine.runner
 from lserve_jax import LLM, SamplingParams
 from pallas_kernels import api
 
@@ -100,17 +101,18 @@ def test_checks_reach_a_whole_burst_of_the_engine(monkeypatch: pytest.MonkeyPatc
     """The plain function of a jitted one is traced anew: a page beyond the pool is reported."""
     config = tiny_config(layers=1, kv_heads=1)
     llm = LLM((config, tiny_params(config)), max_num_seqs=1, max_model_len=64)
-    real, errors = lserve_jax.engine.engine.decode_burst, []
+    real, errors = lserve_jax.engine.runner.decode_burst, []
 
-    def checked(config, spec, params, caches, state, page_table, *rest, **static):
-        plain = partial(real.__wrapped__, config, spec, **static)
-        for table in (page_table, page_table + spec.num_pages):
+    def checked(program, params, caches, state, tables, *rest, **static):
+        plain = partial(real.__wrapped__, program, **static)
+        for beyond in (0, program.spec.num_pages):
+            moved = dataclasses.replace(tables, page_table=tables.page_table + beyond)
             with api.value_checks():
-                error, _ = checkify.checkify(plain)(params, caches, state, table, *rest)
+                error, _ = checkify.checkify(plain)(params, caches, state, moved, *rest)
             errors.append(error.get())
-        return real(config, spec, params, caches, state, page_table, *rest, **static)
+        return real(program, params, caches, state, tables, *rest, **static)
 
-    monkeypatch.setattr(lserve_jax.engine.engine, "decode_burst", checked)
+    monkeypatch.setattr(lserve_jax.engine.runner, "decode_burst", checked)
     llm.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(temperature=0, max_tokens=3))
     assert errors[0] is None
     assert "must lie in" in errors[1]

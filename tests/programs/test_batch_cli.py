@@ -21,7 +21,7 @@ PAGE_SIZE = 64  # of dense attention
 
 @pytest.fixture(autouse=True)
 def keep_the_tests_compile_cache(monkeypatch):
-    monkeypatch.setattr(generate, "_enable_compile_cache", lambda: None)
+    monkeypatch.setattr(generate, "enable_compile_cache", lambda: None)
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ def model(llm):
 
 def log_probabilities(llm: LLM, ids: list[int]) -> np.ndarray:
     """[len(ids) - 1, V] float64: after every token but the last."""
-    params = llm.engine.params
+    params = llm.engine.runner.params
     out = logits(llm.engine.config, params, jnp.asarray([ids]))[0, :-1]
     return log_softmax(np.asarray(out, np.float64))
 

@@ -21,7 +21,7 @@ PROMPT_LENGTH = 40  # of the goldens in tests/data/conformance
 
 @pytest.fixture(autouse=True)
 def keep_the_tests_compile_cache(monkeypatch):
-    monkeypatch.setattr(generate, "_enable_compile_cache", lambda: None)
+    monkeypatch.setattr(generate, "enable_compile_cache", lambda: None)
 
 
 @pytest.fixture(scope="session")

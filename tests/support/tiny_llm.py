@@ -74,12 +74,14 @@ def random_prompts(seed: int, lengths: Sequence[int]) -> list[list[int]]:
 def poison(llm: LLM) -> None:
     """Overwrites all that the cache holds with values that spoil any result they get into."""
 
-    def spoil(x: jax.Array) -> jax.Array:
+    def spoil(x: jax.ShapeDtypeStruct) -> jax.Array:
         if jnp.issubdtype(x.dtype, jnp.floating):
-            return jnp.full_like(x, jnp.nan)
-        return jnp.full_like(x, 127)  # int8 codes (their scales are NaN) and selected pages
+            return jnp.full(x.shape, jnp.nan, x.dtype)
+        return jnp.full(
+            x.shape, 127, x.dtype
+        )  # int8 codes (their scales are NaN) and selected pages
 
-    llm.engine.caches = jax.tree.map(spoil, llm.engine.caches)
+    llm.engine.runner.fill_caches(lambda cache, layer: jax.tree.map(spoil, cache))
 
 
 def generate(
@@ -115,7 +117,7 @@ def record_ends(llm: LLM) -> list[tuple[list[int], LayerCache]]:
 
     def record(request: Request) -> None:
         if request.pages:  # it may be out already
-            ends.append((request.pages, jax.device_get(engine.caches[0])))
+            ends.append((request.pages, engine.runner.read_cache(0)))
         release(request)
 
     engine.scheduler.release = record
@@ -125,15 +127,16 @@ def record_ends(llm: LLM) -> list[tuple[list[int], LayerCache]]:
 def check_pages(engine: Engine) -> None:
     """Every page is held as often as it is named, every slot is free or has one request."""
     scheduler, spec = engine.scheduler, engine.spec
+    prefixes = scheduler.prefixes.prefixes.values()
     placed = scheduler.placed()
     held = np.zeros((spec.num_pages,), int)
-    for pages in [r.pages for r in placed] + [p.pages for p in scheduler.prefixes.values()]:
+    for pages in [r.pages for r in placed] + [p.pages for p in prefixes]:
         assert len(set(pages)) == len(pages)
         held[pages] += 1
     assert_array_equal(scheduler.pool.references, held)
     assert sorted(scheduler.pool.free) == np.flatnonzero(held == 0).tolist()
     # Nobody writes to a page that somebody else reads: what is shared belongs to a prefix.
-    shared = {page for prefix in scheduler.prefixes.values() for page in prefix.pages}
+    shared = {page for prefix in prefixes for page in prefix.pages}
     assert set(np.flatnonzero(held > 1)) <= shared
     slots = [request.slot for request in placed] + scheduler.free_slots
     assert sorted(slots) == list(range(spec.max_num_seqs))
@@ -146,7 +149,7 @@ def check_pages(engine: Engine) -> None:
         assert len(request.pages) * spec.page_size >= request.prefilled
     for slot in scheduler.free_slots:
         assert not scheduler.page_table[slot].any()
-    for prefix in scheduler.prefixes.values():
+    for prefix in prefixes:
         assert prefix.ref_count == sum(request.prefix is prefix for request in placed)
         assert prefix.pins or prefix.ref_count
     numbers = [request.number for request in scheduler.waiting]

@@ -1,0 +1,223 @@
+"""From a model and options to an engine: the one way in which engines are built."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from convert.attention_patterns import load_pattern
+from lserve_jax.attention.cache import CacheSpec, KVDtype, cache_bytes, make_spec
+from lserve_jax.attention.config import SparsityConfig
+from lserve_jax.engine.buckets import SMALLEST_CHUNK
+from lserve_jax.engine.engine import Engine
+from lserve_jax.engine.relay import RelayMode, check_mode
+from lserve_jax.engine.runner import ModelRunner
+from lserve_jax.model.config import ModelConfig
+from lserve_jax.model.heads import HeadPartition, partition_heads, permute_heads
+from lserve_jax.model.llama import Params
+from pallas_kernels.api import Backend, resolve_backend
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# The CPU has no reported limit; more than this is taken only when asked for.
+CPU_CACHE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How an engine is built. Names are vLLM's where it has them.
+
+    dtype: "float32" or "bfloat16"; None takes bfloat16 on accelerators and float32 on the CPU.
+    max_model_len: longest prompt + generation in tokens; None takes the model's own limit.
+    max_num_seqs: requests that run at the same time.
+    attention: "dense", or "lserve" with the settings in ``sparsity`` (None: ``SparsityConfig()``).
+    kv_dtype: "auto" stores keys and values in ``dtype``, "int8" with a scale per token and head.
+    kv_cache_bytes: memory for the retrieval pages; None takes ``memory_fraction`` of what the
+        device has free, on a CPU 2 GiB.
+    memory_fraction: share of the free device memory for the KV cache; the rest is for activations.
+        What ``max_prefixes`` prefixes can keep beside their pages is set aside first.
+    max_prefixes: shared prefixes that can be held at a time.
+    relay: whether requests with a shared prefix read it together: "always", "never", or "auto",
+        where it pays (see ``relay.py``).
+    deterministic: a request's tokens do not depend on what else runs; needs relay="never" (in
+        dense attention "always" too), and costs speed while few requests run. With int8 storage
+        sharing a prefix changes them still.
+    prefill_chunk_size: prompt tokens run at once, a power of two; bounds activation memory.
+    burst_steps: decode steps between two looks at the queue; tokens are returned at that grain.
+    backend: "mosaic", the Pallas kernels for Hopper GPUs; "reference", plain JAX, runs anywhere;
+        "auto" takes the kernels on such a GPU.
+
+    Raises ``ValueError`` for settings that contradict each other, and ``NotImplementedError`` for
+    kernels on a device that they are not for.
+    """
+
+    dtype: str | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 8
+    attention: Literal["dense", "lserve"] = "dense"
+    sparsity: SparsityConfig | None = None
+    kv_dtype: KVDtype = "auto"
+    kv_cache_bytes: int | None = None
+    memory_fraction: float = 0.8
+    max_prefixes: int = 8
+    relay: RelayMode = "auto"
+    deterministic: bool = False
+    prefill_chunk_size: int = 8192
+    burst_steps: int = 16
+    backend: Backend = "auto"
+
+    def __post_init__(self):
+        check_backend(self.backend)
+        if self.attention not in ("dense", "lserve"):
+            raise ValueError(f"attention={self.attention!r} must be 'dense' or 'lserve'")
+        if self.attention == "dense" and self.sparsity is not None:
+            raise ValueError(
+                f"sparsity={self.sparsity} needs attention='lserve', got attention='dense'"
+            )
+        if self.kv_dtype not in ("auto", "int8"):
+            raise ValueError(f"kv_dtype={self.kv_dtype!r} must be 'auto' or 'int8'")
+        if self.max_num_seqs < 1:
+            raise ValueError(f"max_num_seqs={self.max_num_seqs} must be at least 1")
+        chunk = self.prefill_chunk_size
+        if chunk < SMALLEST_CHUNK or chunk & (chunk - 1):
+            raise ValueError(
+                f"prefill_chunk_size={chunk} must be a power of two of at least {SMALLEST_CHUNK}"
+            )
+        check_mode(self.relay, self.deterministic, self.resolved_sparsity)
+        if not 0 < self.memory_fraction <= 1:
+            raise ValueError(f"memory_fraction={self.memory_fraction} must lie in (0, 1]")
+        if self.max_prefixes < 0:
+            raise ValueError(f"max_prefixes={self.max_prefixes} must not be negative")
+        if self.burst_steps < 1:
+            raise ValueError(f"burst_steps={self.burst_steps} must be at least 1")
+        resolve_dtype(self.dtype)
+
+    @property
+    def resolved_sparsity(self) -> SparsityConfig | None:
+        """The sparsity to run with, None for dense."""
+        if self.attention == "dense":
+            return None
+        return SparsityConfig() if self.sparsity is None else self.sparsity
+
+
+def resolve_dtype(dtype: str | None):
+    """The JAX dtype of a name; None takes bfloat16 on accelerators and float32 on the CPU."""
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; known: {sorted(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def check_backend(backend: Backend) -> None:
+    """Raises ``NotImplementedError`` for kernels on a device that they are not for."""
+    if resolve_backend(backend) == "mosaic" and resolve_backend("auto") != "mosaic":
+        device = jax.devices()[0].device_kind
+        raise NotImplementedError(f"{backend=} needs a Hopper GPU, the default device is {device}")
+
+
+def build_engine(
+    config: ModelConfig,
+    params: Params,
+    options: EngineOptions,
+    *,
+    eos_token_ids: Sequence[int] = (),
+    runner_class: type[ModelRunner] = ModelRunner,
+) -> Engine:
+    """An engine for ``params`` as ``convert.load`` returns them.
+
+    ``eos_token_ids`` end a completion, beside the config's own.
+
+    Raises ``ValueError`` where options and model contradict each other or no page of the cache
+    fits, and ``NotImplementedError`` for what the kernels cannot run.
+    """
+    dtype, sparsity = resolve_dtype(options.dtype), options.resolved_sparsity
+    max_model_len = _check_length(config, options.max_model_len)
+    partition = head_partition(config, sparsity)
+    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+    params = permute_heads(config, params, partition)
+    spec = make_spec(
+        config,
+        sparsity=sparsity,
+        num_retrieval_heads=partition.num_retrieval,
+        max_model_len=max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        num_pages=1,
+        max_prefixes=options.max_prefixes,
+        kv_dtype=options.kv_dtype,
+    )
+    spec = dataclasses.replace(spec, num_pages=_plan_pages(config, spec, dtype, options))
+    if config.tie_word_embeddings and jax.default_backend() == "cpu":
+        config, params = _untie(config, params)
+    runner = runner_class(
+        config,
+        params,
+        spec,
+        dtype=dtype,
+        backend=options.backend,
+        chunk_size=options.prefill_chunk_size,
+    )
+    return Engine(
+        runner,
+        max_model_len=max_model_len,
+        eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *eos_token_ids))),
+        burst_steps=options.burst_steps,
+        relay=options.relay,
+        deterministic=options.deterministic,
+    )
+
+
+def head_partition(config: ModelConfig, sparsity: SparsityConfig | None) -> HeadPartition:
+    """Which heads stream, by the pattern of ``sparsity``; none does without one."""
+    pattern = None if sparsity is None else sparsity.pattern
+    return partition_heads(
+        None if pattern is None else load_pattern(pattern),
+        0.0 if sparsity is None else sparsity.resolved_streaming_fraction,
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=config.num_key_value_heads,
+    )
+
+
+def _check_length(config: ModelConfig, max_model_len: int | None) -> int:
+    limit = config.max_position_embeddings
+    if max_model_len is None:
+        return limit
+    if not 1 <= max_model_len <= limit:
+        raise ValueError(f"{max_model_len=} must lie in [1, {limit}], the model's own limit")
+    return max_model_len
+
+
+def _plan_pages(config: ModelConfig, spec: CacheSpec, dtype, options: EngineOptions) -> int:
+    """How many retrieval pages to allocate, given a spec with one page.
+
+    Never more than can be used at once. Raises ``ValueError`` if not even one page fits.
+    """
+    sizes = cache_bytes(config, spec, dtype)
+    page_bytes = sizes["retrieval"] + sizes["key_stats"]
+    kv_cache_bytes = options.kv_cache_bytes
+    if kv_cache_bytes is None:
+        stats = jax.local_devices()[0].memory_stats()  # None on the CPU
+        kv_cache_bytes = CPU_CACHE_BYTES
+        if stats is not None:
+            free = stats["bytes_limit"] - stats["bytes_in_use"]
+            # Every prefix held keeps a copy of the prefill window.
+            fixed = sum(sizes.values()) + spec.max_prefixes * sizes["prefill_window"]
+            kv_cache_bytes = max(int(options.memory_fraction * (free - fixed)), 0)
+    pages = kv_cache_bytes // max(page_bytes, 1)
+    if pages < 1:
+        raise ValueError(f"{kv_cache_bytes=} holds no page: one takes {page_bytes} bytes")
+    # Sequences of all slots, and prefixes that none of them shares.
+    return min((spec.max_num_seqs + spec.max_prefixes) * spec.pages_per_sequence, pages)
+
+
+def _untie(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """A copy of the embedding as output projection ``[E, V]``.
+
+    XLA's CPU matrix-vector product is five times slower on a transposed matrix, and the output
+    projection is a fifth of a small model's weights.
+    """
+    kernel = jnp.array(params["embed_tokens"]["embedding"].T)
+    config = dataclasses.replace(config, tie_word_embeddings=False)
+    return config, {**params, "lm_head": {"kernel": kernel}}

@@ -1,0 +1,123 @@
+"""What a request's decode steps read and hold, in bytes: the one place that counts them."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Self
+
+import jax.numpy as jnp
+
+from lserve_jax.attention.cache import CacheSpec, cache_bytes
+from lserve_jax.engine.metrics import RelayDecision, RequestMetrics
+from lserve_jax.engine.state import Burst
+from lserve_jax.model.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheUnits:
+    """Bytes of what a cache consists of. Frozen; made once for an engine."""
+
+    token: int  # keys and values of a token in one KV head, scales included
+    page: int  # a retrieval page in all layers, statistics included
+    statistics: int  # the statistics of a page in all layers
+    decode_window: int  # a sequence's window for streaming heads, in all layers
+    page_size: int  # tokens
+    kv_heads: int  # of all layers
+    retrieval_heads: int  # of all layers
+    num_layers: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, spec: CacheSpec, dtype) -> Self:
+        """The units of a cache of ``spec`` whose compute dtype is ``dtype``."""
+        sizes = cache_bytes(config, spec, dtype)
+        int8 = spec.kv_dtype == "int8"
+        number, scale = (1, 4) if int8 else (jnp.dtype(dtype).itemsize, 0)
+        windows = sizes["streaming"] // spec.num_streaming_pages
+        return cls(
+            token=2 * (config.head_dim * number + scale),
+            page=(sizes["retrieval"] + sizes["key_stats"]) // spec.num_pages,
+            statistics=sizes["key_stats"] // spec.num_pages,
+            decode_window=windows * spec.decode_window.num_pages,
+            page_size=spec.page_size,
+            kv_heads=config.num_hidden_layers * config.num_key_value_heads,
+            retrieval_heads=sum(spec.num_retrieval_heads),
+            num_layers=config.num_hidden_layers,
+        )
+
+    @property
+    def retrieval_token(self) -> float:
+        """A token in the retrieval heads of a layer, on average over layers."""
+        return self.retrieval_heads / self.num_layers * self.token
+
+
+@dataclass(frozen=True, kw_only=True)
+class BurstRow:
+    """What one row of a ``Burst`` says of its request, on the host."""
+
+    steps: int
+    bypassed: int  # steps that attended everything
+    selections: int
+    scored: int  # pages whose statistics were read, in one layer and KV head
+    attended: float  # tokens, summed over steps, layers and KV heads
+
+    @classmethod
+    def of(cls, burst: Burst, row: int) -> Self:
+        """A row of a burst that was fetched."""
+        return cls(
+            steps=int(burst.steps[row]),
+            bypassed=int(burst.bypassed[row]),
+            selections=int(burst.selections[row]),
+            scored=int(burst.scored[row]),
+            attended=float(burst.attended[row]),
+        )
+
+
+@dataclass(kw_only=True)
+class RequestCosts:
+    """Sums over a request's decode steps. A preempted request's steps count again."""
+
+    steps: int = 0
+    bypassed: int = 0
+    selections: int = 0
+    scored: int = 0
+    attended: float = 0.0
+    read: float = 0.0  # of ``attended``, the request's share of what was read together
+    positions: int = 0  # tokens of the sequence, summed: what dense attention would attend
+    relay_steps: int = 0
+    relay_reason: str = ""
+
+    def add(
+        self, row: BurstRow, units: CacheUnits, position: int, decision: RelayDecision | None
+    ) -> None:
+        """Adds a burst. ``position`` is that of its first step; None: the request has no prefix."""
+        together = decision is not None and decision.used
+        self.steps += row.steps
+        self.bypassed += row.bypassed
+        self.selections += row.selections
+        self.scored += row.scored
+        self.attended += row.attended
+        self.read += row.attended
+        if decision is not None and decision.used:
+            others = 1 - 1 / decision.requests
+            self.read -= row.steps * units.retrieval_heads * decision.prefix_tokens * others
+        self.positions += sum(range(position + 1, position + row.steps + 1))
+        self.relay_steps += row.steps * together
+        self.relay_reason = "no prefix" if decision is None else decision.reason
+
+    def metrics(
+        self, metrics: RequestMetrics, units: CacheUnits, *, cached_tokens: int
+    ) -> RequestMetrics:
+        """``metrics`` with these sums in it; ``cached_tokens`` is the length of the sequence."""
+        steps, pages = max(self.steps, 1), -(-cached_tokens // units.page_size)
+        read = self.read * units.token + self.scored * units.statistics
+        return dataclasses.replace(
+            metrics,
+            decode_steps=self.steps,
+            relay_steps=self.relay_steps,
+            relay_reason=self.relay_reason,
+            selector_runs=self.selections,
+            bypassed_steps=self.bypassed,
+            pages_attended_per_step=self.attended / steps / units.kv_heads / units.page_size,
+            kv_bytes_held=pages * units.page + units.decode_window,
+            kv_bytes_read_per_step=read / steps,
+            dense_kv_bytes_read_per_step=self.positions * units.kv_heads * units.token / steps,
+        )

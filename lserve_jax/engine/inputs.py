@@ -1,0 +1,42 @@
+"""What crosses the wall from the engine to the runner: values of NumPy arrays and numbers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lserve_jax.attention.attend import PrefixGroups
+from lserve_jax.engine.sampling import SamplingMode
+from lserve_jax.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """A piece of a prompt to be prefilled."""
+
+    tokens: np.ndarray  # [n] int32, not padded, at most ``chunk_size``
+    page_table: np.ndarray  # [M] int32, of the sequence
+    start: int  # position of the first token
+    prompt_length: int  # tokens of the whole prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A prefilled prompt that begins to decode."""
+
+    prompt: np.ndarray  # [n] int32
+    sampling: SamplingParams
+    sampling_row: dict[str, np.ndarray]  # ``sampling.sampling_row`` of it
+    forced: int  # first token of a request that begins anew, else -1
+    own_sinks: bool  # False: its streaming heads read the sinks of a prefix
+
+
+@dataclass(frozen=True, kw_only=True)
+class BurstInputs:
+    """What a burst of decode steps needs for its first B slots."""
+
+    steps: int  # to run, a multiple of ``reuse_interval``
+    page_table: np.ndarray  # [B, M] int32
+    sink_page: np.ndarray  # [B] int32
+    groups: PrefixGroups | None  # with NumPy arrays
+    forced: np.ndarray  # [most steps, B] int32, -1 where a token is sampled
+    mode: SamplingMode

@@ -1,0 +1,349 @@
+"""The wall between host and device: the only owner of parameters, caches and decode state.
+
+The engine above it works with requests and NumPy arrays. The runner knows slots and pages, never
+requests or text; it calls the jitted steps (``steps.py``) and returns their results unfetched, so
+that the device works while the host goes on.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, UInt32
+
+from lserve_jax.attention.attend import PrefixGroups
+from lserve_jax.attention.cache import CacheSpec, LayerCache, cache_bytes, init_layer_cache
+from lserve_jax.engine.buckets import SMALLEST_CHUNK, bucket, buckets
+from lserve_jax.engine.inputs import BurstInputs, Chunk, Start
+from lserve_jax.engine.sampling import MAX_STOP_IDS, SamplingArrays, SamplingMode
+from lserve_jax.engine.state import (
+    Burst,
+    Caches,
+    DecodeState,
+    DecodeTables,
+    ForcedSteps,
+    Program,
+    Sample,
+    SlotStart,
+    StepScores,
+    Windows,
+)
+from lserve_jax.engine.steps import (
+    deactivate,
+    decode_burst,
+    insert,
+    prefill_chunk,
+    read_pages,
+    restore_window,
+    save_window,
+    score_steps,
+    write_pages,
+)
+from lserve_jax.model.config import ModelConfig
+from lserve_jax.model.llama import Params
+from pallas_kernels.api import MOST_SELECTED_PAGES, Backend, resolve_backend
+
+
+class ModelRunner:
+    """Runs jitted steps on parameters, caches and decode state that nobody else holds.
+
+    ``params`` have their heads in the order of ``spec``: retrieval first (``model/heads.py``).
+    ``dtype`` is the compute dtype. ``chunk_size`` is the most tokens of a ``Chunk``.
+
+    Raises ``NotImplementedError`` for a token budget that the kernels cannot select.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        spec: CacheSpec,
+        *,
+        dtype,
+        backend: Backend = "auto",
+        chunk_size: int,
+    ):
+        backend = resolve_backend(backend)
+        if backend == "mosaic" and spec.num_ranked > MOST_SELECTED_PAGES:
+            assert spec.sparsity is not None  # nothing is ranked in dense attention
+            raise NotImplementedError(
+                f"token_budget={spec.sparsity.token_budget} is more than {MOST_SELECTED_PAGES} "
+                f"pages of selected_page_size={spec.selected_page_size}, which the kernel can "
+                "select; lower the one or raise the other"
+            )
+        self.config, self.params, self.spec = config, params, spec
+        self.dtype, self.backend, self.chunk_size = dtype, backend, chunk_size
+        self.prompt_tokens = 0  # prefilled so far, padding left out
+        self._program = Program(config=config, spec=spec, backend=backend)
+        self._shapes: set[tuple] = set()  # that jitted functions were called with
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins with an empty cache, also after a failure on the device.
+
+        What a failed call was given to update in place is lost.
+        """
+        self._caches: Caches = []  # the old ones go first: there may be no room for both
+        self._caches = [
+            init_layer_cache(self.config, self.spec, layer, self.dtype)
+            for layer in range(self.config.num_hidden_layers)
+        ]
+        self._state = _empty_state(self.spec.max_num_seqs)
+
+    @property
+    def has_prefix_kernel(self) -> bool:
+        """Whether rows can read a prefix together: no kernel reads int8 pages that way."""
+        return self.backend == "reference" or self.spec.kv_dtype != "int8"
+
+    @property
+    def compilations(self) -> int:
+        """Different shapes that jitted functions were called with."""
+        return len(self._shapes)
+
+    def padded(self, tokens: int) -> int:
+        """Length of the next chunk of so many tokens, padding included."""
+        return bucket(tokens, SMALLEST_CHUNK, self.chunk_size)
+
+    def chunk_buckets(self) -> list[int]:
+        """All lengths that ``padded`` can return."""
+        return buckets(SMALLEST_CHUNK, self.chunk_size)
+
+    def wait(self) -> None:
+        """Returns when the device is idle. Raises ``RuntimeError`` if a computation failed."""
+        jax.block_until_ready((self._caches, self._state))
+
+    def memory_plan(self) -> dict[str, int]:
+        """Bytes of the parameters and of each part of the cache (see ``attention/cache.py``)."""
+        params = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.params))
+        return {"parameters": params, **cache_bytes(self.config, self.spec, self.dtype)}
+
+    # Requests.
+
+    def prefill(self, chunk: Chunk) -> jax.Array:
+        """Runs a chunk; returns the logits ``[V]`` (float32) after its last token."""
+        tokens = np.zeros((self.padded(len(chunk.tokens)),), np.int32)
+        tokens[: len(chunk.tokens)] = chunk.tokens
+        self._count_shape("prefill_chunk", len(tokens))
+        self.prompt_tokens += len(chunk.tokens)
+        logits, self._caches = prefill_chunk(
+            self._program,
+            self.params,
+            self._caches,
+            jnp.asarray(tokens),
+            jnp.asarray(chunk.page_table),
+            jnp.int32(chunk.start),
+            jnp.int32(len(chunk.tokens)),
+            jnp.int32(chunk.prompt_length),
+        )
+        return logits
+
+    def insert(self, slot: int, logits: jax.Array, start: Start) -> Sample:
+        """Gives a slot to a prefilled prompt; its first token, sampled from ``logits`` [V]."""
+        prompt_mask = self._prompt_mask(start)
+        sampling = self._state.sampling.with_row(slot, start.sampling_row)
+        mode = SamplingMode.of([start.sampling])
+        self._count_shape("insert", mode, prompt_mask is None)
+        self._state, self._caches, first = insert(
+            self._program,
+            self._caches,
+            dataclasses.replace(self._state, sampling=sampling),
+            logits,
+            SlotStart(
+                slot=jnp.int32(slot),
+                prompt_length=jnp.int32(len(start.prompt)),
+                max_tokens=jnp.int32(start.sampling.max_tokens),
+                forced=jnp.int32(start.forced),
+                own_sinks=jnp.asarray(start.own_sinks),
+                prompt_mask=prompt_mask,
+            ),
+            mode=mode,
+        )
+        return first
+
+    def _prompt_mask(self, start: Start) -> jax.Array | None:
+        """The prompt's tokens, for penalties, once any request has asked for them; else None."""
+        V = self.config.vocab_size
+        if self._state.output_counts is None:
+            if not start.sampling.uses_penalties:
+                return None
+            shape = (self.spec.max_num_seqs, V)
+            self._state = dataclasses.replace(
+                self._state,
+                output_counts=jnp.zeros(shape, jnp.int32),
+                prompt_mask=jnp.zeros(shape, bool),
+            )
+        mask = np.zeros((V,), bool)
+        mask[start.prompt] = True
+        return jnp.asarray(mask)
+
+    def decode(self, inputs: BurstInputs) -> Burst:
+        """Runs decode steps of the first B slots."""
+        groups = None if inputs.groups is None else inputs.groups.page_table.shape
+        counts_no_tokens = self._state.output_counts is None
+        rows = len(inputs.page_table)
+        self._count_shape("decode_burst", rows, groups, inputs.mode, counts_no_tokens)
+        self._state, self._caches, burst = decode_burst(
+            self._program,
+            self.params,
+            self._caches,
+            self._state,
+            _tables(inputs.page_table, inputs.sink_page, inputs.groups),
+            jnp.asarray(inputs.forced),
+            jnp.int32(inputs.steps),
+            mode=inputs.mode,
+        )
+        return burst
+
+    def score(
+        self,
+        forced: ForcedSteps,
+        first: int,
+        *,
+        page_table: np.ndarray,
+        sink_page: np.ndarray,
+        distributions: bool,
+    ) -> StepScores:
+        """Judges given tokens by decode steps ``first`` on, as many as ``forced`` (NumPy) has.
+
+        ``page_table`` [B, M] and ``sink_page`` [B] are int32.
+        """
+        self._count_shape("score_steps", forced.tokens.shape, distributions)
+        scores, self._caches = score_steps(
+            self._program,
+            self.params,
+            self._caches,
+            _tables(page_table, sink_page, None),
+            jax.tree.map(jnp.asarray, forced),
+            jnp.int32(first),
+            distributions=distributions,
+        )
+        return scores
+
+    def stop(self, slot: int) -> None:
+        """The slot's request is gone; the device may be in the middle of a burst of it."""
+        self._state = deactivate(self._state, jnp.int32(slot))
+
+    # Prefixes.
+
+    def save_window(self, sink_page: int, num_pages: int) -> Windows:
+        """After a prefix of ``num_pages`` pages was prefilled: what continues it.
+
+        Its sinks are copied to the streaming pages from ``sink_page`` on.
+        """
+        kept = self._window_pages(num_pages)
+        self._count_shape("save_window", kept)
+        self._caches, windows = save_window(
+            self._program, self._caches, jnp.int32(sink_page), num_pages=kept
+        )
+        return windows
+
+    def restore_window(self, windows: Windows) -> None:
+        """The next chunk continues the prefix that ``windows`` were saved of."""
+        if any(window.k.size for window in windows):  # else no head streams
+            self._count_shape("restore_window", windows[0].k.shape)
+            self._caches = restore_window(self._caches, windows)
+
+    def _window_pages(self, num_pages: int) -> int:
+        """Pages of the prefill window that a prefix of ``num_pages`` fills, as a bucket."""
+        return bucket(num_pages, 1, self.spec.prefill_window.num_pages)
+
+    def read_pages(self, pages: np.ndarray, sink_pages: np.ndarray) -> list[dict]:
+        """Of each layer, retrieval pages with their statistics, and streaming pages."""
+        return read_pages(self._caches, jnp.asarray(pages), jnp.asarray(sink_pages))
+
+    def write_pages(self, kept: list[dict], pages: np.ndarray, sink_pages: np.ndarray) -> None:
+        """Puts back what ``read_pages`` read, on other pages."""
+        self._caches = write_pages(self._caches, kept, jnp.asarray(pages), jnp.asarray(sink_pages))
+
+    def prefix_shapes(
+        self, pages: np.ndarray, sink_pages: np.ndarray
+    ) -> tuple[list[dict], Windows]:
+        """Shapes of what ``read_pages`` and ``save_window`` return for a prefix on these pages."""
+        kept = self._window_pages(len(pages))
+        return jax.eval_shape(
+            lambda caches: (
+                read_pages(caches, pages, sink_pages),
+                [jax.tree.map(lambda x: x[:, :kept], cache.prefill_window) for cache in caches],
+            ),
+            self._caches,
+        )
+
+    def fingerprint(self) -> str:
+        """A digest of architecture and weights: every number of every weight counts.
+
+        Names, shapes and dtypes count too, and so does the order of heads.
+        """
+        digest = hashlib.sha256(repr(self.config).encode())
+        paths, _ = jax.tree.flatten_with_path(self.params)
+        for path, leaf in paths:
+            name = f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}"
+            digest.update(name.encode())
+        for checksum in jax.device_get(_checksums(jax.tree.leaves(self.params))):
+            digest.update(checksum.tobytes())
+        return digest.hexdigest()[:32]
+
+    # Measurements and tests.
+
+    def fill_caches(self, make: Callable[[LayerCache, int], LayerCache]) -> None:
+        """Replaces what is cached: decode can be timed without a prefill, stale keys be spoilt.
+
+        ``make`` gets a layer's cache, as ``jax.ShapeDtypeStruct``, and its number.
+        """
+        shapes = jax.eval_shape(lambda: self._caches)
+        self._caches = []  # the memory of the old ones is needed
+        self._caches = [make(cache, layer) for layer, cache in enumerate(shapes)]
+
+    def read_cache(self, layer: int) -> LayerCache:
+        """A copy of a layer's cache on the host."""
+        return jax.device_get(self._caches[layer])
+
+    def _count_shape(self, *shape: object) -> None:
+        self._shapes.add(shape)
+
+
+def _tables(
+    page_table: np.ndarray, sink_page: np.ndarray, groups: PrefixGroups | None
+) -> DecodeTables:
+    return DecodeTables(
+        page_table=jnp.asarray(page_table),
+        sink_page=jnp.asarray(sink_page),
+        groups=jax.tree.map(jnp.asarray, groups),
+    )
+
+
+def _empty_state(max_num_seqs: int) -> DecodeState:
+    def zeros() -> jax.Array:  # one buffer a field: donated buffers must not be shared
+        return jnp.zeros((max_num_seqs,), jnp.int32)
+
+    return DecodeState(
+        token=zeros(),
+        position=zeros(),
+        active=jnp.zeros((max_num_seqs,), bool),
+        generated=zeros(),
+        max_tokens=zeros(),
+        tail=zeros(),
+        sampling=SamplingArrays.empty(max_num_seqs, MAX_STOP_IDS),
+        output_counts=None,
+        prompt_mask=None,
+    )
+
+
+@jax.jit
+def _checksums(weights: list[Array]) -> list[UInt32[Array, " 2"]]:
+    """Two sums of each weight's bits, modulo 2^32, every number times an odd one of its place.
+
+    So one changed number changes both, and numbers that trade places do too. A sum runs where the
+    weight lies; nothing of a weight's size is made or fetched.
+    """
+
+    def checksum(x: Array) -> Array:
+        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).ravel()
+        place = jax.lax.iota(jnp.uint32, bits.size)
+        factors = [(place * jnp.uint32(m)) | jnp.uint32(1) for m in (2654435761, 2246822519)]
+        return jnp.stack([jnp.sum(bits * factor, dtype=jnp.uint32) for factor in factors])
+
+    return [checksum(x) for x in weights]

@@ -1,0 +1,123 @@
+"""What the jitted steps take and return: the state of decoding, tables, samples, scores."""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from lserve_jax.attention.attend import PrefixGroups
+from lserve_jax.attention.cache import CacheSpec, LayerCache
+from lserve_jax.engine.sampling import SamplingArrays
+from lserve_jax.model.config import ModelConfig
+from pallas_kernels.api import Backend, KVPages
+
+Caches = list[LayerCache]
+Windows = list[KVPages]  # of each layer, pages of the prefill window [Ks, n, P, D]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """What is static about every jitted step: one argument, hashed and compared as a whole."""
+
+    config: ModelConfig
+    spec: CacheSpec
+    backend: Backend
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class SlotStart:
+    """What a slot must know of a prefilled prompt to decode it."""
+
+    slot: Int[Array, ""]
+    prompt_length: Int[Array, ""]
+    max_tokens: Int[Array, ""]
+    forced: Int[Array, ""]  # first token of a request that begins anew, else -1
+    own_sinks: Bool[Array, ""]  # False: its streaming heads read the sinks of a prefix
+    # Tokens of the prompt; given exactly when the state counts tokens for penalties.
+    prompt_mask: Bool[Array, " V"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class DecodeTables:
+    """Where the pages of a batch's sequences lie, as far as its steps can reach."""
+
+    page_table: Int[Array, "B M"]  # retrieval page of each page of the row's sequence
+    sink_page: Int[Array, " B"]  # streaming page where the row's sinks begin
+    groups: PrefixGroups | None  # which rows read their prefix together; None: no row does
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class StepRows:
+    """What the rows of a batch feed to the model in one decode step."""
+
+    token: Int[Array, " B"]
+    position: Int[Array, " B"]  # of the token in its sequence
+    active: Bool[Array, " B"]  # False: the row computes but writes nothing
+    tail: Int[Array, " B"]  # ``first_tail_page`` at the last selection; 0 when dense
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class ForcedSteps:
+    """Given tokens for the rows of a batch, to be judged by N decode steps."""
+
+    # On the host, where they are put together, these are NumPy arrays.
+    tokens: Int[Array | np.ndarray, "N B"]  # fed to the model
+    wanted: Int[Array | np.ndarray, "N B"]  # whose log probability is asked for
+    start: Int[Array | np.ndarray, " B"]  # position of the first token that the row ever feeds
+    length: Int[Array | np.ndarray, " B"]  # steps in which the row takes part, counted from there
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class StepScores:
+    """What the model thought of given tokens. Steps past a row's end have no meaning."""
+
+    logprobs: Float[Array, "N B"]
+    likeliest: Int[Array, "N B"]
+    distributions: Float[Array, "N B V"]  # log probabilities; V is 0 unless asked for
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class DecodeState:
+    """What the decode loop knows of every slot (S of them)."""
+
+    token: Int[Array, " S"]  # the token that the next step feeds to the model
+    position: Int[Array, " S"]  # its position in the sequence
+    active: Bool[Array, " S"]  # False: the slot is free or its request is finished
+    generated: Int[Array, " S"]  # tokens generated so far, the first one from prefill included
+    max_tokens: Int[Array, " S"]  # generation ends here
+    tail: Int[Array, " S"]  # first listed page attended without being selected; 0 when dense
+    sampling: SamplingArrays  # per-slot sampling parameters
+    # Present once some request has used penalties: they cost S * V entries.
+    output_counts: Int[Array, "S V"] | None
+    prompt_mask: Bool[Array, "S V"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Sampled tokens and what the model thought of them; a burst adds a leading axis of steps."""
+
+    token: Int[Array, " B"]  # -1 where nothing was sampled
+    logprob: Float[Array, " B"]  # of the token, under the model's own distribution
+    top_ids: Int[Array, "B N"]  # the N likeliest tokens, N = SamplingMode.top_logprobs
+    top_logprobs: Float[Array, "B N"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Burst:
+    """What a burst of decode steps produced, for its first B slots."""
+
+    samples: Sample  # leaves [steps, B, ...]; steps past a slot's end hold token -1
+    steps: Int[Array, " B"]  # steps in which the slot was active
+    bypassed: Int[Array, " B"]  # of these, steps whose history fitted the budget: nothing pruned
+    selections: Int[Array, " B"]  # steps that chose pages anew
+    scored: Int[Array, " B"]  # pages whose statistics these read, summed; one layer and KV head
+    attended: Float[Array, " B"]  # tokens attended, summed over steps, layers and KV heads

@@ -1,0 +1,220 @@
+"""Text in, text out, while requests come and go: what ``LLM.stream`` and a server stand on.
+
+    text = TextEngine(engine, tokenizer)
+    text.submit("The sea is", SamplingParams(max_tokens=16))
+    while text.has_unfinished_requests:  # more may be submitted in between
+        for delta in text.step():
+            print(delta.text, end="")
+
+It joins an ``Engine``, which knows token ids only, with a tokenizer: prompts become ids, a
+request's ``n`` completions become requests of the engine, and tokens become text as they come.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lserve_jax.engine.engine import Engine
+from lserve_jax.engine.request import PromptIds, TokenOutput
+from lserve_jax.outputs import Completion, RequestOutput, TextDelta
+from lserve_jax.sampling_params import SamplingParams
+from lserve_jax.tokenizer import Tokenizer
+
+# Text, or {"prompt_token_ids": [...]}, where "prompt" may be the text that they come from.
+Prompt = str | Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedPrompt:
+    """A prompt as the model sees it, checked once."""
+
+    text: str | None  # None when it was given as token ids
+    ids: PromptIds
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Running:
+    """A request whose completions are in the engine."""
+
+    request_id: str
+    prompt: CheckedPrompt
+    completions: list[Completion]
+
+    @property
+    def finished(self) -> bool:
+        return all(completion.finished for completion in self.completions)
+
+    def output(self) -> RequestOutput:
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt.text,
+            prompt_token_ids=self.prompt.ids.ids.tolist(),
+            outputs=[completion.output() for completion in self.completions],
+            finished=True,
+        )
+
+
+class TextEngine:
+    """Requests of text over ``engine``, which nobody else may step.
+
+    tokenizer: None for a model that takes and returns token ids only.
+    seed: from which requests without a seed of their own derive theirs.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, *, seed: int = 0):
+        self.engine, self.tokenizer = engine, tokenizer
+        self._seed, self._numbers = seed, itertools.count()
+        self._running: dict[str, _Running] = {}  # by request id
+        # The request and completion of each request of the engine, by its id there.
+        self._parts: dict[str, tuple[_Running, Completion]] = {}
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._running)
+
+    def check(self, prompt: Prompt | CheckedPrompt, sampling: SamplingParams) -> CheckedPrompt:
+        """The prompt as token ids; what is checked already is not converted again.
+
+        Raises ``ValueError`` for a request that could never run, and for text or a stop string
+        without a tokenizer.
+        """
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError(f"stop={sampling.stop} needs a tokenizer; use stop_token_ids")
+        if isinstance(prompt, CheckedPrompt):
+            self.engine.check_request(prompt.ids, sampling)
+            return prompt
+        ids = self.engine.check_request(self.token_ids(prompt), sampling)
+        return CheckedPrompt(text=prompt_text(prompt), ids=ids)
+
+    def token_ids(self, prompt: Prompt) -> PromptIds:
+        """The prompt as the model sees it.
+
+        Raises ``ValueError`` for text without a tokenizer, an empty prompt, and ids that are not
+        integers of the vocabulary.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(
+                    "the model has no tokenizer: give prompts as {'prompt_token_ids': [...]}"
+                )
+            ids = self.tokenizer.encode(prompt)
+        elif isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
+            ids = prompt["prompt_token_ids"]
+        else:
+            raise ValueError(f"a prompt must be text or hold 'prompt_token_ids', got {prompt!r}")
+        return PromptIds.check(ids, self.engine.config.vocab_size)
+
+    def submit(
+        self,
+        prompt: Prompt | CheckedPrompt,
+        sampling: SamplingParams,
+        *,
+        deadline: float | None = None,
+    ) -> str:
+        """Queues a request and returns its id; others may be running.
+
+        ``deadline`` seconds from now it ends with what it has (``finish_reason`` "deadline").
+
+        Raises ``ValueError`` for a request that could never run; nothing is queued then.
+        """
+        checked = self.check(prompt, sampling)
+        if deadline is not None and not deadline > 0:
+            raise ValueError(f"{deadline=} must be positive: it is in seconds from now")
+        number = next(self._numbers)
+        seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])
+        request = _Running(
+            request_id=str(number),
+            prompt=checked,
+            completions=[Completion(i, sampling, self.tokenizer) for i in range(sampling.n)],
+        )
+        self._running[request.request_id] = request
+        for completion in request.completions:
+            part = _part_id(request.request_id, completion.index)
+            self._parts[part] = (request, completion)
+            self.engine.add_request(
+                part,
+                checked.ids,
+                sampling,
+                seed=seed,
+                completion=completion.index,
+                deadline=deadline,
+            )
+        return request.request_id
+
+    def step(self) -> list[TextDelta]:
+        """Runs one step of the engine; returns what is new, in the order in which it came.
+
+        The last delta of a completion has a ``finish_reason``, the last of a request its
+        ``output``.
+        """
+        return [delta for new in self.engine.step() for delta in self._take(new)]
+
+    def _take(self, new: TokenOutput) -> list[TextDelta]:
+        if new.request_id not in self._parts:
+            raise ValueError(
+                f"the engine runs a request {new.request_id!r} that was not submitted here"
+            )
+        request, completion = self._parts[new.request_id]
+        text, tokens = completion.append(new)
+        output = None
+        if completion.finished:
+            del self._parts[new.request_id]
+            if new.finish_reason is None:
+                self.engine.finish(new.request_id)  # a stop string: only we can see it
+            if request.finished:
+                del self._running[request.request_id]
+                output = request.output()
+        if not text and not tokens and not completion.finished:
+            return []
+        delta = TextDelta(
+            request_id=request.request_id,
+            index=completion.index,
+            text=text,
+            token_ids=tokens,
+            logprobs=completion.logprobs_of_last(len(tokens)),
+            finish_reason=completion.finish_reason,
+            stop_reason=completion.stop_reason,
+            output=output,
+        )
+        return [delta]
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request and all its completions now; nothing more comes of it.
+
+        Raises ``ValueError`` if no such request waits or runs.
+        """
+        if request_id not in self._running:
+            raise ValueError(f"no request with id {request_id!r} is waiting or running")
+        for part in self._parts_of(request_id):
+            self.engine.cancel(part)
+        self._forget([request_id])
+
+    def abandon(self) -> None:
+        """After an error in the middle of a step: ends all requests.
+
+        Resets the engine if the error came from the device, whose state is lost then.
+        """
+        self.engine.abandon(list(self._parts))
+        self._forget(list(self._running))
+
+    def _parts_of(self, request_id: str) -> list[str]:
+        completions = self._running[request_id].completions
+        return [_part_id(request_id, c.index) for c in completions if not c.finished]
+
+    def _forget(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            for part in self._parts_of(request_id):
+                del self._parts[part]
+            del self._running[request_id]
+
+
+def _part_id(request_id: str, index: int) -> str:
+    return f"{request_id}-{index}"
+
+
+def prompt_text(prompt: Prompt) -> str | None:
+    """The text of a prompt; None if it is token ids alone."""
+    return prompt if isinstance(prompt, str) else prompt.get("prompt")
