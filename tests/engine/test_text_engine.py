@@ -1,0 +1,277 @@
+"""Text while requests come and go: what is shown, when it ends, and that a prompt is read once."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_llm import check_nothing_left, random_prompts, tiny_config, tiny_params
+
+from lserve_jax import LLM, SamplingParams
+from lserve_jax.engine.build import EngineOptions, build_engine
+from lserve_jax.engine.metrics import RequestMetrics
+from lserve_jax.engine.request import PromptIds, TokenOutput
+from lserve_jax.outputs import Completion, TextDelta
+from lserve_jax.text_engine import TextEngine
+from lserve_jax.tokenizer import Tokenizer
+
+CONFIG = tiny_config(layers=1, kv_heads=1)
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """A token for each byte, so that most characters of other alphabets take several tokens."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate(alphabet)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return Tokenizer(backend=backend, markers={}, eos_token_ids=(), chat_template=None)
+
+
+@pytest.fixture(scope="module")
+def params() -> dict:
+    return tiny_params(CONFIG)
+
+
+@pytest.fixture
+def text(params: dict, tokenizer: Tokenizer) -> TextEngine:
+    options = EngineOptions(max_num_seqs=2, max_model_len=256, burst_steps=4)
+    return TextEngine(build_engine(CONFIG, params, options), tokenizer)
+
+
+def ids(prompt: Sequence[int]) -> dict:
+    return {"prompt_token_ids": list(prompt)}
+
+
+def run(text: TextEngine) -> list[TextDelta]:
+    deltas = []
+    while text.has_unfinished_requests:
+        deltas += text.step()
+    return deltas
+
+
+def test_requests_may_be_added_while_others_run(text: TextEngine, params: dict) -> None:
+    prompts = random_prompts(0, [40, 30, 20, 10])
+    first = [text.submit(ids(prompt), GREEDY) for prompt in prompts[:2]]
+    deltas = text.step() + text.step()
+    later = [text.submit(ids(prompt), GREEDY) for prompt in prompts[2:]]
+    deltas += run(text)
+    llm = LLM((CONFIG, params), max_num_seqs=1, max_model_len=256)
+    for request_id, prompt in zip(first + later, prompts, strict=True):
+        own = [delta for delta in deltas if delta.request_id == request_id]
+        [alone] = llm.generate(ids(prompt), GREEDY)
+        assert [t for delta in own for t in delta.token_ids] == alone.outputs[0].token_ids
+        assert [delta.finish_reason for delta in own[:-1]] == [None] * (len(own) - 1)
+        assert own[-1].finish_reason == "length"
+        assert own[-1].output is not None
+        assert own[-1].output.outputs[0].text == "".join(delta.text for delta in own)
+    check_nothing_left(text.engine)
+
+
+def test_a_stop_string_is_an_end_and_no_cancellation(text: TextEngine) -> None:
+    [prompt] = random_prompts(1, [20])
+    text.submit(ids(prompt), GREEDY)
+    whole = "".join(delta.text for delta in run(text))
+    stop = whole[4:6]
+    before = text.engine.metrics()
+    text.submit(ids(prompt), SamplingParams(temperature=0, max_tokens=12, stop=stop))
+    *_, last = run(text)
+    assert (last.finish_reason, last.stop_reason) == ("stop", stop)
+    assert last.output is not None
+    assert last.output.outputs[0].text == whole[: whole.find(stop)]
+    after = text.engine.metrics()
+    assert (after.finished - before.finished, after.cancelled) == (1, 0)
+    check_nothing_left(text.engine)
+
+
+def test_cancelling_ends_all_completions(text: TextEngine) -> None:
+    prompt, other = random_prompts(2, [20, 20])
+    sampling = SamplingParams(n=2, max_tokens=200, ignore_eos=True)
+    gone, kept = text.submit(ids(prompt), sampling), text.submit(ids(other), GREEDY)
+    text.step()
+    text.cancel(gone)
+    deltas = run(text)
+    assert {delta.request_id for delta in deltas} == {kept}
+    assert text.engine.metrics().cancelled == 2
+    with pytest.raises(ValueError, match=f"no request with id '{gone}' is waiting or running"):
+        text.cancel(gone)
+    check_nothing_left(text.engine)
+
+
+def test_a_deadline_ends_a_request_with_what_it_has(params: dict, tokenizer: Tokenizer) -> None:
+    engine = build_engine(CONFIG, params, EngineOptions(max_model_len=256, burst_steps=1))
+    now = 0.0
+    engine.clock = lambda: now
+    text = TextEngine(engine, tokenizer)
+    [prompt] = random_prompts(3, [20])
+    text.submit(ids(prompt), SamplingParams(max_tokens=200, ignore_eos=True), deadline=5)
+    deltas = [delta for _ in range(5) for delta in text.step()]
+    now = 6.0
+    *_, last = run(text)
+    assert last.finish_reason == "deadline"
+    assert last.output is not None
+    made = [t for delta in (*deltas, last) for t in delta.token_ids]
+    assert 0 < len(made) < 200
+    assert last.output.outputs[0].token_ids[: len(made)] == made
+    with pytest.raises(ValueError, match="deadline=0 must be positive"):
+        text.submit(ids(prompt), GREEDY, deadline=0)
+    assert not text.has_unfinished_requests
+
+
+def test_a_refused_request_leaves_nothing(text: TextEngine) -> None:
+    with pytest.raises(ValueError, match="more than max_model_len=256"):
+        text.submit(ids([1] * 250), GREEDY)
+    assert not text.has_unfinished_requests
+    check_nothing_left(text.engine)
+
+
+def test_requests_of_somebody_else_are_an_error(text: TextEngine) -> None:
+    text.engine.add_request("raw", [1, 2], GREEDY, seed=0)
+    with pytest.raises(ValueError, match="'raw' that was not submitted here"):
+        while True:
+            text.step()
+
+
+# What is shown of a text.
+
+# Letters, a space, and characters of two, three and four bytes; few, so that stops occur.
+TEXT = st.text("ab é\N{EURO SIGN}\N{GRINNING FACE}", min_size=1, max_size=24)
+
+
+def token_outputs(tokens: Sequence[int], burst: int, finish_reason: str) -> list[TokenOutput]:
+    """The tokens in bursts, as an engine returns them."""
+    starts = range(0, len(tokens), burst)
+    return [
+        TokenOutput(
+            request_id="0",
+            token_ids=list(tokens[start : start + burst]),
+            logprobs=[0.0] * len(tokens[start : start + burst]),
+            top_logprobs=[{}] * len(tokens[start : start + burst]),
+            finish_reason=finish_reason if start + burst >= len(tokens) else None,
+            metrics=RequestMetrics(),
+        )
+        for start in starts
+    ]
+
+
+def expected_text(text: str, ends: Sequence[str], stops: Sequence[str], least: int) -> str:
+    """``text`` up to the first stop that is complete after more than ``least`` tokens.
+
+    ``ends`` are the texts after each token.
+    """
+    for count, known in enumerate(ends, start=1):
+        if count <= least:
+            continue
+        before = ends[count - 2] if count > 1 else ""
+        found = [
+            at
+            for stop in stops
+            if (at := known.find(stop, max(len(before) - len(stop) + 1, 0))) >= 0
+        ]
+        if found:
+            return known[: min(found)]
+    return text
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=TEXT,
+    stops=st.lists(st.text("ab é\N{EURO SIGN}", min_size=1, max_size=9), max_size=3),
+    burst=st.sampled_from([1, 4, 16]),
+    least=st.integers(0, 6),
+)
+def test_what_is_shown_is_never_taken_back(
+    tokenizer: Tokenizer, text: str, stops: list[str], burst: int, least: int
+) -> None:
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    sampling = SamplingParams(stop=stops, max_tokens=99, min_tokens=least)
+    completion, shown = Completion(0, sampling, tokenizer), []
+    for new in token_outputs(tokens, burst, "length"):
+        shown.append(completion.append(new)[0])
+        if completion.finished:
+            break
+    final = completion.output().text
+    # Independently: the text after each token, whole characters only, but for the last.
+    stream = tokenizer.stream(skip_special_tokens=True)
+    ends, known = [], ""
+    for token in tokens:
+        known += stream.step(token)
+        ends.append(known)
+    assert final == expected_text(text, ends, stops, least)
+    assert "".join(shown) == final
+
+
+def test_min_tokens_with_several_stops(tokenizer: Tokenizer) -> None:
+    """A shorter stop that was complete before ``min_tokens`` is text; the longer one ends it."""
+    tokens = tokenizer.encode("a b a a a", add_special_tokens=False)
+    sampling = SamplingParams(stop=["b", "a a a"], min_tokens=4, max_tokens=9)
+    completion = Completion(0, sampling, tokenizer)
+    for new in token_outputs(tokens, 1, "length"):
+        completion.append(new)
+        if completion.finished:
+            break
+    output = completion.output()
+    assert (output.text, output.stop_reason) == ("a b ", "a a a")
+
+
+# Prompts.
+
+
+class CountingIds:
+    """Token ids that count how often they are read."""
+
+    def __init__(self, ids: Sequence[int]):
+        self.ids, self.reads = ids, 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        self.reads += 1
+        return np.array(self.ids, dtype)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(n=3, seed=0, max_tokens=2)])
+def test_a_prompt_is_read_once(params: dict, sampling: SamplingParams) -> None:
+    llm = LLM((CONFIG, params), max_model_len=256)
+    [prompt] = random_prompts(4, [20])
+    counting = CountingIds(prompt)
+    [output] = llm.generate([{"prompt_token_ids": counting}], sampling)
+    assert counting.reads == 1
+    assert output.prompt_token_ids == prompt
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "message"),
+    [
+        ([], "the prompt is empty"),
+        ([1, 2.0], "prompt token id 2.0 must be an integer"),
+        (np.array([1.0, 2.0]), "must be an integer"),
+        ([1, "2"], "prompt token id '2' must be an integer"),
+        ([1, None], "prompt token id None must be an integer"),
+        ([1, 96], r"prompt token id 96 is outside the vocabulary \[0, 96\)"),
+        ([-1], r"prompt token id -1 is outside the vocabulary \[0, 96\)"),
+        ([2**70], rf"prompt token id {2**70} is outside the vocabulary"),
+        ([[1, 2], [3, 4]], r"must be a list of integers, got shape \(2, 2\)"),
+    ],
+)
+def test_prompts_that_are_refused(token_ids, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PromptIds.check(token_ids, 96)
+
+
+def test_a_checked_prompt_is_a_copy_that_nobody_changes() -> None:
+    given_ids = np.array([1, 2, 3])
+    checked = PromptIds.check(given_ids, 96)
+    given_ids[:] = 50
+    assert checked.ids.tolist() == [1, 2, 3]
+    assert checked.ids.dtype == np.int32
+    with pytest.raises(ValueError, match="read-only"):
+        checked.ids[0] = 7
+    assert PromptIds.check(checked, 96) is checked
+    assert math.prod(PromptIds.check([True, 2], 96).ids.tolist()) == 2
