@@ -92,8 +92,8 @@ class TextEngine:
     def token_ids(self, prompt: Prompt) -> PromptIds:
         """The prompt as the model sees it.
 
-        Raises ``ValueError`` for text without a tokenizer, an empty prompt, and ids that are not
-        integers of the vocabulary.
+        Raises ``ValueError`` for text without a tokenizer, and ids that are not integers of the
+        vocabulary.
         """
         if isinstance(prompt, str):
             if self.tokenizer is None:

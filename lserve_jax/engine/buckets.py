@@ -1,4 +1,7 @@
-"""The few sizes that jitted functions run with: powers of two, so that little is compiled."""
+"""The few sizes that jitted functions run with: powers of two, so that little is compiled.
+
+Prompts are padded to such chunk lengths, decode runs on such numbers of slots.
+"""
 
 SMALLEST_CHUNK = 64  # tokens; shorter prompts are padded to this
 

@@ -9,9 +9,6 @@ the results of the work before.
 
     host     | dispatch n | fetch n-1, return tokens   | dispatch n+1 | fetch n, ...
     device   ...burst n-1 |  chunk n   |   burst n                    |  chunk n+1 ...
-
-Every jitted call has one of a few shapes: prompts are padded to power-of-two chunk lengths, decode
-runs on power-of-two numbers of slots (``Engine.shape_buckets``).
 """
 
 import dataclasses
@@ -179,6 +176,8 @@ class Engine:
         """The prompt, checked; raises ``ValueError`` for a request that could never run."""
         V = self.config.vocab_size
         ids = PromptIds.check(prompt, V)
+        if len(ids) == 0:
+            raise ValueError("the prompt is empty: generation needs at least one token")
         if len(ids) + sampling.max_tokens > self.max_model_len:
             raise ValueError(
                 f"the prompt's {len(ids)} tokens and max_tokens={sampling.max_tokens} make "

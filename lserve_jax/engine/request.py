@@ -19,7 +19,7 @@ from lserve_jax.sampling_params import SamplingParams
 class PromptIds:
     """Token ids of a prompt that were checked: it is made once, where a prompt comes in."""
 
-    ids: np.ndarray  # [n] int32, n >= 1, each in the vocabulary; read-only
+    ids: np.ndarray  # [n] int32, each in the vocabulary; read-only
 
     @classmethod
     def check(
@@ -27,13 +27,10 @@ class PromptIds:
     ) -> "PromptIds":
         """A copy of ``token_ids``, or what was checked already.
 
-        Raises ``ValueError`` for an empty prompt, an id that is no integer, and one outside the
-        vocabulary.
+        Raises ``ValueError`` for an id that is no integer, and one outside the vocabulary.
         """
         if isinstance(token_ids, PromptIds):
             return token_ids
-        if len(token_ids) == 0:
-            raise ValueError("the prompt is empty: generation needs at least one token")
         ids = np.array(token_ids)
         if ids.dtype.kind not in "iu":  # floats, text, or integers that no array type holds
             for token in token_ids:

@@ -1,4 +1,4 @@
-"""The two-way cache: what a ring keeps, what moves into it after a prompt, and how much it takes.
+"""The two-way cache: what a window keeps, what moves into it after a prompt, and how much it takes.
 
 Tests of attention use zero queries and keys: then every visible token has the same weight, the
 output is the mean of their values, and with a random value for each position the mean tells which
@@ -18,7 +18,7 @@ from lserve_jax.attention.attend import decode_attend, prefill_attend
 from lserve_jax.attention.cache import (
     CacheSpec,
     LayerCache,
-    Ring,
+    StreamingWindow,
     cache_bytes,
     fill_decode_window,
     init_layer_cache,
@@ -61,18 +61,18 @@ def poisoned(spec: CacheSpec, layer: int = 0) -> LayerCache:
 
 @pytest.mark.parametrize(("sink", "local"), [(2, 4), (0, 1), (1, 1)])
 def test_ring_addresses(sink: int, local: int) -> None:
-    """Sinks stay; the last ``local`` tokens never share a page of the ring, wherever they begin."""
-    ring = Ring(sink=16 * sink, local=16 * local, page_size=16)
-    index = np.asarray(ring.index(jnp.arange(50)))
+    """Sinks stay; the last ``local`` tokens never share a page, wherever they begin."""
+    window = StreamingWindow(sink=16 * sink, local=16 * local, page_size=16)
+    index = np.asarray(window.index(jnp.arange(50)))
     assert_array_equal(index[:sink], np.arange(sink))
-    assert np.all((index[sink:] >= sink) & (index[sink:] < ring.num_pages))
-    assert ring.num_pages == sink + local + 1
+    assert np.all((index[sink:] >= sink) & (index[sink:] < window.num_pages))
+    assert window.num_pages == sink + local + 1
     positions = np.arange(700)
-    every = jax.vmap(ring.keeps, (None, 0))(jnp.asarray(positions), jnp.arange(701))
+    every = jax.vmap(window.keeps, (None, 0))(jnp.asarray(positions), jnp.arange(701))
     for end, kept in enumerate(np.asarray(every)):
         newest_pages = positions // 16 > (end - 1) // 16 - (local + 1)
-        assert_array_equal(kept, (positions < ring.sink) | newest_pages)
-        assert np.all(kept[max(end - ring.local, 0) : end])
+        assert_array_equal(kept, (positions < window.sink) | newest_pages)
+        assert np.all(kept[max(end - window.local, 0) : end])
         pages = np.unique(positions[:end][kept[:end]] // 16)
         assert len(np.unique(index[pages])) == len(pages)
 
@@ -142,7 +142,7 @@ class Sequence:
         return (out[1, 0], attended[1]), cache
 
     def prefill(self, total: int) -> tuple[np.ndarray, LayerCache]:
-        """Outputs ``[total, 2, D]`` of a prompt and the cache after it, its ring filled."""
+        """Outputs ``[total, 2, D]`` of a prompt, and the cache with its decode window filled."""
         cache, outs = poisoned(self.spec), []
         for start in range(0, total, self.chunk):
             length = min(self.chunk, total - start)
@@ -192,7 +192,7 @@ def large() -> Sequence:
 
 
 def check_prompt(sequence: Sequence, total: int) -> LayerCache:
-    """The lambda mask in prefill, whatever the ring has overwritten."""
+    """The lambda mask in prefill, whatever the window has overwritten."""
     out, cache = sequence.prefill(total)
     sink, local = sequence.sparsity.prefill_sink, sequence.sparsity.prefill_local
     for i in range(total):
@@ -204,7 +204,7 @@ def check_prompt(sequence: Sequence, total: int) -> LayerCache:
 
 @pytest.mark.parametrize("total", [1, 15, 16, 17, 31, 32, 33, 48, 49, 64, 65, 96, 113, 128, 257])
 def test_prompt_then_decode(total: int, small: Sequence) -> None:
-    """Prompts around the edges of pages, ring, window and chunk; decode across two pages."""
+    """Prompts around the edges of pages, both windows and chunk; decode across two pages."""
     small.decode(check_prompt(small, total), total, 40)
 
 
@@ -223,17 +223,17 @@ def test_ring_after_2000_tokens_of_decode(large: Sequence) -> None:
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 def test_fill_decode_window(kv_dtype: str) -> None:
-    """Every length up to nine pages: all that decode can read is in the ring, in whole pages.
+    """Every length up to nine pages: all that decode can read is in the window, in whole pages.
 
     Other slots' rings stay as they are. int8 errs by at most half a step.
     """
     spec = make(SMALL, kv_dtype=kv_dtype)
-    window, ring = spec.prefill_window, spec.decode_window
+    prefill_window, window = spec.prefill_window, spec.decode_window
     rng = np.random.default_rng(1)
     codes = rng.standard_normal((9 * 16, 2, D), np.float32)  # [position, k or v, D]
     move = jax.jit(functools.partial(fill_decode_window, spec=spec))
     for length in range(1, len(codes) + 1):
-        held = np.full((2, 1, window.num_pages, 16, D), np.nan, np.float32)
+        held = np.full((2, 1, prefill_window.num_pages, 16, D), np.nan, np.float32)
         for position in range(length):
             page, offset = divmod(position, 16)
             place = page if page < 2 else 2 + (page - 2) % 6
@@ -254,14 +254,14 @@ def test_fill_decode_window(kv_dtype: str) -> None:
         ).streaming
         for part in range(2):
             pool, untouched = np.asarray(moved[part][0]), np.asarray(before[part][0])
-            assert_array_equal(pool[: 2 * ring.num_pages], untouched[: 2 * ring.num_pages])
+            assert_array_equal(pool[: 2 * window.num_pages], untouched[: 2 * window.num_pages])
             step = np.ones(pool.shape[:2], np.float32)
             if kv_dtype == "int8":
                 step = np.asarray(moved[part + 2][0])
             for position in range(length):
-                if position < ring.sink or position >= length - ring.local:
+                if position < window.sink or position >= length - window.local:
                     page, offset = divmod(position, 16)
-                    place = 2 * ring.num_pages + (page if page < 1 else 1 + (page - 1) % 3)
+                    place = 2 * window.num_pages + (page if page < 1 else 1 + (page - 1) % 3)
                     scale = step[place, offset]
                     error = np.abs(pool[place, offset] * scale - codes[position, part])
                     bound = scale / 2 * (1 + 1e-5) if kv_dtype == "int8" else 0
@@ -282,13 +282,13 @@ def test_cache_bytes(kv_dtype: str, dtype) -> None:
     spec = make(SMALL, kv_dtype=kv_dtype)
     word = jnp.dtype(dtype).itemsize
     token = 2 * D * word if kv_dtype == "auto" else 2 * D + 8
-    heads, ring, window = 1 + 2, 1 + 2 + 1, 2 + 5 + 1
+    heads, decode_window, prefill_window = 1 + 2, 1 + 2 + 1, 2 + 5 + 1
     plan = cache_bytes(CONFIG, spec, dtype)
     assert plan == {
         "retrieval": heads * 40 * 16 * token,
         "key_stats": heads * 40 * 2 * D * word,
-        "streaming": 3 * ring * 16 * token,
-        "prefill_window": window * 16 * 2 * D * word,
+        "streaming": 3 * decode_window * 16 * token,
+        "prefill_window": prefill_window * 16 * 2 * D * word,
         "listed": 3 * heads * (3 + 2) * 4,  # budget less one page, and the longest tail
     }
     caches = [init_layer_cache(CONFIG, spec, layer, dtype) for layer in range(2)]
@@ -302,9 +302,9 @@ def test_dense_cache_has_no_statistics() -> None:
     assert cache.retrieval.k.shape == (2, 40, 64, D)
 
 
-def test_rings_are_no_longer_than_a_sequence() -> None:
+def test_windows_are_no_longer_than_a_sequence() -> None:
     spec = make(SparsityConfig(), max_model_len=200)
     assert spec.pages_per_sequence == 4
     assert (spec.decode_window.sink, spec.decode_window.local) == (128, 256)
     assert (spec.prefill_window.sink, spec.prefill_window.local) == (128, 256)
-    assert make(SparsityConfig()).window.local == 4096
+    assert make(SparsityConfig()).prefill_window.local == 4096

@@ -379,14 +379,14 @@ def test_longest_request(llm: LLM) -> None:
 
 
 @pytest.fixture
-def texting(llm: LLM) -> LLM:
+def texting(pattern: str) -> LLM:
     """With a tokenizer that writes token i as the character 33 + i."""
     vocabulary = {chr(33 + i): i for i in range(VOCAB)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     backend.decoder = tokenizers.decoders.Fuse()
-    llm.tokenizer = Tokenizer(backend=backend, markers={}, eos_token_ids=(), chat_template=None)
-    return llm
+    tokenizer = Tokenizer(backend=backend, markers={}, eos_token_ids=(), chat_template=None)
+    return build(pattern, tokenizer=tokenizer)
 
 
 def spell(tokens: list[int]) -> str:
@@ -568,7 +568,7 @@ def test_backend_is_checked_before_the_model_is_loaded() -> None:
         LLM("no-such-model", backend="mosaic")
     with pytest.raises(ValueError, match=r"backend='cuda' is unknown; known: .*'auto', 'mosaic'"):
         LLM("no-such-model", backend="cuda")
-    assert build(None).engine.backend == "reference"
+    assert build(None).engine.runner.backend == "reference"
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])

@@ -107,7 +107,7 @@ def test_requests_that_do_not_fit_together_take_turns(params):
     [
         ([], [1], "at least one token of prompt"),
         ([1], [], "at least one token of prompt and one of continuation"),
-        ([1, 2], [VOCAB], f"token id {VOCAB} must lie in"),
+        ([1, 2], [VOCAB], f"token id {VOCAB} is outside the vocabulary"),
         ([1, VOCAB, 2], [1], f"token id {VOCAB} is outside the vocabulary"),
         ([1] * 1000, [1] * 25, "max_model_len=1024"),
     ],

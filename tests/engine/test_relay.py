@@ -299,7 +299,7 @@ def test_a_prefix_lives_as_long_as_its_requests(build: Build) -> None:
     prefix.release()
     check_pages(engine)
     other = llm.prefix({"prompt_token_ids": random_prompts(17, [96])[0]})
-    assert other.place != prefix.index
+    assert other.index != prefix.index
     outputs += [new for new in engine.stream()]
     assert [token for new in outputs for token in new.token_ids] == alone.tokens
     assert prefix.index == -1

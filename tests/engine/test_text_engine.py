@@ -249,7 +249,6 @@ def test_a_prompt_is_read_once(params: dict, sampling: SamplingParams) -> None:
 @pytest.mark.parametrize(
     ("token_ids", "message"),
     [
-        ([], "the prompt is empty"),
         ([1, 2.0], "prompt token id 2.0 must be an integer"),
         (np.array([1.0, 2.0]), "must be an integer"),
         ([1, "2"], "prompt token id '2' must be an integer"),

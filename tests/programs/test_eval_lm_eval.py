@@ -1,5 +1,6 @@
 """The harness's adapter on a small local task, against the same quantities computed directly."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -32,19 +33,22 @@ DOCUMENTS = [
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     """A random model of single printable characters (95, and the end of a text)."""
-    llm = LLM(
-        (CONFIG, tiny_params(CONFIG, seed=1)), max_num_seqs=4, max_model_len=64, burst_steps=8
-    )
     characters = {chr(32 + i): i for i in range(95)} | {"\n": 95}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=characters, merges=[]))
     backend.decoder = tokenizers.decoders.Fuse()
-    llm.tokenizer = Tokenizer(
+    tokenizer = Tokenizer(
         backend=backend,
         markers={},
         eos_token_ids=(VOCAB - 1,),
         chat_template="{% for m in messages %}<{{ m.content }}>{% endfor %}",
     )
-    return llm
+    return LLM(
+        (CONFIG, tiny_params(CONFIG, seed=1)),
+        tokenizer=tokenizer,
+        max_num_seqs=4,
+        max_model_len=64,
+        burst_steps=8,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -223,9 +227,10 @@ def test_the_registered_model_reads_no_prefix_together(llm, conformance, tmp_pat
 def test_models_that_the_harness_cannot_use_are_refused(llm):
     from lserve_jax.eval.lm_eval import LServeLM
 
-    bare = LLM((tiny_config(layers=1, kv_heads=1), tiny_params(tiny_config(layers=1, kv_heads=1))))
+    config = tiny_config(layers=1, kv_heads=1)
+    model = config, tiny_params(config)
     with pytest.raises(ValueError, match="no tokenizer"):
-        LServeLM(bare)
-    bare.tokenizer = llm.tokenizer
+        LServeLM(LLM(model))
+    endless = dataclasses.replace(llm.tokenizer, eos_token_ids=())
     with pytest.raises(ValueError, match="end-of-text token"):
-        LServeLM(bare)
+        LServeLM(LLM(model, tokenizer=endless))
