@@ -222,7 +222,7 @@ def _attend_splits(
         b, k, s = (lax.axis_index(name) for name in ("row", "head", "split"))
 
         def of_head(field, *index):
-            """Entry ``index`` of a field of this head's list: ``pages``, ``start`` or ``stop``."""
+            """Entry ``index`` of a field of this head's list: ``page_ids``, ``start`` or ``stop``."""
             values = []
             for first, gmem in zip((0, first_heads), lists_gmem, strict=False):
                 x = getattr(gmem, field)
@@ -233,7 +233,7 @@ def _attend_splits(
         def page_ids(step):
             tile = s + step * S
             entry = lax.div(tile, jnp.int32(tiles_per_page)) * boxes
-            return [of_head("pages", entry + j) for j in range(boxes)]
+            return [of_head("page_ids", entry + j) for j in range(boxes)]
 
         # Loaded before anything that depends on ``stop``: one trip to memory instead of two.
         ids = [page_ids(step) for step in range(stages + 1)]
