@@ -18,8 +18,8 @@ BACKENDS: tuple[Backend, ...] = ("auto", "mosaic", "reference")
 # The kernels of each machine: the module that holds the function of an op's name.
 KERNELS = {
     "hopper": {
-        "append_kv": "pallas_kernels.hopper.kv_append",
-        "append_kv_chunk": "pallas_kernels.hopper.kv_append",
+        "append_kv": "pallas_kernels.hopper.kv_append_token",
+        "append_kv_chunk": "pallas_kernels.hopper.kv_append_chunk",
         "fused_linear": "pallas_kernels.hopper.fused_linear",
         "page_scores": "pallas_kernels.hopper.page_selection",
         "paged_attention": "pallas_kernels.hopper.decode_attention",

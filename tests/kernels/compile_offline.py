@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.hopper.decode_attention import paged_attention
 from pallas_kernels.hopper.fused_linear import fused_linear
-from pallas_kernels.hopper.kv_append import append_kv, append_kv_chunk
+from pallas_kernels.hopper.kv_append_chunk import append_kv_chunk
+from pallas_kernels.hopper.kv_append_token import append_kv
 from pallas_kernels.hopper.page_selection import page_scores, select_pages
 from pallas_kernels.hopper.prefill_attention import prefill_attention
 from pallas_kernels.hopper.prefix_attention import prefix_attention

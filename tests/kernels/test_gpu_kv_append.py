@@ -13,7 +13,8 @@ import pytest
 from shapes import APPEND, APPEND_CHUNK, AppendShape, append_chunk_inputs, append_inputs
 
 from pallas_kernels import reference
-from pallas_kernels.hopper.kv_append import append_kv, append_kv_chunk
+from pallas_kernels.hopper.kv_append_chunk import append_kv_chunk
+from pallas_kernels.hopper.kv_append_token import append_kv
 from pallas_kernels.types import KVPages
 
 pytestmark = pytest.mark.gpu
