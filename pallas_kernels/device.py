@@ -21,7 +21,7 @@ KERNELS = {
         "append_kv": "pallas_kernels.hopper.kv_append_token",
         "append_kv_chunk": "pallas_kernels.hopper.kv_append_chunk",
         "fused_linear": "pallas_kernels.hopper.fused_linear",
-        "page_scores": "pallas_kernels.hopper.page_selection",
+        "page_scores": "pallas_kernels.hopper.page_scores",
         "paged_attention": "pallas_kernels.hopper.decode_attention",
         "prefill_attention": "pallas_kernels.hopper.prefill_attention",
         "prefix_attention": "pallas_kernels.hopper.prefix_attention",

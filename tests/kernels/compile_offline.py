@@ -17,7 +17,8 @@ from pallas_kernels.hopper.decode_attention import paged_attention
 from pallas_kernels.hopper.fused_linear import fused_linear
 from pallas_kernels.hopper.kv_append_chunk import append_kv_chunk
 from pallas_kernels.hopper.kv_append_token import append_kv
-from pallas_kernels.hopper.page_selection import page_scores, select_pages
+from pallas_kernels.hopper.page_scores import page_scores
+from pallas_kernels.hopper.page_selection import select_pages
 from pallas_kernels.hopper.prefill_attention import prefill_attention
 from pallas_kernels.hopper.prefix_attention import prefix_attention
 from pallas_kernels.types import KVPages, OwnAttention, PageList

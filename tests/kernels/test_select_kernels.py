@@ -13,7 +13,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from pallas_kernels import reference
 from pallas_kernels.hopper import page_selection
-from pallas_kernels.hopper.page_selection import Config, choose_config, page_scores, select_pages
+from pallas_kernels.hopper.page_scores import Config, choose_config, page_scores
+from pallas_kernels.hopper.page_selection import select_pages
 
 # Products of bf16 are exact in float32; their sum of at most 256 terms below 16 is not.
 TOLERANCE = 5e-5
