@@ -32,7 +32,7 @@ KERNELS = {
 # Pages that ``select_pages`` has a kernel for.
 MOST_SELECTED_PAGES = 2048
 
-# Rows that ``fused_linear`` has a kernel for. With more, XLA's matrix product is faster.
+# Rows up to which ``fused_linear`` runs its kernel. With more, XLA's matrix product is faster.
 MOST_LINEAR_ROWS = 4
 
 
