@@ -445,9 +445,11 @@ def fused_linear(
     SiLU of the first half of the columns times the second half, so that out is half as wide.
 
     With a residual, also returns what the norm of the next layer needs to know of ``out``, to be
-    handed to it as ``square_sums`` (None where there is nothing to gain by it).
+    handed to it as ``square_sums``; None if the kernel did not run.
 
-    The kernel is for decode: at most ``MOST_LINEAR_ROWS`` rows; it reads the weights once.
+    The kernel is for decode: it reads the weights once and is one launch. With more than
+    ``MOST_LINEAR_ROWS`` rows XLA's matrix product was measured to be faster, so the reference
+    implementation runs whatever the backend.
 
     >>> import jax.numpy as jnp
     >>> out, _ = fused_linear(jnp.ones((1, 4)), jnp.ones((4, 2)), residual=jnp.ones((1, 2)))
@@ -468,6 +470,9 @@ def fused_linear(
         raise ValueError("square_sums are for a norm, and norm_scale is None")
     if residual is not None:
         expect_shape("residual", residual, (R, width // 2 if gated else width))
+    backend = resolve_backend(backend)
+    if R > MOST_LINEAR_ROWS:
+        backend = "reference"
     return implementation("fused_linear", backend)(
         x, kernel, bias, norm_scale, square_sums, residual, gated=gated, epsilon=epsilon
     )

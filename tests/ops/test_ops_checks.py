@@ -32,7 +32,7 @@ def changed(op: str, name: str, **fields):
 VIOLATIONS = [
     (
         "paged_attention",
-        changed("paged_attention", "retrieval_list", pages=jnp.full((2, KR, L), N)),
+        changed("paged_attention", "retrieval_list", page_ids=jnp.full((2, KR, L), N)),
         rf"retrieval_list.page_ids must lie in \[0, {N - 1}\], got {N} to {N}",
     ),
     (
