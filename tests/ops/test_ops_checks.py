@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import checkify
-from test_ops_contract import ACCEPTED, KR, L, M, N, P, T, example, jitted
+from op_examples import ACCEPTED, KR, L, M, N, P, T, example, jitted
 from tiny_llm import tiny_config, tiny_params
 
 import lserve_jax.engine.engine

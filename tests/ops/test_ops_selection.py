@@ -144,7 +144,12 @@ COUNT = 9
 tied_scores = arrays(
     np.float32, (B, KR, COUNT), elements=st.sampled_from([-2.0, -1.0, -0.0, 0.0, 3.0])
 )
-any_scores = arrays(np.float32, (B, KR, COUNT), elements=st.floats(-100, 100, width=32))
+# XLA's CPU code takes subnormal numbers for zero, in the comparison of two scores too.
+any_scores = arrays(
+    np.float32,
+    (B, KR, COUNT),
+    elements=st.floats(-100, 100, width=32, allow_subnormal=False),
+)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +184,7 @@ def check_selection(
     assert selected.shape == (B, KR, wanted) and selected.dtype == np.int32
     for row, head in np.ndindex(B, KR):
         truth = oracle.select(scores[row, head], candidates[row], wanted, sink_pages)
-        best = sorted(page for page in truth if page >= 0)
+        best = sorted(number for number in truth if number >= 0)
         assert selected[row, head].tolist() == best + [-1] * (wanted - len(best))
     return selected
 
