@@ -28,10 +28,12 @@ def value_checks() -> Iterator[None]:
     A function that was jitted and called before keeps what it was traced with: trace the plain
     function anew, such as ``lserve_jax.engine.steps.decode_burst.__wrapped__``.
 
-    Not always: to JAX a check is an effect even if nobody looks at it, and JAX calls programs with
-    effects from Python, which takes milliseconds for the hundreds of arrays of a model.
+    Checks are off by default: to JAX a check is an effect even if nobody looks at it, and JAX calls
+    programs with effects from Python, which takes milliseconds for the hundreds of arrays of a
+    model.
 
     >>> import jax.numpy as jnp
+    >>> from jax.experimental import checkify
     >>> from pallas_kernels import api
     >>> pool = KVPages(jnp.ones((1, 4, 16, 8)), jnp.ones((1, 4, 16, 8)))
     >>> with value_checks():
