@@ -56,7 +56,7 @@ def _softmax_step(
     shift = jnp.where(peak == -jnp.inf, 0.0, peak)  # rows that have seen no key yet
     decay = jnp.exp(state.peak - shift)
     weights = jnp.exp(scores - shift[..., None])
-    # A weight of zero does not silence the NaN of an unused place; a value of zero does.
+    # A weight of zero does not silence the NaN of a hidden token; a value of zero does.
     v = jnp.where(jnp.any(visible, axis=-2)[..., None], v, 0.0)
     new = jnp.einsum("...qt,...td->...qd", weights, v, precision=lax.Precision.HIGHEST)
     return _Softmax(

@@ -1,9 +1,8 @@
 """Paged attention for one query token a row: both head classes in one launch, Hopper (Mosaic GPU).
 
-Index map. The grid is (row b, KV head k, split s), one warpgroup of 128 threads each. The
-tokens of (b, k), its listed pages end to end, are cut into tiles of T = 64 tokens; split s takes
-every S-th tile, so that work is even whatever the length and a split needs no length to find its
-first:
+Index map. The grid is (row b, KV head k, split s), one warpgroup of 128 threads each. The tokens
+of (b, k), its listed pages end to end, are cut into tiles of T = 64; split s takes every S-th tile,
+so that work is even whatever the length and a split needs no length to find its first:
 
       pages listed for (b, k) |  page 7  |  page 2  |  page 9  |  page 4  |     P tokens a page
       tokens of (b, k)        |....start########################stop......|
@@ -116,8 +115,8 @@ def paged_attention(
     """``pallas_kernels.api.paged_attention`` on a Hopper GPU (or under Mosaic GPU's interpreter).
 
     Query bf16, pages bf16 or int8; D 64 or 128; listed pages of 16 to 128 tokens; up to 16 query
-    heads a KV head.
-    Shapes are those the api has checked. Raises ``NotImplementedError`` for anything else.
+    heads a KV head. Shapes are those the api has checked. Raises ``NotImplementedError`` for
+    anything else.
     """
     if selected_page_size is not None:
         retrieval, streaming = (cut_pages(x, selected_page_size) for x in (retrieval, streaming))

@@ -118,20 +118,19 @@ class _Span(NamedTuple):
     first: Any  # the token at place 0; may be negative
     begin: Any  # places [begin, end) are written
     end: Any
-    top: Any  # the tile's first token: ``first``, or the nearest that leaves the tile in the chunk
     shift: Any  # place p is row p + shift of the tile
 
 
 class _Target(NamedTuple):
     """Keys or values of one page of the chunk, and where they are written."""
 
-    source: Any  # [T, D] bf16
+    source: Any  # [P, D] bf16, in device memory
     pages: Any  # [K, N, P, D] bf16 or int8
     scales: Any  # [K, N, P] float32, or None
     stats: Any  # [Kr, N, g, 2, D], or None
     head: Any
     page: Any  # physical id for all tokens, NO_PAGE or MANY_PAGES
-    page_of_token: Callable[[Any], Any]  # where page is MANY_PAGES
+    page_of_token: Callable[[Any], Any]  # the page of each token, for MANY_PAGES and edges
 
 
 def _inside(page, pool: KVPages):
@@ -176,8 +175,8 @@ def _append_pages(
         number = lax.div(start, jnp.int32(P)) + i  # of the page in its sequence
         first = number * P - start
         begin, end = jnp.maximum(-first, 0), jnp.minimum(length - first, P)
-        top = jnp.clip(first, 0, T - P)
-        span = _Span(first, begin, end, top, first - top)
+        top = jnp.clip(first, 0, T - P)  # the tile's first token: a tile lies inside the chunk
+        span = _Span(first, begin, end, first - top)
 
         def append(pool, stats, head, page, page_of_token):
             """Writes head h of the chunk as head ``head`` of a pool: its keys or its values."""
@@ -239,6 +238,7 @@ def _write_page(target: _Target, span: _Span, tile: _Tile) -> None:
 
 
 def _write_whole(target: _Target, tile: _Tile) -> None:
+    """By TMA, with statistics of the page alone."""
     at = target.head, target.page
     stored = tile.tokens if target.scales is None else tile.codes
     plgpu.copy_smem_to_gmem(stored, target.pages.at[at])
@@ -250,7 +250,7 @@ def _write_whole(target: _Target, tile: _Tile) -> None:
 
 
 def _write_in_part(target: _Target, span: _Span, tile: _Tile) -> None:
-    """A few rows at once where all of them are written to one page, else one by one."""
+    """Rows that all go to one page are written a few at once, others one by one."""
     stored = tile.tokens if target.scales is None else tile.codes
     matrix = row_per_warp(4, stored.shape[1])  # of any multiple of 4 rows
     size = ROWS_OF_STORE
@@ -281,9 +281,9 @@ def _write_in_part(target: _Target, span: _Span, tile: _Tile) -> None:
 
         @pl.when(~at_once)
         def _():
-            first = jnp.maximum(span.begin, j * size)
-            last = jnp.minimum(span.end, j * size + size)
-            lax.fori_loop(first, last, write_row, None)
+            begin = jnp.maximum(span.begin, j * size)
+            end = jnp.minimum(span.end, j * size + size)
+            lax.fori_loop(begin, end, write_row, None)
 
     lax.fori_loop(lax.div(span.begin, jnp.int32(size)), cdiv(span.end, size), write_rows, None)
     if target.stats is not None:

@@ -174,12 +174,8 @@ def _load_halves(vectors_gmem, b, head, heads: int) -> list:
     """Two matrices [heads, D / 2], float32, of heads ``head`` on of row b."""
     D = vectors_gmem.shape[2]
     layout = row_per_warp(heads, D // 2)
-    return [
-        load_unoptimised(vectors_gmem.at[b, pl.ds(head, heads), channels], layout).astype(
-            jnp.float32
-        )
-        for channels in _halves(D)
-    ]
+    halves = [vectors_gmem.at[b, pl.ds(head, heads), channels] for channels in _halves(D)]
+    return [load_unoptimised(x, layout).astype(jnp.float32) for x in halves]
 
 
 def _load_angles(cos_gmem, sin_gmem, b, heads: int) -> list:
