@@ -169,9 +169,16 @@ def test_select_pages(
 
 
 @pytest.mark.parametrize("score", [0.0, -5.0, 1e30, -np.inf])
-def test_among_equal_scores_the_lowest_pages_win(score: float) -> None:
+def test_among_equal_scores_the_lowest_numbers_win(score: float) -> None:
     scores = np.full((B, KR, COUNT), score, np.float32)
     selected = check_selection(scores, [COUNT, 3, 0], num_pages=4, sink_pages=1)
+    assert_array_equal(selected[:, 0], [[0, 1, 2, 3], [0, 1, 2, -1], [-1, -1, -1, -1]])
+
+
+def test_both_zeros_are_equal() -> None:
+    scores = np.zeros((B, KR, COUNT), np.float32)
+    scores[..., ::2] = -0.0
+    selected = check_selection(scores, [COUNT, 3, 0], num_pages=4, sink_pages=0)
     assert_array_equal(selected[:, 0], [[0, 1, 2, 3], [0, 1, 2, -1], [-1, -1, -1, -1]])
 
 
