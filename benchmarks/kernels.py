@@ -6,7 +6,7 @@ Times are what the GPU's own counters (CUPTI) give for each kernel, medians over
 share no page and together exceed the L2 cache, so that every call reads device memory. Share is of
 the rate a large device copy reaches. "step" is the wall time of a call in a chain of dependent
 calls inside one jit, less that of an empty chain: it includes launches, and its lists stay in L2.
-tokamax has rows too where it is installed.
+tokamax has rows too if it is installed.
 """
 
 import argparse
@@ -25,31 +25,25 @@ import numpy as np
 from jax import lax
 from jax.experimental.mosaic.gpu import profiler
 from machine import provenance
-from shapes import (
+from shapes.append import (
     APPEND,
     APPEND_CHUNK,
-    DECODE,
-    LONG_PREFILL,
-    PREFIX,
-    SELECTION,
     AppendShape,
-    DecodeShape,
-    PrefillShape,
-    PrefixShape,
-    SelectionShape,
     append_chunk_inputs,
     append_inputs,
-    decode_inputs,
-    prefill_inputs,
-    prefix_inputs,
-    selection_inputs,
 )
+from shapes.decode import DECODE, DecodeShape, decode_inputs
+from shapes.prefill import LONG_PREFILL, PrefillShape, prefill_inputs
+from shapes.prefix import PREFIX, PrefixShape, prefix_inputs
+from shapes.selection import SELECTION, SelectionShape, selection_inputs
 
 from pallas_kernels import reference
 from pallas_kernels.api import OwnAttention
 from pallas_kernels.hopper.decode_attention import choose_config, paged_attention
-from pallas_kernels.hopper.kv_append import append_kv, append_kv_chunk
-from pallas_kernels.hopper.page_selection import page_scores, select_pages
+from pallas_kernels.hopper.kv_append_chunk import append_kv_chunk
+from pallas_kernels.hopper.kv_append_token import append_kv
+from pallas_kernels.hopper.page_scores import page_scores
+from pallas_kernels.hopper.page_selection import select_pages
 from pallas_kernels.hopper.prefill_attention import prefill_attention
 from pallas_kernels.hopper.prefix_attention import prefix_attention
 
@@ -124,19 +118,19 @@ def time_append(shape: AppendShape) -> dict[str, object]:
     """
     if shape.tokens == 1:
         calls, ops = 20, (append_kv, reference.append_kv)
-        (q, k, v, cos, sin, *caches), where = append_inputs(shape, calls=calls)
+        (q, k, v, cos, sin, *caches), places = append_inputs(shape, calls=calls)
         tokens = q, k, v, cos, sin
     else:
         calls, ops = 2 if shape.tokens > 8192 else 4, (append_kv_chunk, reference.append_kv_chunk)
-        (k, v, *caches), where = append_chunk_inputs(shape, calls=calls)
+        (k, v, *caches), places = append_chunk_inputs(shape, calls=calls)
         tokens = k, v
-    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *where)
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *places)
 
     def times(op: Callable) -> dict[str, float]:
         def all_calls(tokens, caches, stacked):
-            def step(carry, where):
+            def step(carry, places):
                 first, caches = carry
-                *rotated, retrieval, streaming, stats = op(first, *tokens[1:], *caches, *where)
+                *rotated, retrieval, streaming, stats = op(first, *tokens[1:], *caches, *places)
                 return (rotated[0] if rotated else first, (retrieval, streaming, stats)), None
 
             return lax.scan(step, (tokens[0], caches), stacked)[0]
@@ -266,8 +260,8 @@ def time_relay(shape: PrefixShape, private: int = 256) -> dict[str, object]:
 
     def attend(q, pages, table, length, retrieval, streaming, lists):
         own = paged_attention(q, retrieval, streaming, *lists)
-        everyone = jnp.ones((len(q),), bool)
-        return prefix_attention(q, pages, table, length, OwnAttention(*own, everyone))
+        shares = jnp.ones((len(q),), bool)
+        return prefix_attention(q, pages, table, length, OwnAttention(*own, shares))
 
     args = q, pages, table, length, retrieval, streaming, lists
     kernels = kernel_times(attend, *args, calls=1, runs=3)

@@ -5,22 +5,15 @@ and Ks streaming KV heads (Kr + Ks = Hk; heads are ordered retrieval first), D h
 in a pool, P page_size, M pages a sequence can have, g logical pages a page, L list entries.
 
 A *page table* maps a sequence's page numbers (token position // P) to physical page ids of a
-pool. All functions are pure and work under ``jit``, ``vmap`` and ``shard_map`` (shard over KV
-heads or rows; a shard, too, orders its own heads retrieval first; the kernels of the append ops
-need ``check_vma=False`` there). Either class of heads may be empty (Kr = 0 or Ks = 0). lse is the
+pool. A *selected page* is what selection takes or leaves as a whole: a page, or a part of one. All
+functions are pure and work under ``jit``, ``vmap`` and ``shard_map`` (shard over KV heads or rows;
+a shard orders its own heads retrieval first, too; the kernels of the append ops need
+``check_vma=False`` there). Either class of heads may be empty (Kr = 0 or Ks = 0). lse is the
 natural logarithm of the sum of exponentials of scaled scores, float32.
 
-Every op raises ``ValueError`` when shapes or dtypes contradict each other, naming both. What only
-values can tell (page ids outside the pool, a table too short for a length) leaves the result
-undefined, though reads stay inside the pools. To have it reported, trace the op, or whatever calls
-it, with ``value_checks`` and ``checkify``:
-
-    with api.value_checks():
-        error, result = jax.experimental.checkify.checkify(step)(...)
-    error.throw()
-
-A function that was jitted and called before keeps what it was traced with: trace the plain function
-anew, such as ``lserve_jax.engine.steps.decode_burst.__wrapped__``.
+Every op raises ``ValueError`` when shapes or dtypes contradict each other, naming both. Values that
+contradict the contract (page ids outside the pool, a table too short for a length) leave the result
+undefined, though reads stay inside the pools; ``value_checks`` has them reported.
 """
 
 import jax.numpy as jnp
@@ -31,13 +24,18 @@ from pallas_kernels.checks import (
     check_list,
     check_range,
     check_table,
+    check_targets,
     expect_dtype,
     expect_groups,
+    expect_int32,
     expect_list,
+    expect_own,
+    expect_page_sizes,
     expect_pages,
     expect_pools,
     expect_shape,
     expect_stats,
+    expect_table,
     value_checks,
 )
 from pallas_kernels.device import (
@@ -86,13 +84,13 @@ def paged_attention(
     """One query token a row attends the listed pages (LServe, unified attention).
 
     A retrieval head lists selected pages, a streaming head its sink and local pages; the op does
-    not know the difference beyond which pool a head's pages are in. Query heads h and KV head
-    h // G correspond. A row that attends nothing gives out 0, lse -inf. Lists may have more rows
-    than q, which are ignored (so that a batch can use the lists of all slots as they are).
+    not know the difference beyond which pool a head's pages are in. Query head h reads KV head
+    h // G. A row that attends nothing gives out 0, lse -inf. Lists may have more rows than q, which
+    are ignored (so that a part of a batch can use the lists of all).
 
-    Lists may name parts of pages. Then ``selected_page_size`` is less than P, and page p of a pool
-    counts as n = P // selected_page_size of them, n * p to n * p + n - 1. Raises ``ValueError``
-    where it does not divide P.
+    Lists may name parts of pages: then ``selected_page_size`` is less than P, and page p of a pool
+    counts as n = P // selected_page_size selected pages, n * p to n * p + n - 1. Raises
+    ``ValueError`` if it does not divide P.
 
     Returns (out in q's dtype, lse float32).
 
@@ -117,13 +115,9 @@ def paged_attention(
         raise ValueError(f"{selected_page_size=} must divide the pages' {page_size} tokens")
     check_list("retrieval_list", retrieval_list, B, retrieval, selected_page_size)
     check_list("streaming_list", streaming_list, B, streaming, selected_page_size)
+    lists = retrieval_list, streaming_list
     return implementation("paged_attention", backend)(
-        q,
-        retrieval,
-        streaming,
-        retrieval_list,
-        streaming_list,
-        selected_page_size=selected_page_size,
+        q, retrieval, streaming, *lists, selected_page_size=selected_page_size
     )
 
 
@@ -170,32 +164,17 @@ def prefill_attention(
     expect_shape("v", v, k.shape)
     expect_groups(H, k.shape[1])
     expect_pools(retrieval, streaming, k.shape[1], D)
-    expect_shape("page_table", page_table, (None,))
-    if page_table.shape[0] == 0:
-        raise ValueError(f"page_table has shape {page_table.shape}, needs an entry")
-    expect_shape("streaming_table", streaming_table, page_table.shape)
-    expect_shape("start", start, ())
-    expect_shape("length", length, ())
-    expect_dtype(
-        "int32", page_table=page_table, streaming_table=streaming_table, start=start, length=length
-    )
+    expect_table("page_table", page_table)
+    expect_int32(page_table.shape, streaming_table=streaming_table)
+    expect_int32((), start=start, length=length)
     if sink < 0 or local < 1:
         raise ValueError(f"need sink >= 0 and local >= 1, got {sink=} {local=}")
     check_range("length", length, T)
     check_table("page_table", page_table, retrieval, start)
     check_table("streaming_table", streaming_table, streaming, start)
+    tables = page_table, streaming_table
     return implementation("prefill_attention", backend)(
-        q,
-        k,
-        v,
-        retrieval,
-        streaming,
-        page_table,
-        streaming_table,
-        start,
-        length,
-        sink=sink,
-        local=local,
+        q, k, v, retrieval, streaming, *tables, start, length, sink=sink, local=local
     )
 
 
@@ -229,18 +208,10 @@ def prefix_attention(
     expect_shape("q", q, (None, None, None))
     expect_pages("pages", pages, q.shape[2])
     expect_groups(q.shape[1], pages.k.shape[0])
-    expect_shape("page_table", page_table, (None,))
-    if page_table.shape[0] == 0:
-        raise ValueError(f"page_table has shape {page_table.shape}, needs an entry")
-    expect_shape("length", length, ())
-    expect_dtype("int32", page_table=page_table, length=length)
+    expect_table("page_table", page_table)
+    expect_int32((), length=length)
     if own is not None:
-        expect_shape("own.out", own.out, q.shape)
-        expect_shape("own.lse", own.lse, q.shape[:2])
-        expect_shape("own.shares", own.shares, q.shape[:1])
-        expect_dtype(str(q.dtype), **{"own.out": own.out})
-        expect_dtype("float32", **{"own.lse": own.lse})
-        expect_dtype("bool", **{"own.shares": own.shares})
+        expect_own(own, q)
     check_table("page_table", page_table, pages, length)
     return implementation("prefix_attention", backend)(q, pages, page_table, length, own)
 
@@ -283,11 +254,11 @@ def append_kv(
     """Rotates q and k, writes one token a row into its pages, widens the page's key statistics.
 
     ``page``/``streaming_page`` are physical ids in the two pools, ``offset`` (position % P) is the
-    slot in both; a negative id writes nothing (an inactive row). Two rows must not name the same
-    slot. ``key_stats[..., 0, :]`` is kmax and ``[..., 1, :]`` kmin per logical page of P / g
-    tokens, of the rotated, unquantised key; the first token of a logical page assigns. None keeps
-    no statistics. int8 pools quantise on write (see ``quantize_kv``). Donate the pools to update
-    them in place.
+    place in either page; a negative id writes nothing (an inactive row). Two rows must not name the
+    same place of a page. ``key_stats[..., 0, :]`` is kmax and ``[..., 1, :]`` kmin per logical page
+    of P / g tokens, of the rotated, unquantised key; the first token of a logical page assigns.
+    None keeps no statistics. int8 pools quantise on write (see ``quantize_kv``). Donate the pools
+    to update them in place.
 
     Returns (rotated q, retrieval, streaming, key_stats).
 
@@ -311,16 +282,10 @@ def append_kv(
     expect_dtype("float32", cos=cos, sin=sin)
     expect_pools(retrieval, streaming, k.shape[1], D)
     expect_stats(key_stats, retrieval)
-    for name, x in (("page", page), ("streaming_page", streaming_page), ("offset", offset)):
-        expect_shape(name, x, (B,))
-    expect_dtype("int32", page=page, streaming_page=streaming_page, offset=offset)
+    expect_int32((B,), page=page, streaming_page=streaming_page, offset=offset)
     check_range("offset", offset, retrieval.k.shape[2] - 1)
-    for name, ids, pool in (
-        ("page", page, retrieval),
-        ("streaming_page", streaming_page, streaming),
-    ):
-        if pool.k.shape[0] > 0:
-            check_range(name, ids, pool.k.shape[1] - 1, lowest=jnp.iinfo(jnp.int32).min)
+    check_targets("page", page, retrieval)
+    check_targets("streaming_page", streaming_page, streaming)
     return implementation("append_kv", backend)(
         q, k, v, cos, sin, retrieval, streaming, key_stats, page, streaming_page, offset
     )
@@ -342,10 +307,10 @@ def append_kv_chunk(
     """Writes the first ``length`` tokens of a prefill chunk, positions ``start`` on.
 
     k is already rotated. Retrieval heads write every token through ``page_table``; streaming
-    heads write token t to page ``streaming_page[t]`` of their pool, or not at all where that is
-    negative (a ring keeps only sink and local tokens). Two tokens must not name the same slot, and
-    ``page_table`` must reach as far as ``start + length``. Statistics are merged correctly whether
-    or not ``start`` and ``start + length`` fall on logical page edges.
+    heads write token t to page ``streaming_page[t]`` of their pool, or not at all if that is
+    negative (a ring keeps only sink and local tokens). Two tokens must not name the same place of a
+    page, and ``page_table`` must reach as far as ``start + length``. Statistics are merged
+    correctly whether or not ``start`` and ``start + length`` fall on logical page edges.
 
     Returns (retrieval, streaming, key_stats).
 
@@ -365,18 +330,12 @@ def append_kv_chunk(
     expect_shape("v", v, k.shape)
     expect_pools(retrieval, streaming, Hk, D)
     expect_stats(key_stats, retrieval)
-    expect_shape("page_table", page_table, (None,))
-    expect_shape("streaming_page", streaming_page, (T,))
-    expect_shape("start", start, ())
-    expect_shape("length", length, ())
-    expect_dtype(
-        "int32", page_table=page_table, streaming_page=streaming_page, start=start, length=length
-    )
+    expect_int32((None,), page_table=page_table)
+    expect_int32((T,), streaming_page=streaming_page)
+    expect_int32((), start=start, length=length)
     check_range("length", length, T)
     check_table("page_table", page_table, retrieval, start + length)
-    if streaming.k.shape[0] > 0:
-        lowest = jnp.iinfo(jnp.int32).min
-        check_range("streaming_page", streaming_page, streaming.k.shape[1] - 1, lowest=lowest)
+    check_targets("streaming_page", streaming_page, streaming)
     return implementation("append_kv_chunk", backend)(
         k, v, retrieval, streaming, key_stats, page_table, streaming_page, start, length
     )
@@ -393,19 +352,18 @@ def page_scores(
     lower_bound_weight: float = 0.0,
     backend: Backend = "auto",
 ) -> Float[Array, "B Kr M*m"]:
-    """How much each page can matter to each retrieval KV head (LServe, hierarchical paging).
+    """How much a selected page can matter to each retrieval KV head (LServe, hierarchical paging).
 
-    ``selected_page_size`` is what one score speaks for, in tokens: a logical page, a whole page as
-    in the paper, or something between; m = page_size // selected_page_size of them make a page.
+    A selected page has ``selected_page_size`` tokens: it is a logical page, a whole page as in the
+    paper, or something between; m = page_size // selected_page_size of them make a page.
 
-    score = max over the group's query heads and the logical pages in it of upper + w * lower:
+    score = max over the group's query heads and its logical pages of upper + w * lower:
     upper = sum_d max(q_d * kmax_d, q_d * kmin_d) and lower = sum_d min(q_d * kmax_d, q_d * kmin_d)
     bound q . k over the logical page's tokens (up to the rounding of statistics kept in a narrower
     dtype than the keys'). w is ``lower_bound_weight``, in [0, 1]; 0 is the papers' bound.
-    ``q`` holds the rotated queries of the retrieval heads only. What holds none of the sequence's
-    first ``length`` tokens scores -inf.
-    Raises ``ValueError`` for a weight outside [0, 1] and for sizes of logical, selected and whole
-    pages that do not divide one another.
+    ``q`` holds the rotated queries of the retrieval heads only. A selected page with none of the
+    sequence's first ``length`` tokens scores -inf. Raises ``ValueError`` for a weight outside
+    [0, 1] and for sizes of logical, selected and whole pages that do not divide one another.
 
     >>> import jax.numpy as jnp
     >>> args = jnp.ones((1, 2, 8)), jnp.ones((1, 4, 2, 2, 8)), jnp.array([[3, 1]]), jnp.array([10])
@@ -420,19 +378,9 @@ def page_scores(
     B, Hr, D = q.shape
     expect_shape("key_stats", key_stats, (None, None, None, 2, D))
     expect_groups(Hr, key_stats.shape[0])
-    expect_shape("page_table", page_table, (B, None))
-    expect_shape("length", length, (B,))
-    expect_dtype("int32", page_table=page_table, length=length)
-    if key_stats.shape[2] == 0 or page_size % key_stats.shape[2]:
-        raise ValueError(f"{page_size=} must be a multiple of {key_stats.shape[2]} logical pages")
-    logical_page_size = page_size // key_stats.shape[2]
-    if selected_page_size < 1 or (
-        page_size % selected_page_size or selected_page_size % logical_page_size
-    ):
-        raise ValueError(
-            f"{selected_page_size=} must divide {page_size=} and be a multiple of "
-            f"{logical_page_size=}"
-        )
+    expect_int32((B, None), page_table=page_table)
+    expect_int32((B,), length=length)
+    expect_page_sizes(page_size, selected_page_size, key_stats.shape[2])
     check_range("length", length, page_table.shape[1] * page_size)
     used = jnp.arange(page_table.shape[1])[None] * page_size < length[:, None]
     check_range("page_table", jnp.where(used, page_table, 0), key_stats.shape[1] - 1)
@@ -455,11 +403,12 @@ def select_pages(
     sink_pages: int,
     backend: Backend = "auto",
 ) -> Int[Array, "B Kr R"]:
-    """The ``num_pages`` highest-scoring of each row's first ``num_candidates`` pages.
+    """The ``num_pages`` highest-scoring of each row's first ``num_candidates`` selected pages.
 
-    Pages 0..sink_pages-1 always win (forced); among equal scores the lower number does. Returns
-    page numbers within the sequence in ascending order (attention does not ask for the best first),
-    then -1 where a row has fewer candidates. R = min(num_pages, M). With num_candidates <=
+    A score is that of one selected page (see ``page_scores``), and all counts and numbers here are
+    of such pages. Numbers 0..sink_pages-1 always win; among equal scores the lower number does.
+    Returns numbers within the sequence in ascending order (attention does not ask for the best
+    first), then -1 if a row has fewer candidates. R = min(num_pages, M). With num_candidates <=
     num_pages everything is selected: the exact, dense case.
 
     >>> import jax.numpy as jnp
@@ -468,8 +417,7 @@ def select_pages(
     [[[0, 1]]]
     """
     expect_shape("scores", scores, (None, None, None))
-    expect_shape("num_candidates", num_candidates, (scores.shape[0],))
-    expect_dtype("int32", num_candidates=num_candidates)
+    expect_int32(scores.shape[:1], num_candidates=num_candidates)
     if not 0 <= sink_pages <= num_pages:
         raise ValueError(f"need 0 <= sink_pages <= num_pages, got {sink_pages=} {num_pages=}")
     check_range("num_candidates", num_candidates, scores.shape[-1])
@@ -497,9 +445,11 @@ def fused_linear(
     SiLU of the first half of the columns times the second half, so that out is half as wide.
 
     With a residual, also returns what the norm of the next layer needs to know of ``out``, to be
-    handed to it as ``square_sums`` (None where there is nothing to gain by it).
+    handed to it as ``square_sums``; None if the kernel did not run.
 
-    The kernel is for decode: at most ``MOST_LINEAR_ROWS`` rows; it reads the weights once.
+    The kernel is for decode: it reads the weights once and is one launch. With more than
+    ``MOST_LINEAR_ROWS`` rows XLA's matrix product was measured to be faster, so the reference
+    implementation runs whatever the backend.
 
     >>> import jax.numpy as jnp
     >>> out, _ = fused_linear(jnp.ones((1, 4)), jnp.ones((4, 2)), residual=jnp.ones((1, 2)))
@@ -520,6 +470,9 @@ def fused_linear(
         raise ValueError("square_sums are for a norm, and norm_scale is None")
     if residual is not None:
         expect_shape("residual", residual, (R, width // 2 if gated else width))
+    backend = resolve_backend(backend)
+    if R > MOST_LINEAR_ROWS:
+        backend = "reference"
     return implementation("fused_linear", backend)(
         x, kernel, bias, norm_scale, square_sums, residual, gated=gated, epsilon=epsilon
     )

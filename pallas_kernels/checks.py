@@ -1,4 +1,4 @@
-"""What ops check: shapes and dtypes always, values where ``value_checks`` asks for it.
+"""What ops check: shapes and dtypes always, values if ``value_checks`` asks for it.
 
 ``expect_*`` raise ``ValueError`` from shapes and dtypes, which are known while tracing. ``check_*``
 leave a check for ``checkify`` in the traced function.
@@ -12,17 +12,25 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array
 
-from pallas_kernels.types import KVPages, PageList
+from pallas_kernels.types import KVPages, OwnAttention, PageList
 
 _checks_values: ContextVar[bool] = ContextVar("checks_values", default=False)
 
 
 @contextmanager
 def value_checks() -> Iterator[None]:
-    """Ops traced inside also check values, for ``checkify`` to report.
+    """Ops traced inside also check values, for ``checkify`` to report:
 
-    Not always: a check is an effect to JAX even where nobody asks for it, and JAX calls programs
-    with effects from Python, which takes milliseconds for the hundreds of arrays of a model.
+        with api.value_checks():
+            error, result = jax.experimental.checkify.checkify(step)(...)
+        error.throw()
+
+    A function that was jitted and called before keeps what it was traced with: trace the plain
+    function anew, such as ``lserve_jax.engine.steps.decode_burst.__wrapped__``.
+
+    Checks are off by default: to JAX a check is an effect even if nobody looks at it, and JAX calls
+    programs with effects from Python, which takes milliseconds for the hundreds of arrays of a
+    model.
 
     >>> import jax.numpy as jnp
     >>> from jax.experimental import checkify
@@ -57,6 +65,19 @@ def expect_dtype(dtype: str, **arrays: Array) -> None:
             raise ValueError(f"{name} has dtype {x.dtype}, expected {dtype}")
 
 
+def expect_int32(shape: tuple[int | None, ...], **arrays: Array) -> None:
+    for name, x in arrays.items():
+        expect_shape(name, x, shape)
+    expect_dtype("int32", **arrays)
+
+
+def expect_table(name: str, table: Array) -> None:
+    """Page ids of one sequence, at least one."""
+    expect_int32((None,), **{name: table})
+    if table.shape[0] == 0:
+        raise ValueError(f"{name} has shape {table.shape}, needs an entry")
+
+
 def check_range(name: str, x: Array, limit: int, *, lowest: int = 0) -> None:
     """Under ``value_checks``: every x is in [lowest, limit]."""
     if _checks_values.get() and x.size > 0:
@@ -80,6 +101,26 @@ def check_table(name: str, table: Array, pages: KVPages, tokens: Array) -> None:
         check_range(f"tokens cached through {name}, which holds {reach},", tokens, reach)
         used = jnp.arange(table.shape[-1]) * P < tokens[..., None]
         check_range(name, jnp.where(used, table, 0), N - 1)
+
+
+def check_targets(name: str, page: Array, pages: KVPages) -> None:
+    """Under ``value_checks``: pages to be written are in the pool, or negative for none."""
+    if pages.k.shape[0] > 0:
+        check_range(name, page, pages.k.shape[1] - 1, lowest=jnp.iinfo(jnp.int32).min)
+
+
+def expect_page_sizes(page_size: int, selected_page_size: int, logical_pages: int) -> None:
+    """A logical page divides a selected one, and that a whole one. Sizes are in tokens."""
+    if logical_pages == 0 or page_size % logical_pages:
+        raise ValueError(f"{page_size=} must be a multiple of {logical_pages} logical pages")
+    logical_page_size = page_size // logical_pages
+    if selected_page_size < 1 or (
+        page_size % selected_page_size or selected_page_size % logical_page_size
+    ):
+        raise ValueError(
+            f"{selected_page_size=} must divide {page_size=} and be a multiple of "
+            f"{logical_page_size=}"
+        )
 
 
 def expect_pages(name: str, pages: KVPages, head_dim: int) -> None:
@@ -138,6 +179,16 @@ def check_list(
         check_range(f"{name}.page_ids", lists.page_ids[:rows], N * (P // selected_page_size) - 1)
         check_range(f"{name}.start", lists.start[:rows], tokens)
         check_range(f"{name}.stop", lists.stop[:rows], tokens)
+
+
+def expect_own(own: OwnAttention, q: Array) -> None:
+    for name, x, shape, dtype in (
+        ("own.out", own.out, q.shape, str(q.dtype)),
+        ("own.lse", own.lse, q.shape[:2], "float32"),
+        ("own.shares", own.shares, q.shape[:1], "bool"),
+    ):
+        expect_shape(name, x, shape)
+        expect_dtype(dtype, **{name: x})
 
 
 def expect_stats(key_stats: Array | None, retrieval: KVPages) -> None:

@@ -18,10 +18,10 @@ BACKENDS: tuple[Backend, ...] = ("auto", "mosaic", "reference")
 # The kernels of each machine: the module that holds the function of an op's name.
 KERNELS = {
     "hopper": {
-        "append_kv": "pallas_kernels.hopper.kv_append",
-        "append_kv_chunk": "pallas_kernels.hopper.kv_append",
+        "append_kv": "pallas_kernels.hopper.kv_append_token",
+        "append_kv_chunk": "pallas_kernels.hopper.kv_append_chunk",
         "fused_linear": "pallas_kernels.hopper.fused_linear",
-        "page_scores": "pallas_kernels.hopper.page_selection",
+        "page_scores": "pallas_kernels.hopper.page_scores",
         "paged_attention": "pallas_kernels.hopper.decode_attention",
         "prefill_attention": "pallas_kernels.hopper.prefill_attention",
         "prefix_attention": "pallas_kernels.hopper.prefix_attention",
@@ -32,7 +32,7 @@ KERNELS = {
 # Pages that ``select_pages`` has a kernel for.
 MOST_SELECTED_PAGES = 2048
 
-# Rows that ``fused_linear`` has a kernel for. With more, XLA's matrix product is faster.
+# Rows up to which ``fused_linear`` runs its kernel. With more, XLA's matrix product is faster.
 MOST_LINEAR_ROWS = 4
 
 

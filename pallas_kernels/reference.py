@@ -3,10 +3,11 @@
 Arithmetic is float32 whatever the storage type. Loops run over blocks with the online softmax
 of FlashAttention, so that no op holds scores for more than one block of keys; how many blocks
 run is decided by the data (``lax.fori_loop`` with a traced bound), so cost follows the lengths
-and not the padded shapes. Slots that hold no valid token are never used, even when they hold NaN.
+and not the padded shapes. Places of a page that hold no valid token are never used, even when they
+hold NaN.
 
-Shapes and meaning of arguments are documented once, in ``api.py``. What a model
-calls in every layer is jitted, so that many layers trace and lower it once.
+Shapes and meaning of arguments are documented once, in ``api.py``. What a model calls in every
+layer is jitted, so that many layers trace and lower it once.
 """
 
 from functools import partial
@@ -55,7 +56,7 @@ def _softmax_step(
     shift = jnp.where(peak == -jnp.inf, 0.0, peak)  # rows that have seen no key yet
     decay = jnp.exp(state.peak - shift)
     weights = jnp.exp(scores - shift[..., None])
-    # A weight of zero does not silence NaN in an unused slot; a value of zero does.
+    # A weight of zero does not silence the NaN of a hidden token; a value of zero does.
     v = jnp.where(jnp.any(visible, axis=-2)[..., None], v, 0.0)
     new = jnp.einsum("...qt,...td->...qd", weights, v, precision=lax.Precision.HIGHEST)
     return _Softmax(
@@ -150,8 +151,8 @@ def _attend_page_list(
         # Cut inside of the loop: XLA copies a pool for a loop that reads a view of it.
         of_step = lax.dynamic_slice_in_dim(ids, i * per_step, per_step, axis=2)
         k, v = _gather(cut_pages(pages, page_size), of_step)
-        slot = (i * block + jnp.arange(block))[None, None]  # [1, 1, block]
-        visible = (slot >= lists.start[..., None]) & (slot < lists.stop[..., None])
+        token = (i * block + jnp.arange(block))[None, None]  # [1, 1, block]
+        visible = (token >= lists.start[..., None]) & (token < lists.stop[..., None])
         return _softmax_step(state, q, k, v, visible[:, :, None, :])
 
     steps = (jnp.max(lists.stop) + block - 1) // block
@@ -440,8 +441,7 @@ def _pool_statistics(
     g = key_stats.shape[2]
     lead = start % logical_page_size  # tokens of the first logical page that earlier chunks wrote
     count = -(-T // logical_page_size) + 1  # logical pages a chunk of T tokens can touch
-    slots = jnp.arange(count * logical_page_size)
-    token = slots - lead
+    token = jnp.arange(count * logical_page_size) - lead
     valid = ((token >= 0) & (token < length)).reshape(count, logical_page_size, 1, 1)
     keys = k[jnp.clip(token, 0, T - 1)].reshape(count, logical_page_size, Kr, D)
     high = jnp.where(valid, keys, -jnp.inf).max(axis=1)  # [count, Kr, D]
@@ -495,11 +495,11 @@ def select_pages(
     num_pages: int,
     sink_pages: int,
 ) -> Int[Array, "B Kr R"]:
-    page = jnp.arange(scores.shape[-1])[None, None]
+    number = jnp.arange(scores.shape[-1])[None, None]  # of a selected page in its sequence
     scores = jnp.where(scores == 0.0, 0.0, scores)  # top_k would rank -0.0 below 0.0
-    ranked = jnp.where(page < sink_pages, jnp.inf, scores)
-    ranked = jnp.where(page < num_candidates[:, None, None], ranked, -jnp.inf)
-    # lax.top_k is stable: among equal scores the lower page number wins.
+    ranked = jnp.where(number < sink_pages, jnp.inf, scores)
+    ranked = jnp.where(number < num_candidates[:, None, None], ranked, -jnp.inf)
+    # lax.top_k is stable: among equal scores the lower number wins.
     _, selected = lax.top_k(ranked, num_pages)
     valid = jnp.arange(num_pages)[None, None] < num_candidates[:, None, None]
     # In ascending order, what is not valid last.

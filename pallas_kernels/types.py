@@ -23,9 +23,9 @@ class PageList(NamedTuple):
 
     The listed pages, of U tokens each (the pool's P or less, see ``api.paged_attention``), laid end
     to end form a row of ``L * U`` tokens; tokens ``start`` to ``stop - 1`` of that row are
-    attended. Softmax does not care about order, so a caller with a
-    page that is valid only at its end (the oldest local page) lists it first, and one valid only
-    at its beginning (the newest page) last. Entries past ``stop`` must be valid page ids.
+    attended. Softmax does not care about order, so a caller with a page that is valid only at its
+    end (the oldest local page) lists it first, and one valid only at its beginning (the newest
+    page) last. Entries past ``stop`` must be valid page ids.
 
     The axis K of each field has the pool's number of heads, or 1 for what all of them share.
     """

@@ -1,1 +1,1 @@
-"""Mosaic GPU kernels for Hopper GPUs (H100, H200), one file a family of ops."""
+"""Mosaic GPU kernels for Hopper GPUs (H100, H200): one file an op, and what ops share."""

@@ -127,17 +127,19 @@ def fused_linear(
         c = lax.axis_index("columns")
 
         def fetch(step):
-            slot = lax.rem(step, jnp.int32(stages))
+            stage = lax.rem(step, jnp.int32(stages))
             k = pl.ds(step * T, T)
             for half in range(halves):
                 columns = pl.ds(half * width + c * COLUMNS, COLUMNS)
                 plgpu.copy_gmem_to_smem(
-                    kernel_gmem.at[k, columns], kernel_smem.at[slot, half], ready.at[slot]
+                    kernel_gmem.at[k, columns], kernel_smem.at[stage, half], ready.at[stage]
                 )
             for row in range(B):
-                plgpu.copy_gmem_to_smem(x_gmem.at[row, k], rows_smem.at[slot, row], ready.at[slot])
+                plgpu.copy_gmem_to_smem(
+                    x_gmem.at[row, k], rows_smem.at[stage, row], ready.at[stage]
+                )
             if scale_gmem is not None:
-                plgpu.copy_gmem_to_smem(scale_gmem.at[k], scale_smem[0].at[slot], ready.at[slot])
+                plgpu.copy_gmem_to_smem(scale_gmem.at[k], scale_smem[0].at[stage], ready.at[stage])
 
         def as_columns(load, length):
             """[length, N] float32 whose column b is ``load(b)``, for the B rows; else zero."""
@@ -159,16 +161,16 @@ def fused_linear(
             inverse_rms = lax.rsqrt(sums.sum(axis=0) * (1.0 / K) + epsilon)  # [N]
 
         def multiply_tile(step, accs):
-            slot = lax.rem(step, jnp.int32(stages))
-            plgpu.barrier_wait(ready.at[slot])
+            stage = lax.rem(step, jnp.int32(stages))
+            plgpu.barrier_wait(ready.at[stage])
 
             def load_row(row):
-                return plgpu.load(rows_smem.at[slot, row], layout=PER_ROW).astype(jnp.float32)
+                return plgpu.load(rows_smem.at[stage, row], layout=PER_ROW).astype(jnp.float32)
 
             x = as_columns(load_row, T)
             if inverse_rms is not None:
                 x = (x * spread_columns(inverse_rms, x)).astype(jnp.bfloat16).astype(jnp.float32)
-                scale = plgpu.load(scale_smem[0].at[slot], layout=PER_ROW).astype(jnp.float32)
+                scale = plgpu.load(scale_smem[0].at[stage], layout=PER_ROW).astype(jnp.float32)
                 x = x * spread_rows(scale, x)
             x_smem.transpose((1, 0))[...] = plgpu.layout_cast(
                 x.astype(jnp.bfloat16), MATRIX_TRANSPOSED
@@ -177,7 +179,7 @@ def fused_linear(
             accs = tuple(
                 acc
                 + matmul(
-                    kernel_smem.at[slot, half].transpose((1, 0)),
+                    kernel_smem.at[stage, half].transpose((1, 0)),
                     x_smem.transpose((1, 0)),
                     COLUMNS,
                     N,

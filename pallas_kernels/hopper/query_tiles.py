@@ -167,10 +167,10 @@ def _compute(tile: Tile, half, work: Work) -> None:
 
     def attend_block(step, carry):
         acc, peak, total = carry  # [64, D], [64], [64]
-        slot = lax.rem(step, jnp.int32(stages))
+        stage = lax.rem(step, jnp.int32(stages))
         # Its keys were waited for during the previous block's last product.
-        x = matmul(q, tile.k.at[slot].transpose((1, 0)), HALF, BLOCK, meanwhile=pass_turn)
-        plgpu.barrier_arrive(tile.k_free.at[slot])
+        x = matmul(q, tile.k.at[stage].transpose((1, 0)), HALF, BLOCK, meanwhile=pass_turn)
+        plgpu.barrier_arrive(tile.k_free.at[stage])
         x = work.mask(step, half, x)
 
         new_peak = jnp.maximum(peak, x.max(axis=1) * scale)
@@ -182,12 +182,12 @@ def _compute(tile: Tile, half, work: Work) -> None:
         # All of this is to happen before the tensor cores are asked for, not after.
         acc, p, total, new_peak = lax.optimization_barrier((acc, p, total, new_peak))
 
-        plgpu.barrier_wait(tile.v_ready.at[slot])
+        plgpu.barrier_wait(tile.v_ready.at[stage])
         # Warpgroup 1 multiplies by these values a turn later.
-        pl.when(half == 0)(lambda: work.clean(step, tile.v.at[slot]))
+        pl.when(half == 0)(lambda: work.clean(step, tile.v.at[stage]))
         wait_for_turn()
-        acc = add_product(acc, p, tile.v.at[slot], lambda: wait_for_keys(step + 1))
-        plgpu.barrier_arrive(tile.v_free.at[slot])
+        acc = add_product(acc, p, tile.v.at[stage], lambda: wait_for_keys(step + 1))
+        plgpu.barrier_arrive(tile.v_free.at[stage])
         return acc, new_peak, total
 
     plgpu.copy_gmem_to_smem(q_gmem, q, tile.q_ready.at[half])
@@ -214,26 +214,26 @@ def _compute(tile: Tile, half, work: Work) -> None:
 def _copy(tile: Tile, work: Work) -> None:
     steps, stages = work.steps, tile.k.shape[0]
 
-    def fetch_keys(step, slot):
-        work.fetch(step, KEYS, tile.k.at[slot], tile.k_ready.at[slot])
+    def fetch_keys(step, stage):
+        work.fetch(step, KEYS, tile.k.at[stage], tile.k_ready.at[stage])
 
-    def fetch_values(step, slot):
-        work.fetch(step, VALUES, tile.v.at[slot], tile.v_ready.at[slot])
+    def fetch_values(step, stage):
+        work.fetch(step, VALUES, tile.v.at[stage], tile.v_ready.at[stage])
 
-    for slot in range(stages):
+    for stage in range(stages):
 
-        @pl.when(slot < steps)
-        def _(slot=slot):
-            fetch_keys(jnp.int32(slot), slot)
-            fetch_values(jnp.int32(slot), slot)
+        @pl.when(stage < steps)
+        def _(stage=stage):
+            fetch_keys(jnp.int32(stage), stage)
+            fetch_values(jnp.int32(stage), stage)
 
     def refill(step, _):
-        slot = lax.rem(step, jnp.int32(stages))
+        stage = lax.rem(step, jnp.int32(stages))
         more = step + stages < steps
-        plgpu.barrier_wait(tile.k_free.at[slot])
-        pl.when(more)(lambda: fetch_keys(step + stages, slot))
-        plgpu.barrier_wait(tile.v_free.at[slot])
-        pl.when(more)(lambda: fetch_values(step + stages, slot))
+        plgpu.barrier_wait(tile.k_free.at[stage])
+        pl.when(more)(lambda: fetch_keys(step + stages, stage))
+        plgpu.barrier_wait(tile.v_free.at[stage])
+        pl.when(more)(lambda: fetch_values(step + stages, stage))
 
     lax.fori_loop(0, steps, refill, None)
 

@@ -15,8 +15,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.hopper.decode_attention import paged_attention
 from pallas_kernels.hopper.fused_linear import fused_linear
-from pallas_kernels.hopper.kv_append import append_kv, append_kv_chunk
-from pallas_kernels.hopper.page_selection import page_scores, select_pages
+from pallas_kernels.hopper.kv_append_chunk import append_kv_chunk
+from pallas_kernels.hopper.kv_append_token import append_kv
+from pallas_kernels.hopper.page_scores import page_scores
+from pallas_kernels.hopper.page_selection import select_pages
 from pallas_kernels.hopper.prefill_attention import prefill_attention
 from pallas_kernels.hopper.prefix_attention import prefix_attention
 from pallas_kernels.types import KVPages, OwnAttention, PageList
@@ -74,25 +76,25 @@ def append_arguments(rows=2, tokens=None, logical_page_size=16, **case):
     return caches, (q, kv, kv, angle, angle), (ids, ids, ids), lists
 
 
-def decode_steps(caches, tokens, where, lists):
+def decode_steps(caches, tokens, places, lists):
     """Appends and attends quarters of pages, ten times over."""
     q, *rest = tokens
 
     def step(_, carry):
         q, caches = carry
-        q, *caches = append_kv(q, *rest, *caches, *where)
+        q, *caches = append_kv(q, *rest, *caches, *places)
         return paged_attention(q, *caches[:2], *lists, selected_page_size=16)[0], tuple(caches)
 
     return lax.fori_loop(0, 10, step, (q, caches))
 
 
-def prefill_steps(caches, tokens, where):
+def prefill_steps(caches, tokens, places):
     """Appends ten chunks."""
-    table, streaming_page, start, length = where
+    table, streaming_page, start, length = places
 
     def step(i, caches):
-        there = table, streaming_page, start + i * length, length
-        return tuple(append_kv_chunk(*tokens, *caches, *there))
+        places = table, streaming_page, start + i * length, length
+        return tuple(append_kv_chunk(*tokens, *caches, *places))
 
     return lax.fori_loop(0, 10, step, caches)
 

@@ -1,6 +1,6 @@
 """The decode attention kernel, interpreted on a CPU, against its reference.
 
-Slots that a list does not attend hold NaN, and entries past ``stop`` name a page of nothing else.
+Tokens that a list does not attend are NaN, and entries past ``stop`` name a page of nothing else.
 """
 
 import jax
@@ -14,7 +14,7 @@ from pallas_kernels.hopper.decode_attention import Config, choose_config, paged_
 from pallas_kernels.reference import quantize_kv
 from pallas_kernels.types import KVPages, PageList
 
-# Weights and out are rounded to bf16: 2^-9 of a weight, averaged over the slots, and 2^-9 of out.
+# Weights and out are rounded to bf16: 2^-9 of a weight, averaged over the tokens, and 2^-9 of out.
 # |v| < 5, so out is off by at most 2 * 5 * 2^-9 = 2e-2, in practice by a unit in its last place.
 OUT_TOLERANCE = 1e-2
 # bf16 scores are exact products summed in float32. int8 ones also have q rounded to 2^-16 of its
@@ -23,7 +23,7 @@ LSE_TOLERANCE = {jnp.dtype(jnp.bfloat16): 1e-5, jnp.dtype(jnp.int8): 2e-3}
 
 
 def problem(rows, retrieval, streaming, group, head_dim, page_size, width, dtype, *, seed=0):
-    """Lists of every length from 1 slot to all; the last row's last head attends nothing."""
+    """Lists of every length from 1 token to all; the last row's last head attends nothing."""
     rng = np.random.default_rng(seed)
     heads, pages = retrieval + streaming, rows * width + 1
     order = np.stack([rng.permutation(pages) for _ in range(heads)]).astype(np.int32)
@@ -32,11 +32,11 @@ def problem(rows, retrieval, streaming, group, head_dim, page_size, width, dtype
     stop[0, 0] = width * page_size
     start = np.minimum(rng.integers(0, page_size, (rows, heads)), stop - 1).astype(np.int32)
     start[-1, -1] = stop[-1, -1]
-    slots = np.arange(width * page_size).reshape(width, page_size)
-    attended = (slots >= start[..., None, None]) & (slots < stop[..., None, None])
+    token = np.arange(width * page_size).reshape(width, page_size)
+    attended = (token >= start[..., None, None]) & (token < stop[..., None, None])
     used = np.zeros((heads, pages, page_size), bool)
     used[np.arange(heads)[None, :, None], ids] = attended
-    past = slots[:, 0] >= stop[..., None]
+    past = token[:, 0] >= stop[..., None]
     fields = np.where(past, spare[:, None], ids), start, stop
     lists = [
         PageList(*(jnp.asarray(x[:, part]) for x in fields))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from pallas_kernels import reference
+from pallas_kernels import api, reference
 from pallas_kernels.hopper.fused_linear import choose_config, fused_linear
 
 PLAIN = {"bias": None, "norm_scale": None, "square_sums": None, "residual": None}
@@ -94,3 +94,18 @@ def test_refuses_float32() -> None:
     x = jnp.zeros((1, 64), jnp.float32)
     with pytest.raises(NotImplementedError, match="x must be bfloat16, got float32"):
         fused_linear(x, normal(1, 64, 64), **PLAIN, gated=False, epsilon=1e-5)
+
+
+@pytest.mark.parametrize("rows", [api.MOST_LINEAR_ROWS, api.MOST_LINEAR_ROWS + 1])
+def test_op_leaves_many_rows_to_xla(rows: int) -> None:
+    """Whatever the backend; only the kernel makes sums for the next norm."""
+    x, kernel, residual = normal(0, rows, 64), normal(1, 64, 64) / 8, normal(2, rows, 64)
+    out, sums = api.fused_linear(x, kernel, residual=residual, backend="mosaic")
+    assert (sums is None) == (rows > api.MOST_LINEAR_ROWS)
+    expected, _ = api.fused_linear(x, kernel, residual=residual, backend="reference")
+    assert_allclose(np.asarray(out, np.float32), np.asarray(expected, np.float32), rtol=2**-6)
+
+
+def test_op_refuses_an_unknown_backend_for_any_number_of_rows() -> None:
+    with pytest.raises(ValueError, match="backend='cuda' is unknown"):
+        api.fused_linear(normal(0, 32, 64), normal(1, 64, 64), backend="cuda")

@@ -2,15 +2,15 @@
 
     python -m pytest -m gpu tests/kernels
 
-Unused slots hold NaN. A kernel may be at most twice as far from float32 arithmetic as the same
-maths done in bf16.
+Tokens that are not attended are NaN. A kernel may be at most twice as far from float32
+arithmetic as the same maths done in bf16.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from shapes import DECODE, DecodeShape, decode_inputs
+from shapes.decode import DECODE, DecodeShape, decode_inputs
 
 from pallas_kernels import reference
 from pallas_kernels.hopper.decode_attention import paged_attention
@@ -38,8 +38,8 @@ def bf16_attention(
         if pool.k.shape[0] == 0:
             continue
         heads = jnp.arange(pool.k.shape[0])[None, :, None]
-        slots = jnp.arange(lists.page_ids.shape[2] * pool.k.shape[2])[None, None]
-        seen = (slots >= lists.start[..., None]) & (slots < lists.stop[..., None])
+        token = jnp.arange(lists.page_ids.shape[2] * pool.k.shape[2])[None, None]
+        seen = (token >= lists.start[..., None]) & (token < lists.stop[..., None])
 
         def read(x, scale, heads=heads, pages=lists.page_ids, seen=seen):
             tokens = x[heads, pages].astype(jnp.float32)

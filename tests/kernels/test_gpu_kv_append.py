@@ -10,17 +10,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from shapes import APPEND, APPEND_CHUNK, AppendShape, append_chunk_inputs, append_inputs
+from shapes.append import (
+    APPEND,
+    APPEND_CHUNK,
+    AppendShape,
+    append_chunk_inputs,
+    append_inputs,
+)
 
 from pallas_kernels import reference
-from pallas_kernels.hopper.kv_append import append_kv, append_kv_chunk
+from pallas_kernels.hopper.kv_append_chunk import append_kv_chunk
+from pallas_kernels.hopper.kv_append_token import append_kv
 from pallas_kernels.types import KVPages
 
 pytestmark = pytest.mark.gpu
 
 
 def read(pool: KVPages, part: str) -> np.ndarray:
-    """Keys or values in float32; a slot that was never written is NaN."""
+    """Keys or values in float32; what was never written is NaN."""
     x, scale = getattr(pool, part), getattr(pool, f"{part}_scale")
     x = np.asarray(x, np.float32)
     return x if scale is None else x * np.asarray(scale)[..., None]
@@ -55,21 +62,21 @@ def check_caches(kernel: Callable, plain: Callable, arguments: tuple, pools: sli
 
 @pytest.mark.parametrize("shape", APPEND, ids=lambda shape: shape.name)
 def test_append_kv(shape: AppendShape) -> None:
-    fixed, (where,) = append_inputs(shape)
+    fixed, (places,) = append_inputs(shape)
     check_caches(
         lambda *xs: append_kv(*xs)[1:],
         lambda *xs: reference.append_kv(*xs)[1:],
-        (*fixed, *where),
+        (*fixed, *places),
         slice(5, 8),
     )
     q, *rest = fixed
-    rotated = jax.jit(append_kv)(q, *rest, *where)[0]
-    expected = reference.append_kv(q, *rest, *where)[0]
-    truth = reference.append_kv(q.astype(jnp.float32), *rest, *where)[0]
+    rotated = jax.jit(append_kv)(q, *rest, *places)[0]
+    expected = reference.append_kv(q, *rest, *places)[0]
+    truth = reference.append_kv(q.astype(jnp.float32), *rest, *places)[0]
     check(*(np.asarray(x, np.float32) for x in (rotated, expected, truth)))
 
 
 @pytest.mark.parametrize("shape", APPEND_CHUNK, ids=lambda shape: shape.name)
 def test_append_kv_chunk(shape: AppendShape) -> None:
-    fixed, (where,) = append_chunk_inputs(shape)
-    check_caches(append_kv_chunk, reference.append_kv_chunk, (*fixed, *where), slice(2, 5))
+    fixed, (places,) = append_chunk_inputs(shape)
+    check_caches(append_kv_chunk, reference.append_kv_chunk, (*fixed, *places), slice(2, 5))

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
-from shapes import SELECTION, SelectionShape, selection_inputs
+from shapes.selection import SELECTION, SelectionShape, selection_inputs
 
 from pallas_kernels import reference
-from pallas_kernels.hopper.page_selection import page_scores, select_pages
+from pallas_kernels.hopper.page_scores import page_scores
+from pallas_kernels.hopper.page_selection import select_pages
 
 pytestmark = pytest.mark.gpu
 

@@ -1,7 +1,7 @@
 """Prefill and prefix attention on a Hopper GPU at the benchmarks' shapes: ``pytest -m gpu``.
 
-Unused slots hold NaN. A kernel may be at most twice as far from float32 arithmetic as the same
-maths done in bf16.
+Tokens that no query sees are NaN. A kernel may be at most twice as far from float32
+arithmetic as the same maths done in bf16.
 """
 
 from functools import partial
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from shapes import PREFILL, PREFIX, PrefillShape, PrefixShape, prefill_inputs, prefix_inputs
+from shapes.prefill import PREFILL, PrefillShape, prefill_inputs
+from shapes.prefix import PREFIX, PrefixShape, prefix_inputs
 
 from pallas_kernels import reference
 from pallas_kernels.hopper.prefill_attention import prefill_attention

@@ -10,12 +10,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import reference
-from pallas_kernels.hopper.kv_append import (
-    Config,
-    append_kv,
-    append_kv_chunk,
-    choose_config,
-)
+from pallas_kernels.hopper.kv_append_chunk import append_kv_chunk
+from pallas_kernels.hopper.kv_append_token import Config, append_kv, choose_config
 from pallas_kernels.types import KVPages
 
 PAGES = 7

@@ -1,7 +1,9 @@
 """The prefill attention kernel, interpreted on a CPU, against its reference.
 
-NaN is in every history slot that no query of the chunk sees and in every row past ``length``.
+Tokens of the history that no query of the chunk sees are NaN, and so are rows past ``length``.
 """
+
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -22,32 +24,36 @@ OUT_TOLERANCE = 1e-2
 LSE_TOLERANCE = {False: 1e-5, True: 2e-2}
 
 
-def problem(
-    *,
-    tokens,
-    start,
-    length,
-    sink,
-    local,
-    retrieval=1,
-    streaming=1,
-    group=1,
-    head_dim=64,
-    page_size=32,
-    int8=False,
-    seed=0,
-):
-    """Arguments with a table longer than the history; int8 is the retrieval pool's storage."""
-    rng = np.random.default_rng(seed)
-    heads, width = retrieval + streaming, -(-start // page_size) + 3
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call; ``int8`` is the retrieval pool's storage."""
+
+    tokens: int
+    start: int
+    length: int
+    sink: int
+    local: int
+    retrieval: int = 1
+    streaming: int = 1
+    group: int = 1
+    head_dim: int = 64
+    page_size: int = 32
+    int8: bool = False
+
+
+def problem(case: Case) -> tuple[tuple, dict[str, int]]:
+    """Arguments, with tables longer than the history, and the window."""
+    rng = np.random.default_rng(0)
+    heads, page_size = case.retrieval + case.streaming, case.page_size
+    width = -(-case.start // page_size) + 3
     position = np.arange(width * page_size).reshape(width, page_size)
-    in_history = position < start
+    in_history = position < case.start
 
     def pool(number, seen, int8):
         table = rng.permutation(width + 2)[:width].astype(np.int32)
         kept = np.zeros((width + 2, page_size), bool)
         kept[table] = seen
-        k, v = rng.normal(size=(2, number, *kept.shape, head_dim))
+        k, v = rng.normal(size=(2, number, *kept.shape, case.head_dim))
         if int8:
             (k, k_scale), (v, v_scale) = (quantize_kv(jnp.asarray(x, jnp.float32)) for x in (k, v))
             pages = KVPages(k, v, *(jnp.where(kept, x, jnp.nan) for x in (k_scale, v_scale)))
@@ -56,16 +62,18 @@ def problem(
             pages = KVPages(jnp.asarray(k, jnp.bfloat16), jnp.asarray(v, jnp.bfloat16))
         return pages, jnp.asarray(table)
 
-    full, table = pool(retrieval, in_history, int8)
-    in_window = in_history & ((position < sink) | (position > start - local))
-    ring, ring_table = pool(streaming, in_window, False)
-    exists = (np.arange(tokens) < length)[:, None, None]
+    full, table = pool(case.retrieval, in_history, case.int8)
+    in_window = (position < case.sink) | (position > case.start - case.local)
+    ring, ring_table = pool(case.streaming, in_history & in_window, False)
+    exists = (np.arange(case.tokens) < case.length)[:, None, None]
     q, k, v = (
-        jnp.asarray(np.where(exists, rng.normal(size=(tokens, n, head_dim)), np.nan), jnp.bfloat16)
-        for n in (heads * group, heads, heads)
+        jnp.asarray(
+            np.where(exists, rng.normal(size=(case.tokens, n, case.head_dim)), np.nan), jnp.bfloat16
+        )
+        for n in (heads * case.group, heads, heads)
     )
-    bounds = jnp.int32(start), jnp.int32(length)
-    return (q, k, v, full, ring, table, ring_table, *bounds), {"sink": sink, "local": local}
+    args = q, k, v, full, ring, table, ring_table, jnp.int32(case.start), jnp.int32(case.length)
+    return args, {"sink": case.sink, "local": case.local}
 
 
 def check(args, window, config: Config | None = None) -> None:
@@ -102,7 +110,7 @@ def check(args, window, config: Config | None = None) -> None:
 )
 def test_matches_reference(case: dict) -> None:
     shape = {"tokens": -(-case["length"] // 128) * 128, "sink": 32, "local": 100} | case
-    check(*problem(**shape))
+    check(*problem(Case(**shape)))
 
 
 @pytest.mark.parametrize(
@@ -115,12 +123,14 @@ def test_matches_reference(case: dict) -> None:
 )
 def test_edges_of_a_short_chunk(start, length, sink, local) -> None:
     """64 tokens, padded to a tile: a block of the chunk has rows that no array holds."""
-    check(*problem(tokens=64, start=start, length=length, sink=sink, local=local, retrieval=0))
+    case = Case(tokens=64, start=start, length=length, sink=sink, local=local, retrieval=0)
+    check(*problem(case))
 
 
 def test_length_decides_what_is_computed() -> None:
     """Tiles of padding alone give 0, and the first one is as if they were not there."""
-    args, window = problem(tokens=256, start=40, length=128, sink=8, local=50, streaming=0)
+    case = Case(tokens=256, start=40, length=128, sink=8, local=50, streaming=0)
+    args, window = problem(case)
     check(args, window, Config(stages=1))
     out, lse = prefill_attention(*args, **window, config=Config(stages=1))
     assert not np.asarray(out[128:], np.float32).any()
@@ -140,13 +150,13 @@ def test_choice_of_config() -> None:
     ],
 )
 def test_refuses_by_name(change: dict, reason: str) -> None:
-    args, window = problem(tokens=64, start=16, length=64, sink=4, local=8, **change)
+    args, window = problem(Case(tokens=64, start=16, length=64, sink=4, local=8, **change))
     with pytest.raises(NotImplementedError, match=reason):
         prefill_attention(*args, **window)
 
 
 def test_refuses_other_dtypes() -> None:
-    args, window = problem(tokens=64, start=16, length=64, sink=4, local=8)
+    args, window = problem(Case(tokens=64, start=16, length=64, sink=4, local=8))
     q, *rest = args
     with pytest.raises(NotImplementedError, match="q must be bfloat16, got float32"):
         prefill_attention(q.astype(jnp.float32), *rest, **window)

@@ -1,6 +1,6 @@
 """The shared-prefix kernel, interpreted on a CPU, against a plain softmax.
 
-NaN is in every slot past the prefix and on pages that the table does not name.
+Tokens past the prefix are NaN, and so are pages that the table does not name.
 """
 
 import jax

@@ -13,7 +13,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from pallas_kernels import reference
 from pallas_kernels.hopper import page_selection
-from pallas_kernels.hopper.page_selection import Config, choose_config, page_scores, select_pages
+from pallas_kernels.hopper.page_scores import Config, choose_config, page_scores
+from pallas_kernels.hopper.page_selection import select_pages
 
 # Products of bf16 are exact in float32; their sum of at most 256 terms below 16 is not.
 TOLERANCE = 5e-5
@@ -156,7 +157,7 @@ KINDS = {
     [
         (300, 63, 1, "normal"),
         (300, 63, 2, "tied"),
-        (100, 100, 0, "normal"),  # everything, two tiles of slots
+        (100, 100, 0, "normal"),  # everything, two tiles of entries
         (64, 1, 0, "equal"),
         (512, 3, 3, "wide"),  # sinks only
         (512, 20, 1, "wide"),
@@ -182,7 +183,7 @@ def test_selection(width: int, num_pages: int, sink_pages: int, kind: str) -> No
     assert_array_equal(selected, expected)
 
 
-def test_one_cta_finds_all_slots_where_sms_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_cta_fills_all_entries_if_sms_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_selection, "SM_COUNT", 1)
     scores = jax.random.normal(jax.random.key(0), (1, 1, 333))
     args, how = (scores, jnp.array([330])), {"num_pages": 130, "sink_pages": 1}

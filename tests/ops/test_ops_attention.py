@@ -1,7 +1,7 @@
 """prefill_attention, paged_attention and merge_attention against the float64 oracle.
 
-Every slot that an op must not read holds NaN: pages nobody owns, slots that are not written yet,
-list entries outside [start, stop), the padded tail of a chunk. One read of them, even with
+All that an op must not read is NaN: pages nobody owns, places that are not written yet, tokens of a
+list outside [start, stop), the padded tail of a chunk. One read of them, even with
 weight 0, makes the result NaN.
 """
 
@@ -41,19 +41,19 @@ class Pool:
         self.k, self.v = np.full(shape, fill, dtype), np.full(shape, fill, dtype)
         self.scales = [np.full(shape[:3], np.nan, np.float32) for _ in range(2)] if int8 else None
 
-    def put(self, where: tuple[np.ndarray, np.ndarray], k: np.ndarray, v: np.ndarray) -> None:
-        """Tokens [n, heads, D] into slots ``where`` = (pages [n], offsets [n])."""
-        for which, (pool, x) in enumerate(((self.k, k), (self.v, v))):
+    def put(self, places: tuple[np.ndarray, np.ndarray], k: np.ndarray, v: np.ndarray) -> None:
+        """Tokens [n, heads, D] into ``places`` = (pages [n], offsets [n])."""
+        for i, (pool, x) in enumerate(((self.k, k), (self.v, v))):
             x = x.swapaxes(0, 1)
             if self.scales is not None:
                 scale = np.abs(x).max(axis=-1) / 127
-                self.scales[which][:, *where] = scale
+                self.scales[i][:, *places] = scale
                 x = np.round(x / scale[..., None])
-            pool[:, *where] = x
+            pool[:, *places] = x
 
-    def get(self, where: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def get(self, places: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """k, v [n, heads, D] as stored."""
-        k, v = (x[:, *where].swapaxes(0, 1) for x in self.values())
+        k, v = (x[:, *places].swapaxes(0, 1) for x in self.values())
         return k, v
 
     def poison(self, keep: np.ndarray) -> None:
@@ -116,9 +116,9 @@ def check_prefill(
         (retrieval, table, position, slice(None, Kr)),
         (streaming, ring_table, position[visible], slice(Kr, None)),
     ):
-        where = (pages[kept // page_size], kept % page_size)
-        pool.put(where, k[kept, part], v[kept, part])
-        k[kept, part], v[kept, part] = pool.get(where)  # int8 pages hold rounded values
+        places = (pages[kept // page_size], kept % page_size)
+        pool.put(places, k[kept, part], v[kept, part])
+        k[kept, part], v[kept, part] = pool.get(places)  # int8 pages hold rounded values
     out, lse = prefill(
         jnp.asarray(q),
         jnp.asarray(k[start:]),
@@ -208,7 +208,7 @@ def test_prefill_any_chunk(
 
 
 class PagedCase:
-    """Random lists of B rows over both pools, NaN in every slot that no row attends."""
+    """Random lists of B rows over both pools, NaN for every token that no row attends."""
 
     B = 3
 
@@ -233,16 +233,16 @@ class PagedCase:
         keep = np.zeros((K, count, page_size), bool)
         for row, head in np.ndindex(self.B, K):
             chosen = rng.choice(entries + 3, entries, replace=False)
-            entry, slot = np.divmod(np.arange(starts[row, head], stops[row, head]), page_size)
+            entry, place = np.divmod(np.arange(starts[row, head], stops[row, head]), page_size)
             pages[row, head, entry] = chosen[entry]
-            keep[head, chosen[entry], slot] = True
+            keep[head, chosen[entry], place] = True
         self.lists = PageList(pages, starts, stops)
         self.pools = []
         for part in (slice(None, self.split), slice(self.split, None)):
             pool = Pool(len(keep[part]), count, page_size, int8)
-            where = np.divmod(np.arange(count * page_size), page_size)
-            tokens = normal(rng, 2, len(where[0]), len(keep[part]), D)
-            pool.put(where, *tokens)
+            places = np.divmod(np.arange(count * page_size), page_size)
+            tokens = normal(rng, 2, len(places[0]), len(keep[part]), D)
+            pool.put(places, *tokens)
             pool.poison(keep[part])
             self.pools.append(pool)
 
@@ -272,31 +272,31 @@ class PagedCase:
         for row, h in np.ndindex(B, H):
             head = h // (H // K)
             k, v = values[0] if head < self.split else values[1]
-            within = head if head < self.split else head - self.split
+            pool_head = head if head < self.split else head - self.split
             out[row, h], lse[row, h] = oracle.paged_attention(
                 self.q[row, h].astype(float),
-                k[within],
-                v[within],
+                k[pool_head],
+                v[pool_head],
                 *(x[row, head] for x in self.lists),
             )
         return out, lse
 
 
 @st.composite
-def slot_ranges(draw: st.DrawFn, count: int, entries: int, page_size: int) -> list:
+def token_ranges(draw: st.DrawFn, count: int, entries: int, page_size: int) -> list:
     """(start, stop) pairs: empty, within one page, to the very end; page edges are likely."""
-    slot = st.one_of(
+    end = st.one_of(
         st.integers(0, entries).map(lambda n: n * page_size),
         st.integers(0, entries * page_size),
     )
-    pair = st.tuples(slot, slot).map(lambda ends: tuple(sorted(ends)))
+    pair = st.tuples(end, end).map(lambda ends: tuple(sorted(ends)))
     return draw(st.lists(pair, min_size=count, max_size=count))
 
 
 @pytest.mark.parametrize(
     ("page_size", "entries", "heads", "group", "int8"),
     [
-        (16, 40, (2, 1), 2, False),  # more slots than one block of 512
+        (16, 40, (2, 1), 2, False),  # more tokens than one block of 512
         (16, 7, (0, 2), 4, False),
         (64, 3, (2, 0), 1, True),
         (64, 9, (1, 1), 3, True),
@@ -316,7 +316,7 @@ def test_paged_attention(
     seed: int,
 ) -> None:
     """Lists of whole pages, or of quarters."""
-    ranges = data.draw(slot_ranges(PagedCase.B * sum(heads), entries, page_size))
+    ranges = data.draw(token_ranges(PagedCase.B * sum(heads), entries, page_size))
     case = PagedCase(
         np.random.default_rng(seed),
         ranges,
@@ -371,12 +371,12 @@ def test_prefix_attention(page_size: int, length: int, int8: bool) -> None:
     rng = np.random.default_rng(length)
     B, K, group, count = 3, 2, 2, 41
     table = rng.permutation(count).astype(np.int32)
-    slots = np.arange(length)
-    where = table[slots // page_size], slots % page_size
+    token = np.arange(length)
+    places = table[token // page_size], token % page_size
     pool = Pool(K, count, page_size, int8)
-    pool.put(where, *normal(rng, 2, length, K, D))
+    pool.put(places, *normal(rng, 2, length, K, D))
     used = np.zeros((K, count, page_size), bool)
-    used[:, where[0], where[1]] = True
+    used[:, *places] = True
     pool.poison(used)
     q = normal(rng, B, K * group, D)
     out, lse = prefix(jnp.asarray(q), pool.arrays(), jnp.asarray(table), jnp.int32(length))
@@ -433,7 +433,7 @@ def test_an_empty_prefix_gives_zero_and_minus_infinity() -> None:
 
 
 @properties
-@given(ends=slot_ranges(9, 40, 16), cut=st.floats(0, 1))
+@given(ends=token_ranges(9, 40, 16), cut=st.floats(0, 1))
 def test_merge_of_a_split_equals_unsplit(ends: list[tuple[int, int]], cut: float) -> None:
     """Any split point, also at either end, where one part is empty and its out is NaN."""
     case = PagedCase(np.random.default_rng(2), ends)

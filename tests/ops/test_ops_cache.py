@@ -42,7 +42,7 @@ class Sequences:
 
     The cache starts as NaN, keys' statistics included, and pages go from one sequence to the next
     as they are. The record knows nothing of pages but which ones a sequence owns: it keeps each
-    sequence's keys in order and derives every page, ring slot and statistic from those.
+    sequence's keys in order and derives every page, ring page and statistic from those.
     """
 
     B, M, T = 2, 4, 24  # rows, pages a sequence, largest chunk
@@ -92,12 +92,12 @@ class Sequences:
         position = self.length(row)
         self.keys[row].append(k)
         self.values[row].append(v)
-        page, slot = self.owned[row][position // self.P], position % self.P
+        page, place = self.owned[row][position // self.P], position % self.P
         for pool, x in zip(self.truth[:2], (k, v), strict=True):
-            pool[:, page, slot] = x[:KR]
+            pool[:, page, place] = x[:KR]
         if in_ring:
             for pool, x in zip(self.truth[2:], (k, v), strict=True):
-                pool[:, self._ring_page(row, position), slot] = x[KR:]
+                pool[:, self._ring_page(row, position), place] = x[KR:]
         per_page = self.P // self.logical_page_size
         for head in range(KR):
             history = np.array([key[head] for key in self.keys[row]])
@@ -162,7 +162,7 @@ class Sequences:
         self.owned[row], self.keys[row], self.values[row] = [], [], []
 
     def check(self) -> None:
-        """Every slot and statistic of the cache, also those that nobody should have touched."""
+        """Every token and statistic of the cache, also those that nobody should have touched."""
         pools = (*self.retrieval[:2], *self.streaming[:2], self.stats)
         for array, truth in zip(pools, (*self.truth, self.true_stats), strict=True):
             assert_allclose(array, truth, **ROTATED)
@@ -246,10 +246,10 @@ def test_a_negative_page_drops_the_token(page: int, streaming_page: int) -> None
     _, retrieval, streaming, new_stats = append(
         q, k, v, one, one, *pools, stats, *ids, jnp.array([15])
     )
-    for pages, where in ((retrieval, page), (streaming, streaming_page)):
+    for pages, page_id in ((retrieval, page), (streaming, streaming_page)):
         for x in map(np.asarray, pages[:2]):
             changed = np.argwhere(np.any(x != 7.0, axis=-1)).tolist()
-            assert changed == ([] if where < 0 else [[0, where, 15]])
+            assert changed == ([] if page_id < 0 else [[0, page_id, 15]])
     assert np.array_equal(new_stats, stats) == (page < 0)
 
     chunk = jnp.broadcast_to(k, (3, 2, D))
@@ -263,8 +263,8 @@ def test_a_negative_page_drops_the_token(page: int, streaming_page: int) -> None
         jnp.int32(0),
         jnp.int32(3),
     )
-    for pages, where in ((retrieval, page), (streaming, streaming_page)):
-        assert np.count_nonzero(np.asarray(pages.k) != 7.0) == (0 if where < 0 else 3 * D)
+    for pages, page_id in ((retrieval, page), (streaming, streaming_page)):
+        assert np.count_nonzero(np.asarray(pages.k) != 7.0) == (0 if page_id < 0 else 3 * D)
     assert np.array_equal(new_stats, stats) == (page < 0)
 
 
@@ -324,18 +324,18 @@ def test_int8_pages_quantise_on_write_and_leave_the_rest() -> None:
         *(jnp.asarray(x, jnp.int32) for x in (page, streaming_page, offset)),
     )
     true_k = rotate(k, angles)
-    for head, (pages, where) in enumerate(((retrieval, page), (streaming, streaming_page))):
+    for head, (pages, page_id) in enumerate(((retrieval, page), (streaming, streaming_page))):
         for codes, scale, x in (
             (pages.k, pages.k_scale, true_k),
             (pages.v, pages.v_scale, v.astype(float)),
         ):
             codes, scale = np.asarray(codes[0]), np.asarray(scale[0])
             # The rotation rounds too: 2e-6 is far below a step of a vector that is not zero.
-            slack = np.minimum(scale[where, offset], 2e-6)[:, None]
-            error = np.abs(x[:, head] - codes[where, offset] * scale[where, offset, None])
-            assert np.all(error <= scale[where, offset, None] / 2 + slack)
+            slack = np.minimum(scale[page_id, offset], 2e-6)[:, None]
+            error = np.abs(x[:, head] - codes[page_id, offset] * scale[page_id, offset, None])
+            assert np.all(error <= scale[page_id, offset, None] / 2 + slack)
             untouched = np.ones(scale.shape, bool)
-            untouched[where, offset] = False
+            untouched[page_id, offset] = False
             assert np.all(codes[untouched] == 99) and np.all(scale[untouched] == 5.0)
     assert_allclose(stats[0, 2, 0], np.stack([true_k[0, 0]] * 2), **ROTATED)
 
@@ -352,11 +352,15 @@ def test_int8_pages_quantise_on_write_and_leave_the_rest() -> None:
         jnp.int32(15),
         jnp.int32(4),
     )
-    slots = {0: ([2, 0, 0, 0], [15, 0, 1, 2]), 1: ([1, 1, 1, 1], [15, 0, 1, 2])}
+    places = {0: ([2, 0, 0, 0], [15, 0, 1, 2]), 1: ([1, 1, 1, 1], [15, 0, 1, 2])}
     for head, pages in enumerate((retrieval, streaming)):
-        where = (0, *slots[head])
-        check_rounding(k[:4, head], np.asarray(pages.k)[where], np.asarray(pages.k_scale)[where])
-        check_rounding(v[:4, head], np.asarray(pages.v)[where], np.asarray(pages.v_scale)[where])
+        written = (0, *places[head])
+        check_rounding(
+            k[:4, head], np.asarray(pages.k)[written], np.asarray(pages.k_scale)[written]
+        )
+        check_rounding(
+            v[:4, head], np.asarray(pages.v)[written], np.asarray(pages.v_scale)[written]
+        )
         assert np.count_nonzero(np.asarray(pages.v_scale) != 5.0) == 4
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import checkify
-from test_ops_contract import ACCEPTED, KR, L, M, N, P, T, example, jitted
+from op_examples import ACCEPTED, KR, L, M, N, P, T, example, jitted
 from tiny_llm import tiny_config, tiny_params
 
 import lserve_jax.engine.runner
@@ -33,7 +33,7 @@ def changed(op: str, name: str, **fields):
 VIOLATIONS = [
     (
         "paged_attention",
-        changed("paged_attention", "retrieval_list", pages=jnp.full((2, KR, L), N)),
+        changed("paged_attention", "retrieval_list", page_ids=jnp.full((2, KR, L), N)),
         rf"retrieval_list.page_ids must lie in \[0, {N - 1}\], got {N} to {N}",
     ),
     (

@@ -1,0 +1,116 @@
+"""Joins the splits of decode attention, the second kernel of a call (see ``decode_attention``)."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.hopper.decode_tiles import query_tile_start
+from pallas_kernels.hopper.mosaic import (
+    LN_2,
+    LOWEST,
+    MATRIX,
+    MATRIX_TRANSPOSED,
+    PER_COLUMN,
+    full,
+    spread_columns,
+    store_unoptimised,
+)
+
+
+def combine_parts(
+    parts: Float[Array, "B K S D N"],
+    lses: Float[Array, "B K S N"],
+    G: int,
+    dtype: jax.typing.DTypeLike,
+    parts_at_once: int,
+) -> tuple[Float[Array, "BH D"], Float[Array, "B K N"]]:
+    """Joins the splits as ``merge_attention`` does: out in ``dtype``, lse float32.
+
+    ``lses`` are base 2, -inf for a split without tiles, whose part may hold anything; the lse
+    returned is natural and keeps the query tile's N columns. G is the number of query heads of a
+    KV head, ``parts_at_once`` how many parts a CTA loads together.
+
+    Index map: grid (row b, KV head k, half d of the head dimension), 64 channels a CTA.
+    """
+    B, K, S, D, N = parts.shape
+    H = B * K * G
+    at_once = min(parts_at_once, S)
+
+    def combine_splits(
+        parts_gmem,  # [B, K, S, D, N] float32
+        lses_gmem,  # [B, K, S, N] float32
+        out_gmem,  # [B * H, D]
+        lse_gmem,  # [B, K, N] float32
+        out_smem,  # [N, 64]
+    ):
+        b, k, d = (lax.axis_index(name) for name in ("row", "head", "half"))
+        channels = pl.ds(d * 64, 64)
+
+        def join(step, carry):
+            acc, peak, total = carry  # [64, N], [N], [N]
+            # No load depends on another or on how many splits had work: all wait together.
+            index = [step * at_once + j for j in range(at_once)]
+            inside = [jnp.minimum(i, S - 1) for i in index]
+            lse = [
+                plgpu.load(lses_gmem.at[b, k, i], layout=PER_COLUMN, optimized=False)
+                for i in inside
+            ]
+            part = [
+                plgpu.load(parts_gmem.at[b, k, i, channels], layout=MATRIX, optimized=False)
+                for i in inside
+            ]
+            if S % at_once:  # the last step repeats split S - 1
+                lse = [x + jnp.where(i < S, 0.0, -jnp.inf) for x, i in zip(lse, index, strict=True)]
+            new_peak = peak
+            for x in lse:
+                new_peak = jnp.maximum(new_peak, x)
+            decay = jnp.exp2(peak - new_peak)
+            acc, total = acc * spread_columns(decay, acc), total * decay
+            for x, values in zip(lse, part, strict=True):
+                weight = jnp.exp2(x - new_peak)
+                total += weight
+                spread = spread_columns(weight, acc)
+                # A split without tiles has written no part: what is there may be NaN.
+                acc += jnp.where(spread > 0.0, values * spread, 0.0)
+            return acc, new_peak, total
+
+        acc, peak, total = lax.fori_loop(
+            0,
+            pl.cdiv(S, at_once),
+            join,
+            (
+                full((64, N), 0.0, MATRIX),
+                full((N,), LOWEST, PER_COLUMN),
+                full((N,), 0.0, PER_COLUMN),
+            ),
+        )
+        empty = total == 0.0
+        inverse = jnp.where(empty, 0.0, 1.0 / total)
+        out = (acc * spread_columns(inverse, acc)).astype(dtype)  # [64, N]
+        store_unoptimised(out_smem.transpose((1, 0)), plgpu.layout_cast(out, MATRIX_TRANSPOSED))
+        plgpu.commit_smem()
+
+        @pl.when(d == 0)
+        def _():
+            lse = (peak + jnp.log2(total)) * LN_2
+            store_unoptimised(lse_gmem.at[b, k], jnp.where(empty, -jnp.inf, lse))
+
+        own = (b * K + k) * G
+        shift = own - query_tile_start(b * K + k, G, N, max(H, N))
+        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(shift, G)], out_gmem.at[pl.ds(own, G), channels])
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        combine_splits,
+        out_type=(
+            jax.ShapeDtypeStruct((H, D), dtype),
+            jax.ShapeDtypeStruct((B, K, N), jnp.float32),
+        ),
+        grid=(B, K, D // 64),
+        grid_names=("row", "head", "half"),
+        scratch_types=[plgpu.SMEM((N, 64), dtype)],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(parts, lses)

@@ -1,0 +1,286 @@
+"""The tiles of decode attention: how a split fetches them, and what it multiplies them with.
+
+See ``decode_attention`` for the index map, the letters and the way int8 pages are multiplied.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper.mosaic import (
+    LOG2_E,
+    MATRIX,
+    MATRIX_TRANSPOSED,
+    PER_ROW,
+    cdiv,
+    matmul,
+    spread_columns,
+    spread_rows,
+    tile_transforms,
+)
+from pallas_kernels.types import KVPages, PageList
+
+# An int8 holds a query to 1/127; the rounding error, at most 1/254 of that step, fills another.
+LOW_STEPS = 254.0
+# T, tokens of one step: the least that wgmma multiplies. Twice as many took so many registers for
+# int8 that one CTA an SM was left, and gained nothing for bf16.
+TILE = 64
+# Positions of K and V in ``KVPages``; their scales follow two further on.
+KEYS, VALUES = 0, 1
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """How tiles lie on pages of ``page_size`` tokens. A box is what one copy (TMA) moves."""
+
+    page_size: int
+
+    @property
+    def tokens(self) -> int:
+        return min(self.page_size, TILE)
+
+    @property
+    def count(self) -> int:
+        """Boxes of a tile of K (or V): the pages that it spans."""
+        return TILE // self.tokens
+
+    @property
+    def tiles_per_page(self) -> int:
+        return max(self.page_size // TILE, 1)
+
+    @property
+    def scale_stride(self) -> int:
+        """From the scales of one box to those of the next, in shared memory.
+
+        A copy starts at a multiple of 128 bytes there: scales of a page of 16 leave gaps.
+        """
+        return max(self.tokens, 128 // 4)
+
+
+class Buffers(NamedTuple):
+    """Shared memory and barriers of a CTA."""
+
+    k: Any  # [stages, T, D] as stored
+    v: Any  # [stages, T, D] as stored
+    p: Any  # [N, T] bf16, the weights
+    k_ready: Any  # [stages] barriers
+    v_ready: Any  # [stages] barriers
+    query: tuple[Any, ...]  # bf16 pages: q [N, D] bf16; int8: high [N, D], low [N, D] int8
+    # For int8 pages only:
+    v_bf16: Any = None  # [T, D] bf16
+    k_scale: Any = None  # [stages, boxes * scale_stride] float32
+    v_scale: Any = None  # [stages, boxes * scale_stride] float32
+
+
+def allocate_buffers(
+    head_dim: int, columns: int, boxes: Boxes, stages: int, dtype: jax.typing.DTypeLike
+) -> Buffers:
+    """The scratch types for pages of ``dtype`` and a query tile of ``columns`` rows (N)."""
+    transforms = tile_transforms(head_dim, dtype)
+    kv_tile = plgpu.SMEM((stages, TILE, head_dim), dtype, transforms=transforms)
+    query_tile = plgpu.SMEM((columns, head_dim), dtype, transforms=transforms)
+    int8 = dtype == jnp.int8
+    copies = 2 * boxes.count if int8 else boxes.count
+    ready = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
+    weights = plgpu.SMEM(
+        (columns, TILE), jnp.bfloat16, transforms=tile_transforms(TILE, jnp.bfloat16)
+    )
+    buffers = Buffers(kv_tile, kv_tile, weights, ready, ready, (query_tile,))
+    if not int8:
+        return buffers
+    scale_tile = plgpu.SMEM((stages, boxes.count * boxes.scale_stride), jnp.float32)
+    return buffers._replace(
+        query=(query_tile, query_tile),
+        v_bf16=plgpu.SMEM(
+            (TILE, head_dim), jnp.bfloat16, transforms=tile_transforms(head_dim, jnp.bfloat16)
+        ),
+        k_scale=scale_tile,
+        v_scale=scale_tile,
+    )
+
+
+class Split(NamedTuple):
+    """What one CTA has to do: tiles s, s + S, ... of the list of one (row, KV head)."""
+
+    steps: Any  # number of tiles to attend
+    start: Any  # tokens [start, stop) of the list are attended
+    stop: Any
+    tile_of: Callable[[Any], Any]  # number of a step's tile in the list
+    page_ids: Callable[[Any], list]  # page_ids(step): one for each box of the tile
+    first_page_ids: list[list]  # those of the first stages + 1 steps
+    # fetch(KEYS or VALUES, step, page_ids): starts the copies of a tile, and of its scales
+    fetch: Callable[[int, Any, list], None]
+
+    def token_numbers(self, step, shape: tuple[int, ...]):
+        """Of a tile's tokens in the list, one a row of a matrix [T, ...] of ``shape``."""
+        rows = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
+        return rows + self.tile_of(step) * TILE
+
+    def attends(self, token):
+        return (token >= self.start) & (token < self.stop)
+
+
+def plan_split(
+    lists: tuple[PageList, ...],  # in device memory, as the pools; of the pools that have heads
+    pools: tuple[KVPages, ...],
+    buffers: Buffers,
+    splits: int,
+) -> Split:
+    """The work of this CTA. All that does not depend on ``stop`` is loaded before it."""
+    stages, boxes = buffers.k.shape[0], Boxes(pools[0].k.shape[2])
+    first_heads = pools[0].k.shape[0]  # heads of the first class
+    b, k, s = (lax.axis_index(name) for name in ("row", "head", "split"))
+
+    def of_head(field: str, *index):
+        """Element ``index`` of a field of this head's list."""
+        values = []
+        for first, page_list in zip((0, first_heads), lists, strict=False):
+            x = getattr(page_list, field)
+            head = jnp.clip(k - first, 0, x.shape[1] - 1)  # a shared list has one head
+            values.append(x[b, head, *(jnp.minimum(i, x.shape[2] - 1) for i in index)])
+        return values[0] if len(values) == 1 else jnp.where(k < first_heads, *values)
+
+    def tile_of(step):
+        return s + step * splits
+
+    def page_ids(step):
+        entry = lax.div(tile_of(step), jnp.int32(boxes.tiles_per_page)) * boxes.count
+        return [of_head("page_ids", entry + j) for j in range(boxes.count)]
+
+    # Loaded before anything that depends on ``stop``: one trip to memory instead of two.
+    first_page_ids = [page_ids(step) for step in range(stages + 1)]
+    start, stop = of_head("start"), of_head("stop")
+    tiles = jnp.where(stop > start, cdiv(stop, TILE), 0)
+    steps = cdiv(jnp.maximum(tiles - s, 0), splits)
+
+    def fetch(part, step, ids):
+        stage = lax.rem(step, jnp.int32(stages))
+        tile = tile_of(step)
+        inside = 0  # the tile's first token in a page of more than one tile
+        if boxes.tiles_per_page > 1:
+            inside = lax.rem(tile, jnp.int32(boxes.tiles_per_page)) * TILE
+        target, ready = ((buffers.k, buffers.k_ready), (buffers.v, buffers.v_ready))[part]
+        scale_target = (buffers.k_scale, buffers.v_scale)[part]
+
+        def copy(pool, head):
+            for j, page in enumerate(ids):
+                if j:  # the tile's first page stands in for those past ``stop``
+                    page = jnp.where(tile * TILE + j * boxes.page_size < stop, page, ids[0])
+                source = head, page, pl.ds(inside, boxes.tokens)
+                plgpu.copy_gmem_to_smem(
+                    pool[part].at[source],
+                    target.at[stage, pl.ds(j * boxes.tokens, boxes.tokens)],
+                    ready.at[stage],
+                )
+                if scale_target is not None:
+                    plgpu.copy_gmem_to_smem(
+                        pool[2 + part].at[source],
+                        scale_target.at[stage, pl.ds(j * boxes.scale_stride, boxes.tokens)],
+                        ready.at[stage],
+                    )
+
+        if len(pools) == 1:
+            copy(pools[0], k)
+        else:
+            pl.when(k < first_heads)(lambda: copy(pools[0], k))
+            pl.when(k >= first_heads)(lambda: copy(pools[1], k - first_heads))
+
+    return Split(steps, start, stop, tile_of, page_ids, first_page_ids, fetch)
+
+
+def query_tile_start(pair, group: int, columns: int, query_rows: int):
+    """First of the ``columns`` query rows to load for a (row, KV head) pair.
+
+    The pair's own rows start at ``pair * group``. The tile runs on into the next pair's, whose
+    results are dropped; at the end of the array it starts early instead.
+    """
+    return jnp.minimum(pair * group, query_rows - columns)
+
+
+def load_query(rows, query_smem: tuple[Any, ...]):
+    """Puts Q ``rows`` [N, D] bf16 where wgmma reads it, as one bf16 or two int8 matrices.
+
+    Returns what scores are to be multiplied by, one a column [N], if that is int8.
+    """
+    D = rows.shape[1]
+    transposed = plgpu.load(
+        rows.transpose((1, 0)),
+        layout=MATRIX_TRANSPOSED,
+        optimized=False,  # D * N elements once a split
+    )
+    if len(query_smem) == 1:
+        query_smem[0].transpose((1, 0))[...] = transposed
+        plgpu.commit_smem()
+        return None
+    query = plgpu.layout_cast(transposed, MATRIX).astype(jnp.float32)  # [D, N]
+    largest = jnp.maximum(jnp.abs(query).max(axis=0), 1e-30)
+    query = query * spread_columns(127.0 / largest, query)
+    high = jnp.round(query)
+    low = jnp.round((query - high) * LOW_STEPS)
+    for to, value in zip(query_smem, (high, low), strict=True):
+        # Small integers are exact in bf16, the width that can be transposed.
+        value = plgpu.layout_cast(value.astype(jnp.bfloat16), MATRIX_TRANSPOSED)
+        to.transpose((1, 0))[...] = value.astype(jnp.float32).astype(jnp.int8)
+    plgpu.commit_smem()
+    return largest * (score_scale(D) / 127.0)
+
+
+def score_scale(head_dim: int) -> float:
+    """Scores in base 2: exp2 is one instruction."""
+    return head_dim**-0.5 * LOG2_E
+
+
+def scales(scale_smem, stage, boxes: Boxes, like):
+    """Of a tile's tokens, in every column of ``like`` [T, ...]."""
+
+    def shifted(j):
+        """Right in the rows of box j: what lies before its scales is left out."""
+        gaps = j * (boxes.scale_stride - boxes.tokens)
+        row_scale = plgpu.load(scale_smem.at[stage, pl.ds(gaps, TILE)], layout=PER_ROW)
+        return spread_rows(row_scale, like)
+
+    result = shifted(0)
+    if boxes.tokens < boxes.scale_stride:
+        row = plgpu.broadcasted_iota(jnp.int32, like.shape, 0, layout=MATRIX)
+        for j in range(1, boxes.count):
+            result = jnp.where(row >= j * boxes.tokens, shifted(j), result)
+    return result
+
+
+def scores(buffers: Buffers, stage, boxes: Boxes, query_scale):
+    """Of a tile's keys [T, N], base 2; ``query_scale`` is what ``load_query`` returned."""
+    keys = buffers.k.at[stage]
+    N, D = buffers.query[0].shape
+    if query_scale is None:
+        query = buffers.query[0].transpose((1, 0))
+        return matmul(keys, query, TILE, N) * score_scale(D)
+    high, low = (
+        matmul(keys, x.transpose((1, 0)), TILE, N, jnp.int32).astype(jnp.float32)
+        for x in buffers.query
+    )
+    x = (high + low * (1.0 / LOW_STEPS)) * spread_columns(query_scale, high)
+    return x * scales(buffers.k_scale, stage, boxes, x)
+
+
+def values(buffers: Buffers, stage, split: Split, step):
+    """V [T, D] bf16 in shared memory, rows that are not attended zero."""
+    tile = buffers.v.at[stage]
+    if buffers.v_bf16 is not None:
+        codes = plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_2X)
+        buffers.v_bf16[...] = plgpu.layout_cast(codes, MATRIX).astype(jnp.bfloat16)
+        return buffers.v_bf16  # codes are never NaN; the weights of unattended rows are zero
+    first = split.tile_of(step) * TILE
+
+    @pl.when((first < split.start) | (first + TILE > split.stop))
+    def _():
+        v = plgpu.load(tile, layout=MATRIX)
+        attended = split.attends(split.token_numbers(step, v.shape))
+        tile[...] = jnp.where(attended, v, jnp.zeros_like(v))
+
+    return tile

@@ -1,0 +1,365 @@
+"""The new keys and values of a prefill chunk into their pages, in place, Hopper (Mosaic GPU).
+
+Prefill, ``append_kv_chunk``. The grid is (page i of the chunk, keys or values, KV head h). The
+chunk's tokens stand at positions start, start + 1, ...; its pages hold P of them, the first and the
+last fewer:
+
+      positions     |  page s  | page s+1 | page s+2 |           s = start // P
+      tokens              |###################|                  start + [0, length)
+      page i        |    0     |    1     |    2     |
+      its places          [begin, P)      [0, end)               bf16 tile [P, D] of any of them
+
+      tile --TMA--> shared memory --TMA--> a whole page of a pool
+                      |  |  \\--8 rows or 1 at a time--> places of a page written in part
+                      |  \\--registers--> int8 codes and scales, shared memory, then as above
+                      \\--registers--> kmax, kmin of each logical page
+
+A page is also written in part if the streaming heads keep only some of its tokens (a ring does not
+keep what has left the window). A page of which they keep nothing is not read.
+
+What must move: k and v once from where the model left them, and each token written once: T * Hk *
+2 * D * (2 + 2 or 1) bytes, less for streaming heads, 8 more for each pair of int8 scales, and 4 * D
+bytes of statistics a logical page and head.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.hopper.kv_append import (
+    call_in_place,
+    load_unoptimised,
+    quantize,
+    row_per_warp,
+    unsupported,
+)
+from pallas_kernels.hopper.mosaic import cdiv, refuse, store_unoptimised
+from pallas_kernels.types import KVPages
+
+# Rows of a tile that are in registers at once: 16 x 128 float32 are 16 registers a thread.
+ROWS_AT_ONCE = 16
+# Rows of a tile that are written to a page at once.
+ROWS_OF_STORE = 8
+# Stand for a page id where a page of the chunk has none: no token is written, or each has its own.
+NO_PAGE, MANY_PAGES = -1, -2
+
+
+@jax.jit
+def append_kv_chunk(
+    k: Float[Array, "T Hk D"],
+    v: Float[Array, "T Hk D"],
+    retrieval: KVPages,
+    streaming: KVPages,
+    key_stats: Float[Array, "Kr N g 2 D"] | None,
+    page_table: Int[Array, " M"],
+    streaming_page: Int[Array, " T"],
+    start: Int[Array, ""],
+    length: Int[Array, ""],
+) -> tuple[KVPages, KVPages, Float[Array, "Kr N g 2 D"] | None]:
+    """``pallas_kernels.api.append_kv_chunk`` on a Hopper GPU (or under Mosaic GPU's interpreter).
+
+    k and v bf16, pages bf16 or int8, statistics bf16 or float32; D 64 or 128; P 16 to 128. Shapes
+    are those the api has checked. Raises ``NotImplementedError`` for anything else.
+    """
+    P = retrieval.k.shape[2]
+    reasons = unsupported((k, v), retrieval, streaming, key_stats)
+    if P not in (16, 32, 64, 128):
+        reasons.append(f"page size must be 16, 32, 64 or 128, got {P}")
+    if key_stats is not None and P // key_stats.shape[2] < 4:
+        reasons.append(f"logical pages must hold 4 tokens or more, got {P // key_stats.shape[2]}")
+    refuse("append_kv_chunk", reasons)
+    if k.shape[0] < P:  # a tile of P tokens must lie inside the arrays
+        missing = P - k.shape[0]
+        k, v = (jnp.pad(x, ((0, missing), (0, 0), (0, 0))) for x in (k, v))
+        streaming_page = jnp.pad(streaming_page, (0, missing), constant_values=NO_PAGE)
+    token_page = _inside(streaming_page, streaming)
+    chunk = _Chunk(
+        k=k,
+        v=v,
+        page_table=page_table,
+        token_page=token_page,
+        ring_page=_page_of_ring(token_page, start, length, P),
+        start=start.reshape(1),
+        length=length.reshape(1),
+    )
+    return _append_pages(chunk, retrieval, streaming, key_stats)
+
+
+class _Chunk(NamedTuple):
+    """What the kernel reads, in device memory."""
+
+    k: Any  # [T, Hk, D] bf16
+    v: Any  # [T, Hk, D] bf16
+    page_table: Any  # [M] int32, of the retrieval pool
+    token_page: Any  # [T] int32: page of the streaming pool that a token goes to, or NO_PAGE
+    ring_page: Any  # [pages] int32: the same for a page of the chunk, or MANY_PAGES
+    start: Any  # [1] int32
+    length: Any  # [1] int32
+
+
+class _Tile(NamedTuple):
+    """Shared memory and barrier of a CTA."""
+
+    tokens: Any  # [P, D] bf16
+    ready: Any  # barrier
+    codes: Any = None  # [P, D] int8, if a pool is int8
+    scales: Any = None  # [P] float32, if a pool is int8
+
+
+class _Span(NamedTuple):
+    """The chunk's tokens of one page: which places of it they take, and which rows of the tile."""
+
+    first: Any  # the token at place 0; may be negative
+    begin: Any  # places [begin, end) are written
+    end: Any
+    shift: Any  # place p is row p + shift of the tile
+
+
+class _Target(NamedTuple):
+    """Keys or values of one page of the chunk, and where they are written."""
+
+    source: Any  # [P, D] bf16, in device memory
+    pages: Any  # [K, N, P, D] bf16 or int8
+    scales: Any  # [K, N, P] float32, or None
+    stats: Any  # [Kr, N, g, 2, D], or None
+    head: Any
+    page: Any  # physical id for all tokens, NO_PAGE or MANY_PAGES
+    page_of_token: Callable[[Any], Any]  # the page of each token, for MANY_PAGES and edges
+
+
+def _inside(page, pool: KVPages):
+    """The page id, or NO_PAGE for one outside the pool: written nowhere, as in the reference."""
+    return jnp.where((page >= 0) & (page < pool.k.shape[1]), page, NO_PAGE)
+
+
+def _page_of_ring(
+    token_page: Int[Array, " T"], start: Int[Array, ""], length: Int[Array, ""], P: int
+) -> Int[Array, " pages"]:
+    """The one page that all tokens of a page of the chunk go to, or NO_PAGE, or MANY_PAGES.
+
+    The same for every layer, so in a model XLA computes it once.
+    """
+    T = token_page.shape[0]
+    token = jnp.arange(pl.cdiv(T + P - 1, P) * P) - lax.rem(start, jnp.int32(P))
+    exists = (token >= 0) & (token < length)
+    ids = token_page[jnp.clip(token, 0, T - 1)]
+    largest = jnp.where(exists, ids, NO_PAGE).reshape(-1, P).max(axis=1)
+    smallest = jnp.where(exists, ids, jnp.iinfo(jnp.int32).max).reshape(-1, P).min(axis=1)
+    return jnp.where((largest == NO_PAGE) | (largest == smallest), largest, MANY_PAGES)
+
+
+def _append_pages(
+    chunk: _Chunk, retrieval: KVPages, streaming: KVPages, key_stats: Array | None
+) -> tuple[KVPages, KVPages, Array | None]:
+    T, Hk, D = chunk.k.shape
+    Kr, P, M = retrieval.k.shape[0], retrieval.k.shape[2], chunk.page_table.shape[0]
+    pages = chunk.ring_page.shape[0]
+
+    def append_page(
+        chunk_gmem,  # see _Chunk
+        retrieval_gmem,  # k, v [Kr, N, P, D], scales [Kr, N, P] float32; updated
+        streaming_gmem,  # k, v [Ks, N, P, D], scales [Ks, N, P] float32; updated
+        stats_gmem,  # [Kr, N, g, 2, D], updated
+        tile,  # see _Tile
+    ):
+        # The last page first: it may be written in part, which takes longer.
+        i = pages - 1 - lax.axis_index("page")
+        part, h = lax.axis_index("part"), lax.axis_index("head")
+        start, length = chunk_gmem.start[0], chunk_gmem.length[0]
+        number = lax.div(start, jnp.int32(P)) + i  # of the page in its sequence
+        first = number * P - start
+        begin, end = jnp.maximum(-first, 0), jnp.minimum(length - first, P)
+        top = jnp.clip(first, 0, T - P)  # the tile's first token: a tile lies inside the chunk
+        span = _Span(first, begin, end, first - top)
+
+        def append(pool, stats, head, page, page_of_token):
+            """Writes head h of the chunk as head ``head`` of a pool: its keys or its values."""
+            source, to = pl.ds(top, P), (head, page, page_of_token)
+
+            @pl.when(part == 0)
+            def _():
+                keys = chunk_gmem.k.at[source, h]
+                _write_page(_Target(keys, pool.k, pool.k_scale, stats, *to), span, tile)
+
+            @pl.when(part == 1)
+            def _():
+                values = chunk_gmem.v.at[source, h]
+                _write_page(_Target(values, pool.v, pool.v_scale, None, *to), span, tile)
+
+        @pl.when(h < Kr)
+        def _():
+            if retrieval_gmem is not None:
+                page = _inside(chunk_gmem.page_table[jnp.minimum(number, M - 1)], retrieval)
+                append(retrieval_gmem, stats_gmem, h, page, lambda token: page)
+
+        @pl.when(h >= Kr)
+        def _():
+            if streaming_gmem is not None:
+                page = chunk_gmem.ring_page[i]
+                append(
+                    streaming_gmem, None, h - Kr, page, lambda token: chunk_gmem.token_page[token]
+                )
+
+    tile = _Tile(plgpu.SMEM((P, D), jnp.bfloat16), plgpu.Barrier())
+    if jnp.int8 in (retrieval.k.dtype, streaming.k.dtype):
+        tile = tile._replace(
+            codes=plgpu.SMEM((P, D), jnp.int8), scales=plgpu.SMEM((P,), jnp.float32)
+        )
+    kernel = plgpu.kernel(
+        append_page,
+        out_type=(),
+        # Neighbouring CTAs read the heads of the same tokens, which lie side by side.
+        grid=(pages, 2, Hk),
+        grid_names=("page", "part", "head"),
+        scratch_types=[tile],
+    )
+    return call_in_place(kernel, (chunk,), retrieval, streaming, key_stats)[1:]
+
+
+def _write_page(target: _Target, span: _Span, tile: _Tile) -> None:
+    """The whole of a CTA: reads the tokens of one page and writes those that are kept."""
+    P = tile.tokens.shape[0]
+    whole = (span.begin == 0) & (span.end == P) & (target.page >= 0)
+
+    @pl.when((span.begin < span.end) & (target.page != NO_PAGE))
+    def _():
+        plgpu.copy_gmem_to_smem(target.source, tile.tokens, tile.ready)
+        plgpu.barrier_wait(tile.ready)
+        if target.scales is not None:
+            _quantize_tile(tile)
+        pl.when(whole)(lambda: _write_whole(target, tile))
+        pl.when(~whole)(lambda: _write_in_part(target, span, tile))
+
+
+def _write_whole(target: _Target, tile: _Tile) -> None:
+    """By TMA, with statistics of the page alone."""
+    at = target.head, target.page
+    stored = tile.tokens if target.scales is None else tile.codes
+    plgpu.copy_smem_to_gmem(stored, target.pages.at[at])
+    if target.scales is not None:
+        plgpu.copy_smem_to_gmem(tile.scales, target.scales.at[at])
+    if target.stats is not None:
+        _assign_statistics(target.stats.at[at], tile)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _write_in_part(target: _Target, span: _Span, tile: _Tile) -> None:
+    """Rows that all go to one page are written a few at once, others one by one."""
+    stored = tile.tokens if target.scales is None else tile.codes
+    matrix = row_per_warp(4, stored.shape[1])  # of any multiple of 4 rows
+    size = ROWS_OF_STORE
+
+    def write_row(place, _):
+        row, page = place + span.shift, target.page_of_token(place + span.first)
+
+        @pl.when(page >= 0)
+        def _():
+            vector = load_unoptimised(stored.at[row], matrix.reduce(0))
+            store_unoptimised(target.pages.at[target.head, page, place], vector)
+            if target.scales is not None:
+                target.scales[target.head, page, place] = tile.scales[row]
+
+    def write_rows(j, _):
+        """Places j * size to (j + 1) * size - 1."""
+        places = pl.ds(j * size, size)
+        at_once = (span.begin <= j * size) & (j * size + size <= span.end) & (target.page >= 0)
+
+        @pl.when(at_once)
+        def _():
+            rows = pl.ds(j * size + span.shift, size)
+            at = target.head, target.page, places
+            store_unoptimised(target.pages.at[at], load_unoptimised(stored.at[rows], matrix))
+            if target.scales is not None:
+                scales = load_unoptimised(tile.scales.at[rows], matrix.reduce(1))
+                store_unoptimised(target.scales.at[at], scales)
+
+        @pl.when(~at_once)
+        def _():
+            begin = jnp.maximum(span.begin, j * size)
+            end = jnp.minimum(span.end, j * size + size)
+            lax.fori_loop(begin, end, write_row, None)
+
+    lax.fori_loop(lax.div(span.begin, jnp.int32(size)), cdiv(span.end, size), write_rows, None)
+    if target.stats is not None:
+        _widen_statistics(target.stats.at[target.head, target.page], span, tile)
+
+
+def _quantize_tile(tile: _Tile) -> None:
+    """Fills the tile's codes and scales."""
+    P, D = tile.tokens.shape
+    rows, matrix = min(P, ROWS_AT_ONCE), row_per_warp(4, D)
+
+    def quantize_rows(j, _):
+        block = pl.ds(j * rows, rows)
+        x = load_unoptimised(tile.tokens.at[block], matrix).astype(jnp.float32)
+        codes, scale = quantize(jnp.abs(x).max(axis=1), x)
+        store_unoptimised(tile.codes.at[block], codes)
+        store_unoptimised(tile.scales.at[block], scale)
+
+    lax.fori_loop(0, P // rows, quantize_rows, None)
+    plgpu.commit_smem()
+
+
+def _extremes(tokens, first_row: int, count: int, span: _Span | None = None) -> tuple:
+    """kmax and kmin [D] of ``count`` rows of ``tokens`` [P, D], from ``first_row`` on.
+
+    With a span, only of the rows of its places [begin, end).
+    """
+    rows, D = min(count, ROWS_AT_ONCE), tokens.shape[1]
+    matrix = row_per_warp(4, D)
+
+    def widen(j, carry):
+        above = below = load_unoptimised(tokens.at[pl.ds(first_row + j * rows, rows)], matrix)
+        if span is not None:
+            row = plgpu.broadcasted_iota(jnp.int32, above.shape, 0, layout=matrix)
+            place = row + (first_row + j * rows - span.shift)
+            inside = (place >= span.begin) & (place < span.end)
+            above = jnp.where(inside, above, -jnp.inf)
+            below = jnp.where(inside, below, jnp.inf)
+        return jnp.maximum(carry[0], above), jnp.minimum(carry[1], below)
+
+    lowest = jnp.full((rows, D), -jnp.inf, jnp.bfloat16)
+    carry = tuple(plgpu.layout_cast(x, matrix) for x in (lowest, -lowest))
+    kmax, kmin = lax.fori_loop(0, count // rows, widen, carry)
+    return kmax.max(axis=0), kmin.min(axis=0)
+
+
+def _assign_statistics(stats, tile: _Tile) -> None:
+    """Of a page that the chunk writes whole; ``stats`` [g, 2, D]."""
+    g, size = stats.shape[0], tile.tokens.shape[0] // stats.shape[0]
+    for j in range(g):
+        for i, x in enumerate(_extremes(tile.tokens, j * size, size)):
+            store_unoptimised(stats.at[j, i], x.astype(stats.dtype))
+
+
+def _widen_statistics(stats, span: _Span, tile: _Tile) -> None:
+    """Of a page that the chunk writes in part; ``stats`` [g, 2, D]."""
+    P, D = tile.tokens.shape
+    g, size = stats.shape[0], P // stats.shape[0]
+    per_channel = row_per_warp(4, D).reduce(0)
+
+    def widen_logical_page(j, _):
+        begin, end = jnp.maximum(span.begin, j * size), jnp.minimum(span.end, (j + 1) * size)
+        holds_earlier_tokens = span.begin > j * size
+
+        @pl.when(begin < end)
+        def _():
+            extremes = _extremes(tile.tokens, 0, P, span._replace(begin=begin, end=end))
+            for i, (x, wider) in enumerate(zip(extremes, (jnp.maximum, jnp.minimum), strict=True)):
+                x, to = x.astype(stats.dtype), stats.at[j, i]
+
+                @pl.when(~holds_earlier_tokens)
+                def _(to=to, x=x):
+                    store_unoptimised(to, x)
+
+                @pl.when(holds_earlier_tokens)
+                def _(to=to, x=x, wider=wider):
+                    store_unoptimised(to, wider(load_unoptimised(to, per_channel), x))
+
+    lax.fori_loop(0, g, widen_logical_page, None)
