@@ -32,7 +32,6 @@ from lserve_jax.engine.state import (
     Windows,
 )
 from lserve_jax.model.llama import Params, bind
-from pallas_kernels import api
 
 
 @functools.partial(jax.jit, static_argnames=("program",), donate_argnames=("caches",))
@@ -235,13 +234,7 @@ def decode_step(
         backend=program.backend,
     )
     model = bind(program.config, params)
-    has_kernel = rows.token.shape[0] <= api.MOST_LINEAR_ROWS
-    hidden, caches = model(
-        rows.token[:, None],
-        attend,
-        caches,
-        backend=program.backend if has_kernel else "reference",
-    )
+    hidden, caches = model(rows.token[:, None], attend, caches, backend=program.backend)
     return model.unembed(hidden[:, 0]), caches, tail, attended
 
 
