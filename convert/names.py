@@ -86,7 +86,7 @@ class TensorSlot:
         return part.T if self.transposed else part
 
 
-def slots(config: ModelConfig) -> list[TensorSlot]:
+def tensor_slots(config: ModelConfig) -> list[TensorSlot]:
     """One slot for every tensor that a checkpoint of this ``config`` must hold."""
     shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(config)).items()}
     columns = _columns(config)

@@ -18,7 +18,7 @@ import numpy as np
 
 from convert.config_json import canonical, read_json, to_json
 from convert.lora import Delta
-from convert.names import check_tensors, flatten, slots, unflatten
+from convert.names import check_tensors, flatten, tensor_slots, unflatten
 from convert.stream import Checkpoint, FileTensor, Placement, assemble, sharding_of
 from convert.tokenizers import load_tokenizer
 from lserve_jax.model.config import ModelConfig
@@ -175,6 +175,6 @@ def _as_file_tensors(
                 shape=slot.shape,
                 rows=functools.partial(rows, slot.view(arrays[slot.leaf])),
             )
-            for slot in slots(config)
+            for slot in tensor_slots(config)
         ],
     )

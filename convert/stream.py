@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from convert.lora import Delta
-from convert.names import Naming, check_tensors, is_redundant, slots, unflatten
+from convert.names import Naming, check_tensors, is_redundant, tensor_slots, unflatten
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params
 
@@ -79,7 +79,7 @@ def assemble(
 
     Raises ``ValueError`` listing all tensors that are missing, unexpected or misshapen.
     """
-    all_slots = slots(config)
+    all_slots = tensor_slots(config)
     by_name = {slot.name(checkpoint.naming): slot for slot in all_slots}
     tensors = [
         tensor

@@ -178,7 +178,7 @@ class LLM:
         drawn = enumerate(requests)
         prefix = None
         try:
-            if beginning and self.engine.prefixes.has_room:
+            if beginning and self.engine.prefix_store.has_room:
                 prefix = self.engine.add_prefix(beginning)
             while True:
                 for position, (prompt, sampling) in itertools.islice(drawn, self.engine.room):

@@ -16,7 +16,7 @@ Backend = Literal["auto", "mosaic", "reference"]
 BACKENDS: tuple[Backend, ...] = ("auto", "mosaic", "reference")
 
 # The kernels of each machine: the module that holds the function of an op's name.
-KERNELS = {
+KERNELS: dict[str, dict[str, str]] = {
     "hopper": {
         "append_kv": "pallas_kernels.hopper.kv_append_token",
         "append_kv_chunk": "pallas_kernels.hopper.kv_append_chunk",
@@ -41,6 +41,11 @@ def is_hopper(device: jax.Device) -> bool:
     return device.platform == "gpu" and str(device.compute_capability).startswith("9.")
 
 
+def machine() -> str | None:
+    """The entry of ``KERNELS`` for the default device; None if there is none."""
+    return "hopper" if is_hopper(jax.devices()[0]) else None
+
+
 def resolve_backend(backend: Backend) -> Literal["mosaic", "reference"]:
     """What "auto" means: "mosaic", the Pallas kernels, if the default device is a Hopper GPU.
 
@@ -54,7 +59,7 @@ def resolve_backend(backend: Backend) -> Literal["mosaic", "reference"]:
         raise ValueError(f"{backend=} is unknown; known: {BACKENDS}")
     if backend != "auto":
         return backend
-    return "mosaic" if is_hopper(jax.devices()[0]) else "reference"
+    return "reference" if machine() is None else "mosaic"
 
 
 def implementation(op: str, backend: Backend) -> Callable:
@@ -64,4 +69,5 @@ def implementation(op: str, backend: Backend) -> Callable:
     """
     if resolve_backend(backend) == "reference":
         return getattr(reference, op)
-    return getattr(importlib.import_module(KERNELS["hopper"][op]), op)
+    kernels = KERNELS[machine() or "hopper"]
+    return getattr(importlib.import_module(kernels[op]), op)

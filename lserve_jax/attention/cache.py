@@ -156,10 +156,10 @@ class CacheSpec:
         """The streaming page where the slot's own sinks begin."""
         return slot * self.decode_window.num_pages
 
-    def prefix_sink(self, place: int) -> int:
+    def prefix_sink(self, index: int) -> int:
         """The streaming page where the sinks of a prefix begin."""
         return (
-            self.max_num_seqs * self.decode_window.num_pages + place * self.decode_window.sink_pages
+            self.max_num_seqs * self.decode_window.num_pages + index * self.decode_window.sink_pages
         )
 
 

@@ -199,7 +199,7 @@ def blended_attend(config: ModelConfig, length: int, *, sink: int, recent: int) 
     """The student's attention: ``gate * full + (1 - gate) * streaming`` for every head.
 
     Its cache is the pair of the layer's gates ``[Hk]`` (float32) and the full term
-    ``[B, T, H, D]``; it hands on None. Differentiable by the gates, by q, k and v.
+    ``[B, T, H, D]``; it returns None in their place. Differentiable by the gates, by q, k and v.
     """
     positions = jnp.arange(length)[None]
     cos, sin = rotary_angles(config, positions, jnp.array([length]))
@@ -227,7 +227,7 @@ def stack_layers(params: Params) -> Params:
 def _hidden(
     config: ModelConfig, stacked: Params, tokens: Int[Array, "1 T"], attend: Attend, caches: Any
 ) -> tuple[Float[Array, "1 T E"], Any]:
-    """Last hidden states, as ``Llama`` computes them; also what ``attend`` handed on, ``[L, ...]``.
+    """Last hidden states, as ``Llama`` computes them; also the caches that ``attend`` returned, ``[L, ...]``.
 
     The layers run as one ``lax.scan``, so a new length compiles one layer and not L; in the
     backward pass a layer is computed anew from its input, the only thing kept of it.
@@ -243,12 +243,12 @@ def _hidden(
 
     first = jax.tree.map(lambda leaf: leaf[0], stacked["layers"])
     model = bind(single, rest | {"layers": {0: first}})
-    x, handed_on = jax.lax.scan(
+    x, returned = jax.lax.scan(
         jax.checkpoint(layer, prevent_cse=False),  # a scan's body cannot be merged with its redo
         model.embed_tokens(tokens),
         (stacked["layers"], caches),
     )
-    return model.norm(x), handed_on
+    return model.norm(x), returned
 
 
 def distillation_loss(

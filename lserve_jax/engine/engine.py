@@ -91,7 +91,9 @@ class Engine:
 
     def _start_empty(self) -> None:
         self.scheduler = Scheduler(self.spec, self.burst_steps)
-        self.prefixes = PrefixStore(self.runner, self.scheduler, max_model_len=self.max_model_len)
+        self.prefix_store = PrefixStore(
+            self.runner, self.scheduler, max_model_len=self.max_model_len
+        )
         self.unfinished: dict[str, Request] = {}  # those whose end is not yet returned
         self._in_flight: _InFlight | None = None
         self._first_tokens: list[tuple[Request, Sample]] = []  # not yet fetched
@@ -103,7 +105,7 @@ class Engine:
         Also the way back after a failure on the device.
         """
         self.runner.reset()
-        self.scheduler.prefixes.clear()
+        self.scheduler.prefix_cache.clear()
         self._start_empty()
 
     # What it is asked.
@@ -134,7 +136,7 @@ class Engine:
             waiting=len(scheduler.waiting),
             running=len(self.unfinished) - len(scheduler.waiting),
             free_pages=len(scheduler.pool.free),
-            pinned_pages=scheduler.prefixes.pinned_pages,
+            pinned_pages=scheduler.prefix_cache.pinned_pages,
             num_pages=self.spec.num_pages,
             prompt_tokens=self.runner.prompt_tokens,
             compilations=self.runner.compilations,
@@ -148,7 +150,7 @@ class Engine:
         ``prefix_windows`` are the windows of streaming heads that held prefixes keep beside their
         pages.
         """
-        kept = self.scheduler.prefixes.window_bytes
+        kept = self.scheduler.prefix_cache.window_bytes
         return {**self.runner.memory_plan(), "prefix_windows": kept}
 
     def shape_buckets(self) -> dict[str, list[int]]:
@@ -168,7 +170,7 @@ class Engine:
 
     def match_prefix(self, prompt: PromptIds) -> int:
         """Tokens of a prompt that a held prefix would save."""
-        return self.scheduler.prefixes.match(prompt.ids).tokens
+        return self.scheduler.prefix_cache.match(prompt.ids).tokens
 
     def check_request(
         self, prompt: PromptIds | Sequence[int] | np.ndarray, sampling: SamplingParams
@@ -375,7 +377,7 @@ class Engine:
             return None
         request.prefill_start = self.clock()
         if request.prefix is not None:
-            self.runner.restore_window(self.scheduler.prefixes.windows[request.prefix.index])
+            self.runner.restore_window(self.scheduler.prefix_cache.windows[request.prefix.index])
             self._counts.prefix_tokens += request.shared_tokens
         return request
 
@@ -479,7 +481,7 @@ class Engine:
         ``max_model_len``, or there is no room for it.
         """
         self._finish_prompt()
-        return self.prefixes.add(token_ids)
+        return self.prefix_store.add(token_ids)
 
     def load_prefix(self, path: str | os.PathLike[str]) -> Prefix:
         """A prefix that ``Prefix.save`` wrote, of the same model and cache layout.
@@ -488,7 +490,7 @@ class Engine:
         there is no room.
         """
         self._finish_prompt()
-        return self.prefixes.load(path)
+        return self.prefix_store.load(path)
 
     def _finish_prompt(self) -> None:
         """Runs what is left of the prompt in prefill: there is one prefill window."""

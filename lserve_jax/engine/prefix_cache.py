@@ -27,17 +27,17 @@ class PrefixCache:
 
     def __init__(self, spec: CacheSpec, pool: PagePool):
         self.spec, self.pool = spec, pool
-        self.prefixes: dict[int, Prefix] = {}  # by index
+        self.held: dict[int, Prefix] = {}  # by index
         self.windows: dict[int, Windows] = {}  # by index: what ``ModelRunner.save_window`` kept
 
     @property
     def has_room(self) -> bool:
-        return len(self.prefixes) < self.spec.max_prefixes
+        return len(self.held) < self.spec.max_prefixes
 
     @property
     def pinned_pages(self) -> int:
         """Pages that prefixes hold for good: not those kept only until their requests end."""
-        return sum(len(prefix.pages) for prefix in self.prefixes.values() if prefix.pins)
+        return sum(len(prefix.pages) for prefix in self.held.values() if prefix.pins)
 
     @property
     def window_bytes(self) -> int:
@@ -47,7 +47,7 @@ class PrefixCache:
 
     def find(self, token_ids: np.ndarray) -> Prefix | None:
         """The pinned prefix of exactly these tokens."""
-        for prefix in self.prefixes.values():
+        for prefix in self.held.values():
             if prefix.pins and np.array_equal(prefix.token_ids, token_ids):
                 return prefix
         return None
@@ -58,7 +58,7 @@ class PrefixCache:
         Whole pages, and never the whole prompt: its last token has to run for the logits.
         """
         best = Match(None, 0)
-        for prefix in self.prefixes.values():
+        for prefix in self.held.values():
             shared = prefix.shared_tokens_of(tokens) if prefix.pins else 0
             if shared > best.tokens:
                 best = Match(prefix, shared)
@@ -81,9 +81,9 @@ class PrefixCache:
     def insert(self, prefix: Prefix, num_pages: int) -> None:
         """Gives a prefix an index and pages; see ``check_room``."""
         self.check_room(num_pages)
-        prefix.index = min(set(range(self.spec.max_prefixes)) - self.prefixes.keys())
+        prefix.index = min(set(range(self.spec.max_prefixes)) - self.held.keys())
         prefix.pages = self.pool.take(num_pages)
-        self.prefixes[prefix.index] = prefix
+        self.held[prefix.index] = prefix
 
     def lock(self, match: Match) -> list[int]:
         """A request uses the match from now on: the pages that it shares, held once more."""
@@ -106,13 +106,13 @@ class PrefixCache:
 
     def _drop_unused(self, prefix: Prefix) -> None:
         if prefix.pins == 0 and prefix.ref_count == 0 and prefix.index >= 0:
-            del self.prefixes[prefix.index]
+            del self.held[prefix.index]
             self.windows.pop(prefix.index, None)
             self.pool.release(prefix.pages)
             prefix.pages, prefix.index = [], -1
 
     def clear(self) -> None:
         """Every prefix is released: the pages hold nothing any more."""
-        for prefix in self.prefixes.values():
+        for prefix in self.held.values():
             prefix.pins, prefix.pages, prefix.index = 0, [], -1
-        self.prefixes, self.windows = {}, {}
+        self.held, self.windows = {}, {}

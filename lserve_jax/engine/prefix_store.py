@@ -23,7 +23,7 @@ class PrefixStore:
     @property
     def has_room(self) -> bool:
         """Whether the model's prompts can share keys, and one more prefix can be held."""
-        return self.scheduler.prefixes.has_room and not self._keys_depend_on_length
+        return self.scheduler.prefix_cache.has_room and not self._keys_depend_on_length
 
     @property
     def _keys_depend_on_length(self) -> bool:
@@ -62,7 +62,7 @@ class PrefixStore:
         """See ``Prefix.release``."""
         if prefix.is_released:
             raise ValueError(f"the prefix of {len(prefix.token_ids)} tokens is released already")
-        self.scheduler.prefixes.unpin(prefix)
+        self.scheduler.prefix_cache.unpin(prefix)
 
     def prefix_arrays(self, prefix: Prefix) -> dict[str, jax.Array]:
         """What ``Prefix.save`` writes, by name."""
@@ -71,7 +71,7 @@ class PrefixStore:
         if not prefix.pages:
             return {}
         kept = self.runner.read_pages(*self._pages_of(prefix))
-        windows = self.scheduler.prefixes.windows[prefix.index]
+        windows = self.scheduler.prefix_cache.windows[prefix.index]
         leaves, _ = jax.tree.flatten_with_path((kept, windows))
         return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
@@ -109,7 +109,7 @@ class PrefixStore:
 
     def _pin_again(self, ids: np.ndarray) -> Prefix | None:
         """Pins the prefix of these tokens once more; None if there is none."""
-        prefix = self.scheduler.prefixes.find(ids)
+        prefix = self.scheduler.prefix_cache.find(ids)
         if prefix is not None:
             prefix.pins += 1
         return prefix
@@ -139,7 +139,7 @@ class PrefixStore:
             runner.prefill(chunk)
         sink_page = runner.spec.prefix_sink(prefix.index)
         windows = runner.save_window(sink_page, len(prefix.pages))
-        self.scheduler.prefixes.windows[prefix.index] = windows
+        self.scheduler.prefix_cache.windows[prefix.index] = windows
 
     def _write(self, prefix: Prefix, arrays: dict[str, jax.Array]) -> None:
         """Puts a saved prefix's arrays on its pages."""
@@ -150,7 +150,7 @@ class PrefixStore:
         leaves = [arrays[jax.tree_util.keystr(key)] for key, _ in paths]
         kept, windows = jax.tree.unflatten(tree, leaves)
         self.runner.write_pages(kept, *pages)
-        self.scheduler.prefixes.windows[prefix.index] = windows
+        self.scheduler.prefix_cache.windows[prefix.index] = windows
 
     def _pages_of(self, prefix: Prefix) -> tuple[np.ndarray, np.ndarray]:
         """Its retrieval pages, and the pages of its sinks in the streaming pool; int32."""

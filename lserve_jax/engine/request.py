@@ -85,7 +85,7 @@ class Request:
     finished: bool = False
 
     # Its tokens. After a preemption those in ``tokens`` are fed to the model again (replayed).
-    tokens: list[int] = field(default_factory=list)  # handed out
+    tokens: list[int] = field(default_factory=list)  # returned to the caller
     scheduled: int = 0  # tokens that the steps so far can have made, since its last admission
     received: int = 0  # of these, those that the host has seen
 

@@ -36,7 +36,7 @@ class Scheduler:
         self.running: dict[int, Request] = {}  # by slot
         self.free_slots = list(range(spec.max_num_seqs))  # a heap: low slots keep the batch small
         self.pool = PagePool(spec.num_pages)
-        self.prefixes = PrefixCache(spec, self.pool)
+        self.prefix_cache = PrefixCache(spec, self.pool)
         self.page_table = np.zeros((spec.max_num_seqs, spec.pages_per_sequence), np.int32)
 
     # What is there.
@@ -100,11 +100,11 @@ class Scheduler:
         The last token generated is never fed back.
         """
         total = self.pages_for(len(prompt) + max_tokens - 1)
-        return total - self.prefixes.match(prompt).tokens // self.spec.page_size
+        return total - self.prefix_cache.match(prompt).tokens // self.spec.page_size
 
     def check_pages(self, prompt: np.ndarray, max_tokens: int) -> None:
         """Raises ``ValueError`` for a request that can never have all its pages."""
-        pages, pinned = self.most_pages(prompt, max_tokens), self.prefixes.pinned_pages
+        pages, pinned = self.most_pages(prompt, max_tokens), self.prefix_cache.pinned_pages
         if pages > self.spec.num_pages - pinned:
             held = f", {pinned} of them held by prefixes" if pinned else ""
             raise ValueError(
@@ -119,8 +119,8 @@ class Scheduler:
         Raises ``ValueError`` where there is no room, or what is left is too little for a request
         that waits or runs.
         """
-        self.prefixes.check_room(num_pages)
-        left = self.spec.num_pages - self.prefixes.pinned_pages - num_pages
+        self.prefix_cache.check_room(num_pages)
+        left = self.spec.num_pages - self.prefix_cache.pinned_pages - num_pages
         for request in [*self.placed(), *self.waiting]:
             pages = self.most_pages(request.prompt, request.sampling.max_tokens)
             if pages > left:
@@ -128,7 +128,7 @@ class Scheduler:
                     f"the prefix needs {num_pages} pages and would leave {left}; request "
                     f"{request.request_id!r} can need {pages}"
                 )
-        self.prefixes.insert(prefix, num_pages)
+        self.prefix_cache.insert(prefix, num_pages)
 
     # From the queue to a slot and out again.
 
@@ -141,7 +141,7 @@ class Scheduler:
         if self.prefilling is not None or not self.waiting or not self.free_slots:
             return None
         request = self.waiting[0]
-        match = self.prefixes.match(request.prompt)
+        match = self.prefix_cache.match(request.prompt)
         shared = match.tokens
         steps = min(self.burst_steps, request.sampling.max_tokens - 1)
         needed = self.pages_for(len(request.prompt) + steps) - shared // self.spec.page_size
@@ -152,7 +152,7 @@ class Scheduler:
         request.slot = heapq.heappop(self.free_slots)
         request.prefix, request.shared_tokens = match.prefix, shared
         request.prefilled, request.scheduled, request.received = shared, 0, 0
-        request.pages = self.prefixes.lock(match)
+        request.pages = self.prefix_cache.lock(match)
         self._grow(request, len(request.prompt))
         return request
 
@@ -173,7 +173,7 @@ class Scheduler:
     def release(self, request: Request) -> None:
         """Takes a request out, wherever it is; its slot and pages are free at once.
 
-        One that is out already, since its last burst was handed out, stays so.
+        One that is out already, since its last burst was dispatched, stays so.
         """
         if request.slot < 0:
             if request in self.waiting:
@@ -189,7 +189,7 @@ class Scheduler:
         prefix = request.prefix
         request.slot, request.pages, request.prefix = -1, [], None
         if prefix is not None:
-            self.prefixes.unlock(prefix)
+            self.prefix_cache.unlock(prefix)
 
     # Growing.
 

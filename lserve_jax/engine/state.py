@@ -92,7 +92,7 @@ class DecodeState:
     active: Bool[Array, " S"]  # False: the slot is free or its request is finished
     generated: Int[Array, " S"]  # tokens generated so far, the first one from prefill included
     max_tokens: Int[Array, " S"]  # generation ends here
-    tail: Int[Array, " S"]  # first listed page attended without being selected; 0 when dense
+    tail: Int[Array, " S"]  # first page of the list attended without being selected; 0 when dense
     sampling: SamplingArrays  # per-slot sampling parameters
     # Present once some request has used penalties: they cost S * V entries.
     output_counts: Int[Array, "S V"] | None

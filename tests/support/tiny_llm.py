@@ -127,7 +127,7 @@ def record_ends(llm: LLM) -> list[tuple[list[int], LayerCache]]:
 def check_pages(engine: Engine) -> None:
     """Every page is held as often as it is named, every slot is free or has one request."""
     scheduler, spec = engine.scheduler, engine.spec
-    prefixes = scheduler.prefixes.prefixes.values()
+    prefixes = scheduler.prefix_cache.held.values()
     placed = scheduler.placed()
     held = np.zeros((spec.num_pages,), int)
     for pages in [r.pages for r in placed] + [p.pages for p in prefixes]:
