@@ -227,7 +227,7 @@ def stack_layers(params: Params) -> Params:
 def _hidden(
     config: ModelConfig, stacked: Params, tokens: Int[Array, "1 T"], attend: Attend, caches: Any
 ) -> tuple[Float[Array, "1 T E"], Any]:
-    """Last hidden states, as ``Llama`` computes them; also the caches that ``attend`` returned, ``[L, ...]``.
+    """Last hidden states, as ``Llama`` computes them, and what ``attend`` returned, ``[L, ...]``.
 
     The layers run as one ``lax.scan``, so a new length compiles one layer and not L; in the
     backward pass a layer is computed anew from its input, the only thing kept of it.

@@ -100,10 +100,7 @@ class Engine:
         self._last_step: StepMetrics | None = None
 
     def reset(self) -> None:
-        """Drops every request and prefix and begins with an empty cache.
-
-        Also the way back after a failure on the device.
-        """
+        """Begins anew with an empty cache and no requests, also after a failure on the device."""
         self.runner.reset()
         self.scheduler.prefix_cache.clear()
         self._start_empty()
