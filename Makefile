@@ -31,7 +31,7 @@ generate: $(run_ready)
 	    $(if $(value PROMPT),--prompt="$$prompt_text") $(ARGS)
 
 test: $(test_ready)
-	@$(python) -m pytest -n $(WORKERS) $(ARGS) $(TESTS)
+	@$(python) -m pytest -n $(WORKERS) --dist worksteal $(ARGS) $(TESTS)
 
 lint: $(test_ready)
 	@$(python) -m ruff check .

@@ -1,8 +1,13 @@
-"""Strict JAX settings for every test, and the default model's file for those that need it."""
+"""JAX settings for every test, and the default model's file for those that need it."""
 
 import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# The float64 oracle multiplies small matrices: more threads only wait for each other, at full
+# speed. Read when NumPy is imported, so xdist's workers must inherit it.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest
@@ -16,6 +21,8 @@ def pytest_configure(config: pytest.Config) -> None:
     wants_gpu = "gpu" in config.getoption("markexpr").replace("not gpu", "")
     if not wants_gpu:
         jax.config.update("jax_platforms", "cpu")
+        # Tiny models run once or twice: optimising their programs takes longer than it saves.
+        jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     # Most of the suite's time is compilation: keep it, also between the workers of one run.
@@ -31,6 +38,15 @@ def drop_compiled() -> Iterator[None]:
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """For a test that computes much, or looks at what was compiled: as users would compile it."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

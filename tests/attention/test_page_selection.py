@@ -1,5 +1,8 @@
 """Page lists, decoded back into the positions they attend, against explicit sets of positions."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -46,6 +49,7 @@ def slots(lists: PageList, row: int, head: int, page_size: int) -> list[tuple[in
     return [(int(pages[s // page_size]), s % page_size) for s in range(start, stop)]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def retrieval_list(spec, selected, tail, position, active, table) -> PageList:
     """As decode puts it together: pages once a selection, how many are attended every step."""
     stop = retrieval_stop(spec, tail, position, active)
@@ -147,7 +151,8 @@ def test_ring_list(page_size: int, listed: int, sink: int, local: int) -> None:
     slot = jnp.full_like(positions, 3)
     pages = sink + local + 1
     own_sinks = slot * pages
-    lists = window_list(spec, slot, own_sinks, positions, jnp.ones_like(positions, bool))
+    make_list = jax.jit(window_list, static_argnums=0)
+    lists = make_list(spec, slot, own_sinks, positions, jnp.ones_like(positions, bool))
     held: dict[tuple[int, int], int] = {}  # (physical page, offset): position of its token
     for position in range(2001):
         page, offset = divmod(position, page_size)

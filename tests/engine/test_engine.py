@@ -59,7 +59,14 @@ def llm(pattern: str) -> LLM:
 
 
 def build(pattern: str, **settings: Any) -> LLM:
-    settings = {"max_num_seqs": 4, "prefill_chunk_size": 64, "burst_steps": 8} | settings
+    """All four slots at every step, so one program a mode to compile, unless told otherwise."""
+    settings = {
+        "max_num_seqs": 4,
+        "prefill_chunk_size": 64,
+        "burst_steps": 8,
+        "relay": "never",
+        "deterministic": True,
+    } | settings
     llm = LLM(
         (CONFIG, tiny_params(CONFIG)),
         attention="lserve",
@@ -103,10 +110,10 @@ def drain(engine: Engine) -> list[TokenOutput]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-def test_random_traffic(seed: int, llm: LLM) -> None:
+def test_random_traffic(seed: int, pattern: str) -> None:
     """Arrivals, ends and cancellations in any order: pages stay owned once, outputs stay right."""
     rng = np.random.default_rng(seed)
-    engine, prompts, made = llm.engine, {}, {}
+    engine, prompts, made = build(pattern, deterministic=False).engine, {}, {}
     running, finished, cancelled = [], [], []
     queue = [f"r{i}" for i in range(30)]
     started: list[str] = []

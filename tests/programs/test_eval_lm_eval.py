@@ -6,7 +6,7 @@ import math
 import shutil
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -60,9 +60,11 @@ def model(llm):
 
 def log_probabilities(llm: LLM, ids: list[int]) -> np.ndarray:
     """[len(ids) - 1, V] float64: after every token but the last."""
-    params = llm.engine.runner.params
-    out = logits(llm.engine.config, params, jnp.asarray([ids]))[0, :-1]
-    return log_softmax(np.asarray(out, np.float64))
+    config, params = llm.engine.config, llm.engine.runner.params
+    padded = np.zeros((1, config.max_position_embeddings), np.int32)  # one shape for all
+    padded[0, : len(ids)] = ids
+    out = jax.jit(logits, static_argnums=0)(config, params, padded)
+    return log_softmax(np.asarray(out[0, : len(ids) - 1], np.float64))
 
 
 def direct(llm: LLM, context: list[int], continuation: list[int]) -> tuple[float, bool]:

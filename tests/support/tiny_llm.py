@@ -1,6 +1,7 @@
 """Tiny random models behind ``LLM``, and their whole output distribution at every step."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,11 @@ def tiny_params(config: ModelConfig, seed: int = 0) -> Params:
 
     So what is attended decides what comes next, and greedy tokens do not soon repeat themselves.
     """
+    return jax.tree.map(lambda x: x, _tiny_params(config, seed))  # a tree of the caller's own
+
+
+@functools.cache
+def _tiny_params(config: ModelConfig, seed: int) -> Params:
     params = init_params(config, seed)
     params["embed_tokens"]["embedding"] *= 0.25
     for layer in params["layers"].values():
