@@ -1,0 +1,52 @@
+"""Fixtures that modules of this folder share; some have their own of the same name."""
+
+from typing import Any
+
+import pytest
+import relay_cases
+from engine_cases import build as build_engine_case
+from relay_cases import Build
+from tiny_llm import poison, tiny_params, write_pattern
+
+from lserve_jax import LLM, SparsityConfig
+
+
+@pytest.fixture(scope="module")
+def pattern(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_pattern(tmp_path_factory.mktemp("patterns") / "half", [[0.1, 0.9]])
+
+
+@pytest.fixture
+def llm(pattern: str) -> LLM:
+    return build_engine_case(pattern)
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Makes an ``LLM`` of ``relay_cases``, its caches full of NaN."""
+    pattern = write_pattern(tmp_path_factory.mktemp("patterns") / "p", relay_cases.GATES)
+
+    def build(attention: str = "lserve", **settings: Any) -> LLM:
+        settings = {
+            "max_num_seqs": 4,
+            "prefill_chunk_size": 64,
+            "burst_steps": 8,
+            "max_model_len": 512,
+            "max_prefixes": 3,
+            "relay": "never",
+        } | settings
+        # All slots at every step, so one program to compile, where relay is not what is tested.
+        settings = {"deterministic": settings["relay"] == "never"} | settings
+        sparsity = None
+        if attention == "lserve":
+            sparsity = SparsityConfig(pattern=pattern, streaming_fraction=0.5, **relay_cases.SIZES)
+        llm = LLM(
+            (relay_cases.CONFIG, tiny_params(relay_cases.CONFIG)),
+            attention=attention,
+            sparsity=sparsity,
+            **settings,
+        )
+        poison(llm)
+        return llm
+
+    return build

@@ -1,0 +1,124 @@
+"""Prefixes in files, prefixes that are refused, and what prompts begin with."""
+
+from pathlib import Path
+
+import pytest
+from numpy.testing import assert_array_equal
+from relay_cases import CONFIG, Build, P, prompts_with, run
+from tiny_llm import (
+    VOCAB,
+    check_nothing_left,
+    check_pages,
+    random_prompts,
+    tiny_params,
+)
+
+from lserve_jax import SamplingParams
+from lserve_jax.engine.prefix import CommonPrefix
+
+# Saved prefixes.
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("attention", ["dense", "lserve"])
+def test_save_and_load(attention: str, kv_dtype: str, build: Build, tmp_path: Path) -> None:
+    """In another engine, on other pages, bit for bit the same."""
+    [ids] = random_prompts(19, [130])
+    prompts = prompts_with(ids, 20, [9, 40])
+    path = tmp_path / "prefix.safetensors"
+    first = build(attention, kv_dtype=kv_dtype)
+    prefix = first.prefix({"prompt_token_ids": ids})
+    prefix.save(path)
+    wanted = run(first, prompts, 12, prefix)
+    second = build(attention, kv_dtype=kv_dtype)
+    second.prefix({"prompt_token_ids": random_prompts(21, [70])[0]})  # takes the first pages
+    loaded = second.load_prefix(path)
+    assert loaded.pages != prefix.pages
+    assert second.engine.metrics().prompt_tokens == 64
+    for one, other in zip(run(second, prompts, 12, loaded), wanted, strict=True):
+        assert one.tokens == other.tokens
+        assert_array_equal(one.logprobs, other.logprobs)
+
+
+def test_a_saved_prefix_without_a_page_and_one_loaded_twice(build: Build, tmp_path: Path) -> None:
+    llm = build()
+    for length in (0, 5, 40):
+        llm.prefix({"prompt_token_ids": [7] * length}).save(tmp_path / "prefix")
+        other = build()
+        one, again = (other.load_prefix(tmp_path / "prefix") for _ in "ab")
+        assert one.num_shared_tokens == length // P * P
+        assert (one is again) == (length >= P)
+        check_pages(other.engine)
+
+
+def test_files_that_do_not_fit(build: Build, tmp_path: Path) -> None:
+    llm = build()
+    path = tmp_path / "prefix.safetensors"
+    llm.prefix({"prompt_token_ids": random_prompts(22, [130])[0]}).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    free = len(llm.engine.scheduler.pool.free)
+    with pytest.raises(ValueError, match=r"prefix\.safetensors' is broken"):
+        llm.load_prefix(path)
+    flipped = bytearray(whole)
+    flipped[-100] ^= 1
+    path.write_bytes(bytes(flipped))
+    with pytest.raises(ValueError, match="is broken: its digest does not match"):
+        llm.load_prefix(path)
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="is broken"):
+        llm.load_prefix(path)
+    with pytest.raises(ValueError, match="does not exist"):
+        llm.load_prefix(tmp_path / "none")
+    assert len(llm.engine.scheduler.pool.free) == free
+    path.write_bytes(whole)
+    other = build()
+    other.engine.runner.params = tiny_params(CONFIG, seed=1)
+    for wrong, part in (
+        (build("dense"), "page size"),
+        (build(kv_dtype="int8"), "kv_dtype"),
+        (other, "model"),
+    ):
+        with pytest.raises(ValueError, match=f"made with another {part}"):
+            wrong.load_prefix(path)
+        check_nothing_left(wrong.engine)
+
+
+def test_prefixes_that_are_refused(build: Build) -> None:
+    llm = build(kv_cache_bytes=40_000)
+    pages = llm.spec.num_pages
+    with pytest.raises(ValueError, match="600 tokens, more than max_model_len=512"):
+        llm.prefix({"prompt_token_ids": [1] * 600})
+    with pytest.raises(ValueError, match=f"token id {VOCAB} is outside the vocabulary"):
+        llm.prefix({"prompt_token_ids": [1, VOCAB]})
+    with pytest.raises(ValueError, match=rf"needs 32 pages of 16 tokens, {pages} of {pages} are"):
+        llm.prefix({"prompt_token_ids": [1] * 512})
+    llm.engine.add_request("a", [1] * 60, SamplingParams(max_tokens=9), seed=0)
+    with pytest.raises(ValueError, match=r"would leave .; request 'a' can need 5"):
+        llm.prefix({"prompt_token_ids": [2] * 16 * (pages - 4)})
+    list(llm.engine.stream())
+    held = llm.prefix({"prompt_token_ids": [2] * 16 * (pages - 4)})
+    with pytest.raises(ValueError, match=f"the request needs 5 pages .* has {pages}, .* held by"):
+        llm.generate({"prompt_token_ids": [1] * 60}, SamplingParams(max_tokens=9))
+    with pytest.raises(ValueError, match=r"prompt 1 does not begin with the prefix.*at token 2"):
+        prompts = [{"prompt_token_ids": [2] * 100}, {"prompt_token_ids": [2, 2, 3]}]
+        llm.generate(prompts, shared_prefix=held)
+    with pytest.raises(ValueError, match="shared_prefix='on' must be 'auto', 'off' or a Prefix"):
+        llm.generate({"prompt_token_ids": [1]}, shared_prefix="on")
+    check_pages(llm.engine)
+
+
+def test_common_prefix() -> None:
+    for prompts, page_size, shared in (
+        ([[1, 2, 3, 4, 5], [1, 2, 3, 4, 9]], 2, [1, 2, 3, 4]),
+        ([[1, 2, 3], [1, 2, 4], [1, 2, 3]], 1, [1, 2]),
+        ([[1, 2, 3], [1, 2]], 2, []),  # the second would have nothing left to run
+        ([[1, 2, 3], [2, 2, 3]], 2, []),
+        ([[1, 2, 3]], 1, [1, 2]),
+        ([[1, 2, 3], []], 1, []),
+    ):
+        common = CommonPrefix()
+        for prompt in prompts:
+            common.add(prompt)
+        assert common.whole_pages(page_size) == shared
+        assert common.count == len(prompts)
