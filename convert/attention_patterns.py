@@ -28,12 +28,15 @@ def shipped_patterns() -> tuple[str, ...]:
 
 
 def save_pattern(
-    directory: Path, gates: Float[np.ndarray, "L Hk"], settings: Mapping[str, Any]
+    directory: str | os.PathLike[str],
+    gates: Float[np.ndarray, "L Hk"],
+    settings: Mapping[str, Any],
 ) -> None:
     """Writes DuoAttention's two files, which ``load_pattern`` reads, into an existing directory.
 
     ``settings`` go into ``config.json``; ``sink_size`` and ``recent_size`` (tokens) are read back.
     """
+    directory = Path(directory)
     np.savetxt(directory / _GATES_FILE, gates, fmt="%.9g", delimiter="\t")
     (directory / _CONFIG_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 

@@ -6,7 +6,6 @@ print(outputs[0].outputs[0].text)
 """
 
 import dataclasses
-import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
@@ -71,13 +70,15 @@ class LLM:
             if tokenizer is not None:
                 raise ValueError("tokenizer= is for a (config, params) pair: a checkpoint has one")
             source = convert.resolve(model, progress=progress)
-            self.config, params = convert.load(
-                source,
-                dtype=resolve_dtype(self.options.dtype),
-                adapter=adapter,
-                progress=progress,
+            self.config, tokenizer = (
+                convert.read_config(source),
+                convert.load_tokenizer(source.path),
             )
-            tokenizer = convert.load_tokenizer(source.path)
+
+            def params() -> Params:
+                dtype = resolve_dtype(self.options.dtype)
+                return convert.load(source, dtype=dtype, adapter=adapter, progress=progress)[1]
+
         self.engine = build_engine(
             self.config,
             params,
@@ -181,7 +182,8 @@ class LLM:
             if beginning and self.engine.prefix_store.has_room:
                 prefix = self.engine.add_prefix(beginning)
             while True:
-                for position, (prompt, sampling) in itertools.islice(drawn, self.engine.room):
+                while self.engine.room > 0 and (new := next(drawn, None)) is not None:
+                    position, (prompt, sampling) = new
                     position_of[text.submit(prompt, sampling)] = position
                 if not text.has_unfinished_requests:
                     break
@@ -195,9 +197,11 @@ class LLM:
             if prefix is not None:
                 prefix.release()
         except BaseException:  # an error in on_text or on the device, Ctrl-C, or closed early
-            text.abandon()
-            if prefix is not None and not prefix.is_released:
-                prefix.release()
+            try:
+                text.abandon()
+            finally:
+                if prefix is not None and not prefix.is_released:
+                    prefix.release()
             raise
 
     def prefix(self, prompt: Prompt) -> Prefix:

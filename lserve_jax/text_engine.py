@@ -121,8 +121,6 @@ class TextEngine:
         Raises ``ValueError`` for a request that could never run; nothing is queued then.
         """
         checked = self.check(prompt, sampling)
-        if deadline is not None and not deadline > 0:
-            raise ValueError(f"{deadline=} must be positive: it is in seconds from now")
         number = next(self._numbers)
         seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])
         request = _Running(
@@ -131,17 +129,22 @@ class TextEngine:
             completions=[Completion(i, sampling, self.tokenizer) for i in range(sampling.n)],
         )
         self._running[request.request_id] = request
-        for completion in request.completions:
-            part = _part_id(request.request_id, completion.index)
-            self._parts[part] = (request, completion)
-            self.engine.add_request(
-                part,
-                checked.ids,
-                sampling,
-                seed=seed,
-                completion=completion.index,
-                deadline=deadline,
-            )
+        try:
+            for completion in request.completions:
+                part = _part_id(request.request_id, completion.index)
+                self.engine.add_request(
+                    part,
+                    checked.ids,
+                    sampling,
+                    seed=seed,
+                    completion=completion.index,
+                    deadline=deadline,
+                )
+                self._parts[part] = (request, completion)
+        except BaseException:  # Ctrl-C, too: no completion runs without the others
+            self.engine.abandon(self._parts_of(request.request_id))
+            self._forget([request.request_id])
+            raise
         return request.request_id
 
     def step(self) -> list[TextDelta]:
@@ -207,7 +210,7 @@ class TextEngine:
     def _forget(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
             for part in self._parts_of(request_id):
-                del self._parts[part]
+                self._parts.pop(part, None)  # in the middle of ``submit`` some are not there yet
             del self._running[request_id]
 
 

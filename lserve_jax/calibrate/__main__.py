@@ -1,6 +1,6 @@
 """A head pattern for a model: ``python -m lserve_jax.calibrate --model MODEL --output DIR``.
 
-Trains a gate for every KV head (``gate_training.py``) on passkeys hidden in text (``passkeys.py``)
+Trains a gate for every KV head (``gates.py``) on passkeys hidden in text (``passkeys.py``)
 and writes DuoAttention's two files, which ``--pattern DIR`` reads, and a picture of the gates. A
 run that was stopped continues when its command is given again. ``docs/calibration.md`` has the
 recipe and what it costs.

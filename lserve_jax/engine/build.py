@@ -1,7 +1,7 @@
 """From a model and options to an engine: the one way in which engines are built."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -120,13 +120,17 @@ def check_backend(backend: Backend) -> None:
 
 def build_engine(
     config: ModelConfig,
-    params: Params,
+    params: Params | Callable[[], Params],
     options: EngineOptions,
     *,
     eos_token_ids: Sequence[int] = (),
     runner_class: type[ModelRunner] = ModelRunner,
 ) -> Engine:
     """An engine for ``params`` as ``convert.load`` returns them.
+
+    Given a function that makes them, nobody but the engine holds them: while heads are put in
+    order a layer's attention weights exist twice, not those of all layers. It is called once
+    options and ``config`` are found to agree.
 
     ``eos_token_ids`` end a completion, beside the config's own.
 
@@ -136,6 +140,8 @@ def build_engine(
     dtype, sparsity = resolve_dtype(options.dtype), options.resolved_sparsity
     max_model_len = _check_length(config, options.max_model_len)
     partition = head_partition(config, sparsity)
+    if callable(params):
+        params = params()
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
     params = permute_heads(config, params, partition)
     spec = make_spec(

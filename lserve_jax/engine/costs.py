@@ -117,7 +117,7 @@ class RequestCosts:
             selector_runs=self.selections,
             bypassed_steps=self.bypassed,
             pages_attended_per_step=self.attended / steps / units.kv_heads / units.page_size,
-            kv_bytes_held=pages * units.page + units.decode_window,
+            kv_bytes_held=pages * units.page + units.decode_window * (pages > 0),
             kv_bytes_read_per_step=read / steps,
             dense_kv_bytes_read_per_step=self.positions * units.kv_heads * units.token / steps,
         )

@@ -92,7 +92,11 @@ class Engine:
     def _start_empty(self) -> None:
         self.scheduler = Scheduler(self.spec, self.burst_steps)
         self.prefix_store = PrefixStore(
-            self.runner, self.scheduler, max_model_len=self.max_model_len
+            self.runner,
+            self.scheduler,
+            self.max_model_len,
+            self._finish_prompt,
+            lambda: self.abandon(()),
         )
         self.unfinished: dict[str, Request] = {}  # those whose end is not yet returned
         self._in_flight: _InFlight | None = None
@@ -317,13 +321,16 @@ class Engine:
             for request in self.unfinished.values()
             if request.deadline is not None and now > request.deadline
         ]
-        outputs = self._collect() if late else []
+        outputs = {new.request_id: new for new in self._collect()} if late else {}
         for request in late:
             if not request.finished:
                 self._stop(request)
                 self._counts.finished += 1
-                outputs.append(request.output(None, "deadline", self.units))
-        return outputs
+                end = request.output(None, "deadline", self.units)
+                # Its last tokens and its end are one output: there is one a request and step.
+                last = outputs.get(request.request_id, end)
+                outputs[request.request_id] = dataclasses.replace(last, finish_reason="deadline")
+        return list(outputs.values())
 
     # Prompts.
 
@@ -471,13 +478,12 @@ class Engine:
     def add_prefix(self, token_ids: Sequence[int] | np.ndarray) -> Prefix:
         """Computes a prefix and holds it; requests that begin with it share it from then on.
 
-        The same tokens again give the same prefix, to be released once more. The call returns when
-        the device has the work; a prompt in the middle of its prefill is finished first.
+        The same tokens again give the same prefix, to be released once more, if they fill a page.
+        Returns when the device has the work; a prompt in prefill is finished first.
 
         Raises ``ValueError`` if a token is outside the vocabulary, the prefix is longer than
         ``max_model_len``, or there is no room for it.
         """
-        self._finish_prompt()
         return self.prefix_store.add(token_ids)
 
     def load_prefix(self, path: str | os.PathLike[str]) -> Prefix:
@@ -486,14 +492,12 @@ class Engine:
         Raises ``ValueError`` for a file that is missing, broken or of something else, and where
         there is no room.
         """
-        self._finish_prompt()
         return self.prefix_store.load(path)
 
     def _finish_prompt(self) -> None:
         """Runs what is left of the prompt in prefill: there is one prefill window."""
         request = self.scheduler.prefilling
-        first = None
-        while request is not None and first is None:
-            first = self._next_chunk(request)
-        if request is not None and first is not None:
+        if request is not None:
+            while (first := self._next_chunk(request)) is None:
+                pass
             self._first_tokens.append((request, first))

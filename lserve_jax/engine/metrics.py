@@ -34,7 +34,7 @@ class RequestMetrics:
     selector_runs: int = 0  # steps in which its pages were chosen anew
     bypassed_steps: int = 0  # steps whose history fitted the budget, so that nothing was pruned
     pages_attended_per_step: float = 0.0  # of page_size tokens; mean over layers and KV heads
-    kv_bytes_held: int = 0  # pages with tokens, and ring, at its end; a prefix's pages too
+    kv_bytes_held: int = 0  # pages with tokens, and decode window, at its end; a prefix's pages too
     # K and V attended, and statistics read by the selector; of a prefix read together its share.
     kv_bytes_read_per_step: float = 0.0
     dense_kv_bytes_read_per_step: float = 0.0  # what attending everything would have read

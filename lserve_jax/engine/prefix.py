@@ -116,6 +116,11 @@ def read_prefix(
     try:
         with safe_open(path, framework="flax") as file:
             metadata = file.metadata() or {}
+            if metadata.get("format") == "lserve_jax prefix 1":
+                raise ValueError(
+                    f"prefix file {str(path)!r} has format 1, whose digest of the model leaves out "
+                    "most of its weights: compute the prefix again"
+                )
             if metadata.get("format") != FORMAT:
                 raise ValueError(
                     f"{str(path)!r} is no prefix file: its format is {metadata.get('format')!r}, "

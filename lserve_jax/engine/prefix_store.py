@@ -1,7 +1,8 @@
 """Prefixes on the device: computed, loaded from a file, saved to one, and released."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +10,28 @@ import numpy as np
 
 from lserve_jax.engine.inputs import Chunk
 from lserve_jax.engine.prefix import Prefix, read_prefix
+from lserve_jax.engine.request import PromptIds
 from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.engine.scheduler import Scheduler
 
 
 class PrefixStore:
-    """Makes prefixes on the pages that ``scheduler`` gives them, with ``runner``."""
+    """Makes prefixes on the pages that ``scheduler`` gives them, with ``runner``.
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler, *, max_model_len: int):
+    ``finish_prompt`` runs what is left of the prompt in prefill. It is called before a prefix is
+    written, since there is one prefill window. ``recover`` is called after an error in between.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        max_model_len: int,
+        finish_prompt: Callable[[], None],
+        recover: Callable[[], None],
+    ):
         self.runner, self.scheduler = runner, scheduler
-        self.max_model_len = max_model_len
+        self.max_model_len, self.finish_prompt, self.recover = max_model_len, finish_prompt, recover
 
     @property
     def has_room(self) -> bool:
@@ -30,33 +43,36 @@ class PrefixStore:
         return self.runner.config.rope.rope_type == "dynamic"
 
     def add(self, token_ids: Sequence[int] | np.ndarray) -> Prefix:
-        """See ``Engine.add_prefix``; no prompt may be in prefill."""
-        ids = self.check(token_ids)
+        """See ``Engine.add_prefix``."""
+        ids = self._check(token_ids)
         held = self._pin_again(ids)
         if held is not None:
             return held
         prefix = self._insert(ids)
-        try:
+        with self._released_on_error(prefix):
             self._compute(prefix)
-        except BaseException:  # an error on the device, or Ctrl-C: its pages hold nothing of use
-            prefix.release()
-            raise
         return prefix
 
     def load(self, path: str | os.PathLike[str]) -> Prefix:
-        """See ``Engine.load_prefix``; no prompt may be in prefill."""
+        """See ``Engine.load_prefix``."""
         ids, arrays = read_prefix(path, self.prefix_identity())
-        ids = self.check(ids)
+        ids = self._check(ids)
         held = self._pin_again(ids)
         if held is not None:
             return held
         prefix = self._insert(ids)
-        try:
+        with self._released_on_error(prefix):
             self._write(prefix, arrays)
-        except BaseException:  # see add
-            prefix.release()
-            raise
         return prefix
+
+    @contextmanager
+    def _released_on_error(self, prefix: Prefix) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:  # an error on the device, or Ctrl-C: its pages hold nothing of use
+            prefix.release()
+            self.recover()
+            raise
 
     def release_prefix(self, prefix: Prefix) -> None:
         """See ``Prefix.release``."""
@@ -91,21 +107,14 @@ class PrefixStore:
             "model": self.runner.fingerprint(),
         }
 
-    def check(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """A copy as int32; raises ``ValueError`` for what cannot be a prefix."""
-        ids, vocab_size = np.array(token_ids), self.runner.config.vocab_size
-        if ids.size and not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(f"prefix token ids must be integers, got {ids.dtype}")
+    def _check(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """As int32; raises ``ValueError`` for what cannot be a prefix."""
+        ids = PromptIds.check(token_ids, self.runner.config.vocab_size, what="prefix").ids
         if len(ids) > self.max_model_len:
             raise ValueError(
                 f"the prefix has {len(ids)} tokens, more than max_model_len={self.max_model_len}"
             )
-        wrong = ids[(ids < 0) | (ids >= vocab_size)]
-        if len(wrong):
-            raise ValueError(
-                f"prefix token id {wrong[0]} is outside the vocabulary [0, {vocab_size})"
-            )
-        return ids.astype(np.int32)
+        return ids
 
     def _pin_again(self, ids: np.ndarray) -> Prefix | None:
         """Pins the prefix of these tokens once more; None if there is none."""
@@ -123,6 +132,7 @@ class PrefixStore:
         page_size = self.runner.spec.page_size
         prefix = Prefix(token_ids=ids, page_size=page_size, owner=self)
         if len(ids) >= page_size:
+            self.finish_prompt()
             self.scheduler.add_prefix(prefix, len(ids) // page_size)
         return prefix
 

@@ -20,33 +20,42 @@ class PromptIds:
     """Token ids of a prompt that were checked: it is made once, where a prompt comes in."""
 
     ids: np.ndarray  # [n] int32, each in the vocabulary; read-only
+    vocab_size: int
 
     @classmethod
     def check(
-        cls, token_ids: "PromptIds | Sequence[int] | np.ndarray", vocab_size: int
+        cls,
+        token_ids: "PromptIds | Sequence[int] | np.ndarray",
+        vocab_size: int,
+        *,
+        what: str = "prompt",
     ) -> "PromptIds":
-        """A copy of ``token_ids``, or what was checked already.
+        """A copy of ``token_ids``, or what was checked already; ``what`` names them in errors.
 
         Raises ``ValueError`` for an id that is no integer, and one outside the vocabulary.
         """
         if isinstance(token_ids, PromptIds):
-            return token_ids
+            if token_ids.vocab_size == vocab_size:
+                return token_ids
+            token_ids = token_ids.ids
         ids = np.array(token_ids)
         if ids.dtype.kind not in "iu":  # floats, text, or integers that no array type holds
+            if ids.ndim == 0:
+                raise ValueError(f"{what} token ids must be a list of integers, got {token_ids!r}")
             for token in token_ids:
                 if not isinstance(token, Integral):
-                    raise ValueError(f"prompt token id {token!r} must be an integer")
+                    raise ValueError(f"{what} token id {token!r} must be an integer")
         if ids.ndim != 1:
-            raise ValueError(f"prompt token ids must be a list of integers, got shape {ids.shape}")
+            raise ValueError(f"{what} token ids must be a list of integers, got shape {ids.shape}")
         outside = (ids < 0) | (ids >= vocab_size)
         if outside.any():
             raise ValueError(
-                f"prompt token id {ids[outside.argmax()]} is outside the vocabulary "
+                f"{what} token id {ids[outside.argmax()]} is outside the vocabulary "
                 f"[0, {vocab_size})"
             )
         ids = ids.astype(np.int32)
         ids.flags.writeable = False
-        return cls(ids)
+        return cls(ids, vocab_size)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -146,7 +155,8 @@ class Request:
         self.metrics = self.costs.metrics(
             dataclasses.replace(self.metrics, generated_tokens=len(self.tokens)),
             units,
-            cached_tokens=max(len(self.prompt) + len(self.tokens) - 1, 0),
+            # The last token is never fed back; a request that never ran holds nothing.
+            cached_tokens=len(self.prompt) + len(self.tokens) - 1 if self.tokens else 0,
         )
         token_ids, logprobs, top_logprobs = [], [], []
         if new is not None:

@@ -115,7 +115,7 @@ def _score_batch(engine: Engine, batch: Sequence[_Item], distributions: bool) ->
         for number in range(len(batch)):
             engine.cancel(f"score-{number}")
     except BaseException:  # an error on the device, or Ctrl-C: the engine holds half a batch
-        engine.reset()
+        engine.abandon([f"score-{number}" for number in range(len(batch))])
         raise
     return scores
 

@@ -1,16 +1,21 @@
 """What held prefixes cost beside their pages, and what a saved one says of its model."""
 
 import dataclasses
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
+import safetensors.flax
 from tiny_llm import random_prompts, tiny_config, tiny_params, write_pattern
 
-from lserve_jax import LLM, ModelConfig, SparsityConfig
+import convert
+from lserve_jax import LLM, ModelConfig, SamplingParams, SparsityConfig
 from lserve_jax.attention.cache import cache_bytes, make_spec
+from lserve_jax.engine import build as build_module
+from lserve_jax.engine import runner as runner_module
 
 CONFIG = tiny_config(layers=2, kv_heads=2, group=2, max_len=1024)
 SIZES = {"page_size": 16, "token_budget": 96, "decode_sink": 16, "decode_local": 32}
@@ -128,3 +133,70 @@ def test_a_saved_prefix_knows_every_number_of_its_model(
     assert other.engine.runner.fingerprint() != fingerprint
     bf16 = build(sparsity, params, dtype="bfloat16")
     assert bf16.engine.runner.fingerprint() != fingerprint
+
+
+def test_weights_do_not_exist_twice_while_pages_are_planned(
+    sparsity: SparsityConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Free memory is what pages are planned by: unpermuted attention weights must be gone."""
+    config = dataclasses.replace(CONFIG, hidden_size=256)
+    convert.save(tmp_path / "model", config, tiny_params(config))
+    live = []
+    plan = build_module._plan_pages
+
+    def count(*args):
+        gc.collect()
+        live.append(sum(x.nbytes for x in jax.live_arrays()))
+        return plan(*args)
+
+    monkeypatch.setattr(build_module, "_plan_pages", count)
+    gc.collect()
+    before = sum(x.nbytes for x in jax.live_arrays())
+    llm = LLM(tmp_path / "model", attention="lserve", sparsity=sparsity, max_num_seqs=2)
+    weights = llm.memory_plan()["parameters"]
+    assert live[0] - before <= 1.01 * weights
+
+
+def test_a_prefix_that_is_not_computed_runs_nobodys_prompt(sparsity: SparsityConfig) -> None:
+    llm = build(sparsity, kv_cache_bytes=1 << 22)
+    held = llm.prefix({"prompt_token_ids": random_prompts(2, [100])[0]})
+    engine, [prompt] = llm.engine, random_prompts(3, [900])
+    engine.add_request("long", prompt, SamplingParams(temperature=0, max_tokens=2), seed=0)
+    engine.step()  # the first of its chunks
+    before = engine.metrics().prompt_tokens
+    with pytest.raises(ValueError, match="prefix token id 96 is outside the vocabulary"):
+        engine.add_prefix([96] * 100)
+    assert engine.add_prefix(held.token_ids) is held
+    assert engine.metrics().prompt_tokens == before
+    engine.add_prefix(random_prompts(4, [64])[0])
+    assert engine.metrics().prompt_tokens == len(prompt) + 100 // 16 * 16 + 64
+
+
+def test_after_a_failure_in_a_prefix_the_engine_goes_on(
+    sparsity: SparsityConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = build(sparsity, kv_cache_bytes=1 << 22)
+    prompt = {"prompt_token_ids": random_prompts(5, [100])[0]}
+    greedy = SamplingParams(temperature=0, max_tokens=4)
+    expected = llm.generate(prompt, greedy)[0].outputs[0].token_ids
+    real = runner_module.prefill_chunk
+
+    def fail(*args):
+        real(*args)  # consumes the donated caches
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner_module, "prefill_chunk", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            llm.prefix(prompt)
+    assert llm.generate(prompt, greedy)[0].outputs[0].token_ids == expected
+
+
+def test_a_file_of_the_first_format_is_refused_with_a_reason(
+    sparsity: SparsityConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "old.safetensors"
+    arrays = {"x": jnp.zeros(1)}
+    safetensors.flax.save_file(arrays, path, {"format": "lserve_jax prefix 1"})
+    with pytest.raises(ValueError, match="has format 1, .* compute the prefix again"):
+        build(sparsity).load_prefix(path)

@@ -1,5 +1,6 @@
 """Text while requests come and go: what is shown, when it ends, and that a prompt is read once."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from tiny_llm import check_nothing_left, random_prompts, tiny_config, tiny_param
 
 from lserve_jax import LLM, SamplingParams
 from lserve_jax.engine.build import EngineOptions, build_engine
+from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.metrics import RequestMetrics
 from lserve_jax.engine.request import PromptIds, TokenOutput
 from lserve_jax.outputs import Completion, TextDelta
@@ -137,6 +139,93 @@ def test_requests_of_somebody_else_are_an_error(text: TextEngine) -> None:
             text.step()
 
 
+@pytest.mark.parametrize("step", range(1, 7))
+def test_a_deadline_and_a_stop_string_in_one_step(
+    step: int, params: dict, tokenizer: Tokenizer
+) -> None:
+    """Whichever comes first, a request ends once and takes no other with it."""
+    engine = build_engine(CONFIG, params, EngineOptions(max_model_len=256, burst_steps=4))
+    text, now = TextEngine(engine, tokenizer), 0.0
+    engine.clock = lambda: now
+    [prompt] = random_prompts(1, [20])
+    text.submit(ids(prompt), SamplingParams(temperature=0, max_tokens=60))
+    whole = "".join(delta.text for delta in run(text))
+    sampling = SamplingParams(temperature=0, max_tokens=60, stop=whole[10:13])
+    late = text.submit(ids(prompt), sampling, deadline=5)
+    other = text.submit(ids(prompt), GREEDY)
+    deltas = []
+    for number in range(1, 40):
+        if number == step:
+            now = 6.0
+        deltas += text.step()
+        if not text.has_unfinished_requests:
+            break
+    ends = {d.request_id: d for d in deltas if d.output is not None}
+    assert ends.keys() == {late, other}
+    assert ends[late].finish_reason in ("stop", "deadline")
+    assert ends[other].finish_reason == "length"
+    shown = "".join(d.text for d in deltas if d.request_id == late)
+    assert whole[: whole.find(whole[10:13])].startswith(shown)
+    check_nothing_left(engine)
+
+
+def interrupted_at(number: int, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ``number``-th request that the engine gets from now on is interrupted."""
+    real, calls = engine.add_request, itertools.count(1)
+
+    def add_request(*args, **settings):
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        real(*args, **settings)
+
+    monkeypatch.setattr(engine, "add_request", add_request)
+
+
+def test_ctrl_c_in_submit_leaves_nothing(text: TextEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    [prompt] = random_prompts(6, [20])
+    sampling = SamplingParams(n=3, max_tokens=4, ignore_eos=True)
+    with monkeypatch.context() as patch:
+        interrupted_at(2, text.engine, patch)
+        with pytest.raises(KeyboardInterrupt):
+            text.submit(ids(prompt), sampling)
+    assert not text.has_unfinished_requests
+    check_nothing_left(text.engine)
+    text.submit(ids(prompt), sampling)
+    assert len([d for d in run(text) if d.finish_reason]) == 3
+
+
+def test_ctrl_c_while_requests_are_drawn_releases_the_prefix(
+    params: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM((CONFIG, params), max_model_len=512)
+    [common] = random_prompts(7, [128])
+    prompts = [ids([*common, last]) for last in (1, 2)]
+    with monkeypatch.context() as patch:
+        interrupted_at(2, llm.engine, patch)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(prompts, SamplingParams(n=2, max_tokens=4))
+    assert llm.engine.metrics().pinned_pages == 0
+    check_nothing_left(llm.engine)
+    assert len(llm.generate(prompts, GREEDY)) == 2
+
+
+def test_no_more_is_drawn_than_can_run_and_wait(params: dict) -> None:
+    llm = LLM((CONFIG, params), max_model_len=256, max_num_seqs=2)
+    drawn, prompts = [], random_prompts(8, [10] * 6)
+
+    def requests():
+        for number, prompt in enumerate(prompts):
+            drawn.append(number)
+            yield ids(prompt), SamplingParams(n=2, max_tokens=40, ignore_eos=True)
+
+    outputs = llm.stream(requests())
+    next(outputs)
+    # Two completions run, two wait to run next; one request more may have been drawn for each end.
+    assert len(drawn) <= 4
+    outputs.close()
+    check_nothing_left(llm.engine)
+
+
 # What is shown of a text.
 
 # Letters, a space, and characters of two, three and four bytes; few, so that stops occur.
@@ -257,6 +346,7 @@ def test_a_prompt_is_read_once(params: dict, sampling: SamplingParams) -> None:
         ([-1], r"prompt token id -1 is outside the vocabulary \[0, 96\)"),
         ([2**70], rf"prompt token id {2**70} is outside the vocabulary"),
         ([[1, 2], [3, 4]], r"must be a list of integers, got shape \(2, 2\)"),
+        (None, "must be a list of integers, got None"),
     ],
 )
 def test_prompts_that_are_refused(token_ids, message: str) -> None:
@@ -273,4 +363,6 @@ def test_a_checked_prompt_is_a_copy_that_nobody_changes() -> None:
     with pytest.raises(ValueError, match="read-only"):
         checked.ids[0] = 7
     assert PromptIds.check(checked, 96) is checked
+    with pytest.raises(ValueError, match=r"token id 3 is outside the vocabulary \[0, 3\)"):
+        PromptIds.check(checked, 3)
     assert math.prod(PromptIds.check([True, 2], 96).ids.tolist()) == 2

@@ -52,6 +52,8 @@ def test_conversion(kind: type, conformance: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [Path, Named])
 def test_patterns(kind: type, tmp_path: Path) -> None:
     write_pattern(tmp_path / "half", [[0.1, 0.9]])
+    sizes = {"sink_size": 128, "recent_size": 256}
+    convert.save_pattern(kind(tmp_path / "half"), np.array([[0.1, 0.9]]), sizes)
     gates = convert.load_pattern(kind(tmp_path / "half")).gates
     np.testing.assert_array_equal(gates, [[0.1, 0.9]])
     sparsity = SparsityConfig(pattern=kind(tmp_path / "half"))
