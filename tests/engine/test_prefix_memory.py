@@ -198,5 +198,5 @@ def test_a_file_of_the_first_format_is_refused_with_a_reason(
     path = tmp_path / "old.safetensors"
     arrays = {"x": jnp.zeros(1)}
     safetensors.flax.save_file(arrays, path, {"format": "lserve_jax prefix 1"})
-    with pytest.raises(ValueError, match="has format 1, .* compute the prefix again"):
+    with pytest.raises(ValueError, match=r"has format 1, .* compute the prefix again"):
         build(sparsity).load_prefix(path)
