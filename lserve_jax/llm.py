@@ -221,23 +221,50 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         shared_prefix: SharedPrefix = "auto",
         on_text: OnText | None = None,
     ) -> list[RequestOutput]:
-        """Answers one conversation or a list of them, through the model's chat template."""
+        """Answers one conversation or a list of them, through the model's chat template.
+
+        ``add_generation_prompt`` opens an answer of the model's. ``continue_final_message`` has the
+        model go on with the last message instead, the beginning of an answer as a rule; it needs
+        ``add_generation_prompt=False``. The output's text is then what follows that beginning.
+
+        Raises ``ValueError`` where ``chat_prompt`` and ``generate`` do.
+        """
         single = len(messages) > 0 and isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Sequence[Message]], [messages] if single else messages)
-        prompts = [self.chat_prompt(conversation) for conversation in conversations]
+        prompts = [
+            self.chat_prompt(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+            for conversation in conversations
+        ]
         return self.generate(prompts, sampling_params, shared_prefix=shared_prefix, on_text=on_text)
 
-    def chat_prompt(self, conversation: Sequence[Message]) -> Prompt:
-        """One conversation as a prompt, through the model's chat template.
+    def chat_prompt(
+        self,
+        conversation: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> Prompt:
+        """One conversation as a prompt, through the model's chat template; options as in ``chat``.
 
-        Raises ``ValueError`` if there is no template or it refuses the conversation.
+        Raises ``ValueError`` if there is no template or it refuses the conversation, and where the
+        options contradict each other.
         """
         if self.tokenizer is None:
             raise ValueError("chat needs a tokenizer with a chat template; the model has none")
-        text = self.tokenizer.apply_chat_template(conversation)
+        text = self.tokenizer.apply_chat_template(
+            conversation,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return {"prompt": text, "prompt_token_ids": ids}
 
