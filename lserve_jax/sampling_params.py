@@ -24,7 +24,9 @@ class SamplingParams:
     seed: int | None = None  # same seed, same tokens, whatever else is in the batch
     max_tokens: int = 16
     min_tokens: int = 0  # no stop id before this many tokens
-    stop: str | Sequence[str] = ()  # a completion ends where one of these appears; kept as tuple
+    # A completion ends where one of these appears: in the text, or, if it is a special or added
+    # token of the tokenizer by itself, as that token. Kept as tuple.
+    stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()  # ids that end a completion; kept as tuple
     ignore_eos: bool = False
     repetition_penalty: float = 1.0  # over 1: tokens of prompt and output become less likely

@@ -219,6 +219,62 @@ def test_min_tokens_with_several_stops(tokenizer: Tokenizer) -> None:
     assert (output.text, output.stop_reason) == ("a b ", "a a a")
 
 
+@pytest.fixture(scope="module")
+def with_added(tokenizer: Tokenizer) -> Tokenizer:
+    """Beside the bytes two added tokens: <end>, which is special, and <tool>, which is not."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_special_tokens(["<end>"])
+    backend.add_tokens(["<tool>"])
+    return Tokenizer(backend=backend, markers={}, eos_token_ids=(), chat_template=None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text", "stop_reason"),
+    [
+        ({"stop": "<end>"}, "a b", "<end>"),
+        ({"stop": ["x", "<end>"]}, "a b", "<end>"),
+        ({"stop": "<end>", "include_stop_str_in_output": True}, "a b<end>", "<end>"),
+        ({"stop": "<end>", "skip_special_tokens": False}, "a b", "<end>"),
+        ({"stop": "<tool>"}, "a ba", "<tool>"),
+        ({"stop": ["<tool>", "<end>"]}, "a b", "<end>"),
+        ({"stop": ["<end>", "b"]}, "a ", "b"),
+        ({"stop": "<end>", "min_tokens": 4}, "a ba<tool>b", "<end>"),  # the second one
+        ({"stop": "<end>x"}, "a ba<tool>b", None),  # no token by itself
+    ],
+)
+@pytest.mark.parametrize("burst", [1, 4, 16])
+def test_a_stop_string_that_is_a_token_ends_at_it(
+    with_added: Tokenizer, settings: dict, text: str, stop_reason: str | None, burst: int
+) -> None:
+    tokens = with_added.encode("a b<end>a<tool>b<end>", add_special_tokens=False)
+    assert len(tokens) == 8
+    completion, shown = Completion(0, SamplingParams(**settings), with_added), ""
+    for new in token_outputs(tokens, burst, "length"):
+        shown += completion.append(new)[0]
+        if completion.finished:
+            break
+    output = completion.output()
+    assert (output.text, shown, output.stop_reason) == (text, text, stop_reason)
+    assert output.finish_reason == ("length" if stop_reason is None else "stop")
+
+
+def test_what_was_held_back_comes_before_a_stop_token(with_added: Tokenizer) -> None:
+    euro = with_added.encode("a\N{EURO SIGN}", add_special_tokens=False)
+    tokens = [*euro[:-1], with_added.encode("<end>")[0]]  # its last byte is missing
+    completion = Completion(0, SamplingParams(stop="<end>"), with_added)
+    completion.append(token_outputs(tokens, 16, "length")[0])
+    assert completion.output().text == "a\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_stop_string_that_is_the_end_of_text_is_named(with_added: Tokenizer) -> None:
+    tokens = with_added.encode("ab<end>", add_special_tokens=False)
+    for stop, reason in ((), None), ("<end>", "<end>"):
+        completion = Completion(0, SamplingParams(stop=stop), with_added)
+        completion.append(token_outputs(tokens, 16, "stop")[0])  # the engine ended there itself
+        output = completion.output()
+        assert (output.text, output.finish_reason, output.stop_reason) == ("ab", "stop", reason)
+
+
 # Prompts.
 
 
