@@ -299,7 +299,8 @@ def run_batch(
 ) -> BatchTimes:
     """Runs every line of ``prompts`` that ``results`` lacks, with a progress bar on stderr.
 
-    What all prompts begin with is computed once. Bad lines are reported, and recorded as errors.
+    What all prompts begin with is computed once. Bad lines are reported, and recorded as errors; so
+    are lines that fail while they run.
 
     Raises ``ValueError`` for a line that cannot be run, before any does, unless bad lines are
     skipped.
@@ -322,6 +323,8 @@ def run_batch(
     ) as bar:
         for position, output in llm.stream(requests(), beginning=beginning):
             line = drawn.pop(position)
+            if output.error is not None:
+                tqdm.write(f"line {line.number} has failed: {output.error}", file=sys.stderr)
             results.append(line.number, _result(line, output))
             completion, metrics = output.outputs[0], output.metrics
             times.add(metrics)
@@ -347,6 +350,8 @@ def completion_record(completion: CompletionOutput) -> dict[str, Any]:
 
 def _result(line: PromptLine, output: RequestOutput) -> dict[str, Any]:
     name = {} if line.id is None else {"id": line.id}
+    if output.error is not None:
+        return {**name, "error": output.error}
     return {**name, **completion_record(output.outputs[0])}
 
 

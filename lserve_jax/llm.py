@@ -128,7 +128,7 @@ class LLM:
 
         Raises ``ValueError`` before anything runs if a prompt is empty, has a token outside the
         vocabulary, is too long with its ``max_tokens``, does not begin with the prefix given, or is
-        text and there is no tokenizer.
+        text and there is no tokenizer. Logits that are not finite raise ``FloatingPointError``.
         """
         if isinstance(prompts, str | Mapping):
             prompts = [prompts]
@@ -152,7 +152,11 @@ class LLM:
         elif shared_prefix == "auto":
             beginning = self._common_beginning(checked, sampling_params)
         requests = zip(checked, sampling_params, strict=True)
-        outputs = dict(self.stream(requests, beginning=beginning, on_text=on_text))
+        outputs = {}
+        for position, output in self.stream(requests, beginning=beginning, on_text=on_text):
+            if output.error is not None:
+                raise FloatingPointError(f"prompt {position}: {output.error}")
+            outputs[position] = output
         return [outputs[position] for position in range(len(prompts))]
 
     def stream(
@@ -163,6 +167,8 @@ class LLM:
         on_text: OnText | None = None,
     ) -> Iterator[tuple[int, RequestOutput]]:
         """Runs requests as they are drawn; yields (position, output) of each when it has finished.
+
+        One whose logits are not finite ends with ``finish_reason`` "error"; the others go on.
 
         No more are drawn than can run and wait to run next, so there may be any number of them.
         ``beginning``: token ids of whole pages that the prompts begin with, to be computed once.

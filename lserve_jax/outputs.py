@@ -20,7 +20,7 @@ class CompletionOutput:
     cumulative_logprob: float  # sum of the tokens' logprobs under the model's own distribution
     # Per token, {id: logprob} of the most likely tokens and the chosen one; None unless asked for.
     logprobs: list[dict[int, float]] | None
-    finish_reason: str  # "stop", "length" or "deadline"
+    finish_reason: str  # "stop", "length", "deadline" or "error"
     stop_reason: int | str | None  # the stop token id or string that ended it; None otherwise
     metrics: RequestMetrics
 
@@ -40,6 +40,18 @@ class RequestOutput:
         """Of the first completion; the others carry their own."""
         return self.outputs[0].metrics
 
+    @property
+    def error(self) -> str | None:
+        """What went wrong with the first completion whose ``finish_reason`` is "error", if any."""
+        for completion in self.outputs:
+            if completion.finish_reason == "error":
+                return (
+                    f"the model's logits after {len(self.prompt_token_ids)} tokens of prompt and "
+                    f"{len(completion.token_ids)} of output are not finite: its weights or "
+                    "constants hold NaN or infinity, or its numbers overflow the dtype"
+                )
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextDelta:
@@ -51,7 +63,8 @@ class TextDelta:
     token_ids: list[int]
     # Per token, as in ``CompletionOutput``; None unless asked for.
     logprobs: list[dict[int, float]] | None
-    finish_reason: str | None  # "stop", "length" or "deadline" with the completion's last delta
+    # With the completion's last delta "stop", "length", "deadline" or "error".
+    finish_reason: str | None
     stop_reason: int | str | None
     output: RequestOutput | None  # with the last delta of the request
 

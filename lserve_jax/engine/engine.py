@@ -458,10 +458,8 @@ class Engine:
         self._counts.generated_tokens += len(new.token)
         finish_reason = request.finish_reason()
         if finish_reason is not None:
-            request.finished = True
-            del self.unfinished[request.request_id]
+            self._stop(request)
             self._counts.finished += 1
-            self.scheduler.release(request)
         elif len(new.token) == 0:
             return []
         return [request.output(new, finish_reason, self.units)]

@@ -60,7 +60,8 @@ class TokenOutput:
     token_ids: list[int]
     logprobs: list[float]  # of each token, under the model's own distribution
     top_logprobs: list[dict[int, float]]  # per token, empty unless asked for
-    finish_reason: str | None  # "stop", "length", "deadline" or None while running
+    # "stop", "length", "deadline", "error" (the logits are not finite), or None while running
+    finish_reason: str | None
     metrics: RequestMetrics
 
 
@@ -83,6 +84,7 @@ class Request:
     shared_tokens: int = 0  # of the prompt, on pages of the prefix
     prefilled: int = 0  # prompt tokens that are in the cache
     finished: bool = False
+    failed: bool = False  # its logits are not finite
 
     # Its tokens. After a preemption those in ``tokens`` are fed to the model again (replayed).
     tokens: list[int] = field(default_factory=list)  # returned to the caller
@@ -130,11 +132,18 @@ class Request:
         replayed = min(max(len(self.tokens) - self.received, 0), count)
         self.received += count
         new: Sample = jax.tree.map(lambda x: x[replayed:], samples)
+        finite = np.isfinite(new.logprob)
+        if not finite.all():
+            # The logits were not finite: tokens from here on mean nothing.
+            new = jax.tree.map(lambda x: x[: int(finite.argmin())], new)
+            self.failed = True
         self.tokens += [int(token) for token in new.token]
         return new
 
     def finish_reason(self) -> str | None:
-        """Why its newest token is the last: "stop" or "length"; None if it is not."""
+        """Why nothing comes after its newest token: "stop", "length" or "error"; or None."""
+        if self.failed:
+            return "error"
         if self.tokens[-1] in self.sampling_row["stop_token_ids"]:
             return "stop"
         return "length" if len(self.tokens) >= self.sampling.max_tokens else None
