@@ -104,7 +104,7 @@ class PromptLine:
 
 
 class PromptsFile:
-    """A ``.txt`` file with a prompt a line, or a ``.jsonl`` file with an object a line.
+    """A ``.txt`` file with a prompt a line, or a ``.jsonl`` file with an object a line; UTF-8.
 
     An object has one of ``prompt``, ``prompt_token_ids`` and ``messages`` (a chat); optionally an
     ``id``, which is copied to the output; and any of ``max_tokens``, ``temperature``, ``top_p``,
@@ -167,7 +167,7 @@ class PromptsFile:
 
     def _parse(self, number: int, raw: bytes) -> PromptLine:
         try:
-            text = raw.decode().rstrip("\r\n")
+            text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"it is not UTF-8: {error}") from None
         if not text.strip():

@@ -26,13 +26,26 @@ def enable_compile_cache() -> None:
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of a UTF-8 file. Raises ``ValueError`` that names it as ``what``."""
+    """The text of a UTF-8 file, without a byte order mark; an error names it as ``what``.
+
+    Raises ``ValueError`` for a file that does not exist or is not UTF-8.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"{what} {str(path)!r} does not exist") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{what} {str(path)!r} is not UTF-8: {error}") from None
+
+
+def read_stdin() -> str:
+    """The text on standard input, as ``read_text`` gives a file's; an error says what is wrong."""
+    if sys.stdin is None:  # as Python has it where a shell says <&-
+        raise ValueError("standard input is closed, and the prompt was to come from it")
+    try:
+        return sys.stdin.read().removeprefix("\N{BYTE ORDER MARK}")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not text: {error}") from None
 
 
 def exit_code(program: Callable[[], None]) -> int:

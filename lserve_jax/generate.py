@@ -25,7 +25,7 @@ from lserve_jax.batch import (
     completion_record,
     run_batch,
 )
-from lserve_jax.cli import Switch, enable_compile_cache, exit_code, flag, read_text
+from lserve_jax.cli import Switch, enable_compile_cache, exit_code, flag, read_stdin, read_text
 from lserve_jax.engine.relay import RelayMode
 from lserve_jax.llm import LLM
 from lserve_jax.outputs import CompletionOutput
@@ -131,7 +131,7 @@ def _read_prompt(args: GenerateArgs) -> Prompt:
         return {"prompt_token_ids": args.prompt_token_ids}
     prompt = args.prompt
     if args.prompt_file == "-":
-        prompt = sys.stdin.read()
+        prompt = read_stdin()
     elif args.prompt_file is not None:
         prompt = read_text(Path(args.prompt_file), "prompt file")
     if not prompt:

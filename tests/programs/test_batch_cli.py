@@ -1,5 +1,6 @@
 """Many prompts from a file to a file: nothing lost, nothing doubled, whatever happens between."""
 
+import hashlib
 import json
 import os
 import signal
@@ -293,6 +294,27 @@ def test_bytes_that_are_no_text_are_a_bad_line(run, tmp_path):
 @pytest.fixture(scope="module")
 def llm(checkpoint) -> LLM:
     return LLM(str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("p.txt", "The sea\nis\n"), ("p.jsonl", '{"prompt": "The sea"}\n')]
+)
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path, name, text) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    file = PromptsFile(tmp_path / name, SamplingParams(), skip_bad_lines=False)
+    assert next(file.lines()).prompt == "The sea"
+    (tmp_path / "blank.txt").write_text("\n", encoding="utf-8-sig")
+    with pytest.raises(ValueError, match="line 1: it is blank"):
+        PromptsFile(tmp_path / "blank.txt", SamplingParams(), skip_bad_lines=False)
+
+
+def test_a_shared_prefix_file_with_a_byte_order_mark(run, tmp_path) -> None:
+    prompts = write_lines(tmp_path / "p.txt", ["Hello"])
+    (tmp_path / "shared.txt").write_text("Once ", encoding="utf-8-sig")
+    argv = ["--shared-prefix-file", tmp_path / "shared.txt", "--no-chat", "--max-tokens", 2]
+    assert run(prompts, *argv)[0] == 0
+    header, _ = read_output(tmp_path / "out.jsonl")
+    assert header["run"]["shared_prefix_sha256"] == hashlib.sha256(b"Once ").hexdigest()
 
 
 @pytest.mark.parametrize(("line", "sentence"), BAD_PROMPTS, ids=range(len(BAD_PROMPTS)))

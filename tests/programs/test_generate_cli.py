@@ -14,6 +14,7 @@ import pytest
 from tiny_checkpoints import save_character_tokenizer
 
 from lserve_jax import generate
+from lserve_jax.cli import read_stdin, read_text
 from lserve_jax.stats import request_summary
 
 PROMPT_LENGTH = 40  # of the goldens in tests/data/conformance
@@ -117,6 +118,22 @@ def test_prompt_from_file_and_from_stdin(capsys, chat_checkpoint, tmp_path, monk
     assert prompt_tokens(capsys, chat_checkpoint, *argv, tmp_path / "prompt.txt") == 4
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello"))
     assert prompt_tokens(capsys, chat_checkpoint, *argv, "-") == 5
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, monkeypatch):
+    (tmp_path / "prompt.txt").write_text("ÀÁÂ!", encoding="utf-8-sig")
+    assert read_text(tmp_path / "prompt.txt", "prompt file") == "ÀÁÂ!"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffHello"))
+    assert read_stdin() == "Hello"
+
+
+def test_standard_input_that_gives_no_text(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
+    with pytest.raises(ValueError, match="standard input is not text"):
+        read_stdin()
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="standard input is closed"):
+        read_stdin()
 
 
 def test_text_is_written_as_it_is_made(capsys, chat_checkpoint, monkeypatch):
