@@ -36,7 +36,10 @@ from lserve_jax.stats import BatchTimes
 from lserve_jax.text_engine import Prompt
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
-SAMPLING_KEYS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+SAMPLING_KEYS = (
+    *("max_tokens", "temperature", "top_p", "top_k", "seed"),
+    *("stop", "stop_token_ids", "skip_special_tokens"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +110,8 @@ class PromptsFile:
     """A ``.txt`` file with a prompt a line, or a ``.jsonl`` file with an object a line; UTF-8.
 
     An object has one of ``prompt``, ``prompt_token_ids`` and ``messages`` (a chat); optionally an
-    ``id``, which is copied to the output; and any of ``max_tokens``, ``temperature``, ``top_p``,
-    ``top_k``, ``seed`` and ``stop``, which go before ``sampling``.
+    ``id``, which is copied to the output; and any of ``SAMPLING_KEYS``, which go before
+    ``sampling``.
 
     skip_bad_lines: collect lines that cannot be run in ``bad`` instead of raising.
 
@@ -204,6 +207,9 @@ class PromptsFile:
         stop = overrides.get("stop", "")
         if not isinstance(stop, str | list):
             raise ValueError(f"stop must be a string or a list of strings, got {_brief(stop)}")
+        stop_ids = overrides.get("stop_token_ids", [])
+        if not isinstance(stop_ids, list):
+            raise ValueError(f"stop_token_ids must be a list, got {_brief(stop_ids)}")
         return PromptLine(
             number=number,
             id=name,

@@ -3,6 +3,12 @@
 import os
 from dataclasses import dataclass
 
+from lserve_jax.checks import check_integer, check_real
+
+_INTEGERS = (
+    *("page_size", "logical_page_size", "token_budget", "reuse_interval", "forced_sink_pages"),
+    *("prefill_sink", "prefill_local", "decode_sink", "decode_local"),
+)
 PAGE_SIZES = (16, 32, 64, 128)
 LOGICAL_PAGE_SIZES = (16, 32)
 
@@ -49,8 +55,17 @@ class SparsityConfig:
 
     def __post_init__(self):
         if self.pattern is not None:  # a path of any kind; kept as text, which JSON can hold
+            if not isinstance(self.pattern, str | os.PathLike):
+                raise TypeError(f"pattern={self.pattern!r} must be a name, a path or None")
             object.__setattr__(self, "pattern", os.fspath(self.pattern))
+        for name in _INTEGERS:
+            check_integer(name, getattr(self, name))
+        if self.selected_page_size is not None:
+            check_integer("selected_page_size", self.selected_page_size)
+        check_real("lower_bound_weight", self.lower_bound_weight)
         fraction = self.streaming_fraction
+        if fraction is not None:
+            check_real("streaming_fraction", fraction)
         if fraction is not None and not 0.0 <= fraction <= 1.0:
             raise ValueError(f"streaming_fraction={fraction} must lie in [0, 1]")
         if self.pattern is None and fraction:

@@ -1,6 +1,7 @@
 """From a model and options to an engine: the one way in which engines are built."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from convert.attention_patterns import load_pattern
 from lserve_jax.attention.cache import CacheSpec, KVDtype, cache_bytes, make_spec
 from lserve_jax.attention.config import SparsityConfig
+from lserve_jax.checks import check_bool, check_integer, check_real
 from lserve_jax.engine.buckets import SMALLEST_CHUNK
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.relay import RelayMode, check_mode
@@ -49,8 +51,9 @@ class EngineOptions:
     backend: "mosaic", the Pallas kernels for Hopper GPUs; "reference", plain JAX, runs anywhere;
         "auto" takes the kernels on such a GPU.
 
-    Raises ``ValueError`` for settings that contradict each other, and ``NotImplementedError`` for
-    kernels on a device that they are not for.
+    Raises ``ValueError`` or ``TypeError`` for a value that an option cannot have, ``ValueError``
+    for settings that contradict each other, and ``NotImplementedError`` for kernels on a device
+    that they are not for.
     """
 
     dtype: str | None = None
@@ -69,6 +72,16 @@ class EngineOptions:
     backend: Backend = "auto"
 
     def __post_init__(self):
+        for name in ("max_num_seqs", "max_prefixes", "prefill_chunk_size", "burst_steps"):
+            check_integer(name, getattr(self, name))
+        if self.max_model_len is not None:
+            check_integer("max_model_len", self.max_model_len)
+        if self.kv_cache_bytes is not None:
+            check_integer("kv_cache_bytes", self.kv_cache_bytes, most=math.inf)
+        check_real("memory_fraction", self.memory_fraction)
+        check_bool("deterministic", self.deterministic)
+        if not isinstance(self.sparsity, SparsityConfig | None):
+            raise TypeError(f"sparsity={self.sparsity!r} must be a SparsityConfig or None")
         check_backend(self.backend)
         if self.attention not in ("dense", "lserve"):
             raise ValueError(f"attention={self.attention!r} must be 'dense' or 'lserve'")
@@ -106,7 +119,7 @@ def resolve_dtype(dtype: str | None):
     """The JAX dtype of a name; None takes bfloat16 on accelerators and float32 on the CPU."""
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; known: {sorted(DTYPES)}")
     return DTYPES[dtype]
 

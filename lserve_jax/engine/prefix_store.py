@@ -9,6 +9,7 @@ import numpy as np
 
 from lserve_jax.engine.inputs import Chunk
 from lserve_jax.engine.prefix import Prefix, read_prefix
+from lserve_jax.engine.request import PromptIds
 from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.engine.scheduler import Scheduler
 
@@ -93,19 +94,12 @@ class PrefixStore:
 
     def check(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """A copy as int32; raises ``ValueError`` for what cannot be a prefix."""
-        ids, vocab_size = np.array(token_ids), self.runner.config.vocab_size
-        if ids.size and not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(f"prefix token ids must be integers, got {ids.dtype}")
+        ids = PromptIds.check(token_ids, self.runner.config.vocab_size, "prefix").ids
         if len(ids) > self.max_model_len:
             raise ValueError(
                 f"the prefix has {len(ids)} tokens, more than max_model_len={self.max_model_len}"
             )
-        wrong = ids[(ids < 0) | (ids >= vocab_size)]
-        if len(wrong):
-            raise ValueError(
-                f"prefix token id {wrong[0]} is outside the vocabulary [0, {vocab_size})"
-            )
-        return ids.astype(np.int32)
+        return ids
 
     def _pin_again(self, ids: np.ndarray) -> Prefix | None:
         """Pins the prefix of these tokens once more; None if there is none."""

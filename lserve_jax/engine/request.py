@@ -1,7 +1,7 @@
 """A request on its way through the engine, and what comes out of it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 
@@ -23,25 +23,34 @@ class PromptIds:
 
     @classmethod
     def check(
-        cls, token_ids: "PromptIds | Sequence[int] | np.ndarray", vocab_size: int
+        cls,
+        token_ids: "PromptIds | Sequence[int] | np.ndarray",
+        vocab_size: int,
+        what: str = "prompt",
     ) -> "PromptIds":
-        """A copy of ``token_ids``, or what was checked already.
+        """A copy of ``token_ids``, or what was checked already. ``what`` names them in errors.
 
-        Raises ``ValueError`` for an id that is no integer, and one outside the vocabulary.
+        Raises ``ValueError`` for what is no list, an id that is no integer, and one outside the
+        vocabulary.
         """
         if isinstance(token_ids, PromptIds):
             return token_ids
-        ids = np.array(token_ids)
+        if not isinstance(token_ids, Iterable):
+            raise ValueError(f"{what} token ids must be a list of integers, got {token_ids!r}")
+        try:
+            ids = np.array(token_ids)
+        except ValueError:  # lists of several lengths
+            raise ValueError(f"{what} token ids must be a list of integers, got lists") from None
         if ids.dtype.kind not in "iu":  # floats, text, or integers that no array type holds
             for token in token_ids:
                 if not isinstance(token, Integral):
-                    raise ValueError(f"prompt token id {token!r} must be an integer")
+                    raise ValueError(f"{what} token id {token!r} must be an integer")
         if ids.ndim != 1:
-            raise ValueError(f"prompt token ids must be a list of integers, got shape {ids.shape}")
+            raise ValueError(f"{what} token ids must be a list of integers, got shape {ids.shape}")
         outside = (ids < 0) | (ids >= vocab_size)
         if outside.any():
             raise ValueError(
-                f"prompt token id {ids[outside.argmax()]} is outside the vocabulary "
+                f"{what} token id {ids[outside.argmax()]} is outside the vocabulary "
                 f"[0, {vocab_size})"
             )
         ids = ids.astype(np.int32)

@@ -125,6 +125,32 @@ def test_a_text_file_has_a_prompt_a_line(run, tmp_path):
     assert {i: answers[i]["prompt_tokens"] for i in answers} == {1: 5, 2: 12}
 
 
+def test_options_that_older_outputs_lack_leave_their_header_as_it_was(run, tmp_path):
+    prompts, output = write_lines(tmp_path / "p.txt", ["Hello"]), tmp_path / "out.jsonl"
+    assert run(prompts, "--max-tokens", 2, "--stop-token-ids", 3)[0] == 0
+    assert read_output(output)[0]["run"]["stop_token_ids"] == [3]
+    difference = error_of(run(prompts, "--max-tokens", 2, "--no-skip-special-tokens"))
+    assert "stop_token_ids is [3] there and null here" in difference
+    assert "skip_special_tokens is null there and false here" in difference
+    output.unlink()
+    assert run(prompts, "--max-tokens", 2, "--skip-special-tokens")[0] == 0
+    assert not {"stop_token_ids", "skip_special_tokens"} & read_output(output)[0]["run"].keys()
+
+
+def test_stop_ids_and_special_tokens_of_a_line(run, tmp_path):
+    path = write_lines(tmp_path / "p.jsonl", [{"prompt": "Hello"}])
+    run(path, "--max-tokens", 12)
+    whole = by_index(tmp_path / "out.jsonl")[1]["token_ids"]
+    (tmp_path / "out.jsonl").unlink()
+    write_lines(path, [{"prompt": "Hello", "stop_token_ids": [whole[3]]}])
+    assert run(path, "--max-tokens", 12)[0] == 0
+    end = whole.index(whole[3]) + 1
+    assert by_index(tmp_path / "out.jsonl")[1]["token_ids"] == whole[:end]
+    write_lines(path, [{"prompt": "Hello", "skip_special_tokens": False}])
+    file = PromptsFile(path, SamplingParams(), skip_bad_lines=False)
+    assert not next(file.lines()).sampling.skip_special_tokens
+
+
 def test_stop_strings_of_a_line(run, tmp_path):
     path = write_lines(tmp_path / "p.jsonl", [{"prompt": "Hello"}])
     run(path, "--max-tokens", 12)
@@ -265,6 +291,9 @@ BAD_LINES = [
     ('{"prompt": "a", "max_tokens": null}', "max_tokens must be an integer"),
     ('{"prompt": "a", "stop": null}', "stop must be a string or a list of strings, got null"),
     ('{"prompt": "a", "stop": [1]}', "stop=(1,)"),
+    ('{"prompt": "a", "stop_token_ids": "12"}', 'stop_token_ids must be a list, got "12"'),
+    ('{"prompt": "a", "stop_token_ids": [1.5]}', "stop_token_ids must be an integer"),
+    ('{"prompt": "a", "skip_special_tokens": "no"}', "skip_special_tokens='no' must be"),
 ]
 # Known only once the model is.
 BAD_PROMPTS = [

@@ -15,7 +15,7 @@ from tiny_checkpoints import save_character_tokenizer
 
 from lserve_jax import generate
 from lserve_jax.cli import read_stdin, read_text
-from lserve_jax.stats import request_summary
+from lserve_jax.stats import end_summary, request_summary
 
 PROMPT_LENGTH = 40  # of the goldens in tests/data/conformance
 
@@ -157,6 +157,37 @@ def test_stop_ends_the_text_before_the_stop_string(capsys, chat_checkpoint):
     assert record["text"] == whole[: whole.index(stop)]
 
 
+def test_stop_token_ids_end_it_too(capsys, checkpoint):
+    argv = ["--model", checkpoint, "--prompt-token-ids", *range(1, 9), "--max-tokens", 8]
+    whole = json.loads(run(capsys, *argv, "--json")[1])["token_ids"]
+    argv += ["--json", "--stop-token-ids", whole[4], whole[2]]
+    record = json.loads(run(capsys, *argv)[1])
+    end = min(whole.index(whole[4]), whole.index(whole[2])) + 1
+    assert (record["finish_reason"], record["token_ids"]) == ("stop", whole[:end])
+
+
+@pytest.mark.parametrize(
+    ("argv", "skipped"),
+    [((), True), (("--skip-special-tokens",), True), (("--no-skip-special-tokens",), False)],
+)
+def test_special_tokens_are_shown_or_not(monkeypatch, argv, skipped):
+    seen = []
+    monkeypatch.setattr(generate, "_load", lambda args: seen.append(args) or sys.exit(0))
+    with pytest.raises(SystemExit):
+        generate.main(["--prompt", "Hello", *argv])
+    assert generate._sampling_params(seen[0]).skip_special_tokens is skipped
+
+
+def test_stats_name_the_tokens_that_end_an_answer(capsys, checkpoint, chat_checkpoint):
+    end = json.loads((checkpoint / "config.json").read_text())["eos_token_id"]
+    argv = ["--max-tokens", 1, "--stats", "--model"]
+    _, _, err = run(capsys, *argv, checkpoint, "--prompt-token-ids", 1)
+    assert f"\nends at   {end}\n" in err
+    _, _, err = run(capsys, *argv, chat_checkpoint, "--prompt", "Hi")
+    assert f"\nends at   {end} (" in err
+    assert end_summary((), None) == "ends at   no token of the model's own"
+
+
 def test_seed_repeats_a_sample(capsys, chat_checkpoint):
     argv = ["--model", chat_checkpoint, "--prompt", "Hi", "--max-tokens", 16, "--temperature", 5]
     first, again, other = (run(capsys, *argv, "--seed", seed)[1] for seed in (1, 1, 2))
@@ -205,7 +236,7 @@ def test_help_names_every_option(capsys):
         "--max-tokens --temperature --top-p --top-k --seed --stop --dtype --max-model-len --json "
         "--stats --attention --pattern --streaming-fraction --page-size --logical-page-size "
         "--token-budget --reuse-interval --prefill-sink --prefill-local --decode-sink "
-        "--decode-local --kv-dtype"
+        "--decode-local --kv-dtype --stop-token-ids --skip-special-tokens --no-skip-special-tokens"
     )
     assert set(options.split()) <= set(out.replace(",", " ").split())
 
