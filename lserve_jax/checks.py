@@ -1,28 +1,20 @@
 """Checks of arguments; an error names the argument, its value and the rule."""
 
-import math
 import numbers
+from typing import Any
 
 import numpy as np
 
 INT32_MAX = 2**31 - 1  # what fits the device's integers
 
 
-def check_integer(
-    name: str, value: object, least: int | None = None, most: float = INT32_MAX
-) -> None:
+def check_integer(name: str, value: Any, least: int | None = None, most: float = INT32_MAX) -> None:
     """Raises ``ValueError`` for what is no integer in [``least``, ``most``]; a bool is none."""
     if not is_integer(value) or (least is not None and value < least):
         bound = "" if least is None else f" of at least {least}"
         raise ValueError(f"{name} must be an integer{bound}, got {value!r}")
     if value > most:
         raise ValueError(f"{name} must be at most {most}, got {value!r}")
-
-
-def check_real(name: str, value: object) -> None:
-    """Raises ``ValueError`` for what is no number, NaN and infinity included; a bool is none."""
-    if not is_real(value) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
 
 
 def check_bool(name: str, value: object) -> None:

@@ -11,14 +11,16 @@ request's ``n`` completions become requests of the engine, and tokens become tex
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from lserve_jax.checks import check_integer
 from lserve_jax.engine.engine import Engine
-from lserve_jax.engine.request import PromptIds, TokenOutput
+from lserve_jax.engine.request import PromptIds, TokenOutput, check_deadline
 from lserve_jax.outputs import Completion, RequestOutput, TextDelta
 from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.tokenizer import Tokenizer
@@ -65,8 +67,10 @@ class TextEngine:
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None, *, seed: int = 0):
+        check_integer("seed", seed, 0, most=math.inf)
         self.engine, self.tokenizer = engine, tokenizer
         self._seed, self._numbers = seed, itertools.count()
+        self._resets = engine.resets
         self._running: dict[str, _Running] = {}  # by request id
         # The request and completion of each request of the engine, by its id there.
         self._parts: dict[str, tuple[_Running, Completion]] = {}
@@ -79,8 +83,10 @@ class TextEngine:
         """The prompt as token ids; what is checked already is not converted again.
 
         Raises ``ValueError`` for a request that could never run, and for text or a stop string
-        without a tokenizer.
+        without a tokenizer; ``TypeError`` for other sampling than ``SamplingParams``.
         """
+        if not isinstance(sampling, SamplingParams):
+            raise TypeError(f"sampling must be SamplingParams, got {sampling!r}")
         if sampling.stop and self.tokenizer is None:
             raise ValueError(f"stop={sampling.stop} needs a tokenizer; use stop_token_ids")
         if isinstance(prompt, CheckedPrompt):
@@ -121,8 +127,7 @@ class TextEngine:
         Raises ``ValueError`` for a request that could never run; nothing is queued then.
         """
         checked = self.check(prompt, sampling)
-        if deadline is not None and not deadline > 0:
-            raise ValueError(f"{deadline=} must be positive: it is in seconds from now")
+        check_deadline(deadline)
         number = next(self._numbers)
         seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])
         request = _Running(
@@ -149,7 +154,16 @@ class TextEngine:
 
         The last delta of a completion has a ``finish_reason``, the last of a request its
         ``output``.
+
+        Raises ``ValueError`` if the engine was reset while requests ran: they are gone then.
         """
+        if self.engine.resets != self._resets:
+            self._resets = self.engine.resets
+            parts = self._parts.items()
+            lost = {r.request_id for part, (r, _) in parts if part not in self.engine.unfinished}
+            self._forget(lost)
+            if lost:
+                raise ValueError(f"the engine was reset while requests {sorted(lost)} ran")
         return [delta for new in self.engine.step() for delta in self._take(new)]
 
     def _take(self, new: TokenOutput) -> list[TextDelta]:

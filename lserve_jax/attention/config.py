@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from lserve_jax.checks import check_integer, check_real
+from lserve_jax.checks import check_integer, is_real
 
 _INTEGERS = (
     *("page_size", "logical_page_size", "token_budget", "reuse_interval", "forced_sink_pages"),
@@ -62,12 +62,9 @@ class SparsityConfig:
             check_integer(name, getattr(self, name))
         if self.selected_page_size is not None:
             check_integer("selected_page_size", self.selected_page_size)
-        check_real("lower_bound_weight", self.lower_bound_weight)
         fraction = self.streaming_fraction
-        if fraction is not None:
-            check_real("streaming_fraction", fraction)
-        if fraction is not None and not 0.0 <= fraction <= 1.0:
-            raise ValueError(f"streaming_fraction={fraction} must lie in [0, 1]")
+        if fraction is not None and not (is_real(fraction) and 0.0 <= fraction <= 1.0):
+            raise ValueError(f"streaming_fraction={fraction!r} must lie in [0, 1]")
         if self.pattern is None and fraction:
             raise ValueError(
                 f"streaming_fraction={fraction} needs a head pattern: which heads stream is learned"
@@ -89,8 +86,9 @@ class SparsityConfig:
                 f"selected_page_size={selected} must divide {page_size=} and be a multiple of "
                 f"logical_page_size={self.logical_page_size}"
             )
-        if not 0.0 <= self.lower_bound_weight <= 1.0:
-            raise ValueError(f"lower_bound_weight={self.lower_bound_weight} must lie in [0, 1]")
+        weight = self.lower_bound_weight
+        if not (is_real(weight) and 0.0 <= weight <= 1.0):
+            raise ValueError(f"lower_bound_weight={weight!r} must lie in [0, 1]")
         if self.reuse_interval < 1:
             raise ValueError(f"reuse_interval={self.reuse_interval} must be at least 1")
         if self.forced_sink_pages < 0:

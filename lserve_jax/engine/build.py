@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from convert.attention_patterns import load_pattern
 from lserve_jax.attention.cache import CacheSpec, KVDtype, cache_bytes, make_spec
 from lserve_jax.attention.config import SparsityConfig
-from lserve_jax.checks import check_bool, check_integer, check_real
+from lserve_jax.checks import check_bool, check_integer, is_real
 from lserve_jax.engine.buckets import SMALLEST_CHUNK
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.relay import RelayMode, check_mode
@@ -78,7 +78,6 @@ class EngineOptions:
             check_integer("max_model_len", self.max_model_len)
         if self.kv_cache_bytes is not None:
             check_integer("kv_cache_bytes", self.kv_cache_bytes, most=math.inf)
-        check_real("memory_fraction", self.memory_fraction)
         check_bool("deterministic", self.deterministic)
         if not isinstance(self.sparsity, SparsityConfig | None):
             raise TypeError(f"sparsity={self.sparsity!r} must be a SparsityConfig or None")
@@ -99,8 +98,9 @@ class EngineOptions:
                 f"prefill_chunk_size={chunk} must be a power of two of at least {SMALLEST_CHUNK}"
             )
         check_mode(self.relay, self.deterministic, self.resolved_sparsity)
-        if not 0 < self.memory_fraction <= 1:
-            raise ValueError(f"memory_fraction={self.memory_fraction} must lie in (0, 1]")
+        fraction = self.memory_fraction
+        if not (is_real(fraction) and 0 < fraction <= 1):
+            raise ValueError(f"memory_fraction={fraction!r} must lie in (0, 1]")
         if self.max_prefixes < 0:
             raise ValueError(f"max_prefixes={self.max_prefixes} must not be negative")
         if self.burst_steps < 1:

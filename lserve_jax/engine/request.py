@@ -8,10 +8,11 @@ from numbers import Integral
 import jax
 import numpy as np
 
+from lserve_jax.checks import is_real
 from lserve_jax.engine.costs import CacheUnits, RequestCosts
-from lserve_jax.engine.metrics import RequestMetrics
+from lserve_jax.engine.metrics import RelayDecision, RequestMetrics
 from lserve_jax.engine.prefix import Prefix
-from lserve_jax.engine.state import Sample
+from lserve_jax.engine.state import Burst, Sample
 from lserve_jax.sampling_params import SamplingParams
 
 
@@ -35,12 +36,12 @@ class PromptIds:
         """
         if isinstance(token_ids, PromptIds):
             return token_ids
-        if not isinstance(token_ids, Iterable):
-            raise ValueError(f"{what} token ids must be a list of integers, got {token_ids!r}")
         try:
             ids = np.array(token_ids)
         except ValueError:  # lists of several lengths
             raise ValueError(f"{what} token ids must be a list of integers, got lists") from None
+        if ids.ndim == 0 and not isinstance(token_ids, Iterable):
+            raise ValueError(f"{what} token ids must be a list of integers, got {token_ids!r}")
         if ids.dtype.kind not in "iu":  # floats, text, or integers that no array type holds
             for token in token_ids:
                 if not isinstance(token, Integral):
@@ -61,6 +62,12 @@ class PromptIds:
         return len(self.ids)
 
 
+def check_deadline(deadline: float | None) -> None:
+    """Raises ``ValueError`` for what is no positive number of seconds; None is no deadline."""
+    if deadline is not None and not (is_real(deadline) and deadline > 0):
+        raise ValueError(f"{deadline=} must be positive: it is in seconds from now")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenOutput:
     """New tokens of one request. ``finish_reason`` is set with the last of them."""
@@ -72,6 +79,16 @@ class TokenOutput:
     # "stop", "length", "deadline", "error" (the logits are not finite), or None while running
     finish_reason: str | None
     metrics: RequestMetrics
+
+
+@dataclass(kw_only=True)
+class InFlight:
+    """A burst on the device whose results are not yet fetched."""
+
+    burst: Burst
+    steps: int
+    requests: list[tuple[int, "Request"]]  # (slot, request)
+    decisions: dict[int, RelayDecision]  # by slot, of those whose request has a prefix
 
 
 @dataclass(kw_only=True, eq=False)
