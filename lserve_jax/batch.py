@@ -14,6 +14,7 @@ The prompts file is read three times rather than held in memory: to check it bef
 loaded, to check its prompts against the model and find what they share, and to run them.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -249,8 +250,13 @@ class ResultsFile:
     def append(self, index: int, record: Mapping[str, Any]) -> None:
         """Writes the record of a line, so that it survives this process."""
         header = b"" if self._file.tell() else self._header
-        self._file.write(header + _json_line({"index": index, **record}))
-        self._file.flush()
+        try:
+            self._file.write(header + _json_line({"index": index, **record}))
+            self._file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):  # closing tries to write the rest, once more
+                self._file.close()
+            raise OSError(f"output file {str(self.path)!r} cannot be written: {error}") from None
         self.done.add(index)
 
     def _resume(self) -> None:

@@ -5,6 +5,11 @@ mistake of the caller's ends with one sentence and exit code 2. Many prompts go 
 file: see ``batch.py``.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it, no traceback
+
 import hashlib
 import json
 import secrets
@@ -25,7 +30,15 @@ from lserve_jax.batch import (
     completion_record,
     run_batch,
 )
-from lserve_jax.cli import Switch, enable_compile_cache, exit_code, flag, read_stdin, read_text
+from lserve_jax.cli import (
+    Switch,
+    enable_compile_cache,
+    exit_code,
+    flag,
+    flush_stdout,
+    read_stdin,
+    read_text,
+)
 from lserve_jax.engine.relay import RelayMode
 from lserve_jax.llm import LLM
 from lserve_jax.outputs import CompletionOutput
@@ -191,7 +204,7 @@ def _run(args: GenerateArgs, llm: LLM, prompt: Prompt, params: SamplingParams) -
 
     def write(request: int, completion: int, text: str) -> None:
         sys.stdout.write(text)
-        sys.stdout.flush()
+        flush_stdout()
 
     prompt = PromptFormat(chat=args.chat, system=args.system).apply(llm, prompt)
     on_text = None if args.json else write
@@ -281,10 +294,12 @@ def _main(args: GenerateArgs) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line ``argv`` (default: this process's); returns the exit code."""
-    args = tyro.cli(
-        GenerateArgs, args=argv, prog="python -m lserve_jax.generate", config=(DisallowNone,)
-    )
-    return exit_code(lambda: _main(args))
+
+    def run() -> None:
+        prog = "python -m lserve_jax.generate"
+        _main(tyro.cli(GenerateArgs, args=argv, prog=prog, config=(DisallowNone,)))
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":
