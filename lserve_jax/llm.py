@@ -324,8 +324,8 @@ class LLM:
     ) -> Prompt:
         """One conversation as a prompt, through the model's chat template; options as in ``chat``.
 
-        Raises ``ValueError`` if there is no template or it refuses the conversation, and where the
-        options contradict each other.
+        Raises ``ValueError`` if there is no template or it refuses the conversation, where the
+        options contradict each other, and for one that is much longer than the model can read.
         """
         if self.tokenizer is None:
             raise ValueError("chat needs a tokenizer with a chat template; the model has none")
@@ -334,6 +334,7 @@ class LLM:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
+        self._text.check_length(text)
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return {"prompt": text, "prompt_token_ids": ids}
 

@@ -25,6 +25,12 @@ from lserve_jax.outputs import Completion, RequestOutput, TextDelta
 from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.tokenizer import Tokenizer
 
+# A text of up to so many characters a token is tokenised whole at once: most texts have 3 to 5.
+_CHARACTERS_A_TOKEN = 8
+# A piece that is cut off a text can have other tokens at its end than the text has there: some
+# more where it cuts a special token or a word. That is a few; this is safe.
+_CUT_TOKENS = 128
+
 # Text, or {"prompt_token_ids": [...]}, where "prompt" may be the text that they come from.
 Prompt = str | Mapping[str, Any]
 
@@ -92,8 +98,28 @@ class TextEngine:
         if isinstance(prompt, CheckedPrompt):
             self.engine.check_request(prompt.ids, sampling)
             return prompt
+        if isinstance(prompt, str) and self.tokenizer is not None:
+            self.check_length(prompt)
         ids = self.engine.check_request(self.token_ids(prompt), sampling)
         return CheckedPrompt(text=prompt_text(prompt), ids=ids)
+
+    def check_length(self, text: str) -> None:
+        """Raises ``ValueError`` for a text that cannot fit, without tokenising all of it.
+
+        Its beginning is tokenised, a piece four times as long each time, until it has too many
+        tokens. A cut changes tokens only near it, fewer than ``_CUT_TOKENS``.
+        """
+        assert self.tokenizer is not None
+        limit = self.engine.max_model_len
+        size = _CHARACTERS_A_TOKEN * (limit + _CUT_TOKENS)
+        while size < len(text):
+            count = len(self.tokenizer.encode(text[:size], add_special_tokens=False))
+            if count - _CUT_TOKENS >= limit:
+                raise ValueError(
+                    f"the prompt has {len(text)} characters: already its first {size} make about "
+                    f"{count} tokens, more than max_model_len={limit}"
+                )
+            size *= 4
 
     def token_ids(self, prompt: Prompt) -> PromptIds:
         """The prompt as the model sees it.

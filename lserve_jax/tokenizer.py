@@ -95,9 +95,9 @@ class Tokenizer:
             raise ValueError("this tokenizer has no chat template: give the prompt as text")
         _check_messages(messages)
         if continue_final_message:
-            return self._continued(messages, add_generation_prompt)
+            messages = _with_marked_end(messages, add_generation_prompt)
         try:
-            return self._compiled_chat_template.render(
+            text = self._compiled_chat_template.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
@@ -106,28 +106,7 @@ class Tokenizer:
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template failed on these messages: {error}") from error
-
-    def _continued(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        """As transformers does it: the content is marked, and the text cut at the mark."""
-        if add_generation_prompt:
-            raise ValueError(
-                "continue_final_message=True needs add_generation_prompt=False: the model either "
-                "goes on with the last message or begins a new one"
-            )
-        *before, last = messages
-        content = last.get("content")
-        if not isinstance(content, str):
-            raise ValueError(f"the last message has no text to be continued: content={content!r}")
-        marked = {**last, "content": content + _END_OF_FINAL}
-        text = self.apply_chat_template([*before, marked], add_generation_prompt=False)
-        end = text.rfind(_END_OF_FINAL.strip())
-        if end < 0 or content.strip() not in text:
-            raise ValueError(
-                "the chat template does not show the last message as it is, so it cannot be "
-                f"continued: {content[:60]!r}"
-            )
-        # A template that strips contents would have stripped the end of this one.
-        return text[:end] if text.startswith(_END_OF_FINAL, end) else text[:end].rstrip()
+        return _cut_at_mark(text, messages) if continue_final_message else text
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes Hugging Face tokenizer files; ``convert.load_tokenizer`` reads them back.
@@ -233,6 +212,34 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
                     f"messages[{number}]={message!r} must be a mapping with the strings "
                     '"role" and "content"'
                 )
+
+
+def _with_marked_end(
+    messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
+) -> list[Mapping[str, Any]]:
+    """For a last message that is to be continued, as transformers does it: mark, render, cut."""
+    if add_generation_prompt:
+        raise ValueError(
+            "continue_final_message=True needs add_generation_prompt=False: the model either goes "
+            "on with the last message or begins a new one"
+        )
+    *before, last = messages
+    content = last.get("content")
+    if not isinstance(content, str):
+        raise ValueError(f"the last message has no text to be continued: content={content!r}")
+    return [*before, {**last, "content": content + _END_OF_FINAL}]
+
+
+def _cut_at_mark(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    content = messages[-1]["content"].removesuffix(_END_OF_FINAL)
+    end = text.rfind(_END_OF_FINAL.strip())
+    if end < 0 or content.strip() not in text:
+        raise ValueError(
+            "the chat template does not show the last message as it is, so it cannot be continued: "
+            f"{content[:60]!r}"
+        )
+    # A template that strips contents would have stripped the end of this one.
+    return text[:end] if text.startswith(_END_OF_FINAL, end) else text[:end].rstrip()
 
 
 class _GenerationTag(Extension):

@@ -330,3 +330,39 @@ def test_a_checked_prompt_is_a_copy_that_nobody_changes() -> None:
         checked.ids[0] = 7
     assert PromptIds.check(checked, 96) is checked
     assert math.prod(PromptIds.check([True, 2], 96).ids.tolist()) == 2
+
+
+def test_a_text_that_cannot_fit_is_not_tokenised_whole(text: TextEngine, monkeypatch) -> None:
+    """256 tokens fit; each character is one token, or four for a face."""
+    assert text.tokenizer is not None
+    seen, encode = [], tokenizers.Tokenizer.encode
+
+    def count(self, piece: str, **options):
+        seen.append(len(piece))
+        return encode(self, piece, **options)
+
+    monkeypatch.setattr(
+        Tokenizer, "encode", lambda self, t, **options: count(self.backend, t, **options).ids
+    )
+    for character in ("a", "\N{GRINNING FACE}"):
+        seen.clear()
+        with pytest.raises(ValueError, match=r"has 1000000 characters: .* max_model_len=256"):
+            text.submit(character * 1_000_000, GREEDY)
+        assert sum(seen) < 4000
+    with pytest.raises(ValueError, match="2000 tokens and max_tokens=12 make 2012"):
+        text.submit("a" * 2000, GREEDY)  # short enough to be counted
+    assert not text.has_unfinished_requests
+
+
+def test_a_long_text_of_few_tokens_is_not_refused(params: dict) -> None:
+    """A run of 400 spaces is one token, so that its beginnings say little about it."""
+    vocabulary = {"<unk>": 0, "a": 1}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = Tokenizer(backend=backend, markers={}, eos_token_ids=(), chat_template=None)
+    options = EngineOptions(max_num_seqs=2, max_model_len=256, burst_steps=4)
+    text = TextEngine(build_engine(CONFIG, params, options), tokenizer)
+    checked = text.check((" " * 400 + "a") * 200, GREEDY)
+    assert checked.ids.ids.tolist() == [1] * 200
+    with pytest.raises(ValueError, match="more than max_model_len=256"):
+        text.check((" " * 400 + "a") * 100_000, GREEDY)
