@@ -29,7 +29,7 @@ from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.text_engine import CheckedPrompt, Prompt, TextEngine
 from lserve_jax.tokenizer import Tokenizer
 
-Message = Mapping[str, str]  # {"role": ..., "content": ...}
+Message = Mapping[str, Any]  # {"role": ..., "content": ...}, and what else a template reads
 SharedPrefix = Literal["auto", "off"] | Prefix
 # Called with (prompt index, completion index, new text) as text is made.
 OnText = Callable[[int, int, str], None]
@@ -267,8 +267,11 @@ class LLM:
         is released. Of a text the last token is left out: it could be another one where the text
         goes on.
 
-        Raises ``ValueError`` where ``Engine.add_prefix`` does.
+        Raises ``ValueError`` where ``Engine.add_prefix`` does, and for a text that is much longer
+        than the model can read.
         """
+        if isinstance(prompt, str) and self.tokenizer is not None:
+            self._text.check_length(prompt)
         ids = self.token_ids(prompt)
         with self._lock:
             return self.engine.add_prefix(ids[:-1] if isinstance(prompt, str) else ids)

@@ -376,6 +376,25 @@ def test_with_skip_bad_lines_the_others_run(run, tmp_path):
     assert "has all" in run(prompts, "--max-tokens", 2, "--skip-bad-lines")[1]
 
 
+def test_one_bad_conversation_ends_no_file(run, tmp_path):
+    user = {"role": "user", "content": "How warm is it?"}
+    call = {"type": "function", "function": {"name": "warmth", "arguments": {}}}
+    asked = {"role": "assistant", "content": "Let me see.", "tool_calls": [call]}
+    lines = [
+        {"messages": [user, asked, {"role": "tool", "content": "17"}]},
+        {"messages": [user, {"role": "tool", "content": 17}]},
+        {"messages": [user, {"content": "17"}]},
+        {"messages": [user]},
+    ]
+    prompts = write_lines(tmp_path / "p.jsonl", lines)
+    assert "line 2" in error_of(run(prompts, "--max-tokens", 2))
+    assert run(prompts, "--max-tokens", 2, "--skip-bad-lines")[0] == 0
+    answers = by_index(tmp_path / "out.jsonl")
+    assert {i for i, answer in answers.items() if "error" in answer} == {2, 3}
+    text = "[user] How warm is it? [assistant] Let me see. [tool] 17 [answer]"
+    assert answers[1]["prompt_tokens"] == len(text)
+
+
 def prompt_tokens(err: str) -> tuple[int, int]:
     """Tokens run and saved, as --stats says."""
     words = err.split("prompts   ")[1].split()
