@@ -40,9 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             source, dtype=arguments.dtype, adapter=arguments.adapter, progress=True
         )
         convert.save(arguments.destination, config, params, tokenizer_from=source.path)
-    except (ValueError, NotImplementedError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, NotImplementedError, OSError, MemoryError) as error:
+        print(f"error: {str(error) or 'out of memory'}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130  # what shells report for Ctrl-C
     return 0
 
 

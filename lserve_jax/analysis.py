@@ -7,6 +7,11 @@
 From the shell: ``python -m lserve_jax.analysis --prompt-file book.txt --plot recall.png``.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it, no traceback
+
 import importlib.util
 import os
 import sys
@@ -275,8 +280,11 @@ def _main(args: AnalysisArgs) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m lserve_jax.analysis``: prints recall by layer, writes the picture; exit code."""
-    args = tyro.cli(AnalysisArgs, args=argv, prog="python -m lserve_jax.analysis")
-    return exit_code(lambda: _main(args))
+
+    def run() -> None:
+        _main(tyro.cli(AnalysisArgs, args=argv, prog="python -m lserve_jax.analysis"))
+
+    return exit_code(run, lower="--max-tokens or --num-queries")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ The prompts file is read three times rather than held in memory: to check it bef
 loaded, to check its prompts against the model and find what they share, and to run them.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -36,7 +37,10 @@ from lserve_jax.stats import BatchTimes
 from lserve_jax.text_engine import Prompt
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
-SAMPLING_KEYS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+SAMPLING_KEYS = (
+    *("max_tokens", "temperature", "top_p", "top_k", "seed"),
+    *("stop", "stop_token_ids", "skip_special_tokens"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +108,11 @@ class PromptLine:
 
 
 class PromptsFile:
-    """A ``.txt`` file with a prompt a line, or a ``.jsonl`` file with an object a line.
+    """A ``.txt`` file with a prompt a line, or a ``.jsonl`` file with an object a line; UTF-8.
 
     An object has one of ``prompt``, ``prompt_token_ids`` and ``messages`` (a chat); optionally an
-    ``id``, which is copied to the output; and any of ``max_tokens``, ``temperature``, ``top_p``,
-    ``top_k``, ``seed`` and ``stop``, which go before ``sampling``.
+    ``id``, which is copied to the output; and any of ``SAMPLING_KEYS``, which go before
+    ``sampling``.
 
     skip_bad_lines: collect lines that cannot be run in ``bad`` instead of raising.
 
@@ -167,7 +171,7 @@ class PromptsFile:
 
     def _parse(self, number: int, raw: bytes) -> PromptLine:
         try:
-            text = raw.decode().rstrip("\r\n")
+            text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"it is not UTF-8: {error}") from None
         if not text.strip():
@@ -204,6 +208,9 @@ class PromptsFile:
         stop = overrides.get("stop", "")
         if not isinstance(stop, str | list):
             raise ValueError(f"stop must be a string or a list of strings, got {_brief(stop)}")
+        stop_ids = overrides.get("stop_token_ids", [])
+        if not isinstance(stop_ids, list):
+            raise ValueError(f"stop_token_ids must be a list, got {_brief(stop_ids)}")
         return PromptLine(
             number=number,
             id=name,
@@ -243,8 +250,13 @@ class ResultsFile:
     def append(self, index: int, record: Mapping[str, Any]) -> None:
         """Writes the record of a line, so that it survives this process."""
         header = b"" if self._file.tell() else self._header
-        self._file.write(header + _json_line({"index": index, **record}))
-        self._file.flush()
+        try:
+            self._file.write(header + _json_line({"index": index, **record}))
+            self._file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):  # closing tries to write the rest, once more
+                self._file.close()
+            raise OSError(f"output file {str(self.path)!r} cannot be written: {error}") from None
         self.done.add(index)
 
     def _resume(self) -> None:
@@ -299,7 +311,8 @@ def run_batch(
 ) -> BatchTimes:
     """Runs every line of ``prompts`` that ``results`` lacks, with a progress bar on stderr.
 
-    What all prompts begin with is computed once. Bad lines are reported, and recorded as errors.
+    What all prompts begin with is computed once. Bad lines are reported, and recorded as errors; so
+    are lines that fail while they run.
 
     Raises ``ValueError`` for a line that cannot be run, before any does, unless bad lines are
     skipped.
@@ -322,6 +335,8 @@ def run_batch(
     ) as bar:
         for position, output in llm.stream(requests(), beginning=beginning):
             line = drawn.pop(position)
+            if output.error is not None:
+                tqdm.write(f"line {line.number} has failed: {output.error}", file=sys.stderr)
             results.append(line.number, _result(line, output))
             completion, metrics = output.outputs[0], output.metrics
             times.add(metrics)
@@ -347,6 +362,8 @@ def completion_record(completion: CompletionOutput) -> dict[str, Any]:
 
 def _result(line: PromptLine, output: RequestOutput) -> dict[str, Any]:
     name = {} if line.id is None else {"id": line.id}
+    if output.error is not None:
+        return {**name, "error": output.error}
     return {**name, **completion_record(output.outputs[0])}
 
 

@@ -1,5 +1,7 @@
 """What the command lines share: how options show in help, files of text, exit codes."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,22 +28,93 @@ def enable_compile_cache() -> None:
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of a UTF-8 file. Raises ``ValueError`` that names it as ``what``."""
+    """The text of a UTF-8 file, without a byte order mark; an error names it as ``what``.
+
+    Raises ``ValueError`` for a file that does not exist or is not UTF-8.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"{what} {str(path)!r} does not exist") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{what} {str(path)!r} is not UTF-8: {error}") from None
 
 
-def exit_code(program: Callable[[], None]) -> int:
-    """Runs ``program``; 0, or 2 with one sentence on stderr for what its user can mend."""
+def read_stdin() -> str:
+    """The text on standard input, as ``read_text`` gives a file's; an error says what is wrong."""
+    if sys.stdin is None:  # as Python has it where a shell says <&-
+        raise ValueError("standard input is closed, and the prompt was to come from it")
     try:
-        program()
-    except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return sys.stdin.read().removeprefix("\N{BYTE ORDER MARK}")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not text: {error}") from None
+
+
+def exit_code(
+    program: Callable[[], None],
+    *,
+    lower: str = "--max-model-len, --max-num-seqs or --kv-cache-bytes",
+) -> int:
+    """Runs ``program``, which parses its command line too; the exit code.
+
+    0; 2 with one sentence on stderr for what its user can mend; 130 after Ctrl-C; 141 where the
+    reader of standard output has gone, as in ``| head``. The last two are what shells report, and
+    nothing is said. ``lower`` names the options that decide how much memory is needed.
+    """
+    _stand_in_for_closed_streams()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # so it was during the imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        try:
+            program()
+        finally:
+            flush_stdout()
+    except BrokenPipeError:
+        _forget_stdout()
+        return 141
     except KeyboardInterrupt:
-        return 130  # what shells report for Ctrl-C
+        return 130
+    except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
+        return _refuse(str(error))
+    except MemoryError as error:
+        return _refuse(f"out of memory: {str(error) or 'on the host'}; lower {lower}")
+    except jax.errors.JaxRuntimeError as error:
+        said = str(error).splitlines()[0]
+        if "RESOURCE_EXHAUSTED" not in said:
+            raise
+        return _refuse(f"out of memory: {said.partition(': ')[2].rstrip('.')}; lower {lower}")
     return 0
+
+
+def flush_stdout() -> None:
+    """Raises ``OSError`` that names standard output if it cannot be written."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _forget_stdout()
+        raise OSError(f"standard output cannot be written: {error}") from None
+
+
+def _refuse(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _stand_in_for_closed_streams() -> None:
+    """Python has None for a stream that was closed before it began, as by ``>&-`` in a shell.
+
+    What goes to stderr is lost then; what goes to stdout fails when it is written.
+    """
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+
+
+def _forget_stdout() -> None:
+    """Nobody takes what is left in its buffer; at its end Python would try again, and complain."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)

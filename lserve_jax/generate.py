@@ -5,6 +5,11 @@ mistake of the caller's ends with one sentence and exit code 2. Many prompts go 
 file: see ``batch.py``.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it, no traceback
+
 import hashlib
 import json
 import secrets
@@ -25,12 +30,26 @@ from lserve_jax.batch import (
     completion_record,
     run_batch,
 )
-from lserve_jax.cli import Switch, enable_compile_cache, exit_code, flag, read_text
+from lserve_jax.cli import (
+    Switch,
+    enable_compile_cache,
+    exit_code,
+    flag,
+    flush_stdout,
+    read_stdin,
+    read_text,
+)
 from lserve_jax.engine.relay import RelayMode
 from lserve_jax.llm import LLM
 from lserve_jax.outputs import CompletionOutput
 from lserve_jax.sampling_params import SamplingParams
-from lserve_jax.stats import CompileClock, batch_summary, memory_summary, request_summary
+from lserve_jax.stats import (
+    CompileClock,
+    batch_summary,
+    end_summary,
+    memory_summary,
+    request_summary,
+)
 from lserve_jax.text_engine import Prompt
 
 
@@ -84,6 +103,10 @@ class GenerateArgs:
     """Same seed, same text."""
     stop: Annotated[UseAppendAction[tuple[str, ...]], flag("TEXT", "none")] = ()
     """Stop before this text; may be given several times."""
+    stop_token_ids: Annotated[tuple[int, ...], flag("ID ID ...", "none")] = ()
+    """Stop at these tokens too, beside the model's own end tokens, which --stats names."""
+    skip_special_tokens: Annotated[bool, flag("", "skip")] = True
+    """Leave special tokens, such as <|im_end|>, out of the text, or show them."""
 
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None,
@@ -123,6 +146,8 @@ _NOT_OF_A_RUN = (
     *("prompts_file", "output", "shared_prefix_file", "skip_bad_lines"),
     *("max_num_seqs", "kv_cache_bytes"),
 )
+# Options that are younger than some output files, whose headers lack them.
+_ABSENT_AS_DEFAULT = ("stop_token_ids", "skip_special_tokens")
 
 
 def _read_prompt(args: GenerateArgs) -> Prompt:
@@ -131,7 +156,7 @@ def _read_prompt(args: GenerateArgs) -> Prompt:
         return {"prompt_token_ids": args.prompt_token_ids}
     prompt = args.prompt
     if args.prompt_file == "-":
-        prompt = sys.stdin.read()
+        prompt = read_stdin()
     elif args.prompt_file is not None:
         prompt = read_text(Path(args.prompt_file), "prompt file")
     if not prompt:
@@ -147,6 +172,8 @@ def _sampling_params(args: GenerateArgs) -> SamplingParams:
         top_k=args.top_k,
         seed=args.seed,
         stop=args.stop,
+        stop_token_ids=args.stop_token_ids,
+        skip_special_tokens=args.skip_special_tokens,
     )
 
 
@@ -177,7 +204,7 @@ def _run(args: GenerateArgs, llm: LLM, prompt: Prompt, params: SamplingParams) -
 
     def write(request: int, completion: int, text: str) -> None:
         sys.stdout.write(text)
-        sys.stdout.flush()
+        flush_stdout()
 
     prompt = PromptFormat(chat=args.chat, system=args.system).apply(llm, prompt)
     on_text = None if args.json else write
@@ -214,6 +241,9 @@ def _run_settings(
     settings = {name: x for name, x in asdict(args).items() if name not in _NOT_OF_A_RUN}
     if args.attention == "dense":
         del settings["sparsity"]
+    for name in _ABSENT_AS_DEFAULT:
+        if settings[name] == getattr(GenerateArgs, name):
+            del settings[name]
     shared = None if shared_text is None else hashlib.sha256(shared_text.encode()).hexdigest()
     return {**settings, "prompts_sha256": prompts.sha256, "shared_prefix_sha256": shared}
 
@@ -233,9 +263,13 @@ def _main_batch(args: GenerateArgs, prompts_file: Path, output: Path) -> None:
         with CompileClock() as clock:
             times = run_batch(llm, prompts, prompt_format, results)
     if args.stats:
-        lines = batch_summary(llm.engine.metrics(), times, clock)
-        lines += memory_summary(llm.memory_plan(), llm.spec)
-        print(*lines, sep="\n", file=sys.stderr)
+        _print_stats(llm, batch_summary(llm.engine.metrics(), times, clock))
+
+
+def _print_stats(llm: LLM, lines: list[str]) -> None:
+    lines += [end_summary(llm.engine.eos_token_ids, llm.tokenizer)]
+    lines += memory_summary(llm.memory_plan(), llm.spec)
+    print(*lines, sep="\n", file=sys.stderr)
 
 
 def _main(args: GenerateArgs) -> None:
@@ -255,17 +289,17 @@ def _main(args: GenerateArgs) -> None:
     else:
         print()  # the text is out already
     if args.stats:
-        lines = request_summary(completion.metrics, clock, args.attention == "lserve")
-        lines += memory_summary(llm.memory_plan(), llm.spec)
-        print(*lines, sep="\n", file=sys.stderr)
+        _print_stats(llm, request_summary(completion.metrics, clock, args.attention == "lserve"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line ``argv`` (default: this process's); returns the exit code."""
-    args = tyro.cli(
-        GenerateArgs, args=argv, prog="python -m lserve_jax.generate", config=(DisallowNone,)
-    )
-    return exit_code(lambda: _main(args))
+
+    def run() -> None:
+        prog = "python -m lserve_jax.generate"
+        _main(tyro.cli(GenerateArgs, args=argv, prog=prog, config=(DisallowNone,)))
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,19 @@ outputs = llm.generate("The capital of France is", SamplingParams(temperature=0,
 print(outputs[0].outputs[0].text)
 """
 
+import contextlib
 import dataclasses
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import numpy as np
 
 import convert
 from lserve_jax.attention.cache import CacheSpec
+from lserve_jax.checks import check_integer
 from lserve_jax.engine.build import EngineOptions, build_engine, resolve_dtype
 from lserve_jax.engine.prefix import CommonPrefix, Prefix
 from lserve_jax.engine.request import PromptIds
@@ -24,7 +28,7 @@ from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.text_engine import CheckedPrompt, Prompt, TextEngine
 from lserve_jax.tokenizer import Tokenizer
 
-Message = Mapping[str, str]  # {"role": ..., "content": ...}
+Message = Mapping[str, Any]  # {"role": ..., "content": ...}, and what else a template reads
 SharedPrefix = Literal["auto", "off"] | Prefix
 # Called with (prompt index, completion index, new text) as text is made.
 OnText = Callable[[int, int, str], None]
@@ -43,9 +47,11 @@ class LLM:
     options: those of the engine, by name, such as ``max_model_len=4096, attention="lserve"``:
         ``engine.build.EngineOptions`` lists and explains them.
 
+    Its methods may be called from several threads: they take turns.
+
     Raises ``ValueError`` for settings that contradict each other or the model, ``TypeError`` for an
-    option that does not exist, and ``NotImplementedError`` for kernels on a device that they are
-    not for.
+    option that does not exist or cannot have such a value, and ``NotImplementedError`` for kernels
+    on a device that they are not for.
     """
 
     def __init__(
@@ -62,10 +68,21 @@ class LLM:
         if unknown:
             raise TypeError(f"LLM has no option {unknown[0]!r}; known: {', '.join(OPTIONS)}")
         self.options = EngineOptions(**options)
+        check_integer("seed", seed, 0, most=math.inf)
+        if not isinstance(tokenizer, Tokenizer | None):
+            raise TypeError(
+                f"tokenizer must be what convert.load_tokenizer returns, got {tokenizer!r}"
+            )
+        if not isinstance(adapter, str | os.PathLike | None):
+            raise TypeError(f"{adapter=} must be the directory of an adapter")
         if isinstance(model, tuple):
             if adapter is not None:
                 raise ValueError(f"{adapter=} needs a checkpoint; merge it into the params given")
+            if len(model) != 2 or not isinstance(model[0], ModelConfig):
+                raise TypeError("a loaded model must be the pair (config, params) of convert.load")
             self.config, params = model
+        elif not isinstance(model, str | os.PathLike):
+            raise TypeError(f"{model=} must be an alias, a path or a pair (config, params)")
         else:
             if tokenizer is not None:
                 raise ValueError("tokenizer= is for a (config, params) pair: a checkpoint has one")
@@ -86,6 +103,9 @@ class LLM:
             eos_token_ids=() if tokenizer is None else tokenizer.eos_token_ids,
         )
         self._text = TextEngine(self.engine, tokenizer, seed=seed)
+        # One call at a time steps the engine. A thread may take it again: what it calls inside a
+        # call of its own is refused, not waited for.
+        self._lock = threading.RLock()
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -127,33 +147,50 @@ class LLM:
         tokens) once; "off" does not; a ``Prefix`` is one that all prompts must begin with. Prompts
         that begin with a prefix that is held already share it in any case.
 
+        Several threads may call it: they take turns.
+
         Raises ``ValueError`` before anything runs if a prompt is empty, has a token outside the
         vocabulary, is too long with its ``max_tokens``, does not begin with the prefix given, or is
-        text and there is no tokenizer.
+        text and there is no tokenizer, and while requests of a ``stream`` run; ``TypeError`` for
+        what is no list of prompts or no ``SamplingParams``; ``FloatingPointError`` for logits that
+        are not finite.
         """
         if isinstance(prompts, str | Mapping):
             prompts = [prompts]
+        if not isinstance(prompts, Sequence):
+            raise TypeError(f"prompts must be a prompt or a list of them, got {prompts!r}")
         if sampling_params is None:
             sampling_params = SamplingParams()
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
+        if not isinstance(sampling_params, Sequence):
+            raise TypeError(
+                f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}"
+            )
         if len(sampling_params) != len(prompts):
             raise ValueError(
                 f"{len(prompts)} prompts need as many sampling params, got {len(sampling_params)}"
             )
-        checked = [
-            self._text.check(prompt, sampling)
-            for prompt, sampling in zip(prompts, sampling_params, strict=True)
-        ]
-        beginning: list[int] = []
-        if isinstance(shared_prefix, Prefix):
-            _check_begins(shared_prefix, checked)
-        elif shared_prefix not in ("auto", "off"):
-            raise ValueError(f"{shared_prefix=} must be 'auto', 'off' or a Prefix")
-        elif shared_prefix == "auto":
-            beginning = self._common_beginning(checked, sampling_params)
-        requests = zip(checked, sampling_params, strict=True)
-        outputs = dict(self.stream(requests, beginning=beginning, on_text=on_text))
+        with self._lock:
+            checked = [
+                self._text.check(prompt, sampling)
+                for prompt, sampling in zip(prompts, sampling_params, strict=True)
+            ]
+            beginning: list[int] = []
+            if isinstance(shared_prefix, Prefix):
+                _check_begins(shared_prefix, checked)
+            elif shared_prefix not in ("auto", "off"):
+                raise ValueError(f"{shared_prefix=} must be 'auto', 'off' or a Prefix")
+            elif shared_prefix == "auto":
+                beginning = self._common_beginning(checked, sampling_params)
+            requests = zip(checked, sampling_params, strict=True)
+            outputs = {}
+            stream = self.stream(requests, beginning=beginning, on_text=on_text)
+            with contextlib.closing(stream):
+                for position, output in stream:
+                    if output.error is not None:
+                        raise FloatingPointError(f"prompt {position}: {output.error}")
+                    outputs[position] = output
         return [outputs[position] for position in range(len(prompts))]
 
     def stream(
@@ -162,47 +199,70 @@ class LLM:
         *,
         beginning: Sequence[int] = (),
         on_text: OnText | None = None,
-    ) -> Iterator[tuple[int, RequestOutput]]:
+    ) -> Generator[tuple[int, RequestOutput]]:
         """Runs requests as they are drawn; yields (position, output) of each when it has finished.
+
+        One whose logits are not finite ends with ``finish_reason`` "error"; the others go on.
 
         No more are drawn than can run and wait to run next, so there may be any number of them.
         ``beginning``: token ids of whole pages that the prompts begin with, to be computed once.
 
-        Raises ``ValueError`` for a request that ``check_request`` refuses. After an error, or when
-        it is closed before its end, its requests are gone; prefixes that are held stay, unless the
-        device failed.
+        Raises ``ValueError`` for a request that ``check_request`` refuses, and while another
+        stream's requests run; a ``generate`` of another thread is waited for. After an error, or
+        when it is closed before its end, its requests are gone; prefixes that are held stay, unless
+        the device failed.
         """
-        if self.engine.has_unfinished_requests:
-            raise ValueError("the engine is still busy with another call's requests")
+        if not isinstance(requests, Iterable):
+            raise TypeError(f"{requests=} must give pairs of a prompt and its SamplingParams")
+        if on_text is not None and not callable(on_text):
+            raise TypeError(f"on_text={on_text!r} must be a function")
         text = self._text
         position_of: dict[str, int] = {}  # by request id
         drawn = enumerate(requests)
         prefix = None
+
+        def advance() -> list[tuple[int, RequestOutput]] | None:
+            """One step; what has finished in it, None at the end."""
+            while self.engine.room > 0 and (new := next(drawn, None)) is not None:
+                position, (prompt, sampling) = new
+                position_of[text.submit(prompt, sampling)] = position
+            if not text.has_unfinished_requests:
+                return None
+            done = []
+            for delta in text.step():
+                position = position_of[delta.request_id]
+                if delta.text and on_text is not None:
+                    on_text(position, delta.index, delta.text)
+                if delta.output is not None:
+                    del position_of[delta.request_id]
+                    done.append((position, delta.output))
+            return done
+
         try:
-            if beginning and self.engine.prefix_store.has_room:
-                prefix = self.engine.add_prefix(beginning)
-            while True:
-                while self.engine.room > 0 and (new := next(drawn, None)) is not None:
-                    position, (prompt, sampling) = new
-                    position_of[text.submit(prompt, sampling)] = position
-                if not text.has_unfinished_requests:
-                    break
-                for delta in text.step():
-                    position = position_of[delta.request_id]
-                    if delta.text and on_text is not None:
-                        on_text(position, delta.index, delta.text)
-                    if delta.output is not None:
-                        del position_of[delta.request_id]
-                        yield position, delta.output
-            if prefix is not None:
-                prefix.release()
+            with self._lock:
+                self._check_idle()
+                if beginning and self.engine.prefix_store.has_room:
+                    prefix = self.engine.add_prefix(beginning)
+                done = advance()
+            while done is not None:
+                yield from done  # without the lock: the caller may never ask for the next
+                with self._lock:
+                    if not position_of:
+                        self._check_idle()
+                    done = advance()
         except BaseException:  # an error in on_text or on the device, Ctrl-C, or closed early
-            try:
-                text.abandon()
-            finally:
+            with self._lock:
+                if position_of:
+                    text.abandon()
+            raise
+        finally:
+            with self._lock:
                 if prefix is not None and not prefix.is_released:
                     prefix.release()
-            raise
+
+    def _check_idle(self) -> None:
+        if self.engine.has_unfinished_requests:
+            raise ValueError("the engine is still busy with another call's requests")
 
     def prefix(self, prompt: Prompt) -> Prefix:
         """Computes keys and values of a prompt's beginning once, for all requests that share it.
@@ -211,37 +271,79 @@ class LLM:
         is released. Of a text the last token is left out: it could be another one where the text
         goes on.
 
-        Raises ``ValueError`` where ``Engine.add_prefix`` does.
+        Raises ``ValueError`` where ``Engine.add_prefix`` does, and for a text that is much longer
+        than the model can read.
         """
+        if isinstance(prompt, str) and self.tokenizer is not None:
+            self._text.check_length(prompt)
         ids = self.token_ids(prompt)
-        return self.engine.add_prefix(ids[:-1] if isinstance(prompt, str) else ids)
+        with self._lock:
+            return self.engine.add_prefix(ids[:-1] if isinstance(prompt, str) else ids)
 
     def load_prefix(self, path: str | os.PathLike[str]) -> Prefix:
         """A prefix that ``Prefix.save`` wrote; see ``Engine.load_prefix``."""
-        return self.engine.load_prefix(path)
+        with self._lock:
+            return self.engine.load_prefix(path)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         shared_prefix: SharedPrefix = "auto",
         on_text: OnText | None = None,
     ) -> list[RequestOutput]:
-        """Answers one conversation or a list of them, through the model's chat template."""
-        single = len(messages) > 0 and isinstance(messages[0], Mapping)
+        """Answers one conversation or a list of them, through the model's chat template.
+
+        ``add_generation_prompt`` opens an answer of the model's. ``continue_final_message`` has the
+        model go on with the last message instead, the beginning of an answer as a rule; it needs
+        ``add_generation_prompt=False``. The output's text is then what follows that beginning.
+
+        Raises ``ValueError`` for no message, and where ``chat_prompt`` and ``generate`` do;
+        ``TypeError`` for what is no list of messages.
+        """
+        if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+            raise TypeError(
+                f"messages={messages!r} must be a list of messages, or a list of such lists"
+            )
+        if len(messages) == 0:
+            raise ValueError("messages=[] must hold at least one message")
+        single = isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Sequence[Message]], [messages] if single else messages)
-        prompts = [self.chat_prompt(conversation) for conversation in conversations]
+        prompts = [
+            self.chat_prompt(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+            for conversation in conversations
+        ]
         return self.generate(prompts, sampling_params, shared_prefix=shared_prefix, on_text=on_text)
 
-    def chat_prompt(self, conversation: Sequence[Message]) -> Prompt:
-        """One conversation as a prompt, through the model's chat template.
+    def chat_prompt(
+        self,
+        conversation: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> Prompt:
+        """One conversation as a prompt, through the model's chat template; options as in ``chat``.
 
-        Raises ``ValueError`` if there is no template or it refuses the conversation.
+        Raises ``ValueError`` if there is no template or it refuses the conversation, where the
+        options contradict each other, and for one that is much longer than the model can read.
         """
+        if not isinstance(conversation, Sequence):
+            raise TypeError(f"a conversation must be a list of messages, got {conversation!r}")
         if self.tokenizer is None:
             raise ValueError("chat needs a tokenizer with a chat template; the model has none")
-        text = self.tokenizer.apply_chat_template(conversation)
+        text = self.tokenizer.apply_chat_template(
+            conversation,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        self._text.check_length(text)
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return {"prompt": text, "prompt_token_ids": ids}
 

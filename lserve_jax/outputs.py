@@ -1,6 +1,7 @@
 """What generation returns (field names are vLLM's), and how a completion's text comes together."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lserve_jax.engine.metrics import RequestMetrics
@@ -19,7 +20,7 @@ class CompletionOutput:
     cumulative_logprob: float  # sum of the tokens' logprobs under the model's own distribution
     # Per token, {id: logprob} of the most likely tokens and the chosen one; None unless asked for.
     logprobs: list[dict[int, float]] | None
-    finish_reason: str  # "stop", "length" or "deadline"
+    finish_reason: str  # "stop", "length", "deadline" or "error"
     stop_reason: int | str | None  # the stop token id or string that ended it; None otherwise
     metrics: RequestMetrics
 
@@ -39,6 +40,18 @@ class RequestOutput:
         """Of the first completion; the others carry their own."""
         return self.outputs[0].metrics
 
+    @property
+    def error(self) -> str | None:
+        """What went wrong with the first completion whose ``finish_reason`` is "error", if any."""
+        for completion in self.outputs:
+            if completion.finish_reason == "error":
+                return (
+                    f"the model's logits after {len(self.prompt_token_ids)} tokens of prompt and "
+                    f"{len(completion.token_ids)} of output are not finite: its weights or "
+                    "constants hold NaN or infinity, or its numbers overflow the dtype"
+                )
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextDelta:
@@ -50,7 +63,8 @@ class TextDelta:
     token_ids: list[int]
     # Per token, as in ``CompletionOutput``; None unless asked for.
     logprobs: list[dict[int, float]] | None
-    finish_reason: str | None  # "stop", "length" or "deadline" with the completion's last delta
+    # With the completion's last delta "stop", "length", "deadline" or "error".
+    finish_reason: str | None
     stop_reason: int | str | None
     output: RequestOutput | None  # with the last delta of the request
 
@@ -66,8 +80,10 @@ class Completion:
         self.sampling = sampling
         self.finished = False
         self._stream, self._vocab_size = None, 0
+        self._stop_of_id: dict[int, str] = {}  # of stop strings that are a token by themselves
         if tokenizer is not None:
             self._vocab_size = tokenizer.vocab_size
+            self._stop_of_id = _single_tokens(tokenizer, sampling.stop)
             self._stream = tokenizer.stream(skip_special_tokens=sampling.skip_special_tokens)
         self._text = ""
         self._shown = 0  # characters of text that append() has returned
@@ -92,7 +108,9 @@ class Completion:
             self._logprobs.append(new.logprobs[i])
             self._top.append({**new.top_logprobs[i], token: new.logprobs[i]})
             ends_here = stopped_by_token and i == len(new.token_ids) - 1
-            if not ends_here or self.sampling.include_stop_str_in_output:
+            if token in self._stop_of_id and len(self._token_ids) > self.sampling.min_tokens:
+                self._end_at_token(self._stop_of_id[token])
+            elif not ends_here or self.sampling.include_stop_str_in_output:
                 self._add_text(self._readable(token))
             if self.finished:  # a stop string
                 break
@@ -135,13 +153,21 @@ class Completion:
         found = [(at, stop) for at, stop in found if at >= 0]
         if found:
             at, stop = min(found)
-            keep = len(stop) if self.sampling.include_stop_str_in_output else 0
-            self._text = self._text[: at + keep]
-            self.finished, self.finish_reason, self.stop_reason = True, "stop", stop
-            # The engine may have generated on to the end of its burst.
-            self._metrics = dataclasses.replace(
-                self._metrics, generated_tokens=len(self._token_ids)
-            )
+            self._end(self._text[:at], stop)
+
+    def _end_at_token(self, stop: str) -> None:
+        """The newest token is one of the stop strings; skipped specials have no text."""
+        assert self._stream is not None
+        self._add_text(self._stream.flush())
+        if not self.finished:  # what was flushed may have completed another stop string
+            self._end(self._text, stop)
+
+    def _end(self, text: str, stop: str) -> None:
+        """A stop string stands behind ``text``."""
+        self._text = text + stop if self.sampling.include_stop_str_in_output else text
+        self.finished, self.finish_reason, self.stop_reason = True, "stop", stop
+        # The engine may have generated on to the end of its burst.
+        self._metrics = dataclasses.replace(self._metrics, generated_tokens=len(self._token_ids))
 
     def output(self) -> CompletionOutput:
         """The finished completion."""
@@ -156,3 +182,11 @@ class Completion:
             stop_reason=self.stop_reason,
             metrics=self._metrics,
         )
+
+
+def _single_tokens(tokenizer: Tokenizer, stops: Sequence[str]) -> dict[int, str]:
+    """The stop strings that are an added token of the tokenizer, special or not, by their id."""
+    if not stops:
+        return {}
+    added = tokenizer.backend.get_added_tokens_decoder()
+    return {number: token.content for number, token in added.items() if token.content in stops}

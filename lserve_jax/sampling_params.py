@@ -1,11 +1,12 @@
 """What one request asks of sampling and of its end. Names and meaning are vLLM's."""
 
 import math
-import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from lserve_jax.checks import check_bool, check_integer, is_real
 
 # Below this temperature a row is greedy, as in vLLM: dividing by it would overflow.
 _GREEDY_TEMPERATURE = 1e-5
@@ -24,7 +25,9 @@ class SamplingParams:
     seed: int | None = None  # same seed, same tokens, whatever else is in the batch
     max_tokens: int = 16
     min_tokens: int = 0  # no stop id before this many tokens
-    stop: str | Sequence[str] = ()  # a completion ends where one of these appears; kept as tuple
+    # A completion ends where one of these appears: in the text, or, if it is a special or added
+    # token of the tokenizer by itself, as that token. Kept as tuple.
+    stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()  # ids that end a completion; kept as tuple
     ignore_eos: bool = False
     repetition_penalty: float = 1.0  # over 1: tokens of prompt and output become less likely
@@ -35,18 +38,19 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self):
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("stop", "stop_token_ids"):
+            object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
 
         for name, least in (("n", 1), ("top_k", -1), ("max_tokens", 1), ("min_tokens", 0)):
-            _check_integer(name, getattr(self, name), least)
+            check_integer(name, getattr(self, name), least)
         if self.seed is not None:
-            _check_integer("seed", self.seed, 0, most=math.inf)
+            check_integer("seed", self.seed, 0, most=math.inf)
         if self.logprobs is not None:
-            _check_integer("logprobs", self.logprobs, 0)
+            check_integer("logprobs", self.logprobs, 0)
         for token_id in self.stop_token_ids:
-            _check_integer("every entry of stop_token_ids", token_id, 0)
+            check_integer("every entry of stop_token_ids", token_id, 0)
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            check_bool(name, getattr(self, name))
         for name, low, high in (
             ("temperature", 0.0, math.inf),
             ("top_p", 0.0, 1.0),
@@ -57,7 +61,7 @@ class SamplingParams:
         ):
             value = getattr(self, name)
             # Written so that NaN fails too.
-            if not _is_real(value) or not low <= value <= high or value > _MOST_FLOAT32:
+            if not is_real(value) or not low <= value <= high or value > _MOST_FLOAT32:
                 bounds = f"at least {low}" if math.isinf(high) else f"in [{low}, {high}]"
                 raise ValueError(f"{name}={value!r} must be a finite number {bounds}")
         if self.top_p == 0:
@@ -68,9 +72,9 @@ class SamplingParams:
             raise ValueError(
                 f"min_tokens={self.min_tokens} must not exceed max_tokens={self.max_tokens}"
             )
-        for text in stop:
+        for text in self.stop:
             if not isinstance(text, str) or not text:
-                raise ValueError(f"stop={stop!r} must hold non-empty strings only")
+                raise ValueError(f"stop={self.stop!r} must hold non-empty strings only")
         if self.n > 1 and self.is_greedy:
             raise ValueError(
                 f"n={self.n} needs temperature > 0: greedy completions would all be the same"
@@ -94,13 +98,10 @@ class SamplingParams:
         return not self.is_greedy and (self.top_k > 0 or self.top_p < 1)
 
 
-def _is_real(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _check_integer(name: str, value: object, least: int, most: float = 2**31 - 1) -> None:
-    # By default at most what fits the device's int32.
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if int(value) > most:
-        raise ValueError(f"{name} must be at most {most}, got {value!r}")
+def _as_tuple(name: str, value: object) -> tuple:
+    if name == "stop" and isinstance(value, str):
+        return (value,)
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        kind = "a string or a sequence of strings" if name == "stop" else "a sequence of integers"
+        raise ValueError(f"{name}={value!r} must be {kind}; () is none")
+    return tuple(value)

@@ -4,7 +4,7 @@ import resource
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -14,6 +14,7 @@ import jax.monitoring
 
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.engine.metrics import EngineMetrics, RequestMetrics
+from lserve_jax.tokenizer import Tokenizer
 
 
 @dataclass(kw_only=True)
@@ -124,6 +125,17 @@ def batch_summary(metrics: EngineMetrics, times: BatchTimes, clock: CompileClock
         + (f"; requests: {reasons}" if reasons else ""),
         f"compile   {clock.seconds():.2f} s",
     ]
+
+
+def end_summary(eos_token_ids: Sequence[int], tokenizer: Tokenizer | None) -> str:
+    """A line that says which tokens end every answer: the model's own, with their text."""
+    if not eos_token_ids:
+        return "ends at   no token of the model's own"
+    names = []
+    for token in eos_token_ids:
+        text = None if tokenizer is None else tokenizer.backend.id_to_token(token)
+        names.append(str(token) if text is None else f"{token} ({text})")
+    return f"ends at   {', '.join(names)}"
 
 
 def memory_summary(memory_plan: Mapping[str, int], spec: CacheSpec) -> list[str]:

@@ -11,17 +11,25 @@ request's ``n`` completions become requests of the engine, and tokens become tex
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from lserve_jax.checks import check_integer
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.request import PromptIds, TokenOutput
 from lserve_jax.outputs import Completion, RequestOutput, TextDelta
 from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.tokenizer import Tokenizer
+
+# A text of up to so many characters a token is tokenised whole at once: most texts have 3 to 5.
+_CHARACTERS_A_TOKEN = 8
+# A piece that is cut off a text can have other tokens at its end than the text has there: some
+# more where it cuts a special token or a word. That is a few; this is safe.
+_CUT_TOKENS = 128
 
 # Text, or {"prompt_token_ids": [...]}, where "prompt" may be the text that they come from.
 Prompt = str | Mapping[str, Any]
@@ -65,8 +73,10 @@ class TextEngine:
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None, *, seed: int = 0):
+        check_integer("seed", seed, 0, most=math.inf)
         self.engine, self.tokenizer = engine, tokenizer
         self._seed, self._numbers = seed, itertools.count()
+        self._resets = engine.resets
         self._running: dict[str, _Running] = {}  # by request id
         # The request and completion of each request of the engine, by its id there.
         self._parts: dict[str, tuple[_Running, Completion]] = {}
@@ -79,15 +89,37 @@ class TextEngine:
         """The prompt as token ids; what is checked already is not converted again.
 
         Raises ``ValueError`` for a request that could never run, and for text or a stop string
-        without a tokenizer.
+        without a tokenizer; ``TypeError`` for other sampling than ``SamplingParams``.
         """
+        if not isinstance(sampling, SamplingParams):
+            raise TypeError(f"sampling must be SamplingParams, got {sampling!r}")
         if sampling.stop and self.tokenizer is None:
             raise ValueError(f"stop={sampling.stop} needs a tokenizer; use stop_token_ids")
         if isinstance(prompt, CheckedPrompt):
             self.engine.check_request(prompt.ids, sampling)
             return prompt
+        if isinstance(prompt, str) and self.tokenizer is not None:
+            self.check_length(prompt)
         ids = self.engine.check_request(self.token_ids(prompt), sampling)
         return CheckedPrompt(text=prompt_text(prompt), ids=ids)
+
+    def check_length(self, text: str) -> None:
+        """Raises ``ValueError`` for a text that cannot fit, without tokenising all of it.
+
+        Its beginning is tokenised, a piece four times as long each time, until it has too many
+        tokens. A cut changes tokens only near it, fewer than ``_CUT_TOKENS``.
+        """
+        assert self.tokenizer is not None
+        limit = self.engine.max_model_len
+        size = _CHARACTERS_A_TOKEN * (limit + _CUT_TOKENS)
+        while size < len(text):
+            count = len(self.tokenizer.encode(text[:size], add_special_tokens=False))
+            if count - _CUT_TOKENS >= limit:
+                raise ValueError(
+                    f"the prompt has {len(text)} characters: already its first {size} make about "
+                    f"{count} tokens, more than max_model_len={limit}"
+                )
+            size *= 4
 
     def token_ids(self, prompt: Prompt) -> PromptIds:
         """The prompt as the model sees it.
@@ -152,7 +184,16 @@ class TextEngine:
 
         The last delta of a completion has a ``finish_reason``, the last of a request its
         ``output``.
+
+        Raises ``ValueError`` if the engine was reset while requests ran: they are gone then.
         """
+        if self.engine.resets != self._resets:
+            self._resets = self.engine.resets
+            parts = self._parts.items()
+            lost = {r.request_id for part, (r, _) in parts if part not in self.engine.unfinished}
+            self._forget(lost)
+            if lost:
+                raise ValueError(f"the engine was reset while requests {sorted(lost)} ran")
         return [delta for new in self.engine.step() for delta in self._take(new)]
 
     def _take(self, new: TokenOutput) -> list[TextDelta]:

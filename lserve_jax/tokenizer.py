@@ -15,6 +15,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# Marks where the message to be continued ends. Its last space shows whether a template strips it.
+_END_OF_FINAL = "END_OF_THE_MESSAGE_TO_CONTINUE "
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,21 +75,29 @@ class Tokenizer:
         return TextStream(self, skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> str:
         """The text of a conversation, to be encoded with ``add_special_tokens=False``.
 
         ``messages`` have the strings ``role`` and ``content``; whatever else they hold reaches
         the template too. ``add_generation_prompt`` appends what opens the model's answer.
+        ``continue_final_message`` ends the text where the last message's content ends, so that the
+        model goes on with it.
 
-        Raises ``ValueError`` if there is no template, a message is malformed, or the template
-        refuses the conversation.
+        Raises ``ValueError`` if there is no template, a message is malformed, the template
+        refuses the conversation or does not show the message to be continued, and if both options
+        are set.
         """
         if self.chat_template is None:
             raise ValueError("this tokenizer has no chat template: give the prompt as text")
         _check_messages(messages)
+        if continue_final_message:
+            messages = _with_marked_end(messages, add_generation_prompt)
         try:
-            return self._compiled_chat_template.render(
+            text = self._compiled_chat_template.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
@@ -96,6 +106,7 @@ class Tokenizer:
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template failed on these messages: {error}") from error
+        return _cut_at_mark(text, messages) if continue_final_message else text
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes Hugging Face tokenizer files; ``convert.load_tokenizer`` reads them back.
@@ -201,6 +212,34 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
                     f"messages[{number}]={message!r} must be a mapping with the strings "
                     '"role" and "content"'
                 )
+
+
+def _with_marked_end(
+    messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
+) -> list[Mapping[str, Any]]:
+    """For a last message that is to be continued, as transformers does it: mark, render, cut."""
+    if add_generation_prompt:
+        raise ValueError(
+            "continue_final_message=True needs add_generation_prompt=False: the model either goes "
+            "on with the last message or begins a new one"
+        )
+    *before, last = messages
+    content = last.get("content")
+    if not isinstance(content, str):
+        raise ValueError(f"the last message has no text to be continued: content={content!r}")
+    return [*before, {**last, "content": content + _END_OF_FINAL}]
+
+
+def _cut_at_mark(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    content = messages[-1]["content"].removesuffix(_END_OF_FINAL)
+    end = text.rfind(_END_OF_FINAL.strip())
+    if end < 0 or content.strip() not in text:
+        raise ValueError(
+            "the chat template does not show the last message as it is, so it cannot be continued: "
+            f"{content[:60]!r}"
+        )
+    # A template that strips contents would have stripped the end of this one.
+    return text[:end] if text.startswith(_END_OF_FINAL, end) else text[:end].rstrip()
 
 
 class _GenerationTag(Extension):

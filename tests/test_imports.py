@@ -34,7 +34,7 @@ ALLOWED = {
 # Rooms from the bottom up: a folder, or a file that stands by itself. A module imports from its own
 # room and from rows above its own.
 ROOMS = (
-    ("pallas_kernels",),
+    ("pallas_kernels", "lserve_jax.checks"),
     ("lserve_jax.model", "lserve_jax.sampling_params", "lserve_jax.tokenizer"),
     ("lserve_jax.attention", "convert"),
     ("lserve_jax.engine", "lserve_jax.functional"),

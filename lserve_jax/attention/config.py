@@ -3,6 +3,12 @@
 import os
 from dataclasses import dataclass
 
+from lserve_jax.checks import check_integer, is_real
+
+_INTEGERS = (
+    *("page_size", "logical_page_size", "token_budget", "reuse_interval", "forced_sink_pages"),
+    *("prefill_sink", "prefill_local", "decode_sink", "decode_local"),
+)
 PAGE_SIZES = (16, 32, 64, 128)
 LOGICAL_PAGE_SIZES = (16, 32)
 
@@ -49,10 +55,16 @@ class SparsityConfig:
 
     def __post_init__(self):
         if self.pattern is not None:  # a path of any kind; kept as text, which JSON can hold
+            if not isinstance(self.pattern, str | os.PathLike):
+                raise TypeError(f"pattern={self.pattern!r} must be a name, a path or None")
             object.__setattr__(self, "pattern", os.fspath(self.pattern))
+        for name in _INTEGERS:
+            check_integer(name, getattr(self, name))
+        if self.selected_page_size is not None:
+            check_integer("selected_page_size", self.selected_page_size)
         fraction = self.streaming_fraction
-        if fraction is not None and not 0.0 <= fraction <= 1.0:
-            raise ValueError(f"streaming_fraction={fraction} must lie in [0, 1]")
+        if fraction is not None and not (is_real(fraction) and 0.0 <= fraction <= 1.0):
+            raise ValueError(f"streaming_fraction={fraction!r} must lie in [0, 1]")
         if self.pattern is None and fraction:
             raise ValueError(
                 f"streaming_fraction={fraction} needs a head pattern: which heads stream is learned"
@@ -74,8 +86,9 @@ class SparsityConfig:
                 f"selected_page_size={selected} must divide {page_size=} and be a multiple of "
                 f"logical_page_size={self.logical_page_size}"
             )
-        if not 0.0 <= self.lower_bound_weight <= 1.0:
-            raise ValueError(f"lower_bound_weight={self.lower_bound_weight} must lie in [0, 1]")
+        weight = self.lower_bound_weight
+        if not (is_real(weight) and 0.0 <= weight <= 1.0):
+            raise ValueError(f"lower_bound_weight={weight!r} must lie in [0, 1]")
         if self.reuse_interval < 1:
             raise ValueError(f"reuse_interval={self.reuse_interval} must be at least 1")
         if self.forced_sink_pages < 0:

@@ -6,6 +6,11 @@ run that was stopped continues when its command is given again. ``docs/calibrati
 recipe and what it costs.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it, no traceback
+
 import hashlib
 import json
 import os
@@ -253,17 +258,17 @@ def calibrate(args: CalibrateArgs) -> Float[np.ndarray, "L Hk"]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line ``argv`` (default: this process's); returns the exit code."""
-    prog = "python -m lserve_jax.calibrate"
-    args = tyro.cli(CalibrateArgs, args=argv, prog=prog, config=(DisallowNone,))
 
     def run() -> None:
+        prog = "python -m lserve_jax.calibrate"
+        args = tyro.cli(CalibrateArgs, args=argv, prog=prog, config=(DisallowNone,))
         gates = calibrate(args)
         print(
             f"{gates.size} KV heads: mean gate {gates.mean():.3f}, {(gates < 0.5).sum()} below "
             f"0.5; use it with --attention lserve --pattern {args.output}"
         )
 
-    return exit_code(run)
+    return exit_code(run, lower="--max-length")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """From a model and options to an engine: the one way in which engines are built."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from convert.attention_patterns import load_pattern
 from lserve_jax.attention.cache import CacheSpec, KVDtype, cache_bytes, make_spec
 from lserve_jax.attention.config import SparsityConfig
+from lserve_jax.checks import check_bool, check_integer, is_real
 from lserve_jax.engine.buckets import SMALLEST_CHUNK
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.relay import RelayMode, check_mode
@@ -49,8 +51,9 @@ class EngineOptions:
     backend: "mosaic", the Pallas kernels for Hopper GPUs; "reference", plain JAX, runs anywhere;
         "auto" takes the kernels on such a GPU.
 
-    Raises ``ValueError`` for settings that contradict each other, and ``NotImplementedError`` for
-    kernels on a device that they are not for.
+    Raises ``ValueError`` or ``TypeError`` for a value that an option cannot have, ``ValueError``
+    for settings that contradict each other, and ``NotImplementedError`` for kernels on a device
+    that they are not for.
     """
 
     dtype: str | None = None
@@ -69,6 +72,15 @@ class EngineOptions:
     backend: Backend = "auto"
 
     def __post_init__(self):
+        for name in ("max_num_seqs", "max_prefixes", "prefill_chunk_size", "burst_steps"):
+            check_integer(name, getattr(self, name))
+        if self.max_model_len is not None:
+            check_integer("max_model_len", self.max_model_len)
+        if self.kv_cache_bytes is not None:
+            check_integer("kv_cache_bytes", self.kv_cache_bytes, most=math.inf)
+        check_bool("deterministic", self.deterministic)
+        if not isinstance(self.sparsity, SparsityConfig | None):
+            raise TypeError(f"sparsity={self.sparsity!r} must be a SparsityConfig or None")
         check_backend(self.backend)
         if self.attention not in ("dense", "lserve"):
             raise ValueError(f"attention={self.attention!r} must be 'dense' or 'lserve'")
@@ -86,8 +98,9 @@ class EngineOptions:
                 f"prefill_chunk_size={chunk} must be a power of two of at least {SMALLEST_CHUNK}"
             )
         check_mode(self.relay, self.deterministic, self.resolved_sparsity)
-        if not 0 < self.memory_fraction <= 1:
-            raise ValueError(f"memory_fraction={self.memory_fraction} must lie in (0, 1]")
+        fraction = self.memory_fraction
+        if not (is_real(fraction) and 0 < fraction <= 1):
+            raise ValueError(f"memory_fraction={fraction!r} must lie in (0, 1]")
         if self.max_prefixes < 0:
             raise ValueError(f"max_prefixes={self.max_prefixes} must not be negative")
         if self.burst_steps < 1:
@@ -106,7 +119,7 @@ def resolve_dtype(dtype: str | None):
     """The JAX dtype of a name; None takes bfloat16 on accelerators and float32 on the CPU."""
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; known: {sorted(DTYPES)}")
     return DTYPES[dtype]
 

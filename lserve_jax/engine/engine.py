@@ -12,38 +12,29 @@ the results of the work before.
 """
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from lserve_jax.attention.cache import CacheSpec
+from lserve_jax.checks import check_integer
 from lserve_jax.engine.buckets import bucket, buckets
 from lserve_jax.engine.costs import BurstRow, CacheUnits
-from lserve_jax.engine.metrics import EngineCounts, EngineMetrics, RelayDecision, StepMetrics
+from lserve_jax.engine.metrics import EngineCounts, EngineMetrics, StepMetrics
 from lserve_jax.engine.prefix import Prefix
 from lserve_jax.engine.prefix_store import PrefixStore
 from lserve_jax.engine.relay import RelayMode, check_mode, group_by_prefix
-from lserve_jax.engine.request import PromptIds, Request, TokenOutput
+from lserve_jax.engine.request import InFlight, PromptIds, Request, TokenOutput, check_deadline
 from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.engine.sampling import check_stop_ids, sampling_row
 from lserve_jax.engine.scheduler import Scheduler
-from lserve_jax.engine.state import Burst, Sample
+from lserve_jax.engine.state import Sample
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.sampling_params import SamplingParams
-
-
-@dataclass(kw_only=True)
-class _InFlight:
-    """A burst on the device whose results are not yet fetched."""
-
-    burst: Burst
-    steps: int
-    requests: list[tuple[int, Request]]  # (slot, request)
-    decisions: dict[int, RelayDecision]  # by slot, of those whose request has a prefix
 
 
 class Engine:
@@ -87,6 +78,7 @@ class Engine:
         self.units = CacheUnits.of(runner.config, spec, runner.dtype)
         self._counts = EngineCounts()
         self._next_number = 0
+        self.resets = 0  # how often it began anew
         self._start_empty()
 
     def _start_empty(self) -> None:
@@ -99,7 +91,7 @@ class Engine:
             lambda: self.abandon(()),
         )
         self.unfinished: dict[str, Request] = {}  # those whose end is not yet returned
-        self._in_flight: _InFlight | None = None
+        self._in_flight: InFlight | None = None
         self._first_tokens: list[tuple[Request, Sample]] = []  # not yet fetched
         self._last_step: StepMetrics | None = None
 
@@ -107,6 +99,7 @@ class Engine:
         """Begins anew with an empty cache and no requests, also after a failure on the device."""
         self.runner.reset()
         self.scheduler.prefix_cache.clear()
+        self.resets += 1
         self._start_empty()
 
     # What it is asked.
@@ -210,8 +203,8 @@ class Engine:
         """
         if request_id in self.unfinished:
             raise ValueError(f"a request with id {request_id!r} is already in the engine")
-        if deadline is not None and not deadline > 0:
-            raise ValueError(f"{deadline=} must be positive: it is in seconds from now")
+        check_deadline(deadline)
+        check_integer("seed", seed, 0, most=math.inf)
         ids = self.check_request(prompt, sampling)
         now = self.clock()
         request = Request(
@@ -279,9 +272,15 @@ class Engine:
         self.scheduler.release(request)
 
     def stream(self) -> Iterator[TokenOutput]:
-        """Runs until no request is left; yields tokens as they come. Requests may be added."""
+        """Runs until no request is left; yields tokens as they come. Requests may be added.
+
+        Raises ``ValueError`` if the engine is reset while it runs: its requests are gone then.
+        """
+        resets = self.resets
         while self.has_unfinished_requests:
             yield from self.step()
+            if self.resets != resets:
+                raise ValueError("the engine was reset while requests ran: they are gone")
 
     def step(self) -> list[TokenOutput]:
         """Dispatches the next work: prompt chunks, then a burst of decode steps.
@@ -394,7 +393,7 @@ class Engine:
 
     # Decoding.
 
-    def _dispatch(self) -> tuple[_InFlight | None, list[TokenOutput]]:
+    def _dispatch(self) -> tuple[InFlight | None, list[TokenOutput]]:
         """Starts a burst of all running requests; also returns outputs fetched to make room."""
         outputs: list[TokenOutput] = []
         steps = self.scheduler.burst_length()
@@ -431,7 +430,7 @@ class Engine:
                 # Surely at its end after this burst: the next request can have its slot, since
                 # what it runs comes after the burst.
                 self.scheduler.release(request)
-        in_flight = _InFlight(burst=burst, steps=steps, requests=requests, decisions=decisions)
+        in_flight = InFlight(burst=burst, steps=steps, requests=requests, decisions=decisions)
         return in_flight, outputs
 
     # Results.
@@ -465,10 +464,8 @@ class Engine:
         self._counts.generated_tokens += len(new.token)
         finish_reason = request.finish_reason()
         if finish_reason is not None:
-            request.finished = True
-            del self.unfinished[request.request_id]
+            self._stop(request)
             self._counts.finished += 1
-            self.scheduler.release(request)
         elif len(new.token) == 0:
             return []
         return [request.output(new, finish_reason, self.units)]

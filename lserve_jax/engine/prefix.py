@@ -83,7 +83,10 @@ class Prefix:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes tokens, keys, values and statistics to a safetensors file.
 
-        For a model of 8B in bf16 that is 128 KiB a token. Raises ``ValueError`` once released.
+        For a model of 8B in bf16 that is 128 KiB a token. The file is whole or not there: it is
+        written under another name beside ``path`` first.
+
+        Raises ``ValueError`` once released, and ``OSError`` if the file cannot be written.
         """
         token_ids, arrays = json.dumps(self.token_ids.tolist()), self.owner.prefix_arrays(self)
         metadata = {
@@ -92,7 +95,15 @@ class Prefix:
             "digest": _digest(token_ids, arrays),
             **self.owner.prefix_identity(),
         }
-        save_file(arrays, path, metadata)
+        path = Path(path)
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+        try:
+            save_file(arrays, unfinished, metadata)
+            unfinished.replace(path)
+        except SafetensorError as error:  # its own of a full disk too
+            raise OSError(f"prefix file {str(path)!r} cannot be written: {error}") from None
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 def _digest(token_ids: str, arrays: dict[str, jax.Array]) -> str:

@@ -1,17 +1,18 @@
 """A request on its way through the engine, and what comes out of it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 
 import jax
 import numpy as np
 
+from lserve_jax.checks import is_real
 from lserve_jax.engine.costs import CacheUnits, RequestCosts
-from lserve_jax.engine.metrics import RequestMetrics
+from lserve_jax.engine.metrics import RelayDecision, RequestMetrics
 from lserve_jax.engine.prefix import Prefix
-from lserve_jax.engine.state import Sample
+from lserve_jax.engine.state import Burst, Sample
 from lserve_jax.sampling_params import SamplingParams
 
 
@@ -30,18 +31,22 @@ class PromptIds:
         *,
         what: str = "prompt",
     ) -> "PromptIds":
-        """A copy of ``token_ids``, or what was checked already; ``what`` names them in errors.
+        """A copy of ``token_ids``, or what was checked already. ``what`` names them in errors.
 
-        Raises ``ValueError`` for an id that is no integer, and one outside the vocabulary.
+        Raises ``ValueError`` for what is no list, an id that is no integer, and one outside the
+        vocabulary.
         """
         if isinstance(token_ids, PromptIds):
             if token_ids.vocab_size == vocab_size:
                 return token_ids
             token_ids = token_ids.ids
-        ids = np.array(token_ids)
+        try:
+            ids = np.array(token_ids)
+        except ValueError:  # lists of several lengths
+            raise ValueError(f"{what} token ids must be a list of integers, got lists") from None
+        if ids.ndim == 0 and not isinstance(token_ids, Iterable):
+            raise ValueError(f"{what} token ids must be a list of integers, got {token_ids!r}")
         if ids.dtype.kind not in "iu":  # floats, text, or integers that no array type holds
-            if ids.ndim == 0:
-                raise ValueError(f"{what} token ids must be a list of integers, got {token_ids!r}")
             for token in token_ids:
                 if not isinstance(token, Integral):
                     raise ValueError(f"{what} token id {token!r} must be an integer")
@@ -61,6 +66,12 @@ class PromptIds:
         return len(self.ids)
 
 
+def check_deadline(deadline: float | None) -> None:
+    """Raises ``ValueError`` for what is no positive number of seconds; None is no deadline."""
+    if deadline is not None and not (is_real(deadline) and deadline > 0):
+        raise ValueError(f"{deadline=} must be positive: it is in seconds from now")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenOutput:
     """New tokens of one request. ``finish_reason`` is set with the last of them."""
@@ -69,8 +80,19 @@ class TokenOutput:
     token_ids: list[int]
     logprobs: list[float]  # of each token, under the model's own distribution
     top_logprobs: list[dict[int, float]]  # per token, empty unless asked for
-    finish_reason: str | None  # "stop", "length", "deadline" or None while running
+    # "stop", "length", "deadline", "error" (the logits are not finite), or None while running
+    finish_reason: str | None
     metrics: RequestMetrics
+
+
+@dataclass(kw_only=True)
+class InFlight:
+    """A burst on the device whose results are not yet fetched."""
+
+    burst: Burst
+    steps: int
+    requests: list[tuple[int, "Request"]]  # (slot, request)
+    decisions: dict[int, RelayDecision]  # by slot, of those whose request has a prefix
 
 
 @dataclass(kw_only=True, eq=False)
@@ -92,6 +114,7 @@ class Request:
     shared_tokens: int = 0  # of the prompt, on pages of the prefix
     prefilled: int = 0  # prompt tokens that are in the cache
     finished: bool = False
+    failed: bool = False  # its logits are not finite
 
     # Its tokens. After a preemption those in ``tokens`` are fed to the model again (replayed).
     tokens: list[int] = field(default_factory=list)  # returned to the caller
@@ -139,11 +162,18 @@ class Request:
         replayed = min(max(len(self.tokens) - self.received, 0), count)
         self.received += count
         new: Sample = jax.tree.map(lambda x: x[replayed:], samples)
+        finite = np.isfinite(new.logprob)
+        if not finite.all():
+            # The logits were not finite: tokens from here on mean nothing.
+            new = jax.tree.map(lambda x: x[: int(finite.argmin())], new)
+            self.failed = True
         self.tokens += [int(token) for token in new.token]
         return new
 
     def finish_reason(self) -> str | None:
-        """Why its newest token is the last: "stop" or "length"; None if it is not."""
+        """Why nothing comes after its newest token: "stop", "length" or "error"; or None."""
+        if self.failed:
+            return "error"
         if self.tokens[-1] in self.sampling_row["stop_token_ids"]:
             return "stop"
         return "length" if len(self.tokens) >= self.sampling.max_tokens else None

@@ -58,7 +58,8 @@ def score(
     ``distributions`` returns the log probabilities of the whole vocabulary too: 4 V bytes a token.
 
     Raises ``ValueError`` for an empty prompt or continuation, where the engine would for the two
-    together, and while requests of others run.
+    together, and while requests of others run. Logits that are not finite raise
+    ``FloatingPointError``.
     """
     if engine.has_unfinished_requests:
         raise ValueError("the engine is still busy with another call's requests")
@@ -146,6 +147,12 @@ def _force(engine: Engine, batch: Sequence[_Item], distributions: bool) -> list[
         )
         parts.append(jax.device_get(scores))
     all_steps = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+    for slot, n in zip(slots, lengths, strict=True):
+        if not np.isfinite(all_steps.logprobs[:n, slot]).all():
+            raise FloatingPointError(
+                "the model's logits are not finite: its weights or constants hold NaN or "
+                "infinity, or its numbers overflow the dtype"
+            )
     return [
         Score(
             logprobs=all_steps.logprobs[:n, slot],

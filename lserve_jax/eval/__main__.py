@@ -4,6 +4,11 @@ Tables go to stdout and, with everything else, to the output directory; progress
 stderr. A mistake of the caller's ends with one sentence and exit code 2.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it, no traceback
+
 import shlex
 import sys
 from collections.abc import Sequence
@@ -118,14 +123,15 @@ def _study(args: EvalArgs, argv: Sequence[str]) -> Study:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line ``argv`` (default: this process's); returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    args = tyro.cli(EvalArgs, args=argv, prog="python -m lserve_jax.eval", config=(DisallowNone,))
 
     def run() -> None:
+        prog = "python -m lserve_jax.eval"
+        args = tyro.cli(EvalArgs, args=argv, prog=prog, config=(DisallowNone,))
         study = _study(args, argv)
         enable_compile_cache()
         print(markdown(run_study(study, progress=True)))
 
-    return exit_code(run)
+    return exit_code(run, lower="--lengths, --max-num-seqs or --kv-cache-bytes")
 
 
 if __name__ == "__main__":

@@ -114,8 +114,15 @@ class LServeLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Raises ``ValueError`` if the model has no chat template."""
-        return self._tokenizer.apply_chat_template(chat_history, add_generation_prompt)
+        """Without ``add_generation_prompt`` the last message is the beginning of the answer.
+
+        Raises ``ValueError`` where ``Tokenizer.apply_chat_template`` does.
+        """
+        return self._tokenizer.apply_chat_template(
+            chat_history,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: object

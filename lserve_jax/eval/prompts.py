@@ -71,7 +71,7 @@ def read_text(tokenizer: Tokenizer, source: TextName | Path, least: int) -> list
         text = "\n\n".join(topics[name] for name in sorted(topics))
     else:
         try:
-            text = Path(source).read_text(encoding="utf-8")
+            text = Path(source).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"text file {str(source)!r} is not UTF-8: {error}") from None
     ids = tokenizer.encode(text, add_special_tokens=False)

@@ -308,6 +308,62 @@ def test_min_tokens_with_several_stops(tokenizer: Tokenizer) -> None:
     assert (output.text, output.stop_reason) == ("a b ", "a a a")
 
 
+@pytest.fixture(scope="module")
+def with_added(tokenizer: Tokenizer) -> Tokenizer:
+    """Beside the bytes two added tokens: <end>, which is special, and <tool>, which is not."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_special_tokens(["<end>"])
+    backend.add_tokens(["<tool>"])
+    return Tokenizer(backend=backend, markers={}, eos_token_ids=(), chat_template=None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text", "stop_reason"),
+    [
+        ({"stop": "<end>"}, "a b", "<end>"),
+        ({"stop": ["x", "<end>"]}, "a b", "<end>"),
+        ({"stop": "<end>", "include_stop_str_in_output": True}, "a b<end>", "<end>"),
+        ({"stop": "<end>", "skip_special_tokens": False}, "a b", "<end>"),
+        ({"stop": "<tool>"}, "a ba", "<tool>"),
+        ({"stop": ["<tool>", "<end>"]}, "a b", "<end>"),
+        ({"stop": ["<end>", "b"]}, "a ", "b"),
+        ({"stop": "<end>", "min_tokens": 4}, "a ba<tool>b", "<end>"),  # the second one
+        ({"stop": "<end>x"}, "a ba<tool>b", None),  # no token by itself
+    ],
+)
+@pytest.mark.parametrize("burst", [1, 4, 16])
+def test_a_stop_string_that_is_a_token_ends_at_it(
+    with_added: Tokenizer, settings: dict, text: str, stop_reason: str | None, burst: int
+) -> None:
+    tokens = with_added.encode("a b<end>a<tool>b<end>", add_special_tokens=False)
+    assert len(tokens) == 8
+    completion, shown = Completion(0, SamplingParams(**settings), with_added), ""
+    for new in token_outputs(tokens, burst, "length"):
+        shown += completion.append(new)[0]
+        if completion.finished:
+            break
+    output = completion.output()
+    assert (output.text, shown, output.stop_reason) == (text, text, stop_reason)
+    assert output.finish_reason == ("length" if stop_reason is None else "stop")
+
+
+def test_what_was_held_back_comes_before_a_stop_token(with_added: Tokenizer) -> None:
+    euro = with_added.encode("a\N{EURO SIGN}", add_special_tokens=False)
+    tokens = [*euro[:-1], with_added.encode("<end>")[0]]  # its last byte is missing
+    completion = Completion(0, SamplingParams(stop="<end>"), with_added)
+    completion.append(token_outputs(tokens, 16, "length")[0])
+    assert completion.output().text == "a\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_stop_string_that_is_the_end_of_text_is_named(with_added: Tokenizer) -> None:
+    tokens = with_added.encode("ab<end>", add_special_tokens=False)
+    for stop, reason in ((), None), ("<end>", "<end>"):
+        completion = Completion(0, SamplingParams(stop=stop), with_added)
+        completion.append(token_outputs(tokens, 16, "stop")[0])  # the engine ended there itself
+        output = completion.output()
+        assert (output.text, output.finish_reason, output.stop_reason) == ("ab", "stop", reason)
+
+
 # Prompts.
 
 
@@ -366,3 +422,39 @@ def test_a_checked_prompt_is_a_copy_that_nobody_changes() -> None:
     with pytest.raises(ValueError, match=r"token id 3 is outside the vocabulary \[0, 3\)"):
         PromptIds.check(checked, 3)
     assert math.prod(PromptIds.check([True, 2], 96).ids.tolist()) == 2
+
+
+def test_a_text_that_cannot_fit_is_not_tokenised_whole(text: TextEngine, monkeypatch) -> None:
+    """256 tokens fit; each character is one token, or four for a face."""
+    assert text.tokenizer is not None
+    seen, encode = [], tokenizers.Tokenizer.encode
+
+    def count(self, piece: str, **options):
+        seen.append(len(piece))
+        return encode(self, piece, **options)
+
+    monkeypatch.setattr(
+        Tokenizer, "encode", lambda self, t, **options: count(self.backend, t, **options).ids
+    )
+    for character in ("a", "\N{GRINNING FACE}"):
+        seen.clear()
+        with pytest.raises(ValueError, match=r"has 1000000 characters: .* max_model_len=256"):
+            text.submit(character * 1_000_000, GREEDY)
+        assert sum(seen) < 4000
+    with pytest.raises(ValueError, match="2000 tokens and max_tokens=12 make 2012"):
+        text.submit("a" * 2000, GREEDY)  # short enough to be counted
+    assert not text.has_unfinished_requests
+
+
+def test_a_long_text_of_few_tokens_is_not_refused(params: dict) -> None:
+    """A run of 400 spaces is one token, so that its beginnings say little about it."""
+    vocabulary = {"<unk>": 0, "a": 1}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = Tokenizer(backend=backend, markers={}, eos_token_ids=(), chat_template=None)
+    options = EngineOptions(max_num_seqs=2, max_model_len=256, burst_steps=4)
+    text = TextEngine(build_engine(CONFIG, params, options), tokenizer)
+    checked = text.check((" " * 400 + "a") * 200, GREEDY)
+    assert checked.ids.ids.tolist() == [1] * 200
+    with pytest.raises(ValueError, match="more than max_model_len=256"):
+        text.check((" " * 400 + "a") * 100_000, GREEDY)

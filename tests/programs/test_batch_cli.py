@@ -1,5 +1,6 @@
 """Many prompts from a file to a file: nothing lost, nothing doubled, whatever happens between."""
 
+import hashlib
 import json
 import os
 import signal
@@ -122,6 +123,32 @@ def test_a_text_file_has_a_prompt_a_line(run, tmp_path):
     assert run(prompts, "--no-chat", "--max-tokens", 2)[0] == 0
     answers = by_index(tmp_path / "out.jsonl")
     assert {i: answers[i]["prompt_tokens"] for i in answers} == {1: 5, 2: 12}
+
+
+def test_options_that_older_outputs_lack_leave_their_header_as_it_was(run, tmp_path):
+    prompts, output = write_lines(tmp_path / "p.txt", ["Hello"]), tmp_path / "out.jsonl"
+    assert run(prompts, "--max-tokens", 2, "--stop-token-ids", 3)[0] == 0
+    assert read_output(output)[0]["run"]["stop_token_ids"] == [3]
+    difference = error_of(run(prompts, "--max-tokens", 2, "--no-skip-special-tokens"))
+    assert "stop_token_ids is [3] there and null here" in difference
+    assert "skip_special_tokens is null there and false here" in difference
+    output.unlink()
+    assert run(prompts, "--max-tokens", 2, "--skip-special-tokens")[0] == 0
+    assert not {"stop_token_ids", "skip_special_tokens"} & read_output(output)[0]["run"].keys()
+
+
+def test_stop_ids_and_special_tokens_of_a_line(run, tmp_path):
+    path = write_lines(tmp_path / "p.jsonl", [{"prompt": "Hello"}])
+    run(path, "--max-tokens", 12)
+    whole = by_index(tmp_path / "out.jsonl")[1]["token_ids"]
+    (tmp_path / "out.jsonl").unlink()
+    write_lines(path, [{"prompt": "Hello", "stop_token_ids": [whole[3]]}])
+    assert run(path, "--max-tokens", 12)[0] == 0
+    end = whole.index(whole[3]) + 1
+    assert by_index(tmp_path / "out.jsonl")[1]["token_ids"] == whole[:end]
+    write_lines(path, [{"prompt": "Hello", "skip_special_tokens": False}])
+    file = PromptsFile(path, SamplingParams(), skip_bad_lines=False)
+    assert not next(file.lines()).sampling.skip_special_tokens
 
 
 def test_stop_strings_of_a_line(run, tmp_path):
@@ -264,6 +291,9 @@ BAD_LINES = [
     ('{"prompt": "a", "max_tokens": null}', "max_tokens must be an integer"),
     ('{"prompt": "a", "stop": null}', "stop must be a string or a list of strings, got null"),
     ('{"prompt": "a", "stop": [1]}', "stop=(1,)"),
+    ('{"prompt": "a", "stop_token_ids": "12"}', 'stop_token_ids must be a list, got "12"'),
+    ('{"prompt": "a", "stop_token_ids": [1.5]}', "stop_token_ids must be an integer"),
+    ('{"prompt": "a", "skip_special_tokens": "no"}', "skip_special_tokens='no' must be"),
 ]
 # Known only once the model is.
 BAD_PROMPTS = [
@@ -295,6 +325,27 @@ def llm(checkpoint) -> LLM:
     return LLM(str(checkpoint))
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("p.txt", "The sea\nis\n"), ("p.jsonl", '{"prompt": "The sea"}\n')]
+)
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path, name, text) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    file = PromptsFile(tmp_path / name, SamplingParams(), skip_bad_lines=False)
+    assert next(file.lines()).prompt == "The sea"
+    (tmp_path / "blank.txt").write_text("\n", encoding="utf-8-sig")
+    with pytest.raises(ValueError, match="line 1: it is blank"):
+        PromptsFile(tmp_path / "blank.txt", SamplingParams(), skip_bad_lines=False)
+
+
+def test_a_shared_prefix_file_with_a_byte_order_mark(run, tmp_path) -> None:
+    prompts = write_lines(tmp_path / "p.txt", ["Hello"])
+    (tmp_path / "shared.txt").write_text("Once ", encoding="utf-8-sig")
+    argv = ["--shared-prefix-file", tmp_path / "shared.txt", "--no-chat", "--max-tokens", 2]
+    assert run(prompts, *argv)[0] == 0
+    header, _ = read_output(tmp_path / "out.jsonl")
+    assert header["run"]["shared_prefix_sha256"] == hashlib.sha256(b"Once ").hexdigest()
+
+
 @pytest.mark.parametrize(("line", "sentence"), BAD_PROMPTS, ids=range(len(BAD_PROMPTS)))
 def test_a_prompt_that_cannot_run_is_named_before_any_does(llm, tmp_path, line, sentence):
     path = write_lines(tmp_path / "p.jsonl", ['{"prompt": "Hello"}', line])
@@ -323,6 +374,25 @@ def test_with_skip_bad_lines_the_others_run(run, tmp_path):
             assert wanted[index][1] in answer["error"]
             assert f"line {index} is skipped: " in err
     assert "has all" in run(prompts, "--max-tokens", 2, "--skip-bad-lines")[1]
+
+
+def test_one_bad_conversation_ends_no_file(run, tmp_path):
+    user = {"role": "user", "content": "How warm is it?"}
+    call = {"type": "function", "function": {"name": "warmth", "arguments": {}}}
+    asked = {"role": "assistant", "content": "Let me see.", "tool_calls": [call]}
+    lines = [
+        {"messages": [user, asked, {"role": "tool", "content": "17"}]},
+        {"messages": [user, {"role": "tool", "content": 17}]},
+        {"messages": [user, {"content": "17"}]},
+        {"messages": [user]},
+    ]
+    prompts = write_lines(tmp_path / "p.jsonl", lines)
+    assert "line 2" in error_of(run(prompts, "--max-tokens", 2))
+    assert run(prompts, "--max-tokens", 2, "--skip-bad-lines")[0] == 0
+    answers = by_index(tmp_path / "out.jsonl")
+    assert {i for i, answer in answers.items() if "error" in answer} == {2, 3}
+    text = "[user] How warm is it? [assistant] Let me see. [tool] 17 [answer]"
+    assert answers[1]["prompt_tokens"] == len(text)
 
 
 def prompt_tokens(err: str) -> tuple[int, int]:

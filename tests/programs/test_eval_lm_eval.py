@@ -146,6 +146,21 @@ def test_generation_through_the_chat_template(llm, model, tmp_path):
         assert answer == llm.generate(context, params)[0].outputs[0].text
 
 
+def test_a_task_that_begins_the_answer_has_it_continued(llm, model, tmp_path):
+    write_task(
+        tmp_path,
+        "generate_until",
+        doc_to_target="{{choices[0]}}",
+        gen_prefix="The answer is",
+        generation_kwargs={"until": ["zq"], "max_gen_toks": 9},
+        metric_list=[{"metric": "exact_match"}],
+    )
+    _, samples = evaluate(model, tmp_path, "generate_until", apply_chat_template=True)
+    for sample in samples:
+        ((context, _),) = sample["arguments"]
+        assert context == f"<{sample['doc']['context']}><The answer is"
+
+
 def instances(kind: str, *arguments: tuple) -> list:
     from lm_eval.api.instance import Instance
 

@@ -176,7 +176,7 @@ def test_a_haystack_is_one_part_of_the_text_around_its_needles():
 
 def test_texts_are_read(tokenizer, tmp_path):
     assert len(read_text(tokenizer, "neutral", 5000)) >= 5000
-    (tmp_path / "text.txt").write_text("café " * 50, encoding="utf-8")
+    (tmp_path / "text.txt").write_text("café " * 50, encoding="utf-8-sig")  # with a mark
     assert tokenizer.decode(read_text(tokenizer, tmp_path / "text.txt", 50)) == "café " * 50
 
 

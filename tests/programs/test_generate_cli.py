@@ -14,7 +14,8 @@ import pytest
 from tiny_checkpoints import save_character_tokenizer
 
 from lserve_jax import generate
-from lserve_jax.stats import request_summary
+from lserve_jax.cli import read_stdin, read_text
+from lserve_jax.stats import end_summary, request_summary
 
 PROMPT_LENGTH = 40  # of the goldens in tests/data/conformance
 
@@ -119,6 +120,22 @@ def test_prompt_from_file_and_from_stdin(capsys, chat_checkpoint, tmp_path, monk
     assert prompt_tokens(capsys, chat_checkpoint, *argv, "-") == 5
 
 
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, monkeypatch):
+    (tmp_path / "prompt.txt").write_text("ÀÁÂ!", encoding="utf-8-sig")
+    assert read_text(tmp_path / "prompt.txt", "prompt file") == "ÀÁÂ!"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffHello"))
+    assert read_stdin() == "Hello"
+
+
+def test_standard_input_that_gives_no_text(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
+    with pytest.raises(ValueError, match="standard input is not text"):
+        read_stdin()
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="standard input is closed"):
+        read_stdin()
+
+
 def test_text_is_written_as_it_is_made(capsys, chat_checkpoint, monkeypatch):
     argv = ["--model", chat_checkpoint, "--prompt", "Hello", "--max-tokens", 60]
     whole = json.loads(run(capsys, *argv, "--json")[1])["text"]
@@ -138,6 +155,37 @@ def test_stop_ends_the_text_before_the_stop_string(capsys, chat_checkpoint):
     record = json.loads(run(capsys, *argv, "--stop", "no such text", "--stop", stop)[1])
     assert record["finish_reason"] == "stop"
     assert record["text"] == whole[: whole.index(stop)]
+
+
+def test_stop_token_ids_end_it_too(capsys, checkpoint):
+    argv = ["--model", checkpoint, "--prompt-token-ids", *range(1, 9), "--max-tokens", 8]
+    whole = json.loads(run(capsys, *argv, "--json")[1])["token_ids"]
+    argv += ["--json", "--stop-token-ids", whole[4], whole[2]]
+    record = json.loads(run(capsys, *argv)[1])
+    end = min(whole.index(whole[4]), whole.index(whole[2])) + 1
+    assert (record["finish_reason"], record["token_ids"]) == ("stop", whole[:end])
+
+
+@pytest.mark.parametrize(
+    ("argv", "skipped"),
+    [((), True), (("--skip-special-tokens",), True), (("--no-skip-special-tokens",), False)],
+)
+def test_special_tokens_are_shown_or_not(monkeypatch, argv, skipped):
+    seen = []
+    monkeypatch.setattr(generate, "_load", lambda args: seen.append(args) or sys.exit(0))
+    with pytest.raises(SystemExit):
+        generate.main(["--prompt", "Hello", *argv])
+    assert generate._sampling_params(seen[0]).skip_special_tokens is skipped
+
+
+def test_stats_name_the_tokens_that_end_an_answer(capsys, checkpoint, chat_checkpoint):
+    end = json.loads((checkpoint / "config.json").read_text())["eos_token_id"]
+    argv = ["--max-tokens", 1, "--stats", "--model"]
+    _, _, err = run(capsys, *argv, checkpoint, "--prompt-token-ids", 1)
+    assert f"\nends at   {end}\n" in err
+    _, _, err = run(capsys, *argv, chat_checkpoint, "--prompt", "Hi")
+    assert f"\nends at   {end} (" in err
+    assert end_summary((), None) == "ends at   no token of the model's own"
 
 
 def test_seed_repeats_a_sample(capsys, chat_checkpoint):
@@ -188,7 +236,7 @@ def test_help_names_every_option(capsys):
         "--max-tokens --temperature --top-p --top-k --seed --stop --dtype --max-model-len --json "
         "--stats --attention --pattern --streaming-fraction --page-size --logical-page-size "
         "--token-budget --reuse-interval --prefill-sink --prefill-local --decode-sink "
-        "--decode-local --kv-dtype"
+        "--decode-local --kv-dtype --stop-token-ids --skip-special-tokens --no-skip-special-tokens"
     )
     assert set(options.split()) <= set(out.replace(",", " ").split())
 

@@ -1,0 +1,260 @@
+"""What cannot be meant is refused by an error that names the argument, its value and the rule."""
+
+import math
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_llm import VOCAB, check_nothing_left, random_prompts, tiny_config, tiny_params
+
+from lserve_jax import LLM, SamplingParams, SparsityConfig
+from lserve_jax.text_engine import TextEngine
+
+CONFIG = tiny_config(layers=1, kv_heads=1)
+GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+MODEL = (CONFIG, tiny_params(CONFIG))
+IDS = {"prompt_token_ids": [1, 2, 3]}
+
+
+def build() -> LLM:
+    return LLM(MODEL, max_model_len=256, max_num_seqs=2, burst_steps=4)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return build()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ({"seed": 1.5}, "seed must be an integer of at least 0, got 1.5"),
+        ({"seed": None}, "seed must be an integer of at least 0, got None"),
+        ({"max_model_len": 1.5}, "max_model_len must be an integer, got 1.5"),
+        ({"max_model_len": 128.0}, "max_model_len must be an integer, got 128.0"),
+        ({"max_model_len": "128"}, "max_model_len must be an integer, got '128'"),
+        ({"max_num_seqs": 2.0}, "max_num_seqs must be an integer, got 2.0"),
+        ({"max_num_seqs": "2"}, "max_num_seqs must be an integer, got '2'"),
+        ({"max_num_seqs": True}, "max_num_seqs must be an integer, got True"),
+        ({"max_num_seqs": None}, "max_num_seqs must be an integer, got None"),
+        ({"max_prefixes": 1.0}, "max_prefixes must be an integer, got 1.0"),
+        ({"prefill_chunk_size": 128.0}, "prefill_chunk_size must be an integer, got 128.0"),
+        ({"burst_steps": [4]}, r"burst_steps must be an integer, got \[4\]"),
+        ({"kv_cache_bytes": 1e9}, "kv_cache_bytes must be an integer, got 1000000000.0"),
+        ({"memory_fraction": "0.5"}, r"memory_fraction='0.5' must lie in \(0, 1\]"),
+        ({"memory_fraction": math.nan}, "memory_fraction=nan must lie in"),
+        ({"deterministic": "no"}, "deterministic='no' must be True or False"),
+        ({"sparsity": {"page_size": 64}}, "sparsity=.* must be a SparsityConfig or None"),
+        ({"dtype": ["float32"]}, "dtype .* is unknown; known"),
+        ({"dtype": np.float32}, "dtype .* is unknown; known"),
+        ({"tokenizer": "smollm2"}, "tokenizer must be what convert.load_tokenizer returns"),
+        ({"adapter": 5}, "adapter=5 must be the directory of an adapter"),
+    ],
+)
+def test_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        LLM(MODEL, **options)
+
+
+@pytest.mark.parametrize("model", [None, 5, [CONFIG, {}], (CONFIG,), ({}, {})])
+def test_models(model: Any) -> None:
+    with pytest.raises(TypeError, match=r"must be (an alias, a path or a|the) pair"):
+        LLM(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"page_size": 64.0}, "page_size must be an integer, got 64.0"),
+        ({"logical_page_size": "16"}, "logical_page_size must be an integer, got '16'"),
+        ({"selected_page_size": 16.0}, "selected_page_size must be an integer, got 16.0"),
+        ({"token_budget": 4096.0}, "token_budget must be an integer, got 4096.0"),
+        ({"token_budget": None}, "token_budget must be an integer, got None"),
+        ({"reuse_interval": 1.5}, "reuse_interval must be an integer, got 1.5"),
+        ({"decode_local": 256.0}, "decode_local must be an integer, got 256.0"),
+        ({"forced_sink_pages": True}, "forced_sink_pages must be an integer, got True"),
+        ({"lower_bound_weight": "0.5"}, "lower_bound_weight='0.5' must lie in"),
+        ({"streaming_fraction": "half"}, "streaming_fraction='half' must lie in"),
+        ({"pattern": 5}, "pattern=5 must be a name, a path or None"),
+    ],
+)
+def test_sparsity(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        SparsityConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stop": None}, "stop=None must be a string or a sequence of strings"),
+        ({"stop": 5}, "stop=5 must be a string or a sequence of strings"),
+        ({"stop": b"a"}, "stop=b'a' must be a string or a sequence of strings"),
+        ({"stop_token_ids": None}, "stop_token_ids=None must be a sequence of integers"),
+        ({"stop_token_ids": 5}, "stop_token_ids=5 must be a sequence of integers"),
+        ({"stop_token_ids": "12"}, "stop_token_ids='12' must be a sequence of integers"),
+        ({"stop_token_ids": [1.0]}, "entry of stop_token_ids must be an integer .*, got 1.0"),
+        ({"ignore_eos": "no"}, "ignore_eos='no' must be True or False"),
+        ({"skip_special_tokens": 0}, "skip_special_tokens=0 must be True or False"),
+        ({"include_stop_str_in_output": None}, "include_stop_str_in_output=None must be True"),
+    ],
+)
+def test_sampling(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**settings)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sampling", "message"),
+    [
+        (None, None, "prompts must be a prompt or a list of them, got None"),
+        (5, None, "prompts must be a prompt or a list of them, got 5"),
+        ([5], None, "a prompt must be text or hold 'prompt_token_ids', got 5"),
+        ([1, 2], None, "a prompt must be text or hold 'prompt_token_ids', got 1"),
+        ({"prompt_token_ids": [1.0]}, None, "token id 1.0 must be an integer"),
+        ({"prompt_token_ids": np.array([1.5])}, None, "token id .*1.5.* must be an integer"),
+        ({"prompt_token_ids": None}, None, "token ids must be a list of integers, got None"),
+        ({"prompt_token_ids": 5}, None, "token ids must be a list of integers, got 5"),
+        ({"prompt_token_ids": [[1], [2, 3]]}, None, "must be a list of integers, got lists"),
+        ({"prompt_token_ids": [[1, 2]]}, None, r"a list of integers, got shape \(1, 2\)"),
+        (IDS, {"max_tokens": 5}, "sampling_params must be SamplingParams .* got {'max_tokens': 5}"),
+        (IDS, [{"max_tokens": 5}], "sampling must be SamplingParams, got {'max_tokens': 5}"),
+        (IDS, 5, "sampling_params must be SamplingParams or a list of them, got 5"),
+    ],
+)
+def test_generate(llm: LLM, prompts: Any, sampling: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        llm.generate(prompts, sampling)
+    check_nothing_left(llm.engine)
+
+
+@pytest.mark.parametrize(
+    ("messages", "error", "message"),
+    [
+        ([], ValueError, r"messages=\[\] must hold at least one message"),
+        ({"role": "user", "content": "a"}, TypeError, "messages=.* must be a list of messages"),
+        ("Hello", TypeError, "messages='Hello' must be a list of messages"),
+        (None, TypeError, "messages=None must be a list of messages"),
+        ([5], TypeError, "a conversation must be a list of messages, got 5"),
+    ],
+)
+def test_chat(llm: LLM, messages: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        llm.chat(messages)
+
+
+def test_prefixes_streams_and_requests(llm: LLM) -> None:
+    with pytest.raises(ValueError, match=r"prefix token id 1.5 must be an integer"):
+        llm.engine.add_prefix([1.5])
+    with pytest.raises(ValueError, match=r"prefix token ids .*, got shape \(1, 2\)"):
+        llm.engine.add_prefix([[1, 2]])
+    with pytest.raises(ValueError, match=f"prefix token id {VOCAB} is outside"):
+        llm.engine.add_prefix([VOCAB])
+    with pytest.raises(TypeError, match="requests=5 must give pairs of a prompt and"):
+        list(llm.stream(5))
+    with pytest.raises(TypeError, match="on_text=5 must be a function"):
+        llm.generate(IDS, GREEDY, on_text=5)
+    with pytest.raises(ValueError, match="seed must be an integer of at least 0, got -1"):
+        llm.engine.add_request("a", [1], GREEDY, seed=-1)
+    with pytest.raises(ValueError, match="seed must be an integer of at least 0, got -1"):
+        TextEngine(llm.engine, None, seed=-1)
+    for deadline in (0, -1, "5", math.nan, True):
+        with pytest.raises(ValueError, match=r"deadline=.* must be positive"):
+            llm.engine.add_request("a", [1], GREEDY, seed=0, deadline=deadline)
+        with pytest.raises(ValueError, match=r"deadline=.* must be positive"):
+            TextEngine(llm.engine, None).submit(IDS, GREEDY, deadline=deadline)
+    check_nothing_left(llm.engine)
+
+
+# Calls that meet.
+
+
+def test_a_reset_does_not_end_a_stream_silently() -> None:
+    llm = build()
+    llm.engine.add_request("a", [1, 2], GREEDY, seed=0)
+    stream = llm.engine.stream()
+    next(stream)
+    llm.engine.reset()
+    with pytest.raises(ValueError, match="the engine was reset while requests ran"):
+        list(stream)
+    requests = llm.stream((IDS, GREEDY) for _ in range(9))
+    next(requests)
+    llm.engine.reset()
+    with pytest.raises(ValueError, match=r"the engine was reset while requests .* ran"):
+        list(requests)
+    check_nothing_left(llm.engine)
+    assert len(llm.generate(IDS, GREEDY)[0].outputs[0].token_ids) == 20
+
+
+def test_a_reset_loses_the_requests_before_it_only() -> None:
+    text = TextEngine(build().engine, None)
+    lost = text.submit(IDS, GREEDY)
+    text.step()
+    text.engine.reset()
+    kept = text.submit(IDS, GREEDY)
+    with pytest.raises(ValueError, match=rf"was reset while requests \['{lost}'\] ran"):
+        text.step()
+    deltas = []
+    while text.has_unfinished_requests:
+        deltas += text.step()
+    assert {delta.request_id for delta in deltas} == {kept}
+
+
+def test_threads_take_turns() -> None:
+    llm = build()
+    prompts = [[{"prompt_token_ids": ids}] for ids in random_prompts(0, [20, 30, 40, 25])]
+    alone = [llm.generate(prompt, GREEDY)[0].outputs[0].token_ids for prompt in prompts]
+    together: dict[int, Any] = {}
+    start = threading.Barrier(len(prompts))
+
+    def call(number: int) -> None:
+        start.wait()
+        try:
+            for _ in range(3):
+                [output] = llm.generate(prompts[number], GREEDY)
+                together[number] = output.outputs[0].token_ids
+        except ValueError as error:
+            together[number] = error
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [together[number] for number in range(len(prompts))] == alone
+    check_nothing_left(llm.engine)
+
+
+def test_a_call_beside_an_open_stream_is_refused_and_spoils_nothing() -> None:
+    llm = build()
+    prompts = [{"prompt_token_ids": ids} for ids in random_prompts(1, [20] * 5)]
+    alone = [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)]
+    stream = llm.stream((prompt, GREEDY) for prompt in prompts)
+    found = dict([next(stream)])
+    errors: list[Exception] = []
+
+    def call() -> None:
+        try:
+            llm.generate(prompts[0], GREEDY)
+        except ValueError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert "still busy with another call's requests" in str(errors[0])
+    found |= dict(stream)
+    assert [found[i].outputs[0].token_ids for i in range(5)] == alone
+
+
+def test_a_stream_that_finds_others_at_work_leaves_them_alone() -> None:
+    llm = build()
+    mine = llm.stream((IDS, GREEDY) for _ in range(1))
+    next(mine)  # its only request is done, but it is not at its end
+    other = llm.stream((IDS, GREEDY) for _ in range(4))
+    next(other)
+    with pytest.raises(ValueError, match="still busy with another call's requests"):
+        next(mine)
+    assert len(list(other)) == 3
+    check_nothing_left(llm.engine)

@@ -1,0 +1,149 @@
+"""Programs end with one sentence and exit code 2 or with a code that shells know; no traceback."""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_llm import tiny_config, tiny_params
+
+from lserve_jax import LLM, generate
+from lserve_jax.batch import ResultsFile
+from lserve_jax.cli import exit_code
+
+ROOT = Path(generate.__file__).parent.parent
+PROGRAMS = ("lserve_jax.generate", "lserve_jax.analysis", "lserve_jax.eval", "lserve_jax.calibrate")
+
+
+def shell(command: str, model: Path) -> tuple[int, list[str]]:
+    """Exit code and the last line of stderr; $GENERATE answers with 4 tokens."""
+    options = f"--model {model} --max-tokens 4 --prompt-token-ids 1 2 3"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=ROOT,
+        env={**os.environ, "GENERATE": f"{sys.executable} -m lserve_jax.generate {options}"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    return done.returncode, done.stderr.replace("\r", "\n").splitlines()[-1:]
+
+
+@pytest.fixture(scope="module")
+def model(conformance) -> Path:
+    return conformance / "llama-tied"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ("$GENERATE --help | true; exit ${PIPESTATUS[0]}", 141, []),
+        ("$GENERATE | true; exit ${PIPESTATUS[0]}", 141, None),
+        ("$GENERATE >&-", 2, ["error: standard output cannot be written: [Errno 9] Bad file"]),
+        ("$GENERATE >/dev/full", 2, ["No space left on device"]),
+        ("$GENERATE 2>&-", 0, []),
+        ("${GENERATE%--prompt*} --prompt-file - <&-", 2, ["error: standard input is closed"]),
+    ],
+)
+def test_streams_that_are_closed(model, command, code, said) -> None:
+    found, last = shell(command, model)
+    assert found == code
+    if said is not None:
+        assert len(last) == len(said)
+        assert all(text in line for text, line in zip(said, last, strict=True))
+    assert "Exception ignored" not in "".join(last)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_an_interrupt_while_it_is_imported_says_nothing(program: str, tmp_path) -> None:
+    """The module that is imported first sends the signal, so that the moment is always the same."""
+    (tmp_path / "tyro.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", program],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def ended(capsys, error: BaseException | None) -> tuple[int, str]:
+    def program() -> None:
+        if error is not None:
+            raise error
+
+    code = exit_code(program, lower="--size")
+    return code, capsys.readouterr().err
+
+
+def test_codes(capsys) -> None:
+    assert ended(capsys, None) == (0, "")
+    assert ended(capsys, KeyboardInterrupt()) == (130, "")
+    for error in (ValueError("v"), OSError("v"), NotImplementedError("v"), FloatingPointError("v")):
+        assert ended(capsys, error) == (2, "error: v\n")
+    with pytest.raises(ZeroDivisionError):  # a mistake of ours keeps its traceback
+        ended(capsys, ZeroDivisionError())
+
+
+def test_out_of_memory_says_how_much_and_what_to_lower(capsys) -> None:
+    assert ended(capsys, MemoryError()) == (2, "error: out of memory: on the host; lower --size\n")
+    assert exit_code(lambda: np.zeros(10**15) and None, lower="--size") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: out of memory: Unable to allocate 7.11 PiB")
+    assert err.endswith("; lower --size\n") and err.count("\n") == 1
+    assert exit_code(lambda: jnp.zeros(10**14, jnp.float32) and None) == 2
+    err = capsys.readouterr().err
+    assert err == (
+        "error: out of memory: Out of memory allocating 400000000000000 bytes; lower "
+        "--max-model-len, --max-num-seqs or --kv-cache-bytes\n"
+    )
+
+
+@contextlib.contextmanager
+def small_disk():
+    """Files cannot grow beyond 20,000 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_prefix_that_does_not_fit_the_disk_leaves_no_file(tmp_path) -> None:
+    config = tiny_config(layers=2, kv_heads=2)
+    llm = LLM((config, tiny_params(config)), max_model_len=256, max_num_seqs=1)
+    prefix = llm.prefix({"prompt_token_ids": [1, 2, 3] * 50})
+    prefix.save(tmp_path / "whole")  # what it computes is compiled
+    (tmp_path / "whole").unlink()
+    with small_disk(), pytest.raises(OSError, match=r"prefix file .* cannot be written: .*large"):
+        prefix.save(tmp_path / "prefix.safetensors")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "prefix.safetensors").write_text("what was there before")
+    with small_disk(), pytest.raises(OSError, match="cannot be written"):
+        prefix.save(tmp_path / "prefix.safetensors")
+    assert (tmp_path / "prefix.safetensors").read_text() == "what was there before"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_output_file_that_does_not_fit_the_disk_goes_on_later(tmp_path) -> None:
+    path, written = tmp_path / "out.jsonl", 0
+    with (
+        small_disk(),
+        pytest.raises(OSError, match=r"output file .*out.jsonl' cannot be written: .*too large"),
+        ResultsFile(path, {}) as results,
+    ):
+        for written in range(1, 1000):
+            results.append(written, {"text": "x" * 100})
+    with ResultsFile(path, {}) as results:
+        assert results.done == set(range(1, written))
+    assert all(json.loads(line) for line in path.read_text().splitlines())
