@@ -4,15 +4,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tokenizers
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from lserve_jax.chat_template import ChatTemplate
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -73,29 +71,36 @@ class Tokenizer:
         return TextStream(self, skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The text of a conversation, to be encoded with ``add_special_tokens=False``.
 
         ``messages`` have the strings ``role`` and ``content``; whatever else they hold reaches
-        the template too. ``add_generation_prompt`` appends what opens the model's answer.
+        the template too. A message with ``tool_calls`` may have a ``content`` of None or none at
+        all. ``add_generation_prompt`` appends what opens the model's answer. ``tools`` are JSON
+        schemas of functions that the model may call, for templates that show them.
 
-        Raises ``ValueError`` if there is no template, a message is malformed, or the template
-        refuses the conversation.
+        Raises ``ValueError`` if there is no template, a message or tool is malformed, or the
+        template fails on the conversation; the message then names the template's line.
         """
         if self.chat_template is None:
             raise ValueError("this tokenizer has no chat template: give the prompt as text")
         _check_messages(messages)
-        try:
-            return self._compiled_chat_template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
+        if tools is not None:
+            _check_tools(tools)
+        return self._compiled_chat_template.render(
+            {
+                "messages": [dict(message) for message in messages],
+                "add_generation_prompt": add_generation_prompt,
+                "tools": None if tools is None else [dict(tool) for tool in tools],
+                "documents": None,
                 **self.markers,
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template failed on these messages: {error}") from error
+            }
+        )
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes Hugging Face tokenizer files; ``convert.load_tokenizer`` reads them back.
@@ -119,8 +124,8 @@ class Tokenizer:
             _write_json(directory / "generation_config.json", generation)
 
     @cached_property
-    def _compiled_chat_template(self) -> jinja2.Template:
-        return _compile_chat_template(self.chat_template or "")
+    def _compiled_chat_template(self) -> ChatTemplate:
+        return ChatTemplate(self.chat_template or "")
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
@@ -195,50 +200,22 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     if isinstance(messages, str | Mapping) or not messages:
         raise ValueError('messages must be a non-empty list of {"role": ..., "content": ...}')
     for number, message in enumerate(messages):
-        for key in ("role", "content"):
-            if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
-                raise ValueError(
-                    f"messages[{number}]={message!r} must be a mapping with the strings "
-                    '"role" and "content"'
-                )
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(
+                f'messages[{number}]={message!r} must be a mapping with the strings "role" and '
+                '"content"'
+            )
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            raise ValueError(
+                f'messages[{number}]={message!r} must have the strings "role" and "content"; only '
+                "with tool_calls may it have no content"
+            )
 
 
-class _GenerationTag(Extension):
-    """``{% generation %}`` marks the model's own words for training; here it changes nothing."""
-
-    tags = {"generation"}  # noqa: RUF012 - Jinja types it as an instance attribute
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _compile_chat_template(source: str) -> jinja2.Template:
-    """With what templates on the Hugging Face Hub expect; they are untrusted, so sandboxed."""
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def strftime_now(form):
-        return datetime.now().strftime(form)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        # Jinja's own filter escapes <, > and & for HTML.
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    return environment.from_string(
-        source, globals={"raise_exception": raise_exception, "strftime_now": strftime_now}
-    )
+def _check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
+    if isinstance(tools, str | Mapping) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ValueError(f"tools must be a list of mappings (JSON schemas), got {tools!r:.200}")
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
