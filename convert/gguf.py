@@ -98,7 +98,7 @@ def _refuse_kinds(file: GGUFFile) -> None:
 
 
 def _row_reader(tensor: GGUFTensor, file: GGUFFile, config: dict[str, Any]):
-    kind = tensor.name.split(".")[-2]
+    kind = tensor.name.rpartition(".")[0].rpartition(".")[2]
     if file.metadata["general.architecture"] == "llama" and kind in ("attn_q", "attn_k"):
         heads = config["num_attention_heads" if kind == "attn_q" else "num_key_value_heads"]
         if tensor.shape[0] % (2 * heads):

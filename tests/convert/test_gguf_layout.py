@@ -113,10 +113,9 @@ def test_a_key_that_comes_twice_is_refused(tmp_path):
     "value",
     [
         struct.pack("<IQ", ARRAY, 1) + struct.pack("<IQI", U32, 1, 7),
-        struct.pack("<IQ", ARRAY, 1) * 100_000 + struct.pack("<IQI", U32, 1, 7),
         struct.pack("<IQ", 13, 1) + bytes(8),
     ],
-    ids=["nested", "nested deeply", "unknown type"],
+    ids=["nested", "unknown type"],
 )
 def test_arrays_of_arrays_and_of_unknown_types_are_refused(tmp_path, value):
     (tmp_path / "x.gguf").write_bytes(gguf_bytes(TWO, [("a", ARRAY, value)], DATA))
