@@ -164,7 +164,7 @@ def _config(file: GGUFFile) -> dict[str, Any]:
             "tie_word_embeddings": "output.weight" not in file.tensors,
             "rope_parameters": _rope(file, values, config["head_dim"]),
             "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id", int),
-            "eos_token_id": end_token_ids(metadata),
+            "eos_token_id": list(end_token_ids(metadata)),
         }
     )
 
