@@ -48,6 +48,9 @@ class Tokenizer:
 
         ``add_special_tokens`` adds BOS or EOS where this tokenizer's files ask for it; pass False
         for the result of ``apply_chat_template``, which has written them already.
+
+        Raises ``ValueError`` for what is no Unicode text, and for a text that the vocabulary cannot
+        express.
         """
         if not isinstance(text, str):
             raise ValueError(f"text must be a str, got {type(text).__name__}")
@@ -55,7 +58,10 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON can hold
             raise ValueError(f"text is no valid Unicode: {error}") from None
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"the tokenizer cannot encode this text: {error}") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD.

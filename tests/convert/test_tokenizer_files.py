@@ -170,3 +170,12 @@ def test_a_template_file_that_is_no_text_is_refused_by_name(tmp_path):
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8"):
         load_tokenizer(tmp_path)
+
+
+def test_a_text_that_the_vocabulary_cannot_express_is_a_value_error(tmp_path):
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}
+    changes = {"model": model, "added_tokens": [], "pre_tokenizer": None, "post_processor": None}
+    tokenizer = load_tokenizer(write(tmp_path, {"tokenizer.json": changes}))
+    assert tokenizer.encode("a") == [0]
+    with pytest.raises(ValueError, match="the tokenizer cannot encode this text: .*UNK"):
+        tokenizer.encode("b")
