@@ -177,5 +177,5 @@ def test_a_text_that_the_vocabulary_cannot_express_is_a_value_error(tmp_path):
     changes = {"model": model, "added_tokens": [], "pre_tokenizer": None, "post_processor": None}
     tokenizer = load_tokenizer(write(tmp_path, {"tokenizer.json": changes}))
     assert tokenizer.encode("a") == [0]
-    with pytest.raises(ValueError, match="the tokenizer cannot encode this text: .*UNK"):
+    with pytest.raises(ValueError, match=r"the tokenizer cannot encode this text: .*UNK"):
         tokenizer.encode("b")
