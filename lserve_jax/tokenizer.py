@@ -27,6 +27,7 @@ class Tokenizer:
     markers: Mapping[str, str]  # text of bos_token, eos_token, unk_token, pad_token if they exist
     eos_token_ids: tuple[int, ...]  # every id that ends a completion; may be empty
     chat_template: str | None  # Jinja source
+    tool_template: str | None = None  # takes its place where tools are given
 
     @property
     def bos_token_id(self) -> int | None:
@@ -93,12 +94,14 @@ class Tokenizer:
         Raises ``ValueError`` if there is no template, a message or tool is malformed, or the
         template fails on the conversation; the message then names the template's line.
         """
-        if self.chat_template is None:
-            raise ValueError("this tokenizer has no chat template: give the prompt as text")
-        _check_messages(messages)
+        template = self._compiled_chat_template
         if tools is not None:
             _check_tools(tools)
-        return self._compiled_chat_template.render(
+            template = self._compiled_tool_template or template
+        if template is None:
+            raise ValueError("this tokenizer has no chat template: give the prompt as text")
+        _check_messages(messages)
+        return template.render(
             {
                 "messages": [dict(message) for message in messages],
                 "add_generation_prompt": add_generation_prompt,
@@ -117,12 +120,17 @@ class Tokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(directory / "tokenizer.json"))
-        config = {
+        config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             **self.markers,
         }
-        if self.chat_template is not None:
+        templates = {"default": self.chat_template, "tool_use": self.tool_template}
+        if self.tool_template is not None:
+            config["chat_template"] = [
+                {"name": name, "template": text} for name, text in templates.items() if text
+            ]
+        elif self.chat_template is not None:
             config["chat_template"] = self.chat_template
         _write_json(directory / "tokenizer_config.json", config)
         if len(self.eos_token_ids) > 1:
@@ -130,8 +138,12 @@ class Tokenizer:
             _write_json(directory / "generation_config.json", generation)
 
     @cached_property
-    def _compiled_chat_template(self) -> ChatTemplate:
-        return ChatTemplate(self.chat_template or "")
+    def _compiled_chat_template(self) -> ChatTemplate | None:
+        return None if self.chat_template is None else ChatTemplate(self.chat_template)
+
+    @cached_property
+    def _compiled_tool_template(self) -> ChatTemplate | None:
+        return None if self.tool_template is None else ChatTemplate(self.tool_template)
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:

@@ -179,3 +179,17 @@ def test_a_text_that_the_vocabulary_cannot_express_is_a_value_error(tmp_path):
     assert tokenizer.encode("a") == [0]
     with pytest.raises(ValueError, match=r"the tokenizer cannot encode this text: .*UNK"):
         tokenizer.encode("b")
+
+
+def test_a_template_of_its_own_for_tools(tmp_path):
+    entries = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
+    write(tmp_path, {"tokenizer_config.json": {"chat_template": entries}})
+    tokenizer = load_tokenizer(tmp_path)
+    messages = [{"role": "user", "content": "Hi"}]
+    tokenizer.save(tmp_path / "saved")
+    for same in (tokenizer, load_tokenizer(tmp_path / "saved")):
+        assert same.apply_chat_template(messages) == "plain"
+        assert same.apply_chat_template(messages, tools=[{"name": "f"}]) == "tools"
+    write(tmp_path, {"tokenizer_config.json": {"chat_template": entries[1:]}})
+    with pytest.raises(ValueError, match="no chat template"):
+        load_tokenizer(tmp_path).apply_chat_template(messages)
