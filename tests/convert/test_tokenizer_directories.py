@@ -51,12 +51,13 @@ def test_end_ids_of_the_generation_config(directory, eos, expected):
 
 def test_special_tokens_may_be_objects_or_lie_in_the_map(directory):
     (directory / "tokenizer_config.json").unlink()
-    edit(directory / "tokenizer_config.json", bos_token={"content": "<|im_start|>"})
+    bos = {"content": "<|im_start|>"}
+    edit(directory / "tokenizer_config.json", bos_token=bos, added_tokens_decoder={})
     edit(directory / "special_tokens_map.json", eos_token="<|endoftext|>", bos_token="unused")
     tokenizer = load_tokenizer(directory)
     vocabulary = golden("qwen2")["tokens"]
     assert tokenizer.bos_token_id == vocabulary.index("<|im_start|>")
-    assert tokenizer.eos_token_ids == (vocabulary.index("<|endoftext|>"),)
+    assert tokenizer.eos_token_ids[0] == vocabulary.index("<|endoftext|>")
 
 
 def test_add_bos_token_counts_where_tokenizer_json_is_silent(directory):
