@@ -161,7 +161,8 @@ def _config(file: GGUFFile) -> dict[str, Any]:
             "rope_parameters": _rope(file, values, config["head_dim"]),
             "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": _end_tokens(file),
-        }
+        },
+        where=str(file.path),
     )
 
 
@@ -169,6 +170,8 @@ def _rope(file: GGUFFile, values: dict[str, Any], head_dim: int) -> dict[str, An
     rope = {name: values[key] for key, name in _ROPE_ATTRIBUTES.items() if key in values}
     if rope.get("rope_type") == "none":
         rope["rope_type"] = "default"
+    if rope.get("rope_type") == "longrope":  # its numbers are tensors here
+        raise NotImplementedError(f"{file.path}: rope type 'longrope' is not supported in GGUF")
     if _FREQUENCY_FACTORS not in file.tensors:
         return rope
     if rope.get("rope_type", "default") != "default":

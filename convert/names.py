@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from convert.json_values import shortened
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params, abstract_params
 
@@ -129,17 +130,32 @@ def _columns(config: ModelConfig) -> dict[str, slice]:
     }
 
 
-def is_redundant(name: str, config: ModelConfig) -> bool:
+def tied_names(naming: Naming) -> tuple[str, str]:
+    """The names of the embedding table and of the output projection, which may be one tensor."""
+    (hf_embedding, embedding, *_), _, (hf_head, head, *_) = _MODEL
+    return (hf_embedding, hf_head) if naming == "hf" else (embedding, head)
+
+
+def is_derived(name: str) -> bool:
     """Whether a checkpoint may hold tensor ``name`` although the model has no place for it."""
-    if config.tie_word_embeddings and name == "lm_head.weight":
-        return True
     return _DERIVED.fullmatch(name) is not None
+
+
+def refuse_more_layers(num_layers: Any, num_tensors: int, *, where: str) -> None:
+    """Raises ``ValueError`` for more layers than tensors, before work is done for each layer."""
+    if isinstance(num_layers, int) and num_layers > num_tensors:
+        raise ValueError(
+            f"{where}: num_hidden_layers={num_layers}, but there are {num_tensors} tensors"
+        )
 
 
 def check_tensors(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], *, where: str
 ) -> None:
-    """Raises one ``ValueError`` that lists every missing, unexpected and misshapen tensor."""
+    """Raises one ``ValueError`` that counts missing, unexpected and misshapen tensors.
+
+    It lists the first of them.
+    """
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     misshapen = [name for name in found if found[name] != expected.get(name, found[name])]
@@ -153,7 +169,7 @@ def check_tensors(
     raise ValueError(
         f"{where} does not hold the tensors its config describes "
         f"({len(missing)} missing, {len(unexpected)} unexpected, {len(misshapen)} misshapen):\n  "
-        + "\n  ".join(lines)
+        + "\n  ".join(shortened(lines))
     )
 
 

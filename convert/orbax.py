@@ -16,10 +16,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.config_json import canonical, read_json, to_json
-from convert.lora import Delta
-from convert.names import check_tensors, flatten, tensor_slots, unflatten
-from convert.stream import Checkpoint, FileTensor, Placement, assemble, sharding_of
+from convert.config_json import canonical, to_json
+from convert.json_values import read_json
+from convert.names import (
+    TensorSlot,
+    check_tensors,
+    flatten,
+    refuse_more_layers,
+    tensor_slots,
+    unflatten,
+)
+from convert.stream import Checkpoint, FileTensor, Placement, require_finite, sharding_of
 from convert.tokenizers import load_tokenizer
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params, abstract_params
@@ -46,7 +53,8 @@ def is_orbax(path: Path) -> bool:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The canonical config of a checkpoint that ``save`` wrote."""
-    return canonical(read_json(directory / "config.json"))
+    path = directory / "config.json"
+    return canonical(read_json(path), where=str(path))
 
 
 def require_empty(directory: Path) -> None:
@@ -105,76 +113,71 @@ def _keep_tokenizer(source: Path, destination: Path) -> None:
 
 
 def restore(
-    directory: Path,
-    config: ModelConfig,
-    *,
-    dtype: np.dtype | None,
-    deltas: Mapping[str, Delta],
-    placement: Placement,
-    progress: bool,
+    directory: Path, config: ModelConfig, *, dtype: np.dtype | None, placement: Placement
 ) -> Params:
     """Parameters that ``save`` wrote, in ``dtype`` (None: as stored) and placed as asked.
 
-    Without ``deltas`` each array goes from disk to its devices, read in the shards they need.
-    With ``deltas`` the arrays are read to the host first and the deltas added there.
-
-    Raises ``ValueError`` listing all arrays that are missing, unexpected or misshapen.
+    Each array goes from disk to its devices, read in the shards they need. Raises ``ValueError``
+    for arrays that are missing, unexpected, misshapen, damaged or not finite.
     """
-    stored_in = (directory / _PARAMS).absolute()
-    with _checkpointer() as checkpointer:
-        metadata = checkpointer.metadata(stored_in).item_metadata
-        if metadata is None:
-            raise ValueError(f"{stored_in} is not a complete Orbax checkpoint")
-        stored = dict(metadata.items())
-        check_tensors(
-            {leaf: value.shape for leaf, value in flatten(abstract_params(config)).items()},
-            {leaf: tuple(value.shape) for leaf, value in stored.items()},
-            where=str(directory),
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {
+        leaf: jax.ShapeDtypeStruct(
+            value.shape, dtype or value.dtype, sharding=sharding_of(placement, leaf) or here
         )
-        own_dtype = np.dtype(stored["embed_tokens.embedding"].dtype)
-        if deltas:
-            empty = {leaf: np.empty(value.shape, value.dtype) for leaf, value in stored.items()}
-            arrays = checkpointer.restore(stored_in, empty)
-            checkpoint = _as_file_tensors(arrays, config, own_dtype, directory)
-            return assemble(
-                checkpoint,
-                config,
-                dtype=dtype or own_dtype,
-                deltas=deltas,
-                placement=placement,
-                progress=progress,
-            )
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        wanted = {
-            leaf: jax.ShapeDtypeStruct(
-                value.shape,
-                dtype or value.dtype,
-                sharding=sharding_of(placement, leaf) or here,
-            )
-            for leaf, value in stored.items()
-        }
-        return unflatten(checkpointer.restore(stored_in, wanted))
+        for leaf, value in _stored(directory, config).items()
+    }
+    flat = _restore(directory, wanted)
+    for leaf, value in flat.items():
+        require_finite(leaf, value, str(directory))
+    return unflatten(flat)
 
 
-def _as_file_tensors(
-    arrays: Mapping[str, np.ndarray], config: ModelConfig, dtype: np.dtype, directory: Path
-) -> Checkpoint:
-    """The leaves taken apart again into Hugging Face's tensors, which is what deltas fit."""
+def read_orbax(directory: Path, config: ModelConfig) -> Checkpoint:
+    """The same checkpoint as Hugging Face's tensors, which is what an adapter fits.
 
-    def rows(tensor: np.ndarray, start: int, stop: int) -> np.ndarray:
-        return tensor[start:stop]
+    The first look at a value reads all arrays to the host.
+    """
+    stored = _stored(directory, config)
+
+    @functools.cache
+    def arrays() -> dict[str, np.ndarray]:
+        empty = {leaf: np.empty(value.shape, value.dtype) for leaf, value in stored.items()}
+        return _restore(directory, empty)
+
+    def rows(slot: TensorSlot, start: int, stop: int) -> np.ndarray:
+        return slot.view(arrays()[slot.leaf])[start:stop]
 
     return Checkpoint(
         where=str(directory),
         config={},
         naming="hf",
-        dtype=dtype,
+        dtype=np.dtype(stored["embed_tokens.embedding"].dtype),
         tensors=[
-            FileTensor(
-                name=slot.hf,
-                shape=slot.shape,
-                rows=functools.partial(rows, slot.view(arrays[slot.leaf])),
-            )
+            FileTensor(name=slot.hf, shape=slot.shape, rows=functools.partial(rows, slot))
             for slot in tensor_slots(config)
         ],
     )
+
+
+def _stored(directory: Path, config: ModelConfig) -> dict[str, Any]:
+    """Shape and dtype of every array on disk, which must be those of ``config``."""
+    path = (directory / _PARAMS).absolute()
+    with _checkpointer() as checkpointer:
+        metadata = checkpointer.metadata(path).item_metadata
+    if metadata is None:
+        raise ValueError(f"{path} is not a complete Orbax checkpoint")
+    stored = dict(metadata.items())
+    refuse_more_layers(config.num_hidden_layers, len(stored), where=str(directory))
+    check_tensors(
+        {leaf: value.shape for leaf, value in flatten(abstract_params(config)).items()},
+        {leaf: tuple(value.shape) for leaf, value in stored.items()},
+        where=str(directory),
+    )
+    return stored
+
+
+def _restore(directory: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    path = (directory / _PARAMS).absolute()
+    with _checkpointer() as checkpointer:
+        return checkpointer.restore(path, wanted)

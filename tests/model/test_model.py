@@ -148,10 +148,14 @@ def test_parameters_come_from_the_seed() -> None:
         ({"head_dim": 15}, "head_dim=15 must be even"),
         ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be at least 1"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps=nan must be finite"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps=-1e-06 must be finite, not negative"),
+        ({"nope_layers": (0, 2)}, r"nope_layers=\(0, 2\) must lie in \[0, 2\)"),
+        ({"sliding_window": 8}, "must not exceed sliding_window=8"),
     ],
     ids=str,
 )
-def test_model_config_refuses(changes: dict[str, int], message: str) -> None:
+def test_model_config_refuses(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changes)
 
@@ -307,9 +311,25 @@ def test_yarn_magnitude(changes: dict[str, float], magnitude: float) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rope_type": "longrope"}, "rope_type='longrope' is unknown"),
-        ({"rope_theta": 0.0}, "rope_theta=0.0 must be positive"),
-        ({"factor": 0.5}, "factor=0.5 must be at least 1"),
+        ({"rope_type": "mrope"}, "rope_type='mrope' is unknown"),
+        ({"rope_theta": 0.0}, "rope_theta=0.0 must be positive and finite"),
+        ({"rope_theta": math.nan}, "rope_theta=nan must be positive and finite"),
+        ({"factor": 0.5}, "rope factor=0.5 must be finite and at least 1"),
+        ({"factor": math.inf}, "rope factor=inf must be finite and at least 1"),
+        ({"beta_fast": -1.0}, "beta_fast=-1.0 must be positive"),
+        ({"attention_factor": math.nan}, "attention_factor=nan must be positive"),
+        ({"mscale": math.inf}, "mscale=inf must be finite"),
+        ({"original_max_position_embeddings": -1}, "original_max_position_embeddings=-1 must be"),
+        (
+            {"rope_type": "llama3", "low_freq_factor": 4.0},
+            "low_freq_factor=4.0 must be below high_freq_factor=4.0",
+        ),
+        (
+            {"rope_type": "yarn", "beta_fast": 1.0, "beta_slow": 2.0},
+            "beta_slow=2.0 must not exceed beta_fast=1.0",
+        ),
+        ({"rope_type": "yarn", "rope_theta": 1.0}, "rope_theta=1.0 must exceed 1 for yarn"),
+        ({"rope_type": "longrope", "long_factor": (1.0, math.nan)}, "long_factor=nan must be"),
     ],
     ids=str,
 )
