@@ -44,6 +44,7 @@ def tokens(seed: int, *shape: int) -> jax.Array:
         {"tie_word_embeddings": True},
         {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
         {"qk_norm": True, "rms_norm_eps": 1e-5},
+        {"nope_layers": (1,)},
     ],
     ids=str,
 )
