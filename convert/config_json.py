@@ -404,7 +404,8 @@ def _window(
 
 def _rope(config: Mapping[str, Any], family: str, where: str) -> RopeConfig:
     rope = dict(config["rope_parameters"])
-    kind = rope.get("rope_type") or "default"
+    kind = rope.get("rope_type")
+    kind = "default" if kind is None else kind
     if isinstance(kind, str):
         kind = _ROPE_RENAMED.get(kind, kind)
     if not isinstance(kind, str) or kind not in _ROPE_FIELDS:

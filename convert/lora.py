@@ -165,6 +165,10 @@ def _refuse_variants(config: Mapping[str, Any], where: str) -> None:
             "it changes the base weights too"
         )
     refuse_unknown(config, {*_HANDLED, *_HARMLESS}, neutral=_NEUTRAL, where=where)
+    if config.get("bias") not in (None, "none", "all", "lora_only"):
+        raise ValueError(
+            f"{where}: bias must be 'none', 'all' or 'lora_only', got {config['bias']!r}"
+        )
     for name in ("use_rslora", "use_dora"):
         flag(name, config.get(name), where)
     positive_int("r", config.get("r"), where)
@@ -211,6 +215,7 @@ def _for_module(
     where = str(directory / "adapter_config.json")
     check = positive_int if default == "r" else number
     for pattern, value in json_object(name, config.get(name), where).items():
+        value = check(f"{name}[{pattern!r}]", value, where)
         try:
             matches = re.fullmatch(rf"(.*\.)?({pattern})", module)
         except re.error as error:
@@ -218,5 +223,5 @@ def _for_module(
                 f"{where}: {name} has {pattern!r}, which is no pattern: {error}"
             ) from error
         if matches:
-            return check(f"{name}[{pattern!r}]", value, where)
+            return value
     return config[default]

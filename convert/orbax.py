@@ -2,14 +2,18 @@
 
 ``params/`` holds one array per leaf, keyed by its dotted path, so that each can be restored
 straight into its sharding. ``config.json`` is the explicit form of ``config_json``; it alone
-describes the model.
+describes the model. ``files.json`` has the size of every file of ``params/``, so that a checkpoint
+cut short is known before Orbax reads it, which ends in pages of errors.
 """
 
+import contextlib
+import errno
 import functools
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params, abstract_params
 
 _PARAMS = "params"
+_FILES = "files.json"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -45,6 +50,26 @@ def _checkpointer():
     import orbax.checkpoint  # here: half a second that loading other formats need not wait
 
     return orbax.checkpoint.StandardCheckpointer()
+
+
+@contextlib.contextmanager
+def _errors_as(kind: type[Exception], what: str) -> Iterator[None]:
+    """Whatever Orbax raises inside, as one ``kind`` of one line that begins with ``what``.
+
+    It raises ``Exception`` itself for damaged data and a full disk, ``KeyError`` and the like for
+    damaged metadata, and logs each with its traceback.
+    """
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except Exception as error:
+        reason = error.__cause__ or error
+        lines = str(reason).splitlines() or [""]
+        raise kind(f"{what}: {type(reason).__name__}: {lines[0][:500]}") from error
+    finally:
+        logger.setLevel(level)
 
 
 def is_orbax(path: Path) -> bool:
@@ -76,7 +101,8 @@ def save(
     generation config to keep beside them; None keeps none. All or nothing: the checkpoint is
     written under another name and renamed when complete.
 
-    Raises ``ValueError`` if ``path`` is not new or empty, or ``params`` does not fit ``config``.
+    Raises ``ValueError`` if ``path`` is not new or empty, or ``params`` does not fit ``config``,
+    and ``OSError`` if it cannot be written, such as for lack of room.
     """
     path = Path(path).absolute()
     require_empty(path)
@@ -87,11 +113,18 @@ def save(
         where="params",
     )
     path.parent.mkdir(parents=True, exist_ok=True)
+    size, free = sum(value.nbytes for value in flat.values()), shutil.disk_usage(path.parent).free
+    if size > free:
+        raise OSError(
+            errno.ENOSPC, f"the parameters take {size} bytes, and {free} are free", str(path)
+        )
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.mkdir()
-        with _checkpointer() as checkpointer:
+        with _errors_as(OSError, f"{path} cannot be written"), _checkpointer() as checkpointer:
             checkpointer.save(partial / _PARAMS, flat)
+        sizes = json.dumps(_file_sizes(partial / _PARAMS), indent=2)
+        (partial / _FILES).write_text(sizes + "\n", encoding="utf-8")
         if tokenizer_from is not None:
             _keep_tokenizer(Path(tokenizer_from), partial)
         text = json.dumps(to_json(config), indent=2)
@@ -160,14 +193,37 @@ def read_orbax(directory: Path, config: ModelConfig) -> Checkpoint:
     )
 
 
+def _file_sizes(directory: Path) -> dict[str, int]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
+
+
+def _check_files(directory: Path) -> None:
+    """Raises ``ValueError`` naming a file that is missing or not as long as it was written.
+
+    Checkpoints of before ``files.json`` pass.
+    """
+    if not (directory / _FILES).is_file():
+        return
+    found = _file_sizes(directory / _PARAMS)
+    for name, size in read_json(directory / _FILES).items():
+        if name not in found:
+            raise ValueError(f"{directory / _PARAMS / name} is missing")
+        if found[name] != size:
+            raise ValueError(
+                f"{directory / _PARAMS / name} is damaged: {found[name]} bytes, not {size}"
+            )
+
+
 def _stored(directory: Path, config: ModelConfig) -> dict[str, Any]:
     """Shape and dtype of every array on disk, which must be those of ``config``."""
+    _check_files(directory)
     path = (directory / _PARAMS).absolute()
-    with _checkpointer() as checkpointer:
+    with _errors_as(ValueError, f"{path} cannot be read"), _checkpointer() as checkpointer:
         metadata = checkpointer.metadata(path).item_metadata
+        stored = {} if metadata is None else dict(metadata.items())
     if metadata is None:
         raise ValueError(f"{path} is not a complete Orbax checkpoint")
-    stored = dict(metadata.items())
     refuse_more_layers(config.num_hidden_layers, len(stored), where=str(directory))
     check_tensors(
         {leaf: value.shape for leaf, value in flatten(abstract_params(config)).items()},
@@ -179,5 +235,5 @@ def _stored(directory: Path, config: ModelConfig) -> dict[str, Any]:
 
 def _restore(directory: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     path = (directory / _PARAMS).absolute()
-    with _checkpointer() as checkpointer:
+    with _errors_as(ValueError, f"{path} cannot be read"), _checkpointer() as checkpointer:
         return checkpointer.restore(path, wanted)

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+_LONGEST = 2**31 - 1  # positions are int32
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
@@ -44,7 +45,9 @@ class RopeConfig:
         known = get_args(RopeType)
         if self.rope_type not in known:
             raise ValueError(f"rope_type={self.rope_type!r} is unknown; known types: {known}")
-        for name in ("rope_theta", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+        if not 1 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta={self.rope_theta} must be finite and exceed 1")
+        for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
             _require_positive(name, getattr(self, name))
         for name in ("attention_factor", "original_max_position_embeddings"):
             if getattr(self, name) is not None:
@@ -66,8 +69,6 @@ class RopeConfig:
             raise ValueError(
                 f"beta_slow={self.beta_slow} must not exceed beta_fast={self.beta_fast}"
             )
-        if self.rope_type == "yarn" and self.rope_theta <= 1:
-            raise ValueError(f"rope_theta={self.rope_theta} must exceed 1 for yarn")
         if self.rope_type == "longrope" and (self.original_max_position_embeddings or 2) < 2:
             raise ValueError("original_max_position_embeddings=1 must exceed 1 for longrope")
 
@@ -124,8 +125,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary embedding")
-        if not 0 <= self.rms_norm_eps < math.inf:
-            raise ValueError(f"rms_norm_eps={self.rms_norm_eps} must be finite, not negative")
+        if not 0 <= self.rms_norm_eps < 1:
+            raise ValueError(f"rms_norm_eps={self.rms_norm_eps} must lie in [0, 1)")
         if any(layer not in range(self.num_hidden_layers) for layer in self.nope_layers):
             raise ValueError(
                 f"nope_layers={self.nope_layers} must lie in [0, {self.num_hidden_layers})"
@@ -144,6 +145,11 @@ class ModelConfig:
                         f"rope {name} must hold head_dim/2={self.head_dim // 2} numbers, "
                         f"got {len(getattr(self.rope, name))}"
                     )
+        if self.context_length > _LONGEST:
+            raise ValueError(
+                f"the sequence length {self.context_length} (max_position_embeddings, rope factor) "
+                "must be below 2^31"
+            )
 
     @property
     def group_size(self) -> int:

@@ -32,11 +32,11 @@ MALFORMED = {
     "rms_norm_eps must be a finite number, got inf": {"rms_norm_eps": math.inf},
     "rms_norm_eps must be a finite number, got .1, 2": {"rms_norm_eps": [1, 2]},
     "rms_norm_eps must be a finite number, got None": {"rms_norm_eps": None},
-    "rms_norm_eps=-1.0 must be finite, not negative": {"rms_norm_eps": -1},
+    r"rms_norm_eps=-1.0 must lie in \[0, 1\)": {"rms_norm_eps": -1},
     "rope_theta must be a finite number, got nan": {"rope_theta": math.nan},
     "rope_theta must be a finite number, got 1000": {"rope_theta": 10**400},
-    "rope_theta=0.0 must be positive": {"rope_theta": 0},
-    "rope_theta=-1.0 must be positive": {"rope_theta": -1},
+    "rope_theta=0.0 must be finite and exceed 1": {"rope_theta": 0},
+    "rope_theta=-1.0 must be finite and exceed 1": {"rope_theta": -1},
     "num_key_value_heads must be a positive integer": {"num_key_value_heads": 0},
     "head_dim must be .* got 0": {"head_dim": 0},
     "vocab_size must be .* got 1000000000000": {"vocab_size": 10**12},
@@ -55,6 +55,7 @@ MALFORMED = {
     "no_rope_layer_interval must be": {"model_type": "smollm3", "no_rope_layer_interval": 0},
 }
 ROPE_NUMBERS = {
+    "the sequence length 128000000000 .*must be below 2.31": ("linear", {"factor": 1e9}),
     "rope factor must be a finite number, got nan": ("linear", {"factor": math.nan}),
     "rope factor must be a finite number, got True": ("linear", {"factor": True}),
     "rope factor=-2.0 must be finite and at least 1": ("dynamic", {"factor": -2.0}),
@@ -89,7 +90,7 @@ def test_rope_numbers_that_make_no_sense_are_refused_by_name(message):
         parsed({**LLAMA, "rope_scaling": {"rope_type": kind, **rope.get(kind, {}), **changes}})
 
 
-@pytest.mark.parametrize("kind", [["llama"], 5, {"a": 1}])
+@pytest.mark.parametrize("kind", [["llama"], 5, {"a": 1}, "", False, 0])
 def test_types_that_are_not_names_are_refused(kind):
     with pytest.raises(NotImplementedError, match=r"model_type .* is not supported"):
         parsed({**LLAMA, "model_type": kind})

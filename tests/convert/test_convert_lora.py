@@ -235,6 +235,7 @@ def test_broken_adapters_are_refused(tmp_path):
     refused(
         r"alpha_pattern\['.*'\] must be a finite number, got None", good, alpha_pattern={".*": None}
     )
+    refused(r"bias must be 'none', 'all' or 'lora_only', got 'some'", good, bias="some")
     refused(r"adapter_model.safetensors holds no tensors", {})
     refused(
         r"q_proj.lora_A.weight holds values that are not finite",
