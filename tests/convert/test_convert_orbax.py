@@ -226,7 +226,7 @@ def test_the_command_converts_and_keeps_the_tokenizer(tmp_path, capsys):
     (source / "README.md").write_text("not a tokenizer")
     assert main([str(source), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"params", "config.json", *TOKENIZER_FILES}
+    assert written == {"params", "files.json", "config.json", *TOKENIZER_FILES}
     for name, text in TOKENIZER_FILES.items():
         assert (tmp_path / "out" / name).read_text() == text
     config, params = convert.load(tmp_path / "out")
