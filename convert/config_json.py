@@ -53,6 +53,7 @@ _FAMILIES = {
         window_per_layer=True,
         full_layers=28,
     ),
+    "phi3": _Family(),
     "smollm3": _Family(
         flags=("attention_bias", "mlp_bias"),
         out_bias_too=True,

@@ -63,7 +63,7 @@ def read_hf(directory: Path) -> Checkpoint:
     return Checkpoint(
         where=str(directory),
         config=config,
-        naming="hf",
+        naming="phi3" if config.get("model_type") == "phi3" else "hf",
         dtype=parse_dtype(dtypes.get(_EMBEDDING) or next(iter(dtypes.values()))),
         tensors=list(tensors.values()),
     )

@@ -144,7 +144,7 @@ def assemble(
     Raises ``ValueError`` for tensors that are missing, unexpected or misshapen, and for values
     that are not finite.
     """
-    all_slots = tensor_slots(config)
+    all_slots = tensor_slots(config, checkpoint.naming)
     by_name = {slot.name(checkpoint.naming): slot for slot in all_slots}
     tensors = [tensor for tensor in checkpoint.tensors if not is_derived(tensor.name)]
     check_tensors(

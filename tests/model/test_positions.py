@@ -32,7 +32,9 @@ def greedy(llm: LLM, prompts: np.ndarray, count: int) -> np.ndarray:
 
 # The dynamic model's original length is 32: its prompts of 24 tokens outgrow it in decode, and
 # every step turns the new key by the length so far, as transformers does with a cache.
-@pytest.mark.parametrize("name", ["llama-dynamic", "llama-longrope", "smollm3-nope"])
+@pytest.mark.parametrize(
+    "name", ["llama-dynamic", "llama-longrope", "phi3-longrope", "smollm3-nope"]
+)
 def test_greedy_tokens_of_transformers(conformance: Path, name: str) -> None:
     golden = np.load(conformance / name / "golden.npz")
     config, params = convert.load(conformance / name, dtype=jnp.float32)
