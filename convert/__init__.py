@@ -110,11 +110,12 @@ def _describe(
             f"adapter, adapter={str(path)!r}; or move the adapter elsewhere"
         )
     changes = {} if chosen is None else load_adapter(chosen)
+    where = str(path / "config.json" if path.is_dir() else path)
     overrides = {**source.overrides, **overrides}
     if orbax.is_orbax(path):
         if (weights := hf.weight_file(path)) is not None:
             raise ValueError(f"{path} holds two models, params and {weights.name}: move one away")
-        config = parse(override(orbax.read_config(path), overrides), where=str(path))
+        config = parse(override(orbax.read_config(path), overrides), where=where)
         if not changes:
             return config, None, {}
         checkpoint = orbax.read_orbax(path, config)
@@ -124,6 +125,6 @@ def _describe(
         refuse_more_layers(
             raw.get("num_hidden_layers"), len(checkpoint.tensors), where=checkpoint.where
         )
-        config = parse(raw, where=str(path))
+        config = parse(raw, where=where)
     checkpoint, config = settle_tie(checkpoint, config, changes)
     return config, checkpoint, changes

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from convert.config_json import canonical, refuse_quantised
-from convert.json_values import read_json
+from convert.json_values import positive_int, read_json, token_ids
 from convert.safetensors_file import SafetensorsFile
 from convert.stream import Checkpoint, FileTensor, parse_dtype
 
@@ -24,8 +24,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     Where ``generation_config.json`` names tokens to stop at, those count, as in Hugging Face.
     Raises ``NotImplementedError`` for a quantised checkpoint.
     """
+    where = str(directory / "config.json")
     config = read_json(directory / "config.json")
-    refuse_quantised(config, str(directory / "config.json"))
+    refuse_quantised(config, where)
     for name in _QUANTISED:
         if (directory / name).is_file():
             raise NotImplementedError(
@@ -35,8 +36,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     if generation.is_file():
         eos = read_json(generation).get("eos_token_id")
         if eos is not None:
-            config["eos_token_id"] = eos
-    return canonical(config, where=str(directory / "config.json"))
+            vocab_size = positive_int("vocab_size", config.get("vocab_size"), where)
+            ids = token_ids("eos_token_id", eos, vocab_size, str(generation))
+            config["eos_token_id"] = list(ids)
+    return canonical(config, where=where)
 
 
 def read_hf(directory: Path) -> Checkpoint:

@@ -1,6 +1,7 @@
 """Hugging Face directories: values, dtypes, shards, memory, and every broken input its error."""
 
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -283,6 +284,12 @@ BROKEN = {
     "quantised by a method that it does not name .compression_config.": _replace(
         "config.json", json.dumps({**LLAMA, "compression_config": {"bits": 4}})
     ),
+    r"generation_config.json: eos_token_id must be .* in \[0, 48\), got 2147483648": _replace(
+        "generation_config.json", '{"eos_token_id": 2147483648}'
+    ),
+    r"hf/config.json: rms_norm_eps must be a finite number, got nan": _replace(
+        "config.json", json.dumps({**LLAMA, "rms_norm_eps": math.nan})
+    ),
     "quantize_config.json: quantised checkpoints are not": _replace("quantize_config.json", "{}"),
     "holds a LoRA adapter .adapter_config.json.": _replace("adapter_config.json", "{}"),
     "index.json: weight_map has x in .'a'., which is not a file name": _index({"x": ["a"]}),
@@ -305,7 +312,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("message", BROKEN)
 def test_broken_directories_are_refused_by_name(tmp_path, message):
-    directory = write_hf(tmp_path, LLAMA, random_tensors(LLAMA))
+    directory = write_hf(tmp_path / "hf", LLAMA, random_tensors(LLAMA))
     BROKEN[message](directory)
     with pytest.raises((ValueError, NotImplementedError), match=message):
         convert.load(directory)
