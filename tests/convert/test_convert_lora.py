@@ -128,6 +128,16 @@ def test_rank_stabilised_scale(tmp_path):
     assert_merged(params, merged(tensors, adapter, dict.fromkeys(TARGETS, ALPHA / math.sqrt(RANK))))
 
 
+@pytest.mark.parametrize("alpha", [-2, 0, 0.5])
+def test_any_finite_alpha_is_a_scale(tmp_path, alpha):
+    tensors = random_tensors(BASE)
+    adapter = matrices(tensors)
+    path = write_hf(tmp_path / "hf", BASE, tensors)
+    write_adapter(tmp_path / "adapter", adapter, lora_alpha=alpha)
+    _, params = convert.load(path, adapter=tmp_path / "adapter")
+    assert_merged(params, merged(tensors, adapter, dict.fromkeys(TARGETS, alpha / RANK)))
+
+
 def test_ranks_and_alphas_by_module(tmp_path):
     tensors = random_tensors(BASE)
     q0, q1 = (f"model.layers.{i}.self_attn.q_proj" for i in range(2))
