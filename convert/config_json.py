@@ -29,6 +29,9 @@ class _Family:
     window_per_layer: bool = False  # off unless use_sliding_window, and then by layer
     full_layers: int | None = None  # max_window_layers when the config has none
     rope_theta: float = 10000.0
+    original_length: int | None = None  # original_max_position_embeddings when it is not given
+    rms_norm_eps: float = 1e-6
+    tied: bool = False  # tie_word_embeddings when the config has none
     nope_interval: int | None = None  # of layers without rotary embedding, if it has such
 
 
@@ -53,12 +56,13 @@ _FAMILIES = {
         window_per_layer=True,
         full_layers=28,
     ),
-    "phi3": _Family(),
+    "phi3": _Family(rms_norm_eps=1e-5, original_length=4096),
     "smollm3": _Family(
         flags=("attention_bias", "mlp_bias"),
         out_bias_too=True,
         window_per_layer=True,
         rope_theta=2e6,
+        tied=True,
         nope_interval=4,
     ),
     EXPLICIT: _Family(flags=_FLAGS),
@@ -232,11 +236,15 @@ def parse(config: Mapping[str, Any], *, where: str) -> ModelConfig:
         ModelConfig,
         where,
         **sizes,
-        rms_norm_eps=float(number("rms_norm_eps", config.get("rms_norm_eps", 1e-6), where)),
+        rms_norm_eps=float(
+            number("rms_norm_eps", config.get("rms_norm_eps", family.rms_norm_eps), where)
+        ),
         rope=_rope(config, kind, where),
         nope_layers=_nope_layers(config, kind, sizes["num_hidden_layers"], where),
         sliding_window=_window(config, family, sizes, where),
-        tie_word_embeddings=flag("tie_word_embeddings", config.get("tie_word_embeddings"), where),
+        tie_word_embeddings=flag(
+            "tie_word_embeddings", config.get("tie_word_embeddings", family.tied), where
+        ),
         attention_bias=attention_bias,
         attention_out_bias=attention_bias if family.out_bias_too else flags["attention_out_bias"],
         mlp_bias=flags["mlp_bias"],
@@ -422,6 +430,8 @@ def _rope(config: Mapping[str, Any], family: str, where: str) -> RopeConfig:
             raise NotImplementedError(
                 f"{where}: partial_rotary_factor={share} is not supported; only 1 is"
             )
+    if rope.get("original_max_position_embeddings") is None:
+        rope["original_max_position_embeddings"] = _FAMILIES[family].original_length
     if kind == "dynamic" and family != EXPLICIT:
         # Hugging Face stretches beyond max_position_embeddings, whatever stands here.
         rope.pop("original_max_position_embeddings", None)

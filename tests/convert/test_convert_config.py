@@ -89,6 +89,27 @@ def test_published_configs_are_accepted(name):
     assert config.hidden_size == 32
 
 
+def test_what_families_imply_where_a_config_says_nothing():
+    """As transformers' config classes of these types have it."""
+    raw = {**LLAMA, "max_position_embeddings": 8192}
+    for name in ("rms_norm_eps", "rope_theta", "tie_word_embeddings"):
+        del raw[name]
+    found = {}
+    for kind in ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3"):
+        config = parsed({**raw, "model_type": kind, "sliding_window": None})
+        found[kind] = (config.rms_norm_eps, config.rope.rope_theta, config.tie_word_embeddings)
+    plain = (1e-6, 1e4, False)
+    assert found == {
+        **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), plain),
+        "phi3": (1e-5, 1e4, False),
+        "smollm3": (1e-6, 2e6, True),
+    }
+    rope = {"type": "su", "long_factor": [2.0] * 4, "short_factor": [1.0] * 4}
+    phi3 = parsed({**raw, "model_type": "phi3", "rope_scaling": rope}).rope
+    assert (phi3.rope_type, phi3.original_max_position_embeddings) == ("longrope", 4096)
+    assert phi3.factor == 2.0
+
+
 def test_sizes_left_out_follow_from_the_others():
     raw = {k: v for k, v in LLAMA.items() if k not in ("num_key_value_heads", "head_dim")}
     assert parsed(raw).num_key_value_heads == 4
