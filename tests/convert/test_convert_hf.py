@@ -137,6 +137,17 @@ def test_another_output_layer_counts_more_than_the_flag(tmp_path, head):
     assert_leaves(params, expected_leaves(tensors))
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_embedding_and_output_layer_in_two_shards_are_compared(tmp_path, same):
+    config = {**LLAMA, "vocab_size": 300, "tie_word_embeddings": True}
+    tensors = random_tensors(config)
+    head = tensors["model.embed_tokens.weight"] * (1 if same else 2)
+    write_hf(tmp_path, config, tensors, {"lm_head.weight": head})
+    loaded, params = convert.load(tmp_path)
+    assert loaded.tie_word_embeddings == same
+    assert_leaves(params, expected_leaves(tensors if same else {**tensors, "lm_head.weight": head}))
+
+
 def test_the_single_file_counts_more_than_an_index(tmp_path):
     """As in transformers, which looks for model.safetensors first."""
     shards, single = random_tensors(LLAMA, seed=1), random_tensors(LLAMA, seed=2)
