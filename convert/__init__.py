@@ -13,15 +13,15 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from convert import orbax
+from convert import hf, orbax
 from convert.attention_patterns import load_pattern, save_pattern
 from convert.config_json import override, parse
 from convert.gguf import read_gguf
-from convert.hf import read_hf
-from convert.lora import load_adapter
+from convert.lora import Change, load_adapter
+from convert.names import refuse_more_layers
 from convert.orbax import save
 from convert.sources import ModelSource, resolve
-from convert.stream import Checkpoint, Placement, assemble, parse_dtype
+from convert.stream import Checkpoint, Placement, assemble, parse_dtype, settle_tie
 from convert.tokenizers import load_tokenizer
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params
@@ -53,6 +53,8 @@ def load(
     dtype: float32, bfloat16 or float16, also by name; None keeps the checkpoint's own (that of
         its embedding table; bfloat16 for a quantised GGUF).
     adapter: directory of a PEFT LoRA adapter, merged in float32 before the cast to ``dtype``.
+        Where it changes the embedding table or the output layer of a model that ties them, the
+        other keeps its values.
     overrides: attributes of ``config.json`` to replace, such as ``{"rope_theta": 2e6}``.
     sharding: one ``Sharding`` for every array, or a function from an array's dotted path
         (``layers.0.mlp.down_proj.kernel``) to its ``Sharding``; None is the default device.
@@ -61,7 +63,7 @@ def load(
     The tree is that of ``lserve_jax.model.llama.init_params``. Tensors are converted one after
     another: the host holds the parameters, one file's mapped pages and little else.
 
-    Raises ``ValueError`` for a missing, damaged or inconsistent file and for wrong arguments (all
+    Raises ``ValueError`` for a missing, damaged or inconsistent file and for wrong arguments (the
     missing, unexpected and misshapen tensors in one message), ``NotImplementedError`` for an
     architecture, attribute or tensor type that is not supported, by name.
     """
@@ -72,41 +74,57 @@ def load(
             f"model {source.name!r} brings an adapter of its own, so adapter={str(adapter)!r} "
             "cannot be merged too"
         )
-    chosen = adapter or source.adapter
-    deltas = {} if chosen is None else load_adapter(chosen)
-    config, checkpoint = _describe(source, overrides or {})
+    config, checkpoint, changes = _describe(source, overrides or {}, adapter)
     if checkpoint is None:
-        return config, orbax.restore(
-            source.path, config, dtype=wanted, deltas=deltas, placement=sharding, progress=progress
-        )
+        return config, orbax.restore(source.path, config, dtype=wanted, placement=sharding)
     return config, assemble(
         checkpoint,
         config,
         dtype=wanted or checkpoint.dtype,
-        deltas=deltas,
+        changes=changes,
         placement=sharding,
         progress=progress,
     )
 
 
 def read_config(source: ModelSource) -> ModelConfig:
-    """The architecture that ``load`` returns, without reading any weights.
+    """The architecture that ``load`` returns, without reading the weights.
 
-    An adapter changes weights alone, so it is not looked at. Raises what ``load`` raises for a
-    configuration, and for files that are missing or whose headers are damaged.
+    Of these it reads at most the two that may be tied: they decide ``tie_word_embeddings``.
+    Raises what ``load`` raises for a configuration and for the source's own adapter, and for
+    files that are missing or whose headers are damaged.
     """
-    return _describe(source, {})[0]
+    return _describe(source, {}, None)[0]
 
 
 def _describe(
-    source: ModelSource, overrides: Mapping[str, Any]
-) -> tuple[ModelConfig, Checkpoint | None]:
-    """Architecture and tensors of a checkpoint; None for Orbax, which ``orbax.restore`` reads."""
-    path, checkpoint = source.path, None
+    source: ModelSource,
+    overrides: Mapping[str, Any],
+    adapter: str | os.PathLike[str] | None,
+) -> tuple[ModelConfig, Checkpoint | None, dict[str, Change]]:
+    """Architecture, tensors and changes to them; no tensors where ``orbax.restore`` reads them."""
+    path, chosen = source.path, adapter or source.adapter
+    if chosen is None and (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{path} holds a LoRA adapter (adapter_config.json): give the model and, to merge the "
+            f"adapter, adapter={str(path)!r}; or move the adapter elsewhere"
+        )
+    changes = {} if chosen is None else load_adapter(chosen)
+    where = str(path / "config.json" if path.is_dir() else path)
+    overrides = {**source.overrides, **overrides}
     if orbax.is_orbax(path):
-        raw = orbax.read_config(path)
+        if (weights := hf.weight_file(path)) is not None:
+            raise ValueError(f"{path} holds two models, params and {weights.name}: move one away")
+        config = parse(override(orbax.read_config(path), overrides), where=where)
+        if not changes:
+            return config, None, {}
+        checkpoint = orbax.read_orbax(path, config)
     else:
-        checkpoint = read_hf(path) if path.is_dir() else read_gguf(path)
-        raw = checkpoint.config
-    changes = {**source.overrides, **overrides}
-    return parse(override(raw, changes), where=str(path)), checkpoint
+        checkpoint = hf.read_hf(path) if path.is_dir() else read_gguf(path)
+        raw = override(checkpoint.config, overrides)
+        refuse_more_layers(
+            raw.get("num_hidden_layers"), len(checkpoint.tensors), where=checkpoint.where
+        )
+        config = parse(raw, where=where)
+    checkpoint, config = settle_tie(checkpoint, config, changes)
+    return config, checkpoint, changes

@@ -165,7 +165,8 @@ def _config(file: GGUFFile) -> dict[str, Any]:
             "rope_parameters": _rope(file, values, config["head_dim"]),
             "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id", int),
             "eos_token_id": list(end_token_ids(metadata)),
-        }
+        },
+        where=str(file.path),
     )
 
 
@@ -173,6 +174,8 @@ def _rope(file: GGUFFile, values: dict[str, Any], head_dim: int) -> dict[str, An
     rope = {name: values[key] for key, (name, _) in _ROPE_ATTRIBUTES.items() if key in values}
     if rope.get("rope_type") == "none":
         rope["rope_type"] = "default"
+    if rope.get("rope_type") == "longrope":  # its numbers are tensors here
+        raise NotImplementedError(f"{file.path}: rope type 'longrope' is not supported in GGUF")
     if _FREQUENCY_FACTORS not in file.tensors:
         return rope
     if rope.get("rope_type", "default") != "default":

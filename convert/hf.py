@@ -6,27 +6,40 @@ from typing import Any
 
 import numpy as np
 
-from convert.config_json import canonical, read_json
+from convert.config_json import canonical, refuse_quantised
+from convert.json_values import positive_int, read_json, token_ids
 from convert.safetensors_file import SafetensorsFile
 from convert.stream import Checkpoint, FileTensor, parse_dtype
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _EMBEDDING = "model.embed_tokens.weight"
+# Files that only quantised checkpoints have, from before config.json said so.
+_QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """``config.json`` in canonical form.
 
     Where ``generation_config.json`` names tokens to stop at, those count, as in Hugging Face.
+    Raises ``NotImplementedError`` for a quantised checkpoint.
     """
+    where = str(directory / "config.json")
     config = read_json(directory / "config.json")
+    refuse_quantised(config, where)
+    for name in _QUANTISED:
+        if (directory / name).is_file():
+            raise NotImplementedError(
+                f"{directory / name}: quantised checkpoints are not supported"
+            )
     generation = directory / "generation_config.json"
     if generation.is_file():
         eos = read_json(generation).get("eos_token_id")
         if eos is not None:
-            config["eos_token_id"] = eos
-    return canonical(config)
+            vocab_size = positive_int("vocab_size", config.get("vocab_size"), where)
+            ids = token_ids("eos_token_id", eos, vocab_size, str(generation))
+            config["eos_token_id"] = list(ids)
+    return canonical(config, where=where)
 
 
 def read_hf(directory: Path) -> Checkpoint:
@@ -53,25 +66,36 @@ def read_hf(directory: Path) -> Checkpoint:
     return Checkpoint(
         where=str(directory),
         config=config,
-        naming="hf",
+        naming="phi3" if config.get("model_type") == "phi3" else "hf",
         dtype=parse_dtype(dtypes.get(_EMBEDDING) or next(iter(dtypes.values()))),
         tensors=list(tensors.values()),
     )
 
 
+def weight_file(directory: Path) -> Path | None:
+    """The file that leads to the weights in ``directory``, None if there is none.
+
+    The single file where there is one, as in Hugging Face; else the index of the shards.
+    """
+    files = (directory / name for name in (_SINGLE, _INDEX))
+    return next((path for path in files if path.is_file()), None)
+
+
 def _weight_files(directory: Path) -> list[Path]:
-    if not (directory / _INDEX).is_file():
-        if not (directory / _SINGLE).is_file():
-            raise ValueError(f"{directory} has neither {_SINGLE} nor {_INDEX}")
-        return [directory / _SINGLE]
-    weight_map = read_json(directory / _INDEX).get("weight_map")
+    index = weight_file(directory)
+    if index is None:
+        raise ValueError(f"{directory} has neither {_SINGLE} nor {_INDEX}")
+    if index.name == _SINGLE:
+        return [index]
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{directory / _INDEX} has no weight_map")
-    names = sorted(set(weight_map.values()), key=str)
-    for name in names:
+        raise ValueError(f"{index} has no weight_map, or one that is not an object")
+    for tensor, name in weight_map.items():
         if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{directory / _INDEX}: {name!r} is not a file name")
-    return [directory / name for name in names]
+            raise ValueError(
+                f"{index}: weight_map has {tensor} in {name!r}, which is not a file name"
+            )
+    return [directory / name for name in sorted(set(weight_map.values()))]
 
 
 class _OneShard:

@@ -1,4 +1,8 @@
-"""LoRA adapters in PEFT's format (arXiv 2106.09685): low-rank terms added to weights at load."""
+"""LoRA adapters in PEFT's format (arXiv 2106.09685), with or without DoRA (arXiv 2402.09353).
+
+An adapter adds low-rank terms to weights, and replaces tensors of the model by those that it
+brings whole: biases and modules that were trained, a resized or targeted embedding.
+"""
 
 import math
 import os
@@ -11,10 +15,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from convert.config_json import read_json, refuse_unknown
+from convert.config_json import refuse_unknown
+from convert.json_values import flag, json_object, number, positive_int, read_json, shortened
 from convert.safetensors_file import SafetensorsFile
 
-_HANDLED = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+_HANDLED = (
+    *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
+    *("bias", "modules_to_save"),  # such tensors are in the file, and replace the model's
+)
 _HANDLED_INIT = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga")
 # Which modules were trained and how; the tensors themselves say all that matters at load.
 _HARMLESS = (
@@ -23,31 +31,71 @@ _HARMLESS = (
     *("lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "peft_version"),
     *("qalora_group_size", "revision", "target_modules", "task_type"),
 )
-_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
+# Known to change nothing at this value alone.
+_NEUTRAL = {
+    "ensure_weight_tying": False,
+    "fan_in_fan_out": False,
+    "layer_replication": [],
+    "loftq_config": {},
+    "lora_bias": False,
+    "target_parameters": [],
+    "trainable_token_indices": [],
+    "use_bdlora": False,
+    "use_qalora": False,
+}
+_MATRIX = re.compile(
+    r"base_model\.model\.(?P<module>.+)\."
+    r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(\.default)?(\.weight)?"
+)
+_WHOLE = re.compile(r"base_model\.model\.(?P<module>((?!lora_).)+?)(\.base_layer)?\.(weight|bias)")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Delta:
+class LowRank:
     """``scale * b @ a``, to be added to a weight stored as [out, in]."""
 
     a: Float32[np.ndarray, "r I"]
     b: Float32[np.ndarray, "O r"]
     scale: float
+    magnitude: Float32[np.ndarray, " O"] | None  # DoRA: the norms that the sum's rows get
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Change:
+    """What an adapter does to one tensor: it is replaced, a low-rank term is added, or both."""
+
+    whole: np.ndarray | None = None
+    low_rank: LowRank | None = None
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return (self.b.shape[0], self.a.shape[1])
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shape that the tensor must have, from each part of the change."""
+        shapes: list[tuple[int, ...]] = [] if self.whole is None else [self.whole.shape]
+        if self.low_rank is not None:
+            shapes.append((self.low_rank.b.shape[0], self.low_rank.a.shape[1]))
+        return shapes
 
-    def rows(self, start: int, stop: int) -> Float32[np.ndarray, "rows I"]:
-        return (np.float32(self.scale) * self.b[start:stop]) @ self.a
+    def apply(self, block: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of the changed tensor; ``block`` is those of the model's."""
+        if self.whole is not None:
+            block = self.whole[start:stop]
+        if self.low_rank is None:
+            return block
+        low = self.low_rank
+        merged = block.astype(np.float32) + (np.float32(low.scale) * low.b[start:stop]) @ low.a
+        if low.magnitude is None:
+            return merged
+        norms = np.linalg.norm(merged, axis=1)
+        return merged * (low.magnitude[start:stop] / norms)[:, None]
 
 
-def load_adapter(directory: str | os.PathLike[str]) -> dict[str, Delta]:
-    """The deltas of a PEFT LoRA adapter, keyed by the Hugging Face name of the weight.
+def load_adapter(directory: str | os.PathLike[str]) -> dict[str, Change]:
+    """The changes of a PEFT LoRA adapter, keyed by the Hugging Face name of the tensor.
 
     ``directory`` holds ``adapter_config.json`` and ``adapter_model.safetensors``. Raises
     ``ValueError`` where a file is missing or malformed, ``NotImplementedError`` naming a setting
-    (DoRA, biases, extra modules …) that is more than ``scale * b @ a``.
+    (other kinds of adapters, biases of the low-rank term …) that is more than ``Change`` says.
     """
     directory = Path(directory)
     config_path, weights_path = (
@@ -58,31 +106,51 @@ def load_adapter(directory: str | os.PathLike[str]) -> dict[str, Delta]:
             raise ValueError(f"adapter {directory} has no {path.name}")
     config = read_json(config_path)
     _refuse_variants(config, str(config_path))
-    for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), int | float) or config[name] <= 0:
-            raise ValueError(
-                f"{config_path}: {name} must be a positive number, got {config.get(name)!r}"
-            )
+    parts, wholes = _read_tensors(weights_path)
+    changes = {name: Change(whole=whole) for name, whole in wholes.items()}
+    for module, found in parts.items():
+        name = f"{module}.weight"
+        low_rank = _low_rank(module, found, config, directory)
+        changes[name] = Change(whole=wholes.get(name), low_rank=low_rank)
+    return changes
 
-    weights = SafetensorsFile(weights_path)
-    sides: dict[str, dict[str, np.ndarray]] = {}
+
+def _read_tensors(
+    path: Path,
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """Parts of low-rank terms by module and part, and whole tensors by name."""
+    file = SafetensorsFile(path)
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    wholes: dict[str, np.ndarray] = {}
     strange = []
-    for name, shape in weights.shapes.items():
-        match = _TENSOR.fullmatch(name)
-        if match is None or len(shape) != 2:
+    for name, shape in file.shapes.items():
+        matrix, whole = _MATRIX.fullmatch(name), _WHOLE.fullmatch(name)
+        if not shape or (matrix is None and whole is None):
             strange.append(f"{name} {shape}")
+            continue
+        values = file.rows(name, 0, shape[0])
+        if not np.isfinite(values).all():
+            raise ValueError(f"{path}: {name} holds values that are not finite")
+        if matrix is not None:
+            group, key, values = (
+                parts.setdefault(matrix["module"], {}),
+                matrix["part"],
+                values.astype(np.float32),
+            )
         else:
-            values = weights.rows(name, 0, shape[0]).astype(np.float32)
-            sides.setdefault(match["module"], {})[match["side"]] = values
+            assert whole is not None
+            group, key = wholes, f"{whole['module']}.{whole[4]}"
+        if key in group:
+            raise ValueError(f"{path} holds a tensor twice, again as {name}")
+        group[key] = values
     if strange:
         raise ValueError(
-            f"{weights_path} holds tensors that are not LoRA matrices of a linear layer: "
-            f"{', '.join(strange)}"
+            f"{path} holds tensors that are neither LoRA matrices nor a weight or bias of the "
+            f"model: {', '.join(shortened(strange))}"
         )
-    return {
-        f"{module}.weight": _delta(module, pair, config, str(weights_path))
-        for module, pair in sides.items()
-    }
+    if not parts and not wholes:
+        raise ValueError(f"{path} holds no tensors")
+    return parts, wholes
 
 
 def _refuse_variants(config: Mapping[str, Any], where: str) -> None:
@@ -90,36 +158,70 @@ def _refuse_variants(config: Mapping[str, Any], where: str) -> None:
         raise NotImplementedError(
             f"{where}: peft_type {config.get('peft_type')!r} is not supported; only 'LORA' is"
         )
-    if config.get("bias", "none") != "none":
-        raise NotImplementedError(f"{where}: bias={config['bias']!r} is not supported")
     # PiSSA, OLoRA, LoftQ and the like also change the base weights.
     if config.get("init_lora_weights") not in _HANDLED_INIT:
         raise NotImplementedError(
             f"{where}: init_lora_weights={config['init_lora_weights']!r} is not supported: "
             "it changes the base weights too"
         )
-    refuse_unknown(config, {*_HANDLED, *_HARMLESS, "bias"}, where=where)
+    refuse_unknown(config, {*_HANDLED, *_HARMLESS}, neutral=_NEUTRAL, where=where)
+    if config.get("bias") not in (None, "none", "all", "lora_only"):
+        raise ValueError(
+            f"{where}: bias must be 'none', 'all' or 'lora_only', got {config['bias']!r}"
+        )
+    for name in ("use_rslora", "use_dora"):
+        flag(name, config.get(name), where)
+    positive_int("r", config.get("r"), where)
+    number("lora_alpha", config.get("lora_alpha"), where)
 
 
-def _delta(
-    module: str, pair: Mapping[str, np.ndarray], config: Mapping[str, Any], where: str
-) -> Delta:
-    for side in ("A", "B"):
-        if side not in pair:
-            raise ValueError(f"{where}: {module} has no lora_{side}")
-    rank = _for_module(module, config.get("rank_pattern"), config["r"])
-    alpha = _for_module(module, config.get("alpha_pattern"), config["lora_alpha"])
-    a, b = pair["A"], pair["B"]
-    if a.shape[0] != rank or b.shape[1] != rank:
+def _low_rank(
+    module: str, found: Mapping[str, np.ndarray], config: Mapping[str, Any], directory: Path
+) -> LowRank:
+    where = str(directory / "adapter_model.safetensors")
+    dora = flag("use_dora", config.get("use_dora"), where)
+    embedding = "lora_embedding_A" in found or "lora_embedding_B" in found
+    if embedding and dora:
+        raise NotImplementedError(f"{where}: {module}: DoRA of an embedding is not supported")
+    kind = "lora_embedding_" if embedding else "lora_"
+    wanted = {f"{kind}A", f"{kind}B"} | ({"lora_magnitude_vector"} if dora else set())
+    for part in sorted(wanted - found.keys()):
+        raise ValueError(f"{where}: {module} has no {part}")
+    for part in sorted(found.keys() - wanted):
+        raise ValueError(f"{where}: {module} has {part}, which the adapter's config has no use for")
+    a, b, magnitude = found[f"{kind}A"], found[f"{kind}B"], found.get("lora_magnitude_vector")
+    rank, alpha = (
+        _for_module(module, config, name, default, directory)
+        for name, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+    )
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise ValueError(
             f"{where}: {module} has matrices {a.shape} and {b.shape}, but its rank is {rank}"
         )
-    return Delta(a=a, b=b, scale=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    if magnitude is not None and magnitude.shape != b.shape[:1]:
+        raise ValueError(
+            f"{where}: {module} has a lora_magnitude_vector {magnitude.shape} for {b.shape[0]} rows"
+        )
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if embedding:  # stored as [V, E], where a weight is [out, in]
+        a, b = b.T, a.T
+    return LowRank(a=a, b=b, scale=scale, magnitude=magnitude)
 
 
-def _for_module(module: str, patterns: Mapping[str, float] | None, default: float) -> float:
+def _for_module(
+    module: str, config: Mapping[str, Any], name: str, default: str, directory: Path
+) -> float:
     """PEFT's rule: the first pattern that matches the module's name or a dotted tail of it."""
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+    where = str(directory / "adapter_config.json")
+    check = positive_int if default == "r" else number
+    for pattern, value in json_object(name, config.get(name), where).items():
+        value = check(f"{name}[{pattern!r}]", value, where)
+        try:
+            matches = re.fullmatch(rf"(.*\.)?({pattern})", module)
+        except re.error as error:
+            raise ValueError(
+                f"{where}: {name} has {pattern!r}, which is no pattern: {error}"
+            ) from error
+        if matches:
             return value
-    return default
+    return config[default]

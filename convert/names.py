@@ -5,7 +5,7 @@ the table: they come from the model itself (``lserve_jax.model.llama.abstract_pa
 
 A *leaf* is one array of the parameter tree, named by its dotted path. Query, key and value
 projections share one leaf, as do gate and up: such a tensor is a *part* of its leaf, a range of
-the last axis.
+the last axis. Phi-3's checkpoints store these leaves whole.
 """
 
 import re
@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from convert.json_values import shortened
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params, abstract_params
 
-Naming = Literal["hf", "gguf"]
+Naming = Literal["hf", "phi3", "gguf"]
 _Row = tuple[str, str, str, str, bool]
 
 # Hugging Face, GGUF, leaf, part, transposed. Checkpoints store a projection as [out, in]; our
@@ -56,6 +57,13 @@ _LAYER: tuple[_Row, ...] = (
     ("mlp.down_proj.bias", "ffn_down.bias", "mlp.down_proj.bias", "all", False),
 )
 
+# What Phi-3 has in place of the parts of these leaves.
+_PHI3_LAYER: tuple[_Row, ...] = (
+    ("self_attn.qkv_proj.weight", "", "self_attn.qkv_proj.kernel", "all", True),
+    ("mlp.gate_up_proj.weight", "", "mlp.gate_up_proj.kernel", "all", True),
+    *(row for row in _LAYER if row[3] == "all"),
+)
+
 # Tables of rotary frequencies, which the config determines.
 _DERIVED = re.compile(r"(.*\.)?rotary_emb\.inv_freq|rope_freqs\.weight")
 
@@ -72,7 +80,7 @@ class TensorSlot:
     transposed: bool
 
     def name(self, naming: Naming) -> str:
-        return self.hf if naming == "hf" else self.gguf
+        return self.gguf if naming == "gguf" else self.hf
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -86,8 +94,9 @@ class TensorSlot:
         return part.T if self.transposed else part
 
 
-def tensor_slots(config: ModelConfig) -> list[TensorSlot]:
+def tensor_slots(config: ModelConfig, naming: Naming = "hf") -> list[TensorSlot]:
     """One slot for every tensor that a checkpoint of this ``config`` must hold."""
+    layer_rows = _PHI3_LAYER if naming == "phi3" else _LAYER
     shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(config)).items()}
     columns = _columns(config)
 
@@ -111,7 +120,7 @@ def tensor_slots(config: ModelConfig) -> list[TensorSlot]:
 
     result = fill_in(_MODEL, ("", "", ""))
     for i in range(config.num_hidden_layers):
-        result += fill_in(_LAYER, tuple(prefix.format(i) for prefix in _LAYER_PREFIXES))
+        result += fill_in(layer_rows, tuple(prefix.format(i) for prefix in _LAYER_PREFIXES))
     assert {slot.leaf for slot in result} == set(shapes), "the model has a leaf without a name"
     return result
 
@@ -129,17 +138,32 @@ def _columns(config: ModelConfig) -> dict[str, slice]:
     }
 
 
-def is_redundant(name: str, config: ModelConfig) -> bool:
+def tied_names(naming: Naming) -> tuple[str, str]:
+    """The names of the embedding table and of the output projection, which may be one tensor."""
+    (hf_embedding, embedding, *_), _, (hf_head, head, *_) = _MODEL
+    return (embedding, head) if naming == "gguf" else (hf_embedding, hf_head)
+
+
+def is_derived(name: str) -> bool:
     """Whether a checkpoint may hold tensor ``name`` although the model has no place for it."""
-    if config.tie_word_embeddings and name == "lm_head.weight":
-        return True
     return _DERIVED.fullmatch(name) is not None
+
+
+def refuse_more_layers(num_layers: Any, num_tensors: int, *, where: str) -> None:
+    """Raises ``ValueError`` for more layers than tensors, before work is done for each layer."""
+    if isinstance(num_layers, int) and num_layers > num_tensors:
+        raise ValueError(
+            f"{where}: num_hidden_layers={num_layers}, but there are {num_tensors} tensors"
+        )
 
 
 def check_tensors(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], *, where: str
 ) -> None:
-    """Raises one ``ValueError`` that lists every missing, unexpected and misshapen tensor."""
+    """Raises one ``ValueError`` that counts missing, unexpected and misshapen tensors.
+
+    It lists the first of them.
+    """
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     misshapen = [name for name in found if found[name] != expected.get(name, found[name])]
@@ -153,7 +177,7 @@ def check_tensors(
     raise ValueError(
         f"{where} does not hold the tensors its config describes "
         f"({len(missing)} missing, {len(unexpected)} unexpected, {len(misshapen)} misshapen):\n  "
-        + "\n  ".join(lines)
+        + "\n  ".join(shortened(lines))
     )
 
 

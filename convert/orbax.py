@@ -2,29 +2,41 @@
 
 ``params/`` holds one array per leaf, keyed by its dotted path, so that each can be restored
 straight into its sharding. ``config.json`` is the explicit form of ``config_json``; it alone
-describes the model.
+describes the model. ``files.json`` has the size of every file of ``params/``, so that a checkpoint
+cut short is known before Orbax reads it, which ends in pages of errors.
 """
 
+import contextlib
+import errno
 import functools
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from convert.config_json import canonical, read_json, to_json
-from convert.lora import Delta
-from convert.names import check_tensors, flatten, tensor_slots, unflatten
-from convert.stream import Checkpoint, FileTensor, Placement, assemble, sharding_of
+from convert.config_json import canonical, to_json
+from convert.json_values import read_json
+from convert.names import (
+    TensorSlot,
+    check_tensors,
+    flatten,
+    refuse_more_layers,
+    tensor_slots,
+    unflatten,
+)
+from convert.stream import Checkpoint, FileTensor, Placement, require_finite, sharding_of
 from convert.tokenizers import load_tokenizer
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params, abstract_params
 
 _PARAMS = "params"
+_FILES = "files.json"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -40,13 +52,34 @@ def _checkpointer():
     return orbax.checkpoint.StandardCheckpointer()
 
 
+@contextlib.contextmanager
+def _errors_as(kind: type[Exception], what: str) -> Iterator[None]:
+    """Whatever Orbax raises inside, as one ``kind`` of one line that begins with ``what``.
+
+    It raises ``Exception`` itself for damaged data and a full disk, ``KeyError`` and the like for
+    damaged metadata, and logs each with its traceback.
+    """
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except Exception as error:
+        reason = error.__cause__ or error
+        lines = str(reason).splitlines() or [""]
+        raise kind(f"{what}: {type(reason).__name__}: {lines[0][:500]}") from error
+    finally:
+        logger.setLevel(level)
+
+
 def is_orbax(path: Path) -> bool:
     return (path / _PARAMS).is_dir()
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The canonical config of a checkpoint that ``save`` wrote."""
-    return canonical(read_json(directory / "config.json"))
+    path = directory / "config.json"
+    return canonical(read_json(path), where=str(path))
 
 
 def require_empty(directory: Path) -> None:
@@ -68,7 +101,8 @@ def save(
     generation config to keep beside them; None keeps none. All or nothing: the checkpoint is
     written under another name and renamed when complete.
 
-    Raises ``ValueError`` if ``path`` is not new or empty, or ``params`` does not fit ``config``.
+    Raises ``ValueError`` if ``path`` is not new or empty, or ``params`` does not fit ``config``,
+    and ``OSError`` if it cannot be written, such as for lack of room.
     """
     path = Path(path).absolute()
     require_empty(path)
@@ -79,11 +113,18 @@ def save(
         where="params",
     )
     path.parent.mkdir(parents=True, exist_ok=True)
+    size, free = sum(value.nbytes for value in flat.values()), shutil.disk_usage(path.parent).free
+    if size > free:
+        raise OSError(
+            errno.ENOSPC, f"the parameters take {size} bytes, and {free} are free", str(path)
+        )
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.mkdir()
-        with _checkpointer() as checkpointer:
+        with _errors_as(OSError, f"{path} cannot be written"), _checkpointer() as checkpointer:
             checkpointer.save(partial / _PARAMS, flat)
+        sizes = json.dumps(_file_sizes(partial / _PARAMS), indent=2)
+        (partial / _FILES).write_text(sizes + "\n", encoding="utf-8")
         if tokenizer_from is not None:
             _keep_tokenizer(Path(tokenizer_from), partial)
         text = json.dumps(to_json(config), indent=2)
@@ -105,76 +146,94 @@ def _keep_tokenizer(source: Path, destination: Path) -> None:
 
 
 def restore(
-    directory: Path,
-    config: ModelConfig,
-    *,
-    dtype: np.dtype | None,
-    deltas: Mapping[str, Delta],
-    placement: Placement,
-    progress: bool,
+    directory: Path, config: ModelConfig, *, dtype: np.dtype | None, placement: Placement
 ) -> Params:
     """Parameters that ``save`` wrote, in ``dtype`` (None: as stored) and placed as asked.
 
-    Without ``deltas`` each array goes from disk to its devices, read in the shards they need.
-    With ``deltas`` the arrays are read to the host first and the deltas added there.
-
-    Raises ``ValueError`` listing all arrays that are missing, unexpected or misshapen.
+    Each array goes from disk to its devices, read in the shards they need. Raises ``ValueError``
+    for arrays that are missing, unexpected, misshapen, damaged or not finite.
     """
-    stored_in = (directory / _PARAMS).absolute()
-    with _checkpointer() as checkpointer:
-        metadata = checkpointer.metadata(stored_in).item_metadata
-        if metadata is None:
-            raise ValueError(f"{stored_in} is not a complete Orbax checkpoint")
-        stored = dict(metadata.items())
-        check_tensors(
-            {leaf: value.shape for leaf, value in flatten(abstract_params(config)).items()},
-            {leaf: tuple(value.shape) for leaf, value in stored.items()},
-            where=str(directory),
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {
+        leaf: jax.ShapeDtypeStruct(
+            value.shape, dtype or value.dtype, sharding=sharding_of(placement, leaf) or here
         )
-        own_dtype = np.dtype(stored["embed_tokens.embedding"].dtype)
-        if deltas:
-            empty = {leaf: np.empty(value.shape, value.dtype) for leaf, value in stored.items()}
-            arrays = checkpointer.restore(stored_in, empty)
-            checkpoint = _as_file_tensors(arrays, config, own_dtype, directory)
-            return assemble(
-                checkpoint,
-                config,
-                dtype=dtype or own_dtype,
-                deltas=deltas,
-                placement=placement,
-                progress=progress,
-            )
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        wanted = {
-            leaf: jax.ShapeDtypeStruct(
-                value.shape,
-                dtype or value.dtype,
-                sharding=sharding_of(placement, leaf) or here,
-            )
-            for leaf, value in stored.items()
-        }
-        return unflatten(checkpointer.restore(stored_in, wanted))
+        for leaf, value in _stored(directory, config).items()
+    }
+    flat = _restore(directory, wanted)
+    for leaf, value in flat.items():
+        require_finite(leaf, value, str(directory))
+    return unflatten(flat)
 
 
-def _as_file_tensors(
-    arrays: Mapping[str, np.ndarray], config: ModelConfig, dtype: np.dtype, directory: Path
-) -> Checkpoint:
-    """The leaves taken apart again into Hugging Face's tensors, which is what deltas fit."""
+def read_orbax(directory: Path, config: ModelConfig) -> Checkpoint:
+    """The same checkpoint as Hugging Face's tensors, which is what an adapter fits.
 
-    def rows(tensor: np.ndarray, start: int, stop: int) -> np.ndarray:
-        return tensor[start:stop]
+    The first look at a value reads all arrays to the host.
+    """
+    stored = _stored(directory, config)
+
+    @functools.cache
+    def arrays() -> dict[str, np.ndarray]:
+        empty = {leaf: np.empty(value.shape, value.dtype) for leaf, value in stored.items()}
+        return _restore(directory, empty)
+
+    def rows(slot: TensorSlot, start: int, stop: int) -> np.ndarray:
+        return slot.view(arrays()[slot.leaf])[start:stop]
 
     return Checkpoint(
         where=str(directory),
         config={},
         naming="hf",
-        dtype=dtype,
+        dtype=np.dtype(stored["embed_tokens.embedding"].dtype),
         tensors=[
-            FileTensor(
-                name=slot.hf,
-                shape=slot.shape,
-                rows=functools.partial(rows, slot.view(arrays[slot.leaf])),
-            )
+            FileTensor(name=slot.hf, shape=slot.shape, rows=functools.partial(rows, slot))
             for slot in tensor_slots(config)
         ],
     )
+
+
+def _file_sizes(directory: Path) -> dict[str, int]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
+
+
+def _check_files(directory: Path) -> None:
+    """Raises ``ValueError`` naming a file that is missing or not as long as it was written.
+
+    Checkpoints of before ``files.json`` pass.
+    """
+    if not (directory / _FILES).is_file():
+        return
+    found = _file_sizes(directory / _PARAMS)
+    for name, size in read_json(directory / _FILES).items():
+        if name not in found:
+            raise ValueError(f"{directory / _PARAMS / name} is missing")
+        if found[name] != size:
+            raise ValueError(
+                f"{directory / _PARAMS / name} is damaged: {found[name]} bytes, not {size}"
+            )
+
+
+def _stored(directory: Path, config: ModelConfig) -> dict[str, Any]:
+    """Shape and dtype of every array on disk, which must be those of ``config``."""
+    _check_files(directory)
+    path = (directory / _PARAMS).absolute()
+    with _errors_as(ValueError, f"{path} cannot be read"), _checkpointer() as checkpointer:
+        metadata = checkpointer.metadata(path).item_metadata
+        stored = {} if metadata is None else dict(metadata.items())
+    if metadata is None:
+        raise ValueError(f"{path} is not a complete Orbax checkpoint")
+    refuse_more_layers(config.num_hidden_layers, len(stored), where=str(directory))
+    check_tensors(
+        {leaf: value.shape for leaf, value in flatten(abstract_params(config)).items()},
+        {leaf: tuple(value.shape) for leaf, value in stored.items()},
+        where=str(directory),
+    )
+    return stored
+
+
+def _restore(directory: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    path = (directory / _PARAMS).absolute()
+    with _errors_as(ValueError, f"{path} cannot be read"), _checkpointer() as checkpointer:
+        return checkpointer.restore(path, wanted)

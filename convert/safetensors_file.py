@@ -33,7 +33,7 @@ class SafetensorsFile:
             if header.get_dtype() not in _DTYPES:
                 raise NotImplementedError(
                     f"{path}: {name} is stored as {header.get_dtype()}; "
-                    f"supported: {', '.join(_DTYPES)}"
+                    f"supported: {', '.join(_DTYPES)} (quantised checkpoints are not)"
                 )
             self.shapes[name] = tuple(header.get_shape())
             self.dtypes[name] = _DTYPES[header.get_dtype()]

@@ -6,6 +6,7 @@ tensor comes, convert block by block into its place, hand the finished leaf to i
 memory therefore holds no second copy of the parameters, whatever the format.
 """
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -19,8 +20,16 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from convert.lora import Delta
-from convert.names import Naming, check_tensors, is_redundant, tensor_slots, unflatten
+from convert.json_values import shortened
+from convert.lora import Change
+from convert.names import (
+    Naming,
+    check_tensors,
+    is_derived,
+    tensor_slots,
+    tied_names,
+    unflatten,
+)
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params
 
@@ -29,6 +38,9 @@ Placement = Sharding | Callable[[str], Sharding] | None
 
 # Few enough rows that a block stays in cache while it is transposed, enough to amortise the call.
 _BLOCK_ROWS = 128
+
+# Many, because embedding and output layer may lie in two files, mapped in turn.
+_COMPARED_ROWS = 8192
 
 _ALIGNMENT = 64  # bytes
 
@@ -66,32 +78,81 @@ def sharding_of(placement: Placement, leaf: str) -> Sharding | None:
     return placement(leaf) if callable(placement) else placement
 
 
+def settle_tie(
+    checkpoint: Checkpoint, config: ModelConfig, changes: Mapping[str, Change]
+) -> tuple[Checkpoint, ModelConfig]:
+    """A tied model gets an output layer of its own where its files have one.
+
+    That is a stored one with other values than the embedding table, whatever the flag says; or
+    one that an adapter makes by changing one of the two. The checkpoint returned holds exactly
+    the output layer that the config returned describes. Reads both only where both are stored.
+    """
+    if not config.tie_word_embeddings:
+        return checkpoint, config
+    names = tied_names(checkpoint.naming)
+    embedding, head = (
+        next((tensor for tensor in checkpoint.tensors if tensor.name == name), None)
+        for name in names
+    )
+    stays_tied = not any(name in changes for name in tied_names("hf"))
+    if embedding is None or (stays_tied and (head is None or _equal(embedding, head))):
+        tensors = [tensor for tensor in checkpoint.tensors if tensor.name != names[1]]
+        return dataclasses.replace(checkpoint, tensors=tensors), config
+    if head is None:
+        head = dataclasses.replace(embedding, name=names[1])
+        tensors = [*checkpoint.tensors, head]
+        checkpoint = dataclasses.replace(checkpoint, tensors=tensors)
+    return checkpoint, dataclasses.replace(config, tie_word_embeddings=False)
+
+
+def _equal(one: FileTensor, other: FileTensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    return all(
+        np.array_equal(
+            one.rows(start, min(start + _COMPARED_ROWS, one.shape[0])),
+            other.rows(start, min(start + _COMPARED_ROWS, one.shape[0])),
+        )
+        for start in range(0, one.shape[0], _COMPARED_ROWS)
+    )
+
+
+def require_finite(leaf: str, values: jax.Array, where: str) -> None:
+    """Raises ``ValueError`` naming the leaf if it holds NaN or infinite values."""
+    if not _all_finite(values):
+        raise ValueError(f"{where}: {leaf} holds values that are not finite in {values.dtype}")
+
+
+@jax.jit
+def _all_finite(values: jax.Array) -> jax.Array:
+    # Only a value that is not finite makes this sum differ from 0. Reducing jnp.isfinite(values)
+    # takes another array as large on a CPU, and a maximum there may pass over NaN.
+    return jnp.sum(values.astype(jnp.float32) * 0) == 0
+
+
 def assemble(
     checkpoint: Checkpoint,
     config: ModelConfig,
     *,
     dtype: np.dtype,
-    deltas: Mapping[str, Delta],
+    changes: Mapping[str, Change],
     placement: Placement,
     progress: bool,
 ) -> Params:
-    """Parameters of ``config`` in ``dtype`` from ``checkpoint`` plus low-rank ``deltas``.
+    """Parameters of ``config`` in ``dtype`` from ``checkpoint`` with the ``changes`` of an adapter.
 
-    Raises ``ValueError`` listing all tensors that are missing, unexpected or misshapen.
+    Raises ``ValueError`` for tensors that are missing, unexpected or misshapen, and for values
+    that are not finite.
     """
-    all_slots = tensor_slots(config)
+    all_slots = tensor_slots(config, checkpoint.naming)
     by_name = {slot.name(checkpoint.naming): slot for slot in all_slots}
-    tensors = [
-        tensor
-        for tensor in checkpoint.tensors
-        if tensor.name in by_name or not is_redundant(tensor.name, config)
-    ]
+    tensors = [tensor for tensor in checkpoint.tensors if not is_derived(tensor.name)]
     check_tensors(
         {name: slot.shape for name, slot in by_name.items()},
         {tensor.name: tensor.shape for tensor in tensors},
         where=checkpoint.where,
     )
-    check_deltas(deltas, {slot.hf: slot.shape for slot in all_slots})
+    _check_changes(changes, {slot.hf: slot.shape for slot in all_slots})
 
     awaited = Counter(slot.leaf for slot in all_slots)
     unfinished: dict[str, np.ndarray] = {}
@@ -101,19 +162,21 @@ def assemble(
         if slot.leaf not in unfinished:
             unfinished[slot.leaf] = _aligned(slot.leaf_shape, dtype)
         target = slot.view(unfinished[slot.leaf])
-        delta = deltas.get(slot.hf)
+        change = changes.get(slot.hf)
         for start in range(0, tensor.shape[0], _BLOCK_ROWS):
             stop = min(start + _BLOCK_ROWS, tensor.shape[0])
             block = tensor.rows(start, stop)
-            if delta is not None:
-                block = block.astype(np.float32) + delta.rows(start, stop)
+            if change is not None:
+                block = change.apply(block, start, stop)
             # Cast before the transposing store: casting through strided memory is far slower.
-            target[start:stop] = block.astype(dtype)
+            with np.errstate(over="ignore"):  # found below
+                target[start:stop] = block.astype(dtype)
         awaited[slot.leaf] -= 1
         if not awaited[slot.leaf]:
             leaf = jax.device_put(unfinished.pop(slot.leaf), sharding_of(placement, slot.leaf))
             # Without waiting, queued transfers would keep every host copy alive.
             flat[slot.leaf] = leaf.block_until_ready()
+            require_finite(slot.leaf, leaf, checkpoint.where)
     return unflatten(flat)
 
 
@@ -125,13 +188,18 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def check_deltas(deltas: Mapping[str, Delta], weights: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises one ``ValueError`` listing all deltas that fit no weight of the model."""
+def _check_changes(changes: Mapping[str, Change], weights: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises one ``ValueError`` listing the changes that fit no tensor of the model."""
     problems = []
-    for name, delta in deltas.items():
+    for name, change in changes.items():
         if name not in weights:
-            problems.append(f"{name}: the model has no such weight")
-        elif delta.shape != weights[name]:
-            problems.append(f"{name}: found {delta.shape}, expected {weights[name]}")
+            problems.append(f"{name}: the model has no such tensor")
+        problems += [
+            f"{name}: found {shape}, expected {weights[name]}"
+            for shape in change.shapes
+            if shape != weights.get(name, shape)
+        ]
     if problems:
-        raise ValueError("the adapter does not fit the model:\n  " + "\n  ".join(problems))
+        raise ValueError(
+            "the adapter does not fit the model:\n  " + "\n  ".join(shortened(problems))
+        )

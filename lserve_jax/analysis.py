@@ -36,7 +36,7 @@ from lserve_jax.engine.build import head_partition
 from lserve_jax.llm import LLM
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Attend, Params, bind
-from lserve_jax.model.rope import rotary_angles
+from lserve_jax.model.rope import layer_angles, rotary_angles
 from lserve_jax.text_engine import Prompt
 from pallas_kernels import api
 
@@ -149,7 +149,8 @@ def _measuring_attend(
     in_window |= position[None] > queries[:, None] - window.local
 
     def attend(layer: int, q: Array, k: Array, v: Array, covered: Array) -> tuple[Array, Array]:
-        q, k = api.apply_rotary(q, cos, sin)[0], api.apply_rotary(k, cos, sin)[0]
+        angles = layer_angles(config, layer, cos, sin)
+        q, k = api.apply_rotary(q, *angles)[0], api.apply_rotary(k, *angles)[0]
         Kr, Hk = spec.num_retrieval_heads[layer], k.shape[1]
         nothing = api.KVPages(jnp.zeros((Hk, 1, P, D), k.dtype), jnp.zeros((Hk, 1, P, D), k.dtype))
         no_heads = jax.tree.map(lambda x: x[:0], nothing)

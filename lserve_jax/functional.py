@@ -16,7 +16,8 @@ def logits(config: ModelConfig, params: Params, tokens: Int[Array, "B T"]) -> Fl
     (with ``config`` static), ``vmap`` and ``grad``. Memory holds scores T x T for one layer; for
     long prompts use ``LLM``, whose prefill does not.
 
-    Raises ``ValueError`` if ``tokens`` is not a 2-D integer array.
+    Raises ``ValueError`` if ``tokens`` is not a 2-D integer array, or T is more than the model's
+    sliding window.
     """
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(

@@ -20,20 +20,29 @@ from lserve_jax.attention.cache import CacheSpec, LayerCache
 from lserve_jax.attention.selection import retrieval_pages, retrieval_stop, window_list
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Attend
-from lserve_jax.model.rope import rotary_angles
+from lserve_jax.model.rope import layer_angles, rotary_angles
 from pallas_kernels import api
 from pallas_kernels.api import Backend, KVPages, OwnAttention, PageList
 
 
 def causal_attend(config: ModelConfig, positions: Int[Array, "B T"]) -> Attend:
-    """Plain causal attention over whole sequences; differentiable; the caches stay ``None``."""
+    """Plain causal attention over whole sequences; differentiable; the caches stay ``None``.
+
+    Raises ``ValueError`` for sequences longer than the model's sliding window.
+    """
     T = positions.shape[1]
+    if config.sliding_window is not None and config.sliding_window < T:
+        raise ValueError(
+            f"sequences of {T} tokens exceed the model's sliding_window={config.sliding_window}, "
+            "and sliding-window attention is not supported"
+        )
     cos, sin = rotary_angles(config, positions, positions.max(axis=1) + 1)
     causal = jnp.tril(jnp.ones((T, T), bool))
 
     def attend(layer: int, q: Array, k: Array, v: Array, cache: None) -> tuple[Array, None]:
         B, _, H, D = q.shape
-        q, k = api.apply_rotary(q, cos, sin), api.apply_rotary(k, cos, sin)
+        angles = layer_angles(config, layer, cos, sin)
+        q, k = api.apply_rotary(q, *angles), api.apply_rotary(k, *angles)
         q = q.reshape(B, T, -1, config.group_size, D)
         highest = jax.lax.Precision.HIGHEST
         scores = jnp.einsum(
@@ -73,7 +82,8 @@ def prefill_attend(
     def attend(
         layer: int, q: Array, k: Array, v: Array, cache: LayerCache
     ) -> tuple[Array, LayerCache]:
-        q, k = api.apply_rotary(q, cos, sin)[0], api.apply_rotary(k, cos, sin)[0]
+        angles = layer_angles(config, layer, cos, sin)
+        q, k = api.apply_rotary(q, *angles)[0], api.apply_rotary(k, *angles)[0]
         out, _ = api.prefill_attention(
             q,
             k,
@@ -181,8 +191,7 @@ def decode_attend(
             q[:, 0],
             k[:, 0],
             v[:, 0],
-            cos,
-            sin,
+            *layer_angles(config, layer, cos, sin),
             cache.retrieval,
             cache.streaming,
             cache.key_stats,

@@ -207,7 +207,7 @@ def calibrate(args: CalibrateArgs) -> Float[np.ndarray, "L Hk"]:
     assert tokenizer is not None  # required
     samples = PasskeySamples(tokenizer, text, args.samples)
     config = convert.read_config(source)
-    limit = config.max_position_embeddings
+    limit = config.context_length
     if args.samples.max_length > limit:
         raise ValueError(
             f"max_length={args.samples.max_length} exceeds the {limit} tokens of {args.model}"

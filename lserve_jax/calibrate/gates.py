@@ -106,6 +106,16 @@ def _optimizer(training: GateTraining) -> optax.GradientTransformation:
 
 
 def initial_state(config: ModelConfig, training: GateTraining) -> GateState:
+    """All gates at their initial value.
+
+    Raises ``NotImplementedError`` for a model with layers that differ: ``_hidden`` runs one layer
+    with the weights of all.
+    """
+    if config.nope_layers:
+        raise NotImplementedError(
+            f"calibrating a model with layers without rotary embedding ({config.nope_layers}) is "
+            "not supported"
+        )
     shape = (config.num_hidden_layers, config.num_key_value_heads)
     gates = jnp.full(shape, training.initial_gate, jnp.float32)
     return GateState(gates=gates, optimizer=_optimizer(training).init(gates))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -32,7 +33,8 @@ class EngineOptions:
     """How an engine is built. Names are vLLM's where it has them.
 
     dtype: "float32" or "bfloat16"; None takes bfloat16 on accelerators and float32 on the CPU.
-    max_model_len: longest prompt + generation in tokens; None takes the model's own limit.
+    max_model_len: longest prompt + generation in tokens; None takes the model's own limit,
+        ``ModelConfig.context_length``. Beyond it, a warning says so.
     max_num_seqs: requests that run at the same time.
     attention: "dense", or "lserve" with the settings in ``sparsity`` (None: ``SparsityConfig()``).
     kv_dtype: "auto" stores keys and values in ``dtype``, "int8" with a scale per token and head.
@@ -152,6 +154,7 @@ def build_engine(
     """
     dtype, sparsity = resolve_dtype(options.dtype), options.resolved_sparsity
     max_model_len = _check_length(config, options.max_model_len)
+    config = _choose_longrope(config, max_model_len)
     partition = head_partition(config, sparsity)
     if callable(params):
         params = params()
@@ -200,12 +203,38 @@ def head_partition(config: ModelConfig, sparsity: SparsityConfig | None) -> Head
 
 
 def _check_length(config: ModelConfig, max_model_len: int | None) -> int:
-    limit = config.max_position_embeddings
+    limit, window = config.context_length, config.sliding_window
     if max_model_len is None:
         return limit
-    if not 1 <= max_model_len <= limit:
-        raise ValueError(f"{max_model_len=} must lie in [1, {limit}], the model's own limit")
+    if isinstance(max_model_len, bool) or not isinstance(max_model_len, int) or max_model_len < 1:
+        raise ValueError(f"{max_model_len=} must be a positive integer")
+    if window is not None and max_model_len > window:
+        raise ValueError(
+            f"{max_model_len=} must not exceed the model's sliding_window={window}: "
+            "sliding-window attention is not supported"
+        )
+    if max_model_len > limit:
+        warnings.warn(
+            f"{max_model_len=} exceeds {limit}, the tokens that the model's position embedding is "
+            "made for; answers to longer prompts may be worse",
+            stacklevel=3,
+        )
     return max_model_len
+
+
+def _choose_longrope(config: ModelConfig, max_model_len: int) -> ModelConfig:
+    """LongRoPE with one set of frequencies for all sequences: the short one if all fit into it.
+
+    Hugging Face takes a sequence's length. But then a sequence that outgrows the original length
+    would need all of its cached keys again, and one prefix would not do for short and long ones.
+    """
+    rope = config.rope
+    if rope.rope_type != "longrope":
+        return config
+    original = rope.original_max_position_embeddings or config.max_position_embeddings
+    chosen = rope.long_factor if max_model_len > original else rope.short_factor
+    rope = dataclasses.replace(rope, long_factor=chosen, short_factor=chosen)
+    return dataclasses.replace(config, rope=rope)
 
 
 def _plan_pages(config: ModelConfig, spec: CacheSpec, dtype, options: EngineOptions) -> int:

@@ -74,7 +74,7 @@ def load_model(
     ``rope_extend``, and what ``extend_rope`` raises.
     """
     config = convert.read_config(source)
-    limit = config.max_position_embeddings
+    limit = config.context_length
     if max_len > limit and not rope_extend:
         raise ValueError(
             f"the prompts and their answers take up to {max_len} tokens, the model's limit is "

@@ -121,7 +121,7 @@ def run_study(study: Study, *, progress: bool = False) -> dict[str, Any]:
         options=study.options,
         progress=progress,
     )
-    room = min(-(-longest // _ROOM) * _ROOM, model.config.max_position_embeddings)
+    room = min(-(-longest // _ROOM) * _ROOM, model.config.context_length)
     reference: list[Score] | None = None
     for setting in settings:
         if setting.name in result["seconds"]:

@@ -13,7 +13,8 @@ The model knows nothing of caches, pages or sparsity. Attention is a function pa
 Rotary embedding belongs to ``attend`` because that is where positions are known, and because the
 decode kernel rotates a key while it writes it to its page.
 
-Covered: Llama 1-3.2 and its relatives, Mistral, Qwen2 (bias on q, k, v), Qwen3 (RMSNorm on q, k).
+Covered: Llama 1-3.2 and its relatives, Mistral, Phi-3, Qwen2 (bias on q, k, v), Qwen3 (RMSNorm on
+q, k), SmolLM3 (layers without rotary embedding).
 """
 
 import functools

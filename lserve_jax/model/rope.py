@@ -49,14 +49,22 @@ def _yarn_magnitude(rope: RopeConfig) -> float:
     return magnitude(1.0)
 
 
+def _longrope_magnitude(rope: RopeConfig, original: int) -> float:
+    """Factor on cos and sin (LongRoPE, arXiv 2402.13753, section 3.2)."""
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    return 1.0 if rope.factor <= 1 else math.sqrt(1 + math.log(rope.factor) / math.log(original))
+
+
 def rotary_angles(
     config: ModelConfig, positions: Int[Array, "B T"], lengths: Int[Array, " B"]
 ) -> tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]]:
     """Cosines and sines (float32) for absolute ``positions``.
 
-    ``lengths`` is the whole length of each sequence, prompt included; only dynamic NTK uses it:
-    its base grows once a sequence is longer than the model's original context. Taking it from
-    the sequence and not from the call keeps results independent of chunking and neighbours.
+    ``lengths`` is the whole length of each sequence, prompt included. Dynamic NTK uses it: its base
+    grows once a sequence is longer than the model's original context. So does LongRoPE, to choose
+    between its two sets of frequencies. Taking it from the sequence and not from the call keeps
+    results independent of chunking and neighbours.
     """
     rope, D = config.rope, config.head_dim
     original = rope.original_max_position_embeddings or config.max_position_embeddings
@@ -66,6 +74,13 @@ def rotary_angles(
         stretch = jnp.maximum(lengths, original).astype(jnp.float32) / original
         base = rope.rope_theta * (rope.factor * stretch - (rope.factor - 1)) ** (D / (D - 2))
         inv_freq = base[:, None] ** jnp.asarray(-exponents, jnp.float32)[None]  # [B, D/2]
+    elif rope.rope_type == "longrope":
+        short, long = (
+            jnp.asarray(rope.rope_theta**-exponents / np.array(factors), jnp.float32)
+            for factors in (rope.short_factor, rope.long_factor)
+        )
+        inv_freq = jnp.where((lengths > original)[:, None], long, short)  # [B, D/2]
+        magnitude = _longrope_magnitude(rope, original)
     else:
         frequencies = rope.rope_theta**-exponents
         if rope.rope_type == "linear":
@@ -78,3 +93,12 @@ def rotary_angles(
         inv_freq = jnp.asarray(frequencies, jnp.float32)[None]  # [1, D/2]
     angles = positions.astype(jnp.float32)[:, :, None] * inv_freq[:, None, :]  # [B, T, D/2]
     return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
+
+
+def layer_angles(
+    config: ModelConfig, layer: int, cos: Float[Array, "..."], sin: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """What ``layer`` rotates by: the angles given, or none in a layer without rotary embedding."""
+    if layer in config.nope_layers:
+        return jnp.ones_like(cos), jnp.zeros_like(sin)
+    return cos, sin

@@ -20,6 +20,7 @@ CONFIG = ModelConfig(
     num_key_value_heads=3,
     head_dim=16,
     max_position_embeddings=512,
+    nope_layers=(1,),
 )
 SPARSITY = SparsityConfig(
     page_size=16, token_budget=96, reuse_interval=4, decode_sink=16, decode_local=32
@@ -49,7 +50,8 @@ def queries_and_keys(params):
     cos, sin = rotary_angles(CONFIG, positions, jnp.array([len(TOKENS)]))
 
     def attend(layer, q, k, v, cache):
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        if layer != 1:  # which has no rotary embedding
+            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         seen.append((np.asarray(q[0], np.float64), np.asarray(k[0], np.float64)))
         scores = jnp.einsum("bqkgd,btkd->bkgqt", q.reshape(*q.shape[:2], 3, 2, 16), k) / 4
         visible = jnp.tril(jnp.ones((1, 1, 1, len(TOKENS), len(TOKENS)), bool))

@@ -1,5 +1,6 @@
 """config.json to ModelConfig: both of Hugging Face's forms, and everything that must be refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ CONFORMANCE = Path(__file__).parents[1] / "data" / "conformance"
 
 
 def parsed(raw: dict, **overrides) -> ModelConfig:
-    return parse(override(canonical(raw), overrides), where="config.json")
+    return parse(override(canonical(raw, where="config.json"), overrides), where="config.json")
 
 
 def test_every_attribute_reaches_the_model_config():
@@ -88,6 +89,27 @@ def test_published_configs_are_accepted(name):
     assert config.hidden_size == 32
 
 
+def test_what_families_imply_where_a_config_says_nothing():
+    """As transformers' config classes of these types have it."""
+    raw = {**LLAMA, "max_position_embeddings": 8192}
+    for name in ("rms_norm_eps", "rope_theta", "tie_word_embeddings"):
+        del raw[name]
+    found = {}
+    for kind in ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3"):
+        config = parsed({**raw, "model_type": kind, "sliding_window": None})
+        found[kind] = (config.rms_norm_eps, config.rope.rope_theta, config.tie_word_embeddings)
+    plain = (1e-6, 1e4, False)
+    assert found == {
+        **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), plain),
+        "phi3": (1e-5, 1e4, False),
+        "smollm3": (1e-6, 2e6, True),
+    }
+    rope = {"type": "su", "long_factor": [2.0] * 4, "short_factor": [1.0] * 4}
+    phi3 = parsed({**raw, "model_type": "phi3", "rope_scaling": rope}).rope
+    assert (phi3.rope_type, phi3.original_max_position_embeddings) == ("longrope", 4096)
+    assert phi3.factor == 2.0
+
+
 def test_sizes_left_out_follow_from_the_others():
     raw = {k: v for k, v in LLAMA.items() if k not in ("num_key_value_heads", "head_dim")}
     assert parsed(raw).num_key_value_heads == 4
@@ -149,6 +171,21 @@ ROPES = {
             mscale=0.7,
         ),
     ),
+    "longrope": (
+        {
+            "original_max_position_embeddings": 32,
+            "long_factor": [1.0, 2.0, 4.0, 8.0],
+            "short_factor": [1.0, 1.0, 1.5, 2.0],
+        },
+        RopeConfig(
+            rope_theta=5e5,
+            rope_type="longrope",
+            factor=4.0,  # 128 / 32
+            original_max_position_embeddings=32,
+            long_factor=(1.0, 2.0, 4.0, 8.0),
+            short_factor=(1.0, 1.0, 1.5, 2.0),
+        ),
+    ),
 }
 
 
@@ -177,6 +214,7 @@ OWN = [
     *[rope for _, rope in ROPES.values()],
     RopeConfig(rope_type="dynamic", factor=2.0, original_max_position_embeddings=32),
     RopeConfig(rope_type="yarn", factor=2.0, truncate=False, attention_factor=1.5),
+    RopeConfig(rope_type="longrope", long_factor=(3.0,) * 4, short_factor=(2.0,) * 4),
 ]
 
 
@@ -190,7 +228,7 @@ def test_our_own_form_loses_nothing(rope, flag):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=12,
+        head_dim=8,
         max_position_embeddings=128,
         rms_norm_eps=3e-6,
         rope=rope,
@@ -199,7 +237,7 @@ def test_our_own_form_loses_nothing(rope, flag):
         **{flag: True},
     )
     written = json.loads(json.dumps(to_json(config)))
-    assert parse(canonical(written), where="x") == config
+    assert parse(canonical(written, where="x"), where="x") == config
 
 
 def conformance_config(name: str) -> dict:
@@ -264,9 +302,6 @@ UNSUPPORTED = {
     "layer_types .'chunked_attention'.": {
         "layer_types": ["full_attention", "chunked_attention"],
     },
-    "rope type 'longrope'": {
-        "rope_scaling": {"type": "longrope", "long_factor": [1.0], "short_factor": [1.0]},
-    },
     "rope type 'mrope'": {"rope_scaling": {"rope_type": "mrope", "mrope_section": [1, 1]}},
     "mrope_section=": {"rope_scaling": {"type": "default", "mrope_section": [1, 1]}},
     "num_local_experts=8": {"num_local_experts": 8},
@@ -275,9 +310,15 @@ UNSUPPORTED = {
     "partial_rotary_factor=0.25": {
         "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}
     },
-    "quantization_config=": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
     "attn_logit_softcapping=50.0": {"attn_logit_softcapping": 50.0},
     "rope_interleaved=True": {"rope_interleaved": True},
+    # Settings that are on where they are absent: off must not pass for unset.
+    "is_causal=False": {"is_causal": False},
+    "scale_attn_weights=False": {"scale_attn_weights": False},
+    "num_experts=0": {"num_experts": 0},
+    "rope_parameters: .*scale_positions=False": {
+        "rope_parameters": {"rope_theta": 1e4, "scale_positions": False}
+    },
     "mlp_bias=True": {"model_type": "mistral", "sliding_window": None, "mlp_bias": True},
     "attention_bias=True": {"model_type": "mistral", "attention_bias": True},
     "qk_norm=True": {"qk_norm": True},  # only our own form may say so
@@ -291,27 +332,100 @@ def test_other_mathematics_is_refused_by_name(message):
 
 
 def test_all_strange_attributes_are_named_at_once():
-    with pytest.raises(NotImplementedError, match=r"first=1, second='x'"):
-        parsed({**LLAMA, "first": 1, "second": "x", "off": False, "none": None})
+    with pytest.raises(NotImplementedError, match=r": first=1, off=False, empty=\[\]$"):
+        parsed({**LLAMA, "first": 1, "off": False, "empty": [], "none": None})
+    with pytest.raises(NotImplementedError, match=r"u19=1, and 280 more$"):
+        parsed({**LLAMA, **{f"u{i}": 1 for i in range(300)}})
+
+
+def test_neutral_attributes_pass_at_their_neutral_value():
+    neutral = {
+        "is_causal": True,
+        "is_encoder_decoder": False,
+        "mlp_bias": False,
+        "pruned_heads": {},
+    }
+    assert parsed({**LLAMA, **neutral}) == parsed(LLAMA)
 
 
 def test_a_window_is_accepted_when_the_context_is_cut_to_it():
     raw = {**LLAMA, "model_type": "mistral", "sliding_window": 64}
-    assert parsed(raw, max_position_embeddings=64).max_position_embeddings == 64
+    config = parsed(raw, max_position_embeddings=64)
+    assert (config.max_position_embeddings, config.sliding_window) == (64, 64)
 
 
-MALFORMED = {
-    "hidden_size must be a positive integer, got None": {"hidden_size": None},
-    "vocab_size must be a positive integer, got '48'": {"vocab_size": "48"},
-    "head_dim must be a positive integer, got 8.5": {"head_dim": 8.5},
-    "must be a multiple of": {"num_key_value_heads": 3},
-    "rope type 'linear' needs factor": {"rope_scaling": {"type": "linear"}},
-    "rope factor must be a number, got '2'": {"rope_scaling": {"type": "linear", "factor": "2"}},
-    "eos_token_id must be": {"eos_token_id": ["</s>"]},
+@pytest.mark.parametrize(
+    ("attributes", "window"),
+    [
+        ({"model_type": "mistral", "sliding_window": 128}, 128),
+        ({"model_type": "mistral", "sliding_window": 200}, 200),
+        ({"model_type": "mistral", "sliding_window": None}, None),
+        ({"sliding_window": 128}, 128),
+        ({"sliding_window": 128, "use_sliding_window": False}, None),
+        ({"model_type": "qwen2", "sliding_window": 128}, None),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "sliding_window": 128,
+                "max_window_layers": 1,
+            },
+            128,
+        ),
+    ],
+)
+def test_a_window_too_wide_to_hide_a_token_bounds_the_sequences(attributes, window):
+    config = parsed({**LLAMA, **attributes})
+    assert config.sliding_window == window
+    assert parse(canonical(to_json(config), where="x"), where="x") == config
+    if window is not None:
+        with pytest.raises(ValueError, match=f"must not exceed sliding_window={window}"):
+            dataclasses.replace(config, max_position_embeddings=window + 1)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "layers"),
+    [
+        ({}, (3, 7)),
+        ({"no_rope_layer_interval": 3}, (2, 5)),
+        ({"no_rope_layers": [1, 1, 0, 1, 1, 1, 1, 0]}, (2, 7)),
+        ({"no_rope_layers": [1] * 8}, ()),
+    ],
+)
+def test_layers_without_rotary_embedding(attributes, layers):
+    config = parsed({**LLAMA, "model_type": "smollm3", "num_hidden_layers": 8, **attributes})
+    assert config.nope_layers == layers
+    assert parse(canonical(to_json(config), where="x"), where="x") == config
+
+
+# Lengths as published: Vicuna 16K, Qwen2.5 with YaRN, a dynamic one, Llama 3.1, Phi-3.
+LENGTHS = {
+    "default": (4096, None, 4096),
+    "linear": (4096, {"factor": 4.0}, 16384),
+    "yarn, original length": (32768, {"factor": 4.0, "original": 32768}, 131072),
+    "yarn, both lengths": (131072, {"factor": 4.0, "original": 32768}, 131072),
+    "yarn, no original length": (1024, {"factor": 4.0}, 4096),
+    "dynamic": (2048, {"factor": 2.0}, 4096),
+    "llama3": (
+        131072,
+        {"factor": 8.0, "original": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        131072,
+    ),
+    "longrope": (
+        131072,
+        {"original": 4096, "long_factor": [2.0] * 4, "short_factor": [1.0] * 4},
+        131072,
+    ),
 }
 
 
-@pytest.mark.parametrize("message", MALFORMED)
-def test_malformed_configs_are_refused_by_name(message):
-    with pytest.raises(ValueError, match=message):
-        parsed({**LLAMA, **MALFORMED[message]})
+@pytest.mark.parametrize("name", LENGTHS)
+def test_the_length_that_the_position_embedding_is_made_for(name):
+    longest, rope, expected = LENGTHS[name]
+    raw = {**LLAMA, "max_position_embeddings": longest}
+    if rope is not None:
+        rope = {"rope_type": name.partition(",")[0], **rope}
+        if "original" in rope:
+            rope["original_max_position_embeddings"] = rope.pop("original")
+        raw["rope_scaling"] = rope
+    assert parsed(raw).context_length == expected

@@ -1,6 +1,7 @@
 """Hugging Face directories: values, dtypes, shards, memory, and every broken input its error."""
 
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from tiny_checkpoints import LLAMA, Tensors, expected_leaves, random_tensors, run_script, write_hf
 
 import convert
+from convert.__main__ import main
 from convert.names import flatten
 from lserve_jax import logits
 from lserve_jax.model.llama import abstract_params
@@ -106,11 +108,102 @@ def test_redundant_tensors_are_left_out(tmp_path):
     config = {**LLAMA, "tie_word_embeddings": True}
     tensors = random_tensors(config)
     extra = {
-        "lm_head.weight": np.zeros((48, 32), np.float32),
+        "lm_head.weight": tensors["model.embed_tokens.weight"],
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32),
     }
     _, params = convert.load(write_hf(tmp_path, config, {**tensors, **extra}))
     assert_leaves(params, expected_leaves(tensors))
+
+
+@pytest.mark.parametrize("head", ["other", "zeros", "one value"])
+def test_another_output_layer_counts_more_than_the_flag(tmp_path, head):
+    """As in transformers 5: the flag ties only what is not stored, or stored equal."""
+    config = {**LLAMA, "vocab_size": 300, "tie_word_embeddings": True}
+    tensors = random_tensors(config)
+    other = tensors["model.embed_tokens.weight"].copy()
+    if head == "one value":
+        other[-1, -1] += 1e-3
+    else:
+        other *= {"other": -1, "zeros": 0}[head]
+    tensors["lm_head.weight"] = other
+    write_hf(tmp_path / "hf", config, tensors)
+    loaded, params = convert.load(tmp_path / "hf")
+    assert not loaded.tie_word_embeddings
+    assert convert.read_config(convert.resolve(tmp_path / "hf")) == loaded
+    assert_leaves(params, expected_leaves(tensors))
+    assert main([str(tmp_path / "hf"), str(tmp_path / "orbax")]) == 0
+    converted, params = convert.load(tmp_path / "orbax")
+    assert converted == loaded
+    assert_leaves(params, expected_leaves(tensors))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_embedding_and_output_layer_in_two_shards_are_compared(tmp_path, same):
+    config = {**LLAMA, "vocab_size": 300, "tie_word_embeddings": True}
+    tensors = random_tensors(config)
+    head = tensors["model.embed_tokens.weight"] * (1 if same else 2)
+    write_hf(tmp_path, config, tensors, {"lm_head.weight": head})
+    loaded, params = convert.load(tmp_path)
+    assert loaded.tie_word_embeddings == same
+    assert_leaves(params, expected_leaves(tensors if same else {**tensors, "lm_head.weight": head}))
+
+
+def test_the_single_file_counts_more_than_an_index(tmp_path):
+    """As in transformers, which looks for model.safetensors first."""
+    shards, single = random_tensors(LLAMA, seed=1), random_tensors(LLAMA, seed=2)
+    write_hf(tmp_path, LLAMA, shards, {})
+    write_hf(tmp_path, LLAMA, single)
+    _, params = convert.load(tmp_path)
+    assert_leaves(params, expected_leaves(single))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model.safetensors.index.json"])
+def test_two_models_in_one_directory_are_refused(tmp_path, file):
+    config, params = convert.load(write_hf(tmp_path / "hf", LLAMA, random_tensors(LLAMA)))
+    convert.save(tmp_path / "orbax", config, params)
+    (tmp_path / "orbax" / file).write_text("{}")
+    with pytest.raises(ValueError, match=f"holds two models, params and {file}"):
+        convert.load(tmp_path / "orbax")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    tensors = random_tensors(LLAMA)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    write_hf(tmp_path, LLAMA, tensors)
+    message = r"layers.1.mlp.gate_up_proj.kernel holds values that are not finite in float32"
+    with pytest.raises(ValueError, match=message):
+        convert.load(tmp_path)
+
+
+def test_weights_too_large_for_the_dtype_are_refused(tmp_path):
+    tensors = random_tensors(LLAMA)
+    tensors["model.norm.weight"][:] = 7e4
+    write_hf(tmp_path, LLAMA, tensors)
+    convert.load(tmp_path, dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"norm.scale holds values that are not finite in float16"):
+        convert.load(tmp_path, dtype="float16")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "smollm3"])
+def test_more_layers_than_tensors_are_refused_at_once(tmp_path, monkeypatch, model_type):
+    config = {**LLAMA, "model_type": model_type, "num_hidden_layers": 10**9}
+    write_hf(tmp_path, config, random_tensors(LLAMA))
+    # Nothing that grows with the number of layers may run.
+    monkeypatch.setattr(convert, "parse", None)
+    monkeypatch.setattr(convert.stream, "tensor_slots", None)
+    with pytest.raises(ValueError, match="num_hidden_layers=1000000000, but there are 21 tensors"):
+        convert.load(tmp_path)
+
+
+def test_an_error_names_twenty_tensors_at_most(tmp_path):
+    write_hf(tmp_path, {**LLAMA, "num_hidden_layers": 20}, random_tensors(LLAMA))
+    with pytest.raises(ValueError) as caught:
+        convert.load(tmp_path)
+    message = str(caught.value)
+    assert "(162 missing, 0 unexpected, 0 misshapen)" in message
+    assert message.count("missing: ") == 20
+    assert message.endswith("and 142 more")
 
 
 def test_stop_tokens_of_the_generation_config_count(tmp_path):
@@ -188,6 +281,30 @@ def _twice(directory: Path) -> None:
 
 
 BROKEN = {
+    "config.json is nested too deeply": _replace("config.json", "[" * 100_000),
+    "config.json is not valid JSON: 'utf-8'": lambda directory: (
+        directory / "config.json"
+    ).write_bytes(b"\xff\xfe"),
+    "config.json: rope_scaling must be an object, got 5": _replace(
+        "config.json", json.dumps({**LLAMA, "rope_scaling": 5})
+    ),
+    "the checkpoint is quantised by gptq .quantization_config.": _replace(
+        "config.json",
+        json.dumps({**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}}),
+    ),
+    "quantised by a method that it does not name .compression_config.": _replace(
+        "config.json", json.dumps({**LLAMA, "compression_config": {"bits": 4}})
+    ),
+    r"generation_config.json: eos_token_id must be .* in \[0, 48\), got 2147483648": _replace(
+        "generation_config.json", '{"eos_token_id": 2147483648}'
+    ),
+    r"hf/config.json: rms_norm_eps must be a finite number, got nan": _replace(
+        "config.json", json.dumps({**LLAMA, "rms_norm_eps": math.nan})
+    ),
+    "quantize_config.json: quantised checkpoints are not": _replace("quantize_config.json", "{}"),
+    "holds a LoRA adapter .adapter_config.json.": _replace("adapter_config.json", "{}"),
+    "index.json: weight_map has x in .'a'., which is not a file name": _index({"x": ["a"]}),
+    "index.json has no weight_map, or one that is not an object": _index(["a"]),
     "config.json does not exist": _without("config.json"),
     "config.json is not valid JSON": _replace("config.json", "{"),
     "config.json must hold a JSON object": _replace("config.json", "[]"),
@@ -197,14 +314,16 @@ BROKEN = {
     "model.norm.weight is stored as I8": _integers,
     "gone.safetensors does not exist": _index({"model.norm.weight": "gone.safetensors"}),
     "index.json has no weight_map": _index({}),
-    "'../outside.safetensors' is not a file name": _index({"x": "../outside.safetensors"}),
+    "weight_map has x in '../outside.safetensors', which is not a file name": _index(
+        {"x": "../outside.safetensors"}
+    ),
     "holds tensor lm_head.weight twice": _twice,
 }
 
 
 @pytest.mark.parametrize("message", BROKEN)
 def test_broken_directories_are_refused_by_name(tmp_path, message):
-    directory = write_hf(tmp_path, LLAMA, random_tensors(LLAMA))
+    directory = write_hf(tmp_path / "hf", LLAMA, random_tensors(LLAMA))
     BROKEN[message](directory)
     with pytest.raises((ValueError, NotImplementedError), match=message):
         convert.load(directory)
@@ -220,6 +339,7 @@ SHARDED = """
 import sys
 import jax, numpy as np
 import convert
+from convert.__main__ import main
 from convert.names import flatten
 
 mesh = jax.sharding.Mesh(jax.devices(), ("model",))

@@ -128,6 +128,16 @@ def test_rank_stabilised_scale(tmp_path):
     assert_merged(params, merged(tensors, adapter, dict.fromkeys(TARGETS, ALPHA / math.sqrt(RANK))))
 
 
+@pytest.mark.parametrize("alpha", [-2, 0, 0.5])
+def test_any_finite_alpha_is_a_scale(tmp_path, alpha):
+    tensors = random_tensors(BASE)
+    adapter = matrices(tensors)
+    path = write_hf(tmp_path / "hf", BASE, tensors)
+    write_adapter(tmp_path / "adapter", adapter, lora_alpha=alpha)
+    _, params = convert.load(path, adapter=tmp_path / "adapter")
+    assert_merged(params, merged(tensors, adapter, dict.fromkeys(TARGETS, alpha / RANK)))
+
+
 def test_ranks_and_alphas_by_module(tmp_path):
     tensors = random_tensors(BASE)
     q0, q1 = (f"model.layers.{i}.self_attn.q_proj" for i in range(2))
@@ -174,9 +184,6 @@ def test_an_adapter_that_brings_its_config_overrides(tmp_path):
 
 VARIANTS = {
     "peft_type 'LOHA' is not supported": {"peft_type": "LOHA"},
-    "use_dora=True": {"use_dora": True},
-    "bias='all' is not supported": {"bias": "all"},
-    "modules_to_save=.'lm_head'.": {"modules_to_save": ["lm_head"]},
     "fan_in_fan_out=True": {"fan_in_fan_out": True},
     "layer_replication=": {"layer_replication": [[0, 2]]},
     "lora_bias=True": {"lora_bias": True},
@@ -206,17 +213,17 @@ def test_broken_adapters_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             convert.load(path, adapter=directory)
 
+    embedding = "base_model.model.model.embed_tokens.lora_embedding_A"
     refused(
-        r"not LoRA matrices of a linear layer: .*model.embed_tokens.lora_embedding_A",
-        {
-            **good,
-            "base_model.model.model.embed_tokens.lora_embedding_A": np.zeros((4, 48)).astype(
-                np.float32
-            ),
-        },
+        r"model.embed_tokens has no lora_embedding_B",
+        {**good, embedding: np.zeros((4, 48), np.float32)},
     )
     refused(
-        r"layers.2.self_attn.q_proj.weight: the model has no such weight",
+        r"neither LoRA matrices nor .*: base_model.model.lm_head.lora_C.weight \(4, 48\)",
+        {**good, "base_model.model.lm_head.lora_C.weight": np.zeros((4, 48), np.float32)},
+    )
+    refused(
+        r"layers.2.self_attn.q_proj.weight: the model has no such tensor",
         {
             name.replace("layers.1", "layers.2").replace("v_proj", "q_proj"): value
             for name, value in good.items()
@@ -227,20 +234,34 @@ def test_broken_adapters_are_refused(tmp_path):
     without = {name: value for name, value in good.items() if name != f"{q}.lora_B.weight"}
     refused(r"model.layers.0.self_attn.q_proj has no lora_B", without)
     refused(r"lm_head has matrices \(4, 32\) and \(300, 4\), but its rank is 8", good, r=8)
-    refused(r"adapter_config.json: r must be a positive number, got None", good, r=None)
-    refused(r"lora_alpha must be a positive number, got '8'", good, lora_alpha="8")
+    refused(
+        r"adapter_config.json: r must be a positive integer below 2\^31, got None", good, r=None
+    )
+    refused(r"lora_alpha must be a finite number, got '8'", good, lora_alpha="8")
+    refused(r"lora_alpha must be a finite number, got nan", good, lora_alpha=math.nan)
+    refused(r"use_rslora must be true or false, got 'no'", good, use_rslora="no")
+    refused(r"rank_pattern must be an object, got 5", good, rank_pattern=5)
+    refused(r"rank_pattern has '\(\(', which is no pattern", good, rank_pattern={"((": 2})
+    refused(
+        r"alpha_pattern\['.*'\] must be a finite number, got None", good, alpha_pattern={".*": None}
+    )
+    refused(r"bias must be 'none', 'all' or 'lora_only', got 'some'", good, bias="some")
+    refused(r"adapter_model.safetensors holds no tensors", {})
+    refused(
+        r"q_proj.lora_A.weight holds values that are not finite",
+        {**good, f"{q}.lora_A.weight": np.full((RANK, 32), np.nan, np.float32)},
+    )
+    refused(
+        r"holds a tensor twice, again as .*q_proj.lora_A",
+        {**good, f"{q}.lora_A.default.weight": good[f"{q}.lora_A.weight"]},
+    )
+    refused(r"lm_head has no lora_magnitude_vector", good, use_dora=True)
+    magnitude = {f"{q}.lora_magnitude_vector": np.ones(32, np.float32)}
+    refused(r"q_proj has lora_magnitude_vector, which the adapter's config", {**good, **magnitude})
+    replaced = {"base_model.model.lm_head.weight": np.zeros((301, 32), np.float32)}
+    refused(r"lm_head.weight: found \(301, 32\), expected \(300, 32\)", {**good, **replaced})
 
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (tmp_path / "adapter" / name).unlink()
         with pytest.raises(ValueError, match=f"adapter has no {name}"):
             convert.load(path, adapter=tmp_path / "adapter")
-
-
-def test_an_adapter_for_a_tied_output_layer_is_refused(tmp_path):
-    config = {**BASE, "tie_word_embeddings": True}
-    tensors = random_tensors(config)
-    path = write_hf(tmp_path / "hf", config, tensors)
-    adapter = matrices({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]})
-    write_adapter(tmp_path / "adapter", adapter)
-    with pytest.raises(ValueError, match=r"lm_head.weight: the model has no such weight"):
-        convert.load(path, adapter=tmp_path / "adapter")

@@ -1,6 +1,10 @@
 """Orbax checkpoints: round trips, what is kept beside the arrays, the command that writes them."""
 
 import json
+import logging
+import os
+import re
+import shutil
 from pathlib import Path
 
 import gguf
@@ -85,7 +89,89 @@ def test_an_incomplete_checkpoint_is_refused(saved):
     path, _, _ = saved
     for file in (path / "params").glob("_*"):
         file.unlink()
+    (path / "files.json").unlink()
     with pytest.raises(ValueError, match="is not a complete Orbax checkpoint"):
+        convert.load(path)
+
+
+def _largest(path: Path) -> Path:
+    return max((path / "params").rglob("*"), key=lambda file: file.stat().st_size)
+
+
+def _metadata(path: Path, text: str) -> None:
+    """As long as the right one, so that its size does not give it away."""
+    file = path / "params" / "_METADATA"
+    file.write_text(text.ljust(file.stat().st_size))
+
+
+DAMAGES = {
+    r"params/.* is damaged: 5000 bytes, not \d+": lambda path: os.truncate(_largest(path), 5000),
+    r"params/.* is missing": lambda path: _largest(path).unlink(),
+    r"params cannot be read: AttributeError": lambda path: _metadata(path, "null"),
+    r"params is not a complete Orbax checkpoint": lambda path: _metadata(path, "{"),
+    r"files.json is not valid JSON": lambda path: (path / "files.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_damaged_checkpoints_are_refused_in_one_line(tmp_path, saved, capfd, message):
+    path, _, _ = saved
+    DAMAGES[message](path)
+    assert main([str(path), str(tmp_path / "out")]) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert re.match(f"error: {path}/{message}", line), line
+    with pytest.raises(ValueError, match=message):
+        convert.load(path)
+
+
+def test_checkpoints_without_a_list_of_their_files_load(saved):
+    path, config, params = saved
+    (path / "files.json").unlink()
+    found_config, found = convert.load(path)
+    assert found_config == config
+    assert_same(found, params)
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, saved, monkeypatch):
+    _, config, params = saved
+    before = sorted(tmp_path.iterdir())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    monkeypatch.setattr(ocp.StandardCheckpointer, "save", None)
+    with pytest.raises(OSError, match=r"the parameters take \d+ bytes, and 10 are free: .*other"):
+        convert.save(tmp_path / "other", config, params)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path, saved, monkeypatch, capfd):
+    path, _, _ = saved
+    before = sorted(tmp_path.iterdir())
+
+    def full(self, *args, **kwargs):
+        logging.getLogger("absl").error("a traceback")
+        raise Exception("see below") from ValueError("No space left on device\nmore")
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "save", full)
+    assert main([str(path), str(tmp_path / "other")]) == 2
+    message = f"error: {tmp_path}/other cannot be written: ValueError: No space left on device\n"
+    assert capfd.readouterr().err == message
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path, saved):
+    _, config, params = saved
+    wrong = {**params, "norm": {"scale": params["norm"]["scale"].at[3].set(jnp.nan)}}
+    convert.save(tmp_path / "other", config, wrong)
+    with pytest.raises(ValueError, match=r"other: norm.scale holds values that are not finite"):
+        convert.load(tmp_path / "other")
+
+
+def test_more_layers_than_arrays_are_refused_at_once(saved, monkeypatch):
+    path, _, _ = saved
+    text = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(text | {"num_hidden_layers": 10**9}))
+    monkeypatch.setattr(convert.orbax, "abstract_params", None)
+    with pytest.raises(ValueError, match="num_hidden_layers=1000000000, but there are 15 tensors"):
         convert.load(path)
 
 
@@ -140,7 +226,7 @@ def test_the_command_converts_and_keeps_the_tokenizer(tmp_path, capsys):
     (source / "README.md").write_text("not a tokenizer")
     assert main([str(source), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"params", "config.json", *TOKENIZER_FILES}
+    assert written == {"params", "files.json", "config.json", *TOKENIZER_FILES}
     for name, text in TOKENIZER_FILES.items():
         assert (tmp_path / "out" / name).read_text() == text
     config, params = convert.load(tmp_path / "out")

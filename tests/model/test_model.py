@@ -44,6 +44,7 @@ def tokens(seed: int, *shape: int) -> jax.Array:
         {"tie_word_embeddings": True},
         {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
         {"qk_norm": True, "rms_norm_eps": 1e-5},
+        {"nope_layers": (1,)},
     ],
     ids=str,
 )
@@ -148,10 +149,15 @@ def test_parameters_come_from_the_seed() -> None:
         ({"head_dim": 15}, "head_dim=15 must be even"),
         ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be at least 1"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps=nan must lie in"),
+        ({"rms_norm_eps": -1e-6}, r"rms_norm_eps=-1e-06 must lie in \[0, 1\)"),
+        ({"nope_layers": (0, 2)}, r"nope_layers=\(0, 2\) must lie in \[0, 2\)"),
+        ({"max_position_embeddings": 2**31}, "sequence length 2147483648 .* below 2.31"),
+        ({"sliding_window": 8}, "must not exceed sliding_window=8"),
     ],
     ids=str,
 )
-def test_model_config_refuses(changes: dict[str, int], message: str) -> None:
+def test_model_config_refuses(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changes)
 
@@ -307,9 +313,25 @@ def test_yarn_magnitude(changes: dict[str, float], magnitude: float) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rope_type": "longrope"}, "rope_type='longrope' is unknown"),
-        ({"rope_theta": 0.0}, "rope_theta=0.0 must be positive"),
-        ({"factor": 0.5}, "factor=0.5 must be at least 1"),
+        ({"rope_type": "mrope"}, "rope_type='mrope' is unknown"),
+        ({"rope_theta": 0.0}, "rope_theta=0.0 must be finite and exceed 1"),
+        ({"rope_theta": math.nan}, "rope_theta=nan must be finite and exceed 1"),
+        ({"factor": 0.5}, "rope factor=0.5 must be finite and at least 1"),
+        ({"factor": math.inf}, "rope factor=inf must be finite and at least 1"),
+        ({"beta_fast": -1.0}, "beta_fast=-1.0 must be positive"),
+        ({"attention_factor": math.nan}, "attention_factor=nan must be positive"),
+        ({"mscale": math.inf}, "mscale=inf must be finite"),
+        ({"original_max_position_embeddings": -1}, "original_max_position_embeddings=-1 must be"),
+        (
+            {"rope_type": "llama3", "low_freq_factor": 4.0},
+            "low_freq_factor=4.0 must be below high_freq_factor=4.0",
+        ),
+        (
+            {"rope_type": "yarn", "beta_fast": 1.0, "beta_slow": 2.0},
+            "beta_slow=2.0 must not exceed beta_fast=1.0",
+        ),
+        ({"rope_theta": 1.0}, "rope_theta=1.0 must be finite and exceed 1"),
+        ({"rope_type": "longrope", "long_factor": (1.0, math.nan)}, "long_factor=nan must be"),
     ],
     ids=str,
 )

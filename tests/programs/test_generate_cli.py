@@ -297,7 +297,7 @@ def test_refused_before_a_model_is_read(capsys, argv, sentence):
             "--prompt-token-ids 1 2 3 --max-tokens 98 --max-model-len 100",
             "3 .*98.*max_model_len=100",
         ),
-        ("--prompt-token-ids 1 --max-model-len 513", "513.*512"),
+        ("--prompt-token-ids 1 --max-model-len 0", "max_model_len=0 must be a positive integer"),
         ("--prompt-token-ids 1 --chat", "--chat needs the prompt as text, got token ids"),
         ("--prompt-token-ids 1 --system x", "--system needs a chat"),
         ("--prompt-token-ids 1 --stop x", "needs a tokenizer"),

@@ -137,7 +137,8 @@ class Oracle:
             q, k, v = np.split(qkv.reshape(len(tokens), -1, D), [H, H + Hk], axis=1)
             if config.qk_norm:
                 q, k = self._norm(q, attention["q_norm"]), self._norm(k, attention["k_norm"])
-            q, k = (_rotate(y, positions, config.rope.rope_theta) for y in (q, k))
+            if l not in config.nope_layers:
+                q, k = (_rotate(y, positions, config.rope.rope_theta) for y in (q, k))
             self.keys[l] = np.concatenate([self.keys[l], k])
             self.values[l] = np.concatenate([self.values[l], v])
             out = np.zeros(q.shape)
