@@ -482,29 +482,3 @@ def test_options_that_contradict_each_other(capsys, tmp_path, checkpoint, argv, 
     code = generate.main([*words, "--model", str(checkpoint)])
     assert sentence in error_of((code, capsys.readouterr().err))
     assert paths["p"].read_text() == "Hello\n"
-
-
-def test_requests_are_drawn_as_they_are_needed(llm):
-    drawn, ahead = 0, []
-
-    def requests():
-        nonlocal drawn
-        for i in range(60):
-            drawn += 1
-            yield {"prompt_token_ids": [i, 7]}, SamplingParams(temperature=0, max_tokens=4)
-
-    for finished, (position, output) in enumerate(llm.stream(requests())):
-        assert output.prompt_token_ids == [position, 7]
-        ahead.append(drawn - finished)
-    assert drawn == len(ahead) == 60
-    # Those that run and as many that wait.
-    assert max(ahead) <= 2 * llm.spec.max_num_seqs
-
-
-def test_a_stream_that_is_closed_leaves_the_engine_empty(llm):
-    sampling = SamplingParams(temperature=0, max_tokens=100)
-    stream = llm.stream(({"prompt_token_ids": [i]}, sampling) for i in range(20))
-    next(stream)
-    stream.close()
-    assert not llm.engine.has_unfinished_requests
-    assert len(llm.generate({"prompt_token_ids": [1]}, sampling)[0].outputs[0].token_ids) == 100
