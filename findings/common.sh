@@ -1,22 +1,15 @@
 # Sourced by every finding. Gives it a folder of its own in $tmp, removed at the end, and two commands:
 #   packages NAME==VERSION ...   makes a fresh virtual environment that holds these
 #   run                          runs the Python program on stdin in it, apart from the caller's packages and folder
-# The caller may name the Python to use: PYTHON=/some/python3.12 bash findings/NAME.sh
+# The Python is the one that make would take (.ci/find-python), or the caller's: PYTHON=/some/python3.12 bash findings/NAME.sh
 
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 
 packages() {
-    local candidates=(python3.12 python3.13 python3) candidate base=
-    if [ -n "${PYTHON:-}" ]; then candidates=("$PYTHON"); fi
-    for candidate in "${candidates[@]}"; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then
-            base=$candidate
-            break
-        fi
-    done
-    if [ -z "$base" ]; then
-        echo "Nothing was checked: no Python 3.12 or later among: ${candidates[*]}. Name one with PYTHON=..." >&2
+    local base
+    if ! base=$("$(dirname "${BASH_SOURCE[0]}")/../.ci/find-python" "${PYTHON:-}"); then
+        echo "Nothing was checked: there is no Python to use. Name one with PYTHON=..." >&2
         exit 2
     fi
     if ! { "$base" -m venv "$tmp/venv" &&

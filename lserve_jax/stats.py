@@ -75,23 +75,25 @@ class CompileClock:
 def request_summary(metrics: RequestMetrics, clock: CompileClock, sparse: bool) -> list[str]:
     """Lines that say what one request cost.
 
-    Compilation is taken out of its speeds and shown by itself. All of it falls before the first
-    token, which is fetched when the first burst is on its way.
+    The prefill has no speed if something was compiled meanwhile: some of it is computed beside
+    that. All compilation falls before the first token, which is fetched when the first burst is on
+    its way, so decode always has one.
     """
-    prefill = metrics.prefill_seconds - clock.seconds()
-    # Some of it is computed while the host compiles the first burst.
-    beside = " beside compiling" if clock.seconds() > 0 else ""
+    prefill = _speed(metrics.prompt_tokens, metrics.prefill_seconds)
+    if clock.seconds() > 0:
+        prefill = f"{metrics.prompt_tokens} tokens in {metrics.prefill_seconds:.2f} s, speed "
+        prefill += "unknown: compiled meanwhile"
     lines = [
-        f"prefill   {_speed(metrics.prompt_tokens, prefill)}{beside}",
+        f"prefill   {prefill}",
         f"decode    {_speed(metrics.generated_tokens - 1, metrics.decode_seconds)}",
         f"compile   {clock.seconds():.2f} s",
     ]
     if sparse:
         bypassed = metrics.bypassed_steps / max(metrics.decode_steps, 1)
         lines += [
-            f"pages     {metrics.pages_attended_per_step:.1f} of the cache read a step (mean over "
-            f"layers and KV heads), {metrics.selector_runs} selections, {bypassed:.0%} of steps "
-            "read everything",
+            f"pages     {metrics.pages_attended_per_step:.1f} read a step, of --page-size tokens "
+            f"each (mean over layers and KV heads), {metrics.selector_runs} selections, "
+            f"{bypassed:.0%} of steps read everything",
             f"KV bytes  {_size(metrics.kv_bytes_held)} held, "
             f"{_size(metrics.kv_bytes_read_per_step)} read a step, "
             f"{_size(metrics.dense_kv_bytes_read_per_step)} if attention were dense",
@@ -115,8 +117,9 @@ def batch_summary(metrics: EngineMetrics, times: BatchTimes, clock: CompileClock
         lines.append(f"latency   {latency} (medians)")
     if times.pages:
         lines.append(
-            f"pages     {statistics.median(times.pages):.1f} of the cache read a step (mean over "
-            f"layers and KV heads, median over requests), {metrics.selector_runs} selections"
+            f"pages     {statistics.median(times.pages):.1f} read a step, of --page-size tokens "
+            "each (mean over layers and KV heads, median over requests), "
+            f"{metrics.selector_runs} selections"
         )
     reasons = "; ".join(f"{reason} ({n})" for reason, n in times.relay_reasons.most_common(3))
     return [
@@ -151,7 +154,7 @@ def memory_summary(memory_plan: Mapping[str, int], spec: CacheSpec) -> list[str]
 
 
 def _speed(tokens: int, seconds: float) -> str:
-    if seconds <= 0:  # nearly all of it was compilation, whose clock is another
+    if seconds <= 0:  # a single token has no decode
         return f"{tokens} tokens, too short to time"
     return f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s"
 

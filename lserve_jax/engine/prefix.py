@@ -47,12 +47,19 @@ class Prefix:
 
     token_ids: np.ndarray  # [n] int32
     page_size: int
-    owner: PrefixOwner = field(repr=False)
+    owner: PrefixOwner
     # Of its whole pages; empty for a prefix that fills no page, which shares nothing.
-    pages: list[int] = field(default_factory=list, repr=False)
+    pages: list[int] = field(default_factory=list)
     index: int = -1  # among the prefixes held; -1: it holds no pages
     pins: int = 1  # how often it was asked for and not released
     ref_count: int = 0  # requests in slots that share its pages
+
+    def __repr__(self) -> str:
+        """Without the token ids, of which there can be many."""
+        return (
+            f"Prefix({len(self.token_ids)} tokens, {self.num_shared_tokens} of them on "
+            f"{len(self.pages)} pages, pins={self.pins}, ref_count={self.ref_count})"
+        )
 
     @property
     def is_released(self) -> bool:

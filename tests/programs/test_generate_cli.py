@@ -204,15 +204,22 @@ def test_stats_go_to_stderr(capsys, checkpoint):
     assert "selections" not in err
 
 
-def test_compilation_counts_as_neither_prefill_nor_decode():
+def test_a_prefill_that_compiled_meanwhile_has_no_speed():
     metrics = SimpleNamespace(
         prompt_tokens=100, prefill_seconds=10.0, generated_tokens=51, decode_seconds=5.0
     )
+    decode = "decode    50 tokens in 5.00 s, 10.0 tokens/s"
     clock = SimpleNamespace(seconds=lambda: 8.0)  # all before the first token
     assert request_summary(metrics, clock, sparse=False) == [
-        "prefill   100 tokens in 2.00 s, 50.0 tokens/s beside compiling",
-        "decode    50 tokens in 5.00 s, 10.0 tokens/s",
+        "prefill   100 tokens in 10.00 s, speed unknown: compiled meanwhile",
+        decode,
         "compile   8.00 s",
+    ]
+    clock = SimpleNamespace(seconds=lambda: 0.0)
+    assert request_summary(metrics, clock, sparse=False) == [
+        "prefill   100 tokens in 10.00 s, 10.0 tokens/s",
+        decode,
+        "compile   0.00 s",
     ]
 
 
@@ -224,6 +231,7 @@ def test_lserve_attention_prunes_and_says_so(capsys, checkpoint):
     # 8 decode steps after the first token: selections at steps 0 and 4, and 4 pages of budget
     # plus at most one partial page attended.
     assert "2 selections, 0% of steps read everything" in err
+    assert "read a step, of --page-size tokens each (mean over layers and KV heads)" in err
     pages = float(err.split("pages     ")[1].split()[0])
     assert 3 < pages <= 5
 
