@@ -48,7 +48,9 @@ _MATRIX = re.compile(
     r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(\.default)?(\.weight)?"
 )
-_WHOLE = re.compile(r"base_model\.model\.(?P<module>((?!lora_).)+?)(\.base_layer)?\.(weight|bias)")
+_WHOLE = re.compile(
+    r"base_model\.model\.(?P<module>((?!lora_).)+?)(\.base_layer)?\.(?P<kind>weight|bias)"
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -132,14 +134,11 @@ def _read_tensors(
         if not np.isfinite(values).all():
             raise ValueError(f"{path}: {name} holds values that are not finite")
         if matrix is not None:
-            group, key, values = (
-                parts.setdefault(matrix["module"], {}),
-                matrix["part"],
-                values.astype(np.float32),
-            )
+            group, key = parts.setdefault(matrix["module"], {}), matrix["part"]
+            values = values.astype(np.float32)
         else:
             assert whole is not None
-            group, key = wholes, f"{whole['module']}.{whole[4]}"
+            group, key = wholes, f"{whole['module']}.{whole['kind']}"
         if key in group:
             raise ValueError(f"{path} holds a tensor twice, again as {name}")
         group[key] = values
