@@ -1,6 +1,5 @@
 """Tokenizer files in, a ``Tokenizer`` out: Hugging Face directories and GGUF files."""
 
-import json
 import os
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ import tokenizers
 from convert.added_tokens import MARKERS, add_tokens
 from convert.gguf_file import read_gguf_file
 from convert.gguf_tokenizer import build_gguf_tokenizer, end_token_ids
+from convert.json_values import read_json
 from lserve_jax.tokenizer import Tokenizer
 
 
@@ -147,13 +147,4 @@ def _read_text(path: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in ``path``; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    text = _read_text(path)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
+    return read_json(path) if path.is_file() else {}
