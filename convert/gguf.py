@@ -14,31 +14,33 @@ import numpy as np
 
 from convert.config_json import EXPLICIT, canonical, refuse_unknown
 from convert.gguf_file import GGUFFile, GGUFTensor, read_gguf_file
+from convert.gguf_tokenizer import end_token_ids
 from convert.stream import Checkpoint, FileTensor, parse_dtype
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral's files say llama
 _FREQUENCY_FACTORS = "rope_freqs.weight"
 
-# Metadata key under the architecture's prefix -> attribute of config.json.
+# Metadata key under the architecture's prefix -> attribute of config.json and its type.
 _ATTRIBUTES = {
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "block_count": "num_hidden_layers",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.sliding_window": "sliding_window",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "context_length": "max_position_embeddings",
+    "embedding_length": ("hidden_size", int),
+    "feed_forward_length": ("intermediate_size", int),
+    "block_count": ("num_hidden_layers", int),
+    "attention.head_count": ("num_attention_heads", int),
+    "attention.head_count_kv": ("num_key_value_heads", int),
+    "attention.key_length": ("head_dim", int),
+    "attention.sliding_window": ("sliding_window", int),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", float),
+    "context_length": ("max_position_embeddings", int),
 }
 _ROPE_ATTRIBUTES = {
-    "rope.freq_base": "rope_theta",
-    "rope.scaling.type": "rope_type",
-    "rope.scaling.factor": "factor",
-    "rope.scaling.original_context_length": "original_max_position_embeddings",
-    "rope.scaling.yarn_beta_fast": "beta_fast",
-    "rope.scaling.yarn_beta_slow": "beta_slow",
+    "rope.freq_base": ("rope_theta", float),
+    "rope.scaling.type": ("rope_type", str),
+    "rope.scaling.factor": ("factor", float),
+    "rope.scaling.original_context_length": ("original_max_position_embeddings", int),
+    "rope.scaling.yarn_beta_fast": ("beta_fast", float),
+    "rope.scaling.yarn_beta_slow": ("beta_slow", float),
 }
+_POSITIVE = ("block_count", "attention.head_count", "attention.head_count_kv", "embedding_length")
 _CHECKED = ("attention.value_length", "rope.dimension_count")  # must equal head_dim
 # Supported at these values only, where they have no effect.
 _NEUTRAL = {
@@ -48,7 +50,6 @@ _NEUTRAL = {
     "rope.scaling.yarn_ext_factor": 1.0,
 }
 _HARMLESS = ("vocab_size", "rope.scaling.finetuned", "tensor_data_layout")
-_END_OF_TURN = ("eos", "eot", "eom")
 
 
 def read_gguf(path: Path) -> Checkpoint:
@@ -87,17 +88,17 @@ def _refuse_kinds(file: GGUFFile) -> None:
         raise NotImplementedError(
             f"{file.path}: it holds {file.metadata['general.type']!r}, not a model"
         )
-    if file.metadata.get("split.count", 1) > 1:
+    parts = file.typed.get("split.count", int, 1)
+    if parts > 1:
         raise NotImplementedError(
-            f"{file.path}: a GGUF split into {file.metadata['split.count']} files is not "
-            "supported; merge it first"
+            f"{file.path}: a GGUF split into {parts} files is not supported; merge it first"
         )
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path} has no token_embd.weight")
 
 
 def _row_reader(tensor: GGUFTensor, file: GGUFFile, config: dict[str, Any]):
-    kind = tensor.name.split(".")[-2]
+    kind = tensor.name.rpartition(".")[0].rpartition(".")[2]
     if file.metadata["general.architecture"] == "llama" and kind in ("attn_q", "attn_k"):
         heads = config["num_attention_heads" if kind == "attn_q" else "num_key_value_heads"]
         if tensor.shape[0] % (2 * heads):
@@ -118,7 +119,7 @@ def _rows_by_half(rows: int, heads: int) -> np.ndarray:
 def _config(file: GGUFFile) -> dict[str, Any]:
     """The file's metadata as a canonical config in explicit form (see ``config_json``)."""
     architecture = file.metadata["general.architecture"]
-    prefix = f"{architecture}."
+    prefix, metadata = f"{architecture}.", file.typed
     values = {
         key.removeprefix(prefix): _shortest(value)
         for key, value in file.metadata.items()
@@ -131,13 +132,16 @@ def _config(file: GGUFFile) -> dict[str, Any]:
             raise NotImplementedError(
                 f"{file.path}: {prefix}{key}={values[key]} is not supported; only {neutral} is"
             )
-    for key in ("block_count", "attention.head_count", "embedding_length"):
+    values.setdefault("attention.head_count_kv", values.get("attention.head_count"))
+    for key in _POSITIVE:
+        # An array, which the format allows, is a size for each layer.
         if not isinstance(values.get(key), int) or values[key] < 1:
             raise NotImplementedError(
                 f"{file.path}: {prefix}{key} must be one positive number, got {values.get(key)!r}"
             )
-    config = {name: values[key] for key, name in _ATTRIBUTES.items() if key in values}
-    config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    for key, (_, kind) in (_ATTRIBUTES | _ROPE_ATTRIBUTES).items():
+        metadata.get(prefix + key, kind)
+    config = {name: values[key] for key, (name, _) in _ATTRIBUTES.items() if key in values}
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     for key in _CHECKED:
         if values.get(key, config["head_dim"]) != config["head_dim"]:
@@ -159,14 +163,14 @@ def _config(file: GGUFFile) -> dict[str, Any]:
             "vocab_size": file.tensors["token_embd.weight"].shape[0],
             "tie_word_embeddings": "output.weight" not in file.tensors,
             "rope_parameters": _rope(file, values, config["head_dim"]),
-            "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": _end_tokens(file),
+            "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id", int),
+            "eos_token_id": list(end_token_ids(metadata)),
         }
     )
 
 
 def _rope(file: GGUFFile, values: dict[str, Any], head_dim: int) -> dict[str, Any]:
-    rope = {name: values[key] for key, name in _ROPE_ATTRIBUTES.items() if key in values}
+    rope = {name: values[key] for key, (name, _) in _ROPE_ATTRIBUTES.items() if key in values}
     if rope.get("rope_type") == "none":
         rope["rope_type"] = "default"
     if _FREQUENCY_FACTORS not in file.tensors:
@@ -178,6 +182,9 @@ def _rope(file: GGUFFile, values: dict[str, Any], head_dim: int) -> dict[str, An
         )
     theta = rope.get("rope_theta", 10000.0)
     found = file.tensors[_FREQUENCY_FACTORS].rows(slice(None)).astype(np.float64)
+    for name, numbers in (("rope.freq_base", np.float64(theta)), (_FREQUENCY_FACTORS, found)):
+        if not np.all(np.isfinite(numbers) & (numbers > 0)):
+            raise ValueError(f"{file.path}: {name} must be positive and finite, got {numbers}")
     return {"rope_theta": theta, **_llama3(found, theta, head_dim, str(file.path))}
 
 
@@ -203,11 +210,6 @@ def _llama3(found: np.ndarray, theta: float, head_dim: int, where: str) -> dict[
             f"{where}: {_FREQUENCY_FACTORS} is not Llama 3.1's rope scaling of any factor"
         )
     return {"rope_type": "llama3", **published}
-
-
-def _end_tokens(file: GGUFFile) -> list[int]:
-    ids = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in _END_OF_TURN]
-    return list(dict.fromkeys(i for i in ids if i is not None))
 
 
 def _shortest(value: Any) -> Any:

@@ -2,20 +2,30 @@
 
 Written here because the ``gguf`` library's reader makes an array object of every vocabulary
 entry: 4 s for a 49k vocabulary, where this takes a tenth of a second. Dequantisation is the
-library's. Format: ggml's ``docs/gguf.md``, versions 2 and 3, little-endian.
+library's. Format: ggml's ``docs/gguf.md``, versions 2 and 3, little-endian; the layout must be
+what llama.cpp requires (see ``docs/formats.md``).
 """
 
+import itertools
+import math
+import reprlib
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
+from convert.gguf_metadata import GGUFMetadata
+from convert.mapped_file import FileState
+
 _MAGIC = b"GGUF"
 _ALIGNMENT = 32  # unless general.alignment says otherwise
+_MAX_DIMS = 4
+_MAX_NAME = 64  # bytes, of a tensor's name
 _STRING, _ARRAY = 8, 9
 _SCALARS = {
     **{0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i"},
@@ -36,6 +46,7 @@ class GGUFTensor:
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
     raw: np.ndarray  # uint8 [rows, bytes of a row], mapped from the file
+    state: FileState  # of the file when it was mapped
 
     @property
     def is_quantised(self) -> bool:
@@ -44,8 +55,10 @@ class GGUFTensor:
     def rows(self, index: slice | np.ndarray) -> np.ndarray:
         """The selected rows (elements of a vector): float32 if quantised, else as stored.
 
-        Raises ``NotImplementedError`` for a quantisation that the ``gguf`` library cannot undo.
+        Raises ``NotImplementedError`` for a quantisation that the ``gguf`` library cannot undo,
+        ``ValueError`` if the file has changed since it was opened.
         """
+        self.state.check()
         if len(self.shape) == 1:
             return self._values(self.raw)[0, index]
         return self._values(self.raw[index])
@@ -71,18 +84,26 @@ class GGUFFile:
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]  # in file order
 
+    @property
+    def typed(self) -> GGUFMetadata:
+        """``metadata``, each value checked for its type when it is asked for."""
+        return GGUFMetadata(self.metadata, where=str(self.path))
+
 
 def read_gguf_file(path: Path) -> GGUFFile:
     """Parses the header of a GGUF file and maps its tensors.
 
-    Raises ``ValueError`` if the file is missing, truncated, or not GGUF of a known version.
+    Raises ``ValueError`` if the file is missing, truncated, not GGUF of a known version, or laid
+    out otherwise than llama.cpp requires: names and keys once, an alignment that is a power of
+    two, every tensor where the one before it ends.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
+    state = FileState(path)
     if path.stat().st_size < 24:
         raise ValueError(f"{path} is not a GGUF file: it has only {path.stat().st_size} bytes")
     data = np.asarray(np.memmap(path, np.uint8, mode="r"))
-    header = _Header(memoryview(data))
+    header = _Header(memoryview(data), path)
     if header.take(4) != _MAGIC:
         raise ValueError(f"{path} is not a GGUF file: it does not begin with {_MAGIC.decode()!r}")
     version = header.scalar("<I")
@@ -90,47 +111,82 @@ def read_gguf_file(path: Path) -> GGUFFile:
         raise ValueError(f"{path} has GGUF version {version}; versions 2 and 3 can be read")
     try:
         tensor_count, metadata_count = header.scalar("<Q"), header.scalar("<Q")
-        metadata = {header.string(): header.value() for _ in range(metadata_count)}
-        directory = [header.tensor_info() for _ in range(tensor_count)]
-    except (struct.error, UnicodeDecodeError, KeyError) as error:
-        raise ValueError(f"{path} is truncated or damaged: its header cannot be read") from error
-    alignment = metadata.get("general.alignment", _ALIGNMENT)
-    start = -(-header.offset // alignment) * alignment
-    tensors = {
-        name: _tensor(data, start + offset, name, shape, kind, path)
-        for name, shape, kind, offset in directory
-    }
+        metadata = header.metadata(metadata_count)
+        directory = [header.entry() for _ in range(tensor_count)]
+    except (struct.error, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is truncated or damaged: its header cannot be read at byte {header.offset}, "
+            f"in {header.field}"
+        ) from error
+    _refuse_repeated(directory, path)
+    alignment = _alignment(GGUFMetadata(metadata, where=str(path)))
+    tensors = {}
+    end = offset = start = _pad(header.offset, alignment)
+    for entry in directory:
+        if entry.offset != offset - start:
+            raise ValueError(
+                f"{path}: {entry.name} lies at byte {entry.offset} of the data, but tensors must "
+                f"follow each other, so it must lie at {offset - start}"
+            )
+        end = offset + entry.rows * entry.row_bytes
+        if end > len(data):
+            raise ValueError(
+                f"{path} is truncated: {entry.name} ends at byte {end}, the file has {len(data)}"
+            )
+        tensors[entry.name] = GGUFTensor(
+            name=entry.name,
+            shape=entry.shape,
+            kind=entry.kind,
+            raw=data[offset:end].reshape(entry.rows, entry.row_bytes),
+            state=state,
+        )
+        offset = _pad(end, alignment)
+    # A smaller type of the last tensor shows here only.
+    if len(data) > offset:
+        raise ValueError(
+            f"{path}: its tensors end at byte {end}, but the file has {len(data)}; bytes after the "
+            "last tensor mean that a tensor is missing or smaller than it was"
+        )
     return GGUFFile(path=path, metadata=metadata, tensors=tensors)
 
 
-def _tensor(
-    data: np.ndarray, offset: int, name: str, shape: tuple[int, ...], kind: int, path: Path
-) -> GGUFTensor:
-    if kind not in GGML_QUANT_SIZES:
-        raise NotImplementedError(f"{path}: {name} is stored as unknown type {kind}")
-    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-    if not shape or shape[-1] % block:
-        raise ValueError(f"{path}: {name} has shape {shape}, not whole blocks of {block} values")
-    rows, row_bytes = int(np.prod(shape[:-1])), shape[-1] // block * block_bytes
-    end = offset + rows * row_bytes
-    if end > len(data):
-        raise ValueError(
-            f"{path} is truncated: {name} ends at byte {end}, the file has {len(data)}"
-        )
-    return GGUFTensor(
-        name=name,
-        shape=shape,
-        kind=GGMLQuantizationType(kind),
-        raw=data[offset:end].reshape(rows, row_bytes),
-    )
+def _pad(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+def _alignment(metadata: GGUFMetadata) -> int:
+    alignment = metadata.get("general.alignment", int, _ALIGNMENT)
+    if alignment < 1 or alignment & (alignment - 1):
+        raise metadata.wrong("general.alignment", "must be a power of two")
+    return alignment
+
+
+class _Entry(NamedTuple):
+    """One tensor as the directory describes it."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    offset: int  # within the data that follow the header
+    rows: int
+    row_bytes: int
+
+
+def _refuse_repeated(directory: Sequence[_Entry], path: Path) -> None:
+    names = sorted(entry.name for entry in directory)
+    for name, following in itertools.pairwise(names):
+        if name == following:
+            raise ValueError(f"{path} holds tensor {reprlib.repr(name)} twice")
 
 
 class _Header:
-    """Reads the header's fields one after another."""
+    """Reads the header's fields one after another; ``field`` names what is being read."""
 
-    def __init__(self, data: memoryview):
+    def __init__(self, data: memoryview, path: Path):
         self._data = data
+        self._path = path
         self.offset = 0
+        self.field = "the counts"
 
     def take(self, size: int) -> bytes:
         taken = bytes(self._data[self.offset : self.offset + size])
@@ -147,25 +203,66 @@ class _Header:
     def string(self) -> str:
         return self.take(self.scalar("<Q")).decode()
 
-    def value(self) -> Any:
+    def metadata(self, count: int) -> dict[str, Any]:
+        """``count`` keys with their values."""
+        values: dict[str, Any] = {}
+        for number in range(count):
+            self.field = f"the name of metadata key {number}"
+            key = self.string()
+            self.field = f"metadata key {reprlib.repr(key)}"
+            if key in values:
+                raise ValueError(f"{self._path} holds {self.field} twice")
+            values[key] = self._value()
+        return values
+
+    def _value(self) -> Any:
         kind = self.scalar("<I")
-        return self._array() if kind == _ARRAY else self._item(kind)
-
-    def _item(self, kind: int) -> Any:
-        return self.string() if kind == _STRING else self.scalar(_SCALARS[kind])
-
-    def _array(self) -> list[Any]:
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            return self.scalar(self._code(kind))
         kind, count = self.scalar("<I"), self.scalar("<Q")
-        if kind == _ARRAY:
-            return [self._array() for _ in range(count)]
         if kind == _STRING:
             return [self.string() for _ in range(count)]
-        code = _SCALARS[kind]
+        code = self._code(kind)  # there are no arrays of arrays
         packed = self.take(count * struct.calcsize(code))
         return list(struct.unpack(f"<{count}{code[1]}", packed))
 
-    def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Name, shape, type, and offset within the data that follow the header."""
+    def _code(self, kind: int) -> str:
+        if kind not in _SCALARS:
+            raise ValueError(
+                f"{self._path} is truncated or damaged: {self.field} has values of unknown type "
+                f"{kind}"
+            )
+        return _SCALARS[kind]
+
+    def entry(self) -> _Entry:
+        """One entry of the tensor directory, whose shape and type agree."""
+        self.field = "the name of a tensor"
         name = self.string()
-        dims = [self.scalar("<Q") for _ in range(self.scalar("<I"))]
-        return name, tuple(reversed(dims)), self.scalar("<I"), self.scalar("<Q")
+        self.field = f"tensor {reprlib.repr(name)}"
+        if not 1 <= len(name.encode()) <= _MAX_NAME:
+            raise ValueError(
+                f"{self._path} is truncated or damaged: the name of {self.field} must have 1 to "
+                f"{_MAX_NAME} bytes"
+            )
+        dims = self.scalar("<I")
+        if not 1 <= dims <= _MAX_DIMS:
+            raise ValueError(
+                f"{self._path}: {self.field} has {dims} dimensions; it must have 1 to {_MAX_DIMS}"
+            )
+        shape = tuple(reversed([self.scalar("<Q") for _ in range(dims)]))
+        number, offset = self.scalar("<I"), self.scalar("<Q")
+        if number not in GGML_QUANT_SIZES:
+            raise NotImplementedError(
+                f"{self._path}: {self.field} is stored as unknown type {number}"
+            )
+        kind = GGMLQuantizationType(number)
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        if shape[-1] % block or not all(shape):
+            raise ValueError(
+                f"{self._path}: {self.field} of type {kind.name} has shape {shape}, which is not "
+                f"whole blocks of {block} values"
+            )
+        rows, row_bytes = math.prod(shape[:-1]), shape[-1] // block * block_bytes
+        return _Entry(name, shape, kind, offset, rows, row_bytes)

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from convert.mapped_file import FileState
+
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -18,6 +20,7 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         if not path.is_file():
             raise ValueError(f"{path} does not exist")
+        self._state = FileState(path)
         try:
             self._file = safe_open(path, framework="numpy")
         except SafetensorError as error:
@@ -36,5 +39,9 @@ class SafetensorsFile:
             self.dtypes[name] = _DTYPES[header.get_dtype()]
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) of tensor ``name``, in the dtype it is stored in."""
+        """Rows [start, stop) of tensor ``name``, in the dtype it is stored in.
+
+        Raises ``ValueError`` if the file has changed since it was opened.
+        """
+        self._state.check()
         return self._file.get_slice(name)[start:stop]

@@ -2,26 +2,27 @@
 
 import json
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from convert.added_tokens import MARKERS, add_tokens
 from convert.gguf_file import read_gguf_file
-from convert.gguf_tokenizer import build_gguf_tokenizer
+from convert.gguf_tokenizer import build_gguf_tokenizer, end_token_ids
 from lserve_jax.tokenizer import Tokenizer
-
-_MARKERS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def load_tokenizer(path: str | os.PathLike[str], *, required: bool = False) -> Tokenizer | None:
     """The tokenizer of a checkpoint: a directory with ``tokenizer.json``, or a ``.gguf`` file.
 
-    A directory may also hold ``tokenizer_config.json`` and ``special_tokens_map.json`` (names of
-    the special tokens, chat template), ``chat_template.jinja`` (wins over the config's) and
-    ``generation_config.json`` (further end-of-text ids). Whether encoding adds BOS is decided by
-    ``tokenizer.json``; ``add_bos_token`` of the config counts only where that file is silent.
+    A directory may also hold ``tokenizer_config.json``, ``special_tokens_map.json`` and
+    ``added_tokens.json`` (names of the special tokens, further tokens, chat template),
+    ``chat_template.jinja`` (wins over the config's) and ``generation_config.json`` (further
+    end-of-text ids). Whether encoding adds BOS is decided by ``tokenizer.json``;
+    ``add_bos_token`` of the config counts only where that file is silent.
 
     Returns None for a directory without a tokenizer, whose model takes token ids only; with
     ``required`` that is a ``FileNotFoundError``. Raises ``FileNotFoundError`` if ``path`` does
@@ -55,75 +56,100 @@ def _from_directory(path: Path) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
 
-    config = _read_json(path / "special_tokens_map.json") | _read_json(
-        path / "tokenizer_config.json"
-    )
-    markers = {name: _token_text(config[name]) for name in _MARKERS if config.get(name)}
-    for name in ("bos_token", "eos_token"):
-        if name in markers and backend.token_to_id(markers[name]) is None:
-            raise ValueError(
-                f"{path}: {name}={markers[name]!r} of the configuration must be a token of "
-                "tokenizer.json"
-            )
-    if backend.post_processor is None and config.get("add_bos_token") and "bos_token" in markers:
+    config, numbers = _read_config(path)
+    markers = add_tokens(backend, config, numbers, where=path)
+    adds_bos = config.get("add_bos_token")
+    if adds_bos not in (None, True, False):
+        raise ValueError(f"{path}: add_bos_token must be true or false, got {adds_bos!r:.100}")
+    if backend.post_processor is None and adds_bos and "bos_token" in markers:
         bos = markers["bos_token"]
         backend.post_processor = tokenizers.processors.TemplateProcessing(
             single=[bos, "$A"], special_tokens=[(bos, backend.token_to_id(bos))]
         )
-
-    generation = _read_json(path / "generation_config.json").get("eos_token_id")
-    eos_ids = [backend.token_to_id(markers["eos_token"])] if "eos_token" in markers else []
-    eos_ids += generation if isinstance(generation, list) else [generation]
+    eos = backend.token_to_id(markers["eos_token"]) if "eos_token" in markers else None
+    eos_ids = [*([] if eos is None else [eos]), *_generation_ends(path)]
     return Tokenizer(
         backend=backend,
         markers=markers,
-        eos_token_ids=_distinct(eos_ids),
+        eos_token_ids=tuple(dict.fromkeys(eos_ids)),
         chat_template=_chat_template(path, config),
     )
 
 
+def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tokenizer's settings and the ids of added_tokens.json, each from where it counts.
+
+    As in transformers: a config with ``added_tokens_decoder`` stands alone, but for markers that
+    it does not name; to an older one ``special_tokens_map.json`` and ``added_tokens.json`` add.
+    """
+    config = _read_json(path / "tokenizer_config.json")
+    special = _read_json(path / "special_tokens_map.json")
+    if "added_tokens_decoder" in config:
+        return {name: special[name] for name in MARKERS if name in special} | config, {}
+    return config | special, _read_json(path / "added_tokens.json")
+
+
+def _generation_ends(path: Path) -> Sequence[int]:
+    """The end tokens that generation_config.json names."""
+    value = _read_json(path / "generation_config.json").get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token_id in ids:
+        if type(token_id) is not int or not 0 <= token_id < 2**31:
+            raise ValueError(
+                f"{path / 'generation_config.json'}: eos_token_id must be a token id or a list of "
+                f"them, got {reprlib.repr(value)}"
+            )
+    return ids
+
+
 def _from_gguf(path: Path) -> Tokenizer:
-    metadata = read_gguf_file(path).metadata
-    backend = build_gguf_tokenizer(metadata)
-    tokens = metadata["tokenizer.ggml.tokens"]
+    file = read_gguf_file(path)
+    metadata = file.typed
+    backend = build_gguf_tokenizer(file.metadata, where=str(path))
+    tokens = file.metadata["tokenizer.ggml.tokens"]
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
-    # End of turn and end of message, where a file knows them, end a completion like EOS.
-    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id", int) for name, key in names.items()}
     return Tokenizer(
         backend=backend,
         markers={name: tokens[number] for name, number in ids.items() if number is not None},
-        eos_token_ids=_distinct(ends),
-        chat_template=metadata.get("tokenizer.chat_template"),
+        eos_token_ids=end_token_ids(metadata),
+        chat_template=metadata.get("tokenizer.chat_template", str),
     )
-
-
-def _distinct(ids: Sequence[int | None]) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
-
-
-def _token_text(token: str | Mapping[str, Any]) -> str:
-    """A special token is written as its text or as a mapping that holds it."""
-    return token if isinstance(token, str) else token["content"]
 
 
 def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
     file = path / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return _read_text(file)
     template = config.get("chat_template")
     if isinstance(template, list):  # several, for different uses, told apart by name
-        return {entry["name"]: entry["template"] for entry in template}.get("default")
+        for entry in template:
+            if not isinstance(entry, Mapping) or not isinstance(entry.get("template"), str):
+                raise ValueError(
+                    f"{path}: chat_template must be a text or a list of objects with the texts "
+                    f"name and template, got {reprlib.repr(template)}"
+                )
+        return {entry.get("name"): entry["template"] for entry in template}.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{path}: chat_template must be a text, got {reprlib.repr(template)}")
     return template
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in ``path``; empty if there is no such file."""
     if not path.is_file():
         return {}
+    text = _read_text(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")

@@ -4,15 +4,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tokenizers
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from lserve_jax.chat_template import ChatTemplate
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # Marks where the message to be continued ends. Its last space shows whether a template strips it.
@@ -79,33 +77,38 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The text of a conversation, to be encoded with ``add_special_tokens=False``.
 
         ``messages`` have the strings ``role`` and ``content``; whatever else they hold reaches
-        the template too. ``add_generation_prompt`` appends what opens the model's answer.
+        the template too. A message with ``tool_calls`` may have a ``content`` of None or none at
+        all. ``add_generation_prompt`` appends what opens the model's answer.
         ``continue_final_message`` ends the text where the last message's content ends, so that the
-        model goes on with it.
+        model goes on with it. ``tools`` are JSON schemas of functions that the model may call, for
+        templates that show them.
 
-        Raises ``ValueError`` if there is no template, a message is malformed, the template
-        refuses the conversation or does not show the message to be continued, and if both options
-        are set.
+        Raises ``ValueError`` if there is no template, a message or tool is malformed, the template
+        fails on the conversation (the error then names its line) or does not show the message to be
+        continued, and if both options are set.
         """
         if self.chat_template is None:
             raise ValueError("this tokenizer has no chat template: give the prompt as text")
         _check_messages(messages)
         if continue_final_message:
             messages = _with_marked_end(messages, add_generation_prompt)
-        try:
-            text = self._compiled_chat_template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
+        if tools is not None:
+            _check_tools(tools)
+        text = self._compiled_chat_template.render(
+            {
+                "messages": [dict(message) for message in messages],
+                "add_generation_prompt": add_generation_prompt,
+                "tools": None if tools is None else [dict(tool) for tool in tools],
+                "documents": None,
                 **self.markers,
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template failed on these messages: {error}") from error
+            }
+        )
         return _cut_at_mark(text, messages) if continue_final_message else text
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -130,8 +133,8 @@ class Tokenizer:
             _write_json(directory / "generation_config.json", generation)
 
     @cached_property
-    def _compiled_chat_template(self) -> jinja2.Template:
-        return _compile_chat_template(self.chat_template or "")
+    def _compiled_chat_template(self) -> ChatTemplate:
+        return ChatTemplate(self.chat_template or "")
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
@@ -206,12 +209,17 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     if isinstance(messages, str | Mapping) or not messages:
         raise ValueError('messages must be a non-empty list of {"role": ..., "content": ...}')
     for number, message in enumerate(messages):
-        for key in ("role", "content"):
-            if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
-                raise ValueError(
-                    f"messages[{number}]={message!r} must be a mapping with the strings "
-                    '"role" and "content"'
-                )
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(
+                f'messages[{number}]={message!r} must be a mapping with the strings "role" and '
+                '"content"'
+            )
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            raise ValueError(
+                f'messages[{number}]={message!r} must have the strings "role" and "content"; only '
+                "with tool_calls may it have no content"
+            )
 
 
 def _with_marked_end(
@@ -242,42 +250,9 @@ def _cut_at_mark(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
     return text[:end] if text.startswith(_END_OF_FINAL, end) else text[:end].rstrip()
 
 
-class _GenerationTag(Extension):
-    """``{% generation %}`` marks the model's own words for training; here it changes nothing."""
-
-    tags = {"generation"}  # noqa: RUF012 - Jinja types it as an instance attribute
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _compile_chat_template(source: str) -> jinja2.Template:
-    """With what templates on the Hugging Face Hub expect; they are untrusted, so sandboxed."""
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def strftime_now(form):
-        return datetime.now().strftime(form)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        # Jinja's own filter escapes <, > and & for HTML.
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    return environment.from_string(
-        source, globals={"raise_exception": raise_exception, "strftime_now": strftime_now}
-    )
+def _check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
+    if isinstance(tools, str | Mapping) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ValueError(f"tools must be a list of mappings (JSON schemas), got {tools!r:.200}")
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
