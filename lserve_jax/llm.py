@@ -211,6 +211,8 @@ class LLM:
         when it is closed before its end, its requests are gone; prefixes that are held stay, unless
         the device failed.
         """
+        if not isinstance(requests, Iterable):
+            raise TypeError(f"{requests=} must give pairs of a prompt and its SamplingParams")
         if on_text is not None and not callable(on_text):
             raise TypeError(f"on_text={on_text!r} must be a function")
         text = self._text
@@ -334,6 +336,8 @@ class LLM:
         Raises ``ValueError`` if there is no template or it refuses the conversation, where the
         options contradict each other, and for one that is much longer than the model can read.
         """
+        if not isinstance(conversation, Sequence):
+            raise TypeError(f"a conversation must be a list of messages, got {conversation!r}")
         if self.tokenizer is None:
             raise ValueError("chat needs a tokenizer with a chat template; the model has none")
         text = self.tokenizer.apply_chat_template(

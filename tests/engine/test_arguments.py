@@ -136,6 +136,7 @@ def test_generate(llm: LLM, prompts: Any, sampling: Any, message: str) -> None:
         ({"role": "user", "content": "a"}, TypeError, "messages=.* must be a list of messages"),
         ("Hello", TypeError, "messages='Hello' must be a list of messages"),
         (None, TypeError, "messages=None must be a list of messages"),
+        ([5], TypeError, "a conversation must be a list of messages, got 5"),
     ],
 )
 def test_chat(llm: LLM, messages: Any, error: type[Exception], message: str) -> None:
@@ -150,6 +151,8 @@ def test_prefixes_streams_and_requests(llm: LLM) -> None:
         llm.engine.add_prefix([[1, 2]])
     with pytest.raises(ValueError, match=f"prefix token id {VOCAB} is outside"):
         llm.engine.add_prefix([VOCAB])
+    with pytest.raises(TypeError, match="requests=5 must give pairs of a prompt and"):
+        list(llm.stream(5))
     with pytest.raises(TypeError, match="on_text=5 must be a function"):
         llm.generate(IDS, GREEDY, on_text=5)
     with pytest.raises(ValueError, match="seed must be an integer of at least 0, got -1"):

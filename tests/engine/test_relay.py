@@ -394,7 +394,7 @@ def test_prefixes_are_copies(build: Build) -> None:
     prefix, before = llm.engine.add_prefix(ids), ids.tolist()
     ids[:] = 1
     assert prefix.token_ids.tolist() == before
-    with pytest.raises(ValueError, match="must be integers, got float64"):
+    with pytest.raises(ValueError, match=r"prefix token id 1.5 must be an integer"):
         llm.engine.add_prefix([1.5, 2.0])
 
 
