@@ -72,7 +72,8 @@ class GGUFTensor:
             return dequantize(raw.reshape(1, -1), self.kind).reshape(len(raw), -1)
         except NotImplementedError as error:
             raise NotImplementedError(
-                f"{self.name} is stored as {self.kind.name}, which cannot be dequantised"
+                f"{self.state.path}: {self.name} is stored as {self.kind.name}, which cannot be "
+                "dequantised"
             ) from error
 
 

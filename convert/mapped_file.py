@@ -12,17 +12,17 @@ class FileState:
     """
 
     def __init__(self, path: Path):
-        self._path = path
+        self.path = path
         self._before = self._now()
 
     def check(self) -> None:
         """Raises ``ValueError`` if the file was changed or replaced, ``OSError`` if it is gone."""
         if self._now() != self._before:
             raise ValueError(
-                f"{self._path} changed while it was read: it had {self._before[0]} bytes, now "
-                f"{self._path.stat().st_size}"
+                f"{self.path} changed while it was read: it had {self._before[0]} bytes, now "
+                f"{self.path.stat().st_size}"
             )
 
     def _now(self) -> tuple[int, int, int]:
-        status = self._path.stat()
+        status = self.path.stat()
         return status.st_size, status.st_mtime_ns, status.st_ino

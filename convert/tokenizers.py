@@ -68,11 +68,13 @@ def _from_directory(path: Path) -> Tokenizer:
         )
     eos = backend.token_to_id(markers["eos_token"]) if "eos_token" in markers else None
     eos_ids = [*([] if eos is None else [eos]), *_generation_ends(path)]
+    templates = _chat_templates(path, config)
     return Tokenizer(
         backend=backend,
         markers=markers,
         eos_token_ids=tuple(dict.fromkeys(eos_ids)),
-        chat_template=_chat_template(path, config),
+        chat_template=templates.get("default"),
+        tool_template=templates.get("tool_use"),
     )
 
 
@@ -114,25 +116,26 @@ def _from_gguf(path: Path) -> Tokenizer:
         markers={name: tokens[number] for name, number in ids.items() if number is not None},
         eos_token_ids=end_token_ids(metadata),
         chat_template=metadata.get("tokenizer.chat_template", str),
+        tool_template=metadata.get("tokenizer.chat_template.tool_use", str),
     )
 
 
-def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
+def _chat_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The templates by name; one alone is "default"."""
     file = path / "chat_template.jinja"
     if file.is_file():
-        return _read_text(file)
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, for different uses, told apart by name
-        for entry in template:
-            if not isinstance(entry, Mapping) or not isinstance(entry.get("template"), str):
-                raise ValueError(
-                    f"{path}: chat_template must be a text or a list of objects with the texts "
-                    f"name and template, got {reprlib.repr(template)}"
-                )
-        return {entry.get("name"): entry["template"] for entry in template}.get("default")
-    if template is not None and not isinstance(template, str):
-        raise ValueError(f"{path}: chat_template must be a text, got {reprlib.repr(template)}")
-    return template
+        return {"default": _read_text(file)}
+    given = config.get("chat_template")
+    if given is None:
+        return {}
+    entries = given if isinstance(given, list) else [{"name": "default", "template": given}]
+    for entry in entries:
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("template"), str):
+            raise ValueError(
+                f"{path}: chat_template must be a text or a list of objects with the texts name "
+                f"and template, got {reprlib.repr(given)}"
+            )
+    return {str(entry.get("name")): entry["template"] for entry in entries}
 
 
 def _read_text(path: Path) -> str:

@@ -29,10 +29,10 @@ _MAX_BITS = 20_000  # of a whole number
 # The key under which a rendering's bounds travel; no name that a template can write.
 _BOUNDS = "bounds of this rendering"
 
-# Methods of texts, and filters, whose result can be longer than what they are given.
+# Methods of texts and numbers, and filters, whose result can be longer than what they are given.
 _GROWING = (
     *("center", "ljust", "rjust", "zfill", "expandtabs", "translate", "indent", "wordwrap"),
-    *("batch", "slice", "tojson", "string", "pprint"),
+    *("batch", "slice", "tojson", "string", "pprint", "round", "to_bytes"),
 )
 
 
@@ -148,13 +148,13 @@ def _weight(value: Any) -> int:
 
 
 def _check_growth(name: str, value: Any, arguments: Sequence[Any]) -> None:
-    """Refuses a filter or a text's method whose result would be too long, before it is called."""
+    """Refuses a filter or a method whose result would be too long, before it is called."""
     if name == "replace" and len(arguments) >= 2:
         text, old, new = str(value), str(arguments[0]), str(arguments[1])
         longest = len(text) + text.count(old) * len(new)
     elif name == "join":
         given = [value, *arguments]
-        items = max((len(part) for part in given if isinstance(part, list | tuple)), default=0)
+        items = max((len(part) for part in given if isinstance(part, list)), default=0)
         separator = max((len(part) for part in given if isinstance(part, str)), default=0)
         longest = sum(map(_size, given)) + items * separator
     elif name in ("format", "format_map", "%"):
@@ -166,6 +166,8 @@ def _check_growth(name: str, value: Any, arguments: Sequence[Any]) -> None:
             widths += [abs(part) for part in _flat(arguments) if isinstance(part, int)]
         places = 1 + text.count("{") + text.count("%")
         longest = len(text) + places * (sum(map(_size, arguments)) + max(widths, default=0))
+    elif name == "list":
+        longest = 8 * len(value) if isinstance(value, str | bytes) else 0
     elif name in _GROWING:
         # A width, or another text, for each character.
         widths = [abs(part) if isinstance(part, int) else _size(part) for part in arguments]
@@ -174,6 +176,11 @@ def _check_growth(name: str, value: Any, arguments: Sequence[Any]) -> None:
         return
     if longest > _MAX_TEXT:
         _refuse_text()
+
+
+def _listed(value: Any) -> Any:
+    """``value``, or a list of what it would yield, so that its length is known."""
+    return list(value) if isinstance(value, Iterator | tuple) else value
 
 
 def _flat(arguments: Sequence[Any]) -> Iterator[Any]:
@@ -236,7 +243,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             return None
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps format
         owner = getattr(method, "__self__", None)
-        if isinstance(owner, str):
+        if isinstance(owner, str | bytes | int):
+            args = tuple(map(_listed, args)) if method.__name__ == "join" else args
             _check_growth(method.__name__, owner, [*args, *kwargs.values()])
         result = super().call(__context, __obj, *args, **kwargs)
         bounds.grow(_weight(result))
@@ -282,6 +290,7 @@ def _bounded_filter(name: str, plain: jinja2.Environment) -> Any:
     def filtered(context: Context, value: Any, /, *args: Any, **kwargs: Any) -> Any:
         bounds = context.parent[_BOUNDS]
         bounds.step()
+        value = _listed(value) if name == "join" else value
         _check_growth(name, value, [*args, *kwargs.values()])
         result = plain.call_filter(name, value, args, kwargs, context=context)
         bounds.grow(_weight(result))

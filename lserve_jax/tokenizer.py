@@ -29,6 +29,7 @@ class Tokenizer:
     markers: Mapping[str, str]  # text of bos_token, eos_token, unk_token, pad_token if they exist
     eos_token_ids: tuple[int, ...]  # every id that ends a completion; may be empty
     chat_template: str | None  # Jinja source
+    tool_template: str | None = None  # takes its place where tools are given
 
     @property
     def bos_token_id(self) -> int | None:
@@ -50,6 +51,9 @@ class Tokenizer:
 
         ``add_special_tokens`` adds BOS or EOS where this tokenizer's files ask for it; pass False
         for the result of ``apply_chat_template``, which has written them already.
+
+        Raises ``ValueError`` for what is no Unicode text, and for a text that the vocabulary cannot
+        express.
         """
         if not isinstance(text, str):
             raise ValueError(f"text must be a str, got {type(text).__name__}")
@@ -57,7 +61,10 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON can hold
             raise ValueError(f"text is no valid Unicode: {error}") from None
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"the tokenizer cannot encode this text: {error}") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD.
@@ -93,14 +100,16 @@ class Tokenizer:
         fails on the conversation (the error then names its line) or does not show the message to be
         continued, and if both options are set.
         """
-        if self.chat_template is None:
+        template = self._compiled_chat_template
+        if tools is not None:
+            _check_tools(tools)
+            template = self._compiled_tool_template or template
+        if template is None:
             raise ValueError("this tokenizer has no chat template: give the prompt as text")
         _check_messages(messages)
         if continue_final_message:
             messages = _with_marked_end(messages, add_generation_prompt)
-        if tools is not None:
-            _check_tools(tools)
-        text = self._compiled_chat_template.render(
+        text = template.render(
             {
                 "messages": [dict(message) for message in messages],
                 "add_generation_prompt": add_generation_prompt,
@@ -120,12 +129,17 @@ class Tokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(directory / "tokenizer.json"))
-        config = {
+        config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             **self.markers,
         }
-        if self.chat_template is not None:
+        templates = {"default": self.chat_template, "tool_use": self.tool_template}
+        if self.tool_template is not None:
+            config["chat_template"] = [
+                {"name": name, "template": text} for name, text in templates.items() if text
+            ]
+        elif self.chat_template is not None:
             config["chat_template"] = self.chat_template
         _write_json(directory / "tokenizer_config.json", config)
         if len(self.eos_token_ids) > 1:
@@ -133,8 +147,12 @@ class Tokenizer:
             _write_json(directory / "generation_config.json", generation)
 
     @cached_property
-    def _compiled_chat_template(self) -> ChatTemplate:
-        return ChatTemplate(self.chat_template or "")
+    def _compiled_chat_template(self) -> ChatTemplate | None:
+        return None if self.chat_template is None else ChatTemplate(self.chat_template)
+
+    @cached_property
+    def _compiled_tool_template(self) -> ChatTemplate | None:
+        return None if self.tool_template is None else ChatTemplate(self.tool_template)
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:

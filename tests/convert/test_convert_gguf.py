@@ -329,5 +329,7 @@ def test_a_type_that_cannot_be_dequantised_is_refused_by_name(tmp_path):
     integers = {"blk.0.ffn_norm.weight": np.zeros(32, np.int32)}
     del tensors["model.layers.0.post_attention_layernorm.weight"]
     path = write_gguf(tmp_path / "m.gguf", model_config(), tensors, extra=integers)
-    with pytest.raises(NotImplementedError, match=r"blk.0.ffn_norm.weight is stored as I32"):
+    with pytest.raises(
+        NotImplementedError, match=r"m\.gguf: blk.0.ffn_norm.weight is stored as I32"
+    ):
         convert.load(path)

@@ -277,6 +277,9 @@ def test_model_and_tokenizer_have_the_same_end_tokens_and_hide_them(tmp_path):
         writer.add_tokenizer_pre("gpt-2")
         writer.add_token_list(tokens)
         writer.add_token_merges(["a b"])
+        writer.add_chat_template(
+            [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
+        )
         writer.add_token_types([1] * 47 + [3])  # as if all but </s> were ordinary text
 
     path = written(tmp_path, vocabulary)
@@ -285,3 +288,4 @@ def test_model_and_tokenizer_have_the_same_end_tokens_and_hide_them(tmp_path):
     ids = tokenizer.encode("a<|im_end|>b", add_special_tokens=False)
     assert ids == [0, 45, 1]
     assert tokenizer.decode(ids) == "ab"
+    assert (tokenizer.chat_template, tokenizer.tool_template) == ("plain", "tools")

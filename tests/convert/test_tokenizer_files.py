@@ -170,3 +170,26 @@ def test_a_template_file_that_is_no_text_is_refused_by_name(tmp_path):
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8"):
         load_tokenizer(tmp_path)
+
+
+def test_a_text_that_the_vocabulary_cannot_express_is_a_value_error(tmp_path):
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}
+    changes = {"model": model, "added_tokens": [], "pre_tokenizer": None, "post_processor": None}
+    tokenizer = load_tokenizer(write(tmp_path, {"tokenizer.json": changes}))
+    assert tokenizer.encode("a") == [0]
+    with pytest.raises(ValueError, match=r"the tokenizer cannot encode this text: .*UNK"):
+        tokenizer.encode("b")
+
+
+def test_a_template_of_its_own_for_tools(tmp_path):
+    entries = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
+    write(tmp_path, {"tokenizer_config.json": {"chat_template": entries}})
+    tokenizer = load_tokenizer(tmp_path)
+    messages = [{"role": "user", "content": "Hi"}]
+    tokenizer.save(tmp_path / "saved")
+    for same in (tokenizer, load_tokenizer(tmp_path / "saved")):
+        assert same.apply_chat_template(messages) == "plain"
+        assert same.apply_chat_template(messages, tools=[{"name": "f"}]) == "tools"
+    write(tmp_path, {"tokenizer_config.json": {"chat_template": entries[1:]}})
+    with pytest.raises(ValueError, match="no chat template"):
+        load_tokenizer(tmp_path).apply_chat_template(messages)

@@ -152,6 +152,11 @@ TOO_LONG = {
     "filter replace": "{% set x = 'a' * 99 %}{% set x = x | replace('a', x) %}",
     "join": "{% set x = ('a' * 99).join(range(99) | map('string') | list) %}",
     "filter join": "{% set x = range(99) | map('string') | list | join('a' * 99) %}",
+    "join of what is made": "{% set x = ('a' * 99).join(range(99) | map('string')) %}",
+    "filter join of what is made": "{% set x = range(99) | map('string') | join('a' * 99) %}",
+    "list": "{% set x = ('a' * 200) | list %}",
+    "round": "{% set x = 5 | round(-1001) %}",
+    "bytes": "{% set x = (5).to_bytes(1001, 'big') %}",
     "JSON's indent": "{% set x = [1] | tojson(indent=1001) %}",
     "batch": "{% set x = [1] | batch(1001, 'x') | list %}",
 }

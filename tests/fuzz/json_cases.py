@@ -54,7 +54,7 @@ def config_cases(base: Path) -> Iterator[Case]:
         "vocab_size": (47, 49, 10**12),
         "hidden_size": (31, 64),
         "head_dim": (7, 16),
-        "eos_token_id": (["a"], [None]),
+        "bos_token_id": ([1, 2], 48, "<s>"),
         "max_position_embeddings": (2**31,),
     }.items():
         for value in values:

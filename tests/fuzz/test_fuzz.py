@@ -11,7 +11,7 @@ from bases import make
 from driver import run_family
 from families import FAMILIES
 
-SAMPLE = {"gguf": 200, "safetensors": 80, "tokenizer": 120, "config": 120, "lora": 60, "orbax": 60}
+SAMPLE = {"gguf": 150, "safetensors": 60, "tokenizer": 100, "config": 80, "lora": 50, "orbax": 50}
 
 
 @pytest.fixture(scope="module")
