@@ -61,22 +61,26 @@ class PromptFormat:
         if self.system is not None and self.shared_text is not None:
             raise ValueError("give one of --system and --shared-prefix-file: both begin the prompt")
 
-    def apply(self, llm: LLM, prompt: Prompt | list[Message]) -> Prompt:
+    def apply(
+        self, llm: LLM, prompt: Prompt | list[Message], tools: list[dict] | None = None
+    ) -> Prompt:
         """The prompt of a text, of token ids (both returned as they are without chat) or of a chat.
+
+        ``tools`` are what the template of a chat tells the model of.
 
         Raises ``ValueError`` where prompt, model and options contradict each other.
         """
         if isinstance(prompt, list):
             if self.chat is False:
                 raise ValueError("messages are a chat, which --no-chat forbids")
-            return self._chat(llm, prompt)
+            return self._chat(llm, prompt, tools)
         has_template = llm.tokenizer is not None and llm.tokenizer.has_chat_template
         is_text = isinstance(prompt, str)
         chat = has_template and is_text if self.chat is None else self.chat
         if chat:
             if not is_text:
                 raise ValueError("--chat needs the prompt as text, got token ids")
-            return self._chat(llm, [{"role": "user", "content": prompt}])
+            return self._chat(llm, [{"role": "user", "content": prompt}], tools)
         if self.system is not None:
             raise ValueError("--system needs a chat, but this prompt is continued as it is")
         if self.shared_text is None:
@@ -85,16 +89,17 @@ class PromptFormat:
             raise ValueError("--shared-prefix-file needs the prompt as text, got token ids")
         return self.shared_text + prompt
 
-    def _chat(self, llm: LLM, messages: list[Message]) -> Prompt:
+    def _chat(self, llm: LLM, messages: list[Message], tools: list[dict] | None) -> Prompt:
         system = self.shared_text if self.system is None else self.system
         if system is None:
-            return llm.chat_prompt(messages)
+            return llm.chat_prompt(messages, tools=tools)
         if any(message.get("role") == "system" for message in messages):
             raise ValueError(
                 "the messages have a system message of their own beside that of --system or "
                 "--shared-prefix-file"
             )
-        return llm.chat_prompt([{"role": "system", "content": system}, *messages])
+        messages = [{"role": "system", "content": system}, *messages]
+        return llm.chat_prompt(messages, tools=tools)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,15 +109,16 @@ class PromptLine:
     number: int  # from 1
     id: str | int | None  # the caller's own name for it
     prompt: Prompt | list[Message]
+    tools: list[dict] | None = None  # of a chat
     sampling: SamplingParams
 
 
 class PromptsFile:
     """A ``.txt`` file with a prompt a line, or a ``.jsonl`` file with an object a line; UTF-8.
 
-    An object has one of ``prompt``, ``prompt_token_ids`` and ``messages`` (a chat); optionally an
-    ``id``, which is copied to the output; and any of ``SAMPLING_KEYS``, which go before
-    ``sampling``.
+    An object has one of ``prompt``, ``prompt_token_ids`` and ``messages`` (a chat, which may have
+    ``tools``); optionally an ``id``, which is copied to the output; and any of ``SAMPLING_KEYS``,
+    which go before ``sampling``.
 
     skip_bad_lines: collect lines that cannot be run in ``bad`` instead of raising.
 
@@ -152,7 +158,7 @@ class PromptsFile:
         common = CommonPrefix()
         for line in self.lines(without=done):
             try:
-                prompt = prompt_format.apply(llm, line.prompt)
+                prompt = prompt_format.apply(llm, line.prompt, line.tools)
                 ids = llm.check_request(prompt, line.sampling)
             except ValueError as error:
                 self._refuse(line.number, error)
@@ -187,9 +193,9 @@ class PromptsFile:
     def _line_of(self, number: int, fields: object) -> PromptLine:
         if not isinstance(fields, dict):
             raise ValueError(f"it must be a JSON object, got {_brief(fields)}")
-        unknown = fields.keys() - {"id", *PROMPT_KEYS, *SAMPLING_KEYS}
+        unknown = fields.keys() - {"id", "tools", *PROMPT_KEYS, *SAMPLING_KEYS}
         if unknown:
-            known = ", ".join(("id", *PROMPT_KEYS, *SAMPLING_KEYS))
+            known = ", ".join(("id", "tools", *PROMPT_KEYS, *SAMPLING_KEYS))
             raise ValueError(f"unknown keys {sorted(unknown)}; known: {known}")
         given = [key for key in PROMPT_KEYS if key in fields]
         if len(given) != 1:
@@ -201,6 +207,10 @@ class PromptsFile:
             raise ValueError(f"{key} must be {kind}, got {_brief(prompt)}")
         if key == "messages" and not all(isinstance(message, dict) for message in prompt):
             raise ValueError(f"messages must be a list of objects, got {_brief(prompt)}")
+        if "tools" in fields and (key != "messages" or not isinstance(fields["tools"], list)):
+            raise ValueError(
+                f"tools must be a list of objects beside messages, got {_brief(fields['tools'])}"
+            )
         name = fields.get("id")
         if not isinstance(name, str | int | None):
             raise ValueError(f"id must be a string or an integer, got {_brief(name)}")
@@ -215,6 +225,7 @@ class PromptsFile:
             number=number,
             id=name,
             prompt={key: prompt} if key == "prompt_token_ids" else prompt,
+            tools=fields.get("tools"),
             sampling=dataclasses.replace(self.sampling, **overrides),
         )
 
@@ -323,7 +334,7 @@ def run_batch(
     def requests() -> Iterator[tuple[Prompt, SamplingParams]]:
         for position, line in enumerate(prompts.lines(without=results.done)):
             drawn[position] = line
-            yield prompt_format.apply(llm, line.prompt), line.sampling
+            yield prompt_format.apply(llm, line.prompt, line.tools), line.sampling
 
     for number, error in prompts.bad.items():
         if number not in results.done:

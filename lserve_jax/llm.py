@@ -292,6 +292,7 @@ class LLM:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         shared_prefix: SharedPrefix = "auto",
         on_text: OnText | None = None,
     ) -> list[RequestOutput]:
@@ -300,6 +301,7 @@ class LLM:
         ``add_generation_prompt`` opens an answer of the model's. ``continue_final_message`` has the
         model go on with the last message instead, the beginning of an answer as a rule; it needs
         ``add_generation_prompt=False``. The output's text is then what follows that beginning.
+        ``tools`` are JSON schemas of functions that the template tells the model of.
 
         Raises ``ValueError`` for no message, and where ``chat_prompt`` and ``generate`` do;
         ``TypeError`` for what is no list of messages.
@@ -317,6 +319,7 @@ class LLM:
                 conversation,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
+                tools=tools,
             )
             for conversation in conversations
         ]
@@ -328,6 +331,7 @@ class LLM:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Prompt:
         """One conversation as a prompt, through the model's chat template; options as in ``chat``.
 
@@ -342,6 +346,7 @@ class LLM:
             conversation,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            tools=tools,
         )
         self._text.check_length(text)
         ids = self.tokenizer.encode(text, add_special_tokens=False)

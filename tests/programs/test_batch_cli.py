@@ -1,5 +1,6 @@
 """Many prompts from a file to a file: nothing lost, nothing doubled, whatever happens between."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 from tiny_checkpoints import write_chat_model
 
 from lserve_jax import LLM, SamplingParams, batch, generate
-from lserve_jax.batch import PromptFormat, PromptsFile, ResultsFile
+from lserve_jax.batch import PromptFormat, PromptsFile, ResultsFile, run_batch
 
 ROOT = Path(generate.__file__).parent.parent
 PAGE_SIZE = 64  # of dense attention
@@ -374,6 +375,45 @@ def test_with_skip_bad_lines_the_others_run(run, tmp_path):
             assert wanted[index][1] in answer["error"]
             assert f"line {index} is skipped: " in err
     assert "has all" in run(prompts, "--max-tokens", 2, "--skip-bad-lines")[1]
+
+
+def test_tools_and_calls_of_a_conversation(llm, run, tmp_path):
+    user = {"role": "user", "content": "How warm is it?"}
+    call = {"type": "function", "function": {"name": "warmth", "arguments": {}}}
+    messages = [
+        user,
+        {"role": "assistant", "tool_calls": [call], "content": None},
+        {"role": "tool", "content": "17"},
+    ]
+    lines = [
+        {"messages": messages, "tools": [call]},
+        {"messages": [user, {"role": "assistant", "content": "a", "tool_calls": None}, user]},
+        {"prompt": "a", "tools": [call]},
+        {"messages": [user], "tools": "warmth"},
+        {"messages": [user], "tools": ["warmth"]},
+        {"messages": [user]},
+    ]
+    template = (
+        "{% for tool in tools or [] %}({{ tool.function.name }}){% endfor %}"
+        "{% for m in messages %}[{{ m.role }}]{% if 'tool_calls' in m and m.tool_calls|length %}"
+        "{{ m.tool_calls[0].function.name }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    tokenizer = dataclasses.replace(llm.tokenizer, chat_template=template)
+    model = LLM((llm.config, llm.engine.runner.params), tokenizer=tokenizer)
+    file = PromptsFile(
+        write_lines(tmp_path / "p.jsonl", lines), SamplingParams(max_tokens=2), skip_bad_lines=True
+    )
+    with ResultsFile(tmp_path / "out.jsonl", {}) as results:
+        run_batch(model, file, PromptFormat(chat=None, system=None), results)
+    answers = by_index(tmp_path / "out.jsonl")
+    assert {i for i, answer in answers.items() if "error" in answer} == {2, 3, 4, 5}
+    assert "has no len()" in answers[2]["error"]
+    for index in (3, 4, 5):
+        assert "tools must be a list" in answers[index]["error"]
+    text = "(warmth)[user]How warm is it?[assistant]warmth[tool]17"
+    assert answers[1]["prompt_tokens"] == len(text)
+    [output] = model.chat(messages, SamplingParams(max_tokens=1), tools=[call])
+    assert output.prompt == text
 
 
 def test_one_bad_conversation_ends_no_file(run, tmp_path):
