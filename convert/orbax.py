@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def _checkpointer():
 
 
 @contextlib.contextmanager
-def _errors_as(kind: type[Exception], what: str) -> Iterator[None]:
+def _errors_as(kind: type[Exception], what: str) -> Generator[None]:
     """Whatever Orbax raises inside, as one ``kind`` of one line that begins with ``what``.
 
     It raises ``Exception`` itself for damaged data and a full disk, ``KeyError`` and the like for
