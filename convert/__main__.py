@@ -11,6 +11,7 @@ import tyro
 import convert
 from convert.orbax import require_empty
 from convert.stream import parse_dtype
+from lserve_jax.cli import exit_code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,25 +28,22 @@ class Arguments:
     adapter: Path | None = None
 
 
+def _convert(argv: Sequence[str] | None) -> None:
+    arguments = tyro.cli(Arguments, prog="python -m convert", args=argv)
+    # Before any work: loading may take minutes.
+    require_empty(arguments.destination)
+    if arguments.dtype is not None:
+        parse_dtype(arguments.dtype)
+    source = convert.resolve(arguments.source, progress=True)
+    config, params = convert.load(
+        source, dtype=arguments.dtype, adapter=arguments.adapter, progress=True
+    )
+    convert.save(arguments.destination, config, params, tokenizer_from=source.path)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, 2 for whatever the caller can mend."""
-    arguments = tyro.cli(Arguments, prog="python -m convert", args=argv)
-    try:
-        # Before any work: loading may take minutes.
-        require_empty(arguments.destination)
-        if arguments.dtype is not None:
-            parse_dtype(arguments.dtype)
-        source = convert.resolve(arguments.source, progress=True)
-        config, params = convert.load(
-            source, dtype=arguments.dtype, adapter=arguments.adapter, progress=True
-        )
-        convert.save(arguments.destination, config, params, tokenizer_from=source.path)
-    except (ValueError, NotImplementedError, OSError, MemoryError) as error:
-        print(f"error: {str(error) or 'out of memory'}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130  # what shells report for Ctrl-C
-    return 0
+    return exit_code(lambda: _convert(argv), lower="the width of the numbers (--dtype)")
 
 
 if __name__ == "__main__":

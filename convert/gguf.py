@@ -45,6 +45,8 @@ _CHECKED = ("attention.value_length", "rope.dimension_count")  # must equal head
 # Supported at these values only, where they have no effect.
 _NEUTRAL = {
     "attention.causal": True,
+    "expert_count": 0,
+    "expert_used_count": 0,
     "rope.scaling.attn_factor": 1.0,
     "rope.scaling.yarn_attn_factor": 1.0,
     "rope.scaling.yarn_ext_factor": 1.0,

@@ -1,5 +1,6 @@
 """What the command lines share: how options show in help, files of text, exit codes."""
 
+import errno
 import os
 import signal
 import sys
@@ -75,7 +76,8 @@ def exit_code(
     except KeyboardInterrupt:
         return 130
     except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
-        return _refuse(str(error))
+        closed = isinstance(error, OSError) and error.errno == errno.EBADF
+        return _refuse(f"standard output cannot be written: {error}" if closed else str(error))
     except MemoryError as error:
         return _refuse(f"out of memory: {str(error) or 'on the host'}; lower {lower}")
     except jax.errors.JaxRuntimeError as error:

@@ -62,6 +62,30 @@ def test_streams_that_are_closed(model, command, code, said) -> None:
     assert "Exception ignored" not in "".join(last)
 
 
+@pytest.mark.parametrize("program", (*PROGRAMS, "convert"))
+@pytest.mark.parametrize(
+    ("redirection", "says"),
+    [(">&-", "standard output cannot be written"), (">/dev/full", "No space left on device")],
+)
+def test_help_that_nobody_can_read(program: str, redirection: str, says: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m {program} --help {redirection}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert says in line
+
+
+def test_a_conversion_needs_no_stderr(tmp_path: Path) -> None:
+    source = ROOT / "tests" / "data" / "conformance" / "mistral"
+    command = f"{sys.executable} -m convert {source} {tmp_path / 'new'} 2>&-"
+    assert subprocess.run(["bash", "-c", command], cwd=ROOT).returncode == 0
+    assert (tmp_path / "new" / "config.json").is_file()
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_an_interrupt_while_it_is_imported_says_nothing(program: str, tmp_path) -> None:
     """The module that is imported first sends the signal, so that the moment is always the same."""
@@ -70,6 +94,8 @@ def test_an_interrupt_while_it_is_imported_says_nothing(program: str, tmp_path) 
         [sys.executable, "-m", program],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         cwd=tmp_path,
+        # A shell lets what it runs in the background ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         capture_output=True,
         text=True,
     )
