@@ -227,6 +227,8 @@ class LLM:
                 position, (prompt, sampling) = new
                 position_of[text.submit(prompt, sampling)] = position
             if not text.has_unfinished_requests:
+                if position_of:
+                    raise ValueError(f"the engine was reset while {len(position_of)} requests ran")
                 return None
             done = []
             for delta in text.step():

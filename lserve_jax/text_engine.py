@@ -241,8 +241,10 @@ class TextEngine:
 
         Resets the engine if the error came from the device, whose state is lost then.
         """
-        self.engine.abandon(list(self._parts))
-        self._forget(list(self._running))
+        try:
+            self.engine.abandon(list(self._parts))
+        finally:  # also after Ctrl-C in between
+            self._forget(list(self._running))
 
     def _parts_of(self, request_id: str) -> list[str]:
         completions = self._running[request_id].completions

@@ -20,7 +20,7 @@ from lserve_jax.engine.relay import RelayMode, check_mode
 from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.heads import HeadPartition, partition_heads, permute_heads
-from lserve_jax.model.llama import Params
+from lserve_jax.model.llama import Params, check_params
 from pallas_kernels.api import Backend, resolve_backend
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -158,6 +158,7 @@ def build_engine(
     partition = head_partition(config, sparsity)
     if callable(params):
         params = params()
+    check_params(config, params)
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
     params = permute_heads(config, params, partition)
     spec = make_spec(

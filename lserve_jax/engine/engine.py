@@ -250,15 +250,18 @@ class Engine:
     def abandon(self, request_ids: Iterable[str]) -> None:
         """After an error in the middle of a call: ends its requests, as far as there are any.
 
-        Resets the engine if the error came from the device, whose state is lost then.
+        Resets the engine if the device failed, or if it is interrupted itself.
         """
         try:
             for request_id in request_ids:
                 if request_id in self.unfinished:
                     self.cancel(request_id)
             self.runner.wait()
-        except RuntimeError:  # JAX's, of a computation that failed and of arrays that it consumed
+        except RuntimeError:  # JAX's, of a computation that failed
             self.reset()
+        except BaseException:
+            self.reset()
+            raise
 
     def _stop(self, request: Request) -> None:
         """Takes a request out before its end; the device may be in the middle of a burst of it.
@@ -334,10 +337,7 @@ class Engine:
     # Prompts.
 
     def prefill_waiting(self) -> None:
-        """Prefills waiting requests, as many as slots and pages allow, and decodes nothing.
-
-        For those who run decode steps of their own (``scoring.py``).
-        """
+        """Prefills what waits, as slots and pages allow; for ``scoring.py``, which decodes."""
         while self.scheduler.prefilling is not None or self._admit() is not None:
             self._prefill()
 

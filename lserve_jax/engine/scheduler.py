@@ -179,15 +179,15 @@ class Scheduler:
             if request in self.waiting:
                 self.waiting.remove(request)
             return
+        slot, pages, prefix = request.slot, request.pages, request.prefix
+        request.slot, request.pages, request.prefix = -1, [], None
         if request is self.prefilling:
             self.prefilling = None
         else:
-            del self.running[request.slot]
-        heapq.heappush(self.free_slots, request.slot)
-        self.pool.release(request.pages)
-        self.page_table[request.slot] = 0
-        prefix = request.prefix
-        request.slot, request.pages, request.prefix = -1, [], None
+            del self.running[slot]
+        heapq.heappush(self.free_slots, slot)
+        self.pool.release(pages)
+        self.page_table[slot] = 0
         if prefix is not None:
             self.prefix_cache.unlock(prefix)
 

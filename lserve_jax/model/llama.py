@@ -170,3 +170,20 @@ def abstract_params(config: ModelConfig, dtype=jnp.float32) -> Params:
     """``init_params`` as ``jax.ShapeDtypeStruct`` leaves: the shapes a checkpoint must fill."""
     model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
     return nnx.to_pure_dict(nnx.split(model)[1])
+
+
+def check_params(config: ModelConfig, params: Params) -> None:
+    """Raises ``ValueError`` unless ``params`` has the leaves and shapes of ``config``'s model."""
+
+    def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
+        leaves, _ = jax.tree.flatten_with_path(tree)
+        return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
+
+    wanted, found = shapes(abstract_params(config)), shapes(params)
+    wrong = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"params do not fit the config in {len(wrong)} leaves, the first is {name}: "
+            f"shape {found.get(name)}, expected {wanted.get(name)} (None: there is none)"
+        )

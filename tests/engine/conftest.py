@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 import relay_cases
+import tokenizers
 from engine_cases import build as build_engine_case
 from relay_cases import Build
 from tiny_llm import poison, tiny_params, write_pattern
 
 from lserve_jax import LLM, SparsityConfig
+from lserve_jax.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +52,14 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         return llm
 
     return build
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """A token for each byte, so that most characters of other alphabets take several tokens."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate(alphabet)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return Tokenizer(backend=backend, markers={}, eos_token_ids=(), chat_template=None)
