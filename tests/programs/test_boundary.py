@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -86,6 +87,15 @@ def test_a_conversion_needs_no_stderr(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "config.json").is_file()
 
 
+@pytest.fixture
+def interrupts_are_heard() -> Iterator[None]:
+    """A shell lets what it runs in the background ignore them, and children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts_are_heard")
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_an_interrupt_while_it_is_imported_says_nothing(program: str, tmp_path) -> None:
     """The module that is imported first sends the signal, so that the moment is always the same."""
@@ -94,8 +104,6 @@ def test_an_interrupt_while_it_is_imported_says_nothing(program: str, tmp_path) 
         [sys.executable, "-m", program],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         cwd=tmp_path,
-        # A shell lets what it runs in the background ignore the signal.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         capture_output=True,
         text=True,
     )
