@@ -20,7 +20,7 @@ import numpy as np
 
 from lserve_jax.checks import check_integer
 from lserve_jax.engine.engine import Engine
-from lserve_jax.engine.request import PromptIds, TokenOutput
+from lserve_jax.engine.request import PromptIds, TokenOutput, check_deadline
 from lserve_jax.outputs import Completion, RequestOutput, TextDelta
 from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.tokenizer import Tokenizer
@@ -153,6 +153,7 @@ class TextEngine:
         Raises ``ValueError`` for a request that could never run; nothing is queued then.
         """
         checked = self.check(prompt, sampling)
+        check_deadline(deadline)  # here, where nothing is queued that would have to be ended
         number = next(self._numbers)
         seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])
         request = _Running(
@@ -174,8 +175,10 @@ class TextEngine:
                 )
                 self._parts[part] = (request, completion)
         except BaseException:  # Ctrl-C, too: no completion runs without the others
-            self.engine.abandon(self._parts_of(request.request_id))
-            self._forget([request.request_id])
+            try:
+                self.engine.abandon(self._parts_of(request.request_id))
+            finally:
+                self._forget([request.request_id])
             raise
         return request.request_id
 
