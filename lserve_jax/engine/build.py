@@ -10,16 +10,16 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from convert.attention_patterns import load_pattern
 from lserve_jax.attention.cache import CacheSpec, KVDtype, cache_bytes, make_spec
 from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.checks import check_bool, check_integer, is_real
 from lserve_jax.engine.buckets import SMALLEST_CHUNK
 from lserve_jax.engine.engine import Engine
+from lserve_jax.engine.head_policy import head_policy
 from lserve_jax.engine.relay import RelayMode, check_mode
 from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.heads import HeadPartition, partition_heads, permute_heads
+from lserve_jax.model.heads import permute_heads
 from lserve_jax.model.llama import Params, check_params
 from pallas_kernels.api import Backend, resolve_backend
 
@@ -155,16 +155,16 @@ def build_engine(
     dtype, sparsity = resolve_dtype(options.dtype), options.resolved_sparsity
     max_model_len = _check_length(config, options.max_model_len)
     config = _choose_longrope(config, max_model_len)
-    partition = head_partition(config, sparsity)
+    policy = head_policy(config, sparsity)
     if callable(params):
         params = params()
     check_params(config, params)
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
-    params = permute_heads(config, params, partition)
+    params = permute_heads(config, params, policy.partition)
     spec = make_spec(
         config,
         sparsity=sparsity,
-        num_retrieval_heads=partition.num_retrieval,
+        heads=policy.budgets,
         max_model_len=max_model_len,
         max_num_seqs=options.max_num_seqs,
         num_pages=1,
@@ -189,17 +189,6 @@ def build_engine(
         burst_steps=options.burst_steps,
         relay=options.relay,
         deterministic=options.deterministic,
-    )
-
-
-def head_partition(config: ModelConfig, sparsity: SparsityConfig | None) -> HeadPartition:
-    """Which heads stream, by the pattern of ``sparsity``; none does without one."""
-    pattern = None if sparsity is None else sparsity.pattern
-    return partition_heads(
-        None if pattern is None else load_pattern(pattern),
-        0.0 if sparsity is None else sparsity.resolved_streaming_fraction,
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=config.num_key_value_heads,
     )
 
 

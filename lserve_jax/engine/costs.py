@@ -39,7 +39,7 @@ class CacheUnits:
             decode_window=windows * spec.decode_window.num_pages,
             page_size=spec.page_size,
             kv_heads=config.num_hidden_layers * config.num_key_value_heads,
-            retrieval_heads=sum(spec.num_retrieval_heads),
+            retrieval_heads=sum(spec.heads.num_retrieval),
             num_layers=config.num_hidden_layers,
         )
 

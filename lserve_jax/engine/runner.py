@@ -67,10 +67,10 @@ class ModelRunner:
         chunk_size: int,
     ):
         backend = resolve_backend(backend)
-        if backend == "mosaic" and spec.num_ranked > MOST_SELECTED_PAGES:
-            assert spec.sparsity is not None  # nothing is ranked in dense attention
+        most = max(spec.num_ranked(layer) for layer in range(config.num_hidden_layers))
+        if backend == "mosaic" and most > MOST_SELECTED_PAGES:
             raise NotImplementedError(
-                f"token_budget={spec.sparsity.token_budget} is more than {MOST_SELECTED_PAGES} "
+                f"token_budget={spec.heads.token_budget} is more than {MOST_SELECTED_PAGES} "
                 f"pages of selected_page_size={spec.selected_page_size}, which the kernel can "
                 "select; lower the one or raise the other"
             )

@@ -209,7 +209,7 @@ def decode_step(
 ) -> tuple[Float[Array, "B V"], Caches, Int[Array, " B"], Array]:
     """Runs one token of every row through the model, over the paged cache.
 
-    With ``select`` every retrieval head chooses its pages anew. Where rows read their prefix
+    With ``select`` every ranked head chooses its pages anew. Where rows read their prefix
     together, their page tables begin with the first page after it.
 
     Returns the logits (float32), the caches, the tail of each row's last selection, and the tokens
@@ -314,7 +314,7 @@ def decode_burst(
             program, params, caches, rows, tables, select=select
         )
         state, new = _take_token(state, logits, forced[i], tail, mode)
-        pruned = (tail > spec.num_ranked).astype(jnp.int32)
+        pruned = spec.prunes(tail).astype(jnp.int32)
         result = Burst(
             samples=jax.tree.map(lambda x, row: x.at[i].set(row), result.samples, new),
             steps=result.steps + was_active,

@@ -117,14 +117,15 @@ def fit_shares(
     budget: float,
     streams: Bool[np.ndarray, "L Hk"],
     *,
+    dense: Bool[np.ndarray, "L Hk"] | None = None,
     statistics: float = 0.0,
     window: float = 0.0,
 ) -> Float64[np.ndarray, "L Hk"]:
     """Shares of ``SHARES`` with the least summed loss at a mean cost of ``budget`` a head.
 
     A head of share b costs b of the context and, unless it reads everything, ``statistics`` for
-    the ranking; one that streams costs ``window`` and gets share 0. Greedy along the lower convex
-    hull of each head's loss, which is optimal up to the last step.
+    the ranking; one that streams costs ``window`` and gets share 0. Those ``dense`` get 1. Greedy
+    along the lower convex hull of each head's loss, which is optimal up to the last step.
 
     Every head that does not stream has the least share at least, even where ``budget`` is less.
     Raises ``ValueError`` for a budget outside (0, 1].
@@ -143,9 +144,11 @@ def fit_shares(
             best = int(np.argmax(slopes))
             heapq.heappush(steps, (-float(slopes[best]), layer, head, i + 1 + best))
 
+    if dense is not None:
+        chosen[dense & ~streams] = len(SHARES) - 1
     for layer, head in np.argwhere(~streams):
         push(int(layer), int(head))
-    room = budget * streams.size - window * streams.sum() - cost[0] * (~streams).sum()
+    room = budget * streams.size - window * streams.sum() - cost[chosen][~streams].sum()
     while steps:
         slope, layer, head, to = heapq.heappop(steps)
         if slope == 0.0:
