@@ -183,6 +183,7 @@ def _measuring_attend(
         selected = api.select_pages(
             page_scores,
             tail,
+            jnp.full((Q, Kr), spec.num_ranked),
             num_pages=spec.num_ranked,
             sink_pages=spec.forced_sink_pages,
         )  # [Q, Kr, R]

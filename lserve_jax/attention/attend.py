@@ -216,6 +216,7 @@ def decode_attend(
             selected = api.select_pages(
                 scores,
                 tail,
+                jnp.full((B, Kr), spec.num_ranked),
                 num_pages=spec.num_ranked,
                 sink_pages=spec.forced_sink_pages,
                 backend=backend,
