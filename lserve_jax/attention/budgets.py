@@ -1,4 +1,4 @@
-"""What each retrieval head may read in a decode step: everything, a share, or a number of tokens."""
+"""What a retrieval head may read in a decode step: everything, a share, or so many tokens."""
 
 from dataclasses import dataclass
 from typing import Self

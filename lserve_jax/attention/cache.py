@@ -208,7 +208,7 @@ class CacheSpec:
         return min(self.num_ranked(layer) + self._tail_pages, total)
 
     def most_tokens(self, layer: int, num_streaming: int) -> tuple[int, ...]:
-        """Tokens that each KV head of a layer lists at most: retrieval heads, then streaming ones."""
+        """Tokens that each KV head of a layer lists at most, in the order of its pools."""
         total = self.selected_pages_per_sequence
         ranked = (min(most + self._tail_pages, total) for most in self.most_wanted(layer))
         pages = (*ranked, *(total,) * self.heads.num_dense[layer])

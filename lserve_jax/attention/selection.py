@@ -61,9 +61,7 @@ def retrieval_pages(
     # Entries past the sequence's end name some valid page; they are not attended.
     number = jnp.clip(number, 0, spec.selected_pages_per_sequence - 1)
     pages = jnp.take_along_axis(everything, number, axis=2, mode="clip")
-    dense = jnp.broadcast_to(
-        everything[:, :, :L], (pages.shape[0], spec.heads.num_dense[layer], L)
-    )
+    dense = jnp.broadcast_to(everything[:, :, :L], (pages.shape[0], spec.heads.num_dense[layer], L))
     return jnp.concatenate([pages, dense], axis=1)
 
 
@@ -84,9 +82,7 @@ def retrieval_stop(
     before_tail = jnp.minimum(tail[:, None], spec.wanted_pages(layer, tail))
     count = before_tail + (position // U - tail + 1)[:, None]
     stop = (count - 1) * U + (position % U)[:, None] + 1
-    dense = jnp.broadcast_to(
-        position[:, None] + 1, (len(position), spec.heads.num_dense[layer])
-    )
+    dense = jnp.broadcast_to(position[:, None] + 1, (len(position), spec.heads.num_dense[layer]))
     return jnp.where(active[:, None], jnp.concatenate([stop, dense], axis=1), 0)
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from convert.head_shares import has_head_shares, load_head_shares
 from jaxtyping import Bool, Float64
 
 from convert.attention_patterns import load_pattern
-from convert.head_shares import has_head_shares, load_head_shares
 from lserve_jax.attention.budgets import HeadBudgets
 from lserve_jax.attention.config import EVEN_BUDGET, SparsityConfig
 from lserve_jax.model.config import ModelConfig
