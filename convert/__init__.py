@@ -17,6 +17,7 @@ from convert import hf, orbax
 from convert.attention_patterns import load_pattern, save_pattern
 from convert.config_json import override, parse
 from convert.gguf import read_gguf
+from convert.head_shares import load_head_shares, save_head_shares
 from convert.lora import Change, load_adapter
 from convert.names import refuse_more_layers
 from convert.orbax import save
@@ -29,11 +30,13 @@ from lserve_jax.model.llama import Params
 __all__ = [
     "ModelSource",
     "load",
+    "load_head_shares",
     "load_pattern",
     "load_tokenizer",
     "read_config",
     "resolve",
     "save",
+    "save_head_shares",
     "save_pattern",
 ]
 
