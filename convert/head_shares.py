@@ -22,7 +22,7 @@ from convert.attention_patterns import (
     read_matrix,
     write_config,
 )
-from convert.json_values import json_object, number, positive_int
+from convert.json_values import json_object, positive_int
 from lserve_jax.model.head_shares import MISSED_AT, HeadSensitivity
 
 SENSITIVITY_FILE = "head_sensitivity.tsv"
@@ -40,7 +40,7 @@ def save_head_shares(
     """Writes what ``load_head_shares`` reads into an existing directory.
 
     ``settings`` become the ``"head_shares"`` of ``config.json``, with the sensitivity's context;
-    everything else that is there stays. ``budget_share`` is read back.
+    everything else that is there stays.
 
     Raises ``ValueError`` for a ``config.json`` that is no JSON object, before anything is written.
     """
@@ -67,8 +67,8 @@ def has_head_shares(name_or_dir: str | os.PathLike[str]) -> bool:
 
 def load_head_shares(
     name_or_dir: str | os.PathLike[str],
-) -> tuple[HeadSensitivity, Float64[np.ndarray, "L Hk"], float]:
-    """Sensitivity, shares in checkpoint order, and the mean share that they were fitted to.
+) -> tuple[HeadSensitivity | None, Float64[np.ndarray, "L Hk"]]:
+    """Sensitivity and shares, in checkpoint order; no sensitivity where only shares were written.
 
     ``name_or_dir`` is a directory or the name of a shipped pattern, as in ``load_pattern``.
 
@@ -82,23 +82,7 @@ def load_head_shares(
             "python -m lserve_jax.calibrate --head-shares measures a model"
         )
     directory, name = found
-    if not (directory / SENSITIVITY_FILE).is_file():
-        raise ValueError(f"{directory} holds {SHARES_FILE} but no {SENSITIVITY_FILE}")
-    config, where = read_config(directory), str(directory / CONFIG_FILE)
-    if HEAD_SHARES not in config:
-        raise ValueError(f"{where} must have {HEAD_SHARES!r}, the settings of {SHARES_FILE}")
-    settings = json_object(HEAD_SHARES, config[HEAD_SHARES], where)
-    budget = number("head_shares.budget_share", settings.get("budget_share"), where)
-    if not 0.0 < budget <= 1.0:
-        raise ValueError(f"{where}: head_shares.budget_share={budget} must lie in (0, 1]")
-    context = positive_int("head_shares.context", settings.get("context"), where)
-    sensitivity = _read_sensitivity(directory / SENSITIVITY_FILE, name, context)
     shares = read_matrix(directory / SHARES_FILE, "shares")
-    if shares.shape != sensitivity.streaming.shape:
-        raise ValueError(
-            f"{directory / SHARES_FILE} is of {shares.shape} (layers, KV heads), "
-            f"{SENSITIVITY_FILE} of {sensitivity.streaming.shape}"
-        )
     bad = np.argwhere(~((shares > 0.0) & (shares <= 1.0)))  # NaN too
     if len(bad):
         layer, head = bad[0].tolist()
@@ -106,7 +90,20 @@ def load_head_shares(
             f"{directory / SHARES_FILE} must hold shares in (0, 1], "
             f"got {shares[layer, head]} at layer {layer}, head {head}"
         )
-    return sensitivity, shares, float(budget)
+    if not (directory / SENSITIVITY_FILE).is_file():
+        return None, shares
+    config, where = read_config(directory), str(directory / CONFIG_FILE)
+    if HEAD_SHARES not in config:
+        raise ValueError(f"{where} must have {HEAD_SHARES!r}, the settings of {SHARES_FILE}")
+    settings = json_object(HEAD_SHARES, config[HEAD_SHARES], where)
+    context = positive_int("head_shares.context", settings.get("context"), where)
+    sensitivity = _read_sensitivity(directory / SENSITIVITY_FILE, name, context)
+    if shares.shape != sensitivity.streaming.shape:
+        raise ValueError(
+            f"{directory / SHARES_FILE} is of {shares.shape} (layers, KV heads), "
+            f"{SENSITIVITY_FILE} of {sensitivity.streaming.shape}"
+        )
+    return sensitivity, shares
 
 
 def _read_sensitivity(path: Traversable, name: str, context: int) -> HeadSensitivity:

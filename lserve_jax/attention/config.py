@@ -22,25 +22,21 @@ class SparsityConfig:
     Raises ``ValueError`` naming values and rule where they do not fit together.
     """
 
-    # A shipped head pattern's name or a directory in DuoAttention's format. With neither a pattern
-    # nor head shares no head streams.
+    # A shipped head pattern's name or a directory in DuoAttention's format: which heads stream.
     pattern: str | None = None
-    # What each head is worth to the output: a directory that ``lserve_jax.calibrate --head-shares``
-    # wrote, or a shipped pattern's name. It decides which heads stream, which read everything, and
-    # what each of the others may read. "auto": what lies beside the pattern's gates, if it does.
-    # None, or "none": LServe's own policy, heads stream by their gates and budgets are even.
+    # What each head is worth: where ``calibrate --head-shares`` wrote it. "auto": beside the
+    # pattern, if there; None or "none": LServe's own policy, by gates and with even budgets.
     head_shares: str | None = "auto"
-    # Share of KV heads made streaming heads, those of the least worth (but never one of the four of
-    # the greatest), or by gates those with the lowest. None: 1/3 by worth, 0.5 by gates, else 0.
+    # Share of KV heads made streaming heads, of the least worth or by the lowest gates. None: 1/3
+    # by worth (never one of the four of the greatest), 0.5 by gates, 0 if neither is known.
     streaming_fraction: float | None = None
     # Heads of the greatest worth, of the whole model, that read everything.
     dense_heads: int = 0
-    # What a decode step may read of the context's keys and values, as a share, the statistics that
-    # it ranks by included; a mean over all KV heads. None: 1/8 with head shares, else token_budget.
+    # Share of the context's keys and values that a decode step may read, statistics included; mean
+    # over all KV heads. None: 1/8 with head shares, else token_budget says.
     budget_share: float | None = None
-    # Instead of a share: tokens that a retrieval head may attend in one decode step, the same for
-    # each, whatever the context; histories that fit are attended whole. None: 4096 where
-    # ``budget_share`` and head shares are not given either.
+    # Instead: tokens that each retrieval head may attend in a decode step, whatever the context;
+    # histories that fit are attended whole. None: 4096 if there is no share either.
     token_budget: int | None = None
     # Tokens of a page of the KV cache: what is allocated and shared as a whole.
     page_size: int = 64

@@ -38,8 +38,8 @@ def write(directory, sensitivity=None, shares=None, settings=SETTINGS):
 def test_what_is_written_is_read(tmp_path, shape):
     written = make_sensitivity(*shape)
     directory = write(tmp_path / "tiny", written)
-    sensitivity, shares, budget = convert.load_head_shares(str(directory))
-    assert (sensitivity.name, sensitivity.context, budget) == ("tiny", 4096, 0.125)
+    sensitivity, shares = convert.load_head_shares(str(directory))
+    assert (sensitivity.name, sensitivity.context) == ("tiny", 4096)
     for field in ("streaming", "selecting", "missed"):
         np.testing.assert_allclose(getattr(sensitivity, field), getattr(written, field), rtol=1e-8)
     # To the bit: shares are short binary fractions.
@@ -57,7 +57,7 @@ def test_gates_and_shares_keep_each_others_settings(tmp_path):
     save_pattern(tmp_path, np.array([[0.25, 1.0]] * 3), training)
     assert json.loads((tmp_path / "config.json").read_text()) == both
     assert load_pattern(tmp_path).sink_size == 64
-    assert load_head_shares(tmp_path)[2] == 0.125
+    assert load_head_shares(tmp_path)[0].context == 4096
 
 
 def test_names_are_those_of_patterns(tmp_path):
@@ -90,19 +90,12 @@ def test_a_config_that_is_damaged_stays_as_it_is(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-@pytest.mark.parametrize(
-    ("budget", "message"),
-    [
-        (0.0, r"budget_share=0\.0 must lie in \(0, 1\]"),
-        (1.5, r"budget_share=1\.5 must lie in \(0, 1\]"),
-        ("1/8", "budget_share must be a finite number, got '1/8'"),
-        (None, "budget_share must be a finite number, got None"),
-        (True, "budget_share must be a finite number, got True"),
-    ],
-)
-def test_budgets(tmp_path, budget, message):
-    with pytest.raises(ValueError, match=rf"config\.json: head_shares\.{message}"):
-        load_head_shares(write(tmp_path, settings={"budget_share": budget}))
+def test_shares_alone(tmp_path):
+    """Shares of another program, or written by hand."""
+    (tmp_path / "head_shares.tsv").write_text("0.5\t1\n0.0625\t0.25\n")
+    sensitivity, shares = load_head_shares(tmp_path)
+    assert sensitivity is None
+    assert shares.tolist() == [[0.5, 1.0], [0.0625, 0.25]]
 
 
 @pytest.mark.parametrize(
@@ -182,5 +175,8 @@ def test_damaged_sensitivities(tmp_path, edit, message):
 def test_half_of_the_files(tmp_path):
     directory = write(tmp_path)
     (directory / "head_sensitivity.tsv").unlink()
-    with pytest.raises(ValueError, match=r"holds head_shares\.tsv but no head_sensitivity\.tsv"):
+    assert load_head_shares(directory)[0] is None
+    write(tmp_path)
+    (directory / "head_shares.tsv").unlink()
+    with pytest.raises(ValueError, match=r"holds no head_shares\.tsv"):
         load_head_shares(directory)
