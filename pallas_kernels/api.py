@@ -70,6 +70,7 @@ __all__ = [
     "resolve_backend",
     "select_pages",
     "value_checks",
+    "verify_attention",
 ]
 
 
@@ -126,6 +127,43 @@ def paged_attention(
     lists = retrieval_list, streaming_list
     how = {"selected_page_size": selected_page_size, "most_tokens": most_tokens}
     return implementation("paged_attention", backend)(q, retrieval, streaming, *lists, **how)
+
+
+def verify_attention(
+    q: Float[Array, "B T H D"],
+    pages: KVPages,
+    page_table: Int[Array, "B M"],
+    position: Int[Array, " B"],
+    count: Int[Array, " B"],
+    *,
+    backend: Backend = "auto",
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
+    """The verification of drafted tokens: several queries a row attend everything before them.
+
+    Query t of row b stands at ``position[b] + t`` and attends all positions up to its own, which
+    are in the pages already, its own key among them. Only the first ``count[b]`` queries exist,
+    0 to T; no key is read past the last of them, and the others give out 0, lse -inf. All heads of
+    ``pages`` read the row's whole table.
+
+    Returns (out in q's dtype, lse float32).
+
+    >>> import jax.numpy as jnp
+    >>> pool = KVPages(jnp.ones((1, 4, 16, 8)), jnp.ones((1, 4, 16, 8)))
+    >>> out, lse = verify_attention(
+    ...     jnp.ones((1, 3, 2, 8)), pool, jnp.array([[2, 0]]), jnp.array([20]), jnp.array([2])
+    ... )
+    >>> out.shape, jnp.isfinite(lse[0, :, 0]).tolist()
+    ((1, 3, 2, 8), [True, True, False])
+    """
+    expect_shape("q", q, (None, None, None, None))
+    B, T, H, D = q.shape
+    expect_pages("pages", pages, D)
+    expect_groups(H, pages.k.shape[0])
+    expect_int32((B, None), page_table=page_table)
+    expect_int32((B,), position=position, count=count)
+    check_range("count", count, T)
+    check_table("page_table", page_table, pages, jnp.where(count > 0, position + count, 0))
+    return implementation("verify_attention", backend)(q, pages, page_table, position, count)
 
 
 def prefill_attention(

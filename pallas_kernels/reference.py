@@ -191,6 +191,30 @@ def paged_attention(
     return out.reshape(B, H, D).astype(q.dtype), lse.reshape(B, H)
 
 
+def verify_attention(
+    q: Float[Array, "B T H D"],
+    pages: KVPages,
+    page_table: Int[Array, "B M"],
+    position: Int[Array, " B"],
+    count: Int[Array, " B"],
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
+    """A row for each query: this one reads a page once for each."""
+    B, T, H, D = q.shape
+    t = jnp.arange(T)[None]
+    stop = jnp.where(t < count[:, None], position[:, None] + t + 1, 0).reshape(B * T, 1)
+    table = jnp.repeat(page_table, T, axis=0)[:, None]
+    nobody = jax.tree.map(lambda x: x[:0], pages)
+    nothing = PageList(table[:, :, :1], jnp.zeros_like(stop), jnp.zeros_like(stop))
+    out, lse = paged_attention(
+        q.reshape(B * T, H, D),
+        pages,
+        nobody,
+        PageList(table, jnp.zeros_like(stop), stop),
+        nothing,
+    )
+    return out.reshape(B, T, H, D), lse.reshape(B, T, H)
+
+
 def _prefill_one_class(
     q: Float[Array, "T K G D"],
     k: Float[Array, "T K D"],

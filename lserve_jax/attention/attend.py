@@ -168,10 +168,13 @@ def decode_attend(
     ranked, and its budget spent, as if the prefix were not there, and ``page_table`` and ``tail``
     begin with its first page.
 
+    In exact mode the tokens are drafts: statistics are of verified tokens only, and stay as they
+    are.
+
     Also returns the number of tokens that each row attends, summed over layers and KV heads, the
     prefix included.
     """
-    B, P = position.shape[0], spec.page_size
+    B, P, drafting = position.shape[0], spec.page_size, spec.max_drafts is not None
     slot = jnp.arange(B)
     cos, sin = (x[:, 0] for x in rotary_angles(config, position[:, None], position + 1))
     private_start = jnp.zeros_like(position) if groups is None else groups.private_start()
@@ -196,40 +199,44 @@ def decode_attend(
         layer: int, q: Array, k: Array, v: Array, cache: LayerCache
     ) -> tuple[Array, LayerCache]:
         Kr = cache.retrieval.k.shape[0]
-        q, retrieval, streaming, key_stats = api.append_kv(
+        key_stats = cache.key_stats
+        q, retrieval, streaming, widened = api.append_kv(
             q[:, 0],
             k[:, 0],
             v[:, 0],
             *layer_angles(config, layer, cos, sin),
             cache.retrieval,
             cache.streaming,
-            cache.key_stats,
+            None if drafting else key_stats,
             page,
             streaming_page,
             position % P,
             backend=backend,
         )
+        key_stats = key_stats if drafting else widened
         retrieval_queries = q[:, : Kr * config.group_size]
         listed = cache.listed
-        if select and listed is not None and key_stats is not None:
-            scores = api.page_scores(
-                q[:, : key_stats.shape[0] * config.group_size],
-                key_stats,
-                page_table,
-                own + 1,
-                page_size=P,
-                selected_page_size=spec.selected_page_size,
-                lower_bound_weight=spec.lower_bound_weight,
-                backend=backend,
-            )
-            selected = api.select_pages(
-                scores,
-                tail,
-                spec.wanted_pages(layer, tail),
-                num_pages=spec.num_ranked(layer),
-                sink_pages=spec.forced_sink_pages,
-                backend=backend,
-            )
+        if select and listed is not None:
+            selected = None
+            if key_stats is not None:
+                scores = api.page_scores(
+                    q[:, : key_stats.shape[0] * config.group_size],
+                    key_stats,
+                    page_table,
+                    own + 1,
+                    page_size=P,
+                    selected_page_size=spec.selected_page_size,
+                    lower_bound_weight=spec.lower_bound_weight,
+                    backend=backend,
+                )
+                selected = api.select_pages(
+                    scores,
+                    tail,
+                    spec.wanted_pages(layer, tail),
+                    num_pages=spec.num_ranked(layer),
+                    sink_pages=spec.forced_sink_pages,
+                    backend=backend,
+                )
             pages = retrieval_pages(spec, layer, selected, tail, page_table)
             listed = listed.at[:B].set(pages)
         pages = everything if listed is None else listed

@@ -106,6 +106,9 @@ class CacheSpec:
     prefill_window: StreamingWindow  # what they keep while a prompt is prefilled
     # None: decode attends every page (dense). Otherwise how pages are selected.
     sparsity: SparsityConfig | None
+    # K: in exact mode sparse steps draft up to so many tokens, and dense attention verifies them.
+    # None: there is no verification, and sparse steps decide.
+    max_drafts: int | None = None
 
     @property
     def selected_page_size(self) -> int:
@@ -166,9 +169,10 @@ class CacheSpec:
 
     def tokens_listed(self, length: int) -> float:
         """Tokens that a retrieval head attends in a sequence of ``length``, on average."""
-        heads, total = self.heads, 0.0
+        heads, total, window = self.heads, 0.0, self.decode_window
         for layer, ranked in enumerate(heads.num_ranked):
             total += heads.num_dense[layer] * length
+            total += heads.num_windowed[layer] * min(window.sink + window.local, length)
             if heads.shares is None:
                 total += ranked * min(heads.token_budget or 0, length)
             else:
@@ -197,27 +201,50 @@ class CacheSpec:
         """From the last token before a selection to the last step that reuses it."""
         return 1 + -(-self.reuse_interval // self.selected_page_size)
 
+    @property
+    def window_pages(self) -> tuple[int, int]:
+        """Sink and newest pages that a windowed head lists before the tail."""
+        sinks, local = self.decode_window.sink, self.decode_window.local
+        return sinks // self.selected_page_size, local // self.selected_page_size
+
+    def lists_pages(self, layer: int) -> bool:
+        """Whether some head of a layer lists other pages than all of them."""
+        return self.heads.num_ranked[layer] + self.heads.num_windowed[layer] > 0
+
     def num_listed(self, layer: int) -> int:
-        """L for retrieval heads: ranked pages and those with tokens since the last selection.
+        """L for retrieval heads: pages listed and those with tokens since the last selection.
 
         All pages where a head reads everything.
         """
         total = self.selected_pages_per_sequence
-        if self.heads.num_dense[layer] or not self.heads.num_ranked[layer]:
+        if self.heads.num_dense[layer] or not self.lists_pages(layer):
             return total
-        return min(self.num_ranked(layer) + self._tail_pages, total)
+        windowed = sum(self.window_pages) if self.heads.num_windowed[layer] else 0
+        return min(max(self.num_ranked(layer), windowed) + self._tail_pages, total)
 
     def most_tokens(self, layer: int, num_streaming: int) -> tuple[int, ...]:
         """Tokens that each KV head of a layer lists at most, in the order of its pools."""
         total = self.selected_pages_per_sequence
-        ranked = (min(most + self._tail_pages, total) for most in self.most_wanted(layer))
-        pages = (*ranked, *(total,) * self.heads.num_dense[layer])
+        windowed = (sum(self.window_pages),) * self.heads.num_windowed[layer]
+        ranked, windowed = (
+            tuple(min(most + self._tail_pages, total) for most in listed)
+            for listed in (self.most_wanted(layer), windowed)
+        )
+        pages = (*ranked, *(total,) * self.heads.num_dense[layer], *windowed)
         window = self.decode_window.num_pages * self.page_size
         return (*(n * self.selected_page_size for n in pages), *(window,) * num_streaming)
 
     @property
     def reuse_interval(self) -> int:
+        """Steps from one selection to the next. In exact mode there is one for each draft."""
+        if self.max_drafts is not None:
+            return max(self.max_drafts, 1)
         return 1 if self.sparsity is None else self.sparsity.reuse_interval
+
+    @property
+    def burst_unit(self) -> int:
+        """A burst's steps are a multiple of this, so that every burst begins with a selection."""
+        return 1 if self.max_drafts is not None else self.reuse_interval
 
     @property
     def num_streaming_pages(self) -> int:
@@ -247,7 +274,7 @@ class LayerCache:
     key_stats: Float[Array, "Kq N g 2 D"] | None  # kmax, kmin of ranked heads; None: there are none
     streaming: KVPages  # [Ks, Q, P, D]
     prefill_window: KVPages  # [Ks, W, P, D], in the compute dtype
-    # What the last selection lists, as ``retrieval_pages`` numbers it; None: no head ranks.
+    # What the last selection lists, as ``retrieval_pages`` numbers it; None: heads list all pages.
     listed: Int[Array, "S Kr L"] | None
 
 
@@ -261,6 +288,7 @@ def make_spec(
     num_pages: int,
     max_prefixes: int,
     kv_dtype: KVDtype,
+    max_drafts: int | None = None,
 ) -> CacheSpec:
     """Sizes of a cache for sequences of up to ``max_model_len`` tokens."""
     page_size = SparsityConfig().page_size if sparsity is None else sparsity.page_size
@@ -285,6 +313,7 @@ def make_spec(
         decode_window=window(sizes.decode_sink, sizes.decode_local),
         prefill_window=window(sizes.prefill_sink, sizes.prefill_local),
         sparsity=sparsity,
+        max_drafts=max_drafts,
     )
 
 
@@ -307,8 +336,10 @@ def init_layer_cache(config: ModelConfig, spec: CacheSpec, layer: int, dtype) ->
 
     quantized = spec.kv_dtype == "int8"
     key_stats = listed = None
-    if spec.sparsity is not None and Kq > 0:
+    if spec.lists_pages(layer):
         listed = jnp.zeros((spec.max_num_seqs, Kr, spec.num_listed(layer)), jnp.int32)
+    if Kq > 0:
+        assert spec.sparsity is not None  # nothing is ranked in dense attention
         g = P // spec.sparsity.logical_page_size
         key_stats = jnp.zeros((Kq, spec.num_pages, g, 2, D), dtype)
     return LayerCache(

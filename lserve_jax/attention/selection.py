@@ -39,30 +39,43 @@ def all_pages(spec: CacheSpec, page_table: Int[Array, "B M"]) -> Int[Array, "B 1
 def retrieval_pages(
     spec: CacheSpec,
     layer: int,
-    selected: Int[Array, "B Kq R"],
+    selected: Int[Array, "B Kq R"] | None,
     tail: Int[Array, " B"],
     page_table: Int[Array, "B M"],
 ) -> Int[Array, "B Kr L"]:
-    """Physical ids of the selected pages, then of the tail as far as reuse can let it grow.
+    """Physical ids of what each head lists, then of the tail as far as reuse can let it grow.
 
-    ``selected`` has each ranked head's ``spec.wanted_pages`` first. Dense heads, behind them, list
-    all pages in order. ``page_table`` has the cache's pages; selected, ``tail`` and what is
-    returned are listed pages. Made once a selection: until the next one only the number of attended
-    tokens grows.
+    ``selected`` has each ranked head's ``spec.wanted_pages`` first; None: no head ranks. Behind
+    the ranked heads dense heads list all pages in order, and windowed heads sinks and newest pages.
+    ``page_table`` has the cache's pages; selected, ``tail`` and what is returned are listed pages.
+    Made once a selection: until the next one only the number of attended tokens grows.
     """
-    L = spec.num_listed(layer)
+    heads, L = spec.heads, spec.num_listed(layer)
     everything = all_pages(spec, page_table)
-    # Pages before the tail that were there to be selected.
-    ranked = jnp.minimum(tail[:, None], spec.wanted_pages(layer, tail))[:, :, None]  # [B, Kq, 1]
+    B, tail = len(tail), tail[:, None, None]
     entry = jnp.arange(L)[None, None]
-    chosen = selected[:, :, :L]
-    chosen = jnp.pad(chosen, ((0, 0), (0, 0), (0, L - chosen.shape[2])))
-    number = jnp.where(entry < ranked, chosen, tail[:, None, None] + entry - ranked)
-    # Entries past the sequence's end name some valid page; they are not attended.
-    number = jnp.clip(number, 0, spec.selected_pages_per_sequence - 1)
-    pages = jnp.take_along_axis(everything, number, axis=2, mode="clip")
-    dense = jnp.broadcast_to(everything[:, :, :L], (pages.shape[0], spec.heads.num_dense[layer], L))
-    return jnp.concatenate([pages, dense], axis=1)
+
+    def listed(chosen: Array, count: Array) -> Int[Array, "B K L"]:
+        """The pages ``chosen``, ``count`` [B, K, 1] of them, then the tail."""
+        chosen = chosen[:, :, :L]
+        chosen = jnp.pad(chosen, ((0, 0), (0, 0), (0, L - chosen.shape[2])))
+        number = jnp.where(entry < count, chosen, tail + entry - count)
+        # Entries past the sequence's end name some valid page; they are not attended.
+        number = jnp.clip(number, 0, spec.selected_pages_per_sequence - 1)
+        return jnp.take_along_axis(everything, number, axis=2, mode="clip")
+
+    pages = [jnp.broadcast_to(everything[:, :, :L], (B, heads.num_dense[layer], L))]
+    if selected is not None:
+        wanted = spec.wanted_pages(layer, tail[:, 0, 0])[:, :, None]
+        pages.insert(0, listed(selected, jnp.minimum(tail, wanted)))
+    if heads.num_windowed[layer]:
+        sinks, local = spec.window_pages
+        place = jnp.arange(sinks + local)[None, None]
+        newest = jnp.where(place < sinks, place, tail - sinks - local + place)
+        window = jnp.where(tail > sinks + local, newest, place)
+        window = listed(window, jnp.minimum(tail, sinks + local))
+        pages.append(jnp.broadcast_to(window, (B, heads.num_windowed[layer], L)))
+    return jnp.concatenate(pages, axis=1)
 
 
 def retrieval_stop(
@@ -72,18 +85,22 @@ def retrieval_stop(
     position: Int[Array, " B"],
     active: Bool[Array, " B"],
 ) -> Int[Array, "B Kr"]:
-    """Tokens that a layer's retrieval heads attend: ranked pages and the tail up to ``position``.
+    """Tokens that a layer's retrieval heads attend: pages listed and the tail up to ``position``.
 
     ``tail`` is ``first_tail_page`` at the last selection. All listed pages but the newest are full,
     so the attended places of the list are contiguous. Dense heads attend everything up to
     ``position``.
     """
-    U = spec.selected_page_size
-    before_tail = jnp.minimum(tail[:, None], spec.wanted_pages(layer, tail))
-    count = before_tail + (position // U - tail + 1)[:, None]
-    stop = (count - 1) * U + (position % U)[:, None] + 1
-    dense = jnp.broadcast_to(position[:, None] + 1, (len(position), spec.heads.num_dense[layer]))
-    return jnp.where(active[:, None], jnp.concatenate([stop, dense], axis=1), 0)
+    heads, U = spec.heads, spec.selected_page_size
+    tail, position = tail[:, None], position[:, None]
+    windowed = jnp.full((1, heads.num_windowed[layer]), sum(spec.window_pages))
+    ranked, windowed = (
+        (jnp.minimum(tail, listed) + position // U - tail) * U + position % U + 1
+        for listed in (spec.wanted_pages(layer, tail[:, 0]), windowed)
+    )
+    dense = jnp.broadcast_to(position + 1, (len(position), heads.num_dense[layer]))
+    stop = jnp.concatenate([ranked, dense, windowed], axis=1)
+    return jnp.where(active[:, None], stop, 0).astype(jnp.int32)
 
 
 def window_list(

@@ -24,6 +24,11 @@ from lserve_jax.model.llama import Params, check_params
 from pallas_kernels.api import Backend, resolve_backend
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_INTEGERS = (
+    *("max_num_seqs", "max_prefixes", "prefill_chunk_size", "burst_steps", "max_draft_tokens"),
+)
+# A verification is one pass of at most 16 tokens a row.
+MOST_DRAFTS = 15
 # The CPU has no reported limit; more than this is taken only when asked for.
 CPU_CACHE_BYTES = 2 << 30
 
@@ -48,6 +53,11 @@ class EngineOptions:
     deterministic: a request's tokens do not depend on what else runs; needs relay="never" (in
         dense attention "always" too), and costs speed while few requests run. With int8 storage
         sharing a prefix changes them still.
+    exact: answers are those of dense attention, of its own sampling too: sparse steps, by
+        ``sparsity``, only draft tokens, which dense attention verifies. Every head keeps all pages.
+        Needs attention="lserve", and no relay="always".
+    max_draft_tokens: most tokens that a request drafts before they are verified, in exact mode.
+        Each drafts as many as pay by what was confirmed before, none where the context is short.
     prefill_chunk_size: prompt tokens run at once, a power of two; bounds activation memory.
     burst_steps: decode steps between two looks at the queue; tokens are returned at that grain.
     backend: "mosaic", the Pallas kernels for Hopper GPUs; "reference", plain JAX, runs anywhere;
@@ -69,18 +79,21 @@ class EngineOptions:
     max_prefixes: int = 8
     relay: RelayMode = "auto"
     deterministic: bool = False
+    exact: bool = False
+    max_draft_tokens: int = 7
     prefill_chunk_size: int = 8192
     burst_steps: int = 16
     backend: Backend = "auto"
 
     def __post_init__(self):
-        for name in ("max_num_seqs", "max_prefixes", "prefill_chunk_size", "burst_steps"):
+        for name in _INTEGERS:
             check_integer(name, getattr(self, name))
         if self.max_model_len is not None:
             check_integer("max_model_len", self.max_model_len)
         if self.kv_cache_bytes is not None:
             check_integer("kv_cache_bytes", self.kv_cache_bytes, most=math.inf)
-        check_bool("deterministic", self.deterministic)
+        for name in ("deterministic", "exact"):
+            check_bool(name, getattr(self, name))
         if not isinstance(self.sparsity, SparsityConfig | None):
             raise TypeError(f"sparsity={self.sparsity!r} must be a SparsityConfig or None")
         check_backend(self.backend)
@@ -100,6 +113,19 @@ class EngineOptions:
                 f"prefill_chunk_size={chunk} must be a power of two of at least {SMALLEST_CHUNK}"
             )
         check_mode(self.relay, self.deterministic, self.resolved_sparsity)
+        if self.exact and self.attention != "lserve":
+            raise ValueError(
+                f"exact=True needs attention='lserve', got {self.attention!r}: dense attention is "
+                "exact already"
+            )
+        if self.exact and self.relay == "always":
+            raise ValueError(
+                "exact=True cannot have relay='always': verification reads each row by itself"
+            )
+        if not 1 <= self.max_draft_tokens <= MOST_DRAFTS:
+            raise ValueError(
+                f"max_draft_tokens={self.max_draft_tokens} must lie in [1, {MOST_DRAFTS}]"
+            )
         fraction = self.memory_fraction
         if not (is_real(fraction) and 0 < fraction <= 1):
             raise ValueError(f"memory_fraction={fraction!r} must lie in (0, 1]")
@@ -155,7 +181,7 @@ def build_engine(
     dtype, sparsity = resolve_dtype(options.dtype), options.resolved_sparsity
     max_model_len = _check_length(config, options.max_model_len)
     config = _choose_longrope(config, max_model_len)
-    policy = head_policy(config, sparsity)
+    policy = head_policy(config, sparsity, exact=options.exact)
     if callable(params):
         params = params()
     check_params(config, params)
@@ -170,6 +196,7 @@ def build_engine(
         num_pages=1,
         max_prefixes=options.max_prefixes,
         kv_dtype=options.kv_dtype,
+        max_drafts=options.max_draft_tokens if options.exact else None,
     )
     spec = dataclasses.replace(spec, num_pages=_plan_pages(config, spec, dtype, options))
     if config.tie_word_embeddings and jax.default_backend() == "cpu":

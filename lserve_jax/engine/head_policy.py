@@ -4,14 +4,15 @@ From ``SparsityConfig`` and the files that it names to what is static about an e
 ``docs/lserve.md`` says what each policy was measured to lose.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from convert.head_shares import has_head_shares, load_head_shares
 from jaxtyping import Bool, Float64
 
 from convert.attention_patterns import load_pattern
+from convert.head_shares import has_head_shares, load_head_shares
 from lserve_jax.attention.budgets import HeadBudgets
 from lserve_jax.attention.config import EVEN_BUDGET, SparsityConfig
 from lserve_jax.model.config import ModelConfig
@@ -31,19 +32,37 @@ class HeadPolicy:
     source: str  # in words, for people
 
 
-def head_policy(config: ModelConfig, sparsity: SparsityConfig | None) -> HeadPolicy:
+def head_policy(
+    config: ModelConfig, sparsity: SparsityConfig | None, *, exact: bool = False
+) -> HeadPolicy:
     """The policy of ``sparsity`` for a model; None is dense attention.
+
+    In exact mode it is the policy of drafting: heads that would stream keep their pages, since
+    verification reads all.
 
     Raises ``ValueError`` for files that do not belong to the model, and for more dense heads than
     there are.
     """
-    shape = (config.num_hidden_layers, config.num_key_value_heads)
-    everyone = np.ones(shape, bool)
     if sparsity is None:
+        everyone = np.ones((config.num_hidden_layers, config.num_key_value_heads), bool)
         return _policy(partition_of(~everyone, dense=everyone), "dense")
+    policy = _sparse_policy(config, sparsity)
+    if not exact:
+        return policy
+    partition, budgets = policy.partition, policy.budgets
+    heads = dataclasses.replace(
+        budgets,
+        num_retrieval=(partition.num_kv_heads,) * partition.num_layers,
+        num_windowed=tuple(len(layer) for layer in partition.streaming),
+    )
+    return dataclasses.replace(policy, budgets=heads)
+
+
+def _sparse_policy(config: ModelConfig, sparsity: SparsityConfig) -> HeadPolicy:
     where = _where(sparsity)
     if where is None:
         return _by_gates(config, sparsity)
+    shape = (config.num_hidden_layers, config.num_key_value_heads)
     sensitivity, given = load_head_shares(where)
     if given.shape != shape:
         raise ValueError(

@@ -68,6 +68,8 @@ def decide(
             used=used, reason=reason, prefix_tokens=prefix_tokens, requests=requests
         )
 
+    if spec.max_drafts is not None:
+        return decision(False, "exact mode: verification reads each row by itself")
     if mode != "auto":
         return decision(mode == "always", f"relay={mode!r}")
     together = spec.tokens_listed(private_tokens)
