@@ -87,6 +87,33 @@ def test_a_conversion_needs_no_stderr(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "config.json").is_file()
 
 
+SMALL_FILES = """
+import resource, sys
+from convert.__main__ import main
+limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+for size, name in ((3_000, "a"), (20_000, "b"), (20_000, "c"), (100_000, "d")):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit))
+    assert main([sys.argv[1], f"{sys.argv[2]}/{name}"]) == 2
+"""
+
+
+def test_a_conversion_that_does_not_fit_the_disk_says_one_sentence(tmp_path: Path) -> None:
+    """Writes of the arrays beside the one that fails go on for a while, and fail as well."""
+    source = ROOT / "tests" / "data" / "conformance" / "mistral"
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_FILES, source, tmp_path],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("loading:")]
+    assert len([line for line in lines if line]) == 4, done.stderr
+    assert all("cannot be written" in line and "too large" in line for line in lines if line)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def interrupts_are_heard() -> Iterator[None]:
     """A shell lets what it runs in the background ignore them, and children inherit that."""
