@@ -49,7 +49,7 @@ def model(conformance) -> Path:
         ("$GENERATE --help | true; exit ${PIPESTATUS[0]}", 141, []),
         ("$GENERATE | true; exit ${PIPESTATUS[0]}", 141, None),
         ("$GENERATE >&-", 2, ["error: standard output cannot be written: [Errno 9] Bad file"]),
-        ("$GENERATE >/dev/full", 2, ["No space left on device"]),
+        ("$GENERATE >/dev/full", 2, ["standard output cannot be written: [Errno 28] No space"]),
         ("$GENERATE 2>&-", 0, []),
         ("${GENERATE%--prompt*} --prompt-file - <&-", 2, ["error: standard input is closed"]),
     ],
@@ -66,7 +66,10 @@ def test_streams_that_are_closed(model, command, code, said) -> None:
 @pytest.mark.parametrize("program", (*PROGRAMS, "convert"))
 @pytest.mark.parametrize(
     ("redirection", "says"),
-    [(">&-", "standard output cannot be written"), (">/dev/full", "No space left on device")],
+    [
+        (">&-", "[Errno 9] Bad file descriptor"),
+        (">/dev/full", "[Errno 28] No space left on device"),
+    ],
 )
 def test_help_that_nobody_can_read(program: str, redirection: str, says: str) -> None:
     done = subprocess.run(
@@ -76,8 +79,26 @@ def test_help_that_nobody_can_read(program: str, redirection: str, says: str) ->
         text=True,
     )
     assert done.returncode == 2
-    [line] = done.stderr.splitlines()
-    assert says in line
+    assert done.stderr == f"error: standard output cannot be written: {says}\n"
+
+
+LONG = (
+    "from lserve_jax.cli import exit_code; raise SystemExit(exit_code(lambda: print('x' * 99999)))"
+)
+
+
+@pytest.mark.parametrize(
+    ("redirection", "says"),
+    [
+        (">&-", "[Errno 9] Bad file descriptor"),
+        (">/dev/full", "[Errno 28] No space left on device"),
+    ],
+)
+def test_a_long_text_that_nobody_can_read(redirection: str, says: str) -> None:
+    command = f'{sys.executable} -c "{LONG}" {redirection}'
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"error: standard output cannot be written: {says}\n"
 
 
 def test_a_conversion_needs_no_stderr(tmp_path: Path) -> None:
@@ -194,6 +215,13 @@ def test_a_prefix_that_does_not_fit_the_disk_leaves_no_file(tmp_path) -> None:
         prefix.save(tmp_path / "prefix.safetensors")
     assert (tmp_path / "prefix.safetensors").read_text() == "what was there before"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_output_that_is_no_regular_file_is_refused(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/full"), Path("/dev/zero")):
+        with pytest.raises(ValueError, match=f"output file '{path}' must be new or a regular file"):
+            ResultsFile(path, {})
 
 
 def test_an_output_file_that_does_not_fit_the_disk_goes_on_later(tmp_path) -> None:
