@@ -44,6 +44,7 @@ ROOMS = (
     ("lserve_jax.llm",),
     ("lserve_jax.analysis", "lserve_jax.batch"),
     ("lserve_jax.generate", "lserve_jax.calibrate", "lserve_jax.eval", "convert.__main__"),
+    ("lserve_jax.scripts",),
 )
 # What a room takes of the package below it, where that is not all.
 DOORS = {

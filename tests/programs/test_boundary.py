@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,13 +144,27 @@ def interrupts_are_heard() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+INSTALLED = [entry.split(":") for entry in PROJECT["scripts"].values()]
+STARTS = (
+    *(["-m", program] for program in PROGRAMS),
+    ["-m", "convert", "--help"],
+    ["-u", "-mconvert"],
+    # As an installer writes them.
+    *(["-c", f"from {m} import {main}; raise SystemExit({main}())"] for m, main in INSTALLED),
+)
+
+
 @pytest.mark.usefixtures("interrupts_are_heard")
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_an_interrupt_while_it_is_imported_says_nothing(program: str, tmp_path) -> None:
-    """The module that is imported first sends the signal, so that the moment is always the same."""
-    (tmp_path / "tyro.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+@pytest.mark.parametrize("module", ["jax", "tyro"])
+@pytest.mark.parametrize("start", STARTS, ids=" ".join)
+def test_an_interrupt_while_it_is_imported_says_nothing(start, module: str, tmp_path) -> None:
+    """A module that is imported early sends the signal, so that the moment is always the same."""
+    (tmp_path / f"{module}.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    )
     done = subprocess.run(
-        [sys.executable, "-m", program],
+        [sys.executable, *start],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         cwd=tmp_path,
         capture_output=True,
