@@ -12,6 +12,7 @@ import jax
 from tyro.conf import FlagCreatePairsOff, arg
 
 from convert.artefacts import cache_directory
+from lserve_jax.memory import memory_wanted
 
 # An option without a value.
 Switch = Annotated[FlagCreatePairsOff[bool], arg(help_behavior_hint="")]
@@ -78,13 +79,11 @@ def exit_code(
         return 130
     except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
         return _refuse(str(error))
-    except MemoryError as error:
-        return _refuse(f"out of memory: {str(error) or 'on the host'}; lower {lower}")
-    except jax.errors.JaxRuntimeError as error:
-        said = str(error).splitlines()[0]
-        if "RESOURCE_EXHAUSTED" not in said:
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        wanted = memory_wanted(error.__cause__) or memory_wanted(error)
+        if wanted is None:
             raise
-        return _refuse(f"out of memory: {said.partition(': ')[2].rstrip('.')}; lower {lower}")
+        return _refuse(f"out of memory: {wanted}; lower {lower}")
     finally:
         sys.stdout = stdout
     return 0

@@ -19,6 +19,7 @@ from tiny_llm import tiny_config, tiny_params
 from lserve_jax import LLM, generate
 from lserve_jax.batch import ResultsFile
 from lserve_jax.cli import exit_code
+from lserve_jax.memory import memory_errors
 
 ROOT = Path(generate.__file__).parent.parent
 PROGRAMS = ("lserve_jax.generate", "lserve_jax.analysis", "lserve_jax.eval", "lserve_jax.calibrate")
@@ -203,6 +204,16 @@ def test_out_of_memory_says_how_much_and_what_to_lower(capsys) -> None:
         "error: out of memory: Out of memory allocating 400000000000000 bytes; lower "
         "--max-model-len, --max-num-seqs or --kv-cache-bytes\n"
     )
+
+
+def test_out_of_memory_of_the_api_names_the_programs_options(capsys) -> None:
+    def program() -> None:
+        with memory_errors():
+            jnp.zeros(10**14, jnp.float32)
+
+    assert exit_code(program, lower="--size") == 2
+    said = "error: out of memory: Out of memory allocating 400000000000000 bytes; lower --size\n"
+    assert capsys.readouterr().err == said
 
 
 @contextlib.contextmanager
