@@ -208,9 +208,7 @@ def _weight(value: Any) -> int:
 
 
 def _check_step(bounds: _Bounds, name: str, value: Any, arguments: Sequence[Any]) -> None:
-    """Refuses a filter or a method that would take too long, or whose result would be too long,
-    before it is called.
-    """
+    """Refuses a filter or a method that would take, or make, too much, before it is called."""
     size, given = bounds.measure(value), bounds.measure_all(arguments)
     if name in _SEARCHING and size.characters > _MAX_SEARCHED:
         raise jinja2.TemplateError(
@@ -220,6 +218,10 @@ def _check_step(bounds: _Bounds, name: str, value: Any, arguments: Sequence[Any]
         raise jinja2.TemplateError(
             f"{name} is for at most {_MAX_SHORT} characters to take away, got {given.characters}"
         )
+    if name in ("encode", "decode"):
+        for codec in arguments:  # Python finds it by its letters, too
+            if re.sub("[^a-z]", "", str(codec).lower()) in ("punycode", "idna"):
+                raise jinja2.TemplateError(f"{name} has no codec {codec!r} here")
     if _longest(bounds, name, value, arguments) > _MAX_TEXT:
         _refuse_text()
 
@@ -243,7 +245,8 @@ def _longest(bounds: _Bounds, name: str, value: Any, arguments: Sequence[Any]) -
         text = str(value)
         widths = [int(number) for number in re.findall(r"\d{1,4000}", text)]
         if "*" in text:
-            widths += [abs(part) for part in _flat(arguments) if isinstance(part, int)]
+            flat = [p for a in arguments for p in (a if isinstance(a, tuple) else (a,))]
+            widths += [abs(part) for part in flat if isinstance(part, int)]
         if re.search(r"\{[^}]*\{", text):
             digits = sum(character.isdecimal() for character in f"{text}{arguments}")
             widths.append(10 ** min(digits, 20))
@@ -271,11 +274,6 @@ def _listed(value: Any) -> Any:
 class _Namespace(Namespace):
     def __repr__(self) -> str:  # it can hold itself, and change after it was measured
         raise jinja2.TemplateError("a namespace cannot become text")
-
-
-def _flat(arguments: Sequence[Any]) -> Iterator[Any]:
-    for argument in arguments:
-        yield from argument if isinstance(argument, list | tuple) else (argument,)
 
 
 # --- the environment --------------------------------------------------------------------------
@@ -342,7 +340,7 @@ def _call(environment: Any, name: str, arguments: list[nodes.Expr], near: nodes.
 
 class _Environment(ImmutableSandboxedEnvironment):
     code_generator_class = _Generator
-    intercepted_binops = frozenset(("+", "*", "**", "%"))
+    intercepted_binops = frozenset(("+", "-", "*", "**", "%"))
 
     # What the generator above writes calls of; a template has no name for them.
 
@@ -385,6 +383,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         bounds.step()
         if operator == "%" and isinstance(left, str | bytes):
             _check_step(bounds, "%", left, [right])
+        elif operator == "-":  # also of a dictionary's keys, by their hashes
+            bounds.measure_all([left, right])
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
             _check_bits(left.bit_length() * abs(right))
         elif operator == "*" and isinstance(left, int) and isinstance(right, int):
