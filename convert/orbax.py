@@ -54,6 +54,9 @@ def _checkpointer():
     return orbax.checkpoint.StandardCheckpointer()
 
 
+_new_event_loop = asyncio.new_event_loop  # read once: two threads may be below at the same time
+
+
 class _WaitingLoop(asyncio.SelectorEventLoop):
     """Closes when what runs in it has ended.
 
@@ -78,7 +81,6 @@ def _errors_as(kind: type[Exception], what: str) -> Generator[None]:
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
-    new_event_loop = asyncio.new_event_loop
     asyncio.new_event_loop = _WaitingLoop  # there is no other way to give Orbax a loop
     try:
         yield
@@ -87,7 +89,7 @@ def _errors_as(kind: type[Exception], what: str) -> Generator[None]:
         lines = str(reason).splitlines() or [""]
         raise kind(f"{what}: {type(reason).__name__}: {lines[0][:500]}") from error
     finally:
-        asyncio.new_event_loop = new_event_loop
+        asyncio.new_event_loop = _new_event_loop
         logger.setLevel(level)
 
 
