@@ -7,6 +7,17 @@ Checkpoints are Hugging Face directories, GGUF, Orbax, with LoRA adapters:
 ``python -m convert SRC DST`` writes any of them as an Orbax checkpoint.
 """
 
+import signal
+import sys
+
+# This file is imported before the program is, and takes a second. Until then argv begins with -m.
+if (
+    sys.argv[:1] == ["-m"]
+    and sys.orig_argv[-len(sys.argv)].removeprefix("-m") == "convert"
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it, no traceback
+
 import os
 from collections.abc import Mapping
 from typing import Any
