@@ -122,6 +122,12 @@ class GenerateArgs:
     """Storage of keys and values: as --dtype, or quantised to 8 bits a number."""
     attention: Literal["dense", "lserve"] = "dense"
     """dense reads the whole context at every token; lserve reads the parts that matter."""
+    exact: Switch = False
+    """The answers of dense attention: lserve attention only drafts, dense attention verifies."""
+    draft: Literal["sparse", "ngram"] = "sparse"
+    """Where --exact has its drafts from: sparse steps, or what followed the same words before."""
+    max_draft_tokens: int = 7
+    """Most tokens that are drafted before they are verified."""
     sparsity: OmitArgPrefixes[SparsityConfig] = field(default_factory=SparsityConfig)
     """Only with --attention lserve. Sizes are in tokens."""
 
@@ -182,6 +188,8 @@ def _load(args: GenerateArgs) -> LLM:
     sparsity_given = args.sparsity != SparsityConfig()
     if args.attention == "dense" and sparsity_given:
         raise ValueError("the options of lserve attention need --attention lserve")
+    if args.draft == "ngram" and sparsity_given:
+        raise ValueError("--draft ngram has no sparse steps for the options of lserve attention")
     return LLM(
         args.model,
         dtype=args.dtype,
@@ -191,7 +199,10 @@ def _load(args: GenerateArgs) -> LLM:
         max_prefixes=0 if args.prompts_file is None else 1,
         relay=args.relay,
         attention=args.attention,
-        sparsity=args.sparsity if args.attention == "lserve" else None,
+        sparsity=args.sparsity if args.attention == "lserve" and sparsity_given else None,
+        exact=args.exact,
+        draft=args.draft,
+        max_draft_tokens=args.max_draft_tokens,
         kv_dtype=args.kv_dtype,
         backend=args.backend,
         adapter=args.adapter,

@@ -44,6 +44,7 @@ from lserve_jax.model.config import ModelConfig
 from pallas_kernels.api import MOST_SELECTED_PAGES, KVPages, quantize_kv
 
 KVDtype = Literal["auto", "int8"]
+DraftSource = Literal["sparse", "ngram"]
 # A head with a share lists at least so many tokens: sinks and the newest tokens alone are most of
 # what a short sequence needs, and reading them costs little.
 LEAST_SHARE_TOKENS = 128
@@ -106,9 +107,11 @@ class CacheSpec:
     prefill_window: StreamingWindow  # what they keep while a prompt is prefilled
     # None: decode attends every page (dense). Otherwise how pages are selected.
     sparsity: SparsityConfig | None
-    # K: in exact mode sparse steps draft up to so many tokens, and dense attention verifies them.
-    # None: there is no verification, and sparse steps decide.
+    # K: in exact mode up to so many tokens are drafted, and dense attention verifies them. None:
+    # there is no verification, and sparse steps decide.
     max_drafts: int | None = None
+    # Where drafts come from: sparse steps, or what followed the newest tokens before.
+    draft: DraftSource = "sparse"
 
     @property
     def selected_page_size(self) -> int:
@@ -288,9 +291,13 @@ def make_spec(
     num_pages: int,
     max_prefixes: int,
     kv_dtype: KVDtype,
-    max_drafts: int | None = None,
+    exact: tuple[int, DraftSource] | None = None,
 ) -> CacheSpec:
-    """Sizes of a cache for sequences of up to ``max_model_len`` tokens."""
+    """Sizes of a cache for sequences of up to ``max_model_len`` tokens.
+
+    ``exact``: most drafts and where they come from, in exact mode.
+    """
+    max_drafts, draft = (None, "sparse") if exact is None else exact
     page_size = SparsityConfig().page_size if sparsity is None else sparsity.page_size
     pages_per_sequence = -(-max_model_len // page_size)
 
@@ -314,6 +321,7 @@ def make_spec(
         prefill_window=window(sizes.prefill_sink, sizes.prefill_local),
         sparsity=sparsity,
         max_drafts=max_drafts,
+        draft=draft,
     )
 
 

@@ -5,12 +5,12 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from lserve_jax.attention.cache import CacheSpec, KVDtype, cache_bytes, make_spec
+from lserve_jax.attention.cache import CacheSpec, DraftSource, KVDtype, cache_bytes, make_spec
 from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.checks import check_bool, check_integer, is_real
 from lserve_jax.engine.buckets import SMALLEST_CHUNK
@@ -56,6 +56,8 @@ class EngineOptions:
     exact: answers are those of dense attention, of its own sampling too: sparse steps, by
         ``sparsity``, only draft tokens, which dense attention verifies. Every head keeps all pages.
         Needs attention="lserve", and no relay="always".
+    draft: where exact mode's drafts come from: "sparse", sparse steps, or "ngram", what followed
+        the same two or three tokens before, in the prompt or the answer (prompt lookup).
     max_draft_tokens: most tokens that a request drafts before they are verified, in exact mode.
         Each drafts as many as pay by what was confirmed before, none where the context is short.
     prefill_chunk_size: prompt tokens run at once, a power of two; bounds activation memory.
@@ -80,6 +82,7 @@ class EngineOptions:
     relay: RelayMode = "auto"
     deterministic: bool = False
     exact: bool = False
+    draft: DraftSource = "sparse"
     max_draft_tokens: int = 7
     prefill_chunk_size: int = 8192
     burst_steps: int = 16
@@ -122,6 +125,12 @@ class EngineOptions:
             raise ValueError(
                 "exact=True cannot have relay='always': verification reads each row by itself"
             )
+        if self.draft not in get_args(DraftSource):
+            raise ValueError(f"draft={self.draft!r} must be one of {get_args(DraftSource)}")
+        if self.draft == "ngram" and not self.exact:
+            raise ValueError("draft='ngram' needs exact=True: drafts are verified there")
+        if self.draft == "ngram" and self.sparsity is not None:
+            raise ValueError("draft='ngram' has no sparse steps, so that sparsity must be None")
         if not 1 <= self.max_draft_tokens <= MOST_DRAFTS:
             raise ValueError(
                 f"max_draft_tokens={self.max_draft_tokens} must lie in [1, {MOST_DRAFTS}]"
@@ -181,6 +190,8 @@ def build_engine(
     dtype, sparsity = resolve_dtype(options.dtype), options.resolved_sparsity
     max_model_len = _check_length(config, options.max_model_len)
     config = _choose_longrope(config, max_model_len)
+    if options.draft == "ngram":
+        sparsity = None  # there are no sparse steps
     policy = head_policy(config, sparsity, exact=options.exact)
     if callable(params):
         params = params()
@@ -196,7 +207,7 @@ def build_engine(
         num_pages=1,
         max_prefixes=options.max_prefixes,
         kv_dtype=options.kv_dtype,
-        max_drafts=options.max_draft_tokens if options.exact else None,
+        exact=(options.max_draft_tokens, options.draft) if options.exact else None,
     )
     spec = dataclasses.replace(spec, num_pages=_plan_pages(config, spec, dtype, options))
     if config.tie_word_embeddings and jax.default_backend() == "cpu":

@@ -54,7 +54,9 @@ def decide_drafts(
     assert spec.max_drafts is not None  # exact mode
     context = units.kv_heads * units.token
     dense = weight_bytes + length * context
-    sparse = weight_bytes + spec.tokens_listed(length) * context
+    sparse = 0.0  # to look tokens up reads next to nothing
+    if spec.draft == "sparse":
+        sparse = weight_bytes + spec.tokens_listed(length) * context
     acceptance = acceptance_of(costs, spec.max_drafts)
 
     def speed(drafts: int) -> float:

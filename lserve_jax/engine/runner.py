@@ -93,7 +93,7 @@ class ModelRunner:
             init_layer_cache(self.config, self.spec, layer, self.dtype)
             for layer in range(self.config.num_hidden_layers)
         ]
-        self._state = _empty_state(self.spec.max_num_seqs)
+        self._state = _empty_state(self.spec)
 
     @property
     def has_prefix_kernel(self) -> bool:
@@ -160,6 +160,7 @@ class ModelRunner:
                 forced=jnp.int32(start.forced),
                 own_sinks=jnp.asarray(start.own_sinks),
                 prompt_mask=prompt_mask,
+                history=self._history(start),
             ),
             mode=mode,
         )
@@ -180,6 +181,14 @@ class ModelRunner:
         mask = np.zeros((V,), bool)
         mask[start.prompt] = True
         return jnp.asarray(mask)
+
+    def _history(self, start: Start) -> jax.Array | None:
+        """The prompt by position, where drafts are looked up; else None."""
+        if self._state.history is None:
+            return None
+        history = np.zeros((self._state.history.shape[1],), np.int32)
+        history[: len(start.prompt)] = start.prompt
+        return jnp.asarray(history)
 
     def decode(self, inputs: BurstInputs) -> Burst:
         """Runs decode steps of the first B slots."""
@@ -337,7 +346,9 @@ def _tables(
     )
 
 
-def _empty_state(max_num_seqs: int) -> DecodeState:
+def _empty_state(spec: CacheSpec) -> DecodeState:
+    max_num_seqs, positions = spec.max_num_seqs, spec.pages_per_sequence * spec.page_size
+
     def zeros() -> jax.Array:  # one buffer a field: donated buffers must not be shared
         return jnp.zeros((max_num_seqs,), jnp.int32)
 
@@ -351,6 +362,7 @@ def _empty_state(max_num_seqs: int) -> DecodeState:
         sampling=SamplingArrays.empty(max_num_seqs, MAX_STOP_IDS),
         output_counts=None,
         prompt_mask=None,
+        history=jnp.zeros((max_num_seqs, positions), jnp.int32) if spec.draft == "ngram" else None,
     )
 
 

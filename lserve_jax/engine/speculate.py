@@ -1,6 +1,8 @@
 """Exact mode on the device: sparse steps draft, dense attention verifies.
 
-A round drafts up to K tokens a row by sparse decode steps and runs them, behind the row's newest
+A round drafts up to K tokens a row, by sparse decode steps or by looking up what followed the
+newest tokens before (prompt lookup, https://github.com/apoorvumang/prompt-lookup-decoding), and runs
+them, behind the row's newest
 token, through one dense pass (``attention/verify.py``). Each place is then sampled from the dense
 logits with the noise that a dense step of that number would draw, and a draft is confirmed if it is
 that token. So the tokens are those of dense attention, drawn ones too: no second distribution comes
@@ -68,9 +70,16 @@ def exact_burst(
         # The token after the last one that is left would be thrown away.
         wanted = jnp.clip(jnp.minimum(drafts, left - 1), 0, most_drafts)
         wanted_tokens = _forced_from(forced, result.steps, most_drafts + 1)
-        tokens, caches, attended = _draft(
-            program, params, caches, state, tables, wanted_tokens, wanted, mode, most_drafts
-        )
+        if program.spec.draft == "ngram":
+            tokens, wanted = _look_up(state, wanted, most_drafts)
+            tokens = tokens.at[:, 1:].set(
+                jnp.where(wanted_tokens[:, :-1] >= 0, wanted_tokens[:, :-1], tokens[:, 1:])
+            )
+            attended = jnp.zeros((B,), jnp.float32)
+        else:
+            tokens, caches, attended = _draft(
+                program, params, caches, state, tables, wanted_tokens, wanted, mode, most_drafts
+            )
         position, count = state.position, jnp.where(left > 0, wanted + 1, 0)
         logits, caches, keys = verify(
             program, params, caches, tokens, position, count, tables.page_table
@@ -113,6 +122,34 @@ def _forced_from(
     index = steps[:, None] + jnp.arange(count)[None]
     found = jnp.take_along_axis(forced.T, index, axis=1, mode="clip")
     return jnp.where(index < forced.shape[0], found, -1)
+
+
+def _look_up(
+    state: DecodeState, wanted: Int[Array, " B"], most_drafts: int
+) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+    """Each row's newest token and what followed it last time, and how many of these there are.
+
+    Prompt lookup: the newest place before the end where the last three tokens stood, else the last
+    two; where there is none, nothing is drafted. As many as ``wanted`` at most.
+    """
+    history, B = state.history, len(state.token)
+    assert history is not None  # it is there where drafts are looked up
+    N, end = history.shape[1], state.position[:, None]
+    place = jnp.arange(N)[None]
+    one, two, three = (
+        jnp.roll(history, n, axis=1) == jnp.take_along_axis(history, end - n, axis=1, mode="clip")
+        for n in range(3)
+    )
+    two = one & two & (place >= 1) & (end >= 1)
+    three = two & three & (place >= 2) & (end >= 2)
+    # Those of three tokens before those of two; of equal ones the newest.
+    rank = jnp.where(two & (place < end), place + jnp.where(three, N, 0), -1)
+    at = jnp.argmax(rank, axis=1)
+    found = jnp.take_along_axis(rank, at[:, None], axis=1)[:, 0] >= 0
+    following = at[:, None] + 1 + jnp.arange(most_drafts)[None]
+    drafts = jnp.take_along_axis(history, following, axis=1, mode="clip")
+    count = jnp.where(found, jnp.minimum(wanted, state.position - at), 0)
+    return jnp.concatenate([state.token[:, None], drafts], axis=1), count
 
 
 def _draft(
@@ -169,7 +206,8 @@ def _sample_places(
 ) -> Sample:
     """What dense attention samples at each place, had all drafts before it been right."""
     B, T, V = logits.shape
-    rows = jax.tree.map(lambda x: jnp.repeat(x, T, axis=0), state)
+    rows = dataclasses.replace(state, history=None)  # which is long, and nothing is looked up
+    rows = jax.tree.map(lambda x: jnp.repeat(x, T, axis=0), rows)
     counts = rows.output_counts
     if counts is not None:
         drafted = jax.nn.one_hot(tokens[:, 1:], V, dtype=jnp.int32)
@@ -206,8 +244,14 @@ def _confirmed(
     if counts is not None:
         counted = (jnp.arange(T)[None] < emitted[:, None]).astype(jnp.int32)
         counts = counts.at[jnp.arange(B)[:, None], sampled].add(counted)
+    history = state.history
+    if history is not None:
+        place = state.position[:, None] + 1 + jnp.arange(T)[None]
+        place = jnp.where(jnp.arange(T)[None] < emitted[:, None], place, history.shape[1])
+        history = history.at[jnp.arange(B)[:, None], place].set(sampled, mode="drop")
     state = dataclasses.replace(
         state,
+        history=history,
         token=jnp.where(emitted > 0, last, state.token),
         position=state.position + emitted,
         active=state.active & ~stopped & (generated < state.max_tokens),

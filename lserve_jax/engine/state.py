@@ -37,6 +37,7 @@ class SlotStart:
     own_sinks: Bool[Array, ""]  # False: its streaming heads read the sinks of a prefix
     # Tokens of the prompt; given exactly when the state counts tokens for penalties.
     prompt_mask: Bool[Array, " V"] | None
+    history: Int[Array, " N"] | None  # the prompt, filled up; given where the state has a history
 
 
 @jax.tree_util.register_dataclass
@@ -97,6 +98,8 @@ class DecodeState:
     # Present once some request has used penalties: they cost S * V entries.
     output_counts: Int[Array, "S V"] | None
     prompt_mask: Bool[Array, "S V"] | None
+    # Tokens by position up to the newest one, where drafts are looked up; else None.
+    history: Int[Array, "S N"] | None
 
 
 @jax.tree_util.register_dataclass

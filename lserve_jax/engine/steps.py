@@ -94,12 +94,20 @@ def insert(
     if counts is not None and mask is not None and start.prompt_mask is not None:
         counts, mask = counts.at[slot].set(0), mask.at[slot].set(start.prompt_mask)
     row = dataclasses.replace(
-        state, generated=state.generated.at[slot].set(0), output_counts=counts, prompt_mask=mask
+        state,
+        generated=state.generated.at[slot].set(0),
+        output_counts=counts,
+        prompt_mask=mask,
+        history=None,
     )
     row = jax.tree.map(lambda x: x[slot][None], row)
     first = sample_rows(logits[None], row, mode)
     token = jnp.where(start.forced >= 0, start.forced, first.token[0])
     stopped = is_stop_token(token[None], row.sampling)[0] | (start.max_tokens <= 1)
+    history = state.history
+    if history is not None and start.history is not None:
+        known = start.history.at[start.prompt_length].set(token, mode="drop")
+        history = history.at[slot].set(known)
 
     def put(rows: Array, value: Array | int | bool) -> Array:
         return rows.at[slot].set(value)
@@ -114,6 +122,7 @@ def insert(
         tail=put(state.tail, 0),
         output_counts=None if counts is None else counts.at[slot, token].add(1),
         prompt_mask=mask,
+        history=history,
     )
     return state, caches, first
 
