@@ -103,7 +103,7 @@ def _describe(
     adapter: str | os.PathLike[str] | None,
 ) -> tuple[ModelConfig, Checkpoint | None, dict[str, Change]]:
     """Architecture, tensors and changes to them; no tensors where ``orbax.restore`` reads them."""
-    path, chosen = source.path, adapter or source.adapter
+    path, chosen = source.path, source.adapter if adapter is None else adapter
     if chosen is None and (path / "adapter_config.json").is_file():
         raise ValueError(
             f"{path} holds a LoRA adapter (adapter_config.json): give the model and, to merge the "

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float64
 
+from lserve_jax.checks import check_path
 from lserve_jax.model.heads import HeadPattern
 
 _GATES_FILE = "full_attention_heads.tsv"
@@ -52,6 +53,7 @@ def load_pattern(name_or_dir: str | os.PathLike[str]) -> HeadPattern:
     Raises ``ValueError`` for an unknown name, a missing file, ragged rows, and gates that are not
     finite numbers.
     """
+    check_path("name_or_dir", name_or_dir)
     directory = Path(name_or_dir)
     if directory.is_dir():
         found = [

@@ -18,6 +18,7 @@ from jaxtyping import Float32
 from convert.config_json import refuse_unknown
 from convert.json_values import flag, json_object, number, positive_int, read_json, shortened
 from convert.safetensors_file import SafetensorsFile
+from lserve_jax.checks import check_path
 
 _HANDLED = (
     *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
@@ -99,6 +100,7 @@ def load_adapter(directory: str | os.PathLike[str]) -> dict[str, Change]:
     ``ValueError`` where a file is missing or malformed, ``NotImplementedError`` naming a setting
     (other kinds of adapters, biases of the low-rank term …) that is more than ``Change`` says.
     """
+    check_path("adapter", directory)
     directory = Path(directory)
     config_path, weights_path = (
         directory / name for name in ("adapter_config.json", "adapter_model.safetensors")

@@ -12,6 +12,7 @@ from convert.added_tokens import MARKERS, add_tokens
 from convert.gguf_file import read_gguf_file
 from convert.gguf_tokenizer import build_gguf_tokenizer, end_token_ids
 from convert.json_values import read_json
+from lserve_jax.checks import check_path
 from lserve_jax.tokenizer import Tokenizer
 
 
@@ -29,6 +30,7 @@ def load_tokenizer(path: str | os.PathLike[str], *, required: bool = False) -> T
     not exist, ``ValueError`` for damaged or contradictory files, ``NotImplementedError`` for a
     kind of tokenizer that is not read.
     """
+    check_path("path", path)
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")

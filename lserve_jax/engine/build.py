@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from convert.attention_patterns import load_pattern
 from lserve_jax.attention.cache import CacheSpec, KVDtype, cache_bytes, make_spec
-from lserve_jax.attention.config import SparsityConfig
-from lserve_jax.checks import check_bool, check_integer, is_real
+from lserve_jax.attention.config import MOST_BURST_STEPS, SparsityConfig
+from lserve_jax.checks import INT32_MAX, check_bool, check_choice, check_integer, is_real
 from lserve_jax.engine.buckets import SMALLEST_CHUNK
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.relay import RelayMode, check_mode
@@ -49,7 +49,8 @@ class EngineOptions:
         dense attention "always" too), and costs speed while few requests run. With int8 storage
         sharing a prefix changes them still.
     prefill_chunk_size: prompt tokens run at once, a power of two; bounds activation memory.
-    burst_steps: decode steps between two looks at the queue; tokens are returned at that grain.
+    burst_steps: decode steps between two looks at the queue, at most 1,024; tokens are returned at
+        that grain.
     backend: "mosaic", the Pallas kernels for Hopper GPUs; "reference", plain JAX, runs anywhere;
         "auto" takes the kernels on such a GPU.
 
@@ -74,24 +75,27 @@ class EngineOptions:
     backend: Backend = "auto"
 
     def __post_init__(self):
-        for name in ("max_num_seqs", "max_prefixes", "prefill_chunk_size", "burst_steps"):
-            check_integer(name, getattr(self, name))
-        if self.max_model_len is not None:
-            check_integer("max_model_len", self.max_model_len)
-        if self.kv_cache_bytes is not None:
-            check_integer("kv_cache_bytes", self.kv_cache_bytes, most=math.inf)
+        for name, most in (
+            ("max_model_len", INT32_MAX),
+            ("max_num_seqs", INT32_MAX),
+            ("max_prefixes", INT32_MAX),
+            ("prefill_chunk_size", INT32_MAX),
+            ("burst_steps", MOST_BURST_STEPS),
+            ("kv_cache_bytes", math.inf),
+        ):
+            value = getattr(self, name)
+            if value is not None or name not in ("max_model_len", "kv_cache_bytes"):
+                object.__setattr__(self, name, check_integer(name, value, most=most))
         check_bool("deterministic", self.deterministic)
         if not isinstance(self.sparsity, SparsityConfig | None):
             raise TypeError(f"sparsity={self.sparsity!r} must be a SparsityConfig or None")
         check_backend(self.backend)
-        if self.attention not in ("dense", "lserve"):
-            raise ValueError(f"attention={self.attention!r} must be 'dense' or 'lserve'")
+        check_choice("attention", self.attention, ("dense", "lserve"))
         if self.attention == "dense" and self.sparsity is not None:
             raise ValueError(
                 f"sparsity={self.sparsity} needs attention='lserve', got attention='dense'"
             )
-        if self.kv_dtype not in ("auto", "int8"):
-            raise ValueError(f"kv_dtype={self.kv_dtype!r} must be 'auto' or 'int8'")
+        check_choice("kv_dtype", self.kv_dtype, ("auto", "int8"))
         if self.max_num_seqs < 1:
             raise ValueError(f"max_num_seqs={self.max_num_seqs} must be at least 1")
         chunk = self.prefill_chunk_size
@@ -207,7 +211,7 @@ def _check_length(config: ModelConfig, max_model_len: int | None) -> int:
     limit, window = config.context_length, config.sliding_window
     if max_model_len is None:
         return limit
-    if isinstance(max_model_len, bool) or not isinstance(max_model_len, int) or max_model_len < 1:
+    if max_model_len < 1:
         raise ValueError(f"{max_model_len=} must be a positive integer")
     if window is not None and max_model_len > window:
         raise ValueError(

@@ -24,6 +24,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
+from lserve_jax.checks import check_path
+
 FORMAT = "lserve_jax prefix 2"
 
 
@@ -95,6 +97,7 @@ class Prefix:
 
         Raises ``ValueError`` once released, and ``OSError`` if the file cannot be written.
         """
+        check_path("path", path)
         token_ids, arrays = json.dumps(self.token_ids.tolist()), self.owner.prefix_arrays(self)
         metadata = {
             "format": FORMAT,
@@ -126,8 +129,9 @@ def read_prefix(
     """Token ids and arrays of a file that ``Prefix.save`` wrote.
 
     ``identity`` is what the file must say of model and cache. Raises ``ValueError`` for a file that
-    is missing, broken, or of another model or cache layout.
+    is missing, broken, or of another model or cache layout; ``TypeError`` for what is no path.
     """
+    check_path("path", path)
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"prefix file {str(path)!r} does not exist")
