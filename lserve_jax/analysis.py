@@ -187,7 +187,8 @@ def _measuring_attend(
             sink_pages=spec.forced_sink_pages,
         )  # [Q, Kr, R]
         is_selected = (selected[..., None] == page[None, None]).any(axis=2) | in_tail[:, None]
-        by_page = mass[:, :Kr].reshape(Q, Kr, config.group_size, -1, U).sum(axis=-1)
+        # Of given sizes: a layer may have no retrieval head.
+        by_page = mass[:, :Kr].reshape(Q, Kr, config.group_size, num_tokens // U, U).sum(axis=-1)
         retrieval = jnp.where(is_selected[:, :, None], by_page, 0.0).sum(axis=-1)  # [Q, Kr, G]
         share = jnp.concatenate([retrieval, streaming], axis=1).reshape(Q, -1).T
         return out[None], share.astype(covered.dtype)

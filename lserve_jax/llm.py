@@ -207,9 +207,9 @@ class LLM:
         ``beginning``: token ids of whole pages that the prompts begin with, to be computed once.
 
         Raises ``ValueError`` for a request that ``check_request`` refuses (``TypeError`` for what
-        is no pair), and while another stream's requests run; a ``generate`` of another thread is waited for. After an error, or
-        when it is closed before its end, its requests are gone; prefixes that are held stay, unless
-        the device failed.
+        is no pair), and while another stream's requests run; a ``generate`` of another thread is
+        waited for. After an error, or when it is closed before its end, its requests are gone;
+        prefixes that are held stay, unless the device failed.
         """
         if not isinstance(requests, Iterable):
             raise TypeError(f"{requests=} must give pairs of a prompt and its SamplingParams")
