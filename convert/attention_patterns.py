@@ -96,7 +96,7 @@ def _read_pattern(directory: Traversable, *, name: str) -> HeadPattern:
     gates = _parse_gates((directory / _GATES_FILE).read_bytes(), f"{directory / _GATES_FILE}")
     try:
         training = json.loads((directory / _CONFIG_FILE).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{directory / _CONFIG_FILE} is not JSON: {error}") from error
     for key in ("sink_size", "recent_size"):
         if not isinstance(training, dict) or key not in training:
