@@ -69,6 +69,8 @@ def load(
     missing, unexpected and misshapen tensors in one message), ``NotImplementedError`` for an
     architecture, attribute or tensor type that is not supported, by name.
     """
+    if not isinstance(overrides, Mapping | None):
+        raise TypeError(f"{overrides=} must map attributes of config.json to values")
     wanted = None if dtype is None else parse_dtype(dtype)
     source = model if isinstance(model, ModelSource) else resolve(model, progress=progress)
     if adapter is not None and source.adapter is not None:

@@ -3,7 +3,7 @@
 import numbers
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,15 @@ def is_integer(value: object) -> bool:
     except TypeError:
         return False
     return True
+
+
+def is_listing(value: object) -> bool:
+    """Whether ``value`` gives entries one after another: a list, an array, a generator.
+
+    Text and bytes would give their letters, a mapping its keys; an array may have no dimension.
+    """
+    scalar = isinstance(value, str | bytes | bytearray | Mapping)
+    return not scalar and isinstance(value, Iterable) and getattr(value, "shape", None) != ()
 
 
 def is_real(value: object) -> bool:

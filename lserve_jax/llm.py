@@ -17,7 +17,7 @@ import numpy as np
 
 import convert
 from lserve_jax.attention.cache import CacheSpec
-from lserve_jax.checks import check_integer, check_path
+from lserve_jax.checks import check_integer, check_path, is_listing
 from lserve_jax.engine.build import EngineOptions, build_engine, resolve_dtype
 from lserve_jax.engine.prefix import CommonPrefix, Prefix
 from lserve_jax.engine.request import PromptIds
@@ -211,7 +211,7 @@ class LLM:
         waited for. After an error, or when it is closed before its end, its requests are gone;
         prefixes that are held stay, unless the device failed.
         """
-        if not isinstance(requests, Iterable):
+        if not is_listing(requests):
             raise TypeError(f"{requests=} must give pairs of a prompt and its SamplingParams")
         if on_text is not None and not callable(on_text):
             raise TypeError(f"on_text={on_text!r} must be a function")

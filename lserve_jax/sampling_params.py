@@ -1,12 +1,13 @@
 """What one request asks of sampling and of its end. Names and meaning are vLLM's."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from lserve_jax.checks import INT32_MAX, check_bool, check_integer, is_real
+from lserve_jax.checks import INT32_MAX, check_bool, check_integer, is_listing, is_real
 
 # Below this temperature a row is greedy, as in vLLM: dividing by it would overflow.
 _GREEDY_TEMPERATURE = 1e-5
@@ -103,12 +104,10 @@ class SamplingParams:
         return not self.is_greedy and (self.top_k > 0 or self.top_p < 1)
 
 
-def _as_tuple(name: str, value: object) -> tuple:
+def _as_tuple(name: str, value: Any) -> tuple:
     if name == "stop" and isinstance(value, str):
         return (value,)
-    # A mapping would give its keys and bytes their numbers; an array may have no dimension.
-    other = isinstance(value, str | bytes | bytearray | Mapping)
-    if other or not isinstance(value, Iterable) or getattr(value, "shape", None) == ():
+    if not is_listing(value):
         kind = "a string or a sequence of strings" if name == "stop" else "a sequence of integers"
         raise ValueError(f"{name}={value!r} must be {kind}; () is none")
     return tuple(value)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 
 from lserve_jax.chat_template import ChatTemplate
-from lserve_jax.checks import check_bool, check_path, is_integer
+from lserve_jax.checks import check_bool, check_path, is_integer, is_listing
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # Marks where the message to be continued ends. Its last space shows whether a template strips it.
@@ -75,7 +75,7 @@ class Tokenizer:
         Raises ``ValueError`` for what is no list of integers, and an id outside the vocabulary.
         """
         check_bool("skip_special_tokens", skip_special_tokens)
-        if not isinstance(ids, Iterable) or getattr(ids, "shape", None) == ():
+        if not is_listing(ids):
             raise ValueError(f"ids={ids!r} must be a list of token ids")
         checked = [self._checked_id(token_id) for token_id in ids]
         return self.backend.decode(checked, skip_special_tokens=skip_special_tokens)

@@ -12,7 +12,6 @@ the results of the work before.
 """
 
 import dataclasses
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +20,6 @@ import jax
 import numpy as np
 
 from lserve_jax.attention.cache import CacheSpec
-from lserve_jax.checks import check_integer
 from lserve_jax.engine.buckets import bucket, buckets
 from lserve_jax.engine.costs import BurstRow, CacheUnits
 from lserve_jax.engine.metrics import EngineCounts, EngineMetrics, StepMetrics
@@ -169,6 +167,8 @@ class Engine:
         self, prompt: PromptIds | Sequence[int] | np.ndarray, sampling: SamplingParams
     ) -> PromptIds:
         """The prompt, checked; raises ``ValueError`` for a request that could never run."""
+        if not isinstance(sampling, SamplingParams):
+            raise TypeError(f"sampling must be SamplingParams, got {sampling!r}")
         ids = PromptIds.check(prompt, self.config.vocab_size)
         if len(ids) == 0:
             raise ValueError("the prompt is empty: generation needs at least one token")
@@ -205,7 +205,6 @@ class Engine:
         if request_id in self.unfinished:
             raise ValueError(f"a request with id {request_id!r} is already in the engine")
         check_deadline(deadline)
-        check_integer("seed", seed, 0, most=math.inf)
         ids = self.check_request(prompt, sampling)
         now = self.clock()
         request = Request(

@@ -139,6 +139,13 @@ def test_bad_prompts_are_refused(params, prompt, num_queries, message):
         page_recall(llm, {"prompt_token_ids": prompt}, num_queries=num_queries)
 
 
+@pytest.mark.parametrize("num_queries", [None, "5", 1.5, True, np.array([1, 2])])
+def test_a_number_of_queries_is_an_integer(params, num_queries):
+    llm = LLM((CONFIG, params), attention="lserve", sparsity=SPARSITY)
+    with pytest.raises(ValueError, match="num_queries must be an integer, got"):
+        page_recall(llm, {"prompt_token_ids": TOKENS}, num_queries=num_queries)
+
+
 def test_dense_has_no_recall(params):
     with pytest.raises(ValueError, match="attention='lserve', got 'dense'"):
         page_recall(LLM((CONFIG, params)), {"prompt_token_ids": TOKENS})

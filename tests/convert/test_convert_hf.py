@@ -383,6 +383,20 @@ def test_unknown_dtypes_are_refused(dtype):
         convert.load(CONFORMANCE / "llama-tied", dtype=dtype)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": 5}, "dtype=5 must be one of float32, bfloat16, float16"),
+        ({"dtype": [1]}, r"dtype=\[1\] must be one of float32, bfloat16, float16"),
+        ({"overrides": 5}, "overrides=5 must map attributes of config.json"),
+        ({"overrides": np.zeros(2)}, "overrides=array.* must map attributes of config.json"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_refused(options, message):
+    with pytest.raises(TypeError, match=message):
+        convert.load(CONFORMANCE / "llama-tied", **options)
+
+
 SHARDED = """
 import sys
 import jax, numpy as np

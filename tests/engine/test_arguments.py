@@ -227,7 +227,9 @@ def test_a_tokenizer(tokenizer: Tokenizer) -> None:
     for ids, message in (
         ([1.5], "token id 1.5 must be an integer"),
         ([True], "token id True must be an integer"),
-        ("12", "token id '1' must be an integer"),
+        ("12", "ids='12' must be a list of token ids"),
+        (b"12", "ids=b'12' must be a list of token ids"),
+        ({1: 2}, "ids={1: 2} must be a list of token ids"),
         (np.array([1.0]), "token id .*1.0.* must be an integer"),
         (np.array([SPAN]), "token id .*timedelta64.* must be an integer"),
         ([[1]], r"token id \[1\] must be an integer"),
@@ -307,8 +309,13 @@ def test_prefixes_streams_and_requests(llm: LLM) -> None:
         llm.engine.add_prefix([[1, 2]])
     with pytest.raises(ValueError, match=f"prefix token id {VOCAB} is outside"):
         llm.engine.add_prefix([VOCAB])
-    with pytest.raises(TypeError, match="requests=5 must give pairs of a prompt and"):
-        list(llm.stream(5))
+    for wrong in (5, None, "", {}, np.array(5)):
+        with pytest.raises(TypeError, match=r"requests=.* must give pairs of a prompt and"):
+            list(llm.stream(wrong))
+    with pytest.raises(TypeError, match="sampling must be SamplingParams, got None"):
+        llm.engine.add_request("a", [1], None, seed=0)
+    with pytest.raises(ValueError, match=r"completion must be an integer of at least 0, got 1\.5"):
+        llm.engine.add_request("a", [1], GREEDY, seed=0, completion=1.5)
     with pytest.raises(TypeError, match="on_text=5 must be a function"):
         llm.generate(IDS, GREEDY, on_text=5)
     with pytest.raises(ValueError, match="seed must be an integer of at least 0, got -1"):
