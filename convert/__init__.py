@@ -7,6 +7,17 @@ Checkpoints are Hugging Face directories, GGUF, Orbax, with LoRA adapters:
 ``python -m convert SRC DST`` writes any of them as an Orbax checkpoint.
 """
 
+import signal
+import sys
+
+# This file is imported before the program is, and takes a second. Until then argv begins with -m.
+if (
+    sys.argv[:1] == ["-m"]
+    and sys.orig_argv[-len(sys.argv)].removeprefix("-m") == "convert"
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it, no traceback
+
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +30,7 @@ from convert.attention_patterns import load_pattern, save_pattern
 from convert.config_json import override, parse
 from convert.files import is_file
 from convert.gguf import read_gguf
+from convert.head_shares import load_head_shares, save_head_shares
 from convert.lora import Change, load_adapter, refuse_missing
 from convert.names import refuse_more_layers, tensor_slots, tied_names
 from convert.orbax import save
@@ -31,11 +43,13 @@ from lserve_jax.model.llama import Params
 __all__ = [
     "ModelSource",
     "load",
+    "load_head_shares",
     "load_pattern",
     "load_tokenizer",
     "read_config",
     "resolve",
     "save",
+    "save_head_shares",
     "save_pattern",
 ]
 

@@ -6,6 +6,7 @@ describes the model. ``files.json`` has the size of every file of ``params/``, s
 cut short is known before Orbax reads it, which ends in pages of errors.
 """
 
+import asyncio
 import contextlib
 import errno
 import functools
@@ -37,6 +38,7 @@ from lserve_jax.model.llama import Params, abstract_params
 
 _PARAMS = "params"
 _FILES = "files.json"
+_MAX_WAIT = 60.0  # seconds, for what is written beside an array that cannot be
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -52,6 +54,23 @@ def _checkpointer():
     return orbax.checkpoint.StandardCheckpointer()
 
 
+_new_event_loop = asyncio.new_event_loop  # read once: two threads may be below at the same time
+
+
+class _WaitingLoop(asyncio.SelectorEventLoop):
+    """Closes when what runs in it has ended.
+
+    Orbax closes its loop at the first array that cannot be written or read. The others go on: each
+    ended in a traceback on stderr, and some put files into a directory that was being removed.
+    """
+
+    def close(self) -> None:
+        tasks = set() if self.is_closed() else asyncio.all_tasks(self)
+        if tasks:
+            self.run_until_complete(asyncio.wait(tasks, timeout=_MAX_WAIT))
+        super().close()
+
+
 @contextlib.contextmanager
 def _errors_as(kind: type[Exception], what: str) -> Generator[None]:
     """Whatever Orbax raises inside, as one ``kind`` of one line that begins with ``what``.
@@ -62,6 +81,7 @@ def _errors_as(kind: type[Exception], what: str) -> Generator[None]:
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
+    asyncio.new_event_loop = _WaitingLoop  # there is no other way to give Orbax a loop
     try:
         yield
     except Exception as error:
@@ -69,6 +89,7 @@ def _errors_as(kind: type[Exception], what: str) -> Generator[None]:
         lines = str(reason).splitlines() or [""]
         raise kind(f"{what}: {type(reason).__name__}: {lines[0][:500]}") from error
     finally:
+        asyncio.new_event_loop = _new_event_loop
         logger.setLevel(level)
 
 

@@ -33,7 +33,7 @@ from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.attention.selection import first_tail_page
 from lserve_jax.checks import check_integer
 from lserve_jax.cli import exit_code, read_text
-from lserve_jax.engine.build import head_partition
+from lserve_jax.engine.head_policy import head_policy
 from lserve_jax.llm import LLM
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Attend, Params, bind
@@ -52,9 +52,10 @@ class PageRecall:
 
     recall: Float[np.ndarray, "L H Q"]  # in [0, 1]; 1 means that nothing was lost
     positions: np.ndarray  # [Q] of the queries
-    is_retrieval: np.ndarray  # [L, Hk] bool, which KV heads select pages; the others stream
+    is_retrieval: np.ndarray  # [L, Hk] bool, which KV heads keep all pages; the others stream
     prompt_tokens: int
     sparsity: SparsityConfig
+    policy: str  # which heads stream and what the others may read, in words
 
     @property
     def mean(self) -> Float[np.ndarray, "L H"]:
@@ -94,7 +95,8 @@ def page_recall(llm: LLM, prompt: Prompt, *, num_queries: int = 64) -> PageRecal
             num_queries=num_queries,
         )
     )
-    partition = head_partition(config, spec.sparsity)
+    policy = head_policy(config, spec.sparsity)
+    partition = policy.partition
     order = np.asarray(partition.order)  # [L, Hk] checkpoint heads in the order of the params
     G = config.group_size
     query_order = (order[:, :, None] * G + np.arange(G)).reshape(order.shape[0], -1)
@@ -109,6 +111,7 @@ def page_recall(llm: LLM, prompt: Prompt, *, num_queries: int = 64) -> PageRecal
         is_retrieval=is_retrieval,
         prompt_tokens=len(ids),
         sparsity=llm.spec.sparsity,
+        policy=policy.source,
     )
 
 
@@ -153,7 +156,7 @@ def _measuring_attend(
     def attend(layer: int, q: Array, k: Array, v: Array, covered: Array) -> tuple[Array, Array]:
         angles = layer_angles(config, layer, cos, sin)
         q, k = api.apply_rotary(q, *angles)[0], api.apply_rotary(k, *angles)[0]
-        Kr, Hk = spec.num_retrieval_heads[layer], k.shape[1]
+        Kr, Kq, Hk = spec.heads.num_retrieval[layer], spec.heads.num_ranked[layer], k.shape[1]
         nothing = api.KVPages(jnp.zeros((Hk, 1, P, D), k.dtype), jnp.zeros((Hk, 1, P, D), k.dtype))
         no_heads = jax.tree.map(lambda x: x[:0], nothing)
         out, _ = api.prefill_attention(
@@ -170,29 +173,33 @@ def _measuring_attend(
         streaming = jnp.where(in_window[:, None, None], mass[:, Kr:], 0.0).sum(
             axis=-1
         )  # [Q, Ks, G]
-        # Statistics of whole pages: pages before the tail hold no token newer than the query.
-        pages = k[:, :Kr].reshape(M, P // logical, logical, Kr, D).astype(jnp.float32)
-        stats = jnp.stack([pages.max(axis=2), pages.min(axis=2)], axis=2)  # [M, g, 2, Kr, D]
-        page_scores = api.page_scores(
-            q[selecting][:, : Kr * config.group_size],
-            stats.transpose(3, 0, 1, 2, 4),
-            jnp.broadcast_to(table[None], (Q, M)),
-            selecting + 1,
-            page_size=P,
-            selected_page_size=U,
-            lower_bound_weight=sparsity.lower_bound_weight,
-        )
-        selected = api.select_pages(
-            page_scores,
-            tail,
-            num_pages=spec.num_ranked,
-            sink_pages=spec.forced_sink_pages,
-        )  # [Q, Kr, R]
-        is_selected = (selected[..., None] == page[None, None]).any(axis=2) | in_tail[:, None]
-        # Of given sizes: a layer may have no retrieval head.
-        by_page = mass[:, :Kr].reshape(Q, Kr, config.group_size, num_tokens // U, U).sum(axis=-1)
-        retrieval = jnp.where(is_selected[:, :, None], by_page, 0.0).sum(axis=-1)  # [Q, Kr, G]
-        share = jnp.concatenate([retrieval, streaming], axis=1).reshape(Q, -1).T
+        parts = [jnp.ones((Q, Kr - Kq, config.group_size)), streaming]  # dense heads cover all
+        if Kq > 0:
+            # Statistics of whole pages: pages before the tail hold no token newer than the query.
+            pages = k[:, :Kq].reshape(M, P // logical, logical, Kq, D).astype(jnp.float32)
+            stats = jnp.stack([pages.max(axis=2), pages.min(axis=2)], axis=2)  # [M, g, 2, Kq, D]
+            page_scores = api.page_scores(
+                q[selecting][:, : Kq * config.group_size],
+                stats.transpose(3, 0, 1, 2, 4),
+                jnp.broadcast_to(table[None], (Q, M)),
+                selecting + 1,
+                page_size=P,
+                selected_page_size=U,
+                lower_bound_weight=sparsity.lower_bound_weight,
+            )
+            wanted = spec.wanted_pages(layer, tail)
+            selected = api.select_pages(
+                page_scores,
+                tail,
+                wanted,
+                num_pages=spec.num_ranked(layer),
+                sink_pages=spec.forced_sink_pages,
+            )  # [Q, Kq, R]
+            is_selected = (selected[..., None] == page[None, None]).any(axis=2) | in_tail[:, None]
+            by_page = mass[:, :Kq].reshape(Q, Kq, config.group_size, -1, U).sum(axis=-1)
+            ranked = jnp.where(is_selected[:, :, None], by_page, 0.0).sum(axis=-1)  # [Q, Kq, G]
+            parts.insert(0, ranked)
+        share = jnp.concatenate(parts, axis=1).reshape(Q, -1).T
         return out[None], share.astype(covered.dtype)
 
     return attend
@@ -229,7 +236,7 @@ def plot_page_recall(recall: PageRecall, path: str | os.PathLike[str]) -> None:
     curve.set(xlabel="layer", ylabel="recall", ylim=(0, 1.02))
     settings = recall.sparsity
     curve.set_title(
-        f"{recall.prompt_tokens} tokens, budget {settings.token_budget}, "
+        f"{recall.prompt_tokens} tokens, {recall.policy}, "
         f"pages {settings.page_size}/{settings.logical_page_size}, by "
         f"{settings.resolved_selected_page_size}, C={settings.reuse_interval}",
         fontsize="medium",
@@ -274,8 +281,7 @@ def _main(args: AnalysisArgs) -> None:
     if args.plot is not None:
         plot_page_recall(recall, args.plot)
     print(f"{len(ids)} tokens, {args.num_queries} queries; share of attention mass covered")
-    if len(ids) <= args.sparsity.token_budget and args.sparsity.pattern is None:
-        print(f"all of it: the text fits the budget of {args.sparsity.token_budget} tokens")
+    print(f"policy: {recall.policy}")
     print("layer   mean    min")
     for layer, heads in enumerate(recall.mean):
         print(f"{layer:5d}  {heads.mean():.3f}  {heads.min():.3f}")

@@ -236,10 +236,15 @@ class ResultsFile:
     A context manager, since the file is locked while it is open. ``done`` holds the indices of the
     lines that it has; a line that was cut off in the middle is taken away.
 
-    Raises ``ValueError`` for a file that is in use, not ours, or of another run; it is left as is.
+    Raises ``ValueError`` for a file that is in use, not ours, or of another run, and for what is no
+    regular file; it is left as is.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
+        if path.exists() and not path.is_file():  # a device may never end, a pipe never begin
+            raise ValueError(
+                f"output file {str(path)!r} must be new or a regular file: what it holds is read"
+            )
         self.path = path
         header = {"lserve_jax": __version__, "run": settings}
         self._header = _json_line(header)

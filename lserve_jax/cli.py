@@ -1,17 +1,18 @@
 """What the command lines share: how options show in help, files of text, exit codes."""
 
-import errno
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TextIO
 
 import jax
 from tyro.conf import FlagCreatePairsOff, arg
 
 from convert.artefacts import cache_directory
+from lserve_jax.memory import memory_wanted
 
 # An option without a value.
 Switch = Annotated[FlagCreatePairsOff[bool], arg(help_behavior_hint="")]
@@ -63,6 +64,7 @@ def exit_code(
     nothing is said. ``lower`` names the options that decide how much memory is needed.
     """
     _stand_in_for_closed_streams()
+    stdout, sys.stdout = sys.stdout, _Stdout(sys.stdout)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # so it was during the imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -76,22 +78,41 @@ def exit_code(
     except KeyboardInterrupt:
         return 130
     except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
-        closed = isinstance(error, OSError) and error.errno == errno.EBADF
-        return _refuse(f"standard output cannot be written: {error}" if closed else str(error))
-    except MemoryError as error:
-        return _refuse(f"out of memory: {str(error) or 'on the host'}; lower {lower}")
-    except jax.errors.JaxRuntimeError as error:
-        said = str(error).splitlines()[0]
-        if "RESOURCE_EXHAUSTED" not in said:
+        return _refuse(str(error))
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        wanted = memory_wanted(error.__cause__) or memory_wanted(error)
+        if wanted is None:
             raise
-        return _refuse(f"out of memory: {said.partition(': ')[2].rstrip('.')}; lower {lower}")
+        return _refuse(f"out of memory: {wanted}; lower {lower}")
+    finally:
+        sys.stdout = stdout
     return 0
+
+
+class _Stdout:
+    """Standard output, named by its errors; also those of a text longer than its buffer."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with _named_as_stdout():
+            return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def flush_stdout() -> None:
     """Raises ``OSError`` that names standard output if it cannot be written."""
-    try:
+    with _named_as_stdout():
         sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _named_as_stdout() -> Generator[None]:
+    try:
+        yield
     except BrokenPipeError:
         raise
     except OSError as error:

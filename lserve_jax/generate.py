@@ -39,6 +39,7 @@ from lserve_jax.cli import (
     read_stdin,
     read_text,
 )
+from lserve_jax.engine.head_policy import head_policy
 from lserve_jax.engine.relay import RelayMode
 from lserve_jax.llm import LLM
 from lserve_jax.outputs import CompletionOutput
@@ -268,6 +269,8 @@ def _main_batch(args: GenerateArgs, prompts_file: Path, output: Path) -> None:
 
 def _print_stats(llm: LLM, lines: list[str]) -> None:
     lines += [end_summary(llm.engine.eos_token_ids, llm.tokenizer)]
+    if llm.spec.sparsity is not None:
+        lines += [f"heads     {head_policy(llm.config, llm.spec.sparsity).source}"]
     lines += memory_summary(llm.memory_plan(), llm.spec)
     print(*lines, sep="\n", file=sys.stderr)
 

@@ -21,6 +21,7 @@ from lserve_jax.checks import check_integer, check_path, is_listing
 from lserve_jax.engine.build import EngineOptions, build_engine, resolve_dtype
 from lserve_jax.engine.prefix import CommonPrefix, Prefix
 from lserve_jax.engine.request import PromptIds
+from lserve_jax.memory import memory_errors
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params
 from lserve_jax.outputs import RequestOutput
@@ -51,7 +52,8 @@ class LLM:
 
     Raises ``ValueError`` for settings that contradict each other or the model, ``TypeError`` for an
     option that does not exist or cannot have such a value, and ``NotImplementedError`` for kernels
-    on a device that they are not for.
+    on a device that they are not for. Where memory runs out, here or in a method, that is a
+    ``MemoryError`` that says how much was wanted and which options to lower.
     """
 
     def __init__(
@@ -95,12 +97,13 @@ class LLM:
                 dtype = resolve_dtype(self.options.dtype)
                 return convert.load(source, dtype=dtype, adapter=adapter, progress=progress)[1]
 
-        self.engine = build_engine(
-            self.config,
-            params,
-            self.options,
-            eos_token_ids=() if tokenizer is None else tokenizer.eos_token_ids,
-        )
+        with memory_errors():
+            self.engine = build_engine(
+                self.config,
+                params,
+                self.options,
+                eos_token_ids=() if tokenizer is None else tokenizer.eos_token_ids,
+            )
         self._text = TextEngine(self.engine, tokenizer, seed=seed)
         # One call at a time steps the engine. A thread may take it again: what it calls inside a
         # call of its own is refused, not waited for.
@@ -246,7 +249,7 @@ class LLM:
             return done
 
         try:
-            with self._lock:
+            with self._lock, memory_errors():
                 self._check_idle()
                 ids = PromptIds.check(beginning, self.config.vocab_size, what="beginning").ids
                 if len(ids) and self.engine.prefix_store.has_room:
@@ -254,7 +257,7 @@ class LLM:
                 done = advance()
             while done is not None:
                 yield from done  # without the lock: the caller may never ask for the next
-                with self._lock:
+                with self._lock, memory_errors():
                     if not position_of:
                         self._check_idle()
                     done = advance()
@@ -285,12 +288,12 @@ class LLM:
         if isinstance(prompt, str) and self.tokenizer is not None:
             self._text.check_length(prompt)
         ids = self.token_ids(prompt)
-        with self._lock:
+        with self._lock, memory_errors():
             return self.engine.add_prefix(ids[:-1] if isinstance(prompt, str) else ids)
 
     def load_prefix(self, path: str | os.PathLike[str]) -> Prefix:
         """A prefix that ``Prefix.save`` wrote; see ``Engine.load_prefix``."""
-        with self._lock:
+        with self._lock, memory_errors():
             return self.engine.load_prefix(path)
 
     def chat(

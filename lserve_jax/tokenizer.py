@@ -104,7 +104,7 @@ class Tokenizer:
 
         Raises ``ValueError`` if there is no template, a message or tool is malformed, the template
         fails on the conversation (the message then names the template's line) or does not show
-        the message to be continued, and if both options are set.
+        the message to be continued exactly once, and if both options are set.
         """
         check_bool("add_generation_prompt", add_generation_prompt)
         check_bool("continue_final_message", continue_final_message)
@@ -270,8 +270,14 @@ def _with_marked_end(
 
 def _cut_at_mark(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
     content = messages[-1]["content"].removesuffix(_END_OF_FINAL)
-    end = text.rfind(_END_OF_FINAL.strip())
-    if end < 0 or content.strip() not in text:
+    mark = _END_OF_FINAL.strip()
+    end, shown = text.find(mark), text.count(mark)
+    if shown > 1:
+        raise ValueError(
+            f"the chat template shows the last message {shown} times, so it cannot be continued: "
+            f"{content[:60]!r}"
+        )
+    if not shown or content.strip() not in text:
         raise ValueError(
             "the chat template does not show the last message as it is, so it cannot be continued: "
             f"{content[:60]!r}"

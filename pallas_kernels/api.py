@@ -1,8 +1,9 @@
 """Public ops: shape contracts, checked before tracing goes further.
 
 Letters (docs/glossary.md): B rows, T tokens of a chunk, H query heads, Hk KV heads, Kr retrieval
-and Ks streaming KV heads (Kr + Ks = Hk; heads are ordered retrieval first), D head_dim, N pages
-in a pool, P page_size, M pages a sequence can have, g logical pages a page, L list entries.
+and Ks streaming KV heads (Kr + Ks = Hk; heads are ordered retrieval first), Kq of the Kr ranked by
+page (the first ones), D head_dim, N pages in a pool, P page_size, M pages a sequence can have, g
+logical pages a page, L list entries.
 
 A *page table* maps a sequence's page numbers (token position // P) to physical page ids of a
 pool. A *selected page* is what selection takes or leaves as a whole: a page, or a part of one. All
@@ -29,6 +30,7 @@ from pallas_kernels.checks import (
     expect_groups,
     expect_int32,
     expect_list,
+    expect_most_tokens,
     expect_own,
     expect_page_sizes,
     expect_pages,
@@ -68,6 +70,7 @@ __all__ = [
     "resolve_backend",
     "select_pages",
     "value_checks",
+    "verify_attention",
 ]
 
 
@@ -79,6 +82,7 @@ def paged_attention(
     streaming_list: PageList,
     *,
     selected_page_size: int | None = None,
+    most_tokens: tuple[int, ...] | None = None,
     backend: Backend = "auto",
 ) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
     """One query token a row attends the listed pages (LServe, unified attention).
@@ -91,6 +95,10 @@ def paged_attention(
     Lists may name parts of pages: then ``selected_page_size`` is less than P, and page p of a pool
     counts as n = P // selected_page_size selected pages, n * p to n * p + n - 1. Raises
     ``ValueError`` if it does not divide P.
+
+    ``most_tokens`` says how many tokens the list of each KV head attends at most, retrieval heads
+    first; None means what its list can hold. The result does not depend on it: the kernel deals
+    out the GPU's multiprocessors to the heads in proportion to it.
 
     Returns (out in q's dtype, lse float32).
 
@@ -115,10 +123,47 @@ def paged_attention(
         raise ValueError(f"{selected_page_size=} must divide the pages' {page_size} tokens")
     check_list("retrieval_list", retrieval_list, B, retrieval, selected_page_size)
     check_list("streaming_list", streaming_list, B, streaming, selected_page_size)
+    expect_most_tokens(most_tokens, Kr + Ks)
     lists = retrieval_list, streaming_list
-    return implementation("paged_attention", backend)(
-        q, retrieval, streaming, *lists, selected_page_size=selected_page_size
-    )
+    how = {"selected_page_size": selected_page_size, "most_tokens": most_tokens}
+    return implementation("paged_attention", backend)(q, retrieval, streaming, *lists, **how)
+
+
+def verify_attention(
+    q: Float[Array, "B T H D"],
+    pages: KVPages,
+    page_table: Int[Array, "B M"],
+    position: Int[Array, " B"],
+    count: Int[Array, " B"],
+    *,
+    backend: Backend = "auto",
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
+    """The verification of drafted tokens: several queries a row attend everything before them.
+
+    Query t of row b stands at ``position[b] + t`` and attends all positions up to its own, which
+    are in the pages already, its own key among them. Only the first ``count[b]`` queries exist,
+    0 to T; no key is read past the last of them, and the others give out 0, lse -inf. All heads of
+    ``pages`` read the row's whole table.
+
+    Returns (out in q's dtype, lse float32).
+
+    >>> import jax.numpy as jnp
+    >>> pool = KVPages(jnp.ones((1, 4, 16, 8)), jnp.ones((1, 4, 16, 8)))
+    >>> out, lse = verify_attention(
+    ...     jnp.ones((1, 3, 2, 8)), pool, jnp.array([[2, 0]]), jnp.array([20]), jnp.array([2])
+    ... )
+    >>> out.shape, jnp.isfinite(lse[0, :, 0]).tolist()
+    ((1, 3, 2, 8), [True, True, False])
+    """
+    expect_shape("q", q, (None, None, None, None))
+    B, T, H, D = q.shape
+    expect_pages("pages", pages, D)
+    expect_groups(H, pages.k.shape[0])
+    expect_int32((B, None), page_table=page_table)
+    expect_int32((B,), position=position, count=count)
+    check_range("count", count, T)
+    check_table("page_table", page_table, pages, jnp.where(count > 0, position + count, 0))
+    return implementation("verify_attention", backend)(q, pages, page_table, position, count)
 
 
 def prefill_attention(
@@ -246,21 +291,21 @@ def append_kv(
     sin: Float[Array, "B D/2"],
     retrieval: KVPages,
     streaming: KVPages,
-    key_stats: Float[Array, "Kr N g 2 D"] | None,
+    key_stats: Float[Array, "Kq N g 2 D"] | None,
     page: Int[Array, " B"],
     streaming_page: Int[Array, " B"],
     offset: Int[Array, " B"],
     *,
     backend: Backend = "auto",
-) -> tuple[Float[Array, "B H D"], KVPages, KVPages, Float[Array, "Kr N g 2 D"] | None]:
+) -> tuple[Float[Array, "B H D"], KVPages, KVPages, Float[Array, "Kq N g 2 D"] | None]:
     """Rotates q and k, writes one token a row into its pages, widens the page's key statistics.
 
     ``page``/``streaming_page`` are physical ids in the two pools, ``offset`` (position % P) is the
     place in either page; a negative id writes nothing (an inactive row). Two rows must not name the
     same place of a page. ``key_stats[..., 0, :]`` is kmax and ``[..., 1, :]`` kmin per logical page
     of P / g tokens, of the rotated, unquantised key; the first token of a logical page assigns.
-    None keeps no statistics. int8 pools quantise on write (see ``quantize_kv``). Donate the pools
-    to update them in place.
+    They are those of the first Kq <= Kr retrieval heads, which are ranked by them; None keeps none.
+    int8 pools quantise on write (see ``quantize_kv``). Donate the pools to update them in place.
 
     Returns (rotated q, retrieval, streaming, key_stats).
 
@@ -298,21 +343,22 @@ def append_kv_chunk(
     v: Float[Array, "T Hk D"],
     retrieval: KVPages,
     streaming: KVPages,
-    key_stats: Float[Array, "Kr N g 2 D"] | None,
+    key_stats: Float[Array, "Kq N g 2 D"] | None,
     page_table: Int[Array, " M"],
     streaming_page: Int[Array, " T"],
     start: Int[Array, ""],
     length: Int[Array, ""],
     *,
     backend: Backend = "auto",
-) -> tuple[KVPages, KVPages, Float[Array, "Kr N g 2 D"] | None]:
+) -> tuple[KVPages, KVPages, Float[Array, "Kq N g 2 D"] | None]:
     """Writes the first ``length`` tokens of a prefill chunk, positions ``start`` on.
 
     k is already rotated. Retrieval heads write every token through ``page_table``; streaming
     heads write token t to page ``streaming_page[t]`` of their pool, or not at all if that is
     negative (a ring keeps only sink and local tokens). Two tokens must not name the same place of a
-    page, and ``page_table`` must reach as far as ``start + length``. Statistics are merged
-    correctly whether or not ``start`` and ``start + length`` fall on logical page edges.
+    page, and ``page_table`` must reach as far as ``start + length``. Statistics, of the first
+    Kq <= Kr retrieval heads, are merged correctly whether or not ``start`` and ``start + length``
+    fall on logical page edges.
 
     Returns (retrieval, streaming, key_stats).
 
@@ -345,7 +391,7 @@ def append_kv_chunk(
 
 def page_scores(
     q: Float[Array, "B Hr D"],
-    key_stats: Float[Array, "Kr N g 2 D"],
+    key_stats: Float[Array, "Kq N g 2 D"],
     page_table: Int[Array, "B M"],
     length: Int[Array, " B"],
     *,
@@ -353,8 +399,8 @@ def page_scores(
     selected_page_size: int,
     lower_bound_weight: float = 0.0,
     backend: Backend = "auto",
-) -> Float[Array, "B Kr M*m"]:
-    """How much a selected page can matter to each retrieval KV head (LServe, hierarchical paging).
+) -> Float[Array, "B Kq M*m"]:
+    """How much a selected page can matter to each ranked KV head (LServe, hierarchical paging).
 
     A selected page has ``selected_page_size`` tokens: it is a logical page, a whole page as in the
     paper, or something between; m = page_size // selected_page_size of them make a page.
@@ -363,7 +409,7 @@ def page_scores(
     upper = sum_d max(q_d * kmax_d, q_d * kmin_d) and lower = sum_d min(q_d * kmax_d, q_d * kmin_d)
     bound q . k over the logical page's tokens (up to the rounding of statistics kept in a narrower
     dtype than the keys'). w is ``lower_bound_weight``, in [0, 1]; 0 is the papers' bound.
-    ``q`` holds the rotated queries of the retrieval heads only. A selected page with none of the
+    ``q`` holds the rotated queries of the Kq ranked heads only. A selected page with none of the
     sequence's first ``length`` tokens scores -inf. Raises ``ValueError`` for a weight outside
     [0, 1] and for sizes of logical, selected and whole pages that do not divide one another.
 
@@ -400,36 +446,41 @@ def page_scores(
 
 
 def select_pages(
-    scores: Float[Array, "B Kr M"],
+    scores: Float[Array, "B Kq M"],
     num_candidates: Int[Array, " B"],
+    wanted: Int[Array, "B Kq"],
     *,
     num_pages: int,
     sink_pages: int,
     backend: Backend = "auto",
-) -> Int[Array, "B Kr R"]:
-    """The ``num_pages`` highest-scoring of each row's first ``num_candidates`` selected pages.
+) -> Int[Array, "B Kq R"]:
+    """The ``wanted`` highest-scoring of each row's first ``num_candidates`` selected pages.
 
     A score is that of one selected page (see ``page_scores``), and all counts and numbers here are
-    of such pages. Numbers 0..sink_pages-1 always win; among equal scores the lower number does.
-    Returns numbers within the sequence in ascending order (attention does not ask for the best
-    first), then -1 if a row has fewer candidates. R = min(num_pages, M). With num_candidates <=
-    num_pages everything is selected: the exact, dense case.
+    of such pages. Numbers 0..sink_pages-1 always win and count as wanted; among equal scores the
+    lower number wins. Returns numbers within the sequence in ascending order (attention does not
+    ask for the best first), then -1 from min(wanted, num_candidates) on. R = min(num_pages, M), and
+    no head may want more than ``num_pages``. With num_candidates <= wanted everything is selected:
+    the exact, dense case.
 
     >>> import jax.numpy as jnp
-    >>> scores = jnp.array([[[0.0, 5.0, 1.0, 9.0]]])
-    >>> select_pages(scores, jnp.array([3]), num_pages=2, sink_pages=1).tolist()
-    [[[0, 1]]]
+    >>> scores = jnp.array([[[0.0, 5.0, 1.0, 9.0], [3.0, 1.0, 2.0, 0.0]]])
+    >>> how = {"num_pages": 3, "sink_pages": 1}
+    >>> select_pages(scores, jnp.array([3]), jnp.array([[2, 3]]), **how).tolist()
+    [[[0, 1, -1], [0, 1, 2]]]
     """
     expect_shape("scores", scores, (None, None, None))
     expect_int32(scores.shape[:1], num_candidates=num_candidates)
+    expect_int32(scores.shape[:2], wanted=wanted)
     if not 0 <= sink_pages <= num_pages:
         raise ValueError(f"need 0 <= sink_pages <= num_pages, got {sink_pages=} {num_pages=}")
     check_range("num_candidates", num_candidates, scores.shape[-1])
+    check_range("wanted", wanted, num_pages)
     num_pages = min(num_pages, scores.shape[-1])
     if scores.shape[1] == 0:
         return jnp.zeros((*scores.shape[:2], num_pages), jnp.int32)
     return implementation("select_pages", backend)(
-        scores, num_candidates, num_pages=num_pages, sink_pages=sink_pages
+        scores, num_candidates, wanted, num_pages=num_pages, sink_pages=sink_pages
     )
 
 

@@ -181,6 +181,15 @@ def check_list(
         check_range(f"{name}.stop", lists.stop[:rows], tokens)
 
 
+def expect_most_tokens(most_tokens: tuple[int, ...] | None, heads: int) -> None:
+    if most_tokens is None:
+        return
+    if len(most_tokens) != heads:
+        raise ValueError(f"{most_tokens=} must have an entry for each of the {heads} KV heads")
+    if any(tokens < 1 for tokens in most_tokens):
+        raise ValueError(f"{most_tokens=} must be at least 1 each")
+
+
 def expect_own(own: OwnAttention, q: Array) -> None:
     for name, x, shape, dtype in (
         ("own.out", own.out, q.shape, str(q.dtype)),
@@ -195,7 +204,9 @@ def expect_stats(key_stats: Array | None, retrieval: KVPages) -> None:
     if key_stats is None:
         return
     K, N, P, D = retrieval.k.shape
-    expect_shape("key_stats", key_stats, (K, N, None, 2, D))
+    expect_shape("key_stats", key_stats, (None, N, None, 2, D))
+    if key_stats.shape[0] > K:
+        raise ValueError(f"key_stats are of {key_stats.shape[0]} heads, the pool has {K}")
     if key_stats.shape[2] == 0 or P % key_stats.shape[2]:
         raise ValueError(
             f"page size {P} must be a multiple of the {key_stats.shape[2]} logical pages it holds"

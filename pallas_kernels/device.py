@@ -30,7 +30,7 @@ KERNELS: dict[str, dict[str, str]] = {
 }
 
 # Pages that ``select_pages`` has a kernel for.
-MOST_SELECTED_PAGES = 2048
+MOST_SELECTED_PAGES = 4096
 
 # Rows up to which ``fused_linear`` runs its kernel. With more, XLA's matrix product is faster.
 MOST_LINEAR_ROWS = 4

@@ -159,7 +159,7 @@ def _attend_page_list(
     return _softmax_finish(lax.fori_loop(0, steps, step, _softmax_start(q)))
 
 
-@partial(jax.jit, static_argnames=("selected_page_size",))
+@partial(jax.jit, static_argnames=("selected_page_size", "most_tokens"))
 def paged_attention(
     q: Float[Array, "B H D"],
     retrieval: KVPages,
@@ -168,7 +168,9 @@ def paged_attention(
     streaming_list: PageList,
     *,
     selected_page_size: int | None = None,
+    most_tokens: tuple[int, ...] | None = None,
 ) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
+    del most_tokens  # the lists say it
     B, H, D = q.shape
     split = retrieval.k.shape[0]
     K = split + streaming.k.shape[0]
@@ -187,6 +189,30 @@ def paged_attention(
             lses.append(lse)
     out, lse = jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
     return out.reshape(B, H, D).astype(q.dtype), lse.reshape(B, H)
+
+
+def verify_attention(
+    q: Float[Array, "B T H D"],
+    pages: KVPages,
+    page_table: Int[Array, "B M"],
+    position: Int[Array, " B"],
+    count: Int[Array, " B"],
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
+    """A row for each query: this one reads a page once for each."""
+    B, T, H, D = q.shape
+    t = jnp.arange(T)[None]
+    stop = jnp.where(t < count[:, None], position[:, None] + t + 1, 0).reshape(B * T, 1)
+    table = jnp.repeat(page_table, T, axis=0)[:, None]
+    nobody = jax.tree.map(lambda x: x[:0], pages)
+    nothing = PageList(table[:, :, :1], jnp.zeros_like(stop), jnp.zeros_like(stop))
+    out, lse = paged_attention(
+        q.reshape(B * T, H, D),
+        pages,
+        nobody,
+        PageList(table, jnp.zeros_like(stop), stop),
+        nothing,
+    )
+    return out.reshape(B, T, H, D), lse.reshape(B, T, H)
 
 
 def _prefill_one_class(
@@ -375,11 +401,11 @@ def append_kv(
     sin: Float[Array, "B D/2"],
     retrieval: KVPages,
     streaming: KVPages,
-    key_stats: Float[Array, "Kr N g 2 D"] | None,
+    key_stats: Float[Array, "Kq N g 2 D"] | None,
     page: Int[Array, " B"],
     streaming_page: Int[Array, " B"],
     offset: Int[Array, " B"],
-) -> tuple[Float[Array, "B H D"], KVPages, KVPages, Float[Array, "Kr N g 2 D"] | None]:
+) -> tuple[Float[Array, "B H D"], KVPages, KVPages, Float[Array, "Kq N g 2 D"] | None]:
     split = retrieval.k.shape[0]
     q = apply_rotary(q[:, None], cos[:, None], sin[:, None])[:, 0]
     k = apply_rotary(k[:, None], cos[:, None], sin[:, None])[:, 0]
@@ -388,9 +414,9 @@ def append_kv(
     if key_stats is not None:
         logical_page_size = retrieval.k.shape[2] // key_stats.shape[2]
         logical = offset // logical_page_size
-        key = k[:, :split].swapaxes(0, 1).astype(key_stats.dtype)  # [Kr, B, D]
+        key = k[:, : key_stats.shape[0]].swapaxes(0, 1).astype(key_stats.dtype)  # [Kq, B, D]
         safe = jnp.where(page < 0, 0, page)
-        old = key_stats[:, safe, logical]  # [Kr, B, 2, D]
+        old = key_stats[:, safe, logical]  # [Kq, B, 2, D]
         # The first token of a logical page assigns: what the page held belongs to somebody else.
         first = (offset % logical_page_size == 0)[None, :, None]
         high = jnp.where(first, key, jnp.maximum(old[:, :, 0], key))
@@ -407,12 +433,12 @@ def append_kv_chunk(
     v: Float[Array, "T Hk D"],
     retrieval: KVPages,
     streaming: KVPages,
-    key_stats: Float[Array, "Kr N g 2 D"] | None,
+    key_stats: Float[Array, "Kq N g 2 D"] | None,
     page_table: Int[Array, " M"],
     streaming_page: Int[Array, " T"],
     start: Int[Array, ""],
     length: Int[Array, ""],
-) -> tuple[KVPages, KVPages, Float[Array, "Kr N g 2 D"] | None]:
+) -> tuple[KVPages, KVPages, Float[Array, "Kq N g 2 D"] | None]:
     T, split, P = k.shape[0], retrieval.k.shape[0], retrieval.k.shape[2]
     position = start + jnp.arange(T)
     valid = jnp.arange(T) < length
@@ -423,32 +449,37 @@ def append_kv_chunk(
     streaming = _write_tokens(streaming, k[:, split:], v[:, split:], streaming_page, offset)
     if key_stats is not None:
         key_stats = _pool_statistics(
-            k[:, :split], key_stats, page_table, start, length, P // key_stats.shape[2]
+            k[:, : key_stats.shape[0]],
+            key_stats,
+            page_table,
+            start,
+            length,
+            P // key_stats.shape[2],
         )
     return retrieval, streaming, key_stats
 
 
 def _pool_statistics(
-    k: Float[Array, "T Kr D"],
-    key_stats: Float[Array, "Kr N g 2 D"],
+    k: Float[Array, "T Kq D"],
+    key_stats: Float[Array, "Kq N g 2 D"],
     page_table: Int[Array, " M"],
     start: Int[Array, ""],
     length: Int[Array, ""],
     logical_page_size: int,
-) -> Float[Array, "Kr N g 2 D"]:
+) -> Float[Array, "Kq N g 2 D"]:
     """Widen kmax/kmin of every logical page that the chunk touches, at any chunk edge."""
-    T, Kr, D = k.shape
+    T, Kq, D = k.shape
     g = key_stats.shape[2]
     lead = start % logical_page_size  # tokens of the first logical page that earlier chunks wrote
     count = -(-T // logical_page_size) + 1  # logical pages a chunk of T tokens can touch
     token = jnp.arange(count * logical_page_size) - lead
     valid = ((token >= 0) & (token < length)).reshape(count, logical_page_size, 1, 1)
-    keys = k[jnp.clip(token, 0, T - 1)].reshape(count, logical_page_size, Kr, D)
-    high = jnp.where(valid, keys, -jnp.inf).max(axis=1)  # [count, Kr, D]
+    keys = k[jnp.clip(token, 0, T - 1)].reshape(count, logical_page_size, Kq, D)
+    high = jnp.where(valid, keys, -jnp.inf).max(axis=1)  # [count, Kq, D]
     low = jnp.where(valid, keys, jnp.inf).min(axis=1)
     logical = start // logical_page_size + jnp.arange(count)  # within the sequence
     page = page_table[jnp.minimum(logical // g, page_table.shape[0] - 1)]
-    old = key_stats[:, page, logical % g].swapaxes(0, 1).astype(k.dtype)  # [count, Kr, 2, D]
+    old = key_stats[:, page, logical % g].swapaxes(0, 1).astype(k.dtype)  # [count, Kq, 2, D]
     # Only the first logical page can hold earlier tokens of this sequence.
     merge = ((jnp.arange(count) == 0) & (lead > 0))[:, None, None]
     high = jnp.where(merge, jnp.maximum(old[:, :, 0], high), high)
@@ -462,46 +493,48 @@ def _pool_statistics(
 @partial(jax.jit, static_argnames=("page_size", "selected_page_size", "lower_bound_weight"))
 def page_scores(
     q: Float[Array, "B Hr D"],
-    key_stats: Float[Array, "Kr N g 2 D"],
+    key_stats: Float[Array, "Kq N g 2 D"],
     page_table: Int[Array, "B M"],
     length: Int[Array, " B"],
     *,
     page_size: int,
     selected_page_size: int,
     lower_bound_weight: float = 0.0,
-) -> Float[Array, "B Kr M*m"]:
+) -> Float[Array, "B Kq M*m"]:
     B, Hr, D = q.shape
-    Kr, _, g = key_stats.shape[:3]
+    Kq, _, g = key_stats.shape[:3]
     M, logical_page_size = page_table.shape[1], page_size // key_stats.shape[2]
-    q = q.reshape(B, Kr, Hr // Kr, D).astype(jnp.float32)
+    q = q.reshape(B, Kq, Hr // Kq, D).astype(jnp.float32)
     # kmax >= kmin and 0 <= w <= 1, so max(q * kmax, q * kmin) + w * min(q * kmax, q * kmin) =
     # max(q, w * q) * kmax + min(q, w * q) * kmin: one product.
     weighted = lower_bound_weight * q
     halves = jnp.concatenate([jnp.maximum(q, weighted), jnp.minimum(q, weighted)], axis=-1)
-    stats = key_stats[:, page_table].astype(jnp.float32).reshape(Kr, B, M * g, 2 * D)
+    stats = key_stats[:, page_table].astype(jnp.float32).reshape(Kq, B, M * g, 2 * D)
     scores = jnp.einsum("bkqd,kbld->bkql", halves, stats, precision=lax.Precision.HIGHEST)
     holds_tokens = jnp.arange(M * g)[None] * logical_page_size < length[:, None]
     scores = jnp.where(holds_tokens[:, None, None], scores, -jnp.inf)
     # Over the group's query heads and over the logical pages that are selected together.
     together = selected_page_size // logical_page_size
-    return scores.reshape(B, Kr, Hr // Kr, -1, together).max(axis=(2, 4))
+    return scores.reshape(B, Kq, Hr // Kq, -1, together).max(axis=(2, 4))
 
 
 @partial(jax.jit, static_argnames=("num_pages", "sink_pages"))
 def select_pages(
-    scores: Float[Array, "B Kr M"],
+    scores: Float[Array, "B Kq M"],
     num_candidates: Int[Array, " B"],
+    wanted: Int[Array, "B Kq"],
     *,
     num_pages: int,
     sink_pages: int,
-) -> Int[Array, "B Kr R"]:
+) -> Int[Array, "B Kq R"]:
     number = jnp.arange(scores.shape[-1])[None, None]  # of a selected page in its sequence
     scores = jnp.where(scores == 0.0, 0.0, scores)  # top_k would rank -0.0 below 0.0
     ranked = jnp.where(number < sink_pages, jnp.inf, scores)
     ranked = jnp.where(number < num_candidates[:, None, None], ranked, -jnp.inf)
     # lax.top_k is stable: among equal scores the lower number wins.
     _, selected = lax.top_k(ranked, num_pages)
-    valid = jnp.arange(num_pages)[None, None] < num_candidates[:, None, None]
+    count = jnp.minimum(wanted, num_candidates[:, None])
+    valid = jnp.arange(num_pages)[None, None] < count[..., None]
     # In ascending order, what is not valid last.
     selected = jnp.sort(jnp.where(valid, selected.astype(jnp.int32), jnp.iinfo(jnp.int32).max))
     return jnp.where(valid, selected, -1)

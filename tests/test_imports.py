@@ -39,11 +39,12 @@ ROOMS = (
     ("lserve_jax.tokenizer",),
     ("lserve_jax.attention", "convert"),
     ("lserve_jax.engine", "lserve_jax.functional"),
-    ("lserve_jax.outputs", "lserve_jax.stats"),
+    ("lserve_jax.outputs", "lserve_jax.stats", "lserve_jax.memory"),
     ("lserve_jax.text_engine", "lserve_jax.cli"),
     ("lserve_jax.llm",),
     ("lserve_jax.analysis", "lserve_jax.batch"),
     ("lserve_jax.generate", "lserve_jax.calibrate", "lserve_jax.eval", "convert.__main__"),
+    ("lserve_jax.scripts",),
 )
 # What a room takes of the package below it, where that is not all.
 DOORS = {

@@ -17,7 +17,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lserve_jax.attention.cache import CacheSpec, LayerCache
-from lserve_jax.attention.selection import retrieval_pages, retrieval_stop, window_list
+from lserve_jax.attention.selection import (
+    all_pages,
+    retrieval_pages,
+    retrieval_stop,
+    window_list,
+)
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Attend
 from lserve_jax.model.rope import layer_angles, rotary_angles
@@ -154,8 +159,8 @@ def decode_attend(
 ) -> tuple[Attend, Int[Array, " B"]]:
     """One token for each of the first B slots, row b in slot b at ``position[b]``.
 
-    With ``select`` every retrieval head ranks its pages anew; without, it reuses the list kept
-    in the cache. ``tail`` is ``first_tail_page`` at that selection. ``sink_page`` is where the
+    With ``select`` every ranked head ranks its pages anew; without, it reuses the list kept in the
+    cache. ``tail`` is ``first_tail_page`` at that selection. ``sink_page`` is where the
     sinks of the row's streaming heads begin.
 
     Under ``groups`` the retrieval heads of a row attend its group's prefix together with the rest
@@ -163,10 +168,13 @@ def decode_attend(
     ranked, and its budget spent, as if the prefix were not there, and ``page_table`` and ``tail``
     begin with its first page.
 
+    In exact mode the tokens are drafts: statistics are of verified tokens only, and stay as they
+    are.
+
     Also returns the number of tokens that each row attends, summed over layers and KV heads, the
     prefix included.
     """
-    B, P = position.shape[0], spec.page_size
+    B, P, drafting = position.shape[0], spec.page_size, spec.max_drafts is not None
     slot = jnp.arange(B)
     cos, sin = (x[:, 0] for x in rotary_angles(config, position[:, None], position + 1))
     private_start = jnp.zeros_like(position) if groups is None else groups.private_start()
@@ -175,60 +183,71 @@ def decode_attend(
     page = jnp.where(active, page, -1)
     streaming_page = slot * spec.decode_window.num_pages + spec.decode_window.index(position // P)
     streaming_page = jnp.where(active, streaming_page, -1)
-    # All layers attend as many tokens; only which pages a retrieval head lists is its own.
-    start, stop = jnp.zeros((B, 1), jnp.int32), retrieval_stop(spec, tail, own, active)
+    start = jnp.zeros((B, 1), jnp.int32)
     local = window_list(spec, slot, sink_page, position, active)
-    num_retrieval = sum(spec.num_retrieval_heads)
+    everything = all_pages(spec, page_table)
+    stops = [
+        retrieval_stop(spec, layer, tail, own, active) for layer in range(config.num_hidden_layers)
+    ]
+    num_retrieval = sum(spec.heads.num_retrieval)
     num_streaming = config.num_hidden_layers * config.num_key_value_heads - num_retrieval
-    attended = (num_retrieval * stop + num_streaming * (local.stop - local.start))[:, 0]
+    attended = sum(stop.sum(axis=1) for stop in stops)
+    attended += num_streaming * (local.stop - local.start)[:, 0]
     attended += num_retrieval * jnp.where(active, private_start, 0)
 
     def attend(
         layer: int, q: Array, k: Array, v: Array, cache: LayerCache
     ) -> tuple[Array, LayerCache]:
         Kr = cache.retrieval.k.shape[0]
-        q, retrieval, streaming, key_stats = api.append_kv(
+        key_stats = cache.key_stats
+        q, retrieval, streaming, widened = api.append_kv(
             q[:, 0],
             k[:, 0],
             v[:, 0],
             *layer_angles(config, layer, cos, sin),
             cache.retrieval,
             cache.streaming,
-            cache.key_stats,
+            None if drafting else key_stats,
             page,
             streaming_page,
             position % P,
             backend=backend,
         )
+        key_stats = key_stats if drafting else widened
         retrieval_queries = q[:, : Kr * config.group_size]
         listed = cache.listed
-        if select and listed is not None and key_stats is not None and Kr > 0:
-            scores = api.page_scores(
-                retrieval_queries,
-                key_stats,
-                page_table,
-                own + 1,
-                page_size=P,
-                selected_page_size=spec.selected_page_size,
-                lower_bound_weight=spec.lower_bound_weight,
-                backend=backend,
-            )
-            selected = api.select_pages(
-                scores,
-                tail,
-                num_pages=spec.num_ranked,
-                sink_pages=spec.forced_sink_pages,
-                backend=backend,
-            )
-            listed = listed.at[:B].set(retrieval_pages(spec, selected, tail, page_table))
-        pages = page_table[:, None] if listed is None else listed
+        if select and listed is not None:
+            selected = None
+            if key_stats is not None:
+                scores = api.page_scores(
+                    q[:, : key_stats.shape[0] * config.group_size],
+                    key_stats,
+                    page_table,
+                    own + 1,
+                    page_size=P,
+                    selected_page_size=spec.selected_page_size,
+                    lower_bound_weight=spec.lower_bound_weight,
+                    backend=backend,
+                )
+                selected = api.select_pages(
+                    scores,
+                    tail,
+                    spec.wanted_pages(layer, tail),
+                    num_pages=spec.num_ranked(layer),
+                    sink_pages=spec.forced_sink_pages,
+                    backend=backend,
+                )
+            pages = retrieval_pages(spec, layer, selected, tail, page_table)
+            listed = listed.at[:B].set(pages)
+        pages = everything if listed is None else listed
         out, lse = api.paged_attention(
             q,
             retrieval,
             streaming,
-            PageList(pages, start, stop),
+            PageList(pages, start, stops[layer]),
             local,
             selected_page_size=spec.selected_page_size,
+            most_tokens=spec.most_tokens(layer, config.num_key_value_heads - Kr),
             backend=backend,
         )
         if groups is not None and Kr > 0:

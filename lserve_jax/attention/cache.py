@@ -1,9 +1,10 @@
 """The two-way paged KV cache (LServe, system overview) and the addresses in it.
 
-One layer, Kr retrieval and Ks streaming KV heads, S slots (sequences), page size P:
+One layer, Kr retrieval and Ks streaming KV heads, S slots (sequences), page size P; of the
+retrieval heads the first Kq rank their pages, and the others read all of them:
 
     retrieval pool   k, v    [Kr, N, P, D]        shared by all slots, page by page
-                     stats   [Kr, N, g, 2, D]     kmax and kmin of each of a page's g logical pages
+                     stats   [Kq, N, g, 2, D]     kmax and kmin of each of a page's g logical pages
 
                      page 0    page 1    page 2   ...   page N-1
                     [slot 1 ] [slot 0 ] [ free ]        [slot 1 ]
@@ -37,11 +38,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lserve_jax.attention.budgets import HeadBudgets
 from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.model.config import ModelConfig
-from pallas_kernels.api import KVPages, quantize_kv
+from pallas_kernels.api import MOST_SELECTED_PAGES, KVPages, quantize_kv
 
 KVDtype = Literal["auto", "int8"]
+# A head with a share lists at least so many tokens: sinks and the newest tokens alone are most of
+# what a short sequence needs, and reading them costs little.
+LEAST_SHARE_TOKENS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +100,15 @@ class CacheSpec:
     pages_per_sequence: int  # M, width of the page table
     max_num_seqs: int  # S
     max_prefixes: int  # X, shared prefixes at a time
-    num_retrieval_heads: tuple[int, ...]  # Kr of each layer
+    heads: HeadBudgets  # retrieval heads of each layer, and what they may read
     kv_dtype: KVDtype
     decode_window: StreamingWindow  # what streaming heads keep while decoding
     prefill_window: StreamingWindow  # what they keep while a prompt is prefilled
     # None: decode attends every page (dense). Otherwise how pages are selected.
     sparsity: SparsityConfig | None
+    # K: in exact mode sparse steps draft up to so many tokens, and dense attention verifies them.
+    # None: there is no verification, and sparse steps decide.
+    max_drafts: int | None = None
 
     @property
     def selected_page_size(self) -> int:
@@ -114,17 +122,74 @@ class CacheSpec:
         return self.pages_per_sequence * (self.page_size // self.selected_page_size)
 
     @property
-    def num_ranked(self) -> int:
-        """R: pages a retrieval head gets by score; the rest of its budget is the newest pages."""
-        if self.sparsity is None:
-            return 0
-        budget = self.sparsity.token_budget // self.selected_page_size
-        return min(budget - 1, self.selected_pages_per_sequence)
+    def least_wanted(self) -> int:
+        """Pages that a head with a share ranks at least, however short the sequence."""
+        assert self.sparsity is not None  # else nothing has a share
+        return max(
+            self.sparsity.forced_sink_pages + 1, LEAST_SHARE_TOKENS // self.selected_page_size - 1
+        )
+
+    def most_wanted(self, layer: int) -> tuple[int, ...]:
+        """Pages that each ranked head of a layer gets by score in the longest sequence."""
+        total, heads = self.selected_pages_per_sequence, self.heads
+        if heads.shares is None:
+            if heads.token_budget is None:
+                return ()
+            budget = heads.token_budget // self.selected_page_size
+            return (min(budget - 1, total),) * heads.num_ranked[layer]
+        most = min(MOST_SELECTED_PAGES, total)
+        return tuple(
+            min(max(round(share * total) - 1, self.least_wanted), most)
+            for share in heads.shares[layer]
+        )
+
+    def wanted_pages(self, layer: int, tail: Int[Array, " B"]) -> Int[Array, "B Kq"]:
+        """Pages that each ranked head gets by score where so many full pages lie before the tail.
+
+        The rest of its budget is the newest pages. A head with a share gets that of the sequence's
+        pages at the selection, the tail's page among them.
+        """
+        most = jnp.array(self.most_wanted(layer), jnp.int32)[None]
+        if self.heads.shares is None:
+            return jnp.broadcast_to(most, (tail.shape[0], most.shape[1]))
+        shares = jnp.array(self.heads.shares[layer], jnp.float32)[None]
+        wanted = jnp.floor(shares * (tail + 1)[:, None].astype(jnp.float32) + 0.5)
+        return jnp.clip(wanted.astype(jnp.int32) - 1, self.least_wanted, most)
+
+    def prunes(self, tail: Int[Array, " B"]) -> Bool[Array, " B"]:
+        """Whether some head lists less than all of a sequence."""
+        heads, nobody = self.heads, jnp.zeros(tail.shape, bool)
+        ranking = [layer for layer, count in enumerate(heads.num_ranked) if count]
+        if not ranking:
+            return nobody
+        if heads.shares is None:
+            return tail > self.wanted_pages(ranking[0], tail)[:, 0]
+        poorest = min(ranking, key=lambda layer: min(heads.shares[layer]))
+        return tail > self.wanted_pages(poorest, tail).min(axis=1)
+
+    def tokens_listed(self, length: int) -> float:
+        """Tokens that a retrieval head attends in a sequence of ``length``, on average."""
+        heads, total, window = self.heads, 0.0, self.decode_window
+        for layer, ranked in enumerate(heads.num_ranked):
+            total += heads.num_dense[layer] * length
+            total += heads.num_windowed[layer] * min(window.sink + window.local, length)
+            if heads.shares is None:
+                total += ranked * min(heads.token_budget or 0, length)
+            else:
+                least = min(LEAST_SHARE_TOKENS, length)
+                total += sum(max(share * length, least) for share in heads.shares[layer])
+        return total / max(sum(heads.num_retrieval), 1)
+
+    def num_ranked(self, layer: int) -> int:
+        """R: the most pages that any ranked head of the layer gets by score."""
+        return max(self.most_wanted(layer), default=0)
 
     @property
     def forced_sink_pages(self) -> int:
         """First listed pages that selection always keeps."""
-        return 0 if self.sparsity is None else min(self.sparsity.forced_sink_pages, self.num_ranked)
+        if self.sparsity is None:
+            return 0
+        return min(self.sparsity.forced_sink_pages, self.selected_pages_per_sequence)
 
     @property
     def lower_bound_weight(self) -> float:
@@ -132,17 +197,54 @@ class CacheSpec:
         return 0.0 if self.sparsity is None else self.sparsity.lower_bound_weight
 
     @property
-    def num_listed(self) -> int:
-        """L for retrieval heads: ranked pages and those with tokens since the last selection."""
-        if self.sparsity is None:
-            return self.pages_per_sequence
-        # From the last token before the selection to the last step that reuses it.
-        tail = 1 + -(-self.sparsity.reuse_interval // self.selected_page_size)
-        return min(self.num_ranked + tail, self.selected_pages_per_sequence)
+    def _tail_pages(self) -> int:
+        """From the last token before a selection to the last step that reuses it."""
+        return 1 + -(-self.reuse_interval // self.selected_page_size)
+
+    @property
+    def window_pages(self) -> tuple[int, int]:
+        """Sink and newest pages that a windowed head lists before the tail."""
+        sinks, local = self.decode_window.sink, self.decode_window.local
+        return sinks // self.selected_page_size, local // self.selected_page_size
+
+    def lists_pages(self, layer: int) -> bool:
+        """Whether some head of a layer lists other pages than all of them."""
+        return self.heads.num_ranked[layer] + self.heads.num_windowed[layer] > 0
+
+    def num_listed(self, layer: int) -> int:
+        """L for retrieval heads: pages listed and those with tokens since the last selection.
+
+        All pages where a head reads everything.
+        """
+        total = self.selected_pages_per_sequence
+        if self.heads.num_dense[layer] or not self.lists_pages(layer):
+            return total
+        windowed = sum(self.window_pages) if self.heads.num_windowed[layer] else 0
+        return min(max(self.num_ranked(layer), windowed) + self._tail_pages, total)
+
+    def most_tokens(self, layer: int, num_streaming: int) -> tuple[int, ...]:
+        """Tokens that each KV head of a layer lists at most, in the order of its pools."""
+        total = self.selected_pages_per_sequence
+        windowed = (sum(self.window_pages),) * self.heads.num_windowed[layer]
+        ranked, windowed = (
+            tuple(min(most + self._tail_pages, total) for most in listed)
+            for listed in (self.most_wanted(layer), windowed)
+        )
+        pages = (*ranked, *(total,) * self.heads.num_dense[layer], *windowed)
+        window = self.decode_window.num_pages * self.page_size
+        return (*(n * self.selected_page_size for n in pages), *(window,) * num_streaming)
 
     @property
     def reuse_interval(self) -> int:
+        """Steps from one selection to the next. In exact mode there is one for each draft."""
+        if self.max_drafts is not None:
+            return max(self.max_drafts, 1)
         return 1 if self.sparsity is None else self.sparsity.reuse_interval
+
+    @property
+    def burst_unit(self) -> int:
+        """A burst's steps are a multiple of this, so that every burst begins with a selection."""
+        return 1 if self.max_drafts is not None else self.reuse_interval
 
     @property
     def num_streaming_pages(self) -> int:
@@ -169,10 +271,10 @@ class LayerCache:
     """Cached keys and values of one layer, for all slots."""
 
     retrieval: KVPages  # [Kr, N, P, D]
-    key_stats: Float[Array, "Kr N g 2 D"] | None  # kmax, kmin; None when nothing is selected
+    key_stats: Float[Array, "Kq N g 2 D"] | None  # kmax, kmin of ranked heads; None: there are none
     streaming: KVPages  # [Ks, Q, P, D]
     prefill_window: KVPages  # [Ks, W, P, D], in the compute dtype
-    # What the last selection lists, as ``retrieval_pages`` numbers it; None: nothing is selected.
+    # What the last selection lists, as ``retrieval_pages`` numbers it; None: heads list all pages.
     listed: Int[Array, "S Kr L"] | None
 
 
@@ -180,12 +282,13 @@ def make_spec(
     config: ModelConfig,
     *,
     sparsity: SparsityConfig | None,
-    num_retrieval_heads: tuple[int, ...],
+    heads: HeadBudgets,
     max_model_len: int,
     max_num_seqs: int,
     num_pages: int,
     max_prefixes: int,
     kv_dtype: KVDtype,
+    max_drafts: int | None = None,
 ) -> CacheSpec:
     """Sizes of a cache for sequences of up to ``max_model_len`` tokens."""
     page_size = SparsityConfig().page_size if sparsity is None else sparsity.page_size
@@ -205,18 +308,19 @@ def make_spec(
         pages_per_sequence=pages_per_sequence,
         max_num_seqs=max_num_seqs,
         max_prefixes=max_prefixes,
-        num_retrieval_heads=num_retrieval_heads,
+        heads=heads,
         kv_dtype=kv_dtype,
         decode_window=window(sizes.decode_sink, sizes.decode_local),
         prefill_window=window(sizes.prefill_sink, sizes.prefill_local),
         sparsity=sparsity,
+        max_drafts=max_drafts,
     )
 
 
 def init_layer_cache(config: ModelConfig, spec: CacheSpec, layer: int, dtype) -> LayerCache:
     """An empty cache of one layer; ``dtype`` is the model's compute dtype."""
     D, P = config.head_dim, spec.page_size
-    Kr = spec.num_retrieval_heads[layer]
+    Kr, Kq = spec.heads.num_retrieval[layer], spec.heads.num_ranked[layer]
     Ks = config.num_key_value_heads - Kr
 
     def pages(heads: int, count: int, quantized: bool) -> KVPages:
@@ -232,10 +336,12 @@ def init_layer_cache(config: ModelConfig, spec: CacheSpec, layer: int, dtype) ->
 
     quantized = spec.kv_dtype == "int8"
     key_stats = listed = None
-    if spec.sparsity is not None:
-        listed = jnp.zeros((spec.max_num_seqs, Kr, spec.num_listed), jnp.int32)
+    if spec.lists_pages(layer):
+        listed = jnp.zeros((spec.max_num_seqs, Kr, spec.num_listed(layer)), jnp.int32)
+    if Kq > 0:
+        assert spec.sparsity is not None  # nothing is ranked in dense attention
         g = P // spec.sparsity.logical_page_size
-        key_stats = jnp.zeros((Kr, spec.num_pages, g, 2, D), dtype)
+        key_stats = jnp.zeros((Kq, spec.num_pages, g, 2, D), dtype)
     return LayerCache(
         retrieval=pages(Kr, spec.num_pages, quantized),
         key_stats=key_stats,

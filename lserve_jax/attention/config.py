@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from lserve_jax.checks import check_integer, check_path, is_real
 
 _INTEGERS = (
-    *("page_size", "logical_page_size", "token_budget", "reuse_interval", "forced_sink_pages"),
+    *("page_size", "logical_page_size", "reuse_interval", "forced_sink_pages", "dense_heads"),
     *("prefill_sink", "prefill_local", "decode_sink", "decode_local"),
 )
 # Steps without a look at the queue: nobody is admitted or cancelled meanwhile, results of all of
@@ -14,6 +14,8 @@ _INTEGERS = (
 MOST_BURST_STEPS = 1024
 PAGE_SIZES = (16, 32, 64, 128)
 LOGICAL_PAGE_SIZES = (16, 32)
+# Where neither a budget nor what the heads are worth is known.
+EVEN_BUDGET = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +25,22 @@ class SparsityConfig:
     Raises ``ValueError`` naming values and rule where they do not fit together.
     """
 
-    # A shipped head pattern's name or a directory in DuoAttention's format. Without a pattern
-    # every head is a retrieval head.
+    # A shipped head pattern's name or a directory in DuoAttention's format: which heads stream.
     pattern: str | None = None
-    # Share of KV heads made streaming heads, lowest gates first. None: 0.5 with a pattern, else 0.
+    # What each head is worth: where ``calibrate --head-shares`` wrote it. "auto": beside the
+    # pattern, if there; None or "none": LServe's own policy, by gates and with even budgets.
+    head_shares: str | None = "auto"
+    # Share of KV heads made streaming heads, of the least worth or by the lowest gates. None: 1/3
+    # by worth (never one of the four of the greatest), 0.5 by gates, 0 if neither is known.
     streaming_fraction: float | None = None
+    # Heads of the greatest worth, of the whole model, that read everything.
+    dense_heads: int = 0
+    # Share of the context's keys and values that a decode step may read, statistics included; mean
+    # over all KV heads. None: 1/8 with head shares, else token_budget says.
+    budget_share: float | None = None
+    # Instead: tokens that each retrieval head may attend in a decode step, whatever the context;
+    # histories that fit are attended whole. None: 4096 if there is no share either.
+    token_budget: int | None = None
     # Tokens of a page of the KV cache: what is allocated and shared as a whole.
     page_size: int = 64
     # Statistics for page selection are kept per logical page.
@@ -40,8 +53,6 @@ class SparsityConfig:
     # 0 that is the upper bound alone, as published; with more, pages of unlike keys, whose bounds
     # are loose, rank lower.
     lower_bound_weight: float = 0.5
-    # What a retrieval head may attend in one decode step; histories that fit are attended whole.
-    token_budget: int = 4096
     # Decode steps between two page selections; they run as one burst, so at most 1,024.
     reuse_interval: int = 4
     # Without a pattern no head streams, and these four do nothing.
@@ -62,17 +73,40 @@ class SparsityConfig:
                 raise TypeError(f"pattern={self.pattern!r} must be a name, a path or None")
             check_path("pattern", self.pattern)
             object.__setattr__(self, "pattern", os.fspath(self.pattern))
+        shares = self.head_shares
+        if shares is not None:
+            if not isinstance(shares, str | os.PathLike):
+                raise TypeError(f"head_shares={shares!r} must be 'auto', a name, a path or None")
+            shares = None if shares == "none" else os.fspath(shares)
+            object.__setattr__(self, "head_shares", shares)
         for name in _INTEGERS:
             object.__setattr__(self, name, check_integer(name, getattr(self, name)))
-        if self.selected_page_size is not None:
-            selected = check_integer("selected_page_size", self.selected_page_size)
-            object.__setattr__(self, "selected_page_size", selected)
+        for name in ("selected_page_size", "token_budget"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, check_integer(name, getattr(self, name)))
         fraction = self.streaming_fraction
         if fraction is not None and not (is_real(fraction) and 0.0 <= fraction <= 1.0):
             raise ValueError(f"streaming_fraction={fraction!r} must lie in [0, 1]")
-        if self.pattern is None and fraction:
+        knows_heads = self.pattern is not None or shares not in (None, "auto")
+        if fraction and not knows_heads:
             raise ValueError(
-                f"streaming_fraction={fraction} needs a head pattern: which heads stream is learned"
+                f"streaming_fraction={fraction} needs a head pattern or head shares: "
+                "which heads stream is learned"
+            )
+        if self.dense_heads < 0:
+            raise ValueError(f"dense_heads={self.dense_heads} must not be negative")
+        if self.dense_heads and (shares is None or not knows_heads):
+            raise ValueError(
+                f"dense_heads={self.dense_heads} needs head shares, got head_shares={shares!r} "
+                f"and pattern={self.pattern!r}: which heads must read everything is measured"
+            )
+        budget = self.budget_share
+        if budget is not None and not (is_real(budget) and 0.0 < budget <= 1.0):
+            raise ValueError(f"budget_share={budget!r} must lie in (0, 1]")
+        if budget is not None and self.token_budget is not None:
+            raise ValueError(
+                f"budget_share={budget} and token_budget={self.token_budget} are two budgets: "
+                "give one of them"
             )
         for name, allowed in (
             ("page_size", PAGE_SIZES),
@@ -99,18 +133,8 @@ class SparsityConfig:
             raise ValueError(f"reuse_interval={self.reuse_interval} must be {bounds}")
         if self.forced_sink_pages < 0:
             raise ValueError(f"forced_sink_pages={self.forced_sink_pages} must not be negative")
-        if self.token_budget % selected:
-            raise ValueError(
-                f"token_budget={self.token_budget} must be a multiple of "
-                f"selected_page_size={selected}"
-            )
-        least = (self.forced_sink_pages + 2) * selected
-        if self.token_budget < least:
-            raise ValueError(
-                f"token_budget={self.token_budget} must be at least {least}: "
-                f"{self.forced_sink_pages} forced sink pages, one selected and the newest page "
-                f"of {selected} tokens"
-            )
+        if self.token_budget is not None:
+            self._check_token_budget(self.token_budget, selected)
         for name in ("prefill_sink", "prefill_local", "decode_sink", "decode_local"):
             size = getattr(self, name)
             if size % page_size or size < 0:
@@ -125,6 +149,19 @@ class SparsityConfig:
         if self.decode_local < page_size:
             raise ValueError(f"decode_local={self.decode_local} must be at least {page_size=}")
 
+    def _check_token_budget(self, budget: int, selected: int) -> None:
+        if budget % selected:
+            raise ValueError(
+                f"token_budget={budget} must be a multiple of selected_page_size={selected}"
+            )
+        least = (self.forced_sink_pages + 2) * selected
+        if budget < least:
+            raise ValueError(
+                f"token_budget={budget} must be at least {least}: "
+                f"{self.forced_sink_pages} forced sink pages, one selected and the newest page "
+                f"of {selected} tokens"
+            )
+
     @property
     def resolved_selected_page_size(self) -> int:
         if self.selected_page_size is not None:
@@ -132,7 +169,9 @@ class SparsityConfig:
         return self.logical_page_size
 
     @property
-    def resolved_streaming_fraction(self) -> float:
-        if self.streaming_fraction is not None:
-            return self.streaming_fraction
-        return 0.0 if self.pattern is None else 0.5
+    def statistics_share(self) -> float:
+        """What ranking a head's pages reads, a step on average, as a share of its keys and values.
+
+        Two vectors a logical page, every ``reuse_interval`` steps, in the dtype of the keys.
+        """
+        return 1 / (self.logical_page_size * self.reuse_interval)

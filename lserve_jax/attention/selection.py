@@ -1,8 +1,9 @@
 """From page scores to the page lists that decode attention reads (LServe, decoding stage).
 
-A retrieval head reads R ranked pages, chosen at a selection and reused until the next one, and
-the *tail*: every page that holds tokens written since just before that selection. So no token
-can fall between a reused list and the newest page. A streaming head reads its window.
+A ranked head reads its best pages, as many as its budget says, chosen at a selection and reused
+until the next one, and the *tail*: every page that holds tokens written since just before that
+selection. So no token can fall between a reused list and the newest page. A dense head reads all
+pages, a streaming head its window.
 
 Page numbers count a sequence's pages from 0; physical ids index a pool. A page here is what decode
 lists, U tokens (``CacheSpec.selected_page_size``): where that is less than the cache's page of P,
@@ -28,46 +29,78 @@ def first_tail_page(position: Int[Array, " B"], page_size: int) -> Int[Array, " 
     return jnp.maximum(position - 1, 0) // page_size
 
 
+def all_pages(spec: CacheSpec, page_table: Int[Array, "B M"]) -> Int[Array, "B 1 L"]:
+    """Every page of a sequence in order, as listed pages: what dense heads read."""
+    cut = spec.page_size // spec.selected_page_size
+    pages = page_table[:, :, None] * cut + jnp.arange(cut)[None, None]
+    return pages.reshape(page_table.shape[0], 1, -1).astype(jnp.int32)
+
+
 def retrieval_pages(
     spec: CacheSpec,
-    selected: Int[Array, "B Kr R"],
+    layer: int,
+    selected: Int[Array, "B Kq R"] | None,
     tail: Int[Array, " B"],
     page_table: Int[Array, "B M"],
 ) -> Int[Array, "B Kr L"]:
-    """Physical ids of the selected pages, then of the tail as far as reuse can let it grow.
+    """Physical ids of what each head lists, then of the tail as far as reuse can let it grow.
 
+    ``selected`` has each ranked head's ``spec.wanted_pages`` first; None: no head ranks. Behind
+    the ranked heads dense heads list all pages in order, and windowed heads sinks and newest pages.
     ``page_table`` has the cache's pages; selected, ``tail`` and what is returned are listed pages.
     Made once a selection: until the next one only the number of attended tokens grows.
     """
-    B, Kr, R = selected.shape
-    ranked = jnp.minimum(tail, R)  # pages before the tail that were there to be selected
-    entry = jnp.broadcast_to(jnp.arange(spec.num_listed)[None, None], (B, Kr, spec.num_listed))
-    number = tail[:, None, None] + entry - ranked[:, None, None]
-    chosen = jnp.pad(selected, ((0, 0), (0, 0), (0, spec.num_listed - R)))
-    number = jnp.where(entry < ranked[:, None, None], chosen, number)
-    # Entries past the sequence's end name some valid page; they are not attended.
-    number = jnp.minimum(number, spec.selected_pages_per_sequence - 1)
-    cut = spec.page_size // spec.selected_page_size
-    page = jnp.take_along_axis(page_table[:, None], number // cut, axis=2)
-    return (page * cut + number % cut).astype(jnp.int32)
+    heads, L = spec.heads, spec.num_listed(layer)
+    everything = all_pages(spec, page_table)
+    B, tail = len(tail), tail[:, None, None]
+    entry = jnp.arange(L)[None, None]
+
+    def listed(chosen: Array, count: Array) -> Int[Array, "B K L"]:
+        """The pages ``chosen``, ``count`` [B, K, 1] of them, then the tail."""
+        chosen = chosen[:, :, :L]
+        chosen = jnp.pad(chosen, ((0, 0), (0, 0), (0, L - chosen.shape[2])))
+        number = jnp.where(entry < count, chosen, tail + entry - count)
+        # Entries past the sequence's end name some valid page; they are not attended.
+        number = jnp.clip(number, 0, spec.selected_pages_per_sequence - 1)
+        return jnp.take_along_axis(everything, number, axis=2, mode="clip")
+
+    pages = [jnp.broadcast_to(everything[:, :, :L], (B, heads.num_dense[layer], L))]
+    if selected is not None:
+        wanted = spec.wanted_pages(layer, tail[:, 0, 0])[:, :, None]
+        pages.insert(0, listed(selected, jnp.minimum(tail, wanted)))
+    if heads.num_windowed[layer]:
+        sinks, local = spec.window_pages
+        place = jnp.arange(sinks + local)[None, None]
+        newest = jnp.where(place < sinks, place, tail - sinks - local + place)
+        window = jnp.where(tail > sinks + local, newest, place)
+        window = listed(window, jnp.minimum(tail, sinks + local))
+        pages.append(jnp.broadcast_to(window, (B, heads.num_windowed[layer], L)))
+    return jnp.concatenate(pages, axis=1)
 
 
 def retrieval_stop(
     spec: CacheSpec,
+    layer: int,
     tail: Int[Array, " B"],
     position: Int[Array, " B"],
     active: Bool[Array, " B"],
-) -> Int[Array, "B 1"]:
-    """Tokens that a retrieval head attends: its ranked pages and the tail up to ``position``.
+) -> Int[Array, "B Kr"]:
+    """Tokens that a layer's retrieval heads attend: pages listed and the tail up to ``position``.
 
-    ``tail`` is ``first_tail_page`` at the last selection (0 when dense). All listed pages but the
-    newest are full, so the attended places of the list are contiguous.
+    ``tail`` is ``first_tail_page`` at the last selection. All listed pages but the newest are full,
+    so the attended places of the list are contiguous. Dense heads attend everything up to
+    ``position``.
     """
-    before_tail = jnp.minimum(tail, spec.num_ranked)
-    U = spec.selected_page_size
-    count = before_tail + position // U - tail + 1
-    stop = (count - 1) * U + position % U + 1
-    return jnp.where(active, stop, 0)[:, None]
+    heads, U = spec.heads, spec.selected_page_size
+    tail, position = tail[:, None], position[:, None]
+    windowed = jnp.full((1, heads.num_windowed[layer]), sum(spec.window_pages))
+    ranked, windowed = (
+        (jnp.minimum(tail, listed) + position // U - tail) * U + position % U + 1
+        for listed in (spec.wanted_pages(layer, tail[:, 0]), windowed)
+    )
+    dense = jnp.broadcast_to(position + 1, (len(position), heads.num_dense[layer]))
+    stop = jnp.concatenate([ranked, dense, windowed], axis=1)
+    return jnp.where(active[:, None], stop, 0).astype(jnp.int32)
 
 
 def window_list(

@@ -10,20 +10,25 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from convert.attention_patterns import load_pattern
 from lserve_jax.attention.cache import CacheSpec, KVDtype, cache_bytes, make_spec
 from lserve_jax.attention.config import MOST_BURST_STEPS, SparsityConfig
 from lserve_jax.checks import INT32_MAX, check_bool, check_choice, check_integer, is_real
 from lserve_jax.engine.buckets import SMALLEST_CHUNK
 from lserve_jax.engine.engine import Engine
+from lserve_jax.engine.head_policy import head_policy
 from lserve_jax.engine.relay import RelayMode, check_mode
 from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.heads import HeadPartition, partition_heads, permute_heads
+from lserve_jax.model.heads import permute_heads
 from lserve_jax.model.llama import Params, check_params
 from pallas_kernels.api import Backend, resolve_backend
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_INTEGERS = (
+    *("max_num_seqs", "max_prefixes", "prefill_chunk_size", "burst_steps", "max_draft_tokens"),
+)
+# A verification is one pass of at most 16 tokens a row.
+MOST_DRAFTS = 15
 # The CPU has no reported limit; more than this is taken only when asked for.
 CPU_CACHE_BYTES = 2 << 30
 
@@ -48,6 +53,11 @@ class EngineOptions:
     deterministic: a request's tokens do not depend on what else runs; needs relay="never" (in
         dense attention "always" too), and costs speed while few requests run. With int8 storage
         sharing a prefix changes them still.
+    exact: answers are those of dense attention, of its own sampling too: sparse steps, by
+        ``sparsity``, only draft tokens, which dense attention verifies. Every head keeps all pages.
+        Needs attention="lserve", and no relay="always".
+    max_draft_tokens: most tokens that a request drafts before they are verified, in exact mode.
+        Each drafts as many as pay by what was confirmed before, none where the context is short.
     prefill_chunk_size: prompt tokens run at once, a power of two; bounds activation memory.
     burst_steps: decode steps between two looks at the queue, at most 1,024; tokens are returned at
         that grain.
@@ -70,23 +80,21 @@ class EngineOptions:
     max_prefixes: int = 8
     relay: RelayMode = "auto"
     deterministic: bool = False
+    exact: bool = False
+    max_draft_tokens: int = 7
     prefill_chunk_size: int = 8192
     burst_steps: int = 16
     backend: Backend = "auto"
 
     def __post_init__(self):
-        for name, most in (
-            ("max_model_len", INT32_MAX),
-            ("max_num_seqs", INT32_MAX),
-            ("max_prefixes", INT32_MAX),
-            ("prefill_chunk_size", INT32_MAX),
-            ("burst_steps", MOST_BURST_STEPS),
-            ("kv_cache_bytes", math.inf),
-        ):
+        for name in (*_INTEGERS, "max_model_len", "kv_cache_bytes"):
             value = getattr(self, name)
-            if value is not None or name not in ("max_model_len", "kv_cache_bytes"):
+            most = MOST_BURST_STEPS if name == "burst_steps" else INT32_MAX
+            most = math.inf if name == "kv_cache_bytes" else most
+            if value is not None or name in _INTEGERS:
                 object.__setattr__(self, name, check_integer(name, value, most=most))
-        check_bool("deterministic", self.deterministic)
+        for name in ("deterministic", "exact"):
+            check_bool(name, getattr(self, name))
         if not isinstance(self.sparsity, SparsityConfig | None):
             raise TypeError(f"sparsity={self.sparsity!r} must be a SparsityConfig or None")
         check_backend(self.backend)
@@ -104,6 +112,19 @@ class EngineOptions:
                 f"prefill_chunk_size={chunk} must be a power of two of at least {SMALLEST_CHUNK}"
             )
         check_mode(self.relay, self.deterministic, self.resolved_sparsity)
+        if self.exact and self.attention != "lserve":
+            raise ValueError(
+                f"exact=True needs attention='lserve', got {self.attention!r}: dense attention is "
+                "exact already"
+            )
+        if self.exact and self.relay == "always":
+            raise ValueError(
+                "exact=True cannot have relay='always': verification reads each row by itself"
+            )
+        if not 1 <= self.max_draft_tokens <= MOST_DRAFTS:
+            raise ValueError(
+                f"max_draft_tokens={self.max_draft_tokens} must lie in [1, {MOST_DRAFTS}]"
+            )
         fraction = self.memory_fraction
         if not (is_real(fraction) and 0 < fraction <= 1):
             raise ValueError(f"memory_fraction={fraction!r} must lie in (0, 1]")
@@ -159,21 +180,22 @@ def build_engine(
     dtype, sparsity = resolve_dtype(options.dtype), options.resolved_sparsity
     max_model_len = _check_length(config, options.max_model_len)
     config = _choose_longrope(config, max_model_len)
-    partition = head_partition(config, sparsity)
+    policy = head_policy(config, sparsity, exact=options.exact)
     if callable(params):
         params = params()
     check_params(config, params)
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
-    params = permute_heads(config, params, partition)
+    params = permute_heads(config, params, policy.partition)
     spec = make_spec(
         config,
         sparsity=sparsity,
-        num_retrieval_heads=partition.num_retrieval,
+        heads=policy.budgets,
         max_model_len=max_model_len,
         max_num_seqs=options.max_num_seqs,
         num_pages=1,
         max_prefixes=options.max_prefixes,
         kv_dtype=options.kv_dtype,
+        max_drafts=options.max_draft_tokens if options.exact else None,
     )
     spec = dataclasses.replace(spec, num_pages=_plan_pages(config, spec, dtype, options))
     if config.tie_word_embeddings and jax.default_backend() == "cpu":
@@ -193,17 +215,6 @@ def build_engine(
         burst_steps=options.burst_steps,
         relay=options.relay,
         deterministic=options.deterministic,
-    )
-
-
-def head_partition(config: ModelConfig, sparsity: SparsityConfig | None) -> HeadPartition:
-    """Which heads stream, by the pattern of ``sparsity``; none does without one."""
-    pattern = None if sparsity is None else sparsity.pattern
-    return partition_heads(
-        None if pattern is None else load_pattern(pattern),
-        0.0 if sparsity is None else sparsity.resolved_streaming_fraction,
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=config.num_key_value_heads,
     )
 
 

@@ -39,7 +39,7 @@ class CacheUnits:
             decode_window=windows * spec.decode_window.num_pages,
             page_size=spec.page_size,
             kv_heads=config.num_hidden_layers * config.num_key_value_heads,
-            retrieval_heads=sum(spec.num_retrieval_heads),
+            retrieval_heads=sum(spec.heads.num_retrieval),
             num_layers=config.num_hidden_layers,
         )
 
@@ -58,6 +58,9 @@ class BurstRow:
     selections: int
     scored: int  # pages whose statistics were read, in one layer and KV head
     attended: float  # tokens, summed over steps, layers and KV heads
+    verified: int
+    drafted: int
+    confirmed: int
 
     @classmethod
     def of(cls, burst: Burst, row: int) -> Self:
@@ -68,6 +71,9 @@ class BurstRow:
             selections=int(burst.selections[row]),
             scored=int(burst.scored[row]),
             attended=float(burst.attended[row]),
+            verified=int(burst.verified[row]),
+            drafted=int(burst.drafted[row]),
+            confirmed=int(burst.confirmed[row]),
         )
 
 
@@ -84,6 +90,10 @@ class RequestCosts:
     positions: int = 0  # tokens of the sequence, summed: what dense attention would attend
     relay_steps: int = 0
     relay_reason: str = ""
+    verified: int = 0
+    drafted: int = 0
+    confirmed: int = 0
+    draft_reason: str = ""
 
     def add(
         self, row: BurstRow, units: CacheUnits, position: int, decision: RelayDecision | None
@@ -95,6 +105,9 @@ class RequestCosts:
         self.selections += row.selections
         self.scored += row.scored
         self.attended += row.attended
+        self.verified += row.verified
+        self.drafted += row.drafted
+        self.confirmed += row.confirmed
         self.read += row.attended
         if decision is not None and decision.used:
             others = 1 - 1 / decision.requests
@@ -114,6 +127,10 @@ class RequestCosts:
             decode_steps=self.steps,
             relay_steps=self.relay_steps,
             relay_reason=self.relay_reason,
+            verifications=self.verified,
+            drafted_tokens=self.drafted,
+            confirmed_tokens=self.confirmed,
+            draft_reason=self.draft_reason,
             selector_runs=self.selections,
             bypassed_steps=self.bypassed,
             pages_attended_per_step=self.attended / steps / units.kv_heads / units.page_size,

@@ -22,6 +22,7 @@ import numpy as np
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.engine.buckets import bucket, buckets
 from lserve_jax.engine.costs import BurstRow, CacheUnits
+from lserve_jax.engine.drafting import decide_all
 from lserve_jax.engine.metrics import EngineCounts, EngineMetrics, StepMetrics
 from lserve_jax.engine.prefix import Prefix
 from lserve_jax.engine.prefix_store import PrefixStore
@@ -43,8 +44,7 @@ class Engine:
         intervals.
     relay: whether requests with one prefix read it together: "always", "never", or "auto" by the
         rule of ``relay.py``.
-    deterministic: always runs all slots, so that a request's numbers do not depend on how many
-        others there are; needs relay="never", in dense attention "always" will do too.
+    deterministic: always runs all slots, so that no request's numbers depend on how many there are.
     clock: tells the time in seconds.
     """
 
@@ -69,7 +69,7 @@ class Engine:
         self.runner, self.max_model_len = runner, max_model_len
         self.eos_token_ids = tuple(eos_token_ids)
         # A whole number of selection intervals, so that every burst begins with a selection.
-        self.burst_steps = -(-burst_steps // spec.reuse_interval) * spec.reuse_interval
+        self.burst_steps = -(-burst_steps // spec.burst_unit) * spec.burst_unit
         self.relay: RelayMode = relay
         self.deterministic, self.clock = deterministic, clock
         self.units = CacheUnits.of(runner.config, spec, runner.dtype)
@@ -410,9 +410,8 @@ class Engine:
         requests = sorted(self.scheduler.running.items())
         if not requests:
             return None, outputs
-        rows = self.spec.max_num_seqs
-        if not self.deterministic:
-            rows = bucket(requests[-1][0] + 1, 1, rows)
+        most = self.spec.max_num_seqs
+        rows = most if self.deterministic else bucket(requests[-1][0] + 1, 1, most)
         groups, decisions = group_by_prefix(
             requests,
             self.relay,
@@ -421,7 +420,8 @@ class Engine:
             token_bytes=self.units.retrieval_token,
             has_kernel=self.runner.has_prefix_kernel,
         )
-        burst = self.runner.decode(self.scheduler.burst_inputs(steps, rows, groups))
+        drafts = decide_all(requests, self.runner, self.units)
+        burst = self.runner.decode(self.scheduler.burst_inputs(steps, rows, groups, drafts))
         self._counts.relay_bursts += groups is not None
         for _, request in requests:
             request.scheduled += min(steps, request.remaining)

@@ -34,9 +34,11 @@ class Start:
 class BurstInputs:
     """What a burst of decode steps needs for its first B slots."""
 
-    steps: int  # to run, a multiple of ``reuse_interval``
+    steps: int  # to run, a multiple of ``CacheSpec.burst_unit``; in exact mode tokens
     page_table: np.ndarray  # [B, M] int32
     sink_page: np.ndarray  # [B] int32
     groups: PrefixGroups | None  # with NumPy arrays
     forced: np.ndarray  # [most steps, B] int32, -1 where a token is sampled
     mode: SamplingMode
+    # [B] int32, tokens that a row drafts before they are verified; None: not in exact mode
+    drafts: np.ndarray | None

@@ -14,6 +14,14 @@ class RelayDecision:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DraftDecision:
+    """How many tokens a request drafts in a burst, and why."""
+
+    drafts: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RequestMetrics:
     """What one request cost. Times in seconds, sizes in bytes; means are over its decode steps.
 
@@ -31,6 +39,11 @@ class RequestMetrics:
     decode_steps: int = 0
     relay_steps: int = 0  # steps that read the prefix together with other requests
     relay_reason: str = ""  # why its last burst did or did not
+    # In exact mode:
+    verifications: int = 0  # passes of dense attention over drafts and the token before them
+    drafted_tokens: int = 0  # by sparse steps
+    confirmed_tokens: int = 0  # of these, those that became tokens of the answer
+    draft_reason: str = ""  # how many tokens its last burst drafted a round, and why
     selector_runs: int = 0  # steps in which its pages were chosen anew
     bypassed_steps: int = 0  # steps whose history fitted the budget, so that nothing was pruned
     pages_attended_per_step: float = 0.0  # of page_size tokens; mean over layers and KV heads
@@ -38,6 +51,16 @@ class RequestMetrics:
     # K and V attended, and statistics read by the selector; of a prefix read together its share.
     kv_bytes_read_per_step: float = 0.0
     dense_kv_bytes_read_per_step: float = 0.0  # what attending everything would have read
+
+    @property
+    def acceptance(self) -> float:
+        """Share of drafts that were confirmed; 0 if nothing was drafted."""
+        return self.confirmed_tokens / max(self.drafted_tokens, 1)
+
+    @property
+    def tokens_per_verification(self) -> float:
+        """Tokens that a dense pass made; 0 outside of exact mode."""
+        return self.decode_steps / max(self.verifications, 1) if self.verifications else 0.0
 
     @property
     def seconds_per_output_token(self) -> float:

@@ -102,7 +102,8 @@ class PrefixStore:
         return {
             "page size": f"{spec.page_size}, logical {logical}",
             "kv_dtype": f"{spec.kv_dtype}, {jnp.dtype(self.runner.dtype).name}",
-            "number of retrieval heads": str(spec.num_retrieval_heads),
+            "number of retrieval heads": str(spec.heads.num_retrieval),
+            "number of dense heads": str(spec.heads.num_dense),
             "sink and local sizes": ", ".join(sizes),
             "model": self.runner.fingerprint(),
         }

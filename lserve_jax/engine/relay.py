@@ -68,15 +68,12 @@ def decide(
             used=used, reason=reason, prefix_tokens=prefix_tokens, requests=requests
         )
 
+    if spec.max_drafts is not None:
+        return decision(False, "exact mode: verification reads each row by itself")
     if mode != "auto":
         return decision(mode == "always", f"relay={mode!r}")
-    together = one_by_one = private_tokens
-    if spec.sparsity is None:
-        one_by_one += prefix_tokens
-    else:
-        budget = spec.sparsity.token_budget
-        together = min(budget, private_tokens)
-        one_by_one = min(budget, prefix_tokens + private_tokens)
+    together = spec.tokens_listed(private_tokens)
+    one_by_one = spec.tokens_listed(prefix_tokens + private_tokens)
     saved = (requests * (one_by_one - together) - prefix_tokens) * token_bytes
     amount, least = (f"{x / 2**20:,.1f} MiB" for x in (saved, LEAST_SAVED_BYTES))
     if saved < LEAST_SAVED_BYTES:

@@ -19,6 +19,7 @@ from lserve_jax.attention.cache import CacheSpec, LayerCache, cache_bytes, init_
 from lserve_jax.engine.buckets import SMALLEST_CHUNK, bucket, buckets
 from lserve_jax.engine.inputs import BurstInputs, Chunk, Start
 from lserve_jax.engine.sampling import MAX_STOP_IDS, SamplingArrays, SamplingMode
+from lserve_jax.engine.speculate import exact_burst
 from lserve_jax.engine.state import (
     Burst,
     Caches,
@@ -67,15 +68,16 @@ class ModelRunner:
         chunk_size: int,
     ):
         backend = resolve_backend(backend)
-        if backend == "mosaic" and spec.num_ranked > MOST_SELECTED_PAGES:
-            assert spec.sparsity is not None  # nothing is ranked in dense attention
+        most = max(spec.num_ranked(layer) for layer in range(config.num_hidden_layers))
+        if backend == "mosaic" and most > MOST_SELECTED_PAGES:
             raise NotImplementedError(
-                f"token_budget={spec.sparsity.token_budget} is more than {MOST_SELECTED_PAGES} "
+                f"token_budget={spec.heads.token_budget} is more than {MOST_SELECTED_PAGES} "
                 f"pages of selected_page_size={spec.selected_page_size}, which the kernel can "
                 "select; lower the one or raise the other"
             )
         self.config, self.params, self.spec = config, params, spec
         self.dtype, self.backend, self.chunk_size = dtype, backend, chunk_size
+        self.parameter_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
         self.prompt_tokens = 0  # prefilled so far, padding left out
         self._program = Program(config=config, spec=spec, backend=backend)
         self._shapes: set[tuple] = set()  # that jitted functions were called with
@@ -117,8 +119,8 @@ class ModelRunner:
 
     def memory_plan(self) -> dict[str, int]:
         """Bytes of the parameters and of each part of the cache (see ``attention/cache.py``)."""
-        params = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.params))
-        return {"parameters": params, **cache_bytes(self.config, self.spec, self.dtype)}
+        sizes = cache_bytes(self.config, self.spec, self.dtype)
+        return {"parameters": self.parameter_bytes, **sizes}
 
     # Requests.
 
@@ -184,6 +186,8 @@ class ModelRunner:
         groups = None if inputs.groups is None else inputs.groups.page_table.shape
         counts_no_tokens = self._state.output_counts is None
         rows = len(inputs.page_table)
+        if inputs.drafts is not None:
+            return self._exact_burst(inputs, inputs.drafts)
         self._count_shape("decode_burst", rows, groups, inputs.mode, counts_no_tokens)
         self._state, self._caches, burst = decode_burst(
             self._program,
@@ -194,6 +198,25 @@ class ModelRunner:
             jnp.asarray(inputs.forced),
             jnp.int32(inputs.steps),
             mode=inputs.mode,
+        )
+        return burst
+
+    def _exact_burst(self, inputs: BurstInputs, drafts: np.ndarray) -> Burst:
+        # Where nothing is drafted, a pass of one token a row is a step of dense attention.
+        most = self.spec.max_drafts if drafts.any() else 0
+        rows, counts_no_tokens = len(inputs.page_table), self._state.output_counts is None
+        self._count_shape("exact_burst", rows, inputs.mode, counts_no_tokens, most)
+        self._state, self._caches, burst = exact_burst(
+            self._program,
+            self.params,
+            self._caches,
+            self._state,
+            _tables(inputs.page_table, inputs.sink_page, None),
+            jnp.asarray(inputs.forced),
+            jnp.int32(inputs.steps),
+            jnp.asarray(drafts),
+            mode=inputs.mode,
+            most_drafts=most,
         )
         return burst
 

@@ -8,12 +8,14 @@ pages, goes back to its place in the queue and later begins again from its promp
 import bisect
 import heapq
 from collections import deque
+from collections.abc import Mapping
 
 import numpy as np
 
 from lserve_jax.attention.attend import PrefixGroups
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.engine.inputs import BurstInputs, Chunk, Start
+from lserve_jax.engine.metrics import DraftDecision
 from lserve_jax.engine.pages import PagePool
 from lserve_jax.engine.prefix import Prefix
 from lserve_jax.engine.prefix_cache import PrefixCache
@@ -62,8 +64,17 @@ class Scheduler:
             prompt_length=len(request.prompt),
         )
 
-    def burst_inputs(self, steps: int, num_rows: int, groups: PrefixGroups | None) -> BurstInputs:
-        """Of a burst of all running requests, whose slots are below ``num_rows``."""
+    def burst_inputs(
+        self,
+        steps: int,
+        num_rows: int,
+        groups: PrefixGroups | None,
+        drafts: Mapping[int, DraftDecision] | None,
+    ) -> BurstInputs:
+        """Of a burst of all running requests, whose slots are below ``num_rows``.
+
+        ``drafts`` are by slot; None: not in exact mode.
+        """
         page_table, sink_page = self.tables(num_rows)
         forced = np.full((self.burst_steps, num_rows), -1, np.int32)
         for slot, request in self.running.items():
@@ -77,6 +88,7 @@ class Scheduler:
             groups=groups,
             forced=forced,
             mode=SamplingMode.of([request.sampling for request in self.running.values()]),
+            drafts=None if drafts is None else _by_row(drafts, num_rows),
         )
 
     def tables(self, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -194,10 +206,10 @@ class Scheduler:
     # Growing.
 
     def burst_length(self) -> int:
-        """Steps of the next burst: no more than some request needs, in whole reuse intervals."""
+        """Steps of the next burst: no more than some request needs, in whole burst units."""
         longest = max((r.remaining for r in self.running.values()), default=0)
-        interval = self.spec.reuse_interval
-        return min(self.burst_steps, -(-longest // interval) * interval)
+        unit = self.spec.burst_unit
+        return min(self.burst_steps, -(-longest // unit) * unit)
 
     def _steps(self, request: Request, steps: int) -> int:
         """Of the next ``steps``, those in which the request still feeds a token."""
@@ -238,3 +250,10 @@ class Scheduler:
         self.release(request)
         at = bisect.bisect([r.number for r in self.waiting], request.number)
         self.waiting.insert(at, request)
+
+
+def _by_row(drafts: Mapping[int, DraftDecision], num_rows: int) -> np.ndarray:
+    rows = np.zeros((num_rows,), np.int32)
+    for slot, decision in drafts.items():
+        rows[slot] = decision.drafts
+    return rows

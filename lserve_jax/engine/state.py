@@ -121,3 +121,7 @@ class Burst:
     selections: Int[Array, " B"]  # steps that chose pages anew
     scored: Int[Array, " B"]  # pages whose statistics these read, summed; one layer and KV head
     attended: Float[Array, " B"]  # tokens attended, summed over steps, layers and KV heads
+    # In exact mode, where ``steps`` are tokens; else 0:
+    verified: Int[Array, " B"]  # passes of dense attention
+    drafted: Int[Array, " B"]  # tokens that they were given to judge
+    confirmed: Int[Array, " B"]  # of these, those that it would have produced too

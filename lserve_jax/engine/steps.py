@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from lserve_jax.attention.attend import decode_attend, prefill_attend
 from lserve_jax.attention.cache import CacheSpec, fill_decode_window, keep_sinks
 from lserve_jax.attention.selection import first_tail_page
+from lserve_jax.attention.verify import verify_attend
 from lserve_jax.engine.sampling import SamplingMode, is_stop_token, sample, top_logprobs
 from lserve_jax.engine.state import (
     Burst,
@@ -96,7 +97,7 @@ def insert(
         state, generated=state.generated.at[slot].set(0), output_counts=counts, prompt_mask=mask
     )
     row = jax.tree.map(lambda x: x[slot][None], row)
-    first = _sample(logits[None], row, mode)
+    first = sample_rows(logits[None], row, mode)
     token = jnp.where(start.forced >= 0, start.forced, first.token[0])
     stopped = is_stop_token(token[None], row.sampling)[0] | (start.max_tokens <= 1)
 
@@ -184,7 +185,7 @@ def write_pages(
     ]
 
 
-def _sample(logits: Float[Array, "B V"], state: DecodeState, mode: SamplingMode) -> Sample:
+def sample_rows(logits: Float[Array, "B V"], state: DecodeState, mode: SamplingMode) -> Sample:
     """The next token of every row of ``state``."""
     token, logprob = sample(
         logits,
@@ -209,7 +210,7 @@ def decode_step(
 ) -> tuple[Float[Array, "B V"], Caches, Int[Array, " B"], Array]:
     """Runs one token of every row through the model, over the paged cache.
 
-    With ``select`` every retrieval head chooses its pages anew. Where rows read their prefix
+    With ``select`` every ranked head chooses its pages anew. Where rows read their prefix
     together, their page tables begin with the first page after it.
 
     Returns the logits (float32), the caches, the tail of each row's last selection, and the tokens
@@ -238,6 +239,35 @@ def decode_step(
     return model.unembed(hidden[:, 0]), caches, tail, attended
 
 
+def verify(
+    program: Program,
+    params: Params,
+    caches: Caches,
+    tokens: Int[Array, "B T"],
+    position: Int[Array, " B"],
+    count: Int[Array, " B"],
+    page_table: Int[Array, "B M"],
+) -> tuple[Float[Array, "B T V"], Caches, list[Array]]:
+    """Runs the first ``count`` of each row's tokens, at ``position`` on, through dense attention.
+
+    Returns logits (float32), the caches with the tokens' keys and values but without their
+    statistics, and the rotated keys of each layer's ranked heads, for ``confirm``.
+    """
+    attend = verify_attend(
+        program.config,
+        program.spec,
+        page_table,
+        position,
+        count,
+        tokens.shape[1],
+        backend=program.backend,
+    )
+    model = bind(program.config, params)
+    hidden, pairs = model(tokens, attend, caches, backend=program.backend)
+    caches, keys = ([pair[i] for pair in pairs] for i in (0, 1))
+    return model.unembed(hidden), caches, keys
+
+
 def _interval(spec: CacheSpec, step: Callable[..., Any], first: Int[Array, ""], carry: Any) -> Any:
     """``carry`` after steps ``first`` to ``first + reuse_interval - 1``; the first one selects.
 
@@ -258,7 +288,7 @@ def _interval(spec: CacheSpec, step: Callable[..., Any], first: Int[Array, ""], 
 # the rows' own parts are attended at the same time. Other devices ignore both. They go before
 # XLA_FLAGS, and JAX takes options of a whole program only: inside another jitted function, call
 # ``decode_burst.__wrapped__``.
-_BURST_OPTIONS = {
+BURST_OPTIONS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,"
     "CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE",
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
@@ -269,7 +299,7 @@ _BURST_OPTIONS = {
     jax.jit,
     static_argnames=("program", "mode"),
     donate_argnames=("caches", "state"),
-    compiler_options=_BURST_OPTIONS,
+    compiler_options=BURST_OPTIONS,
 )
 def decode_burst(
     program: Program,
@@ -314,8 +344,9 @@ def decode_burst(
             program, params, caches, rows, tables, select=select
         )
         state, new = _take_token(state, logits, forced[i], tail, mode)
-        pruned = (tail > spec.num_ranked).astype(jnp.int32)
-        result = Burst(
+        pruned = spec.prunes(tail).astype(jnp.int32)
+        result = dataclasses.replace(
+            result,
             samples=jax.tree.map(lambda x, row: x.at[i].set(row), result.samples, new),
             steps=result.steps + was_active,
             bypassed=result.bypassed + was_active * (1 - pruned),
@@ -333,7 +364,7 @@ def decode_burst(
         i, (state, _, _) = carry
         return (i < num_steps) & jnp.any(state.active)
 
-    result = _empty_burst(burst, num_rows, min(mode.top_logprobs, program.config.vocab_size))
+    result = empty_burst(burst, num_rows, min(mode.top_logprobs, program.config.vocab_size))
     _, (state, caches, result) = lax.while_loop(
         more, body, (jnp.zeros((), jnp.int32), (state, caches, result))
     )
@@ -349,7 +380,7 @@ def _take_token(
     mode: SamplingMode,
 ) -> tuple[DecodeState, Sample]:
     """Samples every row's next token, or takes the forced one; the state that follows it."""
-    new = _sample(logits, state, mode)
+    new = sample_rows(logits, state, mode)
     new = dataclasses.replace(new, token=jnp.where(forced >= 0, forced, new.token))
     active = state.active
     generated = state.generated + active.astype(jnp.int32)
@@ -369,7 +400,7 @@ def _take_token(
     return state, dataclasses.replace(new, token=jnp.where(active, new.token, -1))
 
 
-def _empty_burst(burst: int, num_rows: int, num_top: int) -> Burst:
+def empty_burst(burst: int, num_rows: int, num_top: int) -> Burst:
     nothing = jnp.zeros((num_rows,), jnp.int32)
     return Burst(
         samples=Sample(
@@ -383,6 +414,9 @@ def _empty_burst(burst: int, num_rows: int, num_top: int) -> Burst:
         selections=nothing,
         scored=nothing,
         attended=jnp.zeros((num_rows,), jnp.float32),
+        verified=nothing,
+        drafted=nothing,
+        confirmed=nothing,
     )
 
 
@@ -414,7 +448,16 @@ def score_steps(
         rows = StepRows(
             token=forced.tokens[n], position=position, active=i < forced.length, tail=tail
         )
-        logits, caches, tail, _ = decode_step(program, params, caches, rows, tables, select=select)
+        if spec.max_drafts is None:
+            logits, caches, tail, _ = decode_step(
+                program, params, caches, rows, tables, select=select
+            )
+        else:  # in exact mode dense attention judges
+            token, count = rows.token[:, None], rows.active.astype(jnp.int32)
+            logits, caches, _ = verify(
+                program, params, caches, token, position, count, tables.page_table
+            )
+            logits = logits[:, 0]
         logprobs = jax.nn.log_softmax(logits)
         new = StepScores(
             logprobs=jnp.take_along_axis(logprobs, forced.wanted[n][:, None], axis=1)[:, 0],

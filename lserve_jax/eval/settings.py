@@ -4,11 +4,13 @@
     lserve
     lserve:budget=1024,page=64,logical=16,selected=16,lower=0.5,interval=4
     lserve:pattern=NAME,fraction=0.5
-    lserve:pattern=NAME,control=inverted
+    lserve:pattern=NAME,share=0.125,dense_heads=4
+    lserve:pattern=NAME,shares=none,control=inverted
 
 What is not given has ``SparsityConfig``'s default. A *control* asks what a pattern's choice of
 heads is worth: as many heads stream, but others. ``inverted`` negates the gates, so that the heads
-that need their context most stream first; ``random`` shuffles them over the whole model.
+that need their context most stream first; ``random`` shuffles them over the whole model. Both are
+about gates, so that head shares, which overrule gates, must be switched off with ``shares=none``.
 """
 
 import dataclasses
@@ -35,6 +37,9 @@ _FIELDS = {
     "interval": ("reuse_interval", int),
     "pattern": ("pattern", str),
     "fraction": ("streaming_fraction", float),
+    "shares": ("head_shares", str),
+    "share": ("budget_share", float),
+    "dense_heads": ("dense_heads", int),
     "prefill_sink": ("prefill_sink", int),
     "prefill_local": ("prefill_local", int),
     "decode_sink": ("decode_sink", int),
@@ -94,8 +99,11 @@ def _parse_setting(text: str) -> Setting:
             raise ValueError(
                 f"{key}={value} in setting {text!r} must be of type {read.__name__}"
             ) from None
-    if control is not None and "pattern" not in values:
-        raise ValueError(f"control={control} in setting {text!r} needs a pattern to change")
+    if control is not None and ("pattern" not in values or values.get("shares") != "none"):
+        raise ValueError(
+            f"control={control} in setting {text!r} needs a pattern to change and shares=none: "
+            "head shares overrule gates"
+        )
     try:
         sparsity = SparsityConfig(**{_FIELDS[key][0]: value for key, value in values.items()})
         if sparsity.pattern is not None:

@@ -16,9 +16,9 @@ import jax
 from tqdm import tqdm
 
 import convert
-from convert.attention_patterns import load_pattern
 from lserve_jax.analysis import require_matplotlib
 from lserve_jax.engine.build import resolve_dtype
+from lserve_jax.engine.head_policy import head_policy
 from lserve_jax.engine.scoring import Score
 from lserve_jax.eval import report
 from lserve_jax.eval.language import Window, make_windows, predict
@@ -28,7 +28,6 @@ from lserve_jax.eval.prompts import Case, TextName, make_cases, read_text, share
 from lserve_jax.eval.ruler import RulerTask, ruler_puzzle
 from lserve_jax.eval.settings import Setting, parse_settings, resolve_sparsity
 from lserve_jax.llm import LLM
-from lserve_jax.model.heads import partition_heads
 from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.tokenizer import Tokenizer
 
@@ -112,7 +111,7 @@ def run_study(study: Study, *, progress: bool = False) -> dict[str, Any]:
             result[name] = earlier[name]
     config = convert.read_config(source)
     for setting in settings:
-        _check_pattern(setting, config.num_hidden_layers, config.num_key_value_heads)
+        head_policy(config, setting.sparsity)  # whatever does not fit the model is said now
     model = load_model(
         source,
         tokenizer,
@@ -197,17 +196,6 @@ def make_material(study: Study, tokenizer: Tokenizer) -> tuple[list[Case], list[
             scored=study.scored_tokens,
         )
     return cases, windows
-
-
-def _check_pattern(setting: Setting, num_layers: int, num_kv_heads: int) -> None:
-    sparsity = setting.sparsity
-    if sparsity is not None and sparsity.pattern is not None:
-        partition_heads(
-            load_pattern(sparsity.pattern),
-            sparsity.resolved_streaming_fraction,
-            num_layers=num_layers,
-            num_kv_heads=num_kv_heads,
-        )
 
 
 def _head(study: Study, settings: Sequence[Setting]) -> dict[str, Any]:

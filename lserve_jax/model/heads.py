@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float64, Int32, Shaped
+from jaxtyping import Array, Bool, Float64, Int32, Shaped
 
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params
@@ -63,14 +63,29 @@ class HeadPattern:
 class HeadPartition:
     """The class of every KV head, as ids in checkpoint order. Hashable: may be a static argument.
 
-    A query head has the class of its KV head. Either class may be empty in a layer. Raises
-    ``ValueError`` unless every layer names every KV head once, ascending within each class.
+    A query head has the class of its KV head. Any class may be empty in a layer. Raises
+    ``ValueError`` unless every layer names every KV head once, ascending within each class, and
+    each dense head is a retrieval head.
     """
 
     retrieval: tuple[tuple[int, ...], ...]  # per layer
     streaming: tuple[tuple[int, ...], ...]  # per layer
+    # Per layer, the retrieval heads that read everything; () for the whole model: there are none.
+    dense: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self):
+        if not self.dense:
+            object.__setattr__(self, "dense", ((),) * len(self.retrieval))
+        if len(self.dense) != len(self.retrieval):
+            raise ValueError(
+                f"dense names {len(self.dense)} layers, retrieval {len(self.retrieval)}"
+            )
+        for layer, (retrieval, dense) in enumerate(zip(self.retrieval, self.dense, strict=True)):
+            if list(dense) != sorted(set(dense) & set(retrieval)):
+                raise ValueError(
+                    f"layer {layer}: dense={list(dense)} must be ascending retrieval heads, "
+                    f"got retrieval={list(retrieval)}"
+                )
         if not self.retrieval or len(self.retrieval) != len(self.streaming):
             raise ValueError(
                 "retrieval and streaming must name the same layers, at least one, "
@@ -102,9 +117,24 @@ class HeadPartition:
         return tuple(len(heads) for heads in self.retrieval)
 
     @property
+    def num_dense(self) -> tuple[int, ...]:
+        """Dense KV heads of each layer: the last so many of its retrieval heads."""
+        return tuple(len(heads) for heads in self.dense)
+
+    @property
+    def ranked(self) -> tuple[tuple[int, ...], ...]:
+        """Per layer, the retrieval heads that rank their pages."""
+        return tuple(
+            tuple(head for head in retrieval if head not in dense)
+            for retrieval, dense in zip(self.retrieval, self.dense, strict=True)
+        )
+
+    @property
     def order(self) -> tuple[tuple[int, ...], ...]:
-        """Per layer, the checkpoint's id of the KV head at each place: retrieval heads first."""
-        return tuple(r + s for r, s in zip(self.retrieval, self.streaming, strict=True))
+        """Per layer, the checkpoint's id of the KV head at each place: ranked heads, then dense
+        ones, then streaming ones."""
+        classes = zip(self.ranked, self.dense, self.streaming, strict=True)
+        return tuple(ranked + dense + streaming for ranked, dense, streaming in classes)
 
 
 def partition_heads(
@@ -153,10 +183,18 @@ def partition_heads(
         by_gate = np.argsort(pattern.gates, axis=None, kind="stable")
         streams[by_gate[: round(streaming_fraction * streams.size)]] = True
     streams = streams.reshape(shape)
-    return HeadPartition(
-        retrieval=tuple(tuple(np.flatnonzero(~layer).tolist()) for layer in streams),
-        streaming=tuple(tuple(np.flatnonzero(layer).tolist()) for layer in streams),
-    )
+    return partition_of(streams, dense=np.zeros_like(streams))
+
+
+def partition_of(
+    streams: Bool[np.ndarray, "L Hk"], *, dense: Bool[np.ndarray, "L Hk"]
+) -> HeadPartition:
+    """The partition in which these heads stream and those read everything."""
+
+    def ids(chosen: np.ndarray) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(np.flatnonzero(layer).tolist()) for layer in chosen)
+
+    return HeadPartition(retrieval=ids(~streams), streaming=ids(streams), dense=ids(dense))
 
 
 def permute_heads(config: ModelConfig, params: Params, partition: HeadPartition) -> Params:

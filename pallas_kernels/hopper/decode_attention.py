@@ -101,7 +101,7 @@ def choose_config(rows: int, kv_heads: int, tokens: int, dtype: jax.typing.DType
     return Config(splits=max(min(splits, 66, tokens // (2 * TILE)), 1))
 
 
-@partial(jax.jit, static_argnames=("selected_page_size", "config"))
+@partial(jax.jit, static_argnames=("selected_page_size", "most_tokens", "config"))
 def paged_attention(
     q: Float[Array, "B H D"],
     retrieval: KVPages,
@@ -110,6 +110,7 @@ def paged_attention(
     streaming_list: PageList,
     *,
     selected_page_size: int | None = None,
+    most_tokens: tuple[int, ...] | None = None,
     config: Config | None = None,
 ) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
     """``pallas_kernels.api.paged_attention`` on a Hopper GPU (or under Mosaic GPU's interpreter).

@@ -90,53 +90,59 @@ def _flags(condition):
 
 @partial(jax.jit, static_argnames=("num_pages", "sink_pages"))
 def select_pages(
-    scores: Float[Array, "B Kr M"],
+    scores: Float[Array, "B Kq M"],
     num_candidates: Int[Array, " B"],
+    wanted: Int[Array, "B Kq"],
     *,
     num_pages: int,
     sink_pages: int,
-) -> Int[Array, "B Kr R"]:
+) -> Int[Array, "B Kq R"]:
     """``pallas_kernels.api.select_pages`` on a Hopper GPU (or under Mosaic GPU's interpreter).
 
-    float32 scores; at most 2048 pages selected. Raises ``NotImplementedError`` for anything else.
+    float32 scores; at most 4096 pages selected. Raises ``NotImplementedError`` for anything else.
     """
     _refuse_unsupported(scores, num_pages)
-    B, Kr, M = scores.shape
+    B, K, M = scores.shape
     if M <= PART:
-        return _select_in_cta(scores, num_candidates, num_pages, sink_pages)
+        return _select_in_cta(scores, num_candidates, wanted, num_pages, sink_pages)
     num_candidates = jnp.clip(num_candidates, 0, M)
     # The best of every part, which are among the best of their part; then the best of those. Both
-    # steps keep the order of the sequence, so the lower number wins a tie in the second one too.
+    # steps keep the order of the sequence, so the lower number wins a tie in the second one too. A
+    # part gives num_pages of them whatever a head wants: -1 between them could win a tie of -inf.
+    # As num_pages is at most half a PART, the second list is shorter than the first.
     parts = pl.cdiv(M, PART)
     size = 128 * pl.cdiv(M, 128 * parts)
     scores = jnp.where(jnp.arange(M)[None, None] < sink_pages, jnp.inf, scores)
     scores = jnp.pad(scores, ((0, 0), (0, 0), (0, parts * size - M)))
-    scores = scores.reshape(B, Kr, parts, size).swapaxes(1, 2)
+    scores = scores.reshape(B, K, parts, size).swapaxes(1, 2)
     first = jnp.arange(parts)[None] * size
     of_part = jnp.clip(num_candidates[:, None] - first, 0, size)
     selected = _select_in_cta(
-        scores.reshape(B * parts, Kr, size), of_part.reshape(-1), num_pages, 0
-    ).reshape(B, parts, Kr, num_pages)
+        scores.reshape(B * parts, K, size),
+        of_part.reshape(-1),
+        jnp.full((B * parts, K), num_pages),
+        num_pages,
+        sink_pages=0,
+    ).reshape(B, parts, K, num_pages)
     best = jnp.take_along_axis(scores, jnp.maximum(selected, 0), axis=3)
     # Only the last parts can have too few, and then there are enough before them.
-    best = jnp.where(selected >= 0, best, -jnp.inf).swapaxes(1, 2).reshape(B, Kr, -1)
-    number = (selected + first[:, :, None, None]).swapaxes(1, 2).reshape(B, Kr, -1)
-    chosen = select_pages(
-        best, jnp.minimum(num_candidates, parts * num_pages), num_pages=num_pages, sink_pages=0
-    )
+    best = jnp.where(selected >= 0, best, -jnp.inf).swapaxes(1, 2).reshape(B, K, -1)
+    number = (selected + first[:, :, None, None]).swapaxes(1, 2).reshape(B, K, -1)
+    of_best = jnp.minimum(num_candidates, parts * num_pages)
+    chosen = select_pages(best, of_best, wanted, num_pages=num_pages, sink_pages=0)
     number = jnp.take_along_axis(number, jnp.maximum(chosen, 0), axis=2)
-    valid = jnp.arange(num_pages)[None, None] < num_candidates[:, None, None]
-    return jnp.where(valid, number, -1)
+    return jnp.where(chosen >= 0, number, -1)
 
 
 def _select_in_cta(
-    scores: Float[Array, "B Kr M"],
+    scores: Float[Array, "B Kq M"],
     num_candidates: Int[Array, " B"],
+    wanted: Int[Array, "B Kq"],
     num_pages: int,
     sink_pages: int,
-) -> Int[Array, "B Kr R"]:
+) -> Int[Array, "B Kq R"]:
     """``select_pages`` for lists of up to ``PART`` candidates."""
-    B, Kr, M = scores.shape
+    B, K, M = scores.shape
     padding = -M % 128  # what one register of each of 128 threads holds
     if padding:
         scores = jnp.pad(scores, ((0, 0), (0, 0), (0, padding)))
@@ -144,16 +150,17 @@ def _select_in_cta(
     blocks = pl.cdiv(size, 64 * STRIP)  # of 64 strips
     entry_tiles = pl.cdiv(num_pages, 64)
     # Every share finds the threshold anew: worth it while there are SMs for all of them.
-    shares = entry_tiles if B * Kr * entry_tiles <= SM_COUNT else 1
-    tiles_of_share = entry_tiles // shares
+    tiles_of_share = pl.cdiv(entry_tiles, max(SM_COUNT // (B * K), 1))
+    shares = pl.cdiv(entry_tiles, tiles_of_share)
     vector = next(n for n in (4, 2, 1) if size % (128 * n) == 0)
     flat = plgpu.Layout.WG_STRIDED((size,), vec_size=vector)
 
     def select(
-        flat_gmem,  # [B, Kr, size] float32
-        scores_gmem,  # [B, Kr, size / 64, 64] float32, the same
+        flat_gmem,  # [B, K, size] float32
+        scores_gmem,  # [B, K, size / 64, 64] float32, the same
         candidates_gmem,  # [B] int32
-        selected_gmem,  # [B, Kr, entries] int32, output
+        wanted_gmem,  # [B, K] int32
+        selected_gmem,  # [B, K, entries] int32, output
         buffers,  # see _Buffers
     ):
         b, k, share = (lax.axis_index(name) for name in ("row", "head", "share"))
@@ -162,9 +169,8 @@ def _select_in_cta(
             scores_gmem.at[b, k], buffers.scores.at[strips], buffers.scores_ready
         )
         candidates = jnp.clip(candidates_gmem[b], 0, M)
-        sinks = jnp.minimum(sink_pages, candidates)
-        total = jnp.minimum(num_pages, candidates)
-        wanted = total - sinks  # to choose by score
+        total = jnp.minimum(jnp.clip(wanted_gmem[b, k], 0, num_pages), candidates)
+        sinks = jnp.minimum(sink_pages, total)
 
         # Lowest for sinks and what is no candidate.
         number = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=flat)
@@ -172,7 +178,7 @@ def _select_in_cta(
         key = jnp.where(
             (number >= sinks) & (number < candidates), _order_preserving(key), LOWEST_KEY
         )
-        chosen = _choose(key, number, wanted, sinks, candidates)
+        chosen = _choose(key, number, total - sinks, sinks, candidates)
         row, column = (
             plgpu.broadcasted_iota(jnp.int32, SQUARE, axis, layout=MATRIX) for axis in (0, 1)
         )
@@ -180,7 +186,10 @@ def _select_in_cta(
 
         def write_tile(i, _):
             tile = share * tiles_of_share + i
-            found = _find_chosen(tile, row, column, buffers, blocks)
+            # A head that wants little has tiles without entries, which need no search.
+            found = _find_chosen(
+                tile, row, column, buffers, jnp.where(tile * 64 < total, blocks, 0)
+            )
             entry = plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=PER_ROW) + tile * 64
             found = jnp.where(entry < total, found, -1)
             store_unoptimised(selected_gmem.at[b, k, pl.ds(tile * 64, 64)], found)
@@ -188,7 +197,7 @@ def _select_in_cta(
 
         lax.fori_loop(0, tiles_of_share, write_tile, ())
 
-    strips, entries = 64 * blocks, 64 * entry_tiles
+    strips, entries = 64 * blocks, 64 * tiles_of_share * shares
     transforms = tile_transforms(64, jnp.bfloat16)
     square = plgpu.SMEM(SQUARE, jnp.bfloat16, transforms=transforms)
     buffers = _Buffers(
@@ -202,11 +211,11 @@ def _select_in_cta(
     )
     selected = plgpu.kernel(
         select,
-        out_type=jax.ShapeDtypeStruct((B, Kr, entries), jnp.int32),
-        grid=(B, Kr, shares),
+        out_type=jax.ShapeDtypeStruct((B, K, entries), jnp.int32),
+        grid=(B, K, shares),
         grid_names=("row", "head", "share"),
         scratch_types=[buffers],
-    )(scores, scores.reshape(B, Kr, size // STRIP, STRIP), num_candidates)
+    )(scores, scores.reshape(B, K, size // STRIP, STRIP), num_candidates, wanted)
     return selected[:, :, :num_pages]
 
 
@@ -292,8 +301,11 @@ def _mark_chosen(chosen: _Chosen, row, column, buffers: _Buffers, blocks: int) -
         lax.fori_loop(0, blocks, mark, jnp.float32(0))
 
 
-def _find_chosen(tile, row, column, buffers: _Buffers, blocks: int):
-    """Numbers of the candidates at 64 entries [64] of the result, from entry 64 * ``tile`` on."""
+def _find_chosen(tile, row, column, buffers: _Buffers, blocks):
+    """Numbers of the candidates at 64 entries [64] of the result, from entry 64 * ``tile`` on.
+
+    ``blocks`` of 64 strips are searched.
+    """
     entry = (row + tile * 64).astype(jnp.float32)
 
     def gather(block, found):

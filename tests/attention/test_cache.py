@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from budgets import budgets_of
 from numpy.testing import assert_allclose, assert_array_equal
 
 from lserve_jax import ModelConfig, SparsityConfig
@@ -47,7 +48,7 @@ def make(sparsity: SparsityConfig | None, max_model_len: int = 4096, **changes) 
         "num_pages": 40,
         "max_prefixes": 0,
         "kv_dtype": "auto",
-        "num_retrieval_heads": (1, 2),
+        "heads": budgets_of((1, 2), sparsity),
     }
     return make_spec(CONFIG, sparsity=sparsity, max_model_len=max_model_len, **settings | changes)
 
@@ -296,7 +297,7 @@ def test_cache_bytes(kv_dtype: str, dtype) -> None:
 
 
 def test_dense_cache_has_no_statistics() -> None:
-    cache = init_layer_cache(CONFIG, make(None, num_retrieval_heads=(2, 2)), 0, jnp.float32)
+    cache = init_layer_cache(CONFIG, make(None, heads=budgets_of((2, 2), None)), 0, jnp.float32)
     assert cache.key_stats is None
     assert cache.listed is None
     assert cache.retrieval.k.shape == (2, 40, 64, D)

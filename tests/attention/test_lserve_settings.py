@@ -44,6 +44,13 @@ from lserve_jax import LLM, SparsityConfig
         ({"decode_sink": 256}, ["decode_sink=256", "prefill_sink=128"]),
         ({"prefill_local": 128}, ["decode_local=256", "prefill_local=128"]),
         ({"streaming_fraction": 0.5}, ["streaming_fraction=0.5", "pattern"]),
+        ({"dense_heads": -1, "pattern": "x"}, ["dense_heads=-1", "not be negative"]),
+        ({"dense_heads": 1}, ["dense_heads=1", "head shares", "pattern=None"]),
+        ({"dense_heads": 1, "pattern": "x", "head_shares": None}, ["dense_heads=1", "None"]),
+        ({"budget_share": 0.0}, ["budget_share=0.0", "(0, 1]"]),
+        ({"budget_share": 1.1}, ["budget_share=1.1", "(0, 1]"]),
+        ({"budget_share": np.nan}, ["budget_share=nan", "(0, 1]"]),
+        ({"budget_share": 0.1, "token_budget": 512}, ["budget_share=0.1", "token_budget=512"]),
         ({"pattern": "x", "streaming_fraction": 1.5}, ["streaming_fraction=1.5", "[0, 1]"]),
         ({"pattern": "x", "streaming_fraction": -0.1}, ["streaming_fraction=-0.1", "[0, 1]"]),
         ({"pattern": "x", "streaming_fraction": np.nan}, ["streaming_fraction=nan", "[0, 1]"]),
@@ -58,10 +65,9 @@ def test_sparsity_config_refuses(settings: dict[str, Any], words: list[str]) -> 
         assert word in str(error.value)
 
 
-def test_streaming_fraction_defaults() -> None:
-    assert SparsityConfig().resolved_streaming_fraction == 0
-    assert SparsityConfig(pattern="x").resolved_streaming_fraction == 0.5
-    assert SparsityConfig(pattern="x", streaming_fraction=0.0).resolved_streaming_fraction == 0
+def test_none_by_name() -> None:
+    """A command line has no None."""
+    assert SparsityConfig(head_shares="none").head_shares is None
 
 
 def test_llm_refuses_patterns_that_do_not_fit(tmp_path) -> None:

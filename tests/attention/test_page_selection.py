@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from budgets import budgets_of
 from numpy.testing import assert_array_equal
 
 from lserve_jax import ModelConfig, SparsityConfig
@@ -34,7 +35,7 @@ def make(sparsity: SparsityConfig | None, max_model_len: int) -> CacheSpec:
     return make_spec(
         CONFIG,
         sparsity=sparsity,
-        num_retrieval_heads=(2,),
+        heads=budgets_of((2,), sparsity),
         max_model_len=max_model_len,
         max_num_seqs=1,
         num_pages=1,
@@ -52,8 +53,8 @@ def slots(lists: PageList, row: int, head: int, page_size: int) -> list[tuple[in
 @functools.partial(jax.jit, static_argnums=0)
 def retrieval_list(spec, selected, tail, position, active, table) -> PageList:
     """As decode puts it together: pages once a selection, how many are attended every step."""
-    stop = retrieval_stop(spec, tail, position, active)
-    pages = retrieval_pages(spec, selected, tail, table)
+    stop = retrieval_stop(spec, 0, tail, position, active)
+    pages = retrieval_pages(spec, 0, selected, tail, table)
     return PageList(pages, jnp.zeros_like(stop), stop)
 
 
@@ -123,7 +124,7 @@ def test_dense_list() -> None:
     position = jnp.array([0, 63, 64, 299, 130], jnp.int32)
     table = jnp.arange(25, dtype=jnp.int32).reshape(5, 5)
     active = jnp.array([True, True, True, True, False])
-    stop = retrieval_stop(spec, jnp.zeros(5, jnp.int32), position, active)
+    stop = retrieval_stop(spec, 0, jnp.zeros(5, jnp.int32), position, active)
     lists = PageList(table[:, None], jnp.zeros_like(stop), stop)
     for row, last in enumerate([0, 63, 64, 299]):
         attended = [(page - 5 * row) * 64 + offset for page, offset in slots(lists, row, 0, 64)]
@@ -183,11 +184,11 @@ def test_list_sizes() -> None:
     settings = {"page_size": 16, "token_budget": 160, "decode_local": 128, "prefill_local": 128}
     for reuse, tail in ((1, 2), (16, 2), (17, 3), (32, 3), (33, 4)):
         spec = make(SparsityConfig(reuse_interval=reuse, **settings), 2000)
-        assert (spec.num_ranked, spec.num_listed) == (9, 9 + tail)
+        assert (spec.num_ranked(0), spec.num_listed(0)) == (9, 9 + tail)
         assert spec.reuse_interval == reuse
     cut = make(SparsityConfig(**settings | {"page_size": 64}), 2000)
-    assert (cut.num_ranked, cut.num_listed, cut.selected_pages_per_sequence) == (9, 11, 128)
+    assert (cut.num_ranked(0), cut.num_listed(0), cut.selected_pages_per_sequence) == (9, 11, 128)
     short = make(SparsityConfig(**settings), 64)  # nothing longer than the longest sequence
-    assert (short.num_ranked, short.num_listed) == (4, 4)
+    assert (short.num_ranked(0), short.num_listed(0)) == (4, 4)
     dense = make(None, 300)
-    assert (dense.num_ranked, dense.num_listed, dense.reuse_interval) == (0, 5, 1)
+    assert (dense.num_ranked(0), dense.num_listed(0), dense.reuse_interval) == (0, 5, 1)

@@ -1,5 +1,7 @@
 """Chat templates: tool calls, errors with their line, and templates that would never end."""
 
+import time
+
 import pytest
 import tokenizers
 
@@ -93,7 +95,8 @@ def test_what_a_generation_block_sets_stays_in_it():
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "RecursionError"),
         ("{{ range(10**9) | list }}", "line 1 of the template: OverflowError"),
         ("{{ messages[0].content.encode('nope') }}", "line 1 of the template: LookupError"),
-        ("{{ namespace(a=1) | tojson }}", "line 1 of the template: a namespace cannot become"),
+        ("{{ namespace(a=1) }}", "line 1 of the template: a namespace cannot become"),
+        ("{{ raise_exception([namespace(a=1)]) }}", "a namespace cannot become"),
     ],
 )
 def test_every_error_of_a_template_is_a_value_error_with_its_line(source, message):
@@ -116,6 +119,10 @@ def test_every_error_of_a_template_is_a_value_error_with_its_line(source, messag
         "{{ messages | map('upper') | list }}",
         "{{ 1 + 1 }}",
         "{{ 'a' ~ 1 }}",
+        "{{ messages == messages }}",
+        "{{ 'a' in messages }}",
+        "{{ messages is defined }}",
+        "{{ messages[1:] }}",
     ],
 )
 def test_every_loop_call_filter_and_sum_is_a_step_that_time_can_end(monkeypatch, source):
@@ -176,6 +183,146 @@ def test_what_would_be_too_long_is_refused_before_it_is_made(monkeypatch):
     with pytest.raises(ValueError, match="it makes more text"):
         rendered("{% set x = 'a'.center(1001) %}")
     assert sizes == []
+
+
+# 2 ** 40 items, were they written out; what is compared holds none of the other's lists.
+DEEP = "".join(
+    "{% set " + x + " = [1] %}" + ("{% set " + x + " = [" + x + ", " + x + "] %}") * 40
+    for x in "ab"
+)
+TUPLES = DEEP.replace("[", "(").replace("]", ")").replace("(1)", "(1,)")
+TEXTS = (
+    *("e", "escape", "forceescape", "upper", "lower", "trim", "urlencode", "safe", "replace(1, 2)"),
+    *(
+        "title",
+        "striptags",
+        "capitalize",
+        "xmlattr",
+        "string",
+        "join",
+        "tojson",
+        "pprint",
+        "center",
+    ),
+    *("wordcount", "truncate", "indent", "urlize", "format(1)", "int", "float", "filesizeformat"),
+)
+ENDLESS = {
+    **{f"filter {name}": DEEP + "{% set x = a | " + name + " %}" for name in TEXTS},
+    **{f"filter {name}": DEEP + "{% set x = [a, b] | " + name + " %}" for name in ("sort", "min")},
+    **{f"a {name} b": DEEP + "{% set x = a " + name + " b %}" for name in ("==", "!=", "<", ">=")},
+    **{f"is {name}": DEEP + "{% set x = a is " + name + " %}" for name in ("eq b", "in [b]")},
+    "a chain": DEEP + "{% set x = 1 < 2 < 3 != a == b %}",
+    "in": DEEP + "{% set x = a in [b] %}",
+    "not in": DEEP + "{% set x = a not in (b,) %}",
+    "in values": DEEP + "{% set x = a in {1: b}.values() %}",
+    "text in lists": DEEP + "{% set x = 'a' in a %}",
+    "selectattr": DEEP + "{% set x = [{'k': a}] | selectattr('k', 'eq', b) | list %}",
+    "select": DEEP + "{% set x = [a] | select('in', [b]) | list %}",
+    "what is made": DEEP + "{% set x = [a, b] | map('list') | sort %}",
+    "max": DEEP + "{% set x = [a, b] | max %}",
+    "groupby": DEEP + "{% set x = [{'k': a}, {'k': b}] | groupby('k') %}",
+    "dictsort": DEEP + "{% set x = {1: a, 2: b} | dictsort(by='value') %}",
+    "unique": TUPLES + "{% set x = [a, b] | unique | list %}",
+    "key": TUPLES + "{% set x = {a: 1} %}",
+    "look-up": TUPLES + "{% set x = {}[a] %}",
+    "name of what is undefined": DEEP + "{% set x = [][a] + 1 %}",
+    "keys without": TUPLES + "{% set x = {1: 2}.keys() - [a] %}",
+    "get": TUPLES + "{% set x = {}.get(a) %}",
+    "dict": TUPLES + "{% set x = dict([(a, 1)]) %}",
+    "index": DEEP + "{% set x = [b].index(a) %}",
+    "count": DEEP + "{% set x = [b].count(a) %}",
+    "changed": "{% for i in [1, 2] %}" + DEEP + "{% set x = loop.changed(a) %}{% endfor %}",
+    "output": DEEP + "{{ a }}",
+    "concatenation": DEEP + "{% set x = 'a' ~ a %}",
+    "format": DEEP + "{% set x = '%s' % a %}",
+    "str.format": DEEP + "{% set x = '{}'.format(a) %}",
+    "str.join": DEEP + "{% set x = ' '.join(a) %}",
+    "Markup.escape": DEEP + "{% set x = ('' | safe).escape(a) %}",
+    "attr": DEEP + "{% set x = 1 | attr(a) %}",
+    "exception": DEEP + "{{ raise_exception(a) }}",
+    "is lower": DEEP + "{% set x = a is lower %}",
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_lists_in_lists_without_end_are_stopped(name):
+    with pytest.raises(ValueError, match=r"line 1 .* a list of more than 1000000 items, counted"):
+        rendered(ENDLESS[name])
+
+
+def test_a_message_that_holds_itself_is_stopped():
+    message = {"role": "user", "content": "Hi"}
+    message["self"] = [message]
+    assert rendered("{{ messages[0].content }}", [message]) == "Hi"
+    for source in ("{{ messages }}", "{{ messages == [messages] }}", "{{ messages | sort }}"):
+        with pytest.raises(ValueError, match="a list of more than 1000000 items"):
+            rendered(source, [message])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ ('a ' * 9999) | wordwrap(1) }}", "wordwrap is for texts of at most 10000 characters"),
+        ("{{ ('<!---->' * 9999) | striptags }}", "striptags is for texts of at most 10000"),
+        ("{{ ('<!---->' | safe * 9999).striptags() }}", "striptags is for texts of at most"),
+        ("{{ (')' * 9999 ~ 'x)') | urlize }}", "urlize is for texts of at most"),
+        ("{{ ('a' * 9999).strip('b' * 9999) }}", "strip is for at most 1000 characters"),
+        ("{{ ('a' * 9999) | trim('b' * 9999) }}", "trim is for at most 1000 characters"),
+        (
+            "{{ (range(50000) | map('string') | join).encode('punycode') }}",
+            "encode has no codec 'punycode' here",
+        ),
+        ("{{ 'a'.encode().decode(encoding='IDNA ') }}", "decode has no codec 'IDNA ' here"),
+        ("{{ strftime_now('%Y' * 9999) }}", "the format of a time has 19998 characters"),
+        ("{{ ([[1]] * 100000) | sum(start=[]) | length }}", "it makes more text"),
+        ("{{ '%999999999d' is odd }}", "it makes more text"),
+        ("{{ '%999999999d' is divisibleby 3 }}", "it makes more text"),
+        ("{{ '%999999999d'.encode() % 3 }}", "it makes more text"),
+        ("{{ '{:{}}'.format(1, '999999999') }}", "it makes more text"),
+        ("{{ '{:{[a]}}'.format(1, {'a': 999999999}) }}", "it makes more text"),
+        ("{{ ('{:999}' * 200000).format(1) }}", "it makes more text"),
+        ("{{ (('a' * 30000000) | safe).split() }}", "it makes more text"),
+        ("{{ ('f' * 9999) | int(base=16) }}", "a number of more than 20000 bits"),
+        (
+            "{% set n = namespace(x=[]) %}{% for i in range(200) %}"
+            "{% set n.x = [n.x] %}{% endfor %}{{ [n.x, [1] * 900000] | pprint }}",
+            "it makes more text",
+        ),
+        (
+            "{% set n = namespace(x=[1] * 900000) %}{% for i in range(200) %}"
+            "{% set n.x = [n.x] %}{% endfor %}{{ n.x | tojson(indent=1) }}",
+            "it makes more text",
+        ),
+        (
+            "{% set x = 'a' * 9999999 %}{% set n = namespace(x=[]) %}"
+            "{% for i in range(99) %}{% set n.x = [n.x, x[1:]] %}{% endfor %}",
+            "it makes more text",
+        ),
+    ],
+)
+def test_single_steps_that_take_too_long_are_refused(source, message):
+    start = time.thread_time()
+    with pytest.raises(ValueError, match=message):
+        rendered(source)
+    assert time.thread_time() - start < 5
+
+
+def test_lists_are_walked_once():
+    """However often a list of tools is compared, in a conversation of many messages."""
+    tools = [{"name": f"f{i}", "parameters": {"a": list(range(50))}} for i in range(500)]
+    source = (
+        "{% for m in messages %}{% if tools != none and m in messages %}x{% endif %}{% endfor %}"
+    )
+    assert rendered(source, [dict(USER[0]) for _ in range(1000)], tools=tools) == "x" * 1000
+
+
+def test_comparisons_mean_what_they_do_in_python():
+    source = "{{ 1 < 2 < 3 }} {{ 3 > 2 > 2 }} {{ 'a' in 'abc' == 'abc' }} {{ 1 == 2 < (1 // 0) }}"
+    assert rendered(source) == "True False True False"
+    source = (
+        "{{ {('a', 1): 2}[('a', 1)] }} {{ [1, 2, 3][1:][0] }} {{ [] is eq [] }} {{ 4 is even }}"
+    )
+    assert rendered(source) == "2 2 True True"
 
 
 @pytest.mark.parametrize("source", ["{{ 10 ** 31 }}", "{{ 10**20 * 10**20 }}"])

@@ -119,7 +119,7 @@ def test_integers_of_numpy_become_those_of_python() -> None:
         ({"logical_page_size": "16"}, "logical_page_size must be an integer, got '16'"),
         ({"selected_page_size": 16.0}, "selected_page_size must be an integer, got 16.0"),
         ({"token_budget": 4096.0}, "token_budget must be an integer, got 4096.0"),
-        ({"token_budget": None}, "token_budget must be an integer, got None"),
+        ({"dense_heads": None}, "dense_heads must be an integer, got None"),
         ({"reuse_interval": 1.5}, "reuse_interval must be an integer, got 1.5"),
         ({"decode_local": 256.0}, "decode_local must be an integer, got 256.0"),
         ({"forced_sink_pages": True}, "forced_sink_pages must be an integer, got True"),

@@ -67,6 +67,9 @@ def test_what_cannot_be_continued(backend) -> None:
     tokenizer = with_template(backend, NO_ANSWERS)
     with pytest.raises(ValueError, match=r"does not show the last message as it is.*'It is'"):
         tokenizer.apply_chat_template(answer("It is"), False, True)
+    tokenizer = with_template(backend, CHATML + "{{ messages[-1].content }}")
+    with pytest.raises(ValueError, match=r"shows the last message 2 times, so .*'It is'"):
+        tokenizer.apply_chat_template(answer("It is"), False, True)
 
 
 def test_chat_goes_on_with_an_answer(backend) -> None:

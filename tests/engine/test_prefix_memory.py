@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import safetensors.flax
+from budgets import budgets_of
 from tiny_llm import random_prompts, tiny_config, tiny_params, write_pattern
 
 import convert
@@ -69,7 +70,7 @@ def test_a_prefix_of_llama_3_8b_keeps_549_megabytes() -> None:
     spec = make_spec(
         config,
         sparsity=SparsityConfig(),
-        num_retrieval_heads=(4,) * 32,
+        heads=budgets_of((4,) * 32, SparsityConfig()),
         max_model_len=131072,
         max_num_seqs=1,
         num_pages=1,

@@ -1,5 +1,6 @@
 """What goes wrong in the middle leaves an engine that works, and what cannot work is refused."""
 
+import jax
 import pytest
 from tiny_llm import check_nothing_left, tiny_config, tiny_params
 
@@ -35,6 +36,28 @@ def test_a_failed_device_call_is_survived(llm, monkeypatch):
     monkeypatch.undo()
     check_nothing_left(llm.engine)
     assert tokens(llm) == before
+
+
+def test_out_of_memory_says_how_much_and_which_options_to_lower(llm, monkeypatch):
+    lower = "lower max_model_len, max_num_seqs or kv_cache_bytes"
+    large = tiny_config(layers=2, kv_heads=2, max_len=2**30)
+    options = {"max_model_len": 2**30, "max_num_seqs": 1000, "kv_cache_bytes": 10**15}
+    wanted = "out of memory: Out of memory allocating [0-9]+ bytes"
+    with pytest.raises(MemoryError, match=f"^{wanted}; {lower}$"):
+        LLM((large, tiny_params(large)), **options)
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(lserve_jax.engine.runner, "decode_burst", fail)
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nIt")
+    with pytest.raises(MemoryError, match=f"^{wanted}; {lower}$"):
+        tokens(llm)
+    error = jax.errors.JaxRuntimeError("INTERNAL: no")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: no"):
+        tokens(llm)
+    monkeypatch.undo()
+    check_nothing_left(llm.engine)
 
 
 def test_a_call_inside_a_call_is_refused(llm):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from budgets import budgets_of
 from numpy.testing import assert_allclose
 from relay_cases import CONFIG, SAME, Build, P, prompts_with
 from tiny_llm import (
@@ -59,7 +60,7 @@ def spec_of(sparsity: SparsityConfig | None):
     return make_spec(
         CONFIG,
         sparsity=sparsity,
-        num_retrieval_heads=(2, 2),
+        heads=budgets_of((2, 2), sparsity),
         max_model_len=1 << 17,
         max_num_seqs=8,
         num_pages=1,

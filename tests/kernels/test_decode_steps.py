@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from budgets import budgets_of
 from numpy.testing import assert_allclose
 
 from lserve_jax import ModelConfig, SamplingParams, SparsityConfig
@@ -59,7 +60,7 @@ def make_engine(backend: Backend, sparsity: SparsityConfig, max_model_len: int) 
     spec = make_spec(
         CONFIG,
         sparsity=sparsity,
-        num_retrieval_heads=(1, 2),
+        heads=budgets_of((1, 2), sparsity),
         max_model_len=max_model_len,
         max_num_seqs=2,
         num_pages=24,
@@ -102,8 +103,8 @@ def test_kernels_give_the_reference_tokens() -> None:
 
 
 def test_a_budget_that_the_kernel_cannot_select_is_refused_at_once() -> None:
-    budget = 16 * 2050  # a page of them is not selected but the newest
+    budget = 16 * 4098  # a page of them is not selected but the newest
     sparsity = SparsityConfig(token_budget=budget)
-    with pytest.raises(NotImplementedError, match=f"token_budget={budget} is more than 2048 pages"):
-        make_engine("mosaic", sparsity, 40_000)
-    make_engine("mosaic", SparsityConfig(token_budget=budget - 16), 40_000)
+    with pytest.raises(NotImplementedError, match=f"token_budget={budget} is more than 4096 pages"):
+        make_engine("mosaic", sparsity, 70_000)
+    make_engine("mosaic", SparsityConfig(token_budget=budget - 16), 70_000)

@@ -175,7 +175,8 @@ def test_selection(width: int, num_pages: int, sink_pages: int, kind: str) -> No
     scores = KINDS[kind](rng, (4, 1, width)).astype(np.float32)
     for row, count in enumerate(candidates):
         scores[row, :, count:] = np.nan
-    args = jnp.asarray(scores), jnp.asarray(candidates)
+    wanted = jnp.full((4, 1), num_pages)
+    args = jnp.asarray(scores), jnp.asarray(candidates), wanted
     how = {"num_pages": num_pages, "sink_pages": sink_pages}
     selected = jax.jit(lambda *xs: select_pages(*xs, **how))(*args)
     expected = reference.select_pages(*args, **how)
@@ -183,23 +184,47 @@ def test_selection(width: int, num_pages: int, sink_pages: int, kind: str) -> No
     assert_array_equal(selected, expected)
 
 
+@pytest.mark.parametrize(
+    ("width", "num_pages", "kind"),
+    [
+        (512, 130, "normal"),  # heads without entries in the second and third tile
+        (512, 130, "tied"),
+        (9000, 300, "tied"),  # two parts, each of which gives as many as any head wants
+    ],
+)
+def test_heads_want_different_numbers_of_pages(width: int, num_pages: int, kind: str) -> None:
+    """All, some, fewer than there are sinks, none; more than there are candidates."""
+    scores = KINDS[kind](np.random.default_rng(7), (2, 4, width)).astype(np.float32)
+    wanted = jnp.array([[num_pages, 65, 1, 0], [3, 64, num_pages, 7]])
+    args = jnp.asarray(scores), jnp.array([width, 50]), wanted
+    how = {"num_pages": num_pages, "sink_pages": 2}
+    selected = select_pages(*args, **how)
+    assert_array_equal((selected >= 0).sum(axis=2), [[num_pages, 65, 1, 0], [3, 50, 50, 7]])
+    assert_array_equal(selected, reference.select_pages(*args, **how))
+
+
 def test_one_cta_fills_all_entries_if_sms_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_selection, "SM_COUNT", 1)
     scores = jax.random.normal(jax.random.key(0), (1, 1, 333))
-    args, how = (scores, jnp.array([330])), {"num_pages": 130, "sink_pages": 1}
+    args = scores, jnp.array([330]), jnp.array([[130]])
+    how = {"num_pages": 130, "sink_pages": 1}
     assert_array_equal(select_pages(*args, **how), reference.select_pages(*args, **how))
 
 
 @pytest.mark.parametrize(
     ("width", "num_pages", "dtype", "reason"),
     [
-        (8, 0, jnp.float32, "1 to 2048 pages can be selected, got 0"),
-        (2100, 2049, jnp.float32, "1 to 2048 pages can be selected, got 2049"),
+        (8, 0, jnp.float32, "1 to 4096 pages can be selected, got 0"),
+        (4200, 4097, jnp.float32, "1 to 4096 pages can be selected, got 4097"),
         (8, 2, jnp.bfloat16, "scores must be float32, got bfloat16"),
     ],
 )
 def test_selection_refuses_by_name(width: int, num_pages: int, dtype: str, reason: str) -> None:
     with pytest.raises(NotImplementedError, match=reason):
         select_pages(
-            jnp.zeros((1, 1, width), dtype), jnp.array([1]), num_pages=num_pages, sink_pages=0
+            jnp.zeros((1, 1, width), dtype),
+            jnp.array([1]),
+            jnp.array([[1]]),
+            num_pages=num_pages,
+            sink_pages=0,
         )

@@ -129,7 +129,13 @@ ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
         f32(B, KR, M * LOGICAL),
     ),
     "select_pages": (
-        {"scores": f32(B, KR, M), "num_candidates": i32(B), "num_pages": 2, "sink_pages": 1},
+        {
+            "scores": f32(B, KR, M),
+            "num_candidates": i32(B),
+            "wanted": i32(B, KR),
+            "num_pages": 2,
+            "sink_pages": 1,
+        },
         i32(B, KR, 2),
     ),
     "fused_linear": (
@@ -198,7 +204,7 @@ def example(op: str) -> dict[str, Any]:
         case "page_scores":
             traced["length"] = jnp.array([64, 40])
         case "select_pages":
-            traced["num_candidates"] = jnp.array([4, 3])
+            traced |= {"num_candidates": jnp.array([4, 3]), "wanted": jnp.array([[2], [1]])}
     return traced
 
 

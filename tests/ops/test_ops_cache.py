@@ -51,7 +51,10 @@ class Sequences:
         2,
     )  # of the ring: the first page and, page-exact, one page of tokens
 
-    def __init__(self, rng: np.random.Generator, page_size: int, logical_pages: int) -> None:
+    def __init__(
+        self, rng: np.random.Generator, page_size: int, logical_pages: int, ranked: int = KR
+    ) -> None:
+        """Statistics are those of the first ``ranked`` retrieval heads."""
         self.rng, self.P, self.logical_page_size = rng, page_size, page_size // logical_pages
         N = self.B * self.M + 1
         self.free = list(rng.permutation(N))
@@ -64,7 +67,7 @@ class Sequences:
         # The cache under test and, in float64, what it should be.
         shapes = ((KR, N, page_size, D), (KS, self.B * ring, page_size, D))
         self.truth = [np.full(shape, np.nan) for shape in shapes for _ in "kv"]
-        self.true_stats = np.full((KR, N, logical_pages, 2, D), np.nan)
+        self.true_stats = np.full((ranked, N, logical_pages, 2, D), np.nan)
         self.retrieval, self.streaming = (
             KVPages(*(jnp.full(shape, jnp.nan) for _ in "kv")) for shape in shapes
         )
@@ -80,7 +83,7 @@ class Sequences:
         while len(self.owned[row]) * self.P < tokens:
             self.owned[row].append(self.free.pop())
         # What a table holds past a sequence's end is the caller's leftover.
-        self.tables[row] = self.rng.integers(len(self.true_stats[0]), size=self.M)
+        self.tables[row] = self.rng.integers(self.true_stats.shape[1], size=self.M)
         self.tables[row, : len(self.owned[row])] = self.owned[row]
 
     def _ring_page(self, row: int, position: int) -> int:
@@ -99,7 +102,7 @@ class Sequences:
             for pool, x in zip(self.truth[2:], (k, v), strict=True):
                 pool[:, self._ring_page(row, position), place] = x[KR:]
         per_page = self.P // self.logical_page_size
-        for head in range(KR):
+        for head in range(len(self.true_stats)):
             history = np.array([key[head] for key in self.keys[row]])
             statistics = oracle.key_statistics(history, self.logical_page_size)
             for i, high_low in enumerate(statistics):
@@ -168,7 +171,7 @@ class Sequences:
             assert_allclose(array, truth, **ROTATED)
 
 
-@pytest.mark.parametrize("logical_pages", [1, 2, 4])
+@pytest.mark.parametrize(("logical_pages", "ranked"), [(1, KR), (2, KR), (4, KR), (2, 1), (2, 0)])
 @properties
 @given(
     events=st.lists(
@@ -184,9 +187,10 @@ class Sequences:
     seed=st.integers(0, 99),
 )
 def test_any_mixture_of_chunks_and_steps(
-    logical_pages: int, events: list[tuple], seed: int
+    logical_pages: int, ranked: int, events: list[tuple], seed: int
 ) -> None:
-    cache = Sequences(np.random.default_rng(seed), 16, logical_pages)
+    """Heads that are not ranked are written, too."""
+    cache = Sequences(np.random.default_rng(seed), 16, logical_pages, ranked)
     for kind, *arguments in events:
         match kind, arguments:
             case "chunk", [row, length] if cache.room(row) > 0:

@@ -68,6 +68,7 @@ VIOLATIONS = [
     ("page_scores", {"length": jnp.array([1, M * P + 1])}, "length must lie in"),
     ("page_scores", {"page_table": jnp.full((2, M), N)}, "page_table must lie in"),
     ("select_pages", {"num_candidates": jnp.array([1, M + 1])}, "num_candidates must lie in"),
+    ("select_pages", {"wanted": jnp.array([[3], [1]])}, r"wanted must lie in \[0, 2\], got 1 to 3"),
 ]
 CHECKED = {op for op, _, _ in VIOLATIONS}
 

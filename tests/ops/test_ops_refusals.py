@@ -1,8 +1,10 @@
 """Every op refuses shapes and dtypes that contradict each other, and names them."""
 
 import re
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 from jax import ShapeDtypeStruct as Struct
@@ -30,6 +32,7 @@ from op_examples import (
     pages,
 )
 
+from pallas_kernels import api
 from pallas_kernels.api import OwnAttention
 
 
@@ -173,7 +176,12 @@ from pallas_kernels.api import OwnAttention
         (
             "append_kv",
             {"key_stats": f32(KR, 4, LOGICAL, 2, D)},
-            "key_stats has shape (1, 4, 2, 2, 8), expected [1, 5, any, 2, 8]",
+            "key_stats has shape (1, 4, 2, 2, 8), expected [any, 5, any, 2, 8]",
+        ),
+        (
+            "append_kv",
+            {"key_stats": f32(KR + 1, N, LOGICAL, 2, D)},
+            "key_stats are of 2 heads, the pool has 1",
         ),
         (
             "append_kv",
@@ -234,6 +242,8 @@ from pallas_kernels.api import OwnAttention
         ("select_pages", {"scores": f32(B, M)}, "scores has shape (2, 4)"),
         ("select_pages", {"num_candidates": i32(3)}, "num_candidates has shape (3,), expected [2]"),
         ("select_pages", {"num_candidates": f32(B)}, "num_candidates has dtype float32"),
+        ("select_pages", {"wanted": i32(B)}, "wanted has shape (2,), expected [2, 1]"),
+        ("select_pages", {"wanted": f32(B, KR)}, "wanted has dtype float32, expected int32"),
         ("select_pages", {"sink_pages": 3}, "got sink_pages=3 num_pages=2"),
         ("select_pages", {"sink_pages": -1}, "got sink_pages=-1 num_pages=2"),
         ("apply_rotary", {"x": f32(B, T, D)}, "x has shape (2, 24, 8)"),
@@ -277,3 +287,18 @@ def test_a_contradiction_is_refused_by_name(op: str, change: dict[str, Any], wor
     assert set(change) <= set(arguments)
     with pytest.raises(ValueError, match=re.escape(words)):
         evaluate(op, arguments | change)
+
+
+@pytest.mark.parametrize(
+    ("most_tokens", "words"),
+    [
+        ((16, 16), "most_tokens=(16, 16) must have an entry for each of the 3 KV heads"),
+        ((16, 0, 16), "most_tokens=(16, 0, 16) must be at least 1 each"),
+    ],
+)
+def test_most_tokens_is_refused_by_name(most_tokens: tuple[int, ...], words: str) -> None:
+    """Static and no number: not among the arguments above."""
+    arguments, _ = ACCEPTED["paged_attention"]
+    arguments = {name: x for name, x in arguments.items() if name != "selected_page_size"}
+    with pytest.raises(ValueError, match=re.escape(words)):
+        jax.eval_shape(partial(api.paged_attention, most_tokens=most_tokens), **arguments)

@@ -159,13 +159,16 @@ any_scores = arrays(
 @given(
     scores=st.one_of(tied_scores, any_scores),
     candidates=st.lists(st.integers(0, COUNT + 2), min_size=B, max_size=B),
+    data=st.data(),
 )
 def test_select_pages(
-    num_pages: int, sink_pages: int, scores: np.ndarray, candidates: list[int]
+    num_pages: int, sink_pages: int, scores: np.ndarray, candidates: list[int], data: st.DataObject
 ) -> None:
+    """Every head of every row wants a number of its own, which may be less than the sinks."""
+    wanted = data.draw(arrays(np.int32, (B, KR), elements=st.integers(0, num_pages)))
     for row, count in enumerate(candidates):
         scores[row, :, count:] = np.nan  # no candidate, whatever its score
-    check_selection(scores, candidates, num_pages=num_pages, sink_pages=sink_pages)
+    check_selection(scores, candidates, wanted, num_pages=num_pages, sink_pages=sink_pages)
 
 
 @pytest.mark.parametrize("score", [0.0, -5.0, 1e30, -np.inf])
@@ -183,16 +186,24 @@ def test_both_zeros_are_equal() -> None:
 
 
 def check_selection(
-    scores: np.ndarray, candidates: list[int], *, num_pages: int, sink_pages: int
+    scores: np.ndarray,
+    candidates: list[int],
+    wanted: np.ndarray | None = None,
+    *,
+    num_pages: int,
+    sink_pages: int,
 ) -> np.ndarray:
+    """``wanted`` None: every head as many as there may be."""
+    wanted = np.full((B, KR), num_pages) if wanted is None else wanted
     choose = functools.partial(select_pages, num_pages=num_pages, sink_pages=sink_pages)
-    selected = np.asarray(choose(jnp.asarray(scores), jnp.asarray(candidates, jnp.int32)))
-    wanted = min(num_pages, COUNT)
-    assert selected.shape == (B, KR, wanted) and selected.dtype == np.int32
+    counts = jnp.asarray(candidates, jnp.int32), jnp.asarray(wanted, jnp.int32)
+    selected = np.asarray(choose(jnp.asarray(scores), *counts))
+    width = min(num_pages, COUNT)
+    assert selected.shape == (B, KR, width) and selected.dtype == np.int32
     for row, head in np.ndindex(B, KR):
-        truth = oracle.select(scores[row, head], candidates[row], wanted, sink_pages)
+        truth = oracle.select(scores[row, head], candidates[row], wanted[row, head], sink_pages)
         best = sorted(number for number in truth if number >= 0)
-        assert selected[row, head].tolist() == best + [-1] * (wanted - len(best))
+        assert selected[row, head].tolist() == best + [-1] * (width - len(best))
     return selected
 
 

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tiny_llm import tiny_config, tiny_params
 from lserve_jax import LLM, generate
 from lserve_jax.batch import ResultsFile
 from lserve_jax.cli import exit_code
+from lserve_jax.memory import memory_errors
 
 ROOT = Path(generate.__file__).parent.parent
 PROGRAMS = ("lserve_jax.generate", "lserve_jax.analysis", "lserve_jax.eval", "lserve_jax.calibrate")
@@ -49,7 +51,7 @@ def model(conformance) -> Path:
         ("$GENERATE --help | true; exit ${PIPESTATUS[0]}", 141, []),
         ("$GENERATE | true; exit ${PIPESTATUS[0]}", 141, None),
         ("$GENERATE >&-", 2, ["error: standard output cannot be written: [Errno 9] Bad file"]),
-        ("$GENERATE >/dev/full", 2, ["No space left on device"]),
+        ("$GENERATE >/dev/full", 2, ["standard output cannot be written: [Errno 28] No space"]),
         ("$GENERATE 2>&-", 0, []),
         ("${GENERATE%--prompt*} --prompt-file - <&-", 2, ["error: standard input is closed"]),
     ],
@@ -66,7 +68,10 @@ def test_streams_that_are_closed(model, command, code, said) -> None:
 @pytest.mark.parametrize("program", (*PROGRAMS, "convert"))
 @pytest.mark.parametrize(
     ("redirection", "says"),
-    [(">&-", "standard output cannot be written"), (">/dev/full", "No space left on device")],
+    [
+        (">&-", "[Errno 9] Bad file descriptor"),
+        (">/dev/full", "[Errno 28] No space left on device"),
+    ],
 )
 def test_help_that_nobody_can_read(program: str, redirection: str, says: str) -> None:
     done = subprocess.run(
@@ -76,8 +81,26 @@ def test_help_that_nobody_can_read(program: str, redirection: str, says: str) ->
         text=True,
     )
     assert done.returncode == 2
-    [line] = done.stderr.splitlines()
-    assert says in line
+    assert done.stderr == f"error: standard output cannot be written: {says}\n"
+
+
+LONG = (
+    "from lserve_jax.cli import exit_code; raise SystemExit(exit_code(lambda: print('x' * 99999)))"
+)
+
+
+@pytest.mark.parametrize(
+    ("redirection", "says"),
+    [
+        (">&-", "[Errno 9] Bad file descriptor"),
+        (">/dev/full", "[Errno 28] No space left on device"),
+    ],
+)
+def test_a_long_text_that_nobody_can_read(redirection: str, says: str) -> None:
+    command = f'{sys.executable} -c "{LONG}" {redirection}'
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"error: standard output cannot be written: {says}\n"
 
 
 def test_a_conversion_needs_no_stderr(tmp_path: Path) -> None:
@@ -85,6 +108,33 @@ def test_a_conversion_needs_no_stderr(tmp_path: Path) -> None:
     command = f"{sys.executable} -m convert {source} {tmp_path / 'new'} 2>&-"
     assert subprocess.run(["bash", "-c", command], cwd=ROOT).returncode == 0
     assert (tmp_path / "new" / "config.json").is_file()
+
+
+SMALL_FILES = """
+import resource, sys
+from convert.__main__ import main
+limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+for size, name in ((3_000, "a"), (20_000, "b"), (20_000, "c"), (100_000, "d")):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit))
+    assert main([sys.argv[1], f"{sys.argv[2]}/{name}"]) == 2
+"""
+
+
+def test_a_conversion_that_does_not_fit_the_disk_says_one_sentence(tmp_path: Path) -> None:
+    """Writes of the arrays beside the one that fails go on for a while, and fail as well."""
+    source = ROOT / "tests" / "data" / "conformance" / "mistral"
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_FILES, source, tmp_path],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("loading:")]
+    assert len([line for line in lines if line]) == 4, done.stderr
+    assert all("cannot be written" in line and "too large" in line for line in lines if line)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
@@ -95,13 +145,27 @@ def interrupts_are_heard() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+INSTALLED = [entry.split(":") for entry in PROJECT["scripts"].values()]
+STARTS = (
+    *(["-m", program] for program in PROGRAMS),
+    ["-m", "convert", "--help"],
+    ["-u", "-mconvert"],
+    # As an installer writes them.
+    *(["-c", f"from {m} import {main}; raise SystemExit({main}())"] for m, main in INSTALLED),
+)
+
+
 @pytest.mark.usefixtures("interrupts_are_heard")
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_an_interrupt_while_it_is_imported_says_nothing(program: str, tmp_path) -> None:
-    """The module that is imported first sends the signal, so that the moment is always the same."""
-    (tmp_path / "tyro.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+@pytest.mark.parametrize("module", ["jax", "tyro"])
+@pytest.mark.parametrize("start", STARTS, ids=" ".join)
+def test_an_interrupt_while_it_is_imported_says_nothing(start, module: str, tmp_path) -> None:
+    """A module that is imported early sends the signal, so that the moment is always the same."""
+    (tmp_path / f"{module}.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    )
     done = subprocess.run(
-        [sys.executable, "-m", program],
+        [sys.executable, *start],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         cwd=tmp_path,
         capture_output=True,
@@ -142,6 +206,16 @@ def test_out_of_memory_says_how_much_and_what_to_lower(capsys) -> None:
     )
 
 
+def test_out_of_memory_of_the_api_names_the_programs_options(capsys) -> None:
+    def program() -> None:
+        with memory_errors():
+            jnp.zeros(10**14, jnp.float32)
+
+    assert exit_code(program, lower="--size") == 2
+    said = "error: out of memory: Out of memory allocating 400000000000000 bytes; lower --size\n"
+    assert capsys.readouterr().err == said
+
+
 @contextlib.contextmanager
 def small_disk():
     """Files cannot grow beyond 20,000 bytes."""
@@ -167,6 +241,13 @@ def test_a_prefix_that_does_not_fit_the_disk_leaves_no_file(tmp_path) -> None:
         prefix.save(tmp_path / "prefix.safetensors")
     assert (tmp_path / "prefix.safetensors").read_text() == "what was there before"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_output_that_is_no_regular_file_is_refused(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/full"), Path("/dev/zero")):
+        with pytest.raises(ValueError, match=f"output file '{path}' must be new or a regular file"):
+            ResultsFile(path, {})
 
 
 def test_an_output_file_that_does_not_fit_the_disk_goes_on_later(tmp_path) -> None:

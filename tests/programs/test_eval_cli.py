@@ -76,7 +76,7 @@ SPARSE = "lserve:budget=64,page=16,decode_sink=16,decode_local=16"
 def test_needles_perplexity_and_agreement_end_to_end(
     capsys, chat_checkpoint, pattern, tmp_path, monkeypatch
 ):
-    sparse = f"{SPARSE},pattern={pattern},control=random"
+    sparse = f"{SPARSE},pattern={pattern},shares=none,control=random"
     argv = ["--model", chat_checkpoint, *SMALL, "--output", tmp_path, "--plot"]
     argv += ["--tasks", "needle", "perplexity", "agreement", "--windows", 2]
     argv += ["--scored-tokens", 9, "--max-num-seqs", 2]
@@ -144,7 +144,7 @@ def refusal(capsys, *argv) -> str:
         ("--compare lserve:page=16,page=32", "page is given twice"),
         ("--compare lserve:pattern=nobody", "pattern 'nobody' is neither a directory nor"),
         ("--compare lserve:control=random", "control=random in setting"),
-        ("--compare lserve:pattern=x,control=reversed", "must be inverted or random"),
+        ("--compare lserve:pattern=x,shares=none,control=reversed", "must be inverted or random"),
         ("--compare lserve:fraction=0.5", "needs a head pattern"),
         ("--tasks agreement --compare dense", "task agreement compares settings"),
         ("--tasks agreement --resume", "task agreement cannot be resumed"),
@@ -235,13 +235,15 @@ def test_stretching_takes_the_least_whole_factor():
 
 def test_settings_are_what_they_say():
     text = "lserve:pattern=llama-3-8b-instruct-gradient-1048k,fraction=0.25,budget=512,page=32"
-    text += ",logical=16,selected=32,lower=0.25,interval=8,prefill_local=1024,control=inverted"
+    text += ",logical=16,selected=32,lower=0.25,interval=8,prefill_local=1024"
+    text += ",shares=none,control=inverted"
     dense, plain, full = parse_settings(["dense", "lserve", text])
     assert (dense.name, dense.sparsity) == ("dense", None)
     assert plain.sparsity == SparsityConfig()
     assert full.control == "inverted"
     assert full.sparsity == SparsityConfig(
         pattern="llama-3-8b-instruct-gradient-1048k",
+        head_shares=None,
         streaming_fraction=0.25,
         token_budget=512,
         page_size=32,
@@ -262,7 +264,7 @@ def test_controls_are_the_same_gates_for_other_heads(pattern, tmp_path):
     assert (shuffled != gates.gates).any()
     assert (shuffled == control_pattern(gates, "random", 0).gates).all()
     assert (shuffled != control_pattern(gates, "random", 1).gates).any()
-    (setting,) = parse_settings([f"lserve:pattern={pattern},control=random"])
+    (setting,) = parse_settings([f"lserve:pattern={pattern},shares=none,control=random"])
     written = resolve_sparsity(setting, tmp_path, 0)
     np.testing.assert_allclose(load_pattern(written.pattern).gates, shuffled)
 

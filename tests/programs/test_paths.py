@@ -60,4 +60,4 @@ def test_patterns(kind: type, tmp_path: Path) -> None:
     assert sparsity.pattern == os.fspath(tmp_path / "half")
     config = tiny_config(layers=1, kv_heads=2)
     llm = LLM((config, tiny_params(config)), attention="lserve", sparsity=sparsity)
-    assert llm.spec.num_retrieval_heads == (1,)
+    assert llm.spec.heads.num_retrieval == (1,)

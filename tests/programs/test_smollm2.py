@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from budgets import budgets_of
 
 import convert
 import lserve_jax
@@ -175,7 +176,7 @@ def cached_perplexity(config, params, ids, kv_dtype, chunk=16) -> float:
     spec = make_spec(
         config,
         sparsity=None,
-        num_retrieval_heads=(config.num_key_value_heads,) * config.num_hidden_layers,
+        heads=budgets_of((config.num_key_value_heads,) * config.num_hidden_layers, None),
         max_model_len=len(ids),
         max_num_seqs=1,
         num_pages=-(-len(ids) // 64),

@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from oracle_model import Oracle, streaming_heads
 from tiny_llm import poison, tiny_config, tiny_params, write_pattern
 
+from convert.head_shares import save_head_shares
 from lserve_jax import LLM, ModelConfig, SparsityConfig
+from lserve_jax.model.head_shares import MISSED_AT, HeadSensitivity
 
 
 class Case(NamedTuple):
@@ -16,17 +19,47 @@ class Case(NamedTuple):
     gates: list[list[float]]
     fraction: float
     sizes: dict[str, int]
+    # What each head may list of the context, 1 being everything and 0 a streaming head; None: all
+    # heads have one budget, and stream by their gates.
+    shares: list[list[float]] | None = None
 
     def sparsity(self, pattern: str) -> SparsityConfig:
-        return SparsityConfig(pattern=pattern, streaming_fraction=self.fraction, **self.sizes)
+        sizes = self.sizes
+        if self.shares is not None:
+            sizes = sizes | {"token_budget": None, "budget_share": 1.0}
+        return SparsityConfig(pattern=pattern, streaming_fraction=self.fraction, **sizes)
 
     def params(self) -> dict:
         return tiny_params(self.config, seed=3)
 
     def oracle(self) -> Oracle:
         streaming = streaming_heads(self.gates, self.fraction)
-        sparsity = SparsityConfig(**self.sizes)
-        return Oracle(self.config, self.params(), sparsity=sparsity, streaming=streaming)
+        if self.shares is not None:
+            streaming = [[share == 0 for share in layer] for layer in self.shares]
+        return Oracle(
+            self.config,
+            self.params(),
+            sparsity=SparsityConfig(**self.sizes),
+            streaming=streaming,
+            shares=self.shares,
+        )
+
+    def write(self, directory: Path) -> str:
+        """The files that make the model's heads so; the directory."""
+        path = write_pattern(directory, self.gates)
+        if self.shares is not None:
+            shares = np.asarray(self.shares)
+            save_head_shares(path, that_wants(shares), np.where(shares > 0, shares, 1.0), {})
+        return path
+
+
+def that_wants(shares: np.ndarray) -> HeadSensitivity:
+    """A sensitivity by which a head needs exactly its share, and one of share 0 nothing."""
+    worth = np.where(shares > 0, 1.0, 0.0)
+    missed = np.array([np.where(shares > at, 1.0, 0.0) for at in MISSED_AT])
+    return HeadSensitivity(
+        streaming=worth, selecting=worth, missed=missed, name="made up", context=1024
+    )
 
 
 def sizes(
@@ -93,6 +126,22 @@ CASES = {
         0.0,
         sizes(16, 16, 80, 32, (16, 16, 16, 16), forced=2),
     ),
+    # Heads of every kind in one layer, in an order that moves all of them; a layer in which none
+    # ranks; shares that are below the least, and one above half.
+    "shares": Case(
+        tiny_config(layers=3, kv_heads=4, group=2),
+        [[0.5] * 4] * 3,
+        1 / 3,
+        sizes(64, 16, 128, 4, (64, 64, 64, 128)),
+        [[1.0, 1 / 128, 0, 3 / 8], [0, 1.0, 1.0, 0], [3 / 16, 1 / 4, 3 / 8, 0]],
+    ),
+    "shares, page 16, reuse 12": Case(
+        tiny_config(layers=2, kv_heads=3, max_len=1536),
+        [[0.5] * 3] * 2,
+        0.0,
+        sizes(16, 16, 128, 12, (16, 16, 16, 16)),
+        [[3 / 8, 1.0, 1 / 4], [1 / 8, 3 / 16, 3 / 32]],
+    ),
     # The ring of LServe's own sizes.
     "page 64, logical 32": Case(
         tiny_config(layers=2, kv_heads=2, max_len=2176),
@@ -110,7 +159,7 @@ def build(case: str, directory: Path, **settings: Any) -> LLM:
     shrink say otherwise.
     """
     made = CASES[case]
-    pattern = write_pattern(directory / case.replace(" ", "_"), made.gates)
+    pattern = made.write(directory / case.replace(" ", "_"))
     settings = {
         "max_num_seqs": 4,
         "prefill_chunk_size": 64,

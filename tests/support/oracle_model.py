@@ -10,6 +10,8 @@ or slots; a page is only a range of positions.
     model.decode(token)  # logits [V]; the reuse clock ticks
 """
 
+import math
+
 import jax
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -38,6 +40,8 @@ class Oracle:
     """One sequence. ``streaming[layer][kv head]``, in checkpoint order; None: no head streams.
 
     ``sparsity`` None is dense attention. ``params`` is the tree that ``LLM`` takes.
+    ``shares[layer][kv head]``: what a head that does not stream may list of the context, 1 being
+    everything; None: all have the sparsity's token budget.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Oracle:
         *,
         sparsity: SparsityConfig | None = None,
         streaming: list[list[bool]] | None = None,
+        shares: list[list[float]] | None = None,
     ):
         assert config.rope.rope_type == "default"  # the other types have tests of their own
         L, Hk, D = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
@@ -57,6 +62,7 @@ class Oracle:
             self.selected_page_size = sparsity.selected_page_size or sparsity.logical_page_size
         self.params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
         self.streaming = streaming or [[False] * Hk for _ in range(L)]
+        self.shares = shares
         self.keys = [np.zeros((0, Hk, D)) for _ in range(L)]  # rotated, as they would be cached
         self.values = [np.zeros((0, Hk, D)) for _ in range(L)]
         self.length = 0
@@ -103,7 +109,7 @@ class Oracle:
 
     def _choose(self, layer: int, head: int, queries: F64) -> list[int]:
         """The best of the pages before the tail, as many as the budget leaves beside one page."""
-        count = self.sparsity.token_budget // self.selected_page_size - 1
+        count = self._count(layer, head)
         if self.tail <= count:
             return list(range(self.tail))
         scores = [self._score(layer, head, page, queries) for page in range(self.tail)]
@@ -112,6 +118,18 @@ class Oracle:
         last, next_best = ranked[count - forced - 1], ranked[count - forced]
         self.closest_call = min(self.closest_call, scores[last] - scores[next_best])
         return list(range(forced)) + ranked[: count - forced]
+
+    def _count(self, layer: int, head: int) -> int:
+        """Pages that a head may choose beside the one that its last token is in."""
+        if self.shares is None:
+            return self.sparsity.token_budget // self.selected_page_size - 1
+        share = self.shares[layer][head]
+        if share == 1.0:
+            return self.tail
+        # Of all pages that there are; never less than 128 tokens.
+        pages = math.floor(share * (self.tail + 1) + 0.5)
+        least = max(128 // self.selected_page_size, self.sparsity.forced_sink_pages + 2)
+        return max(pages, least) - 1
 
     def _score(self, layer: int, head: int, page: int, queries: F64) -> float:
         U, logical = self.selected_page_size, self.sparsity.logical_page_size

@@ -115,8 +115,8 @@ def page_scores_and_select_pages() -> None:
     alone = np.asarray(jax.jit(scores)(*arguments))
     same(sharded(scores, (TOKENS, POOL, ALL, ALL), TOKENS)(*arguments), alone)
     select = partial(api.select_pages, num_pages=2, sink_pages=1)
-    arguments = (alone, integers(3, 2))
-    same(sharded(select, (TOKENS, ALL), TOKENS)(*arguments), jax.jit(select)(*arguments))
+    arguments = (alone, integers(3, 2), np.array([[1, 2], [2, 2]], np.int32))
+    same(sharded(select, (TOKENS, ALL, TOKENS), TOKENS)(*arguments), jax.jit(select)(*arguments))
 
 
 def merge_attention() -> None:

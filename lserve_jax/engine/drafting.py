@@ -1,0 +1,90 @@
+"""How many tokens a request drafts before dense attention verifies them (exact mode).
+
+A round of k drafts costs k sparse passes and one dense pass and makes, if each draft is confirmed
+with probability a, (1 - a^(k+1)) / (1 - a) tokens on average (Leviathan et al., arXiv 2211.17192).
+What a pass costs goes by the bytes that it reads: its share of the weights, and the keys and values
+of its request. So k grows with the context, and where it is short nothing is drafted.
+"""
+
+from collections.abc import Sequence
+
+from lserve_jax.attention.cache import CacheSpec
+from lserve_jax.engine.costs import CacheUnits, RequestCosts
+from lserve_jax.engine.metrics import DraftDecision
+from lserve_jax.engine.request import Request
+from lserve_jax.engine.runner import ModelRunner
+
+# What a request is thought to have confirmed before it has drafted anything: few tokens, so that
+# its own soon count for more.
+PRIOR_ACCEPTANCE, PRIOR_ROUNDS = 0.8, 2.0
+
+
+def expected_tokens(acceptance: float, drafts: int) -> float:
+    """Tokens that a round makes on average: the confirmed drafts and the one after them."""
+    return sum(acceptance**i for i in range(drafts + 1))
+
+
+def acceptance_of(costs: RequestCosts, most: int) -> float:
+    """The probability that a draft is confirmed, given those before it, as far as it is known.
+
+    That with which rounds of as many drafts would have made as many tokens.
+    """
+    rounds = PRIOR_ROUNDS + costs.verified
+    drafts = (PRIOR_ROUNDS * most + costs.drafted) / rounds
+    prior = PRIOR_ROUNDS * (expected_tokens(PRIOR_ACCEPTANCE, most) - 1)
+    confirmed = (prior + costs.confirmed) / rounds
+    low, high = 0.0, 1.0
+    for _ in range(20):  # halves: to 1e-6
+        middle = (low + high) / 2
+        made = sum(middle**i for i in range(1, int(drafts) + 1))
+        made += (drafts - int(drafts)) * middle ** (int(drafts) + 1)
+        low, high = (middle, high) if made < confirmed else (low, middle)
+    return low
+
+
+def decide_drafts(
+    spec: CacheSpec,
+    units: CacheUnits,
+    costs: RequestCosts,
+    *,
+    length: int,
+    weight_bytes: float,
+) -> DraftDecision:
+    """For a request of ``length`` tokens whose share of the weights is ``weight_bytes``."""
+    assert spec.max_drafts is not None  # exact mode
+    context = units.kv_heads * units.token
+    dense = weight_bytes + length * context
+    sparse = weight_bytes + spec.tokens_listed(length) * context
+    acceptance = acceptance_of(costs, spec.max_drafts)
+
+    def speed(drafts: int) -> float:
+        return expected_tokens(acceptance, drafts) / (drafts * sparse + dense)
+
+    best = max(range(spec.max_drafts + 1), key=speed)
+    known = f"acceptance {acceptance:.2f}, a draft reads {sparse / dense:.2f} of a dense step"
+    if best == 0:
+        return DraftDecision(drafts=0, reason=f"no draft pays: {known}")
+    return DraftDecision(drafts=best, reason=f"{best} drafts a round: {known}")
+
+
+def decide_all(
+    requests: Sequence[tuple[int, Request]], runner: ModelRunner, units: CacheUnits
+) -> dict[int, DraftDecision] | None:
+    """By slot, for the requests of a burst, (slot, request); None outside of exact mode.
+
+    The requests share the weights. What is decided goes to their metrics.
+    """
+    if runner.spec.max_drafts is None:
+        return None
+    decisions = {}
+    for slot, request in requests:
+        decision = decide_drafts(
+            runner.spec,
+            units,
+            request.costs,
+            length=request.length,
+            weight_bytes=runner.parameter_bytes / len(requests),
+        )
+        request.costs.draft_reason = decision.reason
+        decisions[slot] = decision
+    return decisions
