@@ -226,5 +226,7 @@ def test_no_retrieval_heads_have_no_scores_and_no_pages() -> None:
         selected_page_size=8,
     )
     assert (scores.shape, scores.dtype) == ((B, 0, 2 * M), jnp.float32)
-    selected = select_pages(scores, lengths, num_pages=3, sink_pages=1)
+    selected = select_pages(
+        scores, lengths, jnp.zeros((B, 0), jnp.int32), num_pages=3, sink_pages=1
+    )
     assert (selected.shape, selected.dtype) == ((B, 0, 3), jnp.int32)
