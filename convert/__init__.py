@@ -20,6 +20,7 @@ if (
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jax.typing import DTypeLike
@@ -27,10 +28,11 @@ from jax.typing import DTypeLike
 from convert import hf, orbax
 from convert.attention_patterns import load_pattern, save_pattern
 from convert.config_json import override, parse
+from convert.files import is_file
 from convert.gguf import read_gguf
 from convert.head_shares import load_head_shares, save_head_shares
-from convert.lora import Change, load_adapter
-from convert.names import refuse_more_layers
+from convert.lora import Change, load_adapter, refuse_missing
+from convert.names import refuse_more_layers, tensor_slots, tied_names
 from convert.orbax import save
 from convert.sources import ModelSource, resolve
 from convert.stream import Checkpoint, Placement, assemble, parse_dtype, settle_tie
@@ -81,6 +83,8 @@ def load(
     missing, unexpected and misshapen tensors in one message), ``NotImplementedError`` for an
     architecture, attribute or tensor type that is not supported, by name.
     """
+    if not isinstance(overrides, Mapping | None):
+        raise TypeError(f"{overrides=} must map attributes of config.json to values")
     wanted = None if dtype is None else parse_dtype(dtype)
     source = model if isinstance(model, ModelSource) else resolve(model, progress=progress)
     if adapter is not None and source.adapter is not None:
@@ -117,8 +121,8 @@ def _describe(
     adapter: str | os.PathLike[str] | None,
 ) -> tuple[ModelConfig, Checkpoint | None, dict[str, Change]]:
     """Architecture, tensors and changes to them; no tensors where ``orbax.restore`` reads them."""
-    path, chosen = source.path, adapter or source.adapter
-    if chosen is None and (path / "adapter_config.json").is_file():
+    path, chosen = source.path, source.adapter if adapter is None else adapter
+    if chosen is None and is_file(path / "adapter_config.json"):
         raise ValueError(
             f"{path} holds a LoRA adapter (adapter_config.json): give the model and, to merge the "
             f"adapter, adapter={str(path)!r}; or move the adapter elsewhere"
@@ -126,9 +130,8 @@ def _describe(
     changes = {} if chosen is None else load_adapter(chosen)
     where = str(path / "config.json" if path.is_dir() else path)
     overrides = {**source.overrides, **overrides}
+    _refuse_two_models(path)
     if orbax.is_orbax(path):
-        if (weights := hf.weight_file(path)) is not None:
-            raise ValueError(f"{path} holds two models, params and {weights.name}: move one away")
         config = parse(override(orbax.read_config(path), overrides), where=where)
         if not changes:
             return config, None, {}
@@ -141,4 +144,21 @@ def _describe(
         )
         config = parse(raw, where=where)
     checkpoint, config = settle_tie(checkpoint, config, changes)
+    if chosen is not None:
+        # A tied model has the module of its output layer too.
+        tensors = [slot.hf for slot in tensor_slots(config, checkpoint.naming)]
+        refuse_missing(chosen, changes, [*tensors, *tied_names("hf")])
     return config, checkpoint, changes
+
+
+def _refuse_two_models(path: Path) -> None:
+    """Raises ``ValueError`` for a directory of several models, or of a GGUF file alone."""
+    weights, ggufs = hf.weight_file(path), sorted(path.glob("*.gguf"))
+    models = ["params"] if orbax.is_orbax(path) else []
+    models += [] if weights is None else [weights.name]
+    if models and ggufs:
+        models.append(ggufs[0].name)
+    if len(models) > 1:
+        raise ValueError(f"{path} holds two models, {models[0]} and {models[1]}: move one away")
+    if ggufs and not models:
+        raise ValueError(f"{path} holds a GGUF file: give its own path, {str(ggufs[0])!r}")

@@ -18,6 +18,7 @@ MARKERS = (
     *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
 )
 _REQUIRED = ("bos_token", "eos_token")  # the others may be new
+_MOST_DIGITS = len(str(2**31))  # ids are int32 on the device
 _FLAGS = ("special", "lstrip", "rstrip", "normalized", "single_word")
 
 
@@ -111,7 +112,10 @@ def _extra_tokens(config: Mapping[str, Any], where: Path) -> list[AddedToken]:
 def _declared(config: Mapping[str, Any], where: Path) -> dict[int, AddedToken]:
     key = "added_tokens_decoder"
     values = config.get(key) or {}
-    if not isinstance(values, Mapping) or not all(token_id.isdecimal() for token_id in values):
+    # Of so many digits Python makes no integer.
+    if not isinstance(values, Mapping) or not all(
+        token_id.isdecimal() and len(token_id) <= _MOST_DIGITS for token_id in values
+    ):
         raise ValueError(f"{where}: {key} must map token ids to tokens, got {reprlib.repr(values)}")
     return {
         int(token_id): _parse_token(value, f"{where}: {key}[{token_id}]", special=False)

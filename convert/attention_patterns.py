@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float64
 
+from lserve_jax.checks import check_path
 from lserve_jax.model.heads import HeadPattern
 
 _GATES_FILE = "full_attention_heads.tsv"
@@ -72,6 +73,7 @@ def find_folder(name_or_dir: str | os.PathLike[str], file: str) -> tuple[Travers
     None if the directory or the shipped pattern is there and ``file`` is not in it. Raises
     ``ValueError`` if there is neither, and if several folders in the directory hold ``file``.
     """
+    check_path("name_or_dir", name_or_dir)
     directory = Path(name_or_dir)
     if directory.is_dir():
         found = [d for d in (directory, *sorted(directory.iterdir())) if (d / file).is_file()]
@@ -102,7 +104,7 @@ def read_config(directory: Traversable) -> dict[str, Any]:
         raise ValueError(f"{directory} holds no {CONFIG_FILE}")
     try:
         settings = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must be a JSON object")

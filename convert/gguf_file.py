@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
+from convert.files import is_file
 from convert.gguf_metadata import GGUFMetadata
 from convert.mapped_file import FileState
 
@@ -98,7 +99,7 @@ def read_gguf_file(path: Path) -> GGUFFile:
     out otherwise than llama.cpp requires: names and keys once, an alignment that is a power of
     two, every tensor where the one before it ends.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise ValueError(f"{path} does not exist")
     state = FileState(path)
     if path.stat().st_size < 24:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from convert.config_json import canonical, refuse_quantised
+from convert.files import is_file
 from convert.json_values import positive_int, read_json, token_ids
 from convert.safetensors_file import SafetensorsFile
 from convert.stream import Checkpoint, FileTensor, parse_dtype
@@ -28,12 +29,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     config = read_json(directory / "config.json")
     refuse_quantised(config, where)
     for name in _QUANTISED:
-        if (directory / name).is_file():
+        if is_file(directory / name):
             raise NotImplementedError(
                 f"{directory / name}: quantised checkpoints are not supported"
             )
     generation = directory / "generation_config.json"
-    if generation.is_file():
+    if is_file(generation):
         eos = read_json(generation).get("eos_token_id")
         if eos is not None:
             vocab_size = positive_int("vocab_size", config.get("vocab_size"), where)
@@ -78,7 +79,7 @@ def weight_file(directory: Path) -> Path | None:
     The single file where there is one, as in Hugging Face; else the index of the shards.
     """
     files = (directory / name for name in (_SINGLE, _INDEX))
-    return next((path for path in files if path.is_file()), None)
+    return next((path for path in files if is_file(path)), None)
 
 
 def _weight_files(directory: Path) -> list[Path]:

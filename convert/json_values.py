@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from convert.files import is_file
+
 # Sizes and token ids are int32 on the device.
 _LARGEST = 2**31 - 1
 # An error that lists problems shows as many of them.
@@ -14,11 +16,11 @@ _SHOWN = 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ``ValueError`` if ``path`` is missing or not a JSON object."""
+    """Raises ``ValueError`` if ``path`` is missing, no file or not a JSON object."""
+    if not is_file(path):
+        raise ValueError(f"{path} does not exist")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist") from error
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply to be read") from error
     except ValueError as error:

@@ -7,7 +7,8 @@ brings whole: biases and modules that were trained, a resized or targeted embedd
 import math
 import os
 import re
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ import numpy as np
 from jaxtyping import Float32
 
 from convert.config_json import refuse_unknown
+from convert.files import is_file
 from convert.json_values import flag, json_object, number, positive_int, read_json, shortened
 from convert.safetensors_file import SafetensorsFile
+from lserve_jax.checks import check_path
 
 _HANDLED = (
     *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
@@ -99,12 +102,13 @@ def load_adapter(directory: str | os.PathLike[str]) -> dict[str, Change]:
     ``ValueError`` where a file is missing or malformed, ``NotImplementedError`` naming a setting
     (other kinds of adapters, biases of the low-rank term …) that is more than ``Change`` says.
     """
+    check_path("adapter", directory)
     directory = Path(directory)
     config_path, weights_path = (
         directory / name for name in ("adapter_config.json", "adapter_model.safetensors")
     )
     for path in (config_path, weights_path):
-        if not path.is_file():
+        if not is_file(path):
             raise ValueError(f"adapter {directory} has no {path.name}")
     config = read_json(config_path)
     _refuse_variants(config, str(config_path))
@@ -115,6 +119,44 @@ def load_adapter(directory: str | os.PathLike[str]) -> dict[str, Change]:
         low_rank = _low_rank(module, found, config, directory)
         changes[name] = Change(whole=wholes.get(name), low_rank=low_rank)
     return changes
+
+
+def refuse_missing(
+    directory: str | os.PathLike[str], changes: Mapping[str, Change], tensors: Iterable[str]
+) -> None:
+    """Raises ``ValueError`` where a module that was trained has no tensor in the adapter's file.
+
+    ``tensors`` are the model's, by Hugging Face name: a list may name modules of other models too.
+    PEFT warns of what is missing, and goes on with the model's own weights.
+    """
+    path = Path(directory) / "adapter_config.json"
+    config = read_json(path)
+    for key in ("target_modules", "modules_to_save"):
+        names = config.get(key)
+        if names is None or isinstance(names, str):  # a pattern: what it should fit is not said
+            continue
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{path}: {key} must be a list of names, got {reprlib.repr(names)}")
+        if key == "target_modules" and (
+            config.get("exclude_modules") or config.get("layers_to_transform") is not None
+        ):  # of what is named some is left out
+            continue
+        found = [
+            name
+            for name, change in changes.items()
+            if (change.low_rank if key == "target_modules" else change.whole) is not None
+        ]
+        for name in names:
+            if _has_module(tensors, name) and not _has_module(found, name):
+                raise ValueError(
+                    f"{path}: {key} names {name!r}, but adapter_model.safetensors holds nothing of "
+                    "such a module"
+                )
+
+
+def _has_module(tensors: Iterable[str], name: str) -> bool:
+    """Whether one belongs to a module whose dotted path has ``name`` in it."""
+    return any(f".{name}." in f".{tensor}" for tensor in tensors)
 
 
 def _read_tensors(

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from convert.files import is_file
 from convert.mapped_file import FileState
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -18,7 +19,7 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: Path):
-        if not path.is_file():
+        if not is_file(path):
             raise ValueError(f"{path} does not exist")
         self._state = FileState(path)
         try:

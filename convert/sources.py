@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.artefacts import SMOLLM2_135M_INSTRUCT, fetch
+from lserve_jax.checks import check_path
 
 _ADAPTERS = Path(__file__).parent / "adapters"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -46,8 +47,10 @@ def resolve(model: str | os.PathLike[str], *, progress: bool = False) -> ModelSo
     that exists (Hugging Face or Orbax directory, ``.gguf`` file), a Hugging Face id such as
     ``owner/name``. Downloads show their progress on stderr if ``progress``.
 
-    Raises ``ValueError`` if there is no such model or it cannot be fetched.
+    Raises ``ValueError`` if there is no such model or it cannot be fetched, ``TypeError`` for what
+    is neither text nor a path.
     """
+    check_path("model", model)
     name = os.fspath(model)
     if name in _ALIASES:
         alias = _ALIASES[name]

@@ -66,9 +66,15 @@ class Checkpoint:
 
 
 def parse_dtype(dtype: DTypeLike) -> np.dtype:
-    """Raises ``ValueError`` unless ``dtype`` is float32, bfloat16 or float16."""
+    """Raises ``ValueError`` unless ``dtype`` is float32, bfloat16 or float16.
+
+    And ``TypeError`` for what is no dtype at all.
+    """
     known = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    try:
+        name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    except TypeError:
+        raise TypeError(f"dtype={dtype!r} must be one of {', '.join(known)}") from None
     if name not in known:
         raise ValueError(f"dtype {name!r} is unknown; known dtypes: {', '.join(known)}")
     return np.dtype(known[name])

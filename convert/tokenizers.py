@@ -9,9 +9,11 @@ from typing import Any
 import tokenizers
 
 from convert.added_tokens import MARKERS, add_tokens
+from convert.files import is_file
 from convert.gguf_file import read_gguf_file
 from convert.gguf_tokenizer import build_gguf_tokenizer, end_token_ids
 from convert.json_values import read_json
+from lserve_jax.checks import check_path
 from lserve_jax.tokenizer import Tokenizer
 
 
@@ -29,15 +31,16 @@ def load_tokenizer(path: str | os.PathLike[str], *, required: bool = False) -> T
     not exist, ``ValueError`` for damaged or contradictory files, ``NotImplementedError`` for a
     kind of tokenizer that is not read.
     """
+    check_path("path", path)
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     if path.is_file():
         return _from_gguf(path)
-    if (path / "tokenizer.json").is_file():
+    if is_file(path / "tokenizer.json"):
         return _from_directory(path)
     for name in ("tokenizer.model", "vocab.json"):
-        if (path / name).is_file():
+        if is_file(path / name):
             raise NotImplementedError(
                 f"{path} has {name} but no tokenizer.json: save the tokenizer once in the "
                 "tokenizer.json form (a fast tokenizer's save_pretrained writes it)"
@@ -123,7 +126,7 @@ def _from_gguf(path: Path) -> Tokenizer:
 def _chat_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """The templates by name; one alone is "default"."""
     file = path / "chat_template.jinja"
-    if file.is_file():
+    if is_file(file):
         return {"default": _read_text(file)}
     given = config.get("chat_template")
     if given is None:
@@ -147,4 +150,4 @@ def _read_text(path: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in ``path``; empty if there is no such file."""
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if is_file(path) else {}

@@ -31,6 +31,7 @@ from tyro.conf import OmitArgPrefixes, arg
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.attention.selection import first_tail_page
+from lserve_jax.checks import check_integer
 from lserve_jax.cli import exit_code, read_text
 from lserve_jax.engine.head_policy import head_policy
 from lserve_jax.llm import LLM
@@ -72,6 +73,7 @@ def page_recall(llm: LLM, prompt: Prompt, *, num_queries: int = 64) -> PageRecal
     """
     if llm.spec.sparsity is None:
         raise ValueError("page recall needs an LLM with attention='lserve', got 'dense'")
+    num_queries = check_integer("num_queries", num_queries)
     ids = llm.token_ids(prompt)
     if not 0 < num_queries < len(ids):
         raise ValueError(

@@ -212,7 +212,7 @@ class PromptsFile:
                 f"tools must be a list of objects beside messages, got {_brief(fields['tools'])}"
             )
         name = fields.get("id")
-        if not isinstance(name, str | int | None):
+        if not isinstance(name, str | int | None) or isinstance(name, bool):
             raise ValueError(f"id must be a string or an integer, got {_brief(name)}")
         overrides = {key: fields[key] for key in SAMPLING_KEYS if key in fields}
         stop = overrides.get("stop", "")

@@ -17,7 +17,7 @@ import numpy as np
 
 import convert
 from lserve_jax.attention.cache import CacheSpec
-from lserve_jax.checks import check_integer
+from lserve_jax.checks import check_integer, check_path, is_listing
 from lserve_jax.engine.build import EngineOptions, build_engine, resolve_dtype
 from lserve_jax.engine.prefix import CommonPrefix, Prefix
 from lserve_jax.engine.request import PromptIds
@@ -26,7 +26,7 @@ from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params
 from lserve_jax.outputs import RequestOutput
 from lserve_jax.sampling_params import SamplingParams
-from lserve_jax.text_engine import CheckedPrompt, Prompt, TextEngine
+from lserve_jax.text_engine import CheckedPrompt, Prompt, TextEngine, check_tokenizer
 from lserve_jax.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}, and what else a template reads
@@ -71,12 +71,11 @@ class LLM:
             raise TypeError(f"LLM has no option {unknown[0]!r}; known: {', '.join(OPTIONS)}")
         self.options = EngineOptions(**options)
         check_integer("seed", seed, 0, most=math.inf)
-        if not isinstance(tokenizer, Tokenizer | None):
-            raise TypeError(
-                f"tokenizer must be what convert.load_tokenizer returns, got {tokenizer!r}"
-            )
+        check_tokenizer(tokenizer)
         if not isinstance(adapter, str | os.PathLike | None):
             raise TypeError(f"{adapter=} must be the directory of an adapter")
+        if adapter is not None:
+            check_path("adapter", adapter)
         if isinstance(model, tuple):
             if adapter is not None:
                 raise ValueError(f"{adapter=} needs a checkpoint; merge it into the params given")
@@ -182,7 +181,7 @@ class LLM:
             beginning: list[int] = []
             if isinstance(shared_prefix, Prefix):
                 _check_begins(shared_prefix, checked)
-            elif shared_prefix not in ("auto", "off"):
+            elif not isinstance(shared_prefix, str) or shared_prefix not in ("auto", "off"):
                 raise ValueError(f"{shared_prefix=} must be 'auto', 'off' or a Prefix")
             elif shared_prefix == "auto":
                 beginning = self._common_beginning(checked, sampling_params)
@@ -200,7 +199,7 @@ class LLM:
         self,
         requests: Iterable[tuple[Prompt | CheckedPrompt, SamplingParams]],
         *,
-        beginning: Sequence[int] = (),
+        beginning: Sequence[int] | np.ndarray = (),
         on_text: OnText | None = None,
     ) -> Generator[tuple[int, RequestOutput]]:
         """Runs requests as they are drawn; yields (position, output) of each when it has finished.
@@ -210,12 +209,12 @@ class LLM:
         No more are drawn than can run and wait to run next, so there may be any number of them.
         ``beginning``: token ids of whole pages that the prompts begin with, to be computed once.
 
-        Raises ``ValueError`` for a request that ``check_request`` refuses, and while another
-        stream's requests run; a ``generate`` of another thread is waited for. After an error, or
-        when it is closed before its end, its requests are gone; prefixes that are held stay, unless
-        the device failed.
+        Raises ``ValueError`` for a request that ``check_request`` refuses (``TypeError`` for what
+        is no pair), and while another stream's requests run; a ``generate`` of another thread is
+        waited for. After an error, or when it is closed before its end, its requests are gone;
+        prefixes that are held stay, unless the device failed.
         """
-        if not isinstance(requests, Iterable):
+        if not is_listing(requests):
             raise TypeError(f"{requests=} must give pairs of a prompt and its SamplingParams")
         if on_text is not None and not callable(on_text):
             raise TypeError(f"on_text={on_text!r} must be a function")
@@ -227,7 +226,13 @@ class LLM:
         def advance() -> list[tuple[int, RequestOutput]] | None:
             """One step; what has finished in it, None at the end."""
             while self.engine.room > 0 and (new := next(drawn, None)) is not None:
-                position, (prompt, sampling) = new
+                position, request = new
+                if not isinstance(request, tuple | list) or len(request) != 2:
+                    raise TypeError(
+                        f"requests must give pairs of a prompt and its SamplingParams, got "
+                        f"{request!r:.200} at {position}"
+                    )
+                prompt, sampling = request
                 position_of[text.submit(prompt, sampling)] = position
             if not text.has_unfinished_requests:
                 if position_of:
@@ -246,8 +251,9 @@ class LLM:
         try:
             with self._lock, memory_errors():
                 self._check_idle()
-                if beginning and self.engine.prefix_store.has_room:
-                    prefix = self.engine.add_prefix(beginning)
+                ids = PromptIds.check(beginning, self.config.vocab_size, what="beginning").ids
+                if len(ids) and self.engine.prefix_store.has_room:
+                    prefix = self.engine.add_prefix(ids)
                 done = advance()
             while done is not None:
                 yield from done  # without the lock: the caller may never ask for the next

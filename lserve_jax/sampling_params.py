@@ -1,12 +1,13 @@
 """What one request asks of sampling and of its end. Names and meaning are vLLM's."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from lserve_jax.checks import check_bool, check_integer, is_real
+from lserve_jax.checks import INT32_MAX, check_bool, check_integer, is_listing, is_real
 
 # Below this temperature a row is greedy, as in vLLM: dividing by it would overflow.
 _GREEDY_TEMPERATURE = 1e-5
@@ -41,14 +42,19 @@ class SamplingParams:
         for name in ("stop", "stop_token_ids"):
             object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
 
-        for name, least in (("n", 1), ("top_k", -1), ("max_tokens", 1), ("min_tokens", 0)):
-            check_integer(name, getattr(self, name), least)
-        if self.seed is not None:
-            check_integer("seed", self.seed, 0, most=math.inf)
-        if self.logprobs is not None:
-            check_integer("logprobs", self.logprobs, 0)
-        for token_id in self.stop_token_ids:
-            check_integer("every entry of stop_token_ids", token_id, 0)
+        for name, least, most in (
+            ("n", 1, INT32_MAX),
+            ("top_k", -1, INT32_MAX),
+            ("max_tokens", 1, INT32_MAX),
+            ("min_tokens", 0, INT32_MAX),
+            ("seed", 0, math.inf),
+            ("logprobs", 0, INT32_MAX),
+        ):
+            value = getattr(self, name)
+            if value is not None or name not in ("seed", "logprobs"):
+                object.__setattr__(self, name, check_integer(name, value, least, most))
+        stops = (check_integer("every entry of stop_token_ids", i, 0) for i in self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", tuple(stops))
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             check_bool(name, getattr(self, name))
         for name, low, high in (
@@ -98,10 +104,10 @@ class SamplingParams:
         return not self.is_greedy and (self.top_k > 0 or self.top_p < 1)
 
 
-def _as_tuple(name: str, value: object) -> tuple:
+def _as_tuple(name: str, value: Any) -> tuple:
     if name == "stop" and isinstance(value, str):
         return (value,)
-    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+    if not is_listing(value):
         kind = "a string or a sequence of strings" if name == "stop" else "a sequence of integers"
         raise ValueError(f"{name}={value!r} must be {kind}; () is none")
     return tuple(value)

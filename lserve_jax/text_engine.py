@@ -73,9 +73,12 @@ class TextEngine:
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None, *, seed: int = 0):
-        check_integer("seed", seed, 0, most=math.inf)
+        if not isinstance(engine, Engine):
+            raise TypeError(f"engine must be what build_engine returns, got {engine!r}")
+        check_tokenizer(tokenizer)
         self.engine, self.tokenizer = engine, tokenizer
-        self._seed, self._numbers = seed, itertools.count()
+        self._seed = check_integer("seed", seed, 0, most=math.inf)
+        self._numbers = itertools.count()
         self._resets = engine.resets
         self._running: dict[str, _Running] = {}  # by request id
         # The request and completion of each request of the engine, by its id there.
@@ -137,6 +140,11 @@ class TextEngine:
             ids = prompt["prompt_token_ids"]
         else:
             raise ValueError(f"a prompt must be text or hold 'prompt_token_ids', got {prompt!r}")
+        if not isinstance(prompt_text(prompt), str | None):
+            raise ValueError(
+                f"the 'prompt' beside 'prompt_token_ids' must be their text or None, got "
+                f"{prompt_text(prompt)!r:.200}"
+            )
         return PromptIds.check(ids, self.engine.config.vocab_size)
 
     def submit(
@@ -231,11 +239,15 @@ class TextEngine:
     def cancel(self, request_id: str) -> None:
         """Ends a request and all its completions now; nothing more comes of it.
 
-        Raises ``ValueError`` if no such request waits or runs.
+        Raises ``ValueError`` if no such request waits or runs, and if the engine was reset: then
+        it is gone already, which ``step`` will say too.
         """
-        if request_id not in self._running:
+        if not isinstance(request_id, str) or request_id not in self._running:
             raise ValueError(f"no request with id {request_id!r} is waiting or running")
-        for part in self._parts_of(request_id):
+        parts = self._parts_of(request_id)
+        if self.engine.resets != self._resets and not self.engine.unfinished.keys() >= set(parts):
+            raise ValueError(f"the engine was reset while request {request_id!r} ran: it is gone")
+        for part in parts:
             self.engine.cancel(part)
         self._forget([request_id])
 
@@ -258,6 +270,12 @@ class TextEngine:
             for part in self._parts_of(request_id):
                 self._parts.pop(part, None)  # in the middle of ``submit`` some are not there yet
             del self._running[request_id]
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    """Raises ``TypeError`` for what is neither a tokenizer nor None."""
+    if not isinstance(tokenizer, Tokenizer | None):
+        raise TypeError(f"tokenizer must be what convert.load_tokenizer returns, got {tokenizer!r}")
 
 
 def _part_id(request_id: str, index: int) -> str:

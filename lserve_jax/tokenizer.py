@@ -8,9 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from lserve_jax.chat_template import ChatTemplate
+from lserve_jax.checks import check_bool, check_path, is_integer, is_listing
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # Marks where the message to be continued ends. Its last space shows whether a template strips it.
@@ -57,6 +59,7 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise ValueError(f"text must be a str, got {type(text).__name__}")
+        check_bool("add_special_tokens", add_special_tokens)
         try:
             text.encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON can hold
@@ -66,17 +69,20 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"the tokenizer cannot encode this text: {error}") from error
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD.
 
-        Raises ``ValueError`` for an id outside the vocabulary.
+        Raises ``ValueError`` for what is no list of integers, and an id outside the vocabulary.
         """
-        for token_id in ids:
-            self._check_id(token_id)
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        check_bool("skip_special_tokens", skip_special_tokens)
+        if not is_listing(ids):
+            raise ValueError(f"ids={ids!r} must be a list of token ids")
+        checked = [self._checked_id(token_id) for token_id in ids]
+        return self.backend.decode(checked, skip_special_tokens=skip_special_tokens)
 
     def stream(self, skip_special_tokens: bool = True) -> "TextStream":
         """A new incremental detokeniser."""
+        check_bool("skip_special_tokens", skip_special_tokens)
         return TextStream(self, skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
@@ -100,6 +106,8 @@ class Tokenizer:
         fails on the conversation (the message then names the template's line) or does not show
         the message to be continued exactly once, and if both options are set.
         """
+        check_bool("add_generation_prompt", add_generation_prompt)
+        check_bool("continue_final_message", continue_final_message)
         template = self._compiled_chat_template
         if tools is not None:
             _check_tools(tools)
@@ -126,6 +134,7 @@ class Tokenizer:
         These are ``tokenizer.json`` and ``tokenizer_config.json``, and with several end-of-text
         ids ``generation_config.json``, the standard place for a list of them.
         """
+        check_path("directory", directory)
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(directory / "tokenizer.json"))
@@ -168,9 +177,12 @@ class Tokenizer:
             return frozenset()
         return frozenset(token_id for token_id in ids if token_id is not None)
 
-    def _check_id(self, token_id: int) -> None:
+    def _checked_id(self, token_id: int) -> int:
+        if not is_integer(token_id):
+            raise ValueError(f"token id {token_id!r} must be an integer")
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(f"token id {token_id} must lie in [0, {self.vocab_size})")
+        return int(token_id)
 
 
 class TextStream:
@@ -193,9 +205,9 @@ class TextStream:
     def step(self, token_id: int) -> str:
         """The text that ``token_id`` completes; empty while a character is incomplete.
 
-        Raises ``ValueError`` for an id outside the vocabulary.
+        Raises ``ValueError`` for what is no integer or outside the vocabulary.
         """
-        self._tokenizer._check_id(token_id)
+        token_id = self._tokenizer._checked_id(token_id)
         if token_id in self._skipped_ids:
             return ""
         self._pending.append(token_id)
@@ -224,7 +236,7 @@ class TextStream:
 
 
 def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    if isinstance(messages, str | Mapping) or not messages:
+    if not _is_list(messages) or len(messages) == 0:
         raise ValueError('messages must be a non-empty list of {"role": ..., "content": ...}')
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
@@ -275,8 +287,12 @@ def _cut_at_mark(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
-    if isinstance(tools, str | Mapping) or not all(isinstance(tool, Mapping) for tool in tools):
+    if not _is_list(tools) or not all(isinstance(tool, Mapping) for tool in tools):
         raise ValueError(f"tools must be a list of mappings (JSON schemas), got {tools!r:.200}")
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

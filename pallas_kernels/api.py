@@ -252,11 +252,13 @@ def prefix_attention(
     """
     expect_shape("q", q, (None, None, None))
     expect_pages("pages", pages, q.shape[2])
-    expect_groups(q.shape[1], pages.k.shape[0])
     expect_table("page_table", page_table)
     expect_int32((), length=length)
     if own is not None:
         expect_own(own, q)
+    if q.shape[1] == pages.k.shape[0] == 0:
+        return q, jnp.zeros(q.shape[:2])
+    expect_groups(q.shape[1], pages.k.shape[0])
     check_table("page_table", page_table, pages, length)
     return implementation("prefix_attention", backend)(q, pages, page_table, length, own)
 
@@ -423,10 +425,12 @@ def page_scores(
     expect_shape("q", q, (None, None, None))
     B, Hr, D = q.shape
     expect_shape("key_stats", key_stats, (None, None, None, 2, D))
-    expect_groups(Hr, key_stats.shape[0])
     expect_int32((B, None), page_table=page_table)
     expect_int32((B,), length=length)
     expect_page_sizes(page_size, selected_page_size, key_stats.shape[2])
+    if Hr == key_stats.shape[0] == 0:
+        return jnp.zeros((B, 0, page_table.shape[1] * (page_size // selected_page_size)))
+    expect_groups(Hr, key_stats.shape[0])
     check_range("length", length, page_table.shape[1] * page_size)
     used = jnp.arange(page_table.shape[1])[None] * page_size < length[:, None]
     check_range("page_table", jnp.where(used, page_table, 0), key_stats.shape[1] - 1)
@@ -473,6 +477,8 @@ def select_pages(
     check_range("num_candidates", num_candidates, scores.shape[-1])
     check_range("wanted", wanted, num_pages)
     num_pages = min(num_pages, scores.shape[-1])
+    if scores.shape[1] == 0:
+        return jnp.zeros((*scores.shape[:2], num_pages), jnp.int32)
     return implementation("select_pages", backend)(
         scores, num_candidates, wanted, num_pages=num_pages, sink_pages=sink_pages
     )

@@ -151,8 +151,8 @@ def expect_pools(retrieval: KVPages, streaming: KVPages, heads: int, head_dim: i
 
 
 def expect_groups(heads: int, kv_heads: int) -> None:
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"{heads} query heads must be a multiple of {kv_heads} KV heads")
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
+        raise ValueError(f"{heads} query heads must be a positive multiple of {kv_heads} KV heads")
 
 
 def expect_list(name: str, lists: PageList, rows: int, heads: int) -> None:

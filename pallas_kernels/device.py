@@ -55,7 +55,7 @@ def resolve_backend(backend: Backend) -> Literal["mosaic", "reference"]:
     >>> resolve_backend("reference")
     'reference'
     """
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"{backend=} is unknown; known: {BACKENDS}")
     if backend != "auto":
         return backend

@@ -49,7 +49,7 @@ ROOMS = (
 # What a room takes of the package below it, where that is not all.
 DOORS = {
     "pallas_kernels": ("pallas_kernels.api",),
-    "convert": ("lserve_jax.model", "lserve_jax.tokenizer"),
+    "convert": ("lserve_jax.checks", "lserve_jax.model", "lserve_jax.tokenizer"),
 }
 
 

@@ -3,12 +3,15 @@
 import os
 from dataclasses import dataclass
 
-from lserve_jax.checks import check_integer, is_real
+from lserve_jax.checks import check_integer, check_path, is_real
 
 _INTEGERS = (
     *("page_size", "logical_page_size", "reuse_interval", "forced_sink_pages", "dense_heads"),
     *("prefill_sink", "prefill_local", "decode_sink", "decode_local"),
 )
+# Steps without a look at the queue: nobody is admitted or cancelled meanwhile, results of all of
+# them take memory, and pages for all must be free. Many seconds of a large model already.
+MOST_BURST_STEPS = 1024
 PAGE_SIZES = (16, 32, 64, 128)
 LOGICAL_PAGE_SIZES = (16, 32)
 # Where neither a budget nor what the heads are worth is known.
@@ -50,7 +53,7 @@ class SparsityConfig:
     # 0 that is the upper bound alone, as published; with more, pages of unlike keys, whose bounds
     # are loose, rank lower.
     lower_bound_weight: float = 0.5
-    # Decode steps between two page selections.
+    # Decode steps between two page selections; they run as one burst, so at most 1,024.
     reuse_interval: int = 4
     # Without a pattern no head streams, and these four do nothing.
     # While a prompt is read, streaming heads see its first `prefill_sink` tokens
@@ -68,6 +71,7 @@ class SparsityConfig:
         if self.pattern is not None:  # a path of any kind; kept as text, which JSON can hold
             if not isinstance(self.pattern, str | os.PathLike):
                 raise TypeError(f"pattern={self.pattern!r} must be a name, a path or None")
+            check_path("pattern", self.pattern)
             object.__setattr__(self, "pattern", os.fspath(self.pattern))
         shares = self.head_shares
         if shares is not None:
@@ -76,10 +80,10 @@ class SparsityConfig:
             shares = None if shares == "none" else os.fspath(shares)
             object.__setattr__(self, "head_shares", shares)
         for name in _INTEGERS:
-            check_integer(name, getattr(self, name))
+            object.__setattr__(self, name, check_integer(name, getattr(self, name)))
         for name in ("selected_page_size", "token_budget"):
             if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name))
+                object.__setattr__(self, name, check_integer(name, getattr(self, name)))
         fraction = self.streaming_fraction
         if fraction is not None and not (is_real(fraction) and 0.0 <= fraction <= 1.0):
             raise ValueError(f"streaming_fraction={fraction!r} must lie in [0, 1]")
@@ -124,8 +128,9 @@ class SparsityConfig:
         weight = self.lower_bound_weight
         if not (is_real(weight) and 0.0 <= weight <= 1.0):
             raise ValueError(f"lower_bound_weight={weight!r} must lie in [0, 1]")
-        if self.reuse_interval < 1:
-            raise ValueError(f"reuse_interval={self.reuse_interval} must be at least 1")
+        if not 1 <= self.reuse_interval <= MOST_BURST_STEPS:
+            bounds = f"at least 1 and at most {MOST_BURST_STEPS}"
+            raise ValueError(f"reuse_interval={self.reuse_interval} must be {bounds}")
         if self.forced_sink_pages < 0:
             raise ValueError(f"forced_sink_pages={self.forced_sink_pages} must not be negative")
         if self.token_budget is not None:

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from lserve_jax.attention.cache import CacheSpec, DraftSource, KVDtype, cache_bytes, make_spec
-from lserve_jax.attention.config import SparsityConfig
-from lserve_jax.checks import check_bool, check_integer, is_real
+from lserve_jax.attention.config import MOST_BURST_STEPS, SparsityConfig
+from lserve_jax.checks import INT32_MAX, check_bool, check_choice, check_integer, is_real
 from lserve_jax.engine.buckets import SMALLEST_CHUNK
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.head_policy import head_policy
@@ -61,7 +61,8 @@ class EngineOptions:
     max_draft_tokens: most tokens that a request drafts before they are verified, in exact mode.
         Each drafts as many as pay by what was confirmed before, none where the context is short.
     prefill_chunk_size: prompt tokens run at once, a power of two; bounds activation memory.
-    burst_steps: decode steps between two looks at the queue; tokens are returned at that grain.
+    burst_steps: decode steps between two looks at the queue, at most 1,024; tokens are returned at
+        that grain.
     backend: "mosaic", the Pallas kernels for Hopper GPUs; "reference", plain JAX, runs anywhere;
         "auto" takes the kernels on such a GPU.
 
@@ -89,25 +90,23 @@ class EngineOptions:
     backend: Backend = "auto"
 
     def __post_init__(self):
-        for name in _INTEGERS:
-            check_integer(name, getattr(self, name))
-        if self.max_model_len is not None:
-            check_integer("max_model_len", self.max_model_len)
-        if self.kv_cache_bytes is not None:
-            check_integer("kv_cache_bytes", self.kv_cache_bytes, most=math.inf)
+        for name in (*_INTEGERS, "max_model_len", "kv_cache_bytes"):
+            value = getattr(self, name)
+            most = MOST_BURST_STEPS if name == "burst_steps" else INT32_MAX
+            most = math.inf if name == "kv_cache_bytes" else most
+            if value is not None or name in _INTEGERS:
+                object.__setattr__(self, name, check_integer(name, value, most=most))
         for name in ("deterministic", "exact"):
             check_bool(name, getattr(self, name))
         if not isinstance(self.sparsity, SparsityConfig | None):
             raise TypeError(f"sparsity={self.sparsity!r} must be a SparsityConfig or None")
         check_backend(self.backend)
-        if self.attention not in ("dense", "lserve"):
-            raise ValueError(f"attention={self.attention!r} must be 'dense' or 'lserve'")
+        check_choice("attention", self.attention, ("dense", "lserve"))
         if self.attention == "dense" and self.sparsity is not None:
             raise ValueError(
                 f"sparsity={self.sparsity} needs attention='lserve', got attention='dense'"
             )
-        if self.kv_dtype not in ("auto", "int8"):
-            raise ValueError(f"kv_dtype={self.kv_dtype!r} must be 'auto' or 'int8'")
+        check_choice("kv_dtype", self.kv_dtype, ("auto", "int8"))
         if self.max_num_seqs < 1:
             raise ValueError(f"max_num_seqs={self.max_num_seqs} must be at least 1")
         chunk = self.prefill_chunk_size
@@ -125,8 +124,7 @@ class EngineOptions:
             raise ValueError(
                 "exact=True cannot have relay='always': verification reads each row by itself"
             )
-        if self.draft not in get_args(DraftSource):
-            raise ValueError(f"draft={self.draft!r} must be one of {get_args(DraftSource)}")
+        check_choice("draft", self.draft, get_args(DraftSource))
         if self.draft == "ngram" and not self.exact:
             raise ValueError("draft='ngram' needs exact=True: drafts are verified there")
         if self.draft == "ngram" and self.sparsity is not None:
@@ -234,7 +232,7 @@ def _check_length(config: ModelConfig, max_model_len: int | None) -> int:
     limit, window = config.context_length, config.sliding_window
     if max_model_len is None:
         return limit
-    if isinstance(max_model_len, bool) or not isinstance(max_model_len, int) or max_model_len < 1:
+    if max_model_len < 1:
         raise ValueError(f"{max_model_len=} must be a positive integer")
     if window is not None and max_model_len > window:
         raise ValueError(

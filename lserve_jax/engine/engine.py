@@ -12,7 +12,6 @@ the results of the work before.
 """
 
 import dataclasses
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +20,6 @@ import jax
 import numpy as np
 
 from lserve_jax.attention.cache import CacheSpec
-from lserve_jax.checks import check_integer
 from lserve_jax.engine.buckets import bucket, buckets
 from lserve_jax.engine.costs import BurstRow, CacheUnits
 from lserve_jax.engine.drafting import decide_all
@@ -68,8 +66,7 @@ class Engine:
                 f"{relay=} with kv_dtype={spec.kv_dtype!r} has no kernel: prefix_attention reads "
                 "bfloat16 pages"
             )
-        self.runner = runner
-        self.max_model_len = max_model_len
+        self.runner, self.max_model_len = runner, max_model_len
         self.eos_token_ids = tuple(eos_token_ids)
         # A whole number of selection intervals, so that every burst begins with a selection.
         self.burst_steps = -(-burst_steps // spec.burst_unit) * spec.burst_unit
@@ -170,8 +167,9 @@ class Engine:
         self, prompt: PromptIds | Sequence[int] | np.ndarray, sampling: SamplingParams
     ) -> PromptIds:
         """The prompt, checked; raises ``ValueError`` for a request that could never run."""
-        V = self.config.vocab_size
-        ids = PromptIds.check(prompt, V)
+        if not isinstance(sampling, SamplingParams):
+            raise TypeError(f"sampling must be SamplingParams, got {sampling!r}")
+        ids = PromptIds.check(prompt, self.config.vocab_size)
         if len(ids) == 0:
             raise ValueError("the prompt is empty: generation needs at least one token")
         if len(ids) + sampling.max_tokens > self.max_model_len:
@@ -179,7 +177,7 @@ class Engine:
                 f"the prompt's {len(ids)} tokens and max_tokens={sampling.max_tokens} make "
                 f"{len(ids) + sampling.max_tokens}, more than max_model_len={self.max_model_len}"
             )
-        check_stop_ids(sampling, self.eos_token_ids, V)
+        check_stop_ids(sampling, self.eos_token_ids, self.config.vocab_size)
         self.scheduler.check_pages(ids.ids, sampling.max_tokens)
         return ids
 
@@ -199,12 +197,14 @@ class Engine:
         from a random stream of its own. ``deadline`` seconds from now the request ends with what
         it has (``finish_reason`` "deadline").
 
-        Raises ``ValueError`` for a duplicate id or a request that could never run.
+        Raises ``ValueError`` for a duplicate id (``TypeError`` for one that is no text) or a
+        request that could never run.
         """
+        if not isinstance(request_id, str):
+            raise TypeError(f"{request_id=} must be a text")
         if request_id in self.unfinished:
             raise ValueError(f"a request with id {request_id!r} is already in the engine")
         check_deadline(deadline)
-        check_integer("seed", seed, 0, most=math.inf)
         ids = self.check_request(prompt, sampling)
         now = self.clock()
         request = Request(
@@ -242,10 +242,9 @@ class Engine:
         self._counts.finished += 1
 
     def _find(self, request_id: str) -> Request:
-        request = self.unfinished.get(request_id)
-        if request is None:
+        if not isinstance(request_id, str) or request_id not in self.unfinished:
             raise ValueError(f"no request with id {request_id!r} is waiting or running")
-        return request
+        return self.unfinished[request_id]
 
     def abandon(self, request_ids: Iterable[str]) -> None:
         """After an error in the middle of a call: ends its requests, as far as there are any.

@@ -17,12 +17,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
+
+from lserve_jax.checks import check_path
 
 FORMAT = "lserve_jax prefix 2"
 
@@ -95,6 +97,7 @@ class Prefix:
 
         Raises ``ValueError`` once released, and ``OSError`` if the file cannot be written.
         """
+        check_path("path", path)
         token_ids, arrays = json.dumps(self.token_ids.tolist()), self.owner.prefix_arrays(self)
         metadata = {
             "format": FORMAT,
@@ -122,12 +125,13 @@ def _digest(token_ids: str, arrays: dict[str, jax.Array]) -> str:
 
 def read_prefix(
     path: str | os.PathLike[str], identity: dict[str, str]
-) -> tuple[np.ndarray, dict[str, jax.Array]]:
-    """Token ids and arrays of a file that ``Prefix.save`` wrote.
+) -> tuple[Any, dict[str, jax.Array]]:
+    """What a file that ``Prefix.save`` wrote holds as token ids, not checked yet, and its arrays.
 
     ``identity`` is what the file must say of model and cache. Raises ``ValueError`` for a file that
-    is missing, broken, or of another model or cache layout.
+    is missing, broken, or of another model or cache layout; ``TypeError`` for what is no path.
     """
+    check_path("path", path)
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"prefix file {str(path)!r} does not exist")
@@ -157,7 +161,12 @@ def read_prefix(
     token_ids = metadata.get("token_ids", "")
     if metadata.get("digest") != _digest(token_ids, arrays):
         raise ValueError(f"prefix file {str(path)!r} is broken: its digest does not match")
-    return np.array(json.loads(token_ids), np.int32), arrays
+    try:
+        return json.loads(token_ids), arrays
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"prefix file {str(path)!r} is broken: its token_ids are no JSON: {error}"
+        ) from None
 
 
 class CommonPrefix:

@@ -62,7 +62,7 @@ class PrefixStore:
             return held
         prefix = self._insert(ids)
         with self._released_on_error(prefix):
-            self._write(prefix, arrays)
+            self._write(prefix, arrays, path)
         return prefix
 
     @contextmanager
@@ -152,13 +152,28 @@ class PrefixStore:
         windows = runner.save_window(sink_page, len(prefix.pages))
         self.scheduler.prefix_cache.windows[prefix.index] = windows
 
-    def _write(self, prefix: Prefix, arrays: dict[str, jax.Array]) -> None:
-        """Puts a saved prefix's arrays on its pages."""
+    def _write(
+        self, prefix: Prefix, arrays: dict[str, jax.Array], path: str | os.PathLike[str]
+    ) -> None:
+        """Puts a saved prefix's arrays on its pages.
+
+        Raises ``ValueError`` where one is missing or another one: the digest covers no names.
+        """
         if not prefix.pages:
             return
         pages = self._pages_of(prefix)
         paths, tree = jax.tree.flatten_with_path(self.runner.prefix_shapes(*pages))
-        leaves = [arrays[jax.tree_util.keystr(key)] for key, _ in paths]
+        leaves = []
+        for key, wanted in paths:
+            name = jax.tree_util.keystr(key)
+            leaf = arrays.get(name)
+            if leaf is None or (leaf.shape, leaf.dtype) != (wanted.shape, wanted.dtype):
+                found = "nothing" if leaf is None else f"{leaf.dtype} {leaf.shape}"
+                raise ValueError(
+                    f"prefix file {os.fspath(path)!r} is broken: {name} must be {wanted.dtype} "
+                    f"{wanted.shape}, found {found}"
+                )
+            leaves.append(leaf)
         kept, windows = jax.tree.unflatten(tree, leaves)
         self.runner.write_pages(kept, *pages)
         self.scheduler.prefix_cache.windows[prefix.index] = windows

@@ -24,6 +24,7 @@ import numpy as np
 from lserve_jax.attention.attend import PrefixGroups
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.attention.config import SparsityConfig
+from lserve_jax.checks import check_choice
 from lserve_jax.engine.buckets import bucket
 from lserve_jax.engine.metrics import RelayDecision
 from lserve_jax.engine.request import Request
@@ -39,8 +40,7 @@ LEAST_SAVED_BYTES = 128 << 20
 
 def check_mode(relay: RelayMode, deterministic: bool, sparsity: SparsityConfig | None) -> None:
     """Raises ``ValueError`` for a mode that does not exist, or that is not deterministic."""
-    if relay not in ("auto", "always", "never"):
-        raise ValueError(f"{relay=} must be 'auto', 'always' or 'never'")
+    check_choice("relay", relay, ("auto", "always", "never"))
     fixed = ("never",) if sparsity is not None else ("never", "always")
     if deterministic and relay not in fixed:
         raise ValueError(

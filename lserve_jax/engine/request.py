@@ -1,14 +1,13 @@
 """A request on its way through the engine, and what comes out of it."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 
 import jax
 import numpy as np
 
-from lserve_jax.checks import is_real
+from lserve_jax.checks import is_integer, is_real
 from lserve_jax.engine.costs import CacheUnits, RequestCosts
 from lserve_jax.engine.metrics import RelayDecision, RequestMetrics
 from lserve_jax.engine.prefix import Prefix
@@ -33,8 +32,8 @@ class PromptIds:
     ) -> "PromptIds":
         """A copy of ``token_ids``, or what was checked already. ``what`` names them in errors.
 
-        Raises ``ValueError`` for what is no list, an id that is no integer, and one outside the
-        vocabulary.
+        Raises ``ValueError`` for what is no list, an id that is no integer (a bool is none), and
+        one outside the vocabulary.
         """
         if isinstance(token_ids, PromptIds):
             if token_ids.vocab_size == vocab_size:
@@ -44,14 +43,16 @@ class PromptIds:
             ids = np.array(token_ids)
         except ValueError:  # lists of several lengths
             raise ValueError(f"{what} token ids must be a list of integers, got lists") from None
-        if ids.ndim == 0 and not isinstance(token_ids, Iterable):
-            raise ValueError(f"{what} token ids must be a list of integers, got {token_ids!r}")
-        if ids.dtype.kind not in "iu":  # floats, text, or integers that no array type holds
-            for token in token_ids:
-                if not isinstance(token, Integral):
-                    raise ValueError(f"{what} token id {token!r} must be an integer")
+        if ids.ndim == 0:
+            raise ValueError(f"{what} token ids must be a list of integers, got {token_ids!r:.200}")
         if ids.ndim != 1:
             raise ValueError(f"{what} token ids must be a list of integers, got shape {ids.shape}")
+        # Floats, text, integers that no array type holds; or a bool that became an integer.
+        types = set(map(type, token_ids)) if isinstance(token_ids, Sequence) else set()
+        if ids.dtype.kind not in "iu" or types & {bool, np.bool_}:
+            for token in token_ids:
+                if not is_integer(token):
+                    raise ValueError(f"{what} token id {token!r} must be an integer")
         outside = (ids < 0) | (ids >= vocab_size)
         if outside.any():
             raise ValueError(

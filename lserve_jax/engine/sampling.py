@@ -15,6 +15,7 @@ Names and meaning are vLLM's. The order of operations on a row's logits is vLLM'
 Log probabilities are those of the model itself, before step 1.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from lserve_jax.checks import check_integer
 from lserve_jax.sampling_params import SamplingParams
 
 MAX_STOP_IDS = 32  # of one request, end-of-text ids included
@@ -130,14 +132,18 @@ def sampling_row(
     ``stop_token_ids`` has as many entries as there are ids. ``default_seed`` is used if the
     request has no seed of its own and should differ from request to request. ``completion``
     numbers the ``n`` completions of a request, so that each draws from a random stream of its own.
+
+    Raises ``ValueError`` for a seed or a number that is no integer of at least 0.
     """
+    default_seed = check_integer("seed", default_seed, 0, most=math.inf)
+    completion = check_integer("completion", completion, 0)
     stop_ids = dict.fromkeys(
         (*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids))
     )
     seed = default_seed if params.seed is None else params.seed
     # SeedSequence hashes, so that neighbouring seeds and completions have unrelated keys; NumPy
     # promises that its result stays the same.
-    key_data = np.random.SeedSequence([int(seed), completion]).generate_state(2, np.uint32)
+    key_data = np.random.SeedSequence([seed, completion]).generate_state(2, np.uint32)
     return {
         "temperature": np.asarray(0 if params.is_greedy else params.temperature, np.float32),
         "top_k": np.asarray(max(params.top_k, 0), np.int32),

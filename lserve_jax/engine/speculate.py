@@ -1,13 +1,12 @@
-"""Exact mode on the device: sparse steps draft, dense attention verifies.
+"""Exact mode on the device: tokens are drafted, and dense attention verifies them.
 
 A round drafts up to K tokens a row, by sparse decode steps or by looking up what followed the
-newest tokens before (prompt lookup, https://github.com/apoorvumang/prompt-lookup-decoding), and runs
-them, behind the row's newest
-token, through one dense pass (``attention/verify.py``). Each place is then sampled from the dense
-logits with the noise that a dense step of that number would draw, and a draft is confirmed if it is
-that token. So the tokens are those of dense attention, drawn ones too: no second distribution comes
-in, and the seed decides as it does there. Drafting draws with the same noise, so that the two agree
-as often as their distributions let them.
+newest tokens before (prompt lookup: apoorvumang/prompt-lookup-decoding on GitHub). It runs them,
+behind the row's newest token, through one dense pass (``attention/verify.py``). Each place is then
+sampled from the dense logits with the noise that a dense step of that number would draw, and a
+draft is confirmed if it is that token. So the tokens are those of dense attention, drawn ones too:
+no second distribution comes in, and the seed decides as it does there. Sparse steps draw with the
+same noise, so that the two agree as often as their distributions let them.
 """
 
 import dataclasses
@@ -132,7 +131,7 @@ def _look_up(
     Prompt lookup: the newest place before the end where the last three tokens stood, else the last
     two; where there is none, nothing is drafted. As many as ``wanted`` at most.
     """
-    history, B = state.history, len(state.token)
+    history = state.history
     assert history is not None  # it is there where drafts are looked up
     N, end = history.shape[1], state.position[:, None]
     place = jnp.arange(N)[None]

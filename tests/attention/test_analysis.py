@@ -1,5 +1,7 @@
 """Page recall against its definition, written out in NumPy on the model's own queries and keys."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,9 +38,9 @@ def params():
 
 @pytest.fixture(scope="module")
 def pattern(tmp_path_factory):
-    """One streaming head in layer 0, two in layer 1, none in layer 2."""
+    """By halves: one streaming head in layer 0, three in layer 1, none in layer 2."""
     directory = tmp_path_factory.mktemp("pattern")
-    (directory / "full_attention_heads.tsv").write_text("1\t0.1\t1\n0.2\t1\t0.1\n1\t1\t1\n")
+    (directory / "full_attention_heads.tsv").write_text("1\t0.1\t1\n0.2\t0.3\t0.1\n1\t1\t1\n")
     (directory / "config.json").write_text('{"sink_size": 16, "recent_size": 32}')
     return str(directory)
 
@@ -82,11 +84,14 @@ def covered_positions(q, k, is_retrieval, query, selecting):
     return [t for t in range(query + 1) if t // 16 in pages]
 
 
-def test_recall_is_its_definition(params, pattern):
-    sparsity = SparsityConfig(**{**vars(SPARSITY), "pattern": pattern, "streaming_fraction": 0.33})
+@pytest.mark.parametrize(
+    ("streaming_fraction", "layer_1"), [(0.33, [False, True, False]), (0.45, [False] * 3)]
+)
+def test_recall_is_its_definition(params, pattern, streaming_fraction, layer_1):
+    sparsity = dataclasses.replace(SPARSITY, pattern=pattern, streaming_fraction=streaming_fraction)
     llm = LLM((CONFIG, params), attention="lserve", sparsity=sparsity)
     recall = page_recall(llm, {"prompt_token_ids": TOKENS}, num_queries=6)
-    assert recall.is_retrieval.tolist() == [[True, False, True], [False, True, False], [True] * 3]
+    assert recall.is_retrieval.tolist() == [[True, False, True], layer_1, [True] * 3]
     expected = np.zeros((3, 6, 6))
     for layer, (q, k) in enumerate(queries_and_keys(params)):
         for head in range(6):
@@ -132,6 +137,13 @@ def test_bad_prompts_are_refused(params, prompt, num_queries, message):
     llm = LLM((CONFIG, params), attention="lserve", sparsity=SPARSITY)
     with pytest.raises(ValueError, match=message):
         page_recall(llm, {"prompt_token_ids": prompt}, num_queries=num_queries)
+
+
+@pytest.mark.parametrize("num_queries", [None, "5", 1.5, True, np.array([1, 2])])
+def test_a_number_of_queries_is_an_integer(params, num_queries):
+    llm = LLM((CONFIG, params), attention="lserve", sparsity=SPARSITY)
+    with pytest.raises(ValueError, match="num_queries must be an integer, got"):
+        page_recall(llm, {"prompt_token_ids": TOKENS}, num_queries=num_queries)
 
 
 def test_dense_has_no_recall(params):

@@ -187,6 +187,7 @@ def test_a_checkpoint_folder_does_not_hide_the_shipped_pattern(tmp_path, monkeyp
         ({"gates": "1\t0\nfull\t0\n"}, "must hold numbers, got 'full' at layer 1, head 0"),
         ({"gates": "1\t\t0\n"}, "must hold numbers, got '' at layer 0, head 1"),
         ({"config": "{"}, r"config\.json is not JSON"),
+        ({"config": "[" * 100_000}, r"config\.json is not JSON"),
         ({"config": "[]"}, r"config\.json must be a JSON object"),
         ({"config": '{"sink_size": 4}'}, "must be a JSON object that has 'recent_size'"),
         ({"config": '{"sink_size": 1.5, "recent_size": 4}'}, "sink_size.*whole number.*got 1.5"),

@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_checkpoints import LLAMA, Tensors, expected_leaves, random_tensors, run_script, write_hf
+from tiny_checkpoints import (
+    LLAMA,
+    Tensors,
+    expected_leaves,
+    put_no_file,
+    random_tensors,
+    run_script,
+    write_hf,
+)
 
 import convert
 from convert.__main__ import main
@@ -164,6 +172,46 @@ def test_two_models_in_one_directory_are_refused(tmp_path, file):
     (tmp_path / "orbax" / file).write_text("{}")
     with pytest.raises(ValueError, match=f"holds two models, params and {file}"):
         convert.load(tmp_path / "orbax")
+
+
+@pytest.mark.parametrize("other", ["model.safetensors", "model.safetensors.index.json", "params"])
+def test_a_gguf_file_beside_a_model_is_refused(tmp_path, other):
+    directory = write_hf(tmp_path / "hf", LLAMA, random_tensors(LLAMA))
+    if other == "params":
+        config, params = convert.load(directory)
+        directory = tmp_path / "orbax"
+        convert.save(directory, config, params)
+    else:
+        (directory / "model.safetensors").rename(directory / other)
+    (directory / "b.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=f"holds two models, {other} and b.gguf: move one away"):
+        convert.load(directory)
+
+
+def test_a_directory_of_a_gguf_file_names_it(tmp_path):
+    (tmp_path / "b.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"holds a GGUF file: give its own path, '.*/b.gguf'"):
+        convert.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["a directory", "a link to nothing"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "generation_config.json", "adapter_config.json", "hf_quant_config.json"),
+        *("model.safetensors", "model.safetensors.index.json", "shard.safetensors"),
+    ],
+)
+def test_what_is_no_file_is_refused_by_name(tmp_path, name, kind):
+    directory = write_hf(tmp_path / "hf", LLAMA, random_tensors(LLAMA))
+    if name == "shard.safetensors":
+        _index({"model.norm.weight": name})(directory)
+    elif name == "model.safetensors.index.json":
+        (directory / "model.safetensors").unlink()
+    (directory / name).unlink(missing_ok=True)
+    put_no_file(directory / name, kind)
+    with pytest.raises(ValueError, match=rf"{name} must be a file, and is {kind}"):
+        convert.load(directory)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -333,6 +381,20 @@ def test_broken_directories_are_refused_by_name(tmp_path, message):
 def test_unknown_dtypes_are_refused(dtype):
     with pytest.raises(ValueError, match=r"dtype '\w+' is unknown; known dtypes: float32, bfloat1"):
         convert.load(CONFORMANCE / "llama-tied", dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": 5}, "dtype=5 must be one of float32, bfloat16, float16"),
+        ({"dtype": [1]}, r"dtype=\[1\] must be one of float32, bfloat16, float16"),
+        ({"overrides": 5}, "overrides=5 must map attributes of config.json"),
+        ({"overrides": np.zeros(2)}, "overrides=array.* must map attributes of config.json"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_refused(options, message):
+    with pytest.raises(TypeError, match=message):
+        convert.load(CONFORMANCE / "llama-tied", **options)
 
 
 SHARDED = """

@@ -202,6 +202,38 @@ def test_variants_of_lora_are_refused_by_name(tmp_path, message):
         convert.load(path, adapter=adapter)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ["q_proj", "query_key_value"], "modules_to_save": ["score"]},
+        {"target_modules": ["q_proj", "gate_proj"], "exclude_modules": ["gate_proj"]},
+        {"target_modules": ["q_proj", "embed_tokens"], "layers_to_transform": [0]},
+        {"target_modules": r".*\.(q|gate)_proj"},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["self_attn.q_proj", "model.layers.0.mlp.down_proj"]},
+        {"target_modules": None},
+    ],
+)
+def test_lists_of_modules_may_name_what_the_model_lacks_or_leaves_out(tmp_path, changes):
+    tensors = random_tensors(BASE)
+    adapter = matrices(tensors)
+    path = write_hf(tmp_path / "hf", BASE, tensors)
+    write_adapter(tmp_path / "adapter", adapter, **changes)
+    _, params = convert.load(path, adapter=tmp_path / "adapter")
+    assert_merged(params, merged(tensors, adapter, dict.fromkeys(TARGETS, ALPHA / RANK)))
+
+
+def test_a_tied_model_misses_its_output_layer_too(tmp_path):
+    tied = {**BASE, "tie_word_embeddings": True}
+    tensors = random_tensors(tied)
+    targets = {name: rank for name, rank in TARGETS.items() if name != "lm_head"}
+    path = write_hf(tmp_path / "hf", tied, tensors)
+    adapter = matrices(tensors, targets)
+    write_adapter(tmp_path / "adapter", adapter, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match="target_modules names 'lm_head', but"):
+        convert.load(path, adapter=tmp_path / "adapter")
+
+
 def test_broken_adapters_are_refused(tmp_path):
     tensors = random_tensors(BASE)
     path = write_hf(tmp_path / "hf", BASE, tensors)
@@ -258,10 +290,23 @@ def test_broken_adapters_are_refused(tmp_path):
     refused(r"lm_head has no lora_magnitude_vector", good, use_dora=True)
     magnitude = {f"{q}.lora_magnitude_vector": np.ones(32, np.float32)}
     refused(r"q_proj has lora_magnitude_vector, which the adapter's config", {**good, **magnitude})
+    refused(
+        r"adapter_config.json: modules_to_save names 'embed_tokens', but adapter_model.safetensors",
+        good,
+        modules_to_save=["embed_tokens"],
+    )
+    refused(r"modules_to_save names 'lm_head'", good, modules_to_save=["lm_head"])  # low rank only
+    refused(r"target_modules names 'gate_proj'", good, target_modules=["q_proj", "gate_proj"])
+    refused(r"target_modules must be a list of names, got 5", good, target_modules=5)
+    refused(r"modules_to_save must be a list of names, got \[5\]", good, modules_to_save=[5])
     replaced = {"base_model.model.lm_head.weight": np.zeros((301, 32), np.float32)}
     refused(r"lm_head.weight: found \(301, 32\), expected \(300, 32\)", {**good, **replaced})
 
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (tmp_path / "adapter" / name).unlink()
+        (tmp_path / "adapter" / name).mkdir()
+        with pytest.raises(ValueError, match=f"{name} must be a file, and is a directory"):
+            convert.load(path, adapter=tmp_path / "adapter")
+        (tmp_path / "adapter" / name).rmdir()
         with pytest.raises(ValueError, match=f"adapter has no {name}"):
             convert.load(path, adapter=tmp_path / "adapter")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_checkpoints import put_no_file
 
 from convert.tokenizers import load_tokenizer
 
@@ -163,6 +164,29 @@ def test_files_that_are_no_json_objects_are_refused_by_name(tmp_path, file, cont
     (tmp_path / file).write_bytes(content)
     with pytest.raises(ValueError, match=file):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["a directory", "a link to nothing"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+        *("generation_config.json", "added_tokens.json", "chat_template.jinja"),
+    ],
+)
+def test_what_is_no_file_is_refused_by_name(tmp_path, file, kind):
+    write(tmp_path, {})
+    (tmp_path / file).unlink(missing_ok=True)
+    put_no_file(tmp_path / file, kind)
+    with pytest.raises(ValueError, match=f"{file} must be a file, and is {kind}"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("digits", [11, 5000])
+def test_a_token_id_of_many_digits_is_refused_with_file_and_field(tmp_path, digits):
+    field = {"added_tokens_decoder": {"9" * digits: {"content": "<|new|>"}}}
+    with pytest.raises(ValueError, match=rf"{tmp_path}.*: added_tokens_decoder must map token ids"):
+        load_tokenizer(write(tmp_path, {"tokenizer_config.json": field}))
 
 
 def test_a_template_file_that_is_no_text_is_refused_by_name(tmp_path):

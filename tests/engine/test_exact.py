@@ -61,11 +61,14 @@ def test_answers_are_those_of_dense_attention(tmp_path: Path, kv_dtype: Any) -> 
     for wanted, got in zip(dense, exact, strict=True):
         assert got.token_ids == wanted.token_ids
         assert got.finish_reason == wanted.finish_reason
-        assert_allclose(got.cumulative_logprob, wanted.cumulative_logprob, atol=1e-3)
+        # int8: a key that is rounded to the other code moves what attends it by 1e-3.
+        tolerance = 1e-3 if kv_dtype == "auto" else 2e-2
+        assert_allclose(got.cumulative_logprob, wanted.cumulative_logprob, rtol=0, atol=tolerance)
     drawn = [completion for completion in zip(dense, exact, strict=True)][1]
     for wanted, got in zip(drawn[0].logprobs, drawn[1].logprobs, strict=True):
         assert list(wanted) == list(got)
-        assert_allclose(list(wanted.values()), list(got.values()), **SAME)
+        difference = np.subtract([*wanted.values()], [*got.values()])
+        assert np.abs(difference).max() < (2e-5 if kv_dtype == "auto" else 2e-3)
     # It did draft, and was wrong at times: else nothing above says anything.
     metrics = [output.metrics for output in outputs]
     drafted = sum(m.drafted_tokens for m in metrics)
@@ -74,6 +77,24 @@ def test_answers_are_those_of_dense_attention(tmp_path: Path, kv_dtype: Any) -> 
     assert first.acceptance == first.confirmed_tokens / first.drafted_tokens
     assert first.tokens_per_verification > 1
     assert "acceptance" in first.draft_reason
+
+
+def test_looked_up_drafts(tmp_path: Path) -> None:
+    """Prompts that repeat themselves; the answers are dense attention's all the same."""
+    (base,) = random_prompts(1, [100])
+    prompts = [base * 5, base * 3 + [1, 2, 3], base[:7] * 60, base[:1]]
+    params = [
+        SamplingParams(max_tokens=60, temperature=0.0),
+        SamplingParams(max_tokens=40, temperature=0.3, seed=5),
+        SamplingParams(max_tokens=60, temperature=0.0, repetition_penalty=1.1),
+        SamplingParams(max_tokens=60, temperature=0.0),
+    ]
+    wanted = answers(build(None), prompts, params)
+    llm = build(None, attention="lserve", exact=True, draft="ngram")
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
+    assert [o.outputs[0].token_ids for o in outputs] == [x.token_ids for x in wanted]
+    assert sum(o.metrics.confirmed_tokens for o in outputs) > 0
+    assert llm.memory_plan()["key_stats"] == 0  # nothing is ranked
 
 
 def test_statistics_are_of_confirmed_tokens(tmp_path: Path) -> None:
@@ -145,6 +166,8 @@ def test_scoring_is_that_of_dense_attention(tmp_path: Path) -> None:
         ({"exact": True}, "exact=True needs attention='lserve', got 'dense'"),
         ({"exact": True, "attention": "lserve", "relay": "always"}, "cannot have relay='always'"),
         ({"exact": 1, "attention": "lserve"}, "exact"),
+        ({"draft": "ngram", "attention": "lserve"}, "draft='ngram' needs exact=True"),
+        ({"draft": "none", "attention": "lserve", "exact": True}, "draft='none' must be"),
         ({"max_draft_tokens": 0}, r"max_draft_tokens=0 must lie in \[1, 15\]"),
         ({"max_draft_tokens": 16}, r"max_draft_tokens=16 must lie in \[1, 15\]"),
     ],

@@ -1,10 +1,14 @@
 """Prefixes in files, prefixes that are refused, and what prompts begin with."""
 
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 from relay_cases import CONFIG, Build, P, prompts_with, run
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from tiny_llm import (
     VOCAB,
     check_nothing_left,
@@ -14,7 +18,7 @@ from tiny_llm import (
 )
 
 from lserve_jax import SamplingParams
-from lserve_jax.engine.prefix import CommonPrefix
+from lserve_jax.engine.prefix import CommonPrefix, _digest
 
 # Saved prefixes.
 
@@ -82,6 +86,44 @@ def test_files_that_do_not_fit(build: Build, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"made with another {part}"):
             wrong.load_prefix(path)
         check_nothing_left(wrong.engine)
+
+
+def test_a_file_with_other_arrays_or_ids_is_broken(build: Build, tmp_path: Path) -> None:
+    """The digest covers what arrays hold, not their names and shapes, and anyone can make it."""
+    llm, path = build(), tmp_path / "prefix.safetensors"
+    held = llm.prefix({"prompt_token_ids": [1] * 40})
+    held.save(path)
+    held.release()
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def refused(message: str, arrays: dict, token_ids: str = metadata["token_ids"]) -> None:
+        digest = _digest(token_ids, arrays)
+        save_file(arrays, path, {**metadata, "token_ids": token_ids, "digest": digest})
+        with pytest.raises(ValueError, match=message):
+            llm.load_prefix(path)
+        check_nothing_left(llm.engine)
+
+    for name in arrays:
+        others = {other: value for other, value in arrays.items() if other != name}
+        value, named = (
+            arrays[name],
+            rf"safetensors' is broken: {re.escape(name)} must be float32 \(",
+        )
+        refused(rf"{named}.*, found nothing", others)
+        refused(rf"{named}.*, found int32 \(", {**others, name: value.view(np.int32)})
+        refused(rf"{named}.*, found float32 \(", {**others, name: value.reshape(-1)})
+    for token_ids, message in (
+        ("null", "prefix token ids must be a list of integers, got None"),
+        ("{}", "prefix token ids must be a list of integers, got {}"),
+        ("[1.5]", "prefix token id 1.5 must be an integer"),
+        (f"[{10**12}]", f"prefix token id {10**12} is outside the vocabulary"),
+        (f"[{10**30}]", f"prefix token id {10**30} is outside the vocabulary"),
+        ("[" * 100_000, "is broken: its token_ids are no JSON"),
+        ("[1", "is broken: its token_ids are no JSON"),
+    ):
+        refused(message, arrays, token_ids)
 
 
 def test_prefixes_that_are_refused(build: Build) -> None:

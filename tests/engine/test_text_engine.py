@@ -331,6 +331,47 @@ def test_what_is_shown_is_never_taken_back(
     assert "".join(shown) == final
 
 
+@pytest.fixture(scope="module")
+def texting(params: dict, tokenizer: Tokenizer) -> LLM:
+    options = {"max_num_seqs": 3, "max_model_len": 128, "burst_steps": 4, "relay": "never"}
+    return LLM((CONFIG, params), tokenizer=tokenizer, deterministic=True, **options)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    n=st.integers(2, 4),
+    cuts=st.lists(
+        st.tuples(st.integers(0, 1), st.integers(0, 3), st.integers(0, 30), st.integers(1, 4)),
+        max_size=3,
+    ),
+)
+def test_what_n_completions_show_is_never_taken_back(
+    texting: LLM, seed: int, n: int, cuts: list[tuple[int, int, int, int]]
+) -> None:
+    """Each is cut at its own first stop; the stops are pieces of what one of them says."""
+    prompts = [ids(prompt) for prompt in random_prompts(11, [10, 20])]
+    sampling = SamplingParams(n=n, seed=seed, max_tokens=32, ignore_eos=True)
+    whole = texting.generate(prompts, sampling)
+    pieces = [whole[p].outputs[i % n].text[at : at + size] for p, i, at, size in cuts]
+    stops = [piece for piece in pieces if piece]
+    shown: list[tuple[tuple[int, int], str]] = []
+    outputs = texting.generate(
+        prompts,
+        dataclasses.replace(sampling, stop=stops),
+        on_text=lambda prompt, index, new: shown.append(((prompt, index), new)),
+    )
+    for prompt, index in itertools.product(range(2), range(n)):
+        plain, stopped = (found[prompt].outputs[index] for found in (whole, outputs))
+        stream = texting.tokenizer.stream()
+        ends = list(itertools.accumulate(map(stream.step, plain.token_ids)))
+        assert stopped.text == expected_text(plain.text, ends, stops, 0)
+        assert stopped.token_ids == plain.token_ids[: len(stopped.token_ids)]
+        mine = [new for place, new in shown if place == (prompt, index)]
+        assert "".join(mine) == stopped.text
+    check_nothing_left(texting.engine)
+
+
 def test_min_tokens_with_several_stops(tokenizer: Tokenizer) -> None:
     """A shorter stop that was complete before ``min_tokens`` is text; the longer one ends it."""
     tokens = tokenizer.encode("a b a a a", add_special_tokens=False)

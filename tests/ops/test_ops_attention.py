@@ -429,6 +429,15 @@ def test_an_empty_prefix_gives_zero_and_minus_infinity() -> None:
     assert_array_equal(lse, -np.inf)
 
 
+@pytest.mark.parametrize("with_own", [False, True])
+def test_a_prefix_without_heads_gives_nothing(with_own: bool) -> None:
+    pool, q = KVPages(*[jnp.ones((0, 2, 16, D))] * 2), jnp.ones((2, 0, D))
+    own = api.OwnAttention(q, jnp.zeros((2, 0)), jnp.array([True, False])) if with_own else None
+    out, lse = prefix(q, pool, jnp.array([1]), jnp.int32(9), own)
+    assert (out.shape, out.dtype) == ((2, 0, D), q.dtype)
+    assert (lse.shape, lse.dtype) == ((2, 0), jnp.float32)
+
+
 # ------------------------------------------------------------------------------------------ merge
 
 

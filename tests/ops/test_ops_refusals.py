@@ -43,7 +43,7 @@ from pallas_kernels.api import OwnAttention
         (
             "paged_attention",
             {"q": f32(B, 7, D)},
-            "7 query heads must be a multiple of 3 KV heads",
+            "7 query heads must be a positive multiple of 3 KV heads",
         ),
         (
             "paged_attention",
@@ -119,7 +119,7 @@ from pallas_kernels.api import OwnAttention
         (
             "prefill_attention",
             {"q": f32(T, 5, D)},
-            "5 query heads must be a multiple of 3 KV heads",
+            "5 query heads must be a positive multiple of 3 KV heads",
         ),
         ("prefill_attention", {"page_table": i32(1, M)}, "page_table has shape (1, 4)"),
         (
@@ -215,7 +215,12 @@ from pallas_kernels.api import OwnAttention
         (
             "page_scores",
             {"key_stats": f32(2, N, 2, 2, D), "q": f32(B, 3, D)},
-            "3 query heads must be a multiple of 2 KV heads",
+            "3 query heads must be a positive multiple of 2 KV heads",
+        ),
+        (
+            "page_scores",
+            {"q": f32(B, 0, D)},
+            "0 query heads must be a positive multiple of 1 KV heads",
         ),
         (
             "page_scores",

@@ -213,3 +213,20 @@ def test_everything_is_selected_when_the_candidates_fit() -> None:
     selected = check_selection(scores, [COUNT, 5, 1], num_pages=20, sink_pages=2)
     for row, count in enumerate([COUNT, 5, 1]):
         assert np.all(selected[row][:, :count] == np.arange(count))
+
+
+def test_no_retrieval_heads_have_no_scores_and_no_pages() -> None:
+    tables, lengths = jnp.zeros((B, M), jnp.int32), jnp.full((B,), 9)
+    scores = page_scores(
+        jnp.ones((B, 0, D)),
+        jnp.ones((0, 4, 2, 2, D)),
+        tables,
+        lengths,
+        page_size=P,
+        selected_page_size=8,
+    )
+    assert (scores.shape, scores.dtype) == ((B, 0, 2 * M), jnp.float32)
+    selected = select_pages(
+        scores, lengths, jnp.zeros((B, 0), jnp.int32), num_pages=3, sink_pages=1
+    )
+    assert (selected.shape, selected.dtype) == ((B, 0, 3), jnp.int32)

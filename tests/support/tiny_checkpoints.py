@@ -249,3 +249,11 @@ def run_script(script: str, *arguments: object, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def put_no_file(path: Path, kind: str) -> None:
+    """Where a file could be: "a directory", or "a link to nothing"."""
+    if kind == "a directory":
+        path.mkdir()
+    else:
+        path.symlink_to("nothing")
