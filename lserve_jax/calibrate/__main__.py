@@ -38,9 +38,9 @@ from lserve_jax.calibrate.gates import (
     GateTraining,
     StepLoss,
     initial_state,
-    stack_layers,
     train_gates,
 )
+from lserve_jax.calibrate.layers import stack_layers
 from lserve_jax.calibrate.passkeys import PasskeySamples, PasskeySettings, builtin_text
 from lserve_jax.cli import Switch, exit_code, flag, read_text
 from lserve_jax.engine.build import check_backend, resolve_dtype
