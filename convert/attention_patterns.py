@@ -19,7 +19,7 @@ from jaxtyping import Float, Float64
 
 from lserve_jax.model.heads import HeadPattern
 
-_GATES_FILE = "full_attention_heads.tsv"
+GATES_FILE = "full_attention_heads.tsv"
 CONFIG_FILE = "config.json"
 HEAD_SHARES = "head_shares"  # in it, the settings of head shares
 
@@ -43,7 +43,7 @@ def save_pattern(
     path = directory / CONFIG_FILE
     before = read_config(directory) if path.is_file() else {}
     kept = {HEAD_SHARES: before[HEAD_SHARES]} if HEAD_SHARES in before else {}
-    np.savetxt(directory / _GATES_FILE, gates, fmt="%.9g", delimiter="\t")
+    np.savetxt(directory / GATES_FILE, gates, fmt="%.9g", delimiter="\t")
     write_config(directory, {**settings, **kept})
 
 
@@ -58,10 +58,10 @@ def load_pattern(name_or_dir: str | os.PathLike[str]) -> HeadPattern:
     Raises ``ValueError`` for an unknown name, a missing file, ragged rows, and gates that are not
     finite numbers.
     """
-    found = find_folder(name_or_dir, _GATES_FILE)
+    found = find_folder(name_or_dir, GATES_FILE)
     if found is None:
         raise ValueError(
-            f"{os.fspath(name_or_dir)} holds no {_GATES_FILE}, nor does a folder directly in it"
+            f"{os.fspath(name_or_dir)} holds no {GATES_FILE}, nor does a folder directly in it"
         )
     return _read_pattern(*found)
 
@@ -130,7 +130,7 @@ def _plain_name(name: str) -> str | None:
 def _read_pattern(directory: Traversable, name: str) -> HeadPattern:
     if not (directory / CONFIG_FILE).is_file():
         raise ValueError(f"{directory} holds no {CONFIG_FILE}; a pattern is two files")
-    gates = read_matrix(directory / _GATES_FILE, "gates")
+    gates = read_matrix(directory / GATES_FILE, "gates")
     training = read_config(directory)
     for key in ("sink_size", "recent_size"):
         if key not in training:

@@ -115,7 +115,6 @@ def _page_ranks(
     q: Float[Array, "S G D"],
     k: Float[Array, "T D"],
     position: Int[Array, " S"],
-    backend: Backend,
 ) -> tuple[Int[Array, "S N"], Bool[Array, "S N"]]:
     """How queries of one KV head rank its pages, and which pages they read whatever their rank.
 
@@ -123,7 +122,7 @@ def _page_ranks(
     are sink pages and the tail, in which there are pages that the query does not see yet.
     """
     U = measurement.logical_page_size
-    pages = _paged(k[:, None], U).astype(jnp.float32)  # [1, N, U, D]
+    pages = _paged(k[:, None], U)  # [1, N, U, D]
     stats = jnp.stack([pages.max(axis=2), pages.min(axis=2)], axis=2)[:, :, None]
     N = pages.shape[1]
     scores = api.page_scores(
@@ -134,7 +133,7 @@ def _page_ranks(
         page_size=U,
         selected_page_size=U,
         lower_bound_weight=measurement.lower_bound_weight,
-        backend=backend,
+        backend="reference",  # the specification, and little to do
     )[:, 0]
     page = jnp.arange(N)[None]
     forced = (page < SINK_PAGES) | (page >= first_tail_page(position, U)[:, None])
@@ -148,7 +147,6 @@ def _cut_head(
     q: Float[Array, "Q G D"],
     k: Float[Array, "T D"],
     v: Float[Array, "T D"],
-    backend: Backend,
 ) -> tuple[Float[Array, "2 Q G D"], Float32[Array, " n"]]:
     """What a KV head's queries would give, streaming and selecting, and the mass it would miss.
 
@@ -167,7 +165,7 @@ def _cut_head(
         return jnp.einsum("qgt,td->qgd", weights.astype(v.dtype), v, precision=highest)
 
     near = (key < measurement.decode_sink) | (key > position[:, None] - measurement.decode_local)
-    rank, forced = _page_ranks(measurement, q[::C], k, position[::C], backend)
+    rank, forced = _page_ranks(measurement, q[::C], k, position[::C])
     # A share counts sinks and one page of the tail among its pages, as a budget does.
     tokens = (position[::C] + 1).astype(jnp.float32)
     pages = jnp.round(jnp.array(MISSED_AT)[:, None] * tokens[None] / U)
@@ -225,7 +223,7 @@ def dense_run(
 
         by_head = q.reshape(q.shape[0], -1, config.group_size, config.head_dim).swapaxes(0, 1)
         cut, missed = jax.lax.map(
-            lambda head: _cut_head(measurement, *head, backend),
+            lambda head: _cut_head(measurement, *head),
             (by_head, whole(history.k, k), whole(history.v, v[0])),
         )  # [Hk, 2, Q, G, D], [Hk, n]
         cut = cut.transpose(1, 2, 0, 3, 4).reshape(CUTS, *q.shape)
@@ -303,9 +301,10 @@ def variant_losses(
 
 
 def passes(config: ModelConfig, heads_per_pass: int) -> list[Int32[np.ndarray, "n 3"]]:
-    """All variants of a model, as many heads at a time; the last pass repeats its last variant."""
+    """All variants of a model, so many heads at a time; the last pass repeats its last variant."""
     shape = (config.num_hidden_layers, config.num_key_value_heads, CUTS)
-    variants, n = np.array(list(np.ndindex(shape)), np.int32), CUTS * heads_per_pass
+    variants = np.array(list(np.ndindex(shape)), np.int32)
+    n = min(CUTS * heads_per_pass, len(variants))
     variants = np.pad(variants, ((0, -len(variants) % n), (0, 0)), mode="edge")
     return list(variants.reshape(-1, n, 3))
 
