@@ -168,13 +168,13 @@ def _cut_head(
     rank, forced = _page_ranks(measurement, q[::C], k, position[::C])
     # A share counts sinks and one page of the tail among its pages, as a budget does.
     tokens = (position[::C] + 1).astype(jnp.float32)
-    pages = jnp.round(jnp.array(MISSED_AT)[:, None] * tokens[None] / U)
-    ranked = jnp.maximum(pages - 1 - SINK_PAGES, 0.0)  # [n, S]
+    budget = jnp.round(jnp.array(MISSED_AT)[:, None] * tokens[None] / U)  # pages, [n, S]
+    ranked = jnp.maximum(budget - 1 - SINK_PAGES, 0.0).astype(jnp.int32)
 
     def of_window(x: Bool[Array, "S N"]) -> Bool[Array, "Q N"]:  # what the last selection made
         return jnp.repeat(x, C, axis=0)[:Q]
 
-    listed = [of_window(forced | (rank < count[:, None])) for count in ranked.astype(jnp.int32)]
+    listed = [of_window(forced | (rank < count[:, None])) for count in ranked]
     selected = listed[MISSED_AT.index(MEASURED_SHARE)]
     mass = jax.nn.softmax(scores).mean(axis=1)  # [Q, T], of the group
     by_page = jnp.pad(mass, ((0, 0), (0, -T % U))).reshape(Q, -1, U).sum(axis=-1)

@@ -1,5 +1,6 @@
 """The calibration command with --head-shares: its files, continuing a run, every mistake."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,6 +11,9 @@ import convert
 from convert.attention_patterns import load_pattern, save_pattern
 from convert.head_shares import load_head_shares
 from lserve_jax.calibrate import __main__ as calibrate
+from lserve_jax.calibrate.passkeys import PasskeySamples, PasskeySettings
+from lserve_jax.calibrate.sensitivity import Measurement
+from lserve_jax.calibrate.windows import measured_sequences
 from lserve_jax.model.head_shares import SHARES, fit_shares
 
 FILES = ("head_sensitivity.tsv", "head_shares.tsv", "config.json")
@@ -62,6 +66,39 @@ def test_what_it_writes_loads(command, word_model, tmp_path):
     assert wanted.items() <= record.items()
     assert len(record["text_sha256"]) == 64
     assert (tmp_path / "out" / "head_shares.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bfloat16(command, tmp_path):
+    assert command("--no-plot", dtype="bfloat16", windows=2)[0] == 0
+    exact = command("--no-plot", windows=2, output=tmp_path / "exact")
+    assert exact[0] == 0
+    rounded, precise = (load_head_shares(tmp_path / name)[0] for name in ("out", "exact"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["head_shares"]["dtype"] == (
+        "bfloat16"
+    )
+    # Losses of up to half a nat, rounding of 2^-9 in every layer.
+    np.testing.assert_allclose(rounded.worth, precise.worth, rtol=0.1, atol=1e-3)
+    np.testing.assert_allclose(rounded.missed, precise.missed, atol=1e-3)
+
+
+def test_what_is_measured_on(word_model, word_text):
+    tokenizer, text = convert.load_tokenizer(word_model), word_text.read_text()
+    assert tokenizer is not None
+    measurement = Measurement(
+        context=448, window=24, decode_local=64, logical_page_size=4, windows=3
+    )
+    settings = PasskeySettings(num_passkeys=2, passkey_words=6)
+    sequences = measured_sequences(tokenizer, text, settings, measurement)
+    assert [len(tokens) for tokens in sequences] == [472] * 6
+    sample = PasskeySamples(
+        tokenizer, text, dataclasses.replace(settings, max_length=472, num_lengths=1)
+    )
+    for i in range(3):
+        np.testing.assert_array_equal(sequences[i], sample(i).tokens)
+        assert sample(i).first_label <= 448  # the window is questions and answers
+    ids = np.array(tokenizer.encode(text))  # 600: 128 places for a beginning
+    for tokens, start in zip(sequences[3:], (21, 64, 106), strict=True):
+        np.testing.assert_array_equal(tokens, ids[start : start + 472])
 
 
 def test_a_stopped_run_continues_as_if_it_had_not_been(command, tmp_path, monkeypatch):
