@@ -11,7 +11,7 @@ from tiny_llm import random_prompts, tiny_config, tiny_params
 
 from lserve_jax import SparsityConfig
 from lserve_jax.calibrate.layers import stack_layers
-from lserve_jax.calibrate.sensitivity import Measurement, combine, measure, passes
+from lserve_jax.calibrate.sensitivity import SINK_PAGES, Measurement, combine, measure, passes
 from lserve_jax.model.head_shares import MEASURED_SHARE, MISSED_AT
 
 CONFIG = tiny_config(layers=2, kv_heads=2, group=2, max_len=4096)
@@ -185,3 +185,14 @@ def test_settings_are_checked(changes, message):
     with pytest.raises(ValueError, match=message):
         Measurement(**changes)
     assert MEASURED_SHARE == 1 / 32
+
+
+def test_cuts_are_what_decode_does_by_default():
+    served, measured = SparsityConfig(), Measurement()
+    for name in (
+        *("decode_sink", "decode_local", "logical_page_size", "reuse_interval"),
+        "lower_bound_weight",
+    ):
+        assert getattr(measured, name) == getattr(served, name)
+    assert served.resolved_selected_page_size == measured.logical_page_size
+    assert served.forced_sink_pages == SINK_PAGES
