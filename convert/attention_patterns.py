@@ -38,6 +38,8 @@ def save_pattern(
 
     ``settings`` go into ``config.json``; ``sink_size`` and ``recent_size`` (tokens) are read back.
     Of a ``config.json`` that is there already, what ``save_head_shares`` wrote stays.
+
+    Raises ``ValueError`` for one that is no JSON object, before anything is written.
     """
     directory = Path(directory)
     path = directory / CONFIG_FILE
@@ -74,13 +76,16 @@ def find_folder(name_or_dir: str | os.PathLike[str], file: str) -> tuple[Travers
     """
     directory = Path(name_or_dir)
     if directory.is_dir():
-        found = [d for d in (directory, *sorted(directory.iterdir())) if (d / file).is_file()]
+        folders = (directory, *sorted(directory.iterdir()))
+        found = [folder for folder in folders if (folder / file).is_file()]
         # OmniServe links the files one level up: then the upper ones are meant.
         if found and (found[0] == directory or len(found) == 1):
             return found[0], directory.resolve().name
         if found:
             names = ", ".join(d.name for d in found)
             raise ValueError(f"{directory} holds several patterns, choose one of: {names}")
+        if any((folder / GATES_FILE).is_file() for folder in folders):
+            return None  # a pattern: a shipped one of the same name is not meant
 
     wanted = _plain_name(os.fspath(name_or_dir))
     for shipped in shipped_patterns():
