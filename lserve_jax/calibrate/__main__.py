@@ -271,9 +271,9 @@ def calibrate_head_shares(
         )
     sequences = measured_sequences(inputs.tokenizer, inputs.text, args.samples, measurement)
 
-    passkeys = asdict(args.samples)
-    del passkeys["max_length"], passkeys["num_lengths"]  # the measurement's are used
-    settings = {**inputs.settings, **passkeys, **asdict(measurement)}
+    settings = {**inputs.settings, **asdict(args.samples), **asdict(measurement)}
+    for name in ("max_length", "num_lengths"):  # the measurement's are used
+        del settings[name]
     shape = (config.num_hidden_layers, config.num_key_value_heads)
     losses = np.empty((0, CUTS, *shape), np.float32)
     missed = np.empty((0, len(MISSED_AT), *shape), np.float32)
