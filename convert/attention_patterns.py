@@ -20,7 +20,7 @@ from jaxtyping import Float, Float64
 from lserve_jax.checks import check_path
 from lserve_jax.model.heads import HeadPattern
 
-_GATES_FILE = "full_attention_heads.tsv"
+GATES_FILE = "full_attention_heads.tsv"
 CONFIG_FILE = "config.json"
 HEAD_SHARES = "head_shares"  # in it, the settings of head shares
 
@@ -39,12 +39,14 @@ def save_pattern(
 
     ``settings`` go into ``config.json``; ``sink_size`` and ``recent_size`` (tokens) are read back.
     Of a ``config.json`` that is there already, what ``save_head_shares`` wrote stays.
+
+    Raises ``ValueError`` for one that is no JSON object, before anything is written.
     """
     directory = Path(directory)
     path = directory / CONFIG_FILE
     before = read_config(directory) if path.is_file() else {}
     kept = {HEAD_SHARES: before[HEAD_SHARES]} if HEAD_SHARES in before else {}
-    np.savetxt(directory / _GATES_FILE, gates, fmt="%.9g", delimiter="\t")
+    np.savetxt(directory / GATES_FILE, gates, fmt="%.9g", delimiter="\t")
     write_config(directory, {**settings, **kept})
 
 
@@ -59,10 +61,10 @@ def load_pattern(name_or_dir: str | os.PathLike[str]) -> HeadPattern:
     Raises ``ValueError`` for an unknown name, a missing file, ragged rows, and gates that are not
     finite numbers.
     """
-    found = find_folder(name_or_dir, _GATES_FILE)
+    found = find_folder(name_or_dir, GATES_FILE)
     if found is None:
         raise ValueError(
-            f"{os.fspath(name_or_dir)} holds no {_GATES_FILE}, nor does a folder directly in it"
+            f"{os.fspath(name_or_dir)} holds no {GATES_FILE}, nor does a folder directly in it"
         )
     return _read_pattern(*found)
 
@@ -76,13 +78,16 @@ def find_folder(name_or_dir: str | os.PathLike[str], file: str) -> tuple[Travers
     check_path("name_or_dir", name_or_dir)
     directory = Path(name_or_dir)
     if directory.is_dir():
-        found = [d for d in (directory, *sorted(directory.iterdir())) if (d / file).is_file()]
+        folders = (directory, *sorted(directory.iterdir()))
+        found = [folder for folder in folders if (folder / file).is_file()]
         # OmniServe links the files one level up: then the upper ones are meant.
         if found and (found[0] == directory or len(found) == 1):
             return found[0], directory.resolve().name
         if found:
             names = ", ".join(d.name for d in found)
             raise ValueError(f"{directory} holds several patterns, choose one of: {names}")
+        if any((folder / GATES_FILE).is_file() for folder in folders):
+            return None  # a pattern: a shipped one of the same name is not meant
 
     wanted = _plain_name(os.fspath(name_or_dir))
     for shipped in shipped_patterns():
@@ -132,7 +137,7 @@ def _plain_name(name: str) -> str | None:
 def _read_pattern(directory: Traversable, name: str) -> HeadPattern:
     if not (directory / CONFIG_FILE).is_file():
         raise ValueError(f"{directory} holds no {CONFIG_FILE}; a pattern is two files")
-    gates = read_matrix(directory / _GATES_FILE, "gates")
+    gates = read_matrix(directory / GATES_FILE, "gates")
     training = read_config(directory)
     for key in ("sink_size", "recent_size"):
         if key not in training:

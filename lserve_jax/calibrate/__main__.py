@@ -1,9 +1,13 @@
 """A head pattern for a model: ``python -m lserve_jax.calibrate --model MODEL --output DIR``.
 
 Trains a gate for every KV head (``gates.py``) on passkeys hidden in text (``passkeys.py``)
-and writes DuoAttention's two files, which ``--pattern DIR`` reads, and a picture of the gates. A
-run that was stopped continues when its command is given again. ``docs/calibration.md`` has the
-recipe and what it costs.
+and writes DuoAttention's two files, which ``--pattern DIR`` reads, and a picture of the gates.
+
+With ``--head-shares`` it measures what each KV head is worth to the output (``sensitivity.py``),
+fits to it how much of the context each reads, and writes both beside the gates, with a picture.
+
+A run that was stopped continues when its command is given again. ``docs/calibration.md`` has the
+recipes and what they cost.
 """
 
 import signal
@@ -12,14 +16,11 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it, no traceback
 
 import hashlib
-import json
-import os
 import sys
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,22 +31,31 @@ from tqdm import tqdm
 from tyro.conf import DisallowNone, OmitArgPrefixes, arg
 
 import convert
-from convert.attention_patterns import save_pattern
+from convert.attention_patterns import GATES_FILE, save_pattern
+from convert.head_shares import SHARES_FILE, save_head_shares
 from convert.tokenizers import load_tokenizer
 from lserve_jax.analysis import require_matplotlib
+from lserve_jax.calibrate.checkpoint import read_checkpoint, write_checkpoint
 from lserve_jax.calibrate.gates import (
     GateState,
     GateTraining,
     StepLoss,
     initial_state,
-    stack_layers,
     train_gates,
 )
+from lserve_jax.calibrate.layers import refuse_unlike_layers, stack_layers
 from lserve_jax.calibrate.passkeys import PasskeySamples, PasskeySettings, builtin_text
+from lserve_jax.calibrate.pictures import plot_gates, plot_head_shares
+from lserve_jax.calibrate.sensitivity import CUTS, Measurement, combine, measure, passes
+from lserve_jax.calibrate.windows import measured_sequences
 from lserve_jax.cli import Switch, exit_code, flag, read_text
 from lserve_jax.engine.build import check_backend, resolve_dtype
+from lserve_jax.model.config import ModelConfig
+from lserve_jax.model.head_shares import MISSED_AT, HeadSensitivity, fit_shares
+from lserve_jax.tokenizer import Tokenizer
 
 CHECKPOINT = "checkpoint.npz"
+SHARES_CHECKPOINT = "head_shares_checkpoint.npz"
 
 
 # Help texts stay within two lines each: tyro breaks longer ones in odd places.
@@ -53,7 +63,8 @@ CHECKPOINT = "checkpoint.npz"
 class CalibrateArgs:
     """Find out which KV heads of a model need the whole context.
 
-    Writes a head pattern for --attention lserve, and gates.png.
+    Writes a head pattern for --attention lserve, and gates.png; with --head-shares instead how
+    much of the context each head reads, beside a pattern or alone, and head_shares.png.
     """
 
     model: str = "smollm2-135m-instruct"
@@ -63,9 +74,17 @@ class CalibrateArgs:
     text: Annotated[Path | None, flag("FILE", "Python's reference manual")] = None
     """Text to hide passkeys in (UTF-8)."""
     samples: OmitArgPrefixes[PasskeySettings] = field(default_factory=PasskeySettings)
-    """Lengths are in tokens."""
+    """Lengths are in tokens; with --head-shares --context and --window set them."""
     training: OmitArgPrefixes[GateTraining] = field(default_factory=GateTraining)
-    """The defaults are DuoAttention's."""
+    """Of the gates. The defaults are DuoAttention's."""
+    head_shares: Switch = False
+    """Measure what each head is worth, and fit shares of the context to it; train no gates."""
+    measurement: OmitArgPrefixes[Measurement] = field(default_factory=Measurement)
+    """With --head-shares. Sizes are in tokens."""
+    budget_share: float = 0.125
+    """With --head-shares: share of the context that heads read, their mean."""
+    heads_per_pass: int = 8
+    """With --head-shares: so many heads are measured together; fewer need less memory."""
 
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None,
@@ -77,7 +96,7 @@ class CalibrateArgs:
     save_every: int = 50
     """Steps between two checkpoints of the training."""
     no_plot: Switch = False
-    """Do not draw gates.png, which needs matplotlib."""
+    """Do not draw a picture, which needs matplotlib."""
 
 
 def save_checkpoint(
@@ -92,16 +111,7 @@ def save_checkpoint(
     step, so no random state is kept.
     """
     leaves = {f"leaf_{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.savez(
-            file,
-            allow_pickle=False,
-            settings=np.array(json.dumps(settings)),
-            history=history,
-            **leaves,
-        )
-    os.replace(temporary, path)
+    write_checkpoint(path, settings, {"history": history, **leaves})
 
 
 def load_checkpoint(
@@ -113,23 +123,8 @@ def load_checkpoint(
     message names each that differs.
     """
     leaves, tree = jax.tree.flatten(like)
-    try:
-        with path.open("rb") as file, np.load(file) as contents:
-            saved = json.loads(str(contents["settings"]))
-            arrays = [contents[f"leaf_{i}"] for i in range(len(leaves))]
-            history = contents["history"]
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a checkpoint of this program: {error}") from error
-    differing = [
-        f"{name} was {saved.get(name)!r} and is {settings.get(name)!r}"
-        for name in sorted(saved.keys() | settings.keys())
-        if saved.get(name) != settings.get(name)
-    ]
-    if differing:
-        raise ValueError(
-            f"{path.parent} holds a run with other settings: {'; '.join(differing)}; "
-            "give those it began with, or another output directory"
-        )
+    names = [f"leaf_{i}" for i in range(len(leaves))]
+    history, *arrays = read_checkpoint(path, settings, ["history", *names])
     if [array.shape for array in arrays] != [leaf.shape for leaf in leaves]:
         raise ValueError(f"{path} is of a model with another number of layers or KV heads")
     return jax.tree.unflatten(tree, [jnp.asarray(array) for array in arrays]), history
@@ -144,47 +139,53 @@ def write_pattern(
         **settings,
         "sink_size": settings["sink"],
         "recent_size": settings["recent"],
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
+        **_machine(),
     }
     save_pattern(directory, gates, record)
 
 
-def plot_gates(
-    gates: Float[np.ndarray, "L Hk"], history: Float[np.ndarray, "steps 2"], path: Path
-) -> None:
-    """Writes a PNG: the gates as a heat map, and how loss and mean gate went.
-
-    Raises ``ValueError`` if matplotlib (extra ``plot``) is not installed.
-    """
-    require_matplotlib()
-    from matplotlib.figure import Figure  # not at the top: an optional dependency
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    heat, curve = figure.subplots(1, 2, width_ratios=[3, 2])
-    image = heat.imshow(gates.T, aspect="auto", origin="lower", vmin=0, vmax=1, cmap="viridis")
-    figure.colorbar(image, ax=heat, label="gate")
-    heat.set(xlabel="layer", ylabel="KV head", title="1: needs the whole context")
-    heat.set_yticks(range(gates.shape[1]))
-    steps = np.arange(1, len(history) + 1)
-    curve.plot(steps, history[:, 1], color="tab:green", label="mean gate")
-    curve.set(xlabel="step", ylabel="mean gate", ylim=(0, 1.02))
-    losses = curve.twinx()
-    losses.plot(steps, history[:, 0], color="tab:gray", linewidth=0.7, label="distillation loss")
-    losses.set(ylabel="distillation loss")
-    figure.legend(loc="outside upper right", fontsize="small", ncols=2)
-    figure.savefig(path, dpi=130)
+def _machine() -> dict[str, str]:
+    return {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
 
 
-def _check_output(directory: Path) -> None:
-    """Nothing but a run of this program may lie there."""
+def _check_output(directory: Path, *ours: str) -> None:
+    """Nothing but what this program wrote may lie there: one of the files ``ours`` does, if any."""
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"output {str(directory)!r} is not a directory")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / CHECKPOINT).is_file():
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    if not any((directory / name).is_file() for name in ours):
         raise ValueError(
-            f"output {str(directory)!r} holds files but no {CHECKPOINT}: "
+            f"output {str(directory)!r} holds files but no {' or '.join(ours)}: "
             "give a new or empty directory, or one whose run to continue"
         )
+
+
+class _Inputs(NamedTuple):
+    """What both kinds of run read before the weights."""
+
+    dtype: jnp.dtype
+    text: str
+    source: convert.ModelSource
+    tokenizer: Tokenizer
+    config: ModelConfig
+    settings: dict[str, Any]  # what they add to those of the run
+
+
+def _read_inputs(args: CalibrateArgs) -> _Inputs:
+    check_backend(args.backend)
+    dtype = jnp.dtype(resolve_dtype(args.dtype))
+    text = builtin_text() if args.text is None else read_text(args.text, "text file")
+    source = convert.resolve(args.model, progress=True)
+    tokenizer = load_tokenizer(source.path, required=True)
+    assert tokenizer is not None  # required
+    config = convert.read_config(source)
+    settings = {
+        "model_name": args.model,
+        "dtype": dtype.name,
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+    return _Inputs(dtype, text, source, tokenizer, config, settings)
 
 
 def calibrate(args: CalibrateArgs) -> Float[np.ndarray, "L Hk"]:
@@ -198,33 +199,22 @@ def calibrate(args: CalibrateArgs) -> Float[np.ndarray, "L Hk"]:
         raise ValueError(f"save_every={args.save_every} must be at least 1")
     if not args.no_plot:
         require_matplotlib()
-    _check_output(args.output)
-    check_backend(args.backend)
-    dtype = resolve_dtype(args.dtype)
-    text = builtin_text() if args.text is None else read_text(args.text, "text file")
-    source = convert.resolve(args.model, progress=True)
-    tokenizer = load_tokenizer(source.path, required=True)
-    assert tokenizer is not None  # required
-    samples = PasskeySamples(tokenizer, text, args.samples)
-    config = convert.read_config(source)
+    _check_output(args.output, CHECKPOINT, SHARES_CHECKPOINT)
+    inputs = _read_inputs(args)
+    config = inputs.config
+    samples = PasskeySamples(inputs.tokenizer, inputs.text, args.samples)
     limit = config.context_length
     if args.samples.max_length > limit:
         raise ValueError(
             f"max_length={args.samples.max_length} exceeds the {limit} tokens of {args.model}"
         )
 
-    settings = {
-        "model_name": args.model,
-        "dtype": jnp.dtype(dtype).name,
-        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        **asdict(args.samples),
-        **asdict(args.training),
-    }
+    settings = {**inputs.settings, **asdict(args.samples), **asdict(args.training)}
     state, history = initial_state(config, args.training), np.zeros((0, 2))
     checkpoint = args.output / CHECKPOINT
     if checkpoint.is_file():
         state, history = load_checkpoint(checkpoint, settings, state)
-    _, params = convert.load(source, dtype=dtype, progress=True)
+    _, params = convert.load(inputs.source, dtype=inputs.dtype, progress=True)
     params = stack_layers(params)  # under the same name: the layers should not exist twice
     args.output.mkdir(parents=True, exist_ok=True)
     losses = history.tolist()
@@ -256,19 +246,96 @@ def calibrate(args: CalibrateArgs) -> Float[np.ndarray, "L Hk"]:
     return gates
 
 
+def calibrate_head_shares(
+    args: CalibrateArgs,
+) -> tuple[HeadSensitivity, Float[np.ndarray, "L Hk"]]:
+    """Measures the heads as ``args`` describe, fits shares, writes both and returns them.
+
+    ``--budget-share`` and ``--heads-per-pass`` may differ from those of a run that is continued:
+    a finished one is fitted anew, and nothing is measured. Raises what ``calibrate`` raises.
+    """
+    if args.heads_per_pass < 1:
+        raise ValueError(f"heads_per_pass={args.heads_per_pass} must be at least 1")
+    if not 0.0 < args.budget_share <= 1.0:
+        raise ValueError(f"budget_share={args.budget_share} must lie in (0, 1]")
+    if not args.no_plot:
+        require_matplotlib()
+    _check_output(args.output, CHECKPOINT, SHARES_CHECKPOINT, GATES_FILE, SHARES_FILE)
+    inputs, measurement = _read_inputs(args), args.measurement
+    config = inputs.config
+    refuse_unlike_layers(config)
+    if measurement.length > config.context_length:
+        raise ValueError(
+            f"context={measurement.context} and window={measurement.window} exceed the "
+            f"{config.context_length} tokens of {args.model}"
+        )
+    sequences = measured_sequences(inputs.tokenizer, inputs.text, args.samples, measurement)
+
+    settings = {**inputs.settings, **asdict(args.samples), **asdict(measurement)}
+    for name in ("max_length", "num_lengths"):  # the measurement's are used
+        del settings[name]
+    shape = (config.num_hidden_layers, config.num_key_value_heads)
+    losses = np.empty((0, CUTS, *shape), np.float32)
+    missed = np.empty((0, len(MISSED_AT), *shape), np.float32)
+    checkpoint = args.output / SHARES_CHECKPOINT
+    if checkpoint.is_file():
+        losses, missed = read_checkpoint(checkpoint, settings, ("losses", "missed"))
+        if losses.shape[2:] != shape:
+            raise ValueError(f"{checkpoint} is of a model with another number of layers or heads")
+    args.output.mkdir(parents=True, exist_ok=True)
+    each = len(passes(config, args.heads_per_pass))
+    if len(losses) < len(sequences):
+        _, params = convert.load(inputs.source, dtype=inputs.dtype, progress=True)
+        params = stack_layers(params)  # under the same name: the layers should not exist twice
+        with tqdm(
+            total=each * len(sequences), initial=each * len(losses), desc="heads", unit="pass"
+        ) as bar:
+            for tokens in sequences[len(losses) :]:
+                of_window = measure(
+                    config,
+                    params,
+                    measurement,
+                    tokens,
+                    heads_per_pass=args.heads_per_pass,
+                    backend=args.backend,
+                    on_pass=bar.update,
+                )
+                losses = np.concatenate([losses, of_window[0][None]])
+                missed = np.concatenate([missed, of_window[1][None]])
+                write_checkpoint(checkpoint, settings, {"losses": losses, "missed": missed})
+
+    sensitivity = combine(losses, missed, name=args.model, context=measurement.context)
+    shares = fit_shares(sensitivity, args.budget_share, np.zeros(shape, bool))
+    record = {"budget_share": args.budget_share, **settings, **_machine()}
+    save_head_shares(args.output, sensitivity, shares, record)
+    if not args.no_plot:
+        plot_head_shares(sensitivity, shares, args.output / "head_shares.png")
+    return sensitivity, shares
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line ``argv`` (default: this process's); returns the exit code."""
 
     def run() -> None:
         prog = "python -m lserve_jax.calibrate"
         args = tyro.cli(CalibrateArgs, args=argv, prog=prog, config=(DisallowNone,))
+        if args.head_shares:
+            sensitivity, shares = calibrate_head_shares(args)
+            worth = sensitivity.worth
+            layer, head = np.unravel_index(worth.argmax(), worth.shape)
+            print(
+                f"{shares.size} KV heads: {(shares == 1).sum()} read everything, mean share "
+                f"{shares.mean():.3f}; worth most: layer {layer}, head {head} "
+                f"({worth.max():.3g} of {worth.sum():.3g} nats)"
+            )
+            return
         gates = calibrate(args)
         print(
             f"{gates.size} KV heads: mean gate {gates.mean():.3f}, {(gates < 0.5).sum()} below "
             f"0.5; use it with --attention lserve --pattern {args.output}"
         )
 
-    return exit_code(run, lower="--max-length")
+    return exit_code(run, lower="--max-length, or with --head-shares --context or --heads-per-pass")
 
 
 if __name__ == "__main__":

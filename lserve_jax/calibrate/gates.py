@@ -14,7 +14,6 @@ The full term is the teacher's attention output. So full attention is computed o
 differentiated, and the prefill kernel, which has no gradient, can do it.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,9 +25,16 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Int32
 
+from lserve_jax.calibrate.layers import (
+    full_attention,
+    layer_weights,
+    no_history,
+    one_layer,
+    refuse_unlike_layers,
+)
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.linear import Stream
-from lserve_jax.model.llama import Attend, Params, bind
+from lserve_jax.model.llama import Attend, Params
 from lserve_jax.model.rope import rotary_angles
 from pallas_kernels import api
 from pallas_kernels.api import Backend
@@ -111,11 +117,7 @@ def initial_state(config: ModelConfig, training: GateTraining) -> GateState:
     Raises ``NotImplementedError`` for a model with layers that differ: ``_hidden`` runs one layer
     with the weights of all.
     """
-    if config.nope_layers:
-        raise NotImplementedError(
-            f"calibrating a model with layers without rotary embedding ({config.nope_layers}) is "
-            "not supported"
-        )
+    refuse_unlike_layers(config)
     shape = (config.num_hidden_layers, config.num_key_value_heads)
     gates = jnp.full(shape, training.initial_gate, jnp.float32)
     return GateState(gates=gates, optimizer=_optimizer(training).init(gates))
@@ -178,28 +180,11 @@ def teacher_attend(config: ModelConfig, length: int, *, backend: Backend) -> Att
     """
     positions = jnp.arange(length)[None]
     cos, sin = rotary_angles(config, positions, jnp.array([length]))
-    # No history: a page that nobody reads, for every head.
-    shape = (config.num_key_value_heads, 1, 16, config.head_dim)
-    table, zero = jnp.zeros((1,), jnp.int32), jnp.int32(0)
 
     def attend(layer: int, q: Array, k: Array, v: Array, cache: None) -> tuple[Array, Array]:
         q, k = api.apply_rotary(q, cos, sin), api.apply_rotary(k, cos, sin)
-        history = api.KVPages(jnp.zeros(shape, k.dtype), jnp.zeros(shape, k.dtype))
-        no_heads = jax.tree.map(lambda x: x[:0], history)
-        out, _ = api.prefill_attention(
-            q[0],
-            k[0],
-            v[0],
-            history,
-            no_heads,
-            table,
-            table,
-            zero,
-            jnp.int32(length),
-            sink=0,
-            local=1,
-            backend=backend,
-        )
+        none = no_history(config, k.dtype)
+        out = full_attention(q[0], k[0], v[0], none, 0, backend=backend)
         return out[None], out[None]
 
     return attend
@@ -228,12 +213,6 @@ def blended_attend(config: ModelConfig, length: int, *, sink: int, recent: int) 
     return attend
 
 
-def stack_layers(params: Params) -> Params:
-    """The same parameters with every leaf of ``layers`` stacked to ``[L, ...]``: a copy of them."""
-    layers = [params["layers"][i] for i in range(len(params["layers"]))]
-    return params | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
-
-
 def _hidden(
     config: ModelConfig, stacked: Params, tokens: Int[Array, "1 T"], attend: Attend, caches: Any
 ) -> tuple[Float[Array, "1 T E"], Any]:
@@ -242,17 +221,14 @@ def _hidden(
     The layers run as one ``lax.scan``, so a new length compiles one layer and not L; in the
     backward pass a layer is computed anew from its input, the only thing kept of it.
     """
-    single = dataclasses.replace(config, num_hidden_layers=1)
-    rest = {name: leaf for name, leaf in stacked.items() if name != "layers"}
 
     def layer(x: Array, inputs: tuple[Params, Any]) -> tuple[Array, Any]:
         weights, cache = inputs
-        module = bind(single, rest | {"layers": {0: weights}}).layers[0]
+        module = one_layer(config, stacked, weights).layers[0]
         stream, cache = module(0, Stream(x), attend, cache, "reference")
         return stream.value, cache
 
-    first = jax.tree.map(lambda leaf: leaf[0], stacked["layers"])
-    model = bind(single, rest | {"layers": {0: first}})
+    model = one_layer(config, stacked, layer_weights(stacked, 0))
     x, returned = jax.lax.scan(
         jax.checkpoint(layer, prevent_cse=False),  # a scan's body cannot be merged with its redo
         model.embed_tokens(tokens),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import convert
+from convert import attention_patterns
 from convert.attention_patterns import load_pattern, save_pattern
 from convert.head_shares import has_head_shares, load_head_shares, save_head_shares
 from lserve_jax.model.head_shares import MISSED_AT, HeadSensitivity, fit_shares
@@ -76,6 +77,18 @@ def test_names_are_those_of_patterns(tmp_path):
     with pytest.raises(ValueError, match=r"holds no head_shares\.tsv; python -m lserve_jax"):
         load_head_shares(write_nothing(tmp_path / "empty"))
     assert load_head_shares(nested)[0].name == "lr=0.02"
+
+
+def test_shipped_shares(tmp_path, monkeypatch):
+    write(tmp_path / "shipped" / "Tiny-1B")
+    monkeypatch.setattr(attention_patterns, "_shipped", lambda: tmp_path / "shipped")
+    monkeypatch.chdir(tmp_path)
+    assert load_head_shares("made-up/tiny-1b")[0].name == "Tiny-1B"
+    # A folder of that name that is no pattern, a checkpoint say, is not meant; a pattern is.
+    write_nothing(tmp_path / "tiny-1b")
+    assert has_head_shares("tiny-1b")
+    save_pattern(tmp_path / "tiny-1b", np.ones((3, 2)), {"sink_size": 64, "recent_size": 192})
+    assert not has_head_shares("tiny-1b")
 
 
 def write_nothing(directory):

@@ -1,56 +1,25 @@
 """The calibration command: its files, continuing a run, and one sentence for every mistake."""
 
 import json
-import re
-import shutil
 
 import jax
 import numpy as np
 import pytest
-import tokenizers
 
 import convert
 from convert.attention_patterns import load_pattern
 from lserve_jax.calibrate import __main__ as calibrate
-from lserve_jax.calibrate.passkeys import ORDINALS, PREFACE, QUESTIONS, WORDS, _question, _statement
-from lserve_jax.tokenizer import Tokenizer
 
 STEPS = 6
 
 
-@pytest.fixture(scope="session")
-def model(conformance, tmp_path_factory):
-    """A tiny random model (3 layers, 2 KV heads, 512 positions) with a token for every word."""
-    directory = tmp_path_factory.mktemp("calibrate") / "model"
-    shutil.copytree(conformance / "llama-tied", directory)
-    frame = PREFACE + QUESTIONS + _statement("", "") + _question("", "")
-    words = {*re.findall(r"\w+|[^\w\s]+", frame), *WORDS, *ORDINALS, *(f"w{i}" for i in range(40))}
-    vocabulary = {word: i for i, word in enumerate(("?unknown", *sorted(words)))}
-    assert len(vocabulary) <= 160  # of the model
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel(vocab=vocabulary, unk_token="?unknown")
-    )
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = Tokenizer(backend=backend, markers={}, eos_token_ids=(), chat_template=None)
-    tokenizer.save(directory)
-    return directory
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("calibrate") / "text.txt"
-    rng = np.random.default_rng(0)
-    path.write_text(" ".join(f"w{i}" for i in rng.integers(0, 40, 600)))
-    return path
-
-
 @pytest.fixture
-def command(model, text, tmp_path, capsys):
+def command(word_model, word_text, tmp_path, capsys):
     """Runs the command with options added to small ones: exit code, stdout and stderr."""
     options = {
-        "model": model,
+        "model": word_model,
         "output": tmp_path / "out",
-        "text": text,
+        "text": word_text,
         "steps": STEPS,
         "save_every": 2,
         "max_length": 128,
@@ -117,7 +86,7 @@ def test_a_stopped_run_continues_as_if_it_had_not_been(command, tmp_path, monkey
     assert kept == [2, 4, 6]
 
 
-def test_other_settings_do_not_continue_a_run(command, text, tmp_path, monkeypatch):
+def test_other_settings_do_not_continue_a_run(command, word_text, tmp_path, monkeypatch):
     assert command("--no-plot")[0] == 0
     assert not (tmp_path / "out" / "gates.png").exists()
     monkeypatch.setattr(convert, "load", None)  # refused before any weights are read
@@ -125,7 +94,7 @@ def test_other_settings_do_not_continue_a_run(command, text, tmp_path, monkeypat
     assert code == 2
     assert "learning_rate was 0.1 and is 0.2; seed was 0 and is 3" in err
     other = tmp_path / "other.txt"
-    other.write_text(text.read_text() + " w0")
+    other.write_text(word_text.read_text() + " w0")
     code, _, err = command(text=other)
     assert code == 2 and "text_sha256 was " in err and "steps" not in err
 

@@ -15,11 +15,11 @@ from lserve_jax.calibrate.gates import (
     blended_attend,
     distillation_loss,
     learning_rate,
-    stack_layers,
     streaming_attention,
     teacher_attend,
     train_gates,
 )
+from lserve_jax.calibrate.layers import stack_layers
 from lserve_jax.model.config import RopeConfig
 from lserve_jax.model.llama import bind, init_params
 from lserve_jax.model.rope import rotary_angles
