@@ -32,9 +32,10 @@ from lserve_jax.eval.study import Study, Task, run_study
 class EvalArgs:
     """Compare attention settings on the same prompts: needles, RULER, perplexity, agreement.
 
-    A setting is dense, lserve, or lserve:key=value,... with the keys budget, page, logical,
-    selected, lower, interval, pattern, fraction, control (inverted or random), prefill_sink,
-    prefill_local, decode_sink and decode_local; docs/quality.md explains tasks and settings.
+    A setting is dense, lserve, or lserve:key=value,... with the keys budget or share, page,
+    logical, selected, lower, interval, pattern, fraction, shares, dense_heads, control (inverted
+    or random), prefill_sink, prefill_local, decode_sink and decode_local; docs/quality.md explains
+    tasks and settings.
     """
 
     model: str = "smollm2-135m-instruct-32k"
