@@ -81,6 +81,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{result['seed']}, {versions}.",
         "",
         f"`{result['command']}`",
+        "",
+        *(f"* `{name}`: {heads['policy']}" for name, heads in result["heads"].items()),
     ]
     if result["answers"]:
         lines += _answer_tables(result["answers"])

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import convert
 from lserve_jax.analysis import require_matplotlib
 from lserve_jax.engine.build import resolve_dtype
-from lserve_jax.engine.head_policy import head_policy
+from lserve_jax.engine.head_policy import HeadPolicy, head_policy
 from lserve_jax.engine.scoring import Score
 from lserve_jax.eval import report
 from lserve_jax.eval.answers import answer
@@ -105,14 +105,14 @@ def run_study(study: Study, *, progress: bool = False) -> dict[str, Any]:
         *(len(window.token_ids) for window in windows),
         0,
     )
-    result = _head(study, settings, _digest(cases, windows))
+    config = convert.read_config(source)
+    # Whatever does not fit the model is said now.
+    policies = {setting.name: head_policy(config, setting.sparsity) for setting in settings}
+    result = _head(study, settings, policies, _digest([*cases, *windows]))
     earlier = _earlier(study.output, result)
     if study.resume and earlier is not None:
         for name in ("seconds", "answers", "predictions"):
             result[name] = earlier[name]
-    config = convert.read_config(source)
-    for setting in settings:
-        head_policy(config, setting.sparsity)  # whatever does not fit the model is said now
     model = load_model(
         source,
         tokenizer,
@@ -219,7 +219,9 @@ def _make_prompts(
     return cases
 
 
-def _head(study: Study, settings: Sequence[Setting], prompts: str) -> dict[str, Any]:
+def _head(
+    study: Study, settings: Sequence[Setting], policies: Mapping[str, HeadPolicy], prompts: str
+) -> dict[str, Any]:
     return {
         "model": study.model,
         "command": study.command,
@@ -234,16 +236,24 @@ def _head(study: Study, settings: Sequence[Setting], prompts: str) -> dict[str, 
         "study": {name: getattr(study, name) for name in _MATERIAL},
         "prompts": prompts,
         "settings": {setting.name: _described(setting) for setting in settings},
+        # Gates and head shares come from files, which may be calibrated anew under the same name.
+        "heads": {
+            name: {"policy": policy.source, "digest": _digest_text(repr(policy))}
+            for name, policy in policies.items()
+        },
         "seconds": {},
         "answers": [],
         "predictions": [],
     }
 
 
-def _digest(cases: Sequence[Case], windows: Sequence[Window]) -> str:
+def _digest(material: Sequence[Case | Window]) -> str:
     """Of all tokens: texts come from files and from Python itself, and may change unseen."""
-    ids = [item.token_ids for item in (*cases, *windows)]
-    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:32]
+    return _digest_text(json.dumps([item.token_ids for item in material]))
+
+
+def _digest_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _earlier(directory: Path, result: dict[str, Any]) -> dict[str, Any] | None:
@@ -254,7 +264,7 @@ def _earlier(directory: Path, result: dict[str, Any]) -> dict[str, Any] | None:
     before = report.read(directory)
     if before is None:
         return None
-    for name in ("model", "device", "dtype", "seed", "study", "settings", "prompts"):
+    for name in ("model", "device", "dtype", "seed", "study", "settings", "heads", "prompts"):
         # As JSON, where a tuple is a list.
         old, new = before.get(name), json.loads(json.dumps(result[name]))
         if old != new:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tiny_checkpoints import save_character_tokenizer
+from tiny_llm import write_pattern
 
 import convert
 from convert.tokenizers import load_tokenizer
@@ -170,7 +171,11 @@ def answer_row(setting: str, source: str, length: int, prompt: int, score: float
 
 def result_of(answers: list[dict], predictions: list[dict]) -> dict:
     head = {"model": "m", "dtype": "float32", "device": "cpu", "date": "today", "seed": 0}
-    head |= {"versions": {"jax": "1"}, "command": "c"}
+    head |= {
+        "versions": {"jax": "1"},
+        "command": "c",
+        "heads": {"s": {"policy": "64 tokens a head"}},
+    }
     return {**head, "answers": answers, "predictions": predictions}
 
 
@@ -191,6 +196,7 @@ def test_tables_show_every_text_and_all_of_them():
                     for i in range(prompts)
                 ]
     text = report.markdown(result_of(answers, []))
+    assert "* `s`: 64 tokens a head" in text
     assert cells_of(text, "a | passkey | 20 | `s`") == [
         "| a | passkey | 20 | `s` | 97.5 | 87.1 to 99.6 | 40 | -2.5 ± 4.9 | 25.0 |"
     ]
@@ -224,6 +230,26 @@ def test_predictions_are_paired_in_every_text_and_in_all():
     for where, tokens in (("a | 20", 2), ("b | 30", 2), ("b | all", 4), ("all | all", 8)):
         (row,) = cells_of(text, f"{where} | `s`")
         assert row.endswith(f"| 7.389 | 2.0000 | +0.5000 ± 0.0000 | {tokens} |")
+
+
+def test_a_study_is_another_once_its_heads_are_calibrated_anew(checkpoint, tmp_path, monkeypatch):
+    pattern = write_pattern(tmp_path / "p", [[0.9, 0.1], [0.2, 0.7], [0.4, 0.6]])
+    study = make_study(
+        model=str(checkpoint),
+        compare=(f"lserve:pattern={pattern},page=16",),
+        tasks=("needle",),
+        lengths=(300,),
+        output=tmp_path / "out",
+        resume=True,
+    )
+    monkeypatch.setattr("lserve_jax.eval.study.answer", lambda *args, **keywords: [])
+    result = run_study(study)
+    (heads,) = result["heads"].values()
+    assert heads["policy"] == "4096 tokens a head, streaming by gates"
+    assert run_study(study)["seconds"] == result["seconds"]
+    write_pattern(tmp_path / "p", [[0.1, 0.9], [0.2, 0.7], [0.4, 0.6]])
+    with pytest.raises(ValueError, match="results of another study: its heads is"):
+        run_study(study)
 
 
 @pytest.mark.slow
