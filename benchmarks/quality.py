@@ -1,17 +1,22 @@
 """The whole quality study: one factor at a time around a default, in one command.
 
-    python benchmarks/quality.py --pattern SmolLM2-135M-Instruct-32k
+    python benchmarks/quality.py --pattern SmolLM2-135M-Instruct-32K
 
-Four parts, each a run of ``lserve_jax.eval`` with a directory of its own below ``--output``:
+Five parts with directories of their own below ``--output``:
 
     heads   passkeys and sentences: head patterns and their controls, and selection alone
     pages   the same prompts: budgets, page sizes, reuse, and how pages are scored
     text    perplexity and agreement with dense by position, head patterns and their controls
     ruler   RULER's tasks, dense and the default
+    shares  head shares beside LServe's own policy: passkeys, sentences, keys among others, and
+            perplexity, on the language reference and on stories, which no head was calibrated on
 
-The parts run at the same time, each in a process of its own: a small model leaves most of a GPU
-idle. A part that was cut short goes on where it stopped (all but text); finished settings are not
-run again. Every result records the seconds that each setting took, compiling included.
+The first four are about LServe's own policy (``shares=none``). The parts run at the same time, each
+in a process of its own: a small model leaves most of a GPU idle. Part shares has a process for
+each setting, since most of a setting's time is compiling, and puts their results together.
+
+A part that was cut short goes on where it stopped (all but text); finished settings are not run
+again. Every result records the seconds that each setting took, compiling included.
 """
 
 import multiprocessing
@@ -20,17 +25,23 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import tyro
 from tyro.conf import arg
 
 from convert.artefacts import cache_directory
+from lserve_jax.eval import report
+from lserve_jax.eval.model import SharedOptions
 from lserve_jax.eval.study import Study, run_study
+
+Part = Literal["heads", "pages", "text", "ruler", "shares"]
 
 BUDGETS = (512, 1024, 4096)
 INTERVALS = (1, 8, 16)
+# Eleven processes share the GPU. Five haystacks of 31K tokens with their prompts fit into this.
+OPTIONS = SharedOptions(max_num_seqs=32, kv_cache_bytes=4 << 30)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,26 +51,28 @@ class Args:
     pattern: Annotated[str, arg(metavar="NAME")]
     """Calibrated head pattern of the model: a shipped name or a directory."""
     model: str = "smollm2-135m-instruct-32k"
-    parts: tuple[Literal["heads", "pages", "text", "ruler"], ...] = (
-        "heads",
-        "pages",
-        "text",
-        "ruler",
-    )
+    parts: tuple[Part, ...] = get_args(Part)
     lengths: tuple[int, ...] = (4096, 8192, 16384, 31744)
     """Prompt lengths in tokens; multiples of 1024 below the model's limit."""
     haystacks: int = 7
     """Parts heads and pages: for each length and kind of needle, with 8 prompts each."""
     ruler_haystacks: int = 5
     """Part ruler: for each length and task."""
+    share_haystacks: int = 10
+    """Part shares: for each text, length and task, with 5 prompts each (4 of niah_multikey)."""
     seed: int = 0
     output: Annotated[Path, arg(metavar="DIR")] = Path(__file__).parent / "results" / "quality"
 
 
 def lserve(pattern: str, **changes: object) -> str:
-    """The default setting of the study with some keys changed."""
-    keys = {"pattern": pattern, "fraction": 0.5, "budget": 2048, "page": 64, "logical": 16}
-    keys = {**keys, "interval": 4, **changes}
+    """LServe's own policy, the default of the first four parts, with some keys changed."""
+    keys = {"shares": "none", "fraction": 0.5, "budget": 2048, "page": 64, "logical": 16}
+    return setting(pattern, **{**keys, "interval": 4, **changes})
+
+
+def setting(pattern: str, **changes: object) -> str:
+    """``SparsityConfig``'s defaults with a pattern, and some keys changed."""
+    keys = {"pattern": pattern, **changes}
     return "lserve:" + ",".join(f"{key}={value}" for key, value in keys.items())
 
 
@@ -80,6 +93,18 @@ def page_settings(pattern: str) -> list[str]:
     ]
 
 
+def share_settings(pattern: str) -> list[str]:
+    return [
+        "dense",
+        setting(pattern, shares="none", budget=2048),  # LServe's own
+        setting(pattern),  # the default
+        setting(pattern, share=0.0625),
+        setting(pattern, dense_heads=4, budget=2048),
+        setting(pattern, fraction=0),
+        setting(pattern, fraction=0.5),
+    ]
+
+
 def patterns(pattern: str) -> list[str]:
     """The pattern and its controls, at both fractions; the default first."""
     controls = ({}, {"control": "random"}, {"control": "inverted"})
@@ -87,9 +112,10 @@ def patterns(pattern: str) -> list[str]:
 
 
 def studies(args: Args) -> list[Study]:
+    """All runs: one of each part, and one of each setting of part shares."""
     command = f"python benchmarks/quality.py {' '.join(sys.argv[1:])}"
-    common = {"model": args.model, "lengths": args.lengths, "seed": args.seed, "plot": True}
-    needles = {"tasks": ("needle",), "haystacks": args.haystacks, "resume": True}
+    common = {"model": args.model, "lengths": args.lengths, "seed": args.seed, "options": OPTIONS}
+    needles = {"tasks": ("needle",), "haystacks": args.haystacks, "plot": True, "resume": True}
     of_part = {
         "heads": {"compare": head_settings(args.pattern), **needles},
         "pages": {"compare": page_settings(args.pattern), **needles},
@@ -101,19 +127,49 @@ def studies(args: Args) -> list[Study]:
             "tasks": ("ruler",),
             "compare": ["dense", lserve(args.pattern)],
             "haystacks": args.ruler_haystacks,
+            "plot": True,
             "resume": True,
         },
     }
-    return [
+    runs = [
         Study(command=command, output=args.output / part, **common, **of_part[part])
         for part in args.parts
+        if part != "shares"
     ]
+    if "shares" in args.parts:
+        runs += [
+            Study(
+                command=command,
+                output=args.output / "shares" / "settings" / str(number),
+                tasks=("needle", "ruler", "perplexity"),
+                texts=("documentation", "stories"),
+                ruler_tasks=("niah_multikey",),
+                haystacks=args.share_haystacks,
+                depths=5,
+                compare=[name],
+                resume=True,
+                **common,
+            )
+            for number, name in enumerate(share_settings(args.pattern))
+        ]
+    return runs
 
 
-def run(study: Study) -> None:
+def together(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """One result of several that differ in their settings alone, in their order."""
+    whole = dict(results[0])
+    for name in ("settings", "heads", "seconds"):
+        whole[name] = {key: value for result in results for key, value in result[name].items()}
+    for name in ("answers", "predictions"):
+        whole[name] = [row for result in results for row in result[name]]
+    return whole
+
+
+def run(study: Study) -> dict[str, Any]:
     jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "jit"))
     result = run_study(study, progress=False)
     print(f"{study.output}: {sum(result['seconds'].values()):.0f} s", flush=True)
+    return result
 
 
 def main(args: Args) -> None:
@@ -123,7 +179,10 @@ def main(args: Args) -> None:
     begin = time.perf_counter()
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the processes share the GPU
     with multiprocessing.get_context("spawn").Pool(len(runs)) as processes:
-        processes.map(run, runs, chunksize=1)
+        results = processes.map(run, runs, chunksize=1)
+    if "shares" in args.parts:
+        of_shares = results[-len(share_settings(args.pattern)) :]
+        report.write(args.output / "shares", together(of_shares), plots=False)
     print(f"all: {time.perf_counter() - begin:.0f} s")
 
 

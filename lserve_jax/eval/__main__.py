@@ -22,7 +22,6 @@ from tyro.conf import DisallowNone, arg
 from lserve_jax.cli import Switch, enable_compile_cache, exit_code, flag
 from lserve_jax.eval.model import SharedOptions
 from lserve_jax.eval.needle import NeedleKind
-from lserve_jax.eval.prompts import TextName
 from lserve_jax.eval.report import markdown
 from lserve_jax.eval.ruler import RulerTask
 from lserve_jax.eval.study import Study, Task, run_study
@@ -32,9 +31,10 @@ from lserve_jax.eval.study import Study, Task, run_study
 class EvalArgs:
     """Compare attention settings on the same prompts: needles, RULER, perplexity, agreement.
 
-    A setting is dense, lserve, or lserve:key=value,... with the keys budget, page, logical,
-    selected, lower, interval, pattern, fraction, control (inverted or random), prefill_sink,
-    prefill_local, decode_sink and decode_local; docs/quality.md explains tasks and settings.
+    A setting is dense, lserve, or lserve:key=value,... with the keys budget or share, page,
+    logical, selected, lower, interval, pattern, fraction, shares, dense_heads, control (inverted
+    or random), prefill_sink, prefill_local, decode_sink and decode_local; docs/quality.md explains
+    tasks and settings.
     """
 
     model: str = "smollm2-135m-instruct-32k"
@@ -52,14 +52,13 @@ class EvalArgs:
     resume: Switch = False
     """Skip settings that an earlier run of the same study has finished in the output directory."""
 
-    haystack: TextName = "documentation"
-    """Text that facts are hidden in: Python's language reference, or one paragraph repeated."""
-    text: Annotated[Path | None, flag("FILE", "what --haystack says")] = None
-    """Text file (UTF-8) to use in its place."""
+    text: Annotated[tuple[str, ...], arg(metavar="TEXT TEXT ...")] = ("documentation",)
+    """Texts that facts are hidden in: documentation (Python's language reference), stories (made
+    up), neutral (one paragraph repeated), or a file in UTF-8. Every task runs on each of them."""
     chat: Annotated[bool | None, flag("", "chat if the model has a template")] = None
     """Ask through the model's chat template, or without."""
     haystacks: int = 2
-    """Haystacks for each task and length."""
+    """Haystacks for each text, task and length."""
     depths: int = 8
     """Task needle: facts hidden in a haystack, at even depths; each makes one prompt."""
     needles: tuple[NeedleKind, ...] = get_args(NeedleKind)
@@ -67,7 +66,7 @@ class EvalArgs:
     ruler_tasks: tuple[RulerTask, ...] = get_args(RulerTask)
     """Task ruler: which of its tasks."""
     windows: int = 4
-    """Tasks perplexity and agreement: windows, spread evenly over the text."""
+    """Tasks perplexity and agreement: windows, spread evenly over each text."""
     scored_tokens: int = 256
     """Tasks perplexity and agreement: tokens predicted at the end of each length."""
     rope_extend: Switch = False
@@ -96,7 +95,7 @@ def _study(args: EvalArgs, argv: Sequence[str]) -> Study:
         tasks=args.tasks,
         compare=args.compare,
         lengths=args.lengths,
-        text=args.haystack if args.text is None else args.text,
+        texts=args.text,
         needles=args.needles,
         ruler_tasks=args.ruler_tasks,
         haystacks=args.haystacks,

@@ -20,6 +20,7 @@ from lserve_jax.tokenizer import Tokenizer
 class Window:
     """Tokens 0 to ``length - 1`` of one window; the last ``scored`` of them are predicted."""
 
+    source: str  # the text that it is part of
     window: int
     length: int
     scored: int
@@ -40,11 +41,12 @@ def make_windows(
     tokenizer: Tokenizer,
     text_ids: Sequence[int],
     *,
+    source: str,
     lengths: Sequence[int],
     windows: int,
     scored: int,
 ) -> list[Window]:
-    """``windows`` windows, spread evenly over the text, each at all ``lengths``.
+    """``windows`` windows, spread evenly over the text ``source``, each at all ``lengths``.
 
     They overlap where the text is shorter than all of them together. Each begins with BOS if the
     tokenizer begins texts with it.
@@ -67,6 +69,7 @@ def make_windows(
     starts = [(len(text_ids) - longest) * i // max(windows - 1, 1) for i in range(windows)]
     return [
         Window(
+            source=source,
             window=number,
             length=length,
             scored=scored,

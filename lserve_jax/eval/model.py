@@ -39,11 +39,15 @@ class Model:
 
         Prompts of one haystack share its pages, but never read it together: relay attends the
         whole prefix, so a setting would seem better than it is for a request by itself.
+
+        It always runs all slots: an answer does not depend on what else runs, and decode compiles
+        for one number of slots instead of every power of two.
         """
         return LLM(
             (self.config, self.params),
             tokenizer=self.tokenizer,
             relay="never",
+            deterministic=True,
             attention="dense" if sparsity is None else "lserve",
             sparsity=sparsity,
             max_model_len=max_len,

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Literal
+from typing import Literal, get_args
 
+from lserve_jax.eval.stories import write_stories
 from lserve_jax.tokenizer import Tokenizer
 
-TextName = Literal["neutral", "documentation"]
+TextName = Literal["documentation", "stories", "neutral"]
 
 _NEUTRAL = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -49,6 +50,7 @@ class Puzzle:
 class Case:
     """One prompt, and what its answer must hold."""
 
+    source: str  # the text that its haystack is part of
     task: str
     length: int  # tokens of the prompt
     haystack: int  # number of its haystack: cases that share one follow each other
@@ -57,35 +59,47 @@ class Case:
     token_ids: list[int]
 
 
-def read_text(tokenizer: Tokenizer, source: TextName | Path, least: int) -> list[int]:
-    """Token ids of a text to take haystacks from.
+def read_text(tokenizer: Tokenizer, source: str, least: int, *, seed: int = 0) -> list[int]:
+    """Token ids of a text to take haystacks from: one of ``TextName``, or a file in UTF-8.
 
-    ``neutral`` is one paragraph repeated, ``documentation`` the Python language reference that
-    ships with Python for ``help()``; a path is read as UTF-8.
+    ``documentation`` is the Python language reference that ships with Python for ``help()``,
+    ``stories`` are made up (``write_stories``, which ``seed`` is for), ``neutral`` is one paragraph
+    repeated.
 
-    Raises ``ValueError`` for a file that is no text and a text of fewer than ``least`` tokens.
+    Raises ``ValueError`` for a file that is not there or no text, and a text of fewer than
+    ``least`` tokens.
     """
     if source == "neutral":
         text = _NEUTRAL * (least // 8)  # a paragraph has far more than 8 tokens
     elif source == "documentation":
         text = "\n\n".join(topics[name] for name in sorted(topics))
+    elif source == "stories":
+        text = write_stories(seed)
     else:
-        try:
-            text = Path(source).read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"text file {str(source)!r} is not UTF-8: {error}") from None
+        text = _read_file(source)
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) < least:
-        raise ValueError(
-            f"text {str(source)!r} has {len(ids)} tokens, prompts this long need {least}"
-        )
+        raise ValueError(f"text {source!r} has {len(ids)} tokens, prompts this long need {least}")
     return ids
 
 
+def _read_file(source: str) -> str:
+    try:
+        return Path(source).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        known = ", ".join(get_args(TextName))
+        raise ValueError(f"text {source!r} is no file, and none of {known}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text file {source!r} is not UTF-8: {error}") from None
+
+
 def make_cases(
-    tokenizer: Tokenizer, puzzle: Puzzle, *, length: int, haystack: int, chat: bool
+    tokenizer: Tokenizer, puzzle: Puzzle, *, source: str, length: int, haystack: int, chat: bool
 ) -> list[Case]:
     """A prompt of exactly ``length`` tokens for every question of the puzzle.
+
+    ``source`` and ``haystack`` say in results which text the haystack comes from, and which of
+    its haystacks it is.
 
     What a haystack leaves over, and what one question is shorter than another, is filled with line
     breaks before the question. ``chat`` wraps the prompt in the tokenizer's chat template.
@@ -108,6 +122,7 @@ def make_cases(
         padding = [line_break] * (length - len(before) - len(hay) - len(after))
         cases.append(
             Case(
+                source=source,
                 task=puzzle.task,
                 length=length,
                 haystack=haystack,

@@ -13,6 +13,7 @@ import numpy as np
 
 Rows = Sequence[Mapping[str, Any]]
 _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
+_LEAST_PROMPTS = 40  # of a cell that can be called the worst: fewer, and chance decides
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
@@ -80,6 +81,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{result['seed']}, {versions}.",
         "",
         f"`{result['command']}`",
+        "",
+        *(f"* `{name}`: {heads['policy']}" for name, heads in result["heads"].items()),
     ]
     if result["answers"]:
         lines += _answer_tables(result["answers"])
@@ -97,49 +100,111 @@ def _answer_tables(rows: Rows) -> list[str]:
     settings = [setting for (setting,) in _distinct(rows, "setting")]
     first = settings[0]
     body = []
-    for task, length in _distinct(rows, "task", "length"):
+    for source, task, length in _distinct(rows, "source", "task", "length"):
+        cell = _where(rows, source=source, task=task, length=length)
         for setting in settings:
-            scores = _scores(rows, task=task, length=length, setting=setting)
-            if not scores:  # a setting that has not run yet
+            mine = _where(cell, setting=setting)
+            if not mine:  # a setting that has not run yet
                 continue
-            share = sum(scores) / len(scores)
-            low, high = wilson_interval(share, len(scores))
-            against = ""
-            if setting != first:
-                base = _scores(rows, task=task, length=length, setting=first)
-                pairs = [100 * (b - a) for a, b in zip(base, scores, strict=True)]
-                mean, half = mean_interval(pairs)
-                against = f"{mean:+.1f} ± {half:.1f}"
+            share = sum(_scores(mine)) / len(mine)
+            low, high = wilson_interval(share, len(mine))
             interval = f"{100 * low:.1f} to {100 * high:.1f}"
+            against = "" if setting == first else _signed(_points(cell, first, setting))
             body.append(
                 (
-                    *(task, str(length), f"`{setting}`", f"{100 * share:.1f}", interval),
-                    *(str(len(scores)), against),
+                    *(source, task, str(length), f"`{setting}`", f"{100 * share:.1f}", interval),
+                    *(str(len(mine)), against, _percent_read(mine)),
                 )
             )
-    head = ("task", "tokens", "setting", "score, %", "95 %", "prompts", f"points from `{first}`")
-    return ["", "## Answers", "", *_table(head, body)]
+    head = ("text", "task", "tokens", "setting", "score, %", "95 %", "prompts")
+    table = _table((*head, f"points from `{first}`", "read, %"), body)
+    return ["", "## Answers", "", *table, *_summary(rows, settings)]
 
 
-def _scores(rows: Rows, **values: Any) -> list[float]:
-    return [row["score"] for row in _where(rows, **values)]
+def _summary(rows: Rows, settings: Sequence[str]) -> list[str]:
+    """What every setting costs over all cells: of each text, and of all texts."""
+    first, body = settings[0], []
+    texts = {source: _where(rows, source=source) for (source,) in _distinct(rows, "source")}
+    if len(texts) > 1:
+        texts["all"] = list(rows)
+    for source, of_text in texts.items():
+        for setting in settings:
+            mine = _where(of_text, setting=setting)
+            if not mine:
+                continue
+            against = worst = ""
+            if setting != first:
+                against = _signed(_points(of_text, first, setting))
+                worst = _worst_cell(of_text, first, setting)
+            share = 100 * sum(_scores(mine)) / len(mine)
+            cells = (f"`{setting}`", f"{share:.1f}", str(len(mine)), against)
+            body.append((source, *cells, _percent_read(mine), worst))
+    head = ("text", "setting", "score, %", "prompts", f"points from `{first}`", "read, %")
+    lines = ["", "## Answers over all cells", ""]
+    lines += ["A cell is a text, a task and a length. Every prompt counts the same.", ""]
+    return [*lines, *_table((*head, f"worst cell of {_LEAST_PROMPTS} prompts or more"), body)]
+
+
+def _worst_cell(rows: Rows, first: str, setting: str) -> str:
+    """The cell that loses most from ``first``, of those with prompts enough to say so."""
+    found = []
+    for cell in _distinct(rows, "source", "task", "length"):
+        inside = _where(rows, **dict(zip(("source", "task", "length"), cell, strict=True)))
+        points = _points(inside, first, setting)
+        if len(points) >= _LEAST_PROMPTS:
+            found.append((sum(points) / len(points), cell, points))
+    if not found:
+        return ""
+    _, cell, points = min(found)
+    return f"{', '.join(map(str, cell))}: {_signed(points)}"
+
+
+def _points(rows: Rows, first: str, setting: str) -> list[float]:
+    """Prompt by prompt, how much better ``setting`` scores than ``first``."""
+    base, mine = (_scores(_where(rows, setting=name)) for name in (first, setting))
+    return [100 * (b - a) for a, b in zip(base, mine, strict=True)]
+
+
+def _signed(points: Sequence[float]) -> str:
+    mean, half = mean_interval(points)
+    return f"{mean:+.1f} ± {half:.1f}"
+
+
+def _percent_read(rows: Rows) -> str:
+    """Mean share of dense attention's bytes, over the answers that took a decode step."""
+    shares = [row["read"] for row in rows if row["read"] is not None]
+    return f"{100 * sum(shares) / len(shares):.1f}" if shares else ""
+
+
+def _scores(rows: Rows) -> list[float]:
+    return [row["score"] for row in rows]
 
 
 def _prediction_tables(rows: Rows) -> list[str]:
+    """A row for each text, length and setting; then for all lengths, and for all texts."""
+    groups: dict[tuple, Rows] = {
+        (source, length): _where(rows, source=source, length=length)
+        for source, length in _distinct(rows, "source", "length")
+    }
+    texts = [source for (source,) in _distinct(rows, "source")]
+    if len(groups) > len(texts):
+        groups |= {(source, "all"): _where(rows, source=source) for source in texts}
+    if len(texts) > 1:
+        groups["all", "all"] = list(rows)
     settings = [setting for (setting,) in _distinct(rows, "setting")]
-    first, body = settings[0], []
     agreement = any(row["divergence"] is not None for row in rows)
-    for (length,) in _distinct(rows, "length"):
-        base = _flat(_where(rows, length=length, setting=first), "logprobs")
+    body = []
+    for (source, length), group in groups.items():
+        base = _flat(_where(group, setting=settings[0]), "logprobs")
         for setting in settings:
-            mine = _where(rows, length=length, setting=setting)
+            mine = _where(group, setting=setting)
             if not mine:
                 continue
             losses = [-x for x in _flat(mine, "logprobs")]
             mean = sum(losses) / len(losses)
-            cells = [str(length), f"`{setting}`", f"{math.exp(mean):.3f}", f"{mean:.4f}"]
             more, half = mean_interval([a + b for a, b in zip(base, losses, strict=True)])
-            cells.append("" if setting == first else f"{more:+.4f} ± {half:.4f}")
+            cells = [source, str(length), f"`{setting}`", f"{math.exp(mean):.3f}", f"{mean:.4f}"]
+            cells.append("" if setting == settings[0] else f"{more:+.4f} ± {half:.4f}")
             if agreement:
                 divergence, same = _flat(mine, "divergence"), _flat(mine, "same_token")
                 share = sum(same) / len(same)
@@ -147,9 +212,9 @@ def _prediction_tables(rows: Rows) -> list[str]:
                 cells.append(f"{sum(divergence) / len(divergence):.5f}")
                 cells.append(f"{100 * share:.1f} ({100 * low:.1f} to {100 * high:.1f})")
             body.append((*cells, str(len(losses))))
-    head = ["tokens", "setting", "perplexity", "nats a token", f"from `{first}`"]
+    head = ["text", "tokens", "setting", "perplexity", "nats a token", f"from `{settings[0]}`"]
     if agreement:
-        head += [f"KL from `{first}`, nats", "same likeliest token, %"]
+        head += [f"KL from `{settings[0]}`, nats", "same likeliest token, %"]
     return ["", "## Predictions", "", *_table((*head, "tokens scored"), body)]
 
 
@@ -226,7 +291,8 @@ def _plot_budgets(result: Mapping[str, Any], directory: Path) -> None:
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         of_task = _where(rows, task=task)
         for i, (length,) in enumerate(_distinct(of_task, "length")):
-            share = {name: np.mean(_scores(of_task, length=length, setting=name)) for name in done}
+            of_length = _where(of_task, length=length)
+            share = {name: np.mean(_scores(_where(of_length, setting=name))) for name in done}
             for number, curve in enumerate(curves):
                 label = f"{length} tokens" if number == 0 else None
                 shares = [share[name] for name in curve.values()]

@@ -26,6 +26,8 @@ from lserve_jax.tokenizer import Tokenizer
 RulerTask = Literal[
     "niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe"
 ]
+# Tasks whose haystacks are words of their own: no text is in them.
+WITHOUT_TEXT = ("cwe", "fwe")
 
 _ADJECTIVES = (
     *("amber", "brave", "calm", "dusty", "eager", "faded", "gentle", "hollow", "icy", "jolly"),

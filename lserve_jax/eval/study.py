@@ -1,6 +1,7 @@
 """One evaluation: tasks, settings and lengths in, rows of results out."""
 
 import dataclasses
+import hashlib
 import json
 import random
 import time
@@ -18,22 +19,21 @@ from tqdm import tqdm
 import convert
 from lserve_jax.analysis import require_matplotlib
 from lserve_jax.engine.build import resolve_dtype
-from lserve_jax.engine.head_policy import head_policy
+from lserve_jax.engine.head_policy import HeadPolicy, head_policy
 from lserve_jax.engine.scoring import Score
 from lserve_jax.eval import report
+from lserve_jax.eval.answers import answer
 from lserve_jax.eval.language import Window, make_windows, predict
 from lserve_jax.eval.model import SharedOptions, load_eval_tokenizer, load_model
 from lserve_jax.eval.needle import NeedleKind, needle_puzzle
-from lserve_jax.eval.prompts import Case, TextName, make_cases, read_text, share_found
-from lserve_jax.eval.ruler import RulerTask, ruler_puzzle
+from lserve_jax.eval.prompts import Case, make_cases, read_text
+from lserve_jax.eval.ruler import WITHOUT_TEXT, RulerTask, ruler_puzzle
 from lserve_jax.eval.settings import Setting, parse_settings, resolve_sparsity
-from lserve_jax.llm import LLM
-from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.tokenizer import Tokenizer
 
 # Fields of a study that decide its prompts and windows, but for the seed.
 _MATERIAL = (
-    *("tasks", "lengths", "needles", "ruler_tasks", "haystacks", "depths", "windows"),
+    *("tasks", "lengths", "texts", "needles", "ruler_tasks", "haystacks", "depths", "windows"),
     *("scored_tokens", "chat", "rope_extend"),
 )
 
@@ -51,12 +51,13 @@ class Study:
     tasks: Sequence[Task]
     compare: Sequence[str]  # settings, the first of which is the reference of the others
     lengths: Sequence[int]  # tokens of a prompt, or of a window of text
-    text: TextName | Path = "documentation"  # where haystacks and windows are taken from
+    # Where haystacks and windows are taken from: names of texts, or files.
+    texts: Sequence[str] = ("documentation",)
     needles: Sequence[NeedleKind] = get_args(NeedleKind)
     ruler_tasks: Sequence[RulerTask] = get_args(RulerTask)
-    haystacks: int = 2  # a task and length
+    haystacks: int = 2  # a text, task and length
     depths: int = 8  # needles of a haystack of task needle, each asked for by itself
-    windows: int = 4
+    windows: int = 4  # a text and length
     scored_tokens: int = 256  # of a window
     chat: bool | None = None  # None: through the chat template if there is one
     rope_extend: bool = False
@@ -68,7 +69,7 @@ class Study:
     options: SharedOptions = field(default_factory=SharedOptions)
 
     def __post_init__(self):
-        for name in ("tasks", "lengths", "needles", "ruler_tasks"):
+        for name in ("tasks", "lengths", "texts", "needles", "ruler_tasks"):
             given = getattr(self, name)
             if not given or len(set(given)) != len(given):
                 raise ValueError(f"{name}={given} must name at least one, and none twice")
@@ -104,14 +105,14 @@ def run_study(study: Study, *, progress: bool = False) -> dict[str, Any]:
         *(len(window.token_ids) for window in windows),
         0,
     )
-    result = _head(study, settings)
+    config = convert.read_config(source)
+    # Whatever does not fit the model is said now.
+    policies = {setting.name: head_policy(config, setting.sparsity) for setting in settings}
+    result = _head(study, settings, policies, _digest([*cases, *windows]))
     earlier = _earlier(study.output, result)
     if study.resume and earlier is not None:
         for name in ("seconds", "answers", "predictions"):
             result[name] = earlier[name]
-    config = convert.read_config(source)
-    for setting in settings:
-        head_policy(config, setting.sparsity)  # whatever does not fit the model is said now
     model = load_model(
         source,
         tokenizer,
@@ -132,7 +133,7 @@ def run_study(study: Study, *, progress: bool = False) -> dict[str, Any]:
             total=len(cases) + len(windows), desc=setting.name, unit="prompt", disable=not progress
         )
         with bar:
-            result["answers"] += _answer(llm, setting.name, cases, bar)
+            result["answers"] += answer(llm, setting.name, cases, progress=bar.update)
             if windows:
                 predictions, reference = predict(
                     llm,
@@ -144,6 +145,7 @@ def run_study(study: Study, *, progress: bool = False) -> dict[str, Any]:
                 result["predictions"] += [
                     {
                         "setting": setting.name,
+                        "source": window.source,
                         "window": window.window,
                         "length": window.length,
                         "logprobs": new.logprobs.round(5).astype(float).tolist(),
@@ -169,36 +171,57 @@ def make_material(study: Study, tokenizer: Tokenizer) -> tuple[list[Case], list[
     chat = tokenizer.has_chat_template if study.chat is None else study.chat
     if chat and not tokenizer.has_chat_template:
         raise ValueError("--chat needs a chat template, the checkpoint has none")
-    text_ids = read_text(tokenizer, study.text, max(study.lengths))
+    cases, windows = [], []
+    for source in study.texts:
+        text_ids = read_text(tokenizer, source, max(study.lengths), seed=study.seed)
+        cases += _make_prompts(study, tokenizer, source, text_ids, chat)
+        if {"perplexity", "agreement"} & set(study.tasks):
+            windows += make_windows(
+                tokenizer,
+                text_ids,
+                source=source,
+                lengths=study.lengths,
+                windows=study.windows,
+                scored=study.scored_tokens,
+            )
+    return cases, windows
+
+
+def _make_prompts(
+    study: Study, tokenizer: Tokenizer, source: str, text_ids: Sequence[int], chat: bool
+) -> list[Case]:
+    """The prompts of one text. The first one has those that hold no text too."""
     kinds: list[tuple[str, Any]] = []
     if "needle" in study.tasks:
         kinds += [("needle", kind) for kind in study.needles]
     if "ruler" in study.tasks:
         kinds += [("ruler", task) for task in study.ruler_tasks]
+    if source != study.texts[0]:
+        kinds = [(family, kind) for family, kind in kinds if kind not in WITHOUT_TEXT]
     cases = []
     for family, kind in kinds:
         for length in study.lengths:
             for haystack in range(study.haystacks):
-                # A stream of its own: so more haystacks or another task change no prompt.
+                # A stream of its own: so more haystacks, another task or text change no prompt.
                 rng = random.Random(f"{study.seed} {kind} {length} {haystack}")
                 if family == "needle":
                     puzzle = needle_puzzle(kind, tokenizer, text_ids, depths=study.depths, rng=rng)
                 else:
                     puzzle = ruler_puzzle(kind, tokenizer, text_ids, rng=rng)
-                cases += make_cases(tokenizer, puzzle, length=length, haystack=haystack, chat=chat)
-    windows = []
-    if {"perplexity", "agreement"} & set(study.tasks):
-        windows = make_windows(
-            tokenizer,
-            text_ids,
-            lengths=study.lengths,
-            windows=study.windows,
-            scored=study.scored_tokens,
-        )
-    return cases, windows
+                cases += make_cases(
+                    tokenizer,
+                    puzzle,
+                    source="none" if kind in WITHOUT_TEXT else source,
+                    length=length,
+                    haystack=haystack,
+                    chat=chat,
+                )
+    return cases
 
 
-def _head(study: Study, settings: Sequence[Setting]) -> dict[str, Any]:
+def _head(
+    study: Study, settings: Sequence[Setting], policies: Mapping[str, HeadPolicy], prompts: str
+) -> dict[str, Any]:
     return {
         "model": study.model,
         "command": study.command,
@@ -210,12 +233,27 @@ def _head(study: Study, settings: Sequence[Setting]) -> dict[str, Any]:
         },
         "dtype": str(resolve_dtype(study.options.dtype).dtype),
         "seed": study.seed,
-        "study": {name: getattr(study, name) for name in _MATERIAL} | {"text": str(study.text)},
+        "study": {name: getattr(study, name) for name in _MATERIAL},
+        "prompts": prompts,
         "settings": {setting.name: _described(setting) for setting in settings},
+        # Gates and head shares come from files, which may be calibrated anew under the same name.
+        "heads": {
+            name: {"policy": policy.source, "digest": _digest_text(repr(policy))}
+            for name, policy in policies.items()
+        },
         "seconds": {},
         "answers": [],
         "predictions": [],
     }
+
+
+def _digest(material: Sequence[Case | Window]) -> str:
+    """Of all tokens: texts come from files and from Python itself, and may change unseen."""
+    return _digest_text(json.dumps([item.token_ids for item in material]))
+
+
+def _digest_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _earlier(directory: Path, result: dict[str, Any]) -> dict[str, Any] | None:
@@ -226,9 +264,9 @@ def _earlier(directory: Path, result: dict[str, Any]) -> dict[str, Any] | None:
     before = report.read(directory)
     if before is None:
         return None
-    for name in ("model", "device", "dtype", "seed", "study", "settings"):
+    for name in ("model", "device", "dtype", "seed", "study", "settings", "heads", "prompts"):
         # As JSON, where a tuple is a list.
-        old, new = before[name], json.loads(json.dumps(result[name]))
+        old, new = before.get(name), json.loads(json.dumps(result[name]))
         if old != new:
             raise ValueError(
                 f"{directory} holds the results of another study: its {name} is {old}, now it is "
@@ -241,33 +279,3 @@ def _described(setting: Setting) -> Mapping[str, Any] | None:
     if setting.sparsity is None:
         return None
     return {**dataclasses.asdict(setting.sparsity), "control": setting.control}
-
-
-def _answer(llm: LLM, setting: str, cases: Sequence[Case], bar: tqdm) -> list[dict[str, Any]]:
-    """Greedy answers; the prompts of one haystack go to the engine together."""
-    groups: dict[tuple, list[Case]] = {}
-    for case in cases:
-        groups.setdefault((case.task, case.length, case.haystack), []).append(case)
-    rows = []
-    for group in groups.values():
-        outputs = llm.generate(
-            [{"prompt_token_ids": case.token_ids} for case in group],
-            SamplingParams(temperature=0, max_tokens=group[0].max_tokens),
-        )
-        bar.update(len(group))
-        for case, output in zip(group, outputs, strict=True):
-            text = output.outputs[0].text
-            rows.append(
-                {
-                    "setting": setting,
-                    "task": case.task,
-                    "length": case.length,
-                    "haystack": case.haystack,
-                    "depth": case.question.depth,
-                    "question": case.question.text.strip(),
-                    "answers": case.question.answers,
-                    "text": text,
-                    "score": share_found(text, case.question.answers),
-                }
-            )
-    return rows

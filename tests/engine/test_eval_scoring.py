@@ -133,14 +133,14 @@ class Bos(NoBos):
 
 def test_windows_are_spread_over_the_text():
     text = list(range(100, 200))
-    windows = make_windows(NoBos(), text, lengths=(20, 40), windows=3, scored=5)
+    windows = make_windows(NoBos(), text, source="t", lengths=(20, 40), windows=3, scored=5)
     starts = {20: [], 40: []}
     for window in windows:
         first, length = window.token_ids[0], window.length
         assert window.token_ids == list(range(first, first + length))
         starts[length].append(first)
     assert starts == {20: [100, 130, 160], 40: [100, 130, 160]}
-    (window,) = make_windows(Bos(), text, lengths=(20,), windows=1, scored=5)
+    (window,) = make_windows(Bos(), text, source="t", lengths=(20,), windows=1, scored=5)
     assert window.token_ids == [7, *range(100, 119)]
 
 
@@ -153,13 +153,13 @@ def test_windows_are_spread_over_the_text():
     ],
 )
 def test_impossible_windows_are_refused(changes, message):
-    arguments = {"lengths": (20, 40), "windows": 3, "scored": 5, **changes}
+    arguments = {"source": "t", "lengths": (20, 40), "windows": 3, "scored": 5, **changes}
     with pytest.raises(ValueError, match=message):
         make_windows(NoBos(), list(range(100)), **arguments)
 
 
 WINDOWS = make_windows(
-    NoBos(), random_prompts(9, [400])[0], lengths=(200, 380), windows=1, scored=24
+    NoBos(), random_prompts(9, [400])[0], source="t", lengths=(200, 380), windows=1, scored=24
 )
 
 

@@ -116,7 +116,9 @@ def test_the_same_needles_are_found_in_31_thousand_tokens(budget: int | None) ->
         for haystack in range(2):
             rng = random.Random(haystack)
             puzzle = needle_puzzle("passkey", llm.tokenizer, text, depths=8, rng=rng)
-            cases = make_cases(llm.tokenizer, puzzle, length=LONG, haystack=haystack, chat=True)
+            cases = make_cases(
+                llm.tokenizer, puzzle, source="documentation", length=LONG, haystack=0, chat=True
+            )
             outputs = llm.generate(
                 [{"prompt_token_ids": case.token_ids} for case in cases],
                 SamplingParams(temperature=0, max_tokens=32),

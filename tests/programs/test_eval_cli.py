@@ -98,7 +98,7 @@ def test_needles_perplexity_and_agreement_end_to_end(
     assert str(chat_checkpoint) in result["command"]
     table = (tmp_path / "results.md").read_text()
     assert out.strip() == table.strip()
-    assert "| passkey | 300 | `dense` | 0.0 | 0.0 to 65.8 | 2 |  |" in table
+    assert "| documentation | passkey | 300 | `dense` | 0.0 | 0.0 to 65.8 | 2 |  | 100.0 |" in table
     assert "nats a token" in table and "same likeliest token" in table
     for picture in ("passkey.png", "budget.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
@@ -164,7 +164,10 @@ def test_refused_once_the_model_is_known(capsys, checkpoint, pattern, conformanc
     for argv, sentence in (
         (("--lengths", 300, "--chat"), "--chat needs a chat template, the checkpoint has none"),
         (("--lengths", 300, "--text", tmp_path / "short.txt"), "has 23 tokens, prompts this long"),
-        (("--lengths", 300, "--text", tmp_path / "none.txt"), "none.txt"),
+        (
+            ("--lengths", 300, "--text", tmp_path / "none.txt"),
+            "is no file, and none of documentation, stories",
+        ),
         (("--lengths", 490), "up to 522 tokens, the model's limit is 512; --rope-extend"),
         (("--lengths", 300, "--tasks", "ruler"), "tokens"),
         (

@@ -45,7 +45,7 @@ def test_prompts_are_exactly_as_long_as_asked_and_share_their_haystack(
     tokenizer, text_ids, task, chat
 ):
     puzzle = puzzle_of(task, tokenizer, text_ids)
-    cases = make_cases(tokenizer, puzzle, length=LENGTH, haystack=3, chat=chat)
+    cases = make_cases(tokenizer, puzzle, source="t", length=LENGTH, haystack=3, chat=chat)
     assert [len(case.token_ids) for case in cases] == [LENGTH] * len(puzzle.questions)
     longest = max(len(tokenizer.encode(case.question.text)) for case in cases)
     first = cases[0].token_ids[: LENGTH - longest - 8]  # 8: the template's end, or "Answer:"
@@ -60,7 +60,7 @@ def test_prompts_are_exactly_as_long_as_asked_and_share_their_haystack(
 def test_the_seed_decides_everything(tokenizer, text_ids, task):
     def prompts(seed: int) -> list[list[int]]:
         puzzle = puzzle_of(task, tokenizer, text_ids, seed)
-        cases = make_cases(tokenizer, puzzle, length=LENGTH, haystack=0, chat=False)
+        cases = make_cases(tokenizer, puzzle, source="t", length=LENGTH, haystack=0, chat=False)
         return [case.token_ids for case in cases]
 
     assert prompts(1) == prompts(1)
@@ -121,7 +121,7 @@ SOLVERS = {
 @pytest.mark.parametrize("task", TASKS)
 def test_the_text_alone_gives_the_answers(tokenizer, text_ids, task, seed):
     puzzle = puzzle_of(task, tokenizer, text_ids, seed)
-    for case in make_cases(tokenizer, puzzle, length=LENGTH, haystack=0, chat=False):
+    for case in make_cases(tokenizer, puzzle, source="t", length=LENGTH, haystack=0, chat=False):
         text = tokenizer.decode(case.token_ids)
         body = text.removesuffix(case.question.text + "\nAnswer:")
         answers = case.question.answers
@@ -177,7 +177,7 @@ def test_a_haystack_is_one_part_of_the_text_around_its_needles():
 def test_texts_are_read(tokenizer, tmp_path):
     assert len(read_text(tokenizer, "neutral", 5000)) >= 5000
     (tmp_path / "text.txt").write_text("café " * 50, encoding="utf-8-sig")  # with a mark
-    assert tokenizer.decode(read_text(tokenizer, tmp_path / "text.txt", 50)) == "café " * 50
+    assert tokenizer.decode(read_text(tokenizer, str(tmp_path / "text.txt"), 50)) == "café " * 50
 
 
 @pytest.mark.parametrize(
@@ -196,10 +196,10 @@ def test_the_score_is_the_share_of_answers_found(text, answers, score):
 def test_what_does_not_fit_is_refused(tokenizer, text_ids, tmp_path):
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(ValueError, match=r"short.txt' has \d tokens, prompts this long need 100"):
-        read_text(tokenizer, tmp_path / "short.txt", 100)
+        read_text(tokenizer, str(tmp_path / "short.txt"), 100)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="is not UTF-8"):
-        read_text(tokenizer, tmp_path / "binary", 1)
+        read_text(tokenizer, str(tmp_path / "binary"), 1)
     for task, length, message in (
         ("passkey", 15, "length=15 leaves no haystack for passkey"),
         ("passkey", 60, r"the needles take \d+ tokens, the haystack has \d+"),
@@ -208,7 +208,7 @@ def test_what_does_not_fit_is_refused(tokenizer, text_ids, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             puzzle = puzzle_of(task, tokenizer, text_ids)
-            make_cases(tokenizer, puzzle, length=length, haystack=0, chat=False)
+            make_cases(tokenizer, puzzle, source="t", length=length, haystack=0, chat=False)
     with pytest.raises(ValueError, match="the text has 100 tokens, the haystack needs"):
         puzzle_of("vt", tokenizer, text_ids[:100]).fill(1000)
     with pytest.raises(ValueError, match=r"depths=33 must lie in \[1, 32\]"):
@@ -227,4 +227,4 @@ def test_a_template_that_drops_the_message_is_refused(tokenizer):
         max_tokens=1,
     )
     with pytest.raises(ValueError, match="user's message exactly once"):
-        make_cases(lost, puzzle, length=50, haystack=0, chat=True)
+        make_cases(lost, puzzle, source="t", length=50, haystack=0, chat=True)
