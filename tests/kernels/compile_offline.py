@@ -60,13 +60,14 @@ CASES = {
 }
 
 
-def append_arguments(rows=2, tokens=None, logical_page_size=16, **case):
+def append_arguments(rows=2, tokens=None, logical_page_size=16, ranked=None, **case):
     """What both appending ops take, the caches first: then what they need besides."""
     q, retrieval, streaming, *lists = decode_arguments(rows=rows, pages=4096, **case)
     array, heads = jax.ShapeDtypeStruct, (retrieval.k.shape[0], streaming.k.shape[0])
     _, pages, page_size, head_dim = retrieval.k.shape
     g = page_size // logical_page_size
-    caches = retrieval, streaming, array((heads[0], pages, g, 2, head_dim), jnp.bfloat16)
+    ranked = heads[0] if ranked is None else ranked
+    caches = retrieval, streaming, array((ranked, pages, g, 2, head_dim), jnp.bfloat16)
     kv = array((rows if tokens is None else tokens, sum(heads), head_dim), jnp.bfloat16)
     if tokens is not None:
         number = array((), jnp.int32)
@@ -105,7 +106,12 @@ APPEND_CASES = {
         decode_steps,
         {"retrieval": 2, "streaming": 1, "head_dim": 64, "page_size": 16, "int8": True},
     ),
+    "append, one of two heads ranked": (decode_steps, {"retrieval": 2, "ranked": 1}),
     "append chunk, bf16": (prefill_steps, {"tokens": 512}),
+    "append chunk, one of two heads ranked": (
+        prefill_steps,
+        {"tokens": 512, "retrieval": 2, "ranked": 1},
+    ),
     "append chunk, int8": (prefill_steps, {"tokens": 512, "int8": True, "page_size": 128}),
     "append chunk, D 64, retrieval only": (
         prefill_steps,
@@ -131,8 +137,8 @@ def select(q, stats, table, length, *, page_size=128, selected_page_size=128, nu
         selected_page_size=selected_page_size,
         lower_bound_weight=0.5,
     )
-    candidates = length // selected_page_size
-    return select_pages(scores, candidates, num_pages=num_pages, sink_pages=1)
+    candidates, wanted = length // selected_page_size, jnp.full(scores.shape[:2], num_pages)
+    return select_pages(scores, candidates, wanted, num_pages=num_pages, sink_pages=1)
 
 
 SELECTION_CASES = {
@@ -142,6 +148,10 @@ SELECTION_CASES = {
     "selection, 511 of 32768 pages, group 16": (
         {"width": 32768, "group": 16, "logical_pages": 1},
         {"num_pages": 511},
+    ),
+    "selection, 4096 of 32768 pages": (
+        {"width": 32768, "heads": 4, "logical_pages": 1},
+        {"num_pages": 4096},
     ),
     "selection, 300 pages of 8, D 64": (
         {"width": 300, "head_dim": 64, "logical_pages": 8},
