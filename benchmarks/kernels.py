@@ -81,13 +81,15 @@ def chain_time(f: Callable, q: jax.Array, *args: object) -> float:
     return float(np.median(times))
 
 
-def time_decode(shape: DecodeShape) -> dict[str, object]:
+def time_decode(shape: DecodeShape, *, dealt: bool = True) -> dict[str, object]:
+    """``dealt``: the splits are dealt out by what each head's list attends, not by its width."""
     lists = max(2, min(16, 1 + 2 * L2_BYTES // shape.bytes_moved))
     q, retrieval, streaming, page_lists = decode_inputs(shape, lists=lists)
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *page_lists)
+    most_tokens = shape.most_tokens if dealt else None
 
     def attend(q, retrieval, streaming, page_lists):
-        return paged_attention(q, retrieval, streaming, *page_lists)[0]
+        return paged_attention(q, retrieval, streaming, *page_lists, most_tokens=most_tokens)[0]
 
     def all_lists(q, retrieval, streaming, stacked):
         return lax.map(lambda page_lists: attend(q, retrieval, streaming, page_lists), stacked)
@@ -97,11 +99,10 @@ def time_decode(shape: DecodeShape) -> dict[str, object]:
     step = chain_time(attend, q, retrieval, streaming, page_lists[0])
     empty = chain_time(lambda q: q * jnp.bfloat16(0.5), q)
     total = sum(kernels.values())
-    width = max(shape.retrieval_pages, shape.streaming_pages) * shape.page_size
     return {
-        "op": "paged_attention",
+        "op": "paged_attention" if dealt else "paged_attention, not dealt",
         "shape": shape.name,
-        "config": str(choose_config(shape.rows, shape.kv_heads, width, retrieval.k.dtype)),
+        "config": str(choose_config(shape.rows, shape.most_tokens, retrieval.k.dtype)),
         "kernels_us": kernels,
         "us": total,
         "step_us": step - empty,
@@ -175,12 +176,14 @@ def time_selection(shape: SelectionShape, op: str, how: Literal["kernel", "XLA"]
             num_pages=shape.selected,
             sink_pages=1,
         )
+        wanted = jnp.full((shape.rows, shape.retrieval_heads), shape.selected)
+        wanted = wanted.at[:, ::2].set(shape.selected // shape.uneven)
         moved, flops = shape.score_bytes, 0
         size = calls, shape.rows, shape.retrieval_heads, shape.candidates
         scores = 70.0 + 8.0 * jax.random.normal(jax.random.key(1), size)  # as of random pages
 
         def run(scores, candidates):
-            return lax.map(lambda x: select(x, candidates), scores)
+            return lax.map(lambda x: select(x, candidates, wanted), scores)
 
         times = kernel_times(run, scores, length // shape.selected_page_size, calls=calls)
     kernels = {name: t for name, t in times.items() if how == "XLA" or "mosaic" in name}
@@ -304,6 +307,7 @@ def time_cudnn(tokens: int, heads: int = 32, kv_heads: int = 8, head_dim: int = 
 def measurements() -> list[Callable[[], dict[str, object]]]:
     """The rows in the order in which they are made, decode first."""
     rows = [partial(time_decode, shape) for shape in DECODE]
+    rows += [partial(time_decode, shape, dealt=False) for shape in DECODE if shape.dense_heads]
     rows += [partial(time_cudnn, tokens) for tokens in (131072, 524288)]
     rows += [
         partial(time_selection, shape, op, how)

@@ -1,8 +1,9 @@
 """Paged attention for one query token a row: both head classes in one launch, Hopper (Mosaic GPU).
 
-Index map. The grid is (row b, KV head k, split s), one warpgroup of 128 threads each. The tokens
-of (b, k), its listed pages end to end, are cut into tiles of T = 64; split s takes every S-th tile,
-so that work is even whatever the length and a split needs no length to find its first:
+Index map. The grid is (row b, split s of KV head k), one warpgroup of 128 threads each;
+``decode_splits`` deals the splits out to the heads. The tokens of (b, k), its listed pages end to
+end, are cut into tiles of T = 64; of S splits of a head, s takes every S-th tile, so that work is
+even whatever the length and a split needs no length to find its first:
 
       pages listed for (b, k) |  page 7  |  page 2  |  page 9  |  page 4  |     P tokens a page
       tokens of (b, k)        |....start########################stop......|
@@ -18,10 +19,11 @@ M is 64, and G rows would waste most of it; N can be as small as 8):
       online softmax down the columns
       acc [D, N]   += V^T [D, T] @ P^T [T, N]      V as TMA left it, P through shared memory
 
-      parts [B, K, S, D, N], lses [B, K, S, N]  --combine: grid (b, k, D / 64)-->  out, lse
+      parts [B, splits, D, N], lses [B, splits, N]  --combine: grid (b, k, D / 64)-->  out, lse
 
 What must move: K and V of each listed token once, B * K * tokens * 2 * D * (2 or 1) bytes, plus 8
-bytes of scales a token for int8. The parts are B * K * S * D * N * 4 bytes, written and read in L2.
+bytes of scales a token for int8. The parts are B * splits * D * N * 4 bytes, written and read in
+L2.
 
 int8 pages. K is never converted: the query is split into two int8 vectors, q = scale * (high +
 low / 254), which keeps 15 bits of it, and the tensor cores multiply int8 by int8; a token's scale
@@ -47,9 +49,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.hopper.decode_combine import combine_parts
+from pallas_kernels.hopper.decode_splits import deal_splits, find_split
 from pallas_kernels.hopper.decode_tiles import (
     KEYS,
-    TILE,
     VALUES,
     Boxes,
     Buffers,
@@ -82,23 +84,26 @@ from pallas_kernels.types import KVPages, PageList
 class Config:
     """Tuning of one call; ``choose_config`` gives a good one."""
 
-    splits: int  # S, parts that a (row, KV head) is cut into
+    splits: tuple[int, ...]  # S, parts that each KV head of a row is cut into
     stages: int = 2  # tiles of K and V in flight a split
     parts: int = 33  # parts the combining kernel loads at once
 
     def __post_init__(self) -> None:
-        for name in ("splits", "stages", "parts"):
-            if getattr(self, name) < 1:
+        for name, value in (
+            ("splits", min(self.splits)),
+            ("stages", self.stages),
+            ("parts", self.parts),
+        ):
+            if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def choose_config(rows: int, kv_heads: int, tokens: int, dtype: jax.typing.DTypeLike) -> Config:
-    """The configuration for ``rows`` x ``kv_heads`` lists of up to ``tokens`` tokens."""
+def choose_config(rows: int, most_tokens: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Config:
+    """The configuration for ``rows`` rows whose lists attend up to ``most_tokens`` a KV head."""
     # Two CTAs an SM read bf16 at full bandwidth; int8 takes more arithmetic a byte, and four hide
     # it. Every further part costs the combining kernel time.
-    splits = (4 if dtype == jnp.int8 else 2) * SM_COUNT // (rows * kv_heads)
-    # A split of one tile saves less than combining it costs, and so do parts beyond two loads.
-    return Config(splits=max(min(splits, 66, tokens // (2 * TILE)), 1))
+    ctas = (4 if dtype == jnp.int8 else 2) * SM_COUNT
+    return Config(splits=deal_splits(rows, most_tokens, ctas))
 
 
 @partial(jax.jit, static_argnames=("selected_page_size", "most_tokens", "config"))
@@ -132,8 +137,13 @@ def paged_attention(
         if pool.k.shape[0] > 0
     ]
     if config is None:
-        tokens = max(page_list.page_ids.shape[2] for _, page_list in classes) * retrieval.k.shape[2]
-        config = choose_config(B, K, tokens, retrieval.k.dtype)
+        held = [
+            page_list.page_ids.shape[2] * pool.k.shape[2]
+            for pool, page_list in classes
+            for _ in range(pool.k.shape[0])
+        ]
+        most = tuple(map(min, held, most_tokens or held))
+        config = choose_config(B, most, retrieval.k.dtype)
 
     rows = q.reshape(B * H, D)
     if B * H < N:  # a tile of N query rows must lie inside the array
@@ -142,7 +152,7 @@ def paged_attention(
     shift = first_row - np.minimum(first_row, len(rows) - N)  # see query_tile_start
 
     parts, lses = _attend_splits(rows, B, classes, G, config)
-    out, lse = combine_parts(parts, lses, G, q.dtype, config.parts)
+    out, lse = combine_parts(parts, lses, config.splits, G, q.dtype, config.parts)
     column = N * np.arange(B * K)[:, None] + shift[:, None] + np.arange(G)
     return out.reshape(B, H, D), lse.reshape(-1)[column].reshape(B, H)
 
@@ -175,11 +185,11 @@ def _attend_splits(
     classes: list[tuple[KVPages, PageList]],  # of the pools that have heads
     G: int,
     config: Config,
-) -> tuple[Float[Array, "B K S D N"], Float[Array, "B K S N"]]:
+) -> tuple[Float[Array, "B S D N"], Float[Array, "B S N"]]:
     """Attention of every split on its own; lse is base 2, and -inf for a split without tiles."""
     rows, D = q.shape
     pools, lists = zip(*classes, strict=True)
-    K, S = sum(pool.k.shape[0] for pool in pools), config.splits
+    K, S = sum(pool.k.shape[0] for pool in pools), sum(config.splits)
     N = 8 * pl.cdiv(G, 8)
     boxes = Boxes(pools[0].k.shape[2])
 
@@ -187,16 +197,17 @@ def _attend_splits(
         q_gmem,  # [rows, D] bf16
         lists_gmem,  # for each class: page_ids [B, Kc or 1, L], start and stop [B, Kc or 1] int32
         pools_gmem,  # for each class: k, v [Kc, N, P, D]; scales [Kc, N, P] float32
-        parts_gmem,  # [B, K, S, D, N] float32, output
-        lses_gmem,  # [B, K, S, N] float32, output
+        parts_gmem,  # [B, S, D, N] float32, output
+        lses_gmem,  # [B, S, N] float32, output
         buffers,  # see Buffers
     ):
-        b, k, s = (lax.axis_index(name) for name in ("row", "head", "split"))
-        split = plan_split(lists_gmem, pools_gmem, buffers, S)
+        b, number = lax.axis_index("row"), lax.axis_index("split")
+        k, s, splits = find_split(number, config.splits)
+        split = plan_split(lists_gmem, pools_gmem, buffers, b, k, s, splits)
 
         @pl.when(split.steps == 0)
         def _():
-            store_unoptimised(lses_gmem.at[b, k, s], full((N,), -jnp.inf, PER_COLUMN))
+            store_unoptimised(lses_gmem.at[b, number], full((N,), -jnp.inf, PER_COLUMN))
 
         @pl.when(split.steps > 0)
         def _():
@@ -213,17 +224,17 @@ def _attend_splits(
             # Every tile of the split may lie before ``start``.
             inverse = jnp.where(total > 0.0, 1.0 / total, 0.0)
             lse = jnp.where(total > 0.0, peak + jnp.log2(total), -jnp.inf)
-            store_unoptimised(parts_gmem.at[b, k, s], acc * spread_columns(inverse, acc))
-            store_unoptimised(lses_gmem.at[b, k, s], lse)
+            store_unoptimised(parts_gmem.at[b, number], acc * spread_columns(inverse, acc))
+            store_unoptimised(lses_gmem.at[b, number], lse)
 
     return plgpu.kernel(
         attend_split,
         out_type=(
-            jax.ShapeDtypeStruct((B, K, S, D, N), jnp.float32),
-            jax.ShapeDtypeStruct((B, K, S, N), jnp.float32),
+            jax.ShapeDtypeStruct((B, S, D, N), jnp.float32),
+            jax.ShapeDtypeStruct((B, S, N), jnp.float32),
         ),
-        grid=(B, K, S),
-        grid_names=("row", "head", "split"),
+        grid=(B, S),
+        grid_names=("row", "split"),
         scratch_types=[allocate_buffers(D, N, boxes, config.stages, pools[0].k.dtype)],
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, lists, pools)

@@ -58,6 +58,8 @@ CASES = {
     "int8, D 64, pages of 32": {"int8": True, "page_size": 32, "head_dim": 64},
     "int8, group 16, pages of 16": {"int8": True, "page_size": 16, "group": 16},
 }
+# Ranked heads, one that reads everything, and a streaming head.
+MOST_TOKENS = (1024,) * 7 + (4096, 320)
 
 
 def append_arguments(rows=2, tokens=None, logical_page_size=16, ranked=None, **case):
@@ -248,6 +250,8 @@ def main() -> None:
     compilations = [
         (name, op, build(**case)) for op, build, cases in families for name, case in cases.items()
     ]
+    dealt = partial(paged_attention, most_tokens=MOST_TOKENS)
+    compilations.append(("heads of three kinds", dealt, decode_arguments(retrieval=8)))
     compilations += [
         (name, partial(select, **how), selection_arguments(**case))
         for name, (case, how) in SELECTION_CASES.items()
