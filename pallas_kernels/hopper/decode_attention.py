@@ -98,12 +98,25 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def choose_config(rows: int, most_tokens: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Config:
-    """The configuration for ``rows`` rows whose lists attend up to ``most_tokens`` a KV head."""
+def choose_config(
+    rows: int, most_tokens: tuple[int, ...], dtype: jax.typing.DTypeLike, queries: int = 1
+) -> Config:
+    """The configuration for ``rows`` rows whose lists attend up to ``most_tokens`` a KV head.
+
+    ``queries`` is how many query vectors a KV head has.
+    """
     # Two CTAs an SM read bf16 at full bandwidth; int8 takes more arithmetic a byte, and four hide
-    # it. Every further part costs the combining kernel time.
-    ctas = (4 if dtype == jnp.int8 else 2) * SM_COUNT
-    return Config(splits=deal_splits(rows, most_tokens, ctas))
+    # it, for which many columns leave no registers. Every further part costs the combining kernel
+    # time.
+    ctas = (4 if dtype == jnp.int8 and queries <= 16 else 2) * SM_COUNT
+    # As many parts at once as registers hold, of which 8 columns take four.
+    parts = 33 if queries <= 16 else 264 // _columns(queries)
+    return Config(splits=deal_splits(rows, most_tokens, ctas), parts=parts)
+
+
+def _columns(queries: int) -> int:
+    """N, columns of the query matrix."""
+    return 8 * pl.cdiv(queries, 8)
 
 
 @partial(jax.jit, static_argnames=("selected_page_size", "most_tokens", "config"))
@@ -126,11 +139,12 @@ def paged_attention(
     """
     if selected_page_size is not None:
         retrieval, streaming = (cut_pages(x, selected_page_size) for x in (retrieval, streaming))
-    _refuse_unsupported(q, retrieval, streaming)
+    group = q.shape[1] // (retrieval.k.shape[0] + streaming.k.shape[0])
+    reasons = unsupported(q, retrieval, streaming)
+    if group > 16:
+        reasons.append(f"at most 16 query heads a KV head, got {group}")
+    refuse("paged_attention", reasons)
     B, H, D = q.shape
-    K = retrieval.k.shape[0] + streaming.k.shape[0]
-    G = H // K
-    N = 8 * pl.cdiv(G, 8)
     classes = [
         (pool, page_list)
         for pool, page_list in ((retrieval, retrieval_list), (streaming, streaming_list))
@@ -145,21 +159,13 @@ def paged_attention(
         most = tuple(map(min, held, most_tokens or held))
         config = choose_config(B, most, retrieval.k.dtype)
 
-    rows = q.reshape(B * H, D)
-    if B * H < N:  # a tile of N query rows must lie inside the array
-        rows = jnp.pad(rows, ((0, N - B * H), (0, 0)))
-    first_row = G * np.arange(B * K)
-    shift = first_row - np.minimum(first_row, len(rows) - N)  # see query_tile_start
-
-    parts, lses = _attend_splits(rows, B, classes, G, config)
-    out, lse = combine_parts(parts, lses, config.splits, G, q.dtype, config.parts)
-    column = N * np.arange(B * K)[:, None] + shift[:, None] + np.arange(G)
-    return out.reshape(B, H, D), lse.reshape(-1)[column].reshape(B, H)
+    out, lse = attend_lists(q.reshape(B, -1, group, D), classes, config)
+    return out.reshape(B, H, D), lse.reshape(B, H)
 
 
-def _refuse_unsupported(q: Array, retrieval: KVPages, streaming: KVPages) -> None:
-    head_dim, page_size = q.shape[2], retrieval.k.shape[2]
-    group = q.shape[1] // (retrieval.k.shape[0] + streaming.k.shape[0])
+def unsupported(q: Float[Array, "... D"], retrieval: KVPages, streaming: KVPages) -> list[str]:
+    """Reasons why ``attend_lists`` cannot run."""
+    head_dim, page_size = q.shape[-1], retrieval.k.shape[2]
     reasons = []
     if q.dtype != jnp.bfloat16:
         reasons.append(f"queries must be bfloat16, got {q.dtype}")
@@ -174,23 +180,49 @@ def _refuse_unsupported(q: Array, retrieval: KVPages, streaming: KVPages) -> Non
         reasons.append(f"head_dim must be 64 or 128, got {head_dim}")
     if page_size not in (16, 32, 64, 128):
         reasons.append(f"listed pages must have 16, 32, 64 or 128 tokens, got {page_size}")
-    if group > 16:
-        reasons.append(f"at most 16 query heads a KV head, got {group}")
-    refuse("paged_attention", reasons)
+    return reasons
+
+
+def attend_lists(
+    q: Float[Array, "B K G D"],
+    classes: list[tuple[KVPages, PageList]],  # of the pools that have heads
+    config: Config,
+    *,
+    tokens: int = 1,
+) -> tuple[Float[Array, "B K G D"], Float[Array, "B K G"]]:
+    """Attention over the lists, out in q's dtype, lse natural and float32.
+
+    With ``tokens`` the G queries of a KV head are those of so many tokens of the sequence, G /
+    tokens of each: those of the last token attend all of the list, those of each token before it
+    one token less.
+    """
+    B, K, G, D = q.shape
+    N = _columns(G)
+    rows = q.reshape(-1, D)
+    if len(rows) < N:  # a tile of N query rows must lie inside the array
+        rows = jnp.pad(rows, ((0, N - len(rows)), (0, 0)))
+    first_row = G * np.arange(B * K)
+    shift = first_row - np.minimum(first_row, len(rows) - N)  # see query_tile_start
+
+    parts, lses = _attend_splits(rows, B, classes, G, config, tokens)
+    out, lse = combine_parts(parts, lses, config.splits, G, q.dtype, config.parts)
+    column = N * np.arange(B * K)[:, None] + shift[:, None] + np.arange(G)
+    return out.reshape(q.shape), lse.reshape(-1)[column].reshape(B, K, G)
 
 
 def _attend_splits(
     q: Float[Array, "rows D"],
     B: int,
-    classes: list[tuple[KVPages, PageList]],  # of the pools that have heads
+    classes: list[tuple[KVPages, PageList]],
     G: int,
     config: Config,
+    tokens: int,
 ) -> tuple[Float[Array, "B S D N"], Float[Array, "B S N"]]:
     """Attention of every split on its own; lse is base 2, and -inf for a split without tiles."""
     rows, D = q.shape
     pools, lists = zip(*classes, strict=True)
     K, S = sum(pool.k.shape[0] for pool in pools), sum(config.splits)
-    N = 8 * pl.cdiv(G, 8)
+    N = _columns(G)
     boxes = Boxes(pools[0].k.shape[2])
 
     def attend_split(
@@ -218,9 +250,15 @@ def _attend_splits(
                     split.fetch(KEYS, step, split.first_page_ids[step])
                     split.fetch(VALUES, step, split.first_page_ids[step])
 
-            query_rows = pl.ds(query_tile_start(b * K + k, G, N, rows), N)
-            query_scale = load_query(q_gmem.at[query_rows], buffers.query)
-            acc, peak, total = _attend_tiles(split, buffers, boxes, query_scale)
+            first_row = query_tile_start(b * K + k, G, N, rows)
+            query_scale = load_query(q_gmem.at[pl.ds(first_row, N)], buffers.query)
+            stops = None
+            if tokens > 1:
+                column = plgpu.broadcasted_iota(jnp.int32, (N,), 0, layout=PER_COLUMN)
+                query = column - ((b * K + k) * G - first_row)
+                later = tokens - 1 - lax.div(query, jnp.int32(G // tokens))  # tokens after its own
+                stops = split.stop - later
+            acc, peak, total = _attend_tiles(split, buffers, boxes, query_scale, stops)
             # Every tile of the split may lie before ``start``.
             inverse = jnp.where(total > 0.0, 1.0 / total, 0.0)
             lse = jnp.where(total > 0.0, peak + jnp.log2(total), -jnp.inf)
@@ -240,39 +278,47 @@ def _attend_splits(
     )(q, lists, pools)
 
 
-def _attend_tiles(split: Split, buffers: Buffers, boxes: Boxes, query_scale):
+def _attend_tiles(split: Split, buffers: Buffers, boxes: Boxes, query_scale, stops):
     """Attends all tiles of the split, the first of which are on their way.
 
-    Returns the weighted sum of values [D, N], the largest score [N] (base 2) and the sum of the
-    weights relative to it [N].
+    ``stops`` [N] are the columns' own, None if all have that of the split. Returns the weighted sum
+    of values [D, N], the largest score [N] (base 2) and the sum of the weights relative to it [N].
     """
     stages, T, D = buffers.k.shape
     N = buffers.p.shape[0]
+    # Weights are summed down the columns only once, at the end: no exchange between warps in the
+    # loop. Many columns leave no registers for that.
+    summed_last = N <= 16
 
     def attend_tile(step, carry):
-        acc, peak, total, next_ids = carry  # [D, N], [N], [T, N], ids of step + stages
+        acc, peak, total, next_ids = carry  # [D, N], [N], [T, N] or [N], ids of step + stages
         stage = lax.rem(step, jnp.int32(stages))
         refill = step + stages < split.steps
 
         plgpu.barrier_wait(buffers.k_ready.at[stage])
         x = scores(buffers, stage, boxes, query_scale)
-        attended = split.attends(split.token_numbers(step, (T, N)))
+        token = split.token_numbers(step, (T, N))
+        attended = split.attends(token)
+        if stops is not None:
+            attended &= token < spread_columns(stops, token)
         x = jnp.where(attended, x, -jnp.inf)
         new_peak = jnp.maximum(peak, x.max(axis=0))
         pl.when(refill)(lambda: split.fetch(KEYS, step + stages, next_ids))
 
         decay = jnp.exp2(peak - new_peak)
         p = jnp.exp2(x - spread_columns(new_peak, x))
-        # Summed down the columns only once, at the end: no exchange between warps in the loop.
-        total = total * spread_columns(decay, total) + p
+        if summed_last:
+            total = total * spread_columns(decay, total) + p
+        else:
+            total = total * decay + p.sum(axis=0)
 
         plgpu.barrier_wait(buffers.v_ready.at[stage])
         if buffers.v_scale is not None:
             p = jnp.where(attended, p * scales(buffers.v_scale, stage, boxes, p), 0.0)
-        v = values(buffers, stage, split, step)
         buffers.p.transpose((1, 0))[...] = plgpu.layout_cast(
             p.astype(jnp.bfloat16), MATRIX_TRANSPOSED
         )
+        v = values(buffers, stage, split, step)
         plgpu.commit_smem()
         new = matmul(v.transpose((1, 0)), buffers.p.transpose((1, 0)), D, N)
         acc = acc * spread_columns(decay, acc) + new
@@ -286,8 +332,8 @@ def _attend_tiles(split: Split, buffers: Buffers, boxes: Boxes, query_scale):
         (
             full((D, N), 0.0, MATRIX),
             full((N,), LOWEST, PER_COLUMN),
-            full((T, N), 0.0, MATRIX),
+            full((T, N), 0.0, MATRIX) if summed_last else full((N,), 0.0, PER_COLUMN),
             split.first_page_ids[stages],
         ),
     )
-    return acc, peak, total.sum(axis=0)
+    return acc, peak, total.sum(axis=0) if summed_last else total

@@ -21,6 +21,7 @@ from pallas_kernels.hopper.page_scores import page_scores
 from pallas_kernels.hopper.page_selection import select_pages
 from pallas_kernels.hopper.prefill_attention import prefill_attention
 from pallas_kernels.hopper.prefix_attention import prefix_attention
+from pallas_kernels.hopper.verify_attention import verify_attention
 from pallas_kernels.types import KVPages, OwnAttention, PageList
 
 
@@ -60,6 +61,28 @@ CASES = {
 }
 # Ranked heads, one that reads everything, and a streaming head.
 MOST_TOKENS = (1024,) * 7 + (4096, 320)
+
+
+def verify_arguments(tokens=5, rows=1, heads=2, group=4, width=64, **case):
+    q, pages, *_ = decode_arguments(rows=rows, retrieval=heads, streaming=0, group=group, **case)
+    array = jax.ShapeDtypeStruct
+    q = array((rows, tokens, heads * group, q.shape[-1]), jnp.bfloat16)
+    return q, pages, array((rows, width), jnp.int32), array((rows,), jnp.int32)
+
+
+VERIFY_CASES = {
+    "verify, 1 token": {"tokens": 1},
+    "verify, 3 tokens, D 64, group 3": {"tokens": 3, "group": 3, "head_dim": 64, "page_size": 16},
+    "verify, 9 tokens": {"tokens": 9},
+    "verify, 16 tokens": {"tokens": 16},
+    "verify, 5 tokens, int8": {"int8": True},
+    "verify, 4 tokens, group 8, int8, pages of 16": {
+        "tokens": 4,
+        "group": 8,
+        "page_size": 16,
+        "int8": True,
+    },
+}
 
 
 def append_arguments(rows=2, tokens=None, logical_page_size=16, ranked=None, **case):
@@ -242,6 +265,7 @@ def main() -> None:
     linear = partial(fused_linear, epsilon=1e-5)
     families = [
         (paged_attention, decode_arguments, CASES),
+        (verify_attention, verify_arguments, VERIFY_CASES),
         (partial(prefill_attention, sink=128, local=256), prefill_arguments, PREFILL_CASES),
         (prefix_attention, prefix_arguments, PREFIX_CASES),
         (partial(linear, gated=False), linear_arguments, LINEAR_CASES),
