@@ -36,6 +36,7 @@ from shapes.decode import DECODE, DecodeShape, decode_inputs
 from shapes.prefill import LONG_PREFILL, PrefillShape, prefill_inputs
 from shapes.prefix import PREFIX, PrefixShape, prefix_inputs
 from shapes.selection import SELECTION, SelectionShape, selection_inputs
+from shapes.verify import VERIFY, VerifyShape, verify_inputs
 
 from pallas_kernels import reference
 from pallas_kernels.api import OwnAttention
@@ -46,6 +47,7 @@ from pallas_kernels.hopper.page_scores import page_scores
 from pallas_kernels.hopper.page_selection import select_pages
 from pallas_kernels.hopper.prefill_attention import prefill_attention
 from pallas_kernels.hopper.prefix_attention import prefix_attention
+from pallas_kernels.hopper.verify_attention import verify_attention
 
 COPY_RATE = 4.3e12  # bytes a second, read and written, of a large device-to-device copy
 MATMUL_RATE = 723e12  # operations a second of XLA's bf16 product of two 8192 x 8192 matrices
@@ -103,6 +105,29 @@ def time_decode(shape: DecodeShape, *, dealt: bool = True) -> dict[str, object]:
         "op": "paged_attention" if dealt else "paged_attention, not dealt",
         "shape": shape.name,
         "config": str(choose_config(shape.rows, shape.most_tokens, retrieval.k.dtype)),
+        "kernels_us": kernels,
+        "us": total,
+        "step_us": step - empty,
+        "bytes": shape.bytes_moved,
+        "share_of_copy_rate": shape.bytes_moved / total / COPY_RATE * 1e6,
+    }
+
+
+def time_verify(shape: VerifyShape) -> dict[str, object]:
+    calls = max(2, min(16, 1 + 2 * L2_BYTES // shape.bytes_moved))
+    q, pages, tables, position = verify_inputs(shape, calls=calls)
+
+    def all_tables(q, pages, tables, position):
+        return lax.map(lambda table: verify_attention(q, pages, table, position)[0], tables)
+
+    times = kernel_times(all_tables, q, pages, tables, position, calls=calls)
+    kernels = {name: t for name, t in times.items() if "split" in name}
+    step = chain_time(lambda q, *args: verify_attention(q, *args)[0], q, pages, tables[0], position)
+    empty = chain_time(lambda q: q * jnp.bfloat16(0.5), q)
+    total = sum(kernels.values())
+    return {
+        "op": "verify_attention",
+        "shape": shape.name,
         "kernels_us": kernels,
         "us": total,
         "step_us": step - empty,
@@ -308,6 +333,7 @@ def measurements() -> list[Callable[[], dict[str, object]]]:
     """The rows in the order in which they are made, decode first."""
     rows = [partial(time_decode, shape) for shape in DECODE]
     rows += [partial(time_decode, shape, dealt=False) for shape in DECODE if shape.dense_heads]
+    rows += [partial(time_verify, shape) for shape in VERIFY]
     rows += [partial(time_cudnn, tokens) for tokens in (131072, 524288)]
     rows += [
         partial(time_selection, shape, op, how)

@@ -70,6 +70,7 @@ def _decode_shapes() -> tuple[DecodeShape, ...]:
         DecodeShape(name="sparse, 8 rows", rows=8, **half),
         DecodeShape(name="dense 128K", retrieval_heads=8, retrieval_pages=2048),
         DecodeShape(name="dense 512K", retrieval_heads=8, retrieval_pages=8192),
+        DecodeShape(name="dense 64K, 8 rows", rows=8, retrieval_heads=8, retrieval_pages=1024),
     )
     whole = tuple(
         dataclasses.replace(
