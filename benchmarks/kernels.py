@@ -36,6 +36,7 @@ from shapes.decode import DECODE, DecodeShape, decode_inputs
 from shapes.prefill import LONG_PREFILL, PrefillShape, prefill_inputs
 from shapes.prefix import PREFIX, PrefixShape, prefix_inputs
 from shapes.selection import SELECTION, SelectionShape, selection_inputs
+from shapes.verify import VERIFY, VerifyShape, verify_inputs
 
 from pallas_kernels import reference
 from pallas_kernels.api import OwnAttention
@@ -46,6 +47,7 @@ from pallas_kernels.hopper.page_scores import page_scores
 from pallas_kernels.hopper.page_selection import select_pages
 from pallas_kernels.hopper.prefill_attention import prefill_attention
 from pallas_kernels.hopper.prefix_attention import prefix_attention
+from pallas_kernels.hopper.verify_attention import verify_attention
 
 COPY_RATE = 4.3e12  # bytes a second, read and written, of a large device-to-device copy
 MATMUL_RATE = 723e12  # operations a second of XLA's bf16 product of two 8192 x 8192 matrices
@@ -81,13 +83,15 @@ def chain_time(f: Callable, q: jax.Array, *args: object) -> float:
     return float(np.median(times))
 
 
-def time_decode(shape: DecodeShape) -> dict[str, object]:
+def time_decode(shape: DecodeShape, *, dealt: bool = True) -> dict[str, object]:
+    """``dealt``: the splits are dealt out by what each head's list attends, not by its width."""
     lists = max(2, min(16, 1 + 2 * L2_BYTES // shape.bytes_moved))
     q, retrieval, streaming, page_lists = decode_inputs(shape, lists=lists)
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *page_lists)
+    most_tokens = shape.most_tokens if dealt else None
 
     def attend(q, retrieval, streaming, page_lists):
-        return paged_attention(q, retrieval, streaming, *page_lists)[0]
+        return paged_attention(q, retrieval, streaming, *page_lists, most_tokens=most_tokens)[0]
 
     def all_lists(q, retrieval, streaming, stacked):
         return lax.map(lambda page_lists: attend(q, retrieval, streaming, page_lists), stacked)
@@ -97,11 +101,33 @@ def time_decode(shape: DecodeShape) -> dict[str, object]:
     step = chain_time(attend, q, retrieval, streaming, page_lists[0])
     empty = chain_time(lambda q: q * jnp.bfloat16(0.5), q)
     total = sum(kernels.values())
-    width = max(shape.retrieval_pages, shape.streaming_pages) * shape.page_size
     return {
-        "op": "paged_attention",
+        "op": "paged_attention" if dealt else "paged_attention, not dealt",
         "shape": shape.name,
-        "config": str(choose_config(shape.rows, shape.kv_heads, width, retrieval.k.dtype)),
+        "config": str(choose_config(shape.rows, shape.most_tokens, retrieval.k.dtype)),
+        "kernels_us": kernels,
+        "us": total,
+        "step_us": step - empty,
+        "bytes": shape.bytes_moved,
+        "share_of_copy_rate": shape.bytes_moved / total / COPY_RATE * 1e6,
+    }
+
+
+def time_verify(shape: VerifyShape) -> dict[str, object]:
+    calls = max(2, min(16, 1 + 2 * L2_BYTES // shape.bytes_moved))
+    q, pages, tables, position = verify_inputs(shape, calls=calls)
+
+    def all_tables(q, pages, tables, position):
+        return lax.map(lambda table: verify_attention(q, pages, table, position)[0], tables)
+
+    times = kernel_times(all_tables, q, pages, tables, position, calls=calls)
+    kernels = {name: t for name, t in times.items() if "split" in name}
+    step = chain_time(lambda q, *args: verify_attention(q, *args)[0], q, pages, tables[0], position)
+    empty = chain_time(lambda q: q * jnp.bfloat16(0.5), q)
+    total = sum(kernels.values())
+    return {
+        "op": "verify_attention",
+        "shape": shape.name,
         "kernels_us": kernels,
         "us": total,
         "step_us": step - empty,
@@ -175,12 +201,14 @@ def time_selection(shape: SelectionShape, op: str, how: Literal["kernel", "XLA"]
             num_pages=shape.selected,
             sink_pages=1,
         )
+        wanted = jnp.full((shape.rows, shape.retrieval_heads), shape.selected)
+        wanted = wanted.at[:, ::2].set(shape.selected // shape.uneven)
         moved, flops = shape.score_bytes, 0
         size = calls, shape.rows, shape.retrieval_heads, shape.candidates
         scores = 70.0 + 8.0 * jax.random.normal(jax.random.key(1), size)  # as of random pages
 
         def run(scores, candidates):
-            return lax.map(lambda x: select(x, candidates), scores)
+            return lax.map(lambda x: select(x, candidates, wanted), scores)
 
         times = kernel_times(run, scores, length // shape.selected_page_size, calls=calls)
     kernels = {name: t for name, t in times.items() if how == "XLA" or "mosaic" in name}
@@ -304,6 +332,8 @@ def time_cudnn(tokens: int, heads: int = 32, kv_heads: int = 8, head_dim: int = 
 def measurements() -> list[Callable[[], dict[str, object]]]:
     """The rows in the order in which they are made, decode first."""
     rows = [partial(time_decode, shape) for shape in DECODE]
+    rows += [partial(time_decode, shape, dealt=False) for shape in DECODE if shape.dense_heads]
+    rows += [partial(time_verify, shape) for shape in VERIFY]
     rows += [partial(time_cudnn, tokens) for tokens in (131072, 524288)]
     rows += [
         partial(time_selection, shape, op, how)

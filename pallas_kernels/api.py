@@ -20,7 +20,6 @@ undefined, though reads stay inside the pools; ``value_checks`` has them reporte
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import reference
 from pallas_kernels.checks import (
     check_list,
     check_range,
@@ -46,6 +45,12 @@ from pallas_kernels.device import (
     Backend,
     implementation,
     resolve_backend,
+)
+from pallas_kernels.plain_ops import (
+    apply_rotary,
+    dequantize_kv,
+    merge_attention,
+    quantize_kv,
 )
 from pallas_kernels.types import KVPages, OwnAttention, PageList
 
@@ -134,36 +139,37 @@ def verify_attention(
     pages: KVPages,
     page_table: Int[Array, "B M"],
     position: Int[Array, " B"],
-    count: Int[Array, " B"],
     *,
     backend: Backend = "auto",
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
-    """The verification of drafted tokens: several queries a row attend everything before them.
+    """A few query tokens a row attend all of their sequence (speculative decoding, verification).
 
-    Query t of row b stands at ``position[b] + t`` and attends all positions up to its own, which
-    are in the pages already, its own key among them. Only the first ``count[b]`` queries exist,
-    0 to T; no key is read past the last of them, and the others give out 0, lse -inf. All heads of
-    ``pages`` read the row's whole table.
+    Query t of row b stands at ``position[b] + t`` and attends every position up to its own, through
+    the row's page table; ``pages`` is a pool with G query heads for each of its KV heads. Keys and
+    values up to position ``position + T - 1`` are in their pages: append them first. A query whose
+    own position is negative attends nothing and gives out 0, lse -inf, so that a row of fewer
+    queries has them last, and one of none the position -T. K and V are read once for all T as long
+    as T * G <= 64, of int8 pages 32.
 
     Returns (out in q's dtype, lse float32).
 
     >>> import jax.numpy as jnp
     >>> pool = KVPages(jnp.ones((1, 4, 16, 8)), jnp.ones((1, 4, 16, 8)))
-    >>> out, lse = verify_attention(
-    ...     jnp.ones((1, 3, 2, 8)), pool, jnp.array([[2, 0]]), jnp.array([20]), jnp.array([2])
-    ... )
-    >>> out.shape, jnp.isfinite(lse[0, :, 0]).tolist()
-    ((1, 3, 2, 8), [True, True, False])
+    >>> args = pool, jnp.array([[2, 0]]), jnp.array([0])
+    >>> out, lse = verify_attention(jnp.zeros((1, 3, 2, 8)), *args)
+    >>> out.shape, jnp.exp(lse[0, :, 0]).round().tolist()  # keys that each token attends
+    ((1, 3, 2, 8), [1.0, 2.0, 3.0])
     """
     expect_shape("q", q, (None, None, None, None))
     B, T, H, D = q.shape
+    if T == 0:
+        raise ValueError(f"q has shape {q.shape}, needs a token")
     expect_pages("pages", pages, D)
     expect_groups(H, pages.k.shape[0])
-    expect_int32((B, None), page_table=page_table)
-    expect_int32((B,), position=position, count=count)
-    check_range("count", count, T)
-    check_table("page_table", page_table, pages, jnp.where(count > 0, position + count, 0))
-    return implementation("verify_attention", backend)(q, pages, page_table, position, count)
+    expect_table("page_table", page_table, B)
+    expect_int32((B,), position=position)
+    check_table("page_table", page_table, pages, jnp.maximum(position + T, 0))
+    return implementation("verify_attention", backend)(q, pages, page_table, position)
 
 
 def prefill_attention(
@@ -261,26 +267,6 @@ def prefix_attention(
     expect_groups(q.shape[1], pages.k.shape[0])
     check_table("page_table", page_table, pages, length)
     return implementation("prefix_attention", backend)(q, pages, page_table, length, own)
-
-
-def merge_attention(
-    outs: Float[Array, "n *batch D"], lses: Float[Array, " n *batch"]
-) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch"]]:
-    """Joins n partial attentions over disjoint keys into one (RelayAttention, relay fusion).
-
-    Exact: out = sum_i w_i out_i / sum_i w_i with w_i = exp(lse_i - max lse). A part with lse -inf
-    is empty and is ignored whatever its out holds; all parts empty gives out 0, lse -inf.
-
-    >>> import jax.numpy as jnp
-    >>> outs, lses = jnp.array([[[1.0]], [[3.0]]]), jnp.array([[0.0], [-jnp.inf]])
-    >>> float(merge_attention(outs, lses)[0][0, 0])
-    1.0
-    """
-    if outs.ndim < 2:
-        raise ValueError(f"outs has shape {outs.shape}, expected [n, ..., D]")
-    expect_shape("lses", lses, outs.shape[:-1])
-    expect_dtype("float32", lses=lses)
-    return reference.merge_attention(outs, lses)
 
 
 def append_kv(
@@ -533,50 +519,3 @@ def fused_linear(
     return implementation("fused_linear", backend)(
         x, kernel, bias, norm_scale, square_sums, residual, gated=gated, epsilon=epsilon
     )
-
-
-def apply_rotary(
-    x: Float[Array, "B T H D"], cos: Float[Array, "B T D/2"], sin: Float[Array, "B T D/2"]
-) -> Float[Array, "B T H D"]:
-    """Rotates channel pairs (d, d + D/2) by the given angles; float32 inside, x's dtype out.
-
-    >>> import jax.numpy as jnp
-    >>> x, zero = jnp.ones((1, 1, 1, 4)), jnp.zeros((1, 1, 2))
-    >>> apply_rotary(x, zero, zero + 1).tolist()
-    [[[[-1.0, -1.0, 1.0, 1.0]]]]
-    """
-    expect_shape("x", x, (None, None, None, None))
-    B, T, _, D = x.shape
-    expect_shape("cos", cos, (None, T, D // 2))
-    expect_shape("sin", sin, cos.shape)
-    expect_dtype("float32", cos=cos, sin=sin)
-    if cos.shape[0] not in (1, B):
-        raise ValueError(f"cos has {cos.shape[0]} rows, expected 1 or {B}")
-    return reference.apply_rotary(x, cos, sin)
-
-
-def quantize_kv(x: Float[Array, "... D"]) -> tuple[Array, Array]:
-    """Symmetric int8 over the last axis: (int8 ``[..., D]``, float32 scale ``[...]``).
-
-    scale = max |x| / 127, so that |x - int8 * scale| <= scale / 2; never below 1e-6 / 127, so that
-    it stays positive for a vector of zeros.
-
-    >>> import jax.numpy as jnp
-    >>> codes, scale = quantize_kv(jnp.array([[-127.0, 63.6]]))
-    >>> codes.tolist(), scale.tolist()
-    ([[-127, 64]], [1.0])
-    """
-    return reference.quantize_kv(x)
-
-
-def dequantize_kv(codes: Array, scale: Float[Array, "..."]) -> Float[Array, "... D"]:
-    """Inverse of ``quantize_kv`` up to rounding, float32.
-
-    >>> import jax.numpy as jnp
-    >>> dequantize_kv(jnp.array([[2]], jnp.int8), jnp.array([0.5])).tolist()
-    [[1.0]]
-    """
-    expect_shape("scale", scale, codes.shape[:-1])
-    expect_dtype("int8", codes=codes)
-    expect_dtype("float32", scale=scale)
-    return codes.astype("float32") * scale[..., None]

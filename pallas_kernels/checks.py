@@ -71,10 +71,10 @@ def expect_int32(shape: tuple[int | None, ...], **arrays: Array) -> None:
     expect_dtype("int32", **arrays)
 
 
-def expect_table(name: str, table: Array) -> None:
-    """Page ids of one sequence, at least one."""
-    expect_int32((None,), **{name: table})
-    if table.shape[0] == 0:
+def expect_table(name: str, table: Array, *rows: int) -> None:
+    """Page ids of one sequence, or of each of ``rows``, at least one."""
+    expect_int32((*rows, None), **{name: table})
+    if table.shape[-1] == 0:
         raise ValueError(f"{name} has shape {table.shape}, needs an entry")
 
 
@@ -99,7 +99,8 @@ def check_table(name: str, table: Array, pages: KVPages, tokens: Array) -> None:
     if _checks_values.get() and pages.k.shape[0] > 0:
         reach = table.shape[-1] * P
         check_range(f"tokens cached through {name}, which holds {reach},", tokens, reach)
-        used = jnp.arange(table.shape[-1]) * P < tokens[..., None]
+        first = jnp.broadcast_to(jnp.arange(table.shape[-1]) * P, table.shape)
+        used = first < tokens[..., None]
         check_range(name, jnp.where(used, table, 0), N - 1)
 
 

@@ -26,6 +26,7 @@ KERNELS: dict[str, dict[str, str]] = {
         "prefill_attention": "pallas_kernels.hopper.prefill_attention",
         "prefix_attention": "pallas_kernels.hopper.prefix_attention",
         "select_pages": "pallas_kernels.hopper.page_selection",
+        "verify_attention": "pallas_kernels.hopper.verify_attention",
     }
 }
 

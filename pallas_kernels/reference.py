@@ -11,13 +11,18 @@ layer is jitted, so that many layers trace and lower it once.
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.online_softmax import (
+    Softmax,
+    softmax_finish,
+    softmax_start,
+    softmax_step,
+)
 from pallas_kernels.types import KVPages, OwnAttention, PageList
 
 # Keys per step of the online softmax. Large enough to amortise a loop step, small enough that
@@ -25,51 +30,6 @@ from pallas_kernels.types import KVPages, OwnAttention, PageList
 BLOCK_TOKENS = 512
 # Query tokens per tile in prefill: bounds the score block to tile x BLOCK_TOKENS per head.
 QUERY_TILE = 256
-
-
-class _Softmax(NamedTuple):
-    """State of an online softmax over keys, for any leading axes and Q query rows."""
-
-    peak: Float[Array, "... Q"]  # largest score so far, -inf before the first key
-    total: Float[Array, "... Q"]  # sum of exp(score - peak)
-    acc: Float[Array, "... Q D"]  # sum of exp(score - peak) * v
-
-
-def _softmax_start(q: Float[Array, "... Q D"]) -> _Softmax:
-    # Made from q, so that under shard_map the state varies over the mesh axes that q varies over.
-    return _Softmax(
-        jnp.full_like(q[..., 0], -jnp.inf), jnp.zeros_like(q[..., 0]), jnp.zeros_like(q)
-    )
-
-
-def _softmax_step(
-    state: _Softmax,
-    q: Float[Array, "... Q D"],
-    k: Float[Array, "... T D"],
-    v: Float[Array, "... T D"],
-    visible: Array,  # bool, broadcastable to [..., Q, T]
-) -> _Softmax:
-    scale = q.shape[-1] ** -0.5
-    scores = jnp.einsum("...qd,...td->...qt", q, k, precision=lax.Precision.HIGHEST) * scale
-    scores = jnp.where(visible, scores, -jnp.inf)
-    peak = jnp.maximum(state.peak, scores.max(axis=-1))
-    shift = jnp.where(peak == -jnp.inf, 0.0, peak)  # rows that have seen no key yet
-    decay = jnp.exp(state.peak - shift)
-    weights = jnp.exp(scores - shift[..., None])
-    # A weight of zero does not silence the NaN of a hidden token; a value of zero does.
-    v = jnp.where(jnp.any(visible, axis=-2)[..., None], v, 0.0)
-    new = jnp.einsum("...qt,...td->...qd", weights, v, precision=lax.Precision.HIGHEST)
-    return _Softmax(
-        peak, state.total * decay + weights.sum(axis=-1), state.acc * decay[..., None] + new
-    )
-
-
-def _softmax_finish(state: _Softmax) -> tuple[Array, Array]:
-    """(out, lse); a row that saw no key gives out 0 and lse -inf."""
-    empty = state.total == 0.0
-    total = jnp.where(empty, 1.0, state.total)
-    lse = jnp.where(empty, -jnp.inf, state.peak + jnp.log(total))
-    return state.acc / total[..., None], lse
 
 
 @jax.jit
@@ -141,22 +101,23 @@ def cut_pages(pages: KVPages, page_size: int) -> KVPages:
 def _attend_page_list(
     q: Float[Array, "B K G D"], pages: KVPages, lists: PageList, page_size: int
 ) -> tuple[Float[Array, "B K G D"], Float[Array, "B K G"]]:
+    """Unlike the api's, the lists' ``start`` and ``stop`` are [B, K, G], or 1 for an axis."""
     per_step = min(max(BLOCK_TOKENS // page_size, 1), lists.page_ids.shape[-1])
     padding = -lists.page_ids.shape[-1] % per_step
     ids = jnp.pad(lists.page_ids, ((0, 0), (0, 0), (0, padding)))
     q = q.astype(jnp.float32)
     block = per_step * page_size
 
-    def step(i: Array, state: _Softmax) -> _Softmax:
+    def step(i: Array, state: Softmax) -> Softmax:
         # Cut inside of the loop: XLA copies a pool for a loop that reads a view of it.
         of_step = lax.dynamic_slice_in_dim(ids, i * per_step, per_step, axis=2)
         k, v = _gather(cut_pages(pages, page_size), of_step)
-        token = (i * block + jnp.arange(block))[None, None]  # [1, 1, block]
+        token = (i * block + jnp.arange(block))[None, None, None]
         visible = (token >= lists.start[..., None]) & (token < lists.stop[..., None])
-        return _softmax_step(state, q, k, v, visible[:, :, None, :])
+        return softmax_step(state, q, k, v, visible)
 
     steps = (jnp.max(lists.stop) + block - 1) // block
-    return _softmax_finish(lax.fori_loop(0, steps, step, _softmax_start(q)))
+    return softmax_finish(lax.fori_loop(0, steps, step, softmax_start(q)))
 
 
 @partial(jax.jit, static_argnames=("selected_page_size", "most_tokens"))
@@ -184,35 +145,12 @@ def paged_attention(
         if heads > 0:
             every = PageList(*(jnp.broadcast_to(x[:B], (B, heads, *x.shape[2:])) for x in lists))
             page_size = selected_page_size or pages.k.shape[2]
+            every = every._replace(start=every.start[..., None], stop=every.stop[..., None])
             out, lse = _attend_page_list(grouped[:, part], pages, every, page_size)
             outs.append(out)
             lses.append(lse)
     out, lse = jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
     return out.reshape(B, H, D).astype(q.dtype), lse.reshape(B, H)
-
-
-def verify_attention(
-    q: Float[Array, "B T H D"],
-    pages: KVPages,
-    page_table: Int[Array, "B M"],
-    position: Int[Array, " B"],
-    count: Int[Array, " B"],
-) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
-    """A row for each query: this one reads a page once for each."""
-    B, T, H, D = q.shape
-    t = jnp.arange(T)[None]
-    stop = jnp.where(t < count[:, None], position[:, None] + t + 1, 0).reshape(B * T, 1)
-    table = jnp.repeat(page_table, T, axis=0)[:, None]
-    nobody = jax.tree.map(lambda x: x[:0], pages)
-    nothing = PageList(table[:, :, :1], jnp.zeros_like(stop), jnp.zeros_like(stop))
-    out, lse = paged_attention(
-        q.reshape(B * T, H, D),
-        pages,
-        nobody,
-        PageList(table, jnp.zeros_like(stop), stop),
-        nothing,
-    )
-    return out.reshape(B, T, H, D), lse.reshape(B, T, H)
 
 
 def _prefill_one_class(
@@ -269,25 +207,25 @@ def _prefill_one_class(
             gap = jnp.clip(first_local - sink_blocks, 0, total - sink_blocks)
             return total - gap, sink_blocks, gap
 
-        def history_step(i: Array, state: _Softmax) -> _Softmax:
+        def history_step(i: Array, state: Softmax) -> Softmax:
             b = jnp.where(i < history_sinks, i, i + history_gap)
             ids = lax.dynamic_slice_in_dim(table, b * per_step, per_step)
             k_block, v_block = _gather(pages, jnp.broadcast_to(ids, (K, per_step)))
             seen = visible(b * block + jnp.arange(block)[None], start)
-            return _softmax_step(state, q_tile, k_block, v_block, seen[None])
+            return softmax_step(state, q_tile, k_block, v_block, seen[None])
 
-        def chunk_step(i: Array, state: _Softmax) -> _Softmax:
+        def chunk_step(i: Array, state: Softmax) -> Softmax:
             b = jnp.where(i < chunk_sinks, i, i + chunk_gap) * chunk_block
             k_block = lax.dynamic_slice_in_dim(k, b, chunk_block, axis=1)
             v_block = lax.dynamic_slice_in_dim(v, b, chunk_block, axis=1)
             seen = visible(start + b + jnp.arange(chunk_block)[None], start + length)
-            return _softmax_step(state, q_tile, k_block, v_block, seen[None])
+            return softmax_step(state, q_tile, k_block, v_block, seen[None])
 
         history_count, history_sinks, history_gap = blocks(0, start, block)
         chunk_count, chunk_sinks, chunk_gap = blocks(start, start + length, chunk_block)
-        state = lax.fori_loop(0, history_count, history_step, _softmax_start(q_tile))
+        state = lax.fori_loop(0, history_count, history_step, softmax_start(q_tile))
         state = lax.fori_loop(0, chunk_count, chunk_step, state)
-        return _softmax_finish(state)
+        return softmax_finish(state)
 
     out, lse = lax.map(attend_tile, (jnp.arange(tiles.shape[0]), tiles))
     out = out.reshape(-1, K, G, tile, D).transpose(0, 3, 1, 2, 4).reshape(-1, K, G, D)
@@ -341,7 +279,7 @@ def prefix_attention(
     # The rows are more query heads of one row, whose list is the prefix.
     grouped = q.reshape(B, K, H // K, D).swapaxes(0, 1).reshape(1, K, -1, D)
     ids = jnp.broadcast_to(page_table, (1, K, page_table.shape[0]))
-    stop = jnp.broadcast_to(length, (1, K))
+    stop = jnp.broadcast_to(length, (1, K, 1))
     lists = PageList(ids, jnp.zeros_like(stop), stop)
     out, lse = _attend_page_list(grouped, pages, lists, pages.k.shape[2])
     out = out.reshape(K, B, H // K, D).swapaxes(0, 1).reshape(B, H, D).astype(q.dtype)
@@ -350,6 +288,26 @@ def prefix_attention(
         return out, lse
     lse = jnp.where(own.shares[:, None], lse, -jnp.inf)
     return merge_attention(jnp.stack([own.out, out]), jnp.stack([own.lse, lse]))
+
+
+@jax.jit
+def verify_attention(
+    q: Float[Array, "B T H D"],
+    pages: KVPages,
+    page_table: Int[Array, "B M"],
+    position: Int[Array, " B"],
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
+    B, T, H, D = q.shape
+    K = pages.k.shape[0]
+    # The tokens are more query heads of one token, each with a stop of its own.
+    grouped = q.reshape(B, T, K, H // K, D).swapaxes(1, 2).reshape(B, K, -1, D)
+    ids = jnp.broadcast_to(page_table[:, None], (B, K, page_table.shape[1]))
+    stop = jnp.maximum(position[:, None] + jnp.arange(1, T + 1)[None], 0)
+    stop = jnp.repeat(stop, H // K, axis=1)[:, None]  # [B, 1, T * G]
+    lists = PageList(ids, jnp.zeros_like(stop), stop)
+    out, lse = _attend_page_list(grouped, pages, lists, pages.k.shape[2])
+    out = out.reshape(B, K, T, H // K, D).swapaxes(1, 2).reshape(B, T, H, D).astype(q.dtype)
+    return out, lse.reshape(B, K, T, H // K).swapaxes(1, 2).reshape(B, T, H)
 
 
 def merge_attention(

@@ -18,6 +18,7 @@ class AppendShape:
     tokens: int = 1
     start: int = 0  # position of a chunk's first token
     retrieval_heads: int
+    dense_heads: int = 0  # the last of the retrieval heads, which have no statistics
     streaming_heads: int = 0
     kept: int = 384  # tokens at the end of a chunk that streaming heads keep
     group: int = 4
@@ -31,13 +32,17 @@ class AppendShape:
         return self.retrieval_heads + self.streaming_heads
 
     @property
+    def ranked_heads(self) -> int:
+        return self.retrieval_heads - self.dense_heads
+
+    @property
     def bytes_moved(self) -> int:
         """Keys and values read and written once, a row's queries, and statistics."""
         stored = self.head_dim + 4 if self.int8 else 2 * self.head_dim
         kept = min(self.tokens, self.kept)
         vectors = self.rows * (self.tokens * self.retrieval_heads + kept * self.streaming_heads)
         moved = vectors * 2 * (2 * self.head_dim + stored)
-        statistics = self.rows * self.retrieval_heads * 4 * self.head_dim  # of one logical page
+        statistics = self.rows * self.ranked_heads * 4 * self.head_dim  # of one logical page
         if self.tokens > 1:
             return moved + statistics * (self.tokens // self.logical_page_size)
         queries = self.rows * self.kv_heads * self.group * 2 * self.head_dim
@@ -56,6 +61,7 @@ def _append_shapes() -> tuple[AppendShape, ...]:
         AppendShape(name="1 row, int8", int8=True, **half),
         AppendShape(name="8 rows, int8", rows=8, int8=True, **half),
         AppendShape(name="3 and 5 heads, 2 rows", rows=2, retrieval_heads=3, streaming_heads=5),
+        AppendShape(name="3 of 4 heads ranked, 2 rows", rows=2, dense_heads=1, **half),
         AppendShape(name="SmolLM2, 2 rows", rows=2, retrieval_heads=2, streaming_heads=1, **small),
     )
 
@@ -68,6 +74,13 @@ def _chunk_shapes() -> tuple[AppendShape, ...]:
         AppendShape(name="chunk of 8192, half streaming", tokens=8192, start=16384, **half),
         AppendShape(name="chunk of 8192, int8", tokens=8192, retrieval_heads=8, int8=True),
         AppendShape(name="chunk of 32768", tokens=32768, retrieval_heads=8),
+        AppendShape(
+            name="chunk of 1000 at 77, 2 of 4 heads ranked",
+            tokens=1000,
+            start=77,
+            dense_heads=2,
+            **half,
+        ),
         AppendShape(name="chunk of 1000 at 77, int8", tokens=1000, start=77, int8=True, **half),
         AppendShape(
             name="chunk of 1000 at 77, int8, pages of 16",
@@ -122,7 +135,7 @@ def append_inputs(
     pages, ring_pages = (np.where(inactive, -1, x).astype(np.int32) for x in (pages, ring_pages))
     merged = np.zeros((N, g), bool)
     merged[pages, offsets // size] = offsets % size != 0
-    stats = jax.random.normal(keys[4], (shape.retrieval_heads, N, g, 2, D), jnp.bfloat16)
+    stats = jax.random.normal(keys[4], (shape.ranked_heads, N, g, 2, D), jnp.bfloat16)
     stats = jnp.where(merged[..., None, None], -jnp.sort(-stats, axis=3), jnp.nan)
     pools = (
         _empty_pool(heads, N, shape) for heads in (shape.retrieval_heads, shape.streaming_heads)
@@ -154,7 +167,7 @@ def append_chunk_inputs(
     kept = position >= shape.start + T - shape.kept
     ring = np.where(kept, order[:, position // P - first], -1).astype(np.int32)
     g = P // shape.logical_page_size
-    size = shape.retrieval_heads, N, g, 2, D
+    size = shape.ranked_heads, N, g, 2, D
     merged = np.zeros((N, g), bool)
     merged[order[:, 0], shape.start % P // shape.logical_page_size] = (
         shape.start % shape.logical_page_size != 0

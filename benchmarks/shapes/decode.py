@@ -13,12 +13,17 @@ from shapes.pages import random_pages
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeShape:
-    """One call of ``paged_attention``; page counts are those each list holds."""
+    """One call of ``paged_attention``; page counts are those each list holds.
+
+    The last ``dense_heads`` of the retrieval heads list ``dense_pages``.
+    """
 
     name: str
     rows: int = 1
     retrieval_heads: int
     retrieval_pages: int
+    dense_heads: int = 0
+    dense_pages: int = 0
     streaming_heads: int = 0
     streaming_pages: int = 0
     group: int = 4
@@ -31,13 +36,20 @@ class DecodeShape:
         return self.retrieval_heads + self.streaming_heads
 
     @property
+    def list_pages(self) -> tuple[int, ...]:
+        """Pages that the list of each KV head holds."""
+        ranked = (self.retrieval_pages,) * (self.retrieval_heads - self.dense_heads)
+        dense = (self.dense_pages,) * self.dense_heads
+        return ranked + dense + (self.streaming_pages,) * self.streaming_heads
+
+    @property
+    def most_tokens(self) -> tuple[int, ...]:
+        return tuple(count * self.page_size for count in self.list_pages)
+
+    @property
     def bytes_moved(self) -> int:
         """Keys, values and scales of every listed token, once."""
-        listed_pages = (
-            self.retrieval_heads * self.retrieval_pages
-            + self.streaming_heads * self.streaming_pages
-        )
-        tokens = self.rows * self.page_size * listed_pages
+        tokens = self.rows * sum(self.most_tokens)
         return tokens * (2 * self.head_dim + 8 if self.int8 else 4 * self.head_dim)
 
 
@@ -58,6 +70,7 @@ def _decode_shapes() -> tuple[DecodeShape, ...]:
         DecodeShape(name="sparse, 8 rows", rows=8, **half),
         DecodeShape(name="dense 128K", retrieval_heads=8, retrieval_pages=2048),
         DecodeShape(name="dense 512K", retrieval_heads=8, retrieval_pages=8192),
+        DecodeShape(name="dense 64K, 8 rows", rows=8, retrieval_heads=8, retrieval_pages=1024),
     )
     whole = tuple(
         dataclasses.replace(
@@ -81,6 +94,18 @@ def _decode_shapes() -> tuple[DecodeShape, ...]:
             int8=True,
         ),
     )
+    # Seven heads with a budget of 4096 beside one that reads everything.
+    mixed = tuple(
+        DecodeShape(
+            name=f"one of 8 heads dense, 128K{', 8 rows' if rows > 1 else ''}",
+            rows=rows,
+            retrieval_heads=8,
+            retrieval_pages=64,
+            dense_heads=1,
+            dense_pages=2048,
+        )
+        for rows in (1, 8)
+    )
     # SmolLM2-135M: 9 query heads on 3 KV heads of 64 channels; small pages; the widest group.
     others = (
         DecodeShape(
@@ -103,7 +128,7 @@ def _decode_shapes() -> tuple[DecodeShape, ...]:
             int8=True,
         ),
     )
-    return bf16 + whole + int8 + others
+    return bf16 + whole + int8 + mixed + others
 
 
 DECODE = _decode_shapes()
@@ -119,26 +144,26 @@ def decode_inputs(
     """
     rng = np.random.default_rng(seed)
     B, K, P = shape.rows, shape.kv_heads, shape.page_size
-    split, width = shape.retrieval_heads, max(shape.retrieval_pages, shape.streaming_pages)
-    pages = np.zeros((lists, B, K, width), np.int32)
+    split, counts = shape.retrieval_heads, np.array(shape.list_pages)
+    pages = np.zeros((lists, B, K, counts.max()), np.int32)
     start, stop = np.zeros((B, K), np.int32), np.zeros((B, K), np.int32)
 
-    def pool(heads: slice, count: int, first: int, key: jax.Array) -> KVPages:
-        number = heads.stop - heads.start
-        total = lists * B * count
-        order = np.array([rng.permutation(total) for _ in range(number)], np.int32)
-        ids = order.reshape(number, lists, B, count)
-        pages[:, :, heads, :count] = ids.transpose(1, 2, 0, 3)
-        start[:, heads], stop[:, heads] = first, count * P - 5
-        token = np.arange(count * P).reshape(count, P)
-        attended = (token >= first) & (token < count * P - 5)
-        used = np.zeros((number, total, P), bool)
-        used[np.arange(number)[:, None, None, None], ids] = attended
+    def pool(heads: range, first: int, key: jax.Array) -> KVPages:
+        total = lists * B * max((counts[head] for head in heads), default=0)
+        used = np.zeros((len(heads), total, P), bool)
+        for head, of_head in zip(heads, used, strict=True):
+            count = counts[head]
+            ids = rng.permutation(total).astype(np.int32)[: lists * B * count]
+            ids = ids.reshape(lists, B, count)
+            pages[:, :, head, :count] = ids
+            start[:, head], stop[:, head] = first, count * P - 5
+            token = np.arange(count * P).reshape(count, P)
+            of_head[ids] = (token >= first) & (token < count * P - 5)
         return random_pages(key, jnp.asarray(used), shape.head_dim, shape.int8)
 
     keys = jax.random.split(jax.random.key(seed), 3)
-    retrieval = pool(slice(0, split), shape.retrieval_pages, 0, keys[0])
-    streaming = pool(slice(split, K), shape.streaming_pages, 3, keys[1])
+    retrieval = pool(range(split), 0, keys[0])
+    streaming = pool(range(split, K), 3, keys[1])
     q = jax.random.normal(keys[2], (B, K * shape.group, shape.head_dim), jnp.bfloat16)
 
     def page_list(one: np.ndarray, heads: slice, width: int) -> PageList:
@@ -147,8 +172,8 @@ def decode_inputs(
 
     pairs = [
         (
-            page_list(one, slice(0, split), max(shape.retrieval_pages, 1)),
-            page_list(one, slice(split, K), max(shape.streaming_pages, 1)),
+            page_list(one, slice(0, split), max(counts[:split], default=1)),
+            page_list(one, slice(split, K), max(counts[split:], default=1)),
         )
         for one in pages
     ]

@@ -16,6 +16,7 @@ class SelectionShape:
     retrieval_heads: int = 4
     pages: int  # pages a row has
     selected: int = 255  # selected pages
+    uneven: int = 1  # every second head wants so many times fewer
     group: int = 4
     head_dim: int = 128
     page_size: int = 64
@@ -48,6 +49,9 @@ SELECTION = (
     SelectionShape(name="select, 128K", pages=2048),
     SelectionShape(name="select, 512K", pages=8192),
     SelectionShape(name="select, 128K, 8 rows", rows=8, pages=2048),
+    # Heads with budgets of their own, up to 16K and 64K tokens.
+    SelectionShape(name="select, 128K, uneven 1024", pages=2048, selected=1024, uneven=16),
+    SelectionShape(name="select, 128K, uneven 4096", pages=2048, selected=4096, uneven=16),
     # As published: pages of 64 tokens, each by its best logical page.
     SelectionShape(name="whole pages, 128K", pages=2048, selected=63, selected_page_size=64),
     SelectionShape(name="whole pages, 512K", pages=8192, selected=63, selected_page_size=64),

@@ -41,6 +41,11 @@ def verify_attend(
     cos, sin = rotary_angles(config, flat[:, None], flat + 1)  # [B * T, 1, D / 2]
     page = jnp.take_along_axis(page_table, place // P, axis=1, mode="clip")
     page = jnp.where(jnp.arange(T)[None] < count[:, None], page, -1).reshape(-1)
+    position = jnp.where(count > 0, position, 0)  # a row of no token stands at -T below
+    gap = (T - count)[:, None]
+    last, first = (
+        jnp.clip(jnp.arange(T)[None] + shift, 0, T - 1)[:, :, None, None] for shift in (-gap, gap)
+    )
 
     def attend(
         layer: int, q: Array, k: Array, v: Array, cache: LayerCache
@@ -62,9 +67,12 @@ def verify_attend(
             flat % P,
             backend=backend,
         )
+        # The tokens that exist go last: the op reads up to the last query, and no further.
+        q = jnp.take_along_axis(q.reshape(B, T, *q.shape[1:]), last, axis=1)
         out, _ = api.verify_attention(
-            q.reshape(B, T, *q.shape[1:]), retrieval, page_table, position, count, backend=backend
+            q, retrieval, page_table, position + count - T, backend=backend
         )
+        out = jnp.take_along_axis(out, first, axis=1)
         cache = dataclasses.replace(cache, retrieval=retrieval, streaming=streaming)
         return out, (cache, keys)
 

@@ -1,8 +1,9 @@
 """Paged attention for one query token a row: both head classes in one launch, Hopper (Mosaic GPU).
 
-Index map. The grid is (row b, KV head k, split s), one warpgroup of 128 threads each. The tokens
-of (b, k), its listed pages end to end, are cut into tiles of T = 64; split s takes every S-th tile,
-so that work is even whatever the length and a split needs no length to find its first:
+Index map. The grid is (row b, split s of KV head k), one warpgroup of 128 threads each;
+``decode_splits`` deals the splits out to the heads. The tokens of (b, k), its listed pages end to
+end, are cut into tiles of T = 64; of S splits of a head, s takes every S-th tile, so that work is
+even whatever the length and a split needs no length to find its first:
 
       pages listed for (b, k) |  page 7  |  page 2  |  page 9  |  page 4  |     P tokens a page
       tokens of (b, k)        |....start########################stop......|
@@ -18,10 +19,11 @@ M is 64, and G rows would waste most of it; N can be as small as 8):
       online softmax down the columns
       acc [D, N]   += V^T [D, T] @ P^T [T, N]      V as TMA left it, P through shared memory
 
-      parts [B, K, S, D, N], lses [B, K, S, N]  --combine: grid (b, k, D / 64)-->  out, lse
+      parts [B, splits, D, N], lses [B, splits, N]  --combine: grid (b, k, D / 64)-->  out, lse
 
 What must move: K and V of each listed token once, B * K * tokens * 2 * D * (2 or 1) bytes, plus 8
-bytes of scales a token for int8. The parts are B * K * S * D * N * 4 bytes, written and read in L2.
+bytes of scales a token for int8. The parts are B * splits * D * N * 4 bytes, written and read in
+L2.
 
 int8 pages. K is never converted: the query is split into two int8 vectors, q = scale * (high +
 low / 254), which keeps 15 bits of it, and the tensor cores multiply int8 by int8; a token's scale
@@ -47,9 +49,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.hopper.decode_combine import combine_parts
+from pallas_kernels.hopper.decode_splits import deal_splits, find_split
 from pallas_kernels.hopper.decode_tiles import (
     KEYS,
-    TILE,
     VALUES,
     Boxes,
     Buffers,
@@ -82,23 +84,39 @@ from pallas_kernels.types import KVPages, PageList
 class Config:
     """Tuning of one call; ``choose_config`` gives a good one."""
 
-    splits: int  # S, parts that a (row, KV head) is cut into
+    splits: tuple[int, ...]  # S, parts that each KV head of a row is cut into
     stages: int = 2  # tiles of K and V in flight a split
     parts: int = 33  # parts the combining kernel loads at once
 
     def __post_init__(self) -> None:
-        for name in ("splits", "stages", "parts"):
-            if getattr(self, name) < 1:
+        for name, value in (
+            ("splits", min(self.splits)),
+            ("stages", self.stages),
+            ("parts", self.parts),
+        ):
+            if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def choose_config(rows: int, kv_heads: int, tokens: int, dtype: jax.typing.DTypeLike) -> Config:
-    """The configuration for ``rows`` x ``kv_heads`` lists of up to ``tokens`` tokens."""
+def choose_config(
+    rows: int, most_tokens: tuple[int, ...], dtype: jax.typing.DTypeLike, queries: int = 1
+) -> Config:
+    """The configuration for ``rows`` rows whose lists attend up to ``most_tokens`` a KV head.
+
+    ``queries`` is how many query vectors a KV head has.
+    """
     # Two CTAs an SM read bf16 at full bandwidth; int8 takes more arithmetic a byte, and four hide
-    # it. Every further part costs the combining kernel time.
-    splits = (4 if dtype == jnp.int8 else 2) * SM_COUNT // (rows * kv_heads)
-    # A split of one tile saves less than combining it costs, and so do parts beyond two loads.
-    return Config(splits=max(min(splits, 66, tokens // (2 * TILE)), 1))
+    # it, for which many columns leave no registers. Every further part costs the combining kernel
+    # time.
+    ctas = (4 if dtype == jnp.int8 and queries <= 16 else 2) * SM_COUNT
+    # As many parts at once as registers hold, of which 8 columns take four.
+    parts = 33 if queries <= 16 else 264 // _columns(queries)
+    return Config(splits=deal_splits(rows, most_tokens, ctas), parts=parts)
+
+
+def _columns(queries: int) -> int:
+    """N, columns of the query matrix."""
+    return 8 * pl.cdiv(queries, 8)
 
 
 @partial(jax.jit, static_argnames=("selected_page_size", "most_tokens", "config"))
@@ -121,35 +139,33 @@ def paged_attention(
     """
     if selected_page_size is not None:
         retrieval, streaming = (cut_pages(x, selected_page_size) for x in (retrieval, streaming))
-    _refuse_unsupported(q, retrieval, streaming)
+    group = q.shape[1] // (retrieval.k.shape[0] + streaming.k.shape[0])
+    reasons = unsupported(q, retrieval, streaming)
+    if group > 16:
+        reasons.append(f"at most 16 query heads a KV head, got {group}")
+    refuse("paged_attention", reasons)
     B, H, D = q.shape
-    K = retrieval.k.shape[0] + streaming.k.shape[0]
-    G = H // K
-    N = 8 * pl.cdiv(G, 8)
     classes = [
         (pool, page_list)
         for pool, page_list in ((retrieval, retrieval_list), (streaming, streaming_list))
         if pool.k.shape[0] > 0
     ]
     if config is None:
-        tokens = max(page_list.page_ids.shape[2] for _, page_list in classes) * retrieval.k.shape[2]
-        config = choose_config(B, K, tokens, retrieval.k.dtype)
+        held = [
+            page_list.page_ids.shape[2] * pool.k.shape[2]
+            for pool, page_list in classes
+            for _ in range(pool.k.shape[0])
+        ]
+        most = tuple(map(min, held, most_tokens or held))
+        config = choose_config(B, most, retrieval.k.dtype)
 
-    rows = q.reshape(B * H, D)
-    if B * H < N:  # a tile of N query rows must lie inside the array
-        rows = jnp.pad(rows, ((0, N - B * H), (0, 0)))
-    first_row = G * np.arange(B * K)
-    shift = first_row - np.minimum(first_row, len(rows) - N)  # see query_tile_start
-
-    parts, lses = _attend_splits(rows, B, classes, G, config)
-    out, lse = combine_parts(parts, lses, G, q.dtype, config.parts)
-    column = N * np.arange(B * K)[:, None] + shift[:, None] + np.arange(G)
-    return out.reshape(B, H, D), lse.reshape(-1)[column].reshape(B, H)
+    out, lse = attend_lists(q.reshape(B, -1, group, D), classes, config)
+    return out.reshape(B, H, D), lse.reshape(B, H)
 
 
-def _refuse_unsupported(q: Array, retrieval: KVPages, streaming: KVPages) -> None:
-    head_dim, page_size = q.shape[2], retrieval.k.shape[2]
-    group = q.shape[1] // (retrieval.k.shape[0] + streaming.k.shape[0])
+def unsupported(q: Float[Array, "... D"], retrieval: KVPages, streaming: KVPages) -> list[str]:
+    """Reasons why ``attend_lists`` cannot run."""
+    head_dim, page_size = q.shape[-1], retrieval.k.shape[2]
     reasons = []
     if q.dtype != jnp.bfloat16:
         reasons.append(f"queries must be bfloat16, got {q.dtype}")
@@ -164,39 +180,66 @@ def _refuse_unsupported(q: Array, retrieval: KVPages, streaming: KVPages) -> Non
         reasons.append(f"head_dim must be 64 or 128, got {head_dim}")
     if page_size not in (16, 32, 64, 128):
         reasons.append(f"listed pages must have 16, 32, 64 or 128 tokens, got {page_size}")
-    if group > 16:
-        reasons.append(f"at most 16 query heads a KV head, got {group}")
-    refuse("paged_attention", reasons)
+    return reasons
+
+
+def attend_lists(
+    q: Float[Array, "B K G D"],
+    classes: list[tuple[KVPages, PageList]],  # of the pools that have heads
+    config: Config,
+    *,
+    tokens: int = 1,
+) -> tuple[Float[Array, "B K G D"], Float[Array, "B K G"]]:
+    """Attention over the lists, out in q's dtype, lse natural and float32.
+
+    With ``tokens`` the G queries of a KV head are those of so many tokens of the sequence, G /
+    tokens of each: those of the last token attend all of the list, those of each token before it
+    one token less.
+    """
+    B, K, G, D = q.shape
+    N = _columns(G)
+    rows = q.reshape(-1, D)
+    if len(rows) < N:  # a tile of N query rows must lie inside the array
+        rows = jnp.pad(rows, ((0, N - len(rows)), (0, 0)))
+    first_row = G * np.arange(B * K)
+    shift = first_row - np.minimum(first_row, len(rows) - N)  # see query_tile_start
+
+    parts, lses = _attend_splits(rows, B, classes, G, config, tokens)
+    out, lse = combine_parts(parts, lses, config.splits, G, q.dtype, config.parts)
+    column = N * np.arange(B * K)[:, None] + shift[:, None] + np.arange(G)
+    return out.reshape(q.shape), lse.reshape(-1)[column].reshape(B, K, G)
 
 
 def _attend_splits(
     q: Float[Array, "rows D"],
     B: int,
-    classes: list[tuple[KVPages, PageList]],  # of the pools that have heads
+    classes: list[tuple[KVPages, PageList]],
     G: int,
     config: Config,
-) -> tuple[Float[Array, "B K S D N"], Float[Array, "B K S N"]]:
+    tokens: int,
+) -> tuple[Float[Array, "B S D N"], Float[Array, "B S N"]]:
     """Attention of every split on its own; lse is base 2, and -inf for a split without tiles."""
     rows, D = q.shape
     pools, lists = zip(*classes, strict=True)
-    K, S = sum(pool.k.shape[0] for pool in pools), config.splits
-    N = 8 * pl.cdiv(G, 8)
+    K, S = sum(pool.k.shape[0] for pool in pools), sum(config.splits)
+    N = _columns(G)
     boxes = Boxes(pools[0].k.shape[2])
 
     def attend_split(
         q_gmem,  # [rows, D] bf16
         lists_gmem,  # for each class: page_ids [B, Kc or 1, L], start and stop [B, Kc or 1] int32
         pools_gmem,  # for each class: k, v [Kc, N, P, D]; scales [Kc, N, P] float32
-        parts_gmem,  # [B, K, S, D, N] float32, output
-        lses_gmem,  # [B, K, S, N] float32, output
+        parts_gmem,  # [B, S, D, N] float32, output
+        lses_gmem,  # [B, S, N] float32, output
         buffers,  # see Buffers
     ):
-        b, k, s = (lax.axis_index(name) for name in ("row", "head", "split"))
-        split = plan_split(lists_gmem, pools_gmem, buffers, S)
+        b, number = lax.axis_index("row"), lax.axis_index("split")
+        k, s, splits = find_split(number, config.splits)
+        split = plan_split(lists_gmem, pools_gmem, buffers, b, k, s, splits)
 
         @pl.when(split.steps == 0)
         def _():
-            store_unoptimised(lses_gmem.at[b, k, s], full((N,), -jnp.inf, PER_COLUMN))
+            store_unoptimised(lses_gmem.at[b, number], full((N,), -jnp.inf, PER_COLUMN))
 
         @pl.when(split.steps > 0)
         def _():
@@ -207,61 +250,75 @@ def _attend_splits(
                     split.fetch(KEYS, step, split.first_page_ids[step])
                     split.fetch(VALUES, step, split.first_page_ids[step])
 
-            query_rows = pl.ds(query_tile_start(b * K + k, G, N, rows), N)
-            query_scale = load_query(q_gmem.at[query_rows], buffers.query)
-            acc, peak, total = _attend_tiles(split, buffers, boxes, query_scale)
+            first_row = query_tile_start(b * K + k, G, N, rows)
+            query_scale = load_query(q_gmem.at[pl.ds(first_row, N)], buffers.query)
+            stops = None
+            if tokens > 1:
+                column = plgpu.broadcasted_iota(jnp.int32, (N,), 0, layout=PER_COLUMN)
+                query = column - ((b * K + k) * G - first_row)
+                later = tokens - 1 - lax.div(query, jnp.int32(G // tokens))  # tokens after its own
+                stops = split.stop - later
+            acc, peak, total = _attend_tiles(split, buffers, boxes, query_scale, stops)
             # Every tile of the split may lie before ``start``.
             inverse = jnp.where(total > 0.0, 1.0 / total, 0.0)
             lse = jnp.where(total > 0.0, peak + jnp.log2(total), -jnp.inf)
-            store_unoptimised(parts_gmem.at[b, k, s], acc * spread_columns(inverse, acc))
-            store_unoptimised(lses_gmem.at[b, k, s], lse)
+            store_unoptimised(parts_gmem.at[b, number], acc * spread_columns(inverse, acc))
+            store_unoptimised(lses_gmem.at[b, number], lse)
 
     return plgpu.kernel(
         attend_split,
         out_type=(
-            jax.ShapeDtypeStruct((B, K, S, D, N), jnp.float32),
-            jax.ShapeDtypeStruct((B, K, S, N), jnp.float32),
+            jax.ShapeDtypeStruct((B, S, D, N), jnp.float32),
+            jax.ShapeDtypeStruct((B, S, N), jnp.float32),
         ),
-        grid=(B, K, S),
-        grid_names=("row", "head", "split"),
+        grid=(B, S),
+        grid_names=("row", "split"),
         scratch_types=[allocate_buffers(D, N, boxes, config.stages, pools[0].k.dtype)],
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, lists, pools)
 
 
-def _attend_tiles(split: Split, buffers: Buffers, boxes: Boxes, query_scale):
+def _attend_tiles(split: Split, buffers: Buffers, boxes: Boxes, query_scale, stops):
     """Attends all tiles of the split, the first of which are on their way.
 
-    Returns the weighted sum of values [D, N], the largest score [N] (base 2) and the sum of the
-    weights relative to it [N].
+    ``stops`` [N] are the columns' own, None if all have that of the split. Returns the weighted sum
+    of values [D, N], the largest score [N] (base 2) and the sum of the weights relative to it [N].
     """
     stages, T, D = buffers.k.shape
     N = buffers.p.shape[0]
+    # Weights are summed down the columns only once, at the end: no exchange between warps in the
+    # loop. Many columns leave no registers for that.
+    summed_last = N <= 16
 
     def attend_tile(step, carry):
-        acc, peak, total, next_ids = carry  # [D, N], [N], [T, N], ids of step + stages
+        acc, peak, total, next_ids = carry  # [D, N], [N], [T, N] or [N], ids of step + stages
         stage = lax.rem(step, jnp.int32(stages))
         refill = step + stages < split.steps
 
         plgpu.barrier_wait(buffers.k_ready.at[stage])
         x = scores(buffers, stage, boxes, query_scale)
-        attended = split.attends(split.token_numbers(step, (T, N)))
+        token = split.token_numbers(step, (T, N))
+        attended = split.attends(token)
+        if stops is not None:
+            attended &= token < spread_columns(stops, token)
         x = jnp.where(attended, x, -jnp.inf)
         new_peak = jnp.maximum(peak, x.max(axis=0))
         pl.when(refill)(lambda: split.fetch(KEYS, step + stages, next_ids))
 
         decay = jnp.exp2(peak - new_peak)
         p = jnp.exp2(x - spread_columns(new_peak, x))
-        # Summed down the columns only once, at the end: no exchange between warps in the loop.
-        total = total * spread_columns(decay, total) + p
+        if summed_last:
+            total = total * spread_columns(decay, total) + p
+        else:
+            total = total * decay + p.sum(axis=0)
 
         plgpu.barrier_wait(buffers.v_ready.at[stage])
         if buffers.v_scale is not None:
             p = jnp.where(attended, p * scales(buffers.v_scale, stage, boxes, p), 0.0)
-        v = values(buffers, stage, split, step)
         buffers.p.transpose((1, 0))[...] = plgpu.layout_cast(
             p.astype(jnp.bfloat16), MATRIX_TRANSPOSED
         )
+        v = values(buffers, stage, split, step)
         plgpu.commit_smem()
         new = matmul(v.transpose((1, 0)), buffers.p.transpose((1, 0)), D, N)
         acc = acc * spread_columns(decay, acc) + new
@@ -275,8 +332,8 @@ def _attend_tiles(split: Split, buffers: Buffers, boxes: Boxes, query_scale):
         (
             full((D, N), 0.0, MATRIX),
             full((N,), LOWEST, PER_COLUMN),
-            full((T, N), 0.0, MATRIX),
+            full((T, N), 0.0, MATRIX) if summed_last else full((N,), 0.0, PER_COLUMN),
             split.first_page_ids[stages],
         ),
     )
-    return acc, peak, total.sum(axis=0)
+    return acc, peak, total.sum(axis=0) if summed_last else total

@@ -7,6 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.hopper.decode_splits import splits_of_head
 from pallas_kernels.hopper.decode_tiles import query_tile_start
 from pallas_kernels.hopper.mosaic import (
     LN_2,
@@ -21,8 +22,9 @@ from pallas_kernels.hopper.mosaic import (
 
 
 def combine_parts(
-    parts: Float[Array, "B K S D N"],
-    lses: Float[Array, "B K S N"],
+    parts: Float[Array, "B S D N"],
+    lses: Float[Array, "B S N"],
+    splits: tuple[int, ...],
     G: int,
     dtype: jax.typing.DTypeLike,
     parts_at_once: int,
@@ -30,40 +32,44 @@ def combine_parts(
     """Joins the splits as ``merge_attention`` does: out in ``dtype``, lse float32.
 
     ``lses`` are base 2, -inf for a split without tiles, whose part may hold anything; the lse
-    returned is natural and keeps the query tile's N columns. G is the number of query heads of a
-    KV head, ``parts_at_once`` how many parts a CTA loads together.
+    returned is natural and keeps the query tile's N columns. ``splits`` are those of each KV head,
+    S in all. G is the number of query heads of a KV head, ``parts_at_once`` how many parts a CTA
+    loads together.
 
     Index map: grid (row b, KV head k, half d of the head dimension), 64 channels a CTA.
     """
-    B, K, S, D, N = parts.shape
+    B, _, D, N = parts.shape
+    K = len(splits)
     H = B * K * G
-    at_once = min(parts_at_once, S)
+    at_once = min(parts_at_once, max(splits))
 
     def combine_splits(
-        parts_gmem,  # [B, K, S, D, N] float32
-        lses_gmem,  # [B, K, S, N] float32
+        parts_gmem,  # [B, S, D, N] float32
+        lses_gmem,  # [B, S, N] float32
         out_gmem,  # [B * H, D]
         lse_gmem,  # [B, K, N] float32
         out_smem,  # [N, 64]
     ):
         b, k, d = (lax.axis_index(name) for name in ("row", "head", "half"))
         channels = pl.ds(d * 64, 64)
+        first, count = splits_of_head(k, splits)
 
         def join(step, carry):
             acc, peak, total = carry  # [64, N], [N], [N]
             # No load depends on another or on how many splits had work: all wait together.
             index = [step * at_once + j for j in range(at_once)]
-            inside = [jnp.minimum(i, S - 1) for i in index]
+            inside = [first + jnp.minimum(i, count - 1) for i in index]
             lse = [
-                plgpu.load(lses_gmem.at[b, k, i], layout=PER_COLUMN, optimized=False)
-                for i in inside
+                plgpu.load(lses_gmem.at[b, i], layout=PER_COLUMN, optimized=False) for i in inside
             ]
             part = [
-                plgpu.load(parts_gmem.at[b, k, i, channels], layout=MATRIX, optimized=False)
+                plgpu.load(parts_gmem.at[b, i, channels], layout=MATRIX, optimized=False)
                 for i in inside
             ]
-            if S % at_once:  # the last step repeats split S - 1
-                lse = [x + jnp.where(i < S, 0.0, -jnp.inf) for x, i in zip(lse, index, strict=True)]
+            if any(count % at_once for count in splits):  # the last step repeats the last split
+                lse = [
+                    x + jnp.where(i < count, 0.0, -jnp.inf) for x, i in zip(lse, index, strict=True)
+                ]
             new_peak = peak
             for x in lse:
                 new_peak = jnp.maximum(new_peak, x)
@@ -79,7 +85,7 @@ def combine_parts(
 
         acc, peak, total = lax.fori_loop(
             0,
-            pl.cdiv(S, at_once),
+            pl.cdiv(count, at_once),
             join,
             (
                 full((64, N), 0.0, MATRIX),

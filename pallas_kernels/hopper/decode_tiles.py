@@ -130,12 +130,14 @@ def plan_split(
     lists: tuple[PageList, ...],  # in device memory, as the pools; of the pools that have heads
     pools: tuple[KVPages, ...],
     buffers: Buffers,
-    splits: int,
+    b,  # row
+    k,  # KV head, those of the first pool first
+    s,  # number of the split
+    splits,  # of the head
 ) -> Split:
-    """The work of this CTA. All that does not depend on ``stop`` is loaded before it."""
+    """The work of a CTA. All that does not depend on ``stop`` is loaded before it."""
     stages, boxes = buffers.k.shape[0], Boxes(pools[0].k.shape[2])
     first_heads = pools[0].k.shape[0]  # heads of the first class
-    b, k, s = (lax.axis_index(name) for name in ("row", "head", "split"))
 
     def of_head(field: str, *index):
         """Element ``index`` of a field of this head's list."""

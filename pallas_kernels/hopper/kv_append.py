@@ -40,23 +40,20 @@ def call_in_place(
     """Calls ``kernel`` with ``inputs`` and with references to both pools and to the statistics.
 
     Returns what it gives out, and what the references hold then. There are no references to arrays
-    without elements: None stands for an empty pool and its statistics.
+    without elements: None stands for an empty pool and for statistics of no heads.
     """
 
-    def refer(cache, pool: KVPages):
-        return None if pool.k.shape[0] == 0 else jax.tree.map(jax.new_ref, cache)
+    def refer(cache):
+        empty = any(x.shape[0] == 0 for x in jax.tree.leaves(cache))
+        return None if empty else jax.tree.map(jax.new_ref, cache)
 
     def content(cache, ref):
         return cache if ref is None else jax.tree.map(jax.freeze, ref)
 
-    refs = refer(retrieval, retrieval), refer(streaming, streaming), refer(key_stats, retrieval)
+    caches = retrieval, streaming, key_stats
+    refs = [refer(cache) for cache in caches]
     out = kernel(*inputs, *refs)
-    return (
-        out,
-        content(retrieval, refs[0]),
-        content(streaming, refs[1]),
-        content(key_stats, refs[2]),
-    )
+    return out, *(content(cache, ref) for cache, ref in zip(caches, refs, strict=True))
 
 
 def row_per_warp(rows: int, columns: int):

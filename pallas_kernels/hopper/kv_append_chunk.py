@@ -56,12 +56,12 @@ def append_kv_chunk(
     v: Float[Array, "T Hk D"],
     retrieval: KVPages,
     streaming: KVPages,
-    key_stats: Float[Array, "Kr N g 2 D"] | None,
+    key_stats: Float[Array, "Kq N g 2 D"] | None,
     page_table: Int[Array, " M"],
     streaming_page: Int[Array, " T"],
     start: Int[Array, ""],
     length: Int[Array, ""],
-) -> tuple[KVPages, KVPages, Float[Array, "Kr N g 2 D"] | None]:
+) -> tuple[KVPages, KVPages, Float[Array, "Kq N g 2 D"] | None]:
     """``pallas_kernels.api.append_kv_chunk`` on a Hopper GPU (or under Mosaic GPU's interpreter).
 
     k and v bf16, pages bf16 or int8, statistics bf16 or float32; D 64 or 128; P 16 to 128. Shapes
@@ -127,7 +127,7 @@ class _Target(NamedTuple):
     source: Any  # [P, D] bf16, in device memory
     pages: Any  # [K, N, P, D] bf16 or int8
     scales: Any  # [K, N, P] float32, or None
-    stats: Any  # [Kr, N, g, 2, D], or None
+    stats: Any  # [Kq, N, g, 2, D], or None; of the first heads
     head: Any
     page: Any  # physical id for all tokens, NO_PAGE or MANY_PAGES
     page_of_token: Callable[[Any], Any]  # the page of each token, for MANY_PAGES and edges
@@ -165,7 +165,7 @@ def _append_pages(
         chunk_gmem,  # see _Chunk
         retrieval_gmem,  # k, v [Kr, N, P, D], scales [Kr, N, P] float32; updated
         streaming_gmem,  # k, v [Ks, N, P, D], scales [Ks, N, P] float32; updated
-        stats_gmem,  # [Kr, N, g, 2, D], updated
+        stats_gmem,  # [Kq, N, g, 2, D], updated
         tile,  # see _Tile
     ):
         # The last page first: it may be written in part, which takes longer.
@@ -245,7 +245,10 @@ def _write_whole(target: _Target, tile: _Tile) -> None:
     if target.scales is not None:
         plgpu.copy_smem_to_gmem(tile.scales, target.scales.at[at])
     if target.stats is not None:
-        _assign_statistics(target.stats.at[at], tile)
+        # Heads beyond those of the statistics are not ranked.
+        pl.when(target.head < target.stats.shape[0])(
+            lambda: _assign_statistics(target.stats.at[at], tile)
+        )
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -287,7 +290,9 @@ def _write_in_part(target: _Target, span: _Span, tile: _Tile) -> None:
 
     lax.fori_loop(lax.div(span.begin, jnp.int32(size)), cdiv(span.end, size), write_rows, None)
     if target.stats is not None:
-        _widen_statistics(target.stats.at[target.head, target.page], span, tile)
+        pl.when(target.head < target.stats.shape[0])(
+            lambda: _widen_statistics(target.stats.at[target.head, target.page], span, tile)
+        )
 
 
 def _quantize_tile(tile: _Tile) -> None:

@@ -7,6 +7,7 @@ upper, so that rotation and the largest |x| of a head need no other warp:
       part      |  retrieval KV heads  |  streaming KV heads  |      query heads      |
                 | rotate k, write k, v |  rotate k, write k,  |        rotate         |
                 | widen kmax and kmin  |          v           |                       |
+                | of ranked heads      |                      |                       |
 
       pool.k[h, page[b], offset[b]] = k        key_stats[h, page[b], offset[b] // L]  (L = P / g)
 
@@ -41,7 +42,7 @@ class Config:
     """Tuning of one call of ``append_kv``: heads a CTA. ``choose_config`` gives a good one."""
 
     query_heads: int  # divides H
-    kv_heads: int  # divides Kr and Ks
+    kv_heads: int  # divides Kq, Kr and Ks
 
     def __post_init__(self) -> None:
         for name in ("query_heads", "kv_heads"):
@@ -49,14 +50,14 @@ class Config:
                 raise ValueError(f"{name} must be 1, 2 or 4, got {getattr(self, name)}")
 
 
-def choose_config(query_heads: int, retrieval_heads: int, streaming_heads: int) -> Config:
-    """The configuration for one row's heads."""
+def choose_config(query_heads: int, *kv_heads: int) -> Config:
+    """The configuration for one row's query heads and KV heads: ranked, retrieval, streaming."""
 
     def most(*counts: int) -> int:
         # A head a warp. Fewer leave warps that repeat another's work, which costs no time.
         return next(n for n in (4, 2, 1) if all(count % n == 0 for count in counts))
 
-    return Config(query_heads=most(query_heads), kv_heads=most(retrieval_heads, streaming_heads))
+    return Config(query_heads=most(query_heads), kv_heads=most(*kv_heads))
 
 
 @partial(jax.jit, static_argnames=("config",))
@@ -68,13 +69,13 @@ def append_kv(
     sin: Float[Array, "B D/2"],
     retrieval: KVPages,
     streaming: KVPages,
-    key_stats: Float[Array, "Kr N g 2 D"] | None,
+    key_stats: Float[Array, "Kq N g 2 D"] | None,
     page: Int[Array, " B"],
     streaming_page: Int[Array, " B"],
     offset: Int[Array, " B"],
     *,
     config: Config | None = None,
-) -> tuple[Float[Array, "B H D"], KVPages, KVPages, Float[Array, "Kr N g 2 D"] | None]:
+) -> tuple[Float[Array, "B H D"], KVPages, KVPages, Float[Array, "Kq N g 2 D"] | None]:
     """``pallas_kernels.api.append_kv`` on a Hopper GPU (or under Mosaic GPU's interpreter).
 
     q, k, v bf16, pages bf16 or int8, statistics bf16 or float32; D 64 or 128. Shapes are those the
@@ -83,9 +84,9 @@ def append_kv(
     refuse("append_kv", unsupported((q, k, v), retrieval, streaming, key_stats))
     B, H, D = q.shape
     Kr, Ks = retrieval.k.shape[0], streaming.k.shape[0]
-    Hk = Kr + Ks
+    Hk, Kq = Kr + Ks, 0 if key_stats is None else key_stats.shape[0]
     if config is None:
-        config = choose_config(H, Kr, Ks)
+        config = choose_config(H, Kq, Kr, Ks)
     # Slices of one projection, as a model has them, XLA joins for nothing. Each as an input of its
     # own would be a launch that copies it, if there is more than one row.
     vectors = jnp.concatenate([x[:, None] for x in (q, k, v)], axis=2)[:, 0]
@@ -101,7 +102,7 @@ def append_kv(
         offset_gmem,  # [B] int32
         retrieval_gmem,  # k, v [Kr, N, P, D], scales [Kr, N, P] float32; updated
         streaming_gmem,  # k, v [Ks, N, P, D], scales [Ks, N, P] float32; updated
-        stats_gmem,  # [Kr, N, g, 2, D], updated
+        stats_gmem,  # [Kq, N, g, 2, D], updated
         rotated_gmem,  # [B, H, D] bf16, output
     ):
         b, part = lax.axis_index("row"), lax.axis_index("part")
@@ -121,7 +122,9 @@ def append_kv(
             @pl.when((place.page >= 0) & (place.page < pool.k.shape[1]))
             def _():
                 if stats is not None:
-                    _widen_statistics(stats, place, keys, page_size=pool.k.shape[2])
+                    pl.when(pool_head < Kq)(
+                        lambda: _widen_statistics(stats, place, keys, page_size=pool.k.shape[2])
+                    )
                 _write(pool.k, pool.k_scale, place, keys)
                 _write(pool.v, pool.v_scale, place, values)
 
@@ -204,7 +207,7 @@ def _write(pages, scales, place: _Place, halves: list) -> None:
 
 
 def _widen_statistics(stats, place: _Place, keys: list, *, page_size: int) -> None:
-    """Of the logical page that the token belongs to; ``stats`` [Kr, N, g, 2, D]."""
+    """Of the logical page that the token belongs to; ``stats`` [Kq, N, g, 2, D]."""
     size = jnp.int32(page_size // stats.shape[2])
     logical_page = place.heads, place.page, lax.div(place.offset, size)
     first = lax.rem(place.offset, size) == 0

@@ -21,6 +21,7 @@ from pallas_kernels.hopper.page_scores import page_scores
 from pallas_kernels.hopper.page_selection import select_pages
 from pallas_kernels.hopper.prefill_attention import prefill_attention
 from pallas_kernels.hopper.prefix_attention import prefix_attention
+from pallas_kernels.hopper.verify_attention import verify_attention
 from pallas_kernels.types import KVPages, OwnAttention, PageList
 
 
@@ -58,15 +59,40 @@ CASES = {
     "int8, D 64, pages of 32": {"int8": True, "page_size": 32, "head_dim": 64},
     "int8, group 16, pages of 16": {"int8": True, "page_size": 16, "group": 16},
 }
+# Ranked heads, one that reads everything, and a streaming head.
+MOST_TOKENS = (1024,) * 7 + (4096, 320)
 
 
-def append_arguments(rows=2, tokens=None, logical_page_size=16, **case):
+def verify_arguments(tokens=5, rows=1, heads=2, group=4, width=64, **case):
+    q, pages, *_ = decode_arguments(rows=rows, retrieval=heads, streaming=0, group=group, **case)
+    array = jax.ShapeDtypeStruct
+    q = array((rows, tokens, heads * group, q.shape[-1]), jnp.bfloat16)
+    return q, pages, array((rows, width), jnp.int32), array((rows,), jnp.int32)
+
+
+VERIFY_CASES = {
+    "verify, 1 token": {"tokens": 1},
+    "verify, 3 tokens, D 64, group 3": {"tokens": 3, "group": 3, "head_dim": 64, "page_size": 16},
+    "verify, 9 tokens": {"tokens": 9},
+    "verify, 16 tokens": {"tokens": 16},
+    "verify, 5 tokens, int8": {"int8": True},
+    "verify, 4 tokens, group 8, int8, pages of 16": {
+        "tokens": 4,
+        "group": 8,
+        "page_size": 16,
+        "int8": True,
+    },
+}
+
+
+def append_arguments(rows=2, tokens=None, logical_page_size=16, ranked=None, **case):
     """What both appending ops take, the caches first: then what they need besides."""
     q, retrieval, streaming, *lists = decode_arguments(rows=rows, pages=4096, **case)
     array, heads = jax.ShapeDtypeStruct, (retrieval.k.shape[0], streaming.k.shape[0])
     _, pages, page_size, head_dim = retrieval.k.shape
     g = page_size // logical_page_size
-    caches = retrieval, streaming, array((heads[0], pages, g, 2, head_dim), jnp.bfloat16)
+    ranked = heads[0] if ranked is None else ranked
+    caches = retrieval, streaming, array((ranked, pages, g, 2, head_dim), jnp.bfloat16)
     kv = array((rows if tokens is None else tokens, sum(heads), head_dim), jnp.bfloat16)
     if tokens is not None:
         number = array((), jnp.int32)
@@ -105,7 +131,12 @@ APPEND_CASES = {
         decode_steps,
         {"retrieval": 2, "streaming": 1, "head_dim": 64, "page_size": 16, "int8": True},
     ),
+    "append, one of two heads ranked": (decode_steps, {"retrieval": 2, "ranked": 1}),
     "append chunk, bf16": (prefill_steps, {"tokens": 512}),
+    "append chunk, one of two heads ranked": (
+        prefill_steps,
+        {"tokens": 512, "retrieval": 2, "ranked": 1},
+    ),
     "append chunk, int8": (prefill_steps, {"tokens": 512, "int8": True, "page_size": 128}),
     "append chunk, D 64, retrieval only": (
         prefill_steps,
@@ -131,8 +162,8 @@ def select(q, stats, table, length, *, page_size=128, selected_page_size=128, nu
         selected_page_size=selected_page_size,
         lower_bound_weight=0.5,
     )
-    candidates = length // selected_page_size
-    return select_pages(scores, candidates, num_pages=num_pages, sink_pages=1)
+    candidates, wanted = length // selected_page_size, jnp.full(scores.shape[:2], num_pages)
+    return select_pages(scores, candidates, wanted, num_pages=num_pages, sink_pages=1)
 
 
 SELECTION_CASES = {
@@ -142,6 +173,10 @@ SELECTION_CASES = {
     "selection, 511 of 32768 pages, group 16": (
         {"width": 32768, "group": 16, "logical_pages": 1},
         {"num_pages": 511},
+    ),
+    "selection, 4096 of 32768 pages": (
+        {"width": 32768, "heads": 4, "logical_pages": 1},
+        {"num_pages": 4096},
     ),
     "selection, 300 pages of 8, D 64": (
         {"width": 300, "head_dim": 64, "logical_pages": 8},
@@ -230,6 +265,7 @@ def main() -> None:
     linear = partial(fused_linear, epsilon=1e-5)
     families = [
         (paged_attention, decode_arguments, CASES),
+        (verify_attention, verify_arguments, VERIFY_CASES),
         (partial(prefill_attention, sink=128, local=256), prefill_arguments, PREFILL_CASES),
         (prefix_attention, prefix_arguments, PREFIX_CASES),
         (partial(linear, gated=False), linear_arguments, LINEAR_CASES),
@@ -238,6 +274,8 @@ def main() -> None:
     compilations = [
         (name, op, build(**case)) for op, build, cases in families for name, case in cases.items()
     ]
+    dealt = partial(paged_attention, most_tokens=MOST_TOKENS)
+    compilations.append(("heads of three kinds", dealt, decode_arguments(retrieval=8)))
     compilations += [
         (name, partial(select, **how), selection_arguments(**case))
         for name, (case, how) in SELECTION_CASES.items()

@@ -3,6 +3,8 @@
 Tokens that a list does not attend are NaN, and entries past ``stop`` name a page of nothing else.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,9 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from pallas_kernels import reference
+from pallas_kernels.hopper import decode_attention
 from pallas_kernels.hopper.decode_attention import Config, choose_config, paged_attention
+from pallas_kernels.hopper.decode_splits import find_split, splits_of_head
 from pallas_kernels.reference import quantize_kv
 from pallas_kernels.types import KVPages, PageList
 
@@ -56,6 +60,12 @@ def problem(rows, retrieval, streaming, group, head_dim, page_size, width, dtype
     return q, pool(slice(retrieval)), pool(slice(retrieval, heads)), *lists
 
 
+def splits(args, *of_heads: int) -> tuple[int, ...]:
+    """One for every KV head, those that are given over and over."""
+    heads = args[1].k.shape[0] + args[2].k.shape[0]
+    return tuple(itertools.islice(itertools.cycle(of_heads), heads))
+
+
 def check(args, config: Config, selected_page_size: int | None = None) -> None:
     how = {"selected_page_size": selected_page_size}
     out, lse = jax.jit(lambda *xs: paged_attention(*xs, **how, config=config))(*args)
@@ -86,20 +96,53 @@ def test_matches_reference(
     rows, retrieval, streaming, group, head_dim, page_size, width, dtype
 ) -> None:
     args = problem(rows, retrieval, streaming, group, head_dim, page_size, width, dtype)
-    check(args, Config(splits=3, parts=2))
+    check(args, Config(splits=splits(args, 3), parts=2))
 
 
-@pytest.mark.parametrize("splits", [1, 8])
-def test_any_number_of_splits(splits: int) -> None:
+@pytest.mark.parametrize("count", [1, 8])
+def test_any_number_of_splits(count: int) -> None:
     """Also more splits than tiles."""
     args = problem(1, 1, 1, 1, 64, 64, 4, jnp.bfloat16, seed=1)
-    check(args, Config(splits=splits, stages=3))
+    check(args, Config(splits=splits(args, count), stages=3))
+
+
+@pytest.mark.parametrize(
+    ("retrieval", "streaming", "dtype", "counts"),
+    [
+        (2, 2, jnp.bfloat16, (2, 2, 7, 1)),  # two loads of parts for one head, one for the others
+        # No more tiles than stages: the interpreter takes the next copy of scales for a race with
+        # their load, which the maximum over the tile's rows waits for.
+        (3, 1, jnp.int8, (2, 5, 2, 5)),
+        (0, 3, jnp.bfloat16, (4, 2, 2)),
+    ],
+)
+def test_heads_have_splits_of_their_own(retrieval, streaming, dtype, counts) -> None:
+    args = problem(2, retrieval, streaming, 4, 64, 32, 7, dtype, seed=8)
+    check(args, Config(splits=counts, parts=4))
+
+
+def test_most_tokens_deals_out_the_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a hint: a list may attend more. None is what the lists hold."""
+    dealt = []
+    monkeypatch.setattr(
+        decode_attention,
+        "choose_config",
+        lambda *args: dealt.append(args) or choose_config(*args),
+    )
+    args = problem(1, 2, 1, 4, 64, 64, 6, jnp.bfloat16, seed=6)
+    lists = PageList(*(x[..., :3] if x.ndim == 3 else jnp.minimum(x, 150) for x in args[4]))
+    for most_tokens in (None, (384, 64, 1000)):
+        out, lse = paged_attention(*args[:4], lists, most_tokens=most_tokens)
+        expected_out, expected_lse = reference.paged_attention(*args[:4], lists)
+        assert_allclose(lse, expected_lse, atol=LSE_TOLERANCE[jnp.dtype(jnp.bfloat16)], rtol=0)
+        assert_allclose(*(np.asarray(x, np.float32) for x in (out, expected_out)), atol=1e-2)
+    assert [most for _, most, _ in dealt] == [(384, 384, 192), (384, 64, 192)]
 
 
 def test_start_beyond_the_first_tiles() -> None:
     *args, retrieval_list, empty = problem(1, 1, 1, 4, 64, 16, 16, jnp.bfloat16, seed=2)
     lists = PageList(retrieval_list.page_ids, jnp.array([[150]]), jnp.array([[256]]))
-    check((*args, lists, empty), Config(splits=2))
+    check((*args, lists, empty), Config(splits=(2, 2)))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
@@ -109,7 +152,7 @@ def test_lists_name_parts_of_pages(dtype: str) -> None:
     pools = [
         jax.tree.map(lambda x: x.reshape(x.shape[0], -1, 64, *x.shape[3:]), pool) for pool in pools
     ]
-    check((q, *pools, retrieval_list, ring), Config(splits=2), selected_page_size=16)
+    check((q, *pools, retrieval_list, ring), Config(splits=(2, 2)), selected_page_size=16)
 
 
 def test_heads_share_a_list() -> None:
@@ -120,17 +163,41 @@ def test_heads_share_a_list() -> None:
     shared = shared._replace(stop=shared.stop.at[1].set(0))
     bounds = own._replace(start=own.start[:, :1] * 0, stop=own.stop[:, :1] * 0 + 70)
     whole = KVPages(*(jnp.nan_to_num(x) for x in retrieval[:2]))
-    check((q, whole, valid, bounds, shared), Config(splits=2))
+    check((q, whole, valid, bounds, shared), Config(splits=(2,) * 5))
 
 
 def test_choice_of_config() -> None:
-    assert choose_config(1, 8, 65 * 64, jnp.bfloat16).splits == 32  # two tiles a split
-    assert choose_config(8, 8, 65 * 64, jnp.bfloat16).splits == 4  # two CTAs an SM
-    assert choose_config(1, 8, 2048 * 64, jnp.bfloat16).splits == 33
-    assert choose_config(1, 8, 2048 * 64, jnp.int8).splits == 66  # four
-    assert choose_config(1, 1, 2048 * 64, jnp.bfloat16).splits == 66
-    assert choose_config(1, 8, 16, jnp.bfloat16).splits == 1
-    assert choose_config(64, 8, 65 * 64, jnp.bfloat16).splits == 1
+    def dealt(rows: int, *pages: int, dtype: str = jnp.bfloat16) -> tuple[int, ...]:
+        return choose_config(rows, tuple(64 * count for count in pages), dtype).splits
+
+    assert dealt(1, *[64] * 8) == (32,) * 8  # two tiles a split
+    assert dealt(8, *[65] * 8) == (4,) * 8  # two CTAs an SM
+    assert dealt(1, *[2048] * 8) == (33,) * 8
+    assert dealt(1, *[2048] * 8, dtype=jnp.int8) == (64,) * 8  # four
+    assert dealt(1, *[1] * 8) == (1,) * 8
+    assert dealt(64, *[65] * 8) == (1,) * 8
+    # Streaming heads beside ranked ones, one row and eight.
+    assert dealt(1, *[64] * 4, *[6] * 4) == (32,) * 4 + (3,) * 4
+    assert dealt(8, *[64] * 4, *[6] * 4) == (7,) * 4 + (1,) * 4
+    # A head that reads everything: a CTA on every SM, a fair share of many rows.
+    assert dealt(1, 2048) == (132,)
+    assert dealt(1, *[64] * 7, 2048) == (16,) * 7 + (132,)
+    assert dealt(8, *[64] * 7, 2048) == (1,) * 7 + (26,)
+    assert dealt(64, *[64] * 7, 2048) == (1,) * 7 + (2,)
+
+
+def test_splits_are_numbered_through() -> None:
+    """Every number is one split of one head, in order, and the combining kernel finds them."""
+    for of_heads in ((3,), (2, 2, 2), (3, 3, 8, 1), (1, 2, 1, 1, 5)):
+        numbers = iter(range(sum(of_heads)))
+        for head, count in enumerate(of_heads):
+            first, found = splits_of_head(jnp.int32(head), of_heads)
+            assert int(found) == count
+            for split in range(count):
+                number = next(numbers)
+                assert number == int(first) + split
+                place = find_split(jnp.int32(number), of_heads)
+                assert tuple(map(int, place)) == (head, split, count)
 
 
 @pytest.mark.parametrize(
@@ -157,4 +224,6 @@ def test_refuses_float32_queries() -> None:
 
 def test_config_checks_itself() -> None:
     with pytest.raises(ValueError, match="stages must be at least 1, got 0"):
-        Config(splits=1, stages=0)
+        Config(splits=(1,), stages=0)
+    with pytest.raises(ValueError, match=r"splits must be at least 1, got \(2, 0\)"):
+        Config(splits=(2, 0))

@@ -41,13 +41,16 @@ def test_page_scores(shape: SelectionShape, weight: float) -> None:
 @pytest.mark.parametrize("kind", ["scores", "tied"])
 @pytest.mark.parametrize("shape", SELECTION, ids=lambda shape: shape.name)
 def test_select_pages(shape: SelectionShape, kind: str) -> None:
+    """Every head wants a number of its own."""
     rng = np.random.default_rng(0)
     size = shape.rows, shape.retrieval_heads, shape.candidates
     scores = rng.normal(size=size) if kind == "scores" else rng.choice([-1, -0.0, 0, 2], size=size)
     candidates = np.full(shape.rows, shape.candidates - 1, np.int32)
     candidates[-1] -= shape.candidates // 3
     scores[-1, :, candidates[-1] :] = np.nan
-    args = jnp.asarray(scores, jnp.float32), jnp.asarray(candidates)
+    wanted = rng.integers(0, shape.selected + 1, size[:2])
+    wanted[0, 0] = shape.selected
+    args = jnp.asarray(scores, jnp.float32), jnp.asarray(candidates), jnp.asarray(wanted, jnp.int32)
     how = {"num_pages": shape.selected, "sink_pages": 1}
     assert_array_equal(
         jax.jit(partial(select_pages, **how))(*args), reference.select_pages(*args, **how)

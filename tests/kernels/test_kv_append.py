@@ -92,11 +92,13 @@ def test_append_kv(case: tuple) -> None:
     same(jax.jit(append_kv)(*arguments), reference.append_kv(*arguments))
 
 
-def test_statistics_of_no_heads_come_back() -> None:
-    *arguments, page, ring_page, offset = token_problem(*TOKEN_CASES["streaming only"])
-    arguments[7] = np.zeros((0, PAGES, 4, 2, 64), jnp.bfloat16)
-    *_, stats = append_kv(*arguments, page, ring_page, offset)
-    assert stats.shape == arguments[7].shape
+@pytest.mark.parametrize("ranked", [0, 2, 3])
+def test_append_kv_with_statistics_of_the_first_heads(ranked: int) -> None:
+    arguments = list(token_problem(*TOKEN_CASES["int8, two heads a CTA"]))
+    arguments[7] = arguments[7][:ranked]
+    result = append_kv(*arguments)
+    assert result[-1].shape == arguments[7].shape
+    same(result, reference.append_kv(*arguments))
 
 
 def chunk_problem(tokens, start, length, retrieval, streaming, head_dim, page_size, g, dtype, kept):
@@ -153,6 +155,19 @@ CHUNK_CASES = {
 def test_append_kv_chunk(case: tuple) -> None:
     arguments = chunk_problem(*case)
     same(jax.jit(append_kv_chunk)(*arguments), reference.append_kv_chunk(*arguments))
+
+
+@pytest.mark.parametrize("ranked", [0, 1])
+@pytest.mark.parametrize(("start", "length"), [(64, 64), (21, 69)], ids=["whole", "in part"])
+def test_append_kv_chunk_with_statistics_of_the_first_heads(
+    start: int, length: int, ranked: int
+) -> None:
+    case = 72, start, length, 2, 0, 64, 32, 2, jnp.bfloat16, everything
+    *arguments, stats, table, ring_page, first, count = chunk_problem(*case)
+    arguments += [stats[:ranked], table, ring_page, first, count]
+    result = append_kv_chunk(*arguments)
+    assert result[-1].shape == arguments[4].shape
+    same(result, reference.append_kv_chunk(*arguments))
 
 
 @pytest.mark.parametrize("beyond", [-1, PAGES, 2**30])
@@ -217,8 +232,9 @@ def test_refuses_float32_tokens() -> None:
 
 
 def test_choice_of_config() -> None:
-    assert choose_config(32, 4, 4) == Config(query_heads=4, kv_heads=4)
-    assert choose_config(9, 2, 0) == Config(query_heads=1, kv_heads=2)
-    assert choose_config(6, 3, 5) == Config(query_heads=2, kv_heads=1)
+    assert choose_config(32, 4, 4, 4) == Config(query_heads=4, kv_heads=4)
+    assert choose_config(9, 0, 2, 0) == Config(query_heads=1, kv_heads=2)
+    assert choose_config(6, 3, 3, 5) == Config(query_heads=2, kv_heads=1)
+    assert choose_config(4, 2, 4, 4) == Config(query_heads=4, kv_heads=2)
     with pytest.raises(ValueError, match="kv_heads must be 1, 2 or 4, got 3"):
         Config(query_heads=1, kv_heads=3)

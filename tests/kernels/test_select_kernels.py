@@ -12,6 +12,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from pallas_kernels import reference
+from pallas_kernels.device import MOST_SELECTED_PAGES
 from pallas_kernels.hopper import page_selection
 from pallas_kernels.hopper.page_scores import Config, choose_config, page_scores
 from pallas_kernels.hopper.page_selection import select_pages
@@ -201,6 +202,15 @@ def test_heads_want_different_numbers_of_pages(width: int, num_pages: int, kind:
     selected = select_pages(*args, **how)
     assert_array_equal((selected >= 0).sum(axis=2), [[num_pages, 65, 1, 0], [3, 50, 50, 7]])
     assert_array_equal(selected, reference.select_pages(*args, **how))
+
+
+def test_as_many_pages_as_there_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best of three parts are two parts, and the best of those fill one."""
+    monkeypatch.setattr(page_selection, "SM_COUNT", 1)  # fewer CTAs to interpret
+    scores = KINDS["tied"](np.random.default_rng(3), (1, 1, 16500)).astype(np.float32)
+    args = jnp.asarray(scores), jnp.array([16499]), jnp.array([[MOST_SELECTED_PAGES]])
+    how = {"num_pages": MOST_SELECTED_PAGES, "sink_pages": 2}
+    assert_array_equal(select_pages(*args, **how), reference.select_pages(*args, **how))
 
 
 def test_one_cta_fills_all_entries_if_sms_are_few(monkeypatch: pytest.MonkeyPatch) -> None:

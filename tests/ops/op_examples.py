@@ -84,6 +84,15 @@ ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
         },
         (f32(B, 2, D), f32(B, 2)),
     ),
+    "verify_attention": (
+        {
+            "q": f32(B, 3, 2, D),
+            "pages": pages(KR),
+            "page_table": i32(B, M),
+            "position": i32(B),
+        },
+        (f32(B, 3, 2, D), f32(B, 3, 2)),
+    ),
     "merge_attention": (
         {"outs": f32(2, B, H, D), "lses": f32(2, B, H)},
         (f32(B, H, D), f32(B, H)),
@@ -199,6 +208,8 @@ def example(op: str) -> dict[str, Any]:
                 traced["streaming_page"] = jnp.where(jnp.arange(T) < T - P, -1, 2)
         case "prefix_attention":
             traced |= {"page_table": jnp.array([3, 0, 4, 1]), "length": jnp.int32(37)}
+        case "verify_attention":
+            traced |= {"position": jnp.array([-1, 37])}
         case "append_kv":
             traced |= {"page": jnp.array([1, 3]), "streaming_page": jnp.array([4, 0])}
         case "page_scores":

@@ -54,6 +54,12 @@ VIOLATIONS = [
     ("prefill_attention", {"length": jnp.int32(T + 1)}, rf"length must lie in \[0, {T}\]"),
     ("prefix_attention", {"length": jnp.int32(M * P + 1)}, "tokens cached through page_table"),
     (
+        "verify_attention",
+        {"position": jnp.array([0, M * P - 2])},
+        f"tokens cached through page_table, which holds {M * P}, must lie in",
+    ),
+    ("verify_attention", {"page_table": jnp.full((2, M), N)}, "page_table must lie in"),
+    (
         "append_kv",
         {"page": jnp.array([0, N])},
         rf"page must lie in .*, {N - 1}\], got 0 to {N}",

@@ -29,7 +29,9 @@ def test_the_table_of_accepted_arguments_covers_every_op() -> None:
     assert set(ACCEPTED) | others == set(api.__all__)
 
 
-@pytest.mark.parametrize("op", ["paged_attention", "merge_attention", "page_scores"])
+@pytest.mark.parametrize(
+    "op", ["paged_attention", "verify_attention", "merge_attention", "page_scores"]
+)
 def test_vmap_over_queries(op: str) -> None:
     """As with several queries over one cache: everything but the first argument is shared."""
     arguments = example(op)
@@ -66,6 +68,7 @@ def test_vmap_of_prefill_over_sequences_of_unequal_length() -> None:
     [
         ("paged_attention", "bfloat16 float32"),
         ("prefill_attention", "bfloat16 float32"),
+        ("verify_attention", "bfloat16 float32"),
         ("merge_attention", "bfloat16 float32"),
         ("append_kv", "bfloat16 " * 6),
         ("append_kv_chunk", "bfloat16 " * 5),

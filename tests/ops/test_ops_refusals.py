@@ -158,6 +158,21 @@ from pallas_kernels.api import OwnAttention
             {"own": OwnAttention(f32(B, 2, D), f32(B, 2), i32(B))},
             "own.shares has dtype int32, expected bool",
         ),
+        ("verify_attention", {"q": f32(B, H, D)}, "q has shape (2, 6, 8), expected [any, any"),
+        ("verify_attention", {"q": f32(B, 0, 2, D)}, "q has shape (2, 0, 2, 8), needs a token"),
+        (
+            "verify_attention",
+            {"pages": pages(KR, head_dim=4)},
+            "pages.k has shape (1, 5, 16, 4), expected [any, any, any, 8]",
+        ),
+        (
+            "verify_attention",
+            {"pages": pages(2), "q": f32(B, 3, 3, D)},
+            "3 query heads must be a multiple of 2 KV heads",
+        ),
+        ("verify_attention", {"page_table": i32(M)}, "page_table has shape (4,), expected [2, any"),
+        ("verify_attention", {"page_table": i32(B, 0)}, "(2, 0), needs an entry"),
+        ("verify_attention", {"position": i32(3)}, "position has shape (3,), expected [2]"),
         ("merge_attention", {"outs": f32(2)}, "outs has shape (2,), expected [n, ..., D]"),
         (
             "merge_attention",
