@@ -168,7 +168,7 @@ from pallas_kernels.api import OwnAttention
         (
             "verify_attention",
             {"pages": pages(2), "q": f32(B, 3, 3, D)},
-            "3 query heads must be a multiple of 2 KV heads",
+            "3 query heads must be a positive multiple of 2 KV heads",
         ),
         ("verify_attention", {"page_table": i32(M)}, "page_table has shape (4,), expected [2, any"),
         ("verify_attention", {"page_table": i32(B, 0)}, "(2, 0), needs an entry"),
