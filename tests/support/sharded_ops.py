@@ -76,6 +76,14 @@ def paged_attention() -> None:
     same(out, tuple(map(queries, alone)))
 
 
+def verify_attention() -> None:
+    """One pool: no order to mind."""
+    of_tokens = Spec(None, None, "heads")
+    args = normal(B, 3, 4, D), retrieval, np.array([[4, 1], [2, 5]], np.int32), integers(20, -1)
+    op = sharded(api.verify_attention, (of_tokens, POOL, ALL, ALL), of_tokens)
+    same(op(*args), jax.jit(api.verify_attention)(*args))
+
+
 def prefill_attention() -> None:
     q, k, v = normal(T, 8, D), normal(T, 4, D), normal(T, 4, D)
     where = (integers(4, 1, 0), integers(2, 5, 2), np.int32(20), np.int32(T))
@@ -128,6 +136,7 @@ def merge_attention() -> None:
 if __name__ == "__main__":
     assert jax.device_count() == 2
     paged_attention()
+    verify_attention()
     prefill_attention()
     append_kv_chunk()
     append_kv()
