@@ -1,5 +1,8 @@
 """Milliseconds a token of the engine with Llama-3-8B's geometry, dense beside lserve, on one GPU.
 
+``lserve`` is LServe's own policy; ``shares`` adds three heads that read everything
+(``few_heads_matter``).
+
     python benchmarks/decode.py [--contexts 16384 131072 524288] [--batches 1 8]
 
 The engine is the real one and its weights are random bf16. Prompts are not computed: their pages
@@ -10,6 +13,7 @@ goes on behind the burst before. Writes
 """
 
 import json
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +27,7 @@ from llama_8b import (
     NO_CHUNKS,
     UncomputedPrompts,
     burst_seconds,
+    few_heads_matter,
     options,
     random_params,
 )
@@ -37,7 +42,7 @@ BURST = 64
 class Args:
     contexts: tuple[int, ...] = (16384, 65536, 131072, 262144, 524288)
     batches: tuple[int, ...] = (1, 8)
-    attention: tuple[str, ...] = ("dense", "lserve")
+    attention: tuple[str, ...] = ("dense", "lserve", "shares")
     bursts: int = 5  # timed ones
     # All of these must fit the cache: batch x context tokens of 131072 bytes, half of it in lserve.
     cache_bytes: int = 90 << 30
@@ -49,7 +54,8 @@ def main(args: Args) -> None:
     about = provenance()
     params, rows = random_params(CONFIG), []
     for name in args.attention:
-        sparsity = LSERVE if name == "lserve" else None
+        directory = Path(tempfile.mkdtemp())
+        sparsity = {"dense": None, "lserve": LSERVE, "shares": few_heads_matter(directory)}[name]
         token_bytes = 131072 if sparsity is None else 74000
         for batch in args.batches:
             contexts = [n for n in args.contexts if n * batch * token_bytes <= args.cache_bytes]

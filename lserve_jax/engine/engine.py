@@ -336,9 +336,9 @@ class Engine:
     # Prompts.
 
     def prefill_waiting(self) -> None:
-        """Prefills what waits, as slots and pages allow; for ``scoring.py``, which decodes."""
+        """Prefills what waits, as slots and pages allow, before anything decodes."""
         while self.scheduler.prefilling is not None or self._admit() is not None:
-            self._prefill()
+            self._first_tokens += self._prefill()
 
     def _prefill(self) -> list[tuple[Request, Sample]]:
         """Runs chunks as far as the step's budget goes; returns prompts that are through.

@@ -70,13 +70,13 @@ def exact_burst(
         wanted = jnp.clip(jnp.minimum(drafts, left - 1), 0, most_drafts)
         wanted_tokens = _forced_from(forced, result.steps, most_drafts + 1)
         if program.spec.draft == "ngram":
-            tokens, wanted = _look_up(state, wanted, most_drafts)
+            tokens, wanted = look_up(state, wanted, most_drafts)
             tokens = tokens.at[:, 1:].set(
                 jnp.where(wanted_tokens[:, :-1] >= 0, wanted_tokens[:, :-1], tokens[:, 1:])
             )
             attended = jnp.zeros((B,), jnp.float32)
         else:
-            tokens, caches, attended = _draft(
+            tokens, caches, attended = draft_sparse(
                 program, params, caches, state, tables, wanted_tokens, wanted, mode, most_drafts
             )
         position, count = state.position, jnp.where(left > 0, wanted + 1, 0)
@@ -123,7 +123,7 @@ def _forced_from(
     return jnp.where(index < forced.shape[0], found, -1)
 
 
-def _look_up(
+def look_up(
     state: DecodeState, wanted: Int[Array, " B"], most_drafts: int
 ) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
     """Each row's newest token and what followed it last time, and how many of these there are.
@@ -151,7 +151,7 @@ def _look_up(
     return jnp.concatenate([state.token[:, None], drafts], axis=1), count
 
 
-def _draft(
+def draft_sparse(
     program: Program,
     params: Params,
     caches: Caches,

@@ -1,0 +1,142 @@
+"""Exact mode beside dense attention, with Llama-3-8B's geometry, on one GPU.
+
+    python benchmarks/exact.py [--shapes 65536x8 524288x1 131072x1] [--drafts 4 6]
+
+Both engines are real, weights are random bf16, and prompts are not computed, as in ``decode.py``.
+Random weights confirm next to no draft, so acceptance is set: tokens are forced, which drafting and
+verification both follow, and then a fixed tenth of the places is drafted wrong. All work is done as
+it would be. Half of the heads draft by windows, the others by 4096 tokens. A figure is the median
+wall time of a burst over its tokens. Writes ``benchmarks/results/exact.json``.
+"""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from llama_8b import (
+    CONFIG,
+    LSERVE,
+    NO_CHUNKS,
+    UncomputedPrompts,
+    burst_seconds,
+    options,
+    random_params,
+)
+from machine import provenance
+
+from lserve_jax.engine import speculate
+from lserve_jax.engine.build import build_engine
+from lserve_jax.engine.inputs import BurstInputs
+from lserve_jax.engine.state import Burst, DecodeState
+
+BURST = 64
+ACCEPTANCE = 0.9
+
+
+def spoil(tokens: Any, state: DecodeState) -> Any:
+    """A fixed tenth of the drafts, by their positions, becomes another token."""
+    place = state.position[:, None] + 1 + jnp.arange(tokens.shape[1] - 1)[None]
+    row = jnp.arange(tokens.shape[0])[:, None]
+    mixed = ((place * 7919 + row * 104729) & 0xFFFFFF).astype(jnp.uint32) * jnp.uint32(2654435761)
+    wrong = (mixed >> 8) % 1000 >= int(1000 * ACCEPTANCE)
+    return tokens.at[:, 1:].add(wrong.astype(jnp.int32))
+
+
+class SetAcceptance(UncomputedPrompts):
+    """Every token is forced, and every row drafts ``drafts`` tokens, a tenth of them wrong."""
+
+    drafts = 0
+    bursts: list[Burst]
+
+    def reset(self) -> None:
+        super().reset()
+        self.bursts = []
+
+    def decode(self, inputs: BurstInputs) -> Burst:
+        shape = inputs.forced.shape
+        forced = np.random.default_rng(0).integers(1, 1000, shape).astype(np.int32)
+        rows = np.full((shape[1],), self.drafts, np.int32)
+        burst = super().decode(dataclasses.replace(inputs, forced=forced, drafts=rows))
+        self.bursts.append(burst)
+        return burst
+
+
+def spoilt_drafts() -> None:
+    """Drafts of every engine from now on are spoilt."""
+    draft = speculate.draft_sparse
+
+    def spoilt(program, params, caches, state, *rest):
+        tokens, caches, attended = draft(program, params, caches, state, *rest)
+        return spoil(tokens, state), caches, attended
+
+    speculate.draft_sparse = spoilt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    shapes: tuple[str, ...] = ("65536x8", "524288x1", "131072x1")  # context x rows
+    drafts: tuple[int, ...] = (4, 6)
+    bursts: int = 3  # timed ones
+    output: Path = Path(__file__).parent / "results" / "exact.json"
+
+
+def main(args: Args) -> None:
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    about = provenance()
+    spoilt_drafts()
+    params, rows = random_params(CONFIG), []
+    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
+    for batch in sorted({batch for _, batch in shapes}, reverse=True):
+        contexts = [context for context, n in shapes if n == batch]
+        longest = max(contexts) + BURST * (args.bursts + 4) + 64
+        for drafts in (None, *args.drafts):
+            changes: dict[str, Any] = {}
+            if drafts is not None:
+                changes = {"exact": True, "max_draft_tokens": drafts}
+            engine = build_engine(
+                CONFIG,
+                params,
+                options(
+                    None if drafts is None else LSERVE,
+                    max_num_seqs=batch,
+                    max_model_len=longest,
+                    max_prefixes=0,
+                    kv_cache_bytes=batch * (longest + 64) * 131072 * 17 // 16,
+                    burst_steps=BURST,
+                    prefill_chunk_size=NO_CHUNKS,
+                    **changes,
+                ),
+                runner_class=UncomputedPrompts if drafts is None else SetAcceptance,
+            )
+            engine.runner.wait()
+            for context in contexts:
+                begin = time.perf_counter()
+                prompts = [np.zeros((context,), np.int32)] * batch
+                row: dict[str, Any] = {"context": context, "batch": batch, "drafts": drafts}
+                if isinstance(engine.runner, SetAcceptance):
+                    engine.runner.drafts = drafts
+                    engine.runner.bursts.clear()
+                seconds = burst_seconds(engine, prompts, args.bursts)
+                times = [1e3 * t / BURST for t in seconds]
+                row |= {"ms_per_token": median(times), "fastest": min(times), "slowest": max(times)}
+                if isinstance(engine.runner, SetAcceptance):
+                    done = engine.runner.bursts
+                    verified = sum(int(burst.verified.sum()) for burst in done)
+                    confirmed = sum(int(burst.confirmed.sum()) for burst in done)
+                    row["tokens_per_verification"] = 1 + confirmed / verified
+                rows.append(row)
+                args.output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+                seconds_all = time.perf_counter() - begin
+                print({**row, "seconds_in_all": round(seconds_all)}, flush=True)
+            del engine  # the memory of its cache is needed
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,130 @@
+"""Exact mode on a real model and real text: tokens a second, acceptance, and whether answers agree.
+
+    python benchmarks/exact_text.py [--lengths 31744] [--rows 16]
+
+Greedy continuations of windows of two texts, by dense attention, by sparse attention alone and in
+exact mode (drafts by sparse steps, and looked up). Prompts are computed first; a figure is the wall
+time from then on over the tokens made, its second run of three. Where an answer differs from dense
+attention's, the two likeliest tokens there are compared: a tie says that rounding decided. Writes
+``benchmarks/results/exact_text.json``.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import tyro
+from machine import provenance
+
+from lserve_jax import LLM, SamplingParams, SparsityConfig
+from lserve_jax.engine.request import TokenOutput
+from lserve_jax.eval.prompts import read_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    model: str = "smollm2-135m-instruct-32k"
+    pattern: str = "SmolLM2-135M-Instruct-32K"
+    lengths: tuple[int, ...] = (4096, 16384, 31744)
+    rows: int = 16
+    tokens: int = 256
+    runs: int = 3
+    dtype: str = "bfloat16"
+    settings: tuple[str, ...] = ("dense", "sparse", "exact", "ngram")
+    output: Path = Path(__file__).parent / "results" / "exact_text.json"
+
+
+def settings_of(name: str, args: Args) -> dict[str, Any]:
+    sparsity = SparsityConfig(pattern=args.pattern)
+    return {
+        "dense": {},
+        "sparse": {"attention": "lserve", "sparsity": sparsity},
+        "exact": {"attention": "lserve", "sparsity": sparsity, "exact": True},
+        "ngram": {"attention": "lserve", "exact": True, "draft": "ngram"},
+    }[name]
+
+
+def run(llm: LLM, prompts: list[list[int]], tokens: int) -> tuple[float, dict[str, list]]:
+    """Seconds of decoding, and every answer's outputs."""
+    engine = llm.engine
+    sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=2)
+    for number, prompt in enumerate(prompts):
+        engine.add_request(str(number), prompt, sampling, seed=0)
+    engine.prefill_waiting()
+    engine.runner.wait()
+    answers: dict[str, list[TokenOutput]] = {str(i): [] for i in range(len(prompts))}
+    begin = time.perf_counter()
+    while engine.has_unfinished_requests:
+        for output in engine.step():
+            answers[output.request_id].append(output)
+    return time.perf_counter() - begin, answers
+
+
+def agreement(wanted: dict[str, list], got: dict[str, list]) -> dict[str, Any]:
+    """Answers that are the same, and the gap of the two likeliest tokens where one is not."""
+    gaps = []
+    for key, outputs in wanted.items():
+        ours = [token for output in got[key] for token in output.token_ids]
+        theirs = [token for output in outputs for token in output.token_ids]
+        tops = [top for output in outputs for top in output.top_logprobs]
+        first = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
+        if first is not None:
+            best, second = sorted(tops[first].values(), reverse=True)[:2]
+            gaps.append(best - second)
+    return {"same": len(wanted) - len(gaps), "of": len(wanted), "gaps": sorted(gaps)}
+
+
+def main(args: Args) -> None:
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    about, rows, dense = provenance(), [], {}
+    for name in args.settings:
+        llm = LLM(
+            args.model,
+            dtype=args.dtype,
+            max_num_seqs=args.rows,
+            max_model_len=max(args.lengths) + args.tokens,
+            max_prefixes=0,
+            relay="never",
+            burst_steps=64,
+            **settings_of(name, args),
+        )
+        assert llm.tokenizer is not None  # the model has one
+        for length in args.lengths:
+            texts = [
+                read_text(llm.tokenizer, text, length) for text in ("documentation", "stories")
+            ]
+            prompts = []
+            for row in range(args.rows):
+                ids = list(texts[row % 2])
+                start = (len(ids) - length) * (row // 2) // max(args.rows // 2 - 1, 1)
+                prompts.append(ids[start : start + length])
+            seconds, answers = [], {}
+            for _ in range(args.runs):
+                spent, answers = run(llm, prompts, args.tokens)
+                seconds.append(spent)
+            last = [outputs[-1].metrics for outputs in answers.values()]
+            row = {
+                "setting": name,
+                "length": length,
+                "rows": args.rows,
+                "tokens_per_second": args.rows * args.tokens / median(seconds[1:] or seconds),
+                "seconds": seconds,
+                "acceptance": sum(m.confirmed_tokens for m in last)
+                / max(sum(m.drafted_tokens for m in last), 1),
+                "tokens_per_verification": sum(m.decode_steps for m in last)
+                / max(sum(m.verifications for m in last), 1),
+                "reason": last[0].draft_reason,
+            }
+            dense.setdefault(length, answers)
+            row["agreement"] = agreement(dense[length], answers)
+            rows.append(row)
+            args.output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+            print(row, flush=True)
+        del llm  # the memory of its cache is needed
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
