@@ -12,6 +12,7 @@ goes on behind the burst before. Writes
 ``benchmarks/results/decode.json``.
 """
 
+import gc
 import json
 import tempfile
 import time
@@ -100,7 +101,8 @@ def main(args: Args) -> None:
                     f"[{time.perf_counter() - begin:.0f} s]",
                     flush=True,
                 )
-            del engine  # the memory of its cache is needed
+            del engine  # the memory of its cache is needed, and it holds itself
+            gc.collect()
 
 
 if __name__ == "__main__":

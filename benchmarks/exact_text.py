@@ -9,6 +9,7 @@ attention's, the two likeliest tokens there are compared: a tie says that roundi
 ``benchmarks/results/exact_text.json``.
 """
 
+import gc
 import json
 import time
 from dataclasses import dataclass
@@ -123,7 +124,8 @@ def main(args: Args) -> None:
             rows.append(row)
             args.output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
             print(row, flush=True)
-        del llm  # the memory of its cache is needed
+        del llm  # the memory of its cache is needed, and it holds itself
+        gc.collect()
 
 
 if __name__ == "__main__":
