@@ -173,7 +173,8 @@ def test_what_does_not_fit(directory: str, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"num_retrieval": (2,), "num_dense": (3,)}, "3 dense of 2"),
+        ({"num_retrieval": (2,), "num_dense": (3,)}, "3 dense and 0 windowed of 2"),
+        ({"num_retrieval": (2,), "num_dense": (1,), "num_windowed": (2,)}, "2 windowed of 2"),
         ({"num_retrieval": (2,), "num_dense": (0, 0)}, "num_dense names 2 layers"),
         ({"num_retrieval": (2,), "num_dense": (0,)}, "neither share nor budget"),
         ({"num_retrieval": (2,), "num_dense": (0,), "shares": ((0.5,),)}, "shares are for"),
