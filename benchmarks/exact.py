@@ -5,8 +5,9 @@
 Both engines are real, weights are random bf16, and prompts are not computed, as in ``decode.py``.
 Random weights confirm next to no draft, so acceptance is set: tokens are forced, which drafting and
 verification both follow, and a tenth of the places, drawn at random but always the same ones, is
-drafted wrong. All work is done as it would be. Half of the heads draft by windows, the others by 4096 tokens. A figure is the median
-wall time of a burst over its tokens. Writes ``benchmarks/results/exact.json``.
+drafted wrong. All work is done as it would be. Half of the heads draft by windows, the others by
+4096 tokens. A figure is the median wall time of a burst over its tokens. Writes
+``benchmarks/results/exact.json``.
 """
 
 import dataclasses
