@@ -296,18 +296,6 @@ def refuse_unknown(
         )
 
 
-def refuse_quantised(config: Mapping[str, Any], where: str) -> None:
-    """Raises ``NotImplementedError`` that names how the checkpoint is quantised, if it is."""
-    for name in ("quantization_config", "compression_config"):
-        settings = json_object(name, config.get(name), where)
-        if settings:
-            method = settings.get("quant_method") or "a method that it does not name"
-            raise NotImplementedError(
-                f"{where}: the checkpoint is quantised by {method} ({name}), which is not "
-                "supported; take one in float32, bfloat16 or float16, or a GGUF file"
-            )
-
-
 def _made[T](kind: type[T], where: str, **fields: Any) -> T:
     """``kind(**fields)``, whose errors name the file."""
     try:

@@ -6,15 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from convert.config_json import canonical, refuse_quantised
+from convert.config_json import canonical
 from convert.files import is_file
 from convert.json_values import positive_int, read_json, token_ids
-from convert.safetensors_file import SafetensorsFile
+from convert.quantised import QUANTISED_KEYS, RawTensor, dequantised, quantisation
+from convert.safetensors_file import FLOATS, SafetensorsFile
 from convert.stream import Checkpoint, FileTensor, parse_dtype
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _EMBEDDING = "model.embed_tokens.weight"
+_FLOATS = frozenset(FLOATS.values())
 # Files that only quantised checkpoints have, from before config.json said so.
 _QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
@@ -23,16 +25,19 @@ def read_config(directory: Path) -> dict[str, Any]:
     """``config.json`` in canonical form.
 
     Where ``generation_config.json`` names tokens to stop at, those count, as in Hugging Face.
-    Raises ``NotImplementedError`` for a quantised checkpoint.
+    What it says of quantised weights is left out: they become others on the way here. Raises
+    ``NotImplementedError`` for a method of quantising that is not read.
     """
     where = str(directory / "config.json")
     config = read_json(directory / "config.json")
-    refuse_quantised(config, where)
-    for name in _QUANTISED:
-        if is_file(directory / name):
-            raise NotImplementedError(
-                f"{directory / name}: quantised checkpoints are not supported"
-            )
+    if quantisation(config, where) is None:
+        for name in _QUANTISED:
+            if is_file(directory / name):
+                raise NotImplementedError(
+                    f"{directory / name} says how the checkpoint is quantised, config.json does "
+                    "not: give config.json its quantization_config"
+                )
+    config = {key: value for key, value in config.items() if key not in QUANTISED_KEYS}
     generation = directory / "generation_config.json"
     if is_file(generation):
         eos = read_json(generation).get("eos_token_id")
@@ -47,28 +52,39 @@ def read_hf(directory: Path) -> Checkpoint:
     """Describes the checkpoint in ``directory`` without reading any weights.
 
     Raises ``ValueError`` for missing or truncated files, ``NotImplementedError`` for tensors that
-    are not F32, F16 or BF16.
+    are not F32, F16 or BF16, nor codes of a checkpoint that says how it is quantised.
     """
+    path = directory / "config.json"
+    quantised = quantisation(read_json(path), str(path))
     config = read_config(directory)
-    shards = _OneShard()
-    tensors: dict[str, FileTensor] = {}
+    shards = _OneShard(codes=quantised is not None)
+    raw: dict[str, RawTensor] = {}
     dtypes: dict[str, str] = {}
     for path in _weight_files(directory):
         shard = shards.open(path)
         for name, shape in shard.shapes.items():
-            if name in tensors:
+            if name in raw:
                 raise ValueError(f"{directory} holds tensor {name} twice, again in {path.name}")
-            tensors[name] = FileTensor(
-                name=name, shape=shape, rows=functools.partial(shards.rows, path, name)
+            raw[name] = RawTensor(
+                name=name,
+                shape=shape,
+                dtype=shard.dtypes[name],
+                read=functools.partial(shards.part, path, name),
             )
-        dtypes |= shard.dtypes
-    if not tensors:
+        dtypes |= {name: dtype for name, dtype in shard.dtypes.items() if dtype in _FLOATS}
+    if not raw:
         raise ValueError(f"{directory} holds no tensors")
+    if quantised is None:
+        tensors = {
+            name: FileTensor(name=name, shape=x.shape, rows=x.read) for name, x in raw.items()
+        }
+    else:
+        tensors = dequantised(raw, quantised, str(directory))
     return Checkpoint(
         where=str(directory),
         config=config,
         naming="phi3" if config.get("model_type") == "phi3" else "hf",
-        dtype=parse_dtype(dtypes.get(_EMBEDDING) or next(iter(dtypes.values()))),
+        dtype=parse_dtype(dtypes.get(_EMBEDDING) or next(iter(dtypes.values()), "float32")),
         tensors=list(tensors.values()),
     )
 
@@ -102,14 +118,15 @@ def _weight_files(directory: Path) -> list[Path]:
 class _OneShard:
     """Keeps one shard mapped at a time: mapped pages that were read count as our memory."""
 
-    def __init__(self):
+    def __init__(self, *, codes: bool):
+        self._codes = codes
         self._shard: SafetensorsFile | None = None
 
     def open(self, path: Path) -> SafetensorsFile:
         if self._shard is None or self._shard.path != path:
             self._shard = None  # unmap before mapping the next
-            self._shard = SafetensorsFile(path)
+            self._shard = SafetensorsFile(path, codes=self._codes)
         return self._shard
 
-    def rows(self, path: Path, name: str, start: int, stop: int) -> np.ndarray:
-        return self.open(path).rows(name, start, stop)
+    def part(self, path: Path, name: str, *bounds: int) -> np.ndarray:
+        return self.open(path).part(name, *bounds)

@@ -1,0 +1,405 @@
+"""Quantised Hugging Face checkpoints: their tensors as weights in float32, read row by row.
+
+Formats: compressed-tensors (pack-quantized, int-quantized, float-quantized, naive-quantized), AWQ,
+GPTQ (v1 and v2, act-order too) and block fp8. A module ``x`` has its codes and scales in tensors of
+its own, such as ``x.qweight``; here they become one tensor ``x.weight`` of [out, in]. Which modules
+are quantised, in how many bits and groups, is read from the tensors themselves and then held
+against what the config says; so lists of modules left out need no rule of their own.
+
+Layouts were checked against the libraries that write them (``tests/convert/quantised``);
+``docs/formats.md`` lists what each may contain.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from convert.json_values import json_object, shortened
+from convert.stream import FileTensor
+
+# In an int32 of AWQ's, nibble i belongs to column 8 j + _AWQ_ORDER[i].
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+QUANTISED_KEYS = ("quantization_config", "compression_config")
+_COMPRESSED = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+# Of activations and of the cache: weights alone are quantised here, and need none of these.
+_NOT_WEIGHTS = ("input_scale", "input_zero_point", "input_global_scale", "k_scale", "v_scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawTensor:
+    """A tensor as it is stored."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    # Part of it: rows [start, stop) of the first axis, and columns of the second where it has one.
+    read: Callable[..., np.ndarray]
+
+    def all(self) -> np.ndarray:
+        return self.read(0, self.shape[0])
+
+    def columns(self, start: int, stop: int) -> np.ndarray:
+        return self.read(0, self.shape[0], start, stop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantisation:
+    """How a checkpoint says that it is quantised."""
+
+    method: str
+    settings: Mapping[str, Any]
+    where: str  # names the file that says so
+
+
+def quantisation(config: Mapping[str, Any], where: str) -> Quantisation | None:
+    """What ``config`` says of quantised weights; None if they are not.
+
+    Raises ``NotImplementedError`` naming a method or setting that is not read, ``ValueError`` for
+    what cannot be meant.
+    """
+    for key in QUANTISED_KEYS:
+        settings = json_object(key, config.get(key), where)
+        if settings:
+            break
+    else:
+        return None
+    method = settings.get("quant_method") or "a method that it does not name"
+    checks = {
+        "compressed-tensors": _check_compressed,
+        "awq": _check_awq,
+        "gptq": _check_gptq,
+        "fp8": _check_fp8,
+    }
+    if method not in checks:
+        raise NotImplementedError(
+            f"{where}: the checkpoint is quantised by {method} ({key}), which is not supported; "
+            f"supported: {', '.join(checks)}, GGUF files, and float32, bfloat16 or float16"
+        )
+    checks[method](settings, where)
+    return Quantisation(method=method, settings=settings, where=where)
+
+
+def dequantised(
+    tensors: Mapping[str, RawTensor], quantised: Quantisation, where: str
+) -> dict[str, FileTensor]:
+    """The checkpoint's weights by name, quantised ones in float32.
+
+    Raises ``ValueError`` naming a tensor that is missing, misshapen or left over.
+    """
+    readers = {
+        "compressed-tensors": _compressed_weight,
+        "awq": _awq_weight,
+        "gptq": _gptq_weight,
+        "fp8": _fp8_weight,
+    }
+    modules: dict[str, dict[str, RawTensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        modules.setdefault(module, {})[part] = tensor
+    found: dict[str, FileTensor] = {}
+    for module, parts in modules.items():
+        parts = {part: x for part, x in parts.items() if part not in _NOT_WEIGHTS}
+        plain = {"bias", "weight"}
+        if not parts.keys() <= plain or _holds_codes(parts.get("weight")):
+            weight = readers[quantised.method](_Module(module, parts, quantised, where))
+            found[f"{module}.weight"] = weight
+            plain = {"bias"}
+        for part in plain & parts.keys():
+            x = parts[part]
+            _expect(x, ("float32", "float16", "bfloat16"), where)
+            found[x.name] = FileTensor(name=x.name, shape=x.shape, rows=x.read)
+    return found
+
+
+def _holds_codes(weight: RawTensor | None) -> bool:
+    return weight is not None and weight.dtype not in ("float32", "float16", "bfloat16")
+
+
+class _Module:
+    """The tensors of one quantised module, taken one by one."""
+
+    def __init__(self, name: str, parts: dict[str, RawTensor], quantised: Quantisation, where: str):
+        self.name, self.where, self.quantised = name, where, quantised
+        self._parts = {part: x for part, x in parts.items() if part != "bias"}
+
+    def take(
+        self, part: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...] | None = None
+    ) -> RawTensor:
+        """A tensor that must be there, of one of these dtypes and this shape."""
+        if part not in self._parts:
+            raise ValueError(
+                f"{self.where}: {self.name} is quantised by {self.quantised.method} and has no "
+                f"{part}; it has {', '.join(shortened(sorted(self._parts)))}"
+            )
+        x = self._parts.pop(part)
+        _expect(x, dtypes, self.where)
+        if shape is not None:
+            fits = len(shape) == len(x.shape) and all(
+                wanted in (None, size) for wanted, size in zip(shape, x.shape, strict=True)
+            )
+            if not fits:
+                wanted = ", ".join("any" if n is None else str(n) for n in shape)
+                raise ValueError(f"{self.where}: {x.name} has shape {x.shape}, expected [{wanted}]")
+        return x
+
+    def optional(
+        self, part: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...] | None = None
+    ) -> RawTensor | None:
+        return self.take(part, dtypes, shape) if part in self._parts else None
+
+    def scale(self, part: str) -> RawTensor:
+        return self.take(part, ("float32", "float16", "bfloat16"))
+
+    def groups(self, inputs: int, count: int, scales: str) -> int:
+        """Inputs of a group, given how many groups there are."""
+        if count < 1 or inputs % count:
+            raise ValueError(
+                f"{self.where}: {self.name}.{scales} has {count} groups for {inputs} inputs, "
+                "which they do not divide"
+            )
+        return inputs // count
+
+    def done(self, shape: tuple[int, int], rows: Callable[[int, int], np.ndarray]) -> FileTensor:
+        """The weight, once nothing is left over."""
+        if self._parts:
+            names = ", ".join(shortened(sorted(x.name for x in self._parts.values())))
+            raise NotImplementedError(
+                f"{self.where}: {names} beside quantised weights are not supported"
+            )
+        return FileTensor(name=f"{self.name}.weight", shape=shape, rows=rows)
+
+
+def _expect(x: RawTensor, dtypes: tuple[str, ...], where: str) -> None:
+    if x.dtype not in dtypes:
+        raise ValueError(f"{where}: {x.name} has dtype {x.dtype}, expected {' or '.join(dtypes)}")
+
+
+def _unpack(words: np.ndarray, bits: int) -> np.ndarray:
+    """int32 [...] to uint8 [..., 32 / bits], the lowest bits first."""
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    codes = words.view(np.uint32)[..., None] >> shifts
+    return (codes & np.uint32((1 << bits) - 1)).astype(np.uint8)
+
+
+def _spread(per_group: np.ndarray, group: int) -> np.ndarray:
+    """[rows, groups] to [rows, inputs]."""
+    return np.repeat(per_group.astype(np.float32), group, axis=1)
+
+
+# compressed-tensors
+
+
+def _check_compressed(settings: Mapping[str, Any], where: str) -> None:
+    groups = json_object("config_groups", settings.get("config_groups"), where)
+    schemes = [json_object(f"config_groups.{name}", x, where) for name, x in groups.items()]
+    for kind in [settings.get("format"), *(scheme.get("format") for scheme in schemes)]:
+        if kind is not None and kind not in (*_COMPRESSED, "mixed-precision"):
+            raise NotImplementedError(
+                f"{where}: format {kind!r} of compressed-tensors is not supported; supported: "
+                f"{', '.join(_COMPRESSED)}"
+            )
+    for scheme in schemes:
+        weights = json_object("weights", scheme.get("weights"), where)
+        bits, kind = weights.get("num_bits"), weights.get("type", "int")
+        if weights and (bits, kind) not in ((4, "int"), (8, "int"), (8, "float")):
+            raise NotImplementedError(
+                f"{where}: weights of {bits} bits of type {kind} are not supported; supported: "
+                "int of 4 or 8, float of 8"
+            )
+    if settings.get("sparsity_config") not in (None, {}) and (
+        json_object("sparsity_config", settings["sparsity_config"], where).get("format")
+        not in (None, "dense")
+    ):
+        raise NotImplementedError(
+            f"{where}: sparse checkpoints (sparsity_config) are not supported"
+        )
+
+
+def _compressed_weight(module: _Module) -> FileTensor:
+    packed = module.optional("weight_packed", ("int32",), (None, None))
+    if packed is None:
+        return _scaled_weight(module, "weight_scale", "weight_zero_point")
+    shape = module.take("weight_shape", ("int64", "int32"), (2,)).all()
+    out, inputs = (int(n) for n in shape)
+    columns = packed.shape[1]
+    bits = next((b for b in (4, 8) if columns == -(-inputs * b // 32)), None)
+    if packed.shape[0] != out or bits is None:
+        raise ValueError(
+            f"{module.where}: {packed.name} has shape {packed.shape}, which holds no [{out}, "
+            f"{inputs}] of 4 or 8 bits, as {module.name}.weight_shape says"
+        )
+    scale = module.take("weight_scale", ("float32", "float16", "bfloat16"), (out, None))
+    group = module.groups(inputs, scale.shape[1], "weight_scale")
+    per = 32 // bits
+    zero = module.optional("weight_zero_point", ("int32",), (-(-out // per), scale.shape[1]))
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        codes = _unpack(packed.read(start, stop), bits).reshape(stop - start, -1)[:, :inputs]
+        offset = np.float32(1 << (bits - 1))  # signed codes are stored with this added
+        if zero is None:
+            shift = offset
+        else:
+            first = start // per  # zero points are packed along the outputs
+            words = zero.read(first, -(-stop // per))
+            points = _unpack(words, bits).transpose(0, 2, 1).reshape(-1, words.shape[1])
+            shift = _spread(points[start - first * per :][: stop - start], group)
+        return (codes.astype(np.float32) - shift) * _spread(scale.read(start, stop), group)
+
+    return module.done((out, inputs), rows)
+
+
+def _scaled_weight(module: _Module, scale_name: str, zero_name: str | None) -> FileTensor:
+    """Codes [out, in], int8 or fp8, with scales for the tensor, a channel, a group or a block."""
+    codes = module.take("weight", ("int8", "float8_e4m3fn"), (None, None))
+    out, inputs = codes.shape
+    scale = module.scale(scale_name)
+    tall, wide = _blocks(module, scale, (out, inputs))
+    zero = None
+    if zero_name is not None:
+        zero = module.optional(zero_name, ("int8", "float8_e4m3fn"), scale.shape)
+
+    def spread(x: RawTensor, start: int, stop: int) -> np.ndarray:
+        if len(x.shape) < 2:  # one for all
+            return np.asarray(x.all() if x.shape else x.read(), np.float32).reshape(1, 1)
+        first = start // tall
+        part = x.read(first, -(-stop // tall)).astype(np.float32)
+        part = np.repeat(part, tall, axis=0)[start - first * tall :][: stop - start]
+        return np.repeat(part, wide, axis=1)[:, :inputs]
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        values = codes.read(start, stop).astype(np.float32)
+        if zero is not None:
+            values = values - spread(zero, start, stop)
+        return values * spread(scale, start, stop)
+
+    return module.done((out, inputs), rows)
+
+
+def _blocks(module: _Module, scale: RawTensor, shape: tuple[int, int]) -> tuple[int, int]:
+    """Outputs and inputs that share a scale."""
+    if scale.shape in ((), (1,)):
+        return shape
+    if len(scale.shape) == 2:
+        out, inputs = shape
+        tall, wide = scale.shape
+        if tall == out and wide >= 1 and inputs % wide == 0:  # a channel, or groups of one
+            return 1, inputs // wide
+        block = module.quantised.settings.get("weight_block_size", [128, 128])
+        if scale.shape == (-(-out // block[0]), -(-inputs // block[1])):
+            return block[0], block[1]
+    raise ValueError(
+        f"{module.where}: {scale.name} has shape {scale.shape}, which is no scale for the tensor, "
+        f"a channel, a group or a block of weights {list(shape)}"
+    )
+
+
+# fp8 with scales of blocks
+
+
+def _check_fp8(settings: Mapping[str, Any], where: str) -> None:
+    block = settings.get("weight_block_size")
+    if block is not None and (
+        not isinstance(block, list)
+        or len(block) != 2
+        or not all(type(n) is int and n > 0 for n in block)
+    ):
+        raise ValueError(f"{where}: weight_block_size must be two positive integers, got {block!r}")
+    kind = settings.get("fmt")
+    if kind not in (None, "e4m3"):
+        raise NotImplementedError(f"{where}: fmt {kind!r} of fp8 is not supported; only 'e4m3' is")
+
+
+def _fp8_weight(module: _Module) -> FileTensor:
+    return _scaled_weight(module, "weight_scale_inv", None)
+
+
+# AWQ
+
+
+def _check_awq(settings: Mapping[str, Any], where: str) -> None:
+    bits, version = settings.get("bits"), settings.get("version") or "gemm"
+    if bits != 4:
+        raise NotImplementedError(f"{where}: AWQ of {bits} bits is not supported; only 4 is")
+    if not isinstance(version, str) or version.lower() != "gemm":
+        raise NotImplementedError(
+            f"{where}: version {version!r} of AWQ is not supported; only 'gemm' is"
+        )
+
+
+def _awq_weight(module: _Module) -> FileTensor:
+    packed = module.take("qweight", ("int32",), (None, None))
+    inputs, out = packed.shape[0], 8 * packed.shape[1]
+    scale = module.take("scales", ("float16", "float32", "bfloat16"), (None, out))
+    group = module.groups(inputs, scale.shape[0], "scales")
+    zero = module.take("qzeros", ("int32",), (scale.shape[0], packed.shape[1]))
+
+    def unpack(words: np.ndarray) -> np.ndarray:
+        """[n, w] to [8 w, n]."""
+        codes = np.empty((*words.shape, 8), np.uint8)
+        codes[..., _AWQ_ORDER] = _unpack(words, 4)
+        return codes.reshape(len(words), -1).T
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        first, last = start // 8, -(-stop // 8)
+        inside = slice(start - 8 * first, stop - 8 * first)
+        codes, points = (
+            unpack(np.ascontiguousarray(x.columns(first, last)))[inside] for x in (packed, zero)
+        )
+        scales = scale.columns(start, stop).T
+        return (codes.astype(np.float32) - _spread(points, group)) * _spread(scales, group)
+
+    return module.done((out, inputs), rows)
+
+
+# GPTQ
+
+
+def _check_gptq(settings: Mapping[str, Any], where: str) -> None:
+    bits = settings.get("bits")
+    if bits not in (4, 8):
+        raise NotImplementedError(f"{where}: GPTQ of {bits} bits is not supported; 4 and 8 are")
+    kind = settings.get("checkpoint_format") or "gptq"
+    if kind not in ("gptq", "gptq_v2"):
+        raise NotImplementedError(
+            f"{where}: checkpoint_format {kind!r} of GPTQ is not supported; 'gptq' and 'gptq_v2' "
+            "are"
+        )
+
+
+def _gptq_weight(module: _Module) -> FileTensor:
+    settings = module.quantised.settings
+    bits = settings["bits"]
+    per = 32 // bits
+    packed = module.take("qweight", ("int32",), (None, None))
+    inputs, out = per * packed.shape[0], packed.shape[1]
+    scale = module.take("scales", ("float16", "float32", "bfloat16"), (None, out))
+    groups = scale.shape[0]
+    zero = module.take("qzeros", ("int32",), (groups, -(-out // per)))
+    index = module.optional("g_idx", ("int32",), (inputs,))
+    if index is None:
+        of_input = np.arange(inputs) // module.groups(inputs, groups, "scales")
+    else:
+        of_input = index.all()
+        if of_input.min() < 0 or of_input.max() >= groups:
+            raise ValueError(
+                f"{module.where}: {index.name} must lie in [0, {groups - 1}], got "
+                f"{of_input.min()} to {of_input.max()}"
+            )
+    # Version 1 stores each zero point less one, with borrows between those of a word: a word is
+    # put right as a whole.
+    first_version = (settings.get("checkpoint_format") or "gptq") == "gptq"
+    ones = np.uint32(sum(1 << (bits * i) for i in range(per)) if first_version else 0)
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        codes = _unpack(np.ascontiguousarray(packed.columns(start, stop)), bits)  # [n, o, per]
+        codes = codes.transpose(1, 0, 2).reshape(stop - start, -1)
+        first = start // per
+        words = np.ascontiguousarray(zero.columns(first, -(-stop // per))).view(np.uint32) + ones
+        points = _unpack(words.view(np.int32), bits).reshape(groups, -1)
+        points = points[:, start - first * per :][:, : stop - start].T.astype(np.float32)
+        scales = scale.columns(start, stop).T.astype(np.float32)
+        return (codes.astype(np.float32) - points[:, of_input]) * scales[:, of_input]
+
+    return module.done((out, inputs), rows)
