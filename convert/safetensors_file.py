@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -19,8 +19,8 @@ CODES = {"I32": "int32", "I64": "int64", "I8": "int8", "U8": "uint8", "F8_E4M3":
 class SafetensorsFile:
     """Header of a safetensors file, and its rows on demand.
 
-    Raises ``ValueError`` when the file is missing, truncated or holds a tensor of a type that is not
-    read: F32, F16 and BF16, and where ``codes`` are allowed those of quantised weights.
+    Raises ``ValueError`` when the file is missing, truncated or holds a tensor of a type that is
+    not read: F32, F16 and BF16, and where ``codes`` are allowed those of quantised weights.
     """
 
     def __init__(self, path: Path, *, codes: bool = False):
@@ -58,7 +58,7 @@ class SafetensorsFile:
         self._state.check()
         rows, columns = slice(*bounds[:2]), slice(*bounds[2:]) if bounds[2:] else slice(None)
         if self.dtypes[name] == "float8_e4m3fn":  # which the library gives to NumPy in no way
-            whole = self._mapped_bytes(name).view(ml_dtypes.float8_e4m3fn)
+            whole = self._mapped_bytes(name).view(jnp.float8_e4m3fn)
             return whole[rows, columns] if bounds[2:] else whole[rows]
         found = self._file.get_slice(name)
         if not self.shapes[name]:

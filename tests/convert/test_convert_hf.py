@@ -336,9 +336,9 @@ BROKEN = {
     "config.json: rope_scaling must be an object, got 5": _replace(
         "config.json", json.dumps({**LLAMA, "rope_scaling": 5})
     ),
-    "the checkpoint is quantised by gptq .quantization_config.": _replace(
+    "the checkpoint is quantised by bitsandbytes .quantization_config.": _replace(
         "config.json",
-        json.dumps({**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}}),
+        json.dumps({**LLAMA, "quantization_config": {"quant_method": "bitsandbytes"}}),
     ),
     "quantised by a method that it does not name .compression_config.": _replace(
         "config.json", json.dumps({**LLAMA, "compression_config": {"bits": 4}})
@@ -349,7 +349,9 @@ BROKEN = {
     r"hf/config.json: rms_norm_eps must be a finite number, got nan": _replace(
         "config.json", json.dumps({**LLAMA, "rms_norm_eps": math.nan})
     ),
-    "quantize_config.json: quantised checkpoints are not": _replace("quantize_config.json", "{}"),
+    "quantize_config.json says how the checkpoint is quantised, config.json does not": _replace(
+        "quantize_config.json", "{}"
+    ),
     "holds a LoRA adapter .adapter_config.json.": _replace("adapter_config.json", "{}"),
     "index.json: weight_map has x in .'a'., which is not a file name": _index({"x": ["a"]}),
     "index.json has no weight_map, or one that is not an object": _index(["a"]),

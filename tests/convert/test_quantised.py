@@ -1,21 +1,73 @@
-"""Quantised checkpoints that the libraries themselves wrote: logits of their own dequantised weights.
+"""Quantised checkpoints that the libraries wrote: logits of their own dequantised weights.
 
 ``quantised/make_*.py`` made the files, with the libraries' versions in their heads.
 """
 
 import json
+import shutil
+import struct
 from pathlib import Path
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
 import convert
-from lserve_jax import logits
+from lserve_jax import LLM, SamplingParams, logits
 
 HERE = Path(__file__).parent / "quantised"
 CASES = sorted(path.name for path in HERE.iterdir() if (path / "expected.npz").is_file())
+DTYPES = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "I32": np.int32,
+    "I64": np.int64,
+    "I8": np.int8,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+}
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a safetensors file, by its own reading of the format."""
+    data = path.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    header.pop("__metadata__", None)
+    return {
+        name: np.frombuffer(data[8 + size :][slice(*x["data_offsets"])], DTYPES[x["dtype"]])
+        .reshape(x["shape"])
+        .copy()
+        for name, x in header.items()
+    }
+
+
+def write(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+    header, body = {}, b""
+    for name, x in tensors.items():
+        end = len(body) + x.nbytes
+        header[name] = {
+            "dtype": names[x.dtype],
+            "shape": list(x.shape),
+            "data_offsets": [len(body), end],
+        }
+        body += x.tobytes()
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+def edited(tmp_path: Path, case: str, edit) -> Path:
+    """A copy of a case after ``edit(config, tensors)``."""
+    shutil.copytree(HERE / case, tmp_path / case)
+    config = json.loads((tmp_path / case / "config.json").read_text())
+    tensors = read(tmp_path / case / "model.safetensors")
+    edit(config, tensors)
+    (tmp_path / case / "config.json").write_text(json.dumps(config))
+    write(tmp_path / case / "model.safetensors", tensors)
+    return tmp_path / case
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -23,13 +75,143 @@ def test_logits_are_the_librarys(case):
     config, params = convert.load(HERE / case, dtype=jnp.float32)
     expected = np.load(HERE / case / "expected.npz")
     got = logits(config, params, jnp.asarray(expected["tokens"], jnp.int32))[0]
-    # The same weights, to the bit or to bfloat16 scales' rounding; sums of a few hundred products.
+    # The same weights to the bit; sums of a few hundred products.
     assert_allclose(got, expected["logits"], atol=1e-4, rtol=0)
 
 
 def test_there_are_cases_of_every_format():
-    formats = {
-        json.loads((HERE / case / "config.json").read_text())["quantization_config"]["quant_method"]
+    said = [
+        json.loads((HERE / case / "config.json").read_text())["quantization_config"]
         for case in CASES
-    }
-    assert formats >= {"compressed-tensors"}
+    ]
+    assert {x["quant_method"] for x in said} == {"compressed-tensors", "awq", "gptq"}
+    formats = {x["format"] for x in said if "format" in x}
+    assert formats == {"pack-quantized", "int-quantized", "float-quantized", "naive-quantized"}
+
+
+def test_block_fp8(tmp_path):
+    """As DeepSeek and Qwen publish it: the same numbers as compressed-tensors' blocks."""
+
+    def as_fp8(config, tensors):
+        config["quantization_config"] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [128, 128],
+            "modules_to_not_convert": ["lm_head"],
+        }
+        for name in [*tensors]:
+            if name.endswith(".weight_scale"):
+                tensors[f"{name}_inv"] = tensors.pop(name)
+
+    directory = edited(tmp_path, "ct-fp8-block", as_fp8)
+    config, params = convert.load(directory, dtype=jnp.float32)
+    expected = np.load(HERE / "ct-fp8-block" / "expected.npz")
+    got = logits(config, params, jnp.asarray(expected["tokens"], jnp.int32))[0]
+    assert_allclose(got, expected["logits"], atol=1e-4, rtol=0)
+
+
+def test_activation_and_cache_scales_are_passed_over(tmp_path):
+    """They are of numbers that stay floats here."""
+
+    def with_scales(config, tensors):
+        prefix = "model.layers.0.self_attn."
+        tensors |= {
+            f"{prefix}{name}": np.ones(1, np.float32)
+            for name in ("q_proj.input_scale", "k_proj.k_scale", "attn.k_scale", "attn.v_scale")
+            if not name.startswith("attn")
+        }
+
+    plain, _ = (HERE / "ct-fp8-channel", None)
+    directory = edited(tmp_path, "ct-fp8-channel", with_scales)
+    for path in (plain, directory):
+        convert.load(path)
+
+
+def test_a_quantised_model_generates_and_converts(tmp_path):
+    llm = LLM(str(HERE / "gptq-int4-g32"), max_model_len=64)
+    (output,) = llm.generate(
+        [{"prompt_token_ids": [3, 1, 4, 1, 5]}], SamplingParams(max_tokens=5, temperature=0)
+    )
+    config, params = convert.load(HERE / "gptq-int4-g32")
+    convert.save(tmp_path / "orbax", config, params)
+    again = LLM(str(tmp_path / "orbax"), max_model_len=64)
+    (same,) = again.generate(
+        [{"prompt_token_ids": [3, 1, 4, 1, 5]}], SamplingParams(max_tokens=5, temperature=0)
+    )
+    assert output.outputs[0].token_ids == same.outputs[0].token_ids
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def set_config(**changes):
+    return lambda config, tensors: config["quantization_config"].update(changes)
+
+
+def drop(part):
+    return lambda config, tensors: tensors.pop(f"{Q}.{part}")
+
+
+def put(part, values):
+    return lambda config, tensors: tensors.update({f"{Q}.{part}": values})
+
+
+@pytest.mark.parametrize(
+    ("case", "edit", "words"),
+    [
+        ("awq-g32", set_config(quant_method="bitsandbytes"), "quantised by bitsandbytes"),
+        ("awq-g32", set_config(bits=3), "AWQ of 3 bits is not supported; only 4 is"),
+        ("awq-g32", set_config(version="gemv"), "version 'gemv' of AWQ"),
+        ("awq-g32", drop("qzeros"), r"q_proj is quantised by awq and has no qzeros"),
+        ("awq-g32", drop("qweight"), r"q_proj is quantised by awq and has no qweight"),
+        ("awq-g32", put("scales", np.ones((3, 64), np.float16)), "3 groups for 128 inputs"),
+        ("awq-g32", put("scales", np.ones((4, 60), np.float16)), r"scales has shape \(4, 60\)"),
+        ("awq-g32", put("qzeros", np.ones((4, 8), np.int8)), "qzeros has dtype int8, expected int"),
+        ("awq-g32", put("other", np.ones(4, np.float32)), "q_proj.other beside quantised weights"),
+        ("gptq-int4-g32", set_config(bits=3), "GPTQ of 3 bits is not supported; 4 and 8 are"),
+        ("gptq-int4-g32", set_config(checkpoint_format="marlin"), "checkpoint_format 'marlin'"),
+        (
+            "gptq-int4-g32",
+            put("g_idx", np.full(128, 4, np.int32)),
+            r"g_idx must lie in \[0, 3\], got 4 to 4",
+        ),
+        ("gptq-int4-g32", put("g_idx", np.zeros(64, np.int32)), r"g_idx has shape \(64,\)"),
+        ("ct-pack-int4-g32", set_config(format="nvfp4-pack-quantized"), "'nvfp4-pack-quantized'"),
+        ("ct-pack-int4-g32", drop("weight_shape"), "has no weight_shape"),
+        ("ct-pack-int4-g32", drop("weight_scale"), "has no weight_scale"),
+        (
+            "ct-pack-int4-g32",
+            put("weight_shape", np.array([64, 100])),
+            r"holds no \[64, 100\] of 4 or 8 bits",
+        ),
+        (
+            "ct-pack-int4-g32",
+            put("weight_g_idx", np.zeros(128, np.int32)),
+            "weight_g_idx beside quantised weights are not supported",
+        ),
+        (
+            "ct-int8-channel",
+            put("weight_scale", np.ones((3, 1), np.float32)),
+            r"weight_scale has shape \(3, 1\), which is no scale",
+        ),
+        (
+            "ct-int8-channel",
+            put("weight_scale", np.full((64, 1), np.nan, np.float32)),
+            "holds values that are not finite",
+        ),
+        ("ct-fp8-channel", drop("weight_scale"), "has no weight_scale"),
+    ],
+)
+def test_bad_checkpoints(tmp_path, case, edit, words):
+    directory = edited(tmp_path, case, edit)
+    with pytest.raises((ValueError, NotImplementedError), match=words):
+        convert.load(directory)
+
+
+def test_codes_without_a_word_in_the_config_are_refused(tmp_path):
+    directory = edited(
+        tmp_path, "ct-int8-channel", lambda config, _: config.pop("quantization_config")
+    )
+    with pytest.raises(NotImplementedError, match=r"is stored as I8; .*say how they are quantised"):
+        convert.load(directory)
