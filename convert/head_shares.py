@@ -20,6 +20,7 @@ from convert.attention_patterns import (
     find_folder,
     read_config,
     read_matrix,
+    shipped_patterns,
     write_config,
 )
 from convert.json_values import json_object, positive_int
@@ -63,6 +64,18 @@ def has_head_shares(name_or_dir: str | os.PathLike[str]) -> bool:
     Raises ``ValueError`` where ``load_head_shares`` does for the name.
     """
     return find_folder(name_or_dir, SHARES_FILE) is not None
+
+
+def shipped_for(model: str) -> str | None:
+    """The shipped pattern with head shares that was measured on a model of this name.
+
+    An alias or a Hugging Face id, in any case; None if there is none.
+    """
+    try:
+        found = find_folder(model, SHARES_FILE)
+    except ValueError:  # no pattern of this name
+        return None
+    return None if found is None or found[1] not in shipped_patterns() else found[1]
 
 
 def load_head_shares(

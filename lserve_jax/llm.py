@@ -16,7 +16,9 @@ from typing import Any, Literal, cast
 import numpy as np
 
 import convert
+from convert.head_shares import shipped_for
 from lserve_jax.attention.cache import CacheSpec
+from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.checks import check_integer, check_path, is_listing
 from lserve_jax.engine.build import EngineOptions, build_engine, resolve_dtype
 from lserve_jax.engine.prefix import CommonPrefix, Prefix
@@ -46,7 +48,8 @@ class LLM:
     seed: from which requests without a seed of their own derive theirs.
     progress: show progress bars on stderr while loading.
     options: those of the engine, by name, such as ``max_model_len=4096, attention="lserve"``:
-        ``engine.build.EngineOptions`` lists and explains them.
+        ``engine.build.EngineOptions`` lists and explains them. Without a ``sparsity``, lserve
+        attention has that of the head shares that are shipped for the model's name, if there are.
 
     Its methods may be called from several threads: they take turns.
 
@@ -88,6 +91,8 @@ class LLM:
             if tokenizer is not None:
                 raise ValueError("tokenizer= is for a (config, params) pair: a checkpoint has one")
             source = convert.resolve(model, progress=progress)
+            if adapter is None:
+                self.options = _with_shipped_shares(self.options, source)
             self.config, tokenizer = (
                 convert.read_config(source),
                 convert.load_tokenizer(source.path),
@@ -399,3 +404,18 @@ def _check_begins(prefix: Prefix, prompts: Sequence[CheckedPrompt]) -> None:
                 f"prompt {i} does not begin with the prefix of {len(prefix.token_ids)} tokens: "
                 f"they differ at token {at}"
             )
+
+
+def _with_shipped_shares(options: EngineOptions, source: convert.ModelSource) -> EngineOptions:
+    """What was measured best for a model, where it was: nobody has to know a pattern's name.
+
+    Settings that were given are left as they are, and so are checkpoints on disk, whatever their
+    folder's name.
+    """
+    wanted = options.attention == "lserve" and options.sparsity is None
+    if not wanted or options.draft == "ngram" or os.path.exists(source.name):
+        return options
+    pattern = shipped_for(source.name)
+    if pattern is None:
+        return options
+    return dataclasses.replace(options, sparsity=SparsityConfig(pattern=pattern))

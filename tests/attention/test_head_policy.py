@@ -8,7 +8,7 @@ from lserve_cases import that_wants
 from numpy.testing import assert_allclose, assert_array_equal
 from tiny_llm import random_prompts, tiny_config, tiny_params, write_pattern
 
-from convert.head_shares import save_head_shares
+from convert.head_shares import save_head_shares, shipped_for
 from lserve_jax import LLM, SamplingParams, SparsityConfig
 from lserve_jax.attention.budgets import HeadBudgets
 from lserve_jax.attention.cache import make_spec
@@ -252,3 +252,22 @@ def test_a_step_reads_its_budget() -> None:
         kv_dtype="auto",
     )
     assert spec.tokens_listed(16384) == pytest.approx(16384 * fitted.mean())
+
+
+def test_shipped_shares_are_found_by_the_models_name() -> None:
+    wanted = "SmolLM2-135M-Instruct-32K"
+    assert shipped_for("smollm2-135m-instruct-32k") == wanted
+    assert shipped_for("HuggingFaceTB/SmolLM2-135M-Instruct") == "SmolLM2-135M-Instruct"
+    # Gates without shares; no such model; nothing like a name.
+    for name in ("meta-llama/Llama-3.1-8B-Instruct", "gpt-2", "../x/y/z"):
+        assert shipped_for(name) is None
+
+
+def test_shipped_shares_fit_their_models() -> None:
+    """Both models have 30 layers with 3 KV heads; some heads of each kind are left."""
+    config = tiny_config(layers=30, kv_heads=3)
+    for name in ("SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct-32K"):
+        policy = head_policy(config, SparsityConfig(pattern=name))
+        assert sum(map(len, policy.partition.streaming)) == 30
+        assert 1 <= sum(policy.partition.num_dense) <= 6
+        assert sum(policy.budgets.num_ranked) >= 50

@@ -86,7 +86,7 @@ def main(source: str) -> None:
                 order = torch.randperm(inputs, generator=generator)
             g_idx = torch.empty(inputs, dtype=torch.int32)
             g_idx[order] = (torch.arange(inputs) // group).to(torch.int32)
-            # Zero points of 0: version 1 stores each less one, so that these borrow from a neighbour.
+            # Zero points of 0: version 1 stores each less one, so these borrow from a neighbour.
             linear.weight.data[::5].abs_()
             grouped = linear.weight.data[:, order].reshape(out, -1, group)
             low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
