@@ -120,6 +120,10 @@ class GenerateArgs:
     """Memory for the cached keys and values; long prompts need more."""
     kv_dtype: Literal["auto", "int8"] = "auto"
     """Storage of keys and values: as --dtype, or quantised to 8 bits a number."""
+    weights: Annotated[
+        Literal["int8", "int4", "fp8"] | None, flag("{int8,int4,fp8}", "as --dtype")
+    ] = None
+    """Quantise the weights at load; less memory, but no kernel yet."""
     attention: Literal["dense", "lserve"] = "dense"
     """dense reads the whole context at every token; lserve reads the parts that matter."""
     exact: Switch = False
@@ -204,6 +208,7 @@ def _load(args: GenerateArgs) -> LLM:
         draft=args.draft,
         max_draft_tokens=args.max_draft_tokens,
         kv_dtype=args.kv_dtype,
+        weights=args.weights,
         backend=args.backend,
         adapter=args.adapter,
         seed=secrets.randbits(31),  # of the request, unless --seed gives one

@@ -37,6 +37,7 @@ from pallas_kernels.checks import (
     expect_shape,
     expect_stats,
     expect_table,
+    expect_weight,
     value_checks,
 )
 from pallas_kernels.device import (
@@ -52,26 +53,39 @@ from pallas_kernels.plain_ops import (
     merge_attention,
     quantize_kv,
 )
-from pallas_kernels.types import KVPages, OwnAttention, PageList
+from pallas_kernels.types import KVPages, OwnAttention, PageList, Weight
+from pallas_kernels.weights import (
+    WEIGHT_KINDS,
+    WeightKind,
+    dequantize_weight,
+    product,
+    quantize_weight,
+)
 
 __all__ = [
     "MOST_LINEAR_ROWS",
     "MOST_SELECTED_PAGES",
+    "WEIGHT_KINDS",
     "Backend",
     "KVPages",
     "OwnAttention",
     "PageList",
+    "Weight",
+    "WeightKind",
     "append_kv",
     "append_kv_chunk",
     "apply_rotary",
     "dequantize_kv",
+    "dequantize_weight",
     "fused_linear",
     "merge_attention",
     "page_scores",
     "paged_attention",
     "prefill_attention",
     "prefix_attention",
+    "product",
     "quantize_kv",
+    "quantize_weight",
     "resolve_backend",
     "select_pages",
     "value_checks",
@@ -472,7 +486,7 @@ def select_pages(
 
 def fused_linear(
     x: Float[Array, "R K"],
-    kernel: Float[Array, "K out"],
+    kernel: Float[Array, "K out"] | Weight,
     *,
     bias: Float[Array, " out"] | None = None,
     norm_scale: Float[Array, " K"] | None = None,
@@ -492,7 +506,7 @@ def fused_linear(
 
     The kernel is for decode: it reads the weights once and is one launch. With more than
     ``MOST_LINEAR_ROWS`` rows XLA's matrix product was measured to be faster, so the reference
-    implementation runs whatever the backend.
+    implementation runs whatever the backend; so it does for a quantised matrix.
 
     >>> import jax.numpy as jnp
     >>> out, _ = fused_linear(jnp.ones((1, 4)), jnp.ones((4, 2)), residual=jnp.ones((1, 2)))
@@ -501,7 +515,10 @@ def fused_linear(
     """
     expect_shape("x", x, (None, None))
     R, K = x.shape
-    expect_shape("kernel", kernel, (K, None))
+    if isinstance(kernel, Weight):
+        expect_weight("kernel", kernel, K)
+    else:
+        expect_shape("kernel", kernel, (K, None))
     width = kernel.shape[1]
     if gated and width % 2:
         raise ValueError(f"a gated kernel needs an even number of columns, got {width}")
@@ -514,7 +531,7 @@ def fused_linear(
     if residual is not None:
         expect_shape("residual", residual, (R, width // 2 if gated else width))
     backend = resolve_backend(backend)
-    if R > MOST_LINEAR_ROWS:
+    if R > MOST_LINEAR_ROWS or isinstance(kernel, Weight):
         backend = "reference"
     return implementation("fused_linear", backend)(
         x, kernel, bias, norm_scale, square_sums, residual, gated=gated, epsilon=epsilon

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array
 
-from pallas_kernels.types import KVPages, OwnAttention, PageList
+from pallas_kernels.types import KVPages, OwnAttention, PageList, Weight
 
 _checks_values: ContextVar[bool] = ContextVar("checks_values", default=False)
 
@@ -212,3 +212,19 @@ def expect_stats(key_stats: Array | None, retrieval: KVPages) -> None:
         raise ValueError(
             f"page size {P} must be a multiple of the {key_stats.shape[2]} logical pages it holds"
         )
+
+
+def expect_weight(name: str, weight: Weight, inputs: int) -> None:
+    expect_shape(f"{name}.codes", weight.codes, (inputs, None))
+    if weight.codes.dtype not in ("int8", "uint4", "float8_e4m3fn"):
+        raise ValueError(
+            f"{name}.codes has dtype {weight.codes.dtype}, expected int8, uint4 or float8_e4m3fn"
+        )
+    expect_shape(f"{name}.scale", weight.scale, (None, weight.codes.shape[1]))
+    groups = weight.scale.shape[0]
+    if groups == 0 or inputs % groups:
+        raise ValueError(f"{name}.scale has {groups} groups, which do not divide {inputs} inputs")
+    expect_dtype("float32", **{f"{name}.scale": weight.scale})
+    if weight.zero is not None:
+        expect_shape(f"{name}.zero", weight.zero, weight.scale.shape)
+        expect_dtype("float32", **{f"{name}.zero": weight.zero})

@@ -23,7 +23,8 @@ from pallas_kernels.online_softmax import (
     softmax_start,
     softmax_step,
 )
-from pallas_kernels.types import KVPages, OwnAttention, PageList
+from pallas_kernels.types import KVPages, OwnAttention, PageList, Weight
+from pallas_kernels.weights import product
 
 # Keys per step of the online softmax. Large enough to amortise a loop step, small enough that
 # scores of one block stay in cache on a CPU.
@@ -44,7 +45,7 @@ def apply_rotary(
 
 def fused_linear(
     x: Float[Array, "R K"],
-    kernel: Float[Array, "K out"],
+    kernel: Float[Array, "K out"] | Weight,
     bias: Float[Array, " out"] | None,
     norm_scale: Float[Array, " K"] | None,
     square_sums: Array | None,
@@ -59,7 +60,10 @@ def fused_linear(
         mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
         x = (x32 * lax.rsqrt(mean_square + epsilon)).astype(x.dtype) * norm_scale[None]
     # In the operands' dtype; float32 means float32, never TF32.
-    y = jnp.matmul(x, kernel, precision=lax.Precision.HIGHEST)
+    if isinstance(kernel, Weight):
+        y = product(x, kernel).astype(x.dtype)
+    else:
+        y = jnp.matmul(x, kernel, precision=lax.Precision.HIGHEST)
     if bias is not None:
         y = y + bias[None]
     if gated:

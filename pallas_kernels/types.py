@@ -1,4 +1,4 @@
-"""What ops take and return beside plain arrays: pages, lists of pages, partial attention."""
+"""What ops take and return beside plain arrays: pages and their lists, quantised matrices."""
 
 from typing import NamedTuple
 
@@ -16,6 +16,24 @@ class KVPages(NamedTuple):
     v: Array  # [K, N, P, D]
     k_scale: Float[Array, "K N P"] | None = None  # float32, int8 storage only
     v_scale: Float[Array, "K N P"] | None = None
+
+
+class Weight(NamedTuple):
+    """A quantised matrix of [K, out]: ``(codes - zero) * scale``, in groups along K.
+
+    Kinds: int8 with a scale for each output channel (g = 1); uint4 with scale and zero point for
+    each group of K / g inputs; float8 e4m3 with a scale for each output channel. A pytree: jit,
+    sharding and checkpoints see its arrays.
+    """
+
+    codes: Array  # [K, out]  int8, uint4 or float8_e4m3fn
+    scale: Float[Array, "g out"]  # float32; g divides K
+    zero: Float[Array, "g out"] | None = None  # float32, in units of codes; None: 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix that it stands for."""
+        return self.codes.shape
 
 
 class PageList(NamedTuple):

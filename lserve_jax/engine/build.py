@@ -21,7 +21,8 @@ from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.heads import permute_heads
 from lserve_jax.model.llama import Params, check_params
-from pallas_kernels.api import Backend, resolve_backend
+from lserve_jax.model.quantise import quantise_params
+from pallas_kernels.api import WEIGHT_KINDS, Backend, WeightKind, resolve_backend
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _INTEGERS = (
@@ -43,6 +44,10 @@ class EngineOptions:
     max_num_seqs: requests that run at the same time.
     attention: "dense", or "lserve" with the settings in ``sparsity`` (None: ``SparsityConfig()``).
     kv_dtype: "auto" stores keys and values in ``dtype``, "int8" with a scale per token and head.
+    weights: None keeps them in ``dtype``; "int8" and "fp8" quantise the matrices at load, with a
+        scale for each output, "int4" with scale and zero point for groups of 128, 64 or 32 inputs.
+        They take a half or a quarter of the memory. There is no kernel for them yet: on a GPU a
+        step takes longer than in bfloat16.
     kv_cache_bytes: memory for the retrieval pages; None takes ``memory_fraction`` of what the
         device has free, on a CPU 2 GiB.
     memory_fraction: share of the free device memory for the KV cache; the rest is for activations.
@@ -77,6 +82,7 @@ class EngineOptions:
     attention: Literal["dense", "lserve"] = "dense"
     sparsity: SparsityConfig | None = None
     kv_dtype: KVDtype = "auto"
+    weights: WeightKind | None = None
     kv_cache_bytes: int | None = None
     memory_fraction: float = 0.8
     max_prefixes: int = 8
@@ -107,6 +113,8 @@ class EngineOptions:
                 f"sparsity={self.sparsity} needs attention='lserve', got attention='dense'"
             )
         check_choice("kv_dtype", self.kv_dtype, ("auto", "int8"))
+        if self.weights is not None:
+            check_choice("weights", self.weights, WEIGHT_KINDS)
         if self.max_num_seqs < 1:
             raise ValueError(f"max_num_seqs={self.max_num_seqs} must be at least 1")
         chunk = self.prefill_chunk_size
@@ -210,6 +218,8 @@ def build_engine(
     spec = dataclasses.replace(spec, num_pages=_plan_pages(config, spec, dtype, options))
     if config.tie_word_embeddings and jax.default_backend() == "cpu":
         config, params = _untie(config, params)
+    if options.weights is not None:
+        params = quantise_params(params, options.weights)
     runner = runner_class(
         config,
         params,

@@ -77,7 +77,7 @@ class ModelRunner:
             )
         self.config, self.params, self.spec = config, params, spec
         self.dtype, self.backend, self.chunk_size = dtype, backend, chunk_size
-        self.parameter_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+        self.parameter_bytes = sum(_bytes(x) for x in jax.tree.leaves(params))
         self.prompt_tokens = 0  # prefilled so far, padding left out
         self._program = Program(config=config, spec=spec, backend=backend)
         self._shapes: set[tuple] = set()  # that jitted functions were called with
@@ -366,6 +366,13 @@ def _empty_state(spec: CacheSpec) -> DecodeState:
     )
 
 
+def _bytes(x: Array) -> int:
+    """What an array takes on a device, which has two numbers of 4 bits in a byte."""
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return x.size * jnp.iinfo(x.dtype).bits // 8
+    return x.size * x.dtype.itemsize
+
+
 @jax.jit
 def _checksums(weights: list[Array]) -> list[UInt32[Array, " 2"]]:
     """Two sums of each weight's bits, modulo 2^32, every number times an odd one of its place.
@@ -375,6 +382,8 @@ def _checksums(weights: list[Array]) -> list[UInt32[Array, " 2"]]:
     """
 
     def checksum(x: Array) -> Array:
+        if x.dtype == jnp.uint4:
+            x = x.astype(jnp.uint8)
         unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
         bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).ravel()
         place = jax.lax.iota(jnp.uint32, bits.size)

@@ -16,7 +16,10 @@ from pallas_kernels.api import Backend
 
 
 class Linear(nnx.Module):
-    """Parameters of ``x @ kernel (+ bias)``. ``kernel`` is ``[in, out]``, ``bias`` is ``[out]``."""
+    """Parameters of ``x @ kernel (+ bias)``. ``kernel`` is ``[in, out]``, ``bias`` is ``[out]``.
+
+    The value of ``kernel`` may be an ``api.Weight``, a quantised matrix.
+    """
 
     def __init__(self, in_size: int, out_size: int, *, bias: bool, dtype, rngs: nnx.Rngs):
         kernel = jax.random.normal(rngs.params(), (in_size, out_size), jnp.float32)
@@ -53,7 +56,7 @@ def normed_linear(
     B, T, E = x.value.shape
     out, _ = api.fused_linear(
         x.value.reshape(B * T, E),
-        linear.kernel[...],
+        linear.kernel.get_value(),
         bias=None if linear.bias is None else linear.bias[...],
         norm_scale=norm.scale[...],
         epsilon=norm.epsilon,
@@ -71,7 +74,7 @@ def add_linear(
     B, T, E = x.value.shape
     out, square_sums = api.fused_linear(
         update.reshape(B * T, -1),
-        linear.kernel[...],
+        linear.kernel.get_value(),
         bias=None if linear.bias is None else linear.bias[...],
         residual=x.value.reshape(B * T, E),
         backend=backend,

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.linear import Linear, RMSNorm, Stream, add_linear, normed_linear
+from pallas_kernels import api
 from pallas_kernels.api import Backend
 
 Attend = Callable[[int, Array, Array, Array, Any], tuple[Array, Any]]
@@ -133,13 +134,8 @@ class Llama(nnx.Module):
         if self.lm_head is None:
             kernel = self.embed_tokens.embedding[...].T
         else:
-            kernel = self.lm_head.kernel[...]
-        return jnp.matmul(
-            hidden,
-            kernel,
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
+            kernel = self.lm_head.kernel.get_value()
+        return api.product(hidden, kernel)
 
 
 @functools.cache
@@ -172,12 +168,16 @@ def abstract_params(config: ModelConfig, dtype=jnp.float32) -> Params:
     return nnx.to_pure_dict(nnx.split(model)[1])
 
 
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return leaf.shape if isinstance(leaf, api.Weight) else jnp.shape(leaf)
+
+
 def check_params(config: ModelConfig, params: Params) -> None:
     """Raises ``ValueError`` unless ``params`` has the leaves and shapes of ``config``'s model."""
 
     def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
-        leaves, _ = jax.tree.flatten_with_path(tree)
-        return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
+        leaves, _ = jax.tree.flatten_with_path(tree, is_leaf=lambda x: isinstance(x, api.Weight))
+        return {jax.tree_util.keystr(path): _shape(leaf) for path, leaf in leaves}
 
     wanted, found = shapes(abstract_params(config)), shapes(params)
     wrong = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))

@@ -1,0 +1,41 @@
+"""Parameters whose matrices are quantised: the projections of all layers, and the output layer.
+
+Embeddings, norms and biases stay as they are: they are read a row at a time, or are small.
+"""
+
+import jax
+
+from lserve_jax.model.llama import Params
+from pallas_kernels.api import Weight, WeightKind, quantize_weight
+
+_LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
+def quantise_params(params: Params, kind: WeightKind) -> Params:
+    """The same tree with a ``Weight`` for each matrix that a token is multiplied with.
+
+    The tree given is left as it is; a matrix of it is freed as soon as its owner drops it. Raises
+    ``ValueError`` for matrices of so many inputs that no group of 4 bits divides them.
+    """
+
+    def quantise(module: Params) -> Params:
+        if isinstance(module["kernel"], Weight):
+            raise ValueError("the params are quantised already")
+        return module | {"kernel": quantize_weight(module["kernel"], kind=kind)}
+
+    layers = {}
+    for number, layer in params["layers"].items():
+        layers[number] = {
+            name: {
+                part: quantise(module) if part in _LINEAR else module
+                for part, module in block.items()
+            }
+            if name in ("self_attn", "mlp")
+            else block
+            for name, block in layer.items()
+        }
+        jax.block_until_ready(layers[number])  # or all copies in flight would be held at once
+    quantised = params | {"layers": layers}
+    if "lm_head" in params:
+        quantised["lm_head"] = quantise(params["lm_head"])
+    return quantised

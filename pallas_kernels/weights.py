@@ -1,0 +1,129 @@
+"""Quantised matrices: made, multiplied, and turned back into numbers. Plain JAX on every machine.
+
+Round to nearest, without calibration. A group of 4 bits is clipped where that loses least (QServe,
+arXiv 2405.04532, searches its clipping in this way, on the layer's output).
+"""
+
+from functools import partial
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels.types import Weight
+
+WeightKind = Literal["int8", "int4", "fp8"]
+WEIGHT_KINDS: tuple[WeightKind, ...] = get_args(WeightKind)
+# Inputs that share a scale and a zero point of 4 bits: the largest that divides them all.
+GROUPS = (128, 64, 32)
+_FP8_MAX = 448.0
+_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+# Rows up to which a product goes group by group: its parts are g times as large as its result.
+_FEW_ROWS = 32
+
+
+def group_size(inputs: int) -> int:
+    """Inputs of a group of 4 bits.
+
+    Raises ``ValueError`` if none of ``GROUPS`` divides ``inputs``.
+    """
+    for size in GROUPS:
+        if inputs % size == 0:
+            return size
+    raise ValueError(f"weights of {inputs} inputs have no groups of {', '.join(map(str, GROUPS))}")
+
+
+@partial(jax.jit, static_argnames=("kind",))
+def quantize_weight(kernel: Float[Array, "K out"], *, kind: WeightKind) -> Weight:
+    """The nearest ``Weight`` of a kind.
+
+    Raises ``ValueError`` for an unknown kind, and for 4 bits of inputs that no group divides.
+
+    >>> import jax.numpy as jnp
+    >>> weight = quantize_weight(jnp.array([[1.0], [-2.54]]), kind="int8")
+    >>> weight.codes.tolist(), round(float(weight.scale[0, 0]), 4)
+    ([[50], [-127]], 0.02)
+    """
+    w = kernel.astype(jnp.float32)
+    if kind == "int4":
+        return _quantize_int4(w)
+    if kind not in WEIGHT_KINDS:
+        raise ValueError(f"{kind=} is unknown; known: {', '.join(WEIGHT_KINDS)}")
+    most = _FP8_MAX if kind == "fp8" else 127.0
+    # A channel of zeros would have scale 0; any positive scale represents it exactly.
+    scale = jnp.maximum(jnp.abs(w).max(axis=0, keepdims=True), 1e-30) / most
+    if kind == "fp8":
+        return Weight((w / scale).astype(jnp.float8_e4m3fn), scale)
+    return Weight(jnp.round(w / scale).astype(jnp.int8), scale)
+
+
+def _quantize_int4(w: Float[Array, "K out"]) -> Weight:
+    K, out = w.shape
+    grouped = w.reshape(-1, group_size(K), out)  # [g, n, out]
+    low = jnp.minimum(grouped.min(axis=1), 0.0)
+    high = jnp.maximum(grouped.max(axis=1), 0.0)
+
+    def attempt(clip: float) -> tuple[Array, Array, Array, Array]:
+        scale = jnp.maximum((high - low) * clip, 1e-30) / 15.0
+        zero = jnp.clip(jnp.round(-low * clip / scale), 0.0, 15.0)
+        codes = jnp.round(grouped / scale[:, None]) + zero[:, None]
+        codes = jnp.clip(codes, 0.0, 15.0)
+        error = ((codes - zero[:, None]) * scale[:, None] - grouped) ** 2
+        return codes, scale, zero, error.sum(axis=1)
+
+    codes, scale, zero, least = attempt(1.0)
+    for clip in _CLIPS[1:]:
+        *new, error = attempt(clip)
+        better = error < least
+        codes = jnp.where(better[:, None], new[0], codes)
+        scale, zero, least = (
+            jnp.where(better, x, y) for x, y in ((new[1], scale), (new[2], zero), (error, least))
+        )
+    return Weight(codes.reshape(K, out).astype(jnp.uint4), scale, zero)
+
+
+def dequantize_weight(weight: Weight) -> Float[Array, "K out"]:
+    """The numbers that a ``Weight`` stands for, float32: the specification of its product.
+
+    >>> import jax.numpy as jnp
+    >>> codes, scale, zero = jnp.array([[3], [1]], jnp.uint4), jnp.array([[0.5]]), jnp.ones((1, 1))
+    >>> dequantize_weight(Weight(codes, scale, zero)).tolist()
+    [[1.0], [0.0]]
+    """
+    (K, out), g = weight.codes.shape, weight.scale.shape[0]
+    codes = weight.codes.astype(jnp.float32).reshape(g, K // g, out)
+    if weight.zero is not None:
+        codes = codes - weight.zero[:, None]
+    return (codes * weight.scale[:, None]).reshape(K, out)
+
+
+def product(x: Float[Array, "... K"], kernel: Array | Weight) -> Float[Array, "... out"]:
+    """``x @ kernel``, summed and returned in float32.
+
+    Codes are exact in x's dtype, so that a quantised matrix is multiplied as it is and scales are
+    applied to sums. Only 4 bits for many rows become a matrix of x's dtype first.
+    """
+    highest = lax.Precision.HIGHEST
+    if not isinstance(kernel, Weight):
+        return jnp.matmul(x, kernel, precision=highest, preferred_element_type=jnp.float32)
+    (K, out), g = kernel.codes.shape, kernel.scale.shape[0]
+    rows = x.reshape(-1, K)
+    if g == 1 and kernel.zero is None:
+        codes = kernel.codes.astype(x.dtype)
+        y = jnp.matmul(rows, codes, precision=highest, preferred_element_type=jnp.float32)
+        y = y * kernel.scale
+    elif len(rows) <= _FEW_ROWS:
+        parts = rows.reshape(len(rows), g, K // g)
+        codes = kernel.codes.astype(x.dtype).reshape(g, K // g, out)
+        sums = jnp.einsum(
+            "rgk,gko->rgo", parts, codes, precision=highest, preferred_element_type=jnp.float32
+        )
+        if kernel.zero is not None:
+            sums = sums - parts.astype(jnp.float32).sum(axis=2)[:, :, None] * kernel.zero[None]
+        y = (sums * kernel.scale[None]).sum(axis=1)
+    else:
+        whole = dequantize_weight(kernel).astype(x.dtype)
+        y = jnp.matmul(rows, whole, precision=highest, preferred_element_type=jnp.float32)
+    return y.reshape(*x.shape[:-1], out)
