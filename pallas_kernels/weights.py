@@ -104,6 +104,11 @@ def product(x: Float[Array, "... K"], kernel: Array | Weight) -> Float[Array, ".
 
     Codes are exact in x's dtype, so that a quantised matrix is multiplied as it is and scales are
     applied to sums. Only 4 bits for many rows become a matrix of x's dtype first.
+
+    >>> import jax.numpy as jnp
+    >>> weight = Weight(jnp.array([[3], [1]], jnp.int8), jnp.array([[0.5]]))
+    >>> product(jnp.array([[1.0, 2.0]]), weight).tolist()
+    [[2.5]]
     """
     highest = lax.Precision.HIGHEST
     if not isinstance(kernel, Weight):
@@ -115,13 +120,12 @@ def product(x: Float[Array, "... K"], kernel: Array | Weight) -> Float[Array, ".
         y = jnp.matmul(rows, codes, precision=highest, preferred_element_type=jnp.float32)
         y = y * kernel.scale
     elif len(rows) <= _FEW_ROWS:
-        parts = rows.reshape(len(rows), g, K // g)
-        codes = kernel.codes.astype(x.dtype).reshape(g, K // g, out)
-        sums = jnp.einsum(
-            "rgk,gko->rgo", parts, codes, precision=highest, preferred_element_type=jnp.float32
-        )
+        # In float32: XLA's CPU backend has no product of bf16 with a batch axis and float32 sums.
+        parts = rows.astype(jnp.float32).reshape(len(rows), g, K // g)
+        codes = kernel.codes.astype(jnp.float32).reshape(g, K // g, out)
+        sums = jnp.einsum("rgk,gko->rgo", parts, codes, precision=highest)
         if kernel.zero is not None:
-            sums = sums - parts.astype(jnp.float32).sum(axis=2)[:, :, None] * kernel.zero[None]
+            sums = sums - parts.sum(axis=2)[:, :, None] * kernel.zero[None]
         y = (sums * kernel.scale[None]).sum(axis=1)
     else:
         whole = dequantize_weight(kernel).astype(x.dtype)

@@ -15,7 +15,7 @@ from jax import Array
 from jax import ShapeDtypeStruct as Struct
 
 from pallas_kernels import api
-from pallas_kernels.api import KVPages, OwnAttention, PageList
+from pallas_kernels.api import KVPages, OwnAttention, PageList, Weight
 
 B, T, H, HK, D = 2, 24, 6, 3, 8
 KR, KS, N, P, M, L, LOGICAL = 1, 2, 5, 16, 4, 3, 2
@@ -52,6 +52,8 @@ def lists(*shape: int) -> PageList:
 POOLS = {"retrieval": pages(KR), "streaming": pages(KS)}
 LISTS = {"retrieval_list": lists(B, KR, L), "streaming_list": lists(B, 1, L)}
 STATS = {"key_stats": f32(KR, N, LOGICAL, 2, D)}
+
+INT8_WEIGHT = Weight(Struct((64, 10), jnp.int8), f32(1, 10))
 
 # Arguments that every op accepts, and the shapes and dtypes that it returns for them.
 ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
@@ -164,6 +166,9 @@ ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
         f32(B, T, H, D),
     ),
     "quantize_kv": ({"x": f32(B, H, D)}, (Struct((B, H, D), jnp.int8), f32(B, H))),
+    "product": ({"x": f32(B, 64), "kernel": INT8_WEIGHT}, f32(B, 10)),
+    "quantize_weight": ({"kernel": f32(64, 10), "kind": "int8"}, INT8_WEIGHT),
+    "dequantize_weight": ({"weight": INT8_WEIGHT}, f32(64, 10)),
     "dequantize_kv": (
         {"codes": Struct((B, H, D), jnp.int8), "scale": f32(B, H)},
         f32(B, H, D),
@@ -173,7 +178,7 @@ ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
 
 def evaluate(op: str, arguments: dict[str, Any]) -> Any:
     """Shapes and dtypes only; nothing is compiled."""
-    static = {name: x for name, x in arguments.items() if isinstance(x, int | float)}
+    static = {name: x for name, x in arguments.items() if isinstance(x, int | float | str)}
     traced = {name: x for name, x in arguments.items() if name not in static}
     return jax.eval_shape(partial(getattr(api, op), **static), **traced)
 
@@ -181,8 +186,10 @@ def evaluate(op: str, arguments: dict[str, Any]) -> Any:
 rng = np.random.default_rng(0)
 
 
-def fill(x: Struct) -> Array:
+def fill(x: Struct | str) -> Array | str:
     """Random keys and values; indices that are valid whatever they index."""
+    if isinstance(x, str):  # a choice
+        return x
     if x.dtype == jnp.int32:
         return jnp.asarray(rng.integers(0, M, x.shape), jnp.int32)
     return jnp.asarray(rng.standard_normal(x.shape), x.dtype)
@@ -222,6 +229,6 @@ def example(op: str) -> dict[str, Any]:
 @functools.cache
 def jitted(op: str) -> Callable[[dict[str, Any]], Any]:
     """``op`` of a dict of traced arguments; its static ones as in ``ACCEPTED``."""
-    static = {name: x for name, x in ACCEPTED[op][0].items() if isinstance(x, int | float)}
+    static = {name: x for name, x in ACCEPTED[op][0].items() if isinstance(x, int | float | str)}
     call = partial(getattr(api, op), **static)
     return jax.jit(lambda arguments: call(**arguments))

@@ -1,0 +1,87 @@
+"""Engines with quantised weights: their answers are those of the numbers that the weights are."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import pytest
+from lserve_cases import CASES
+from numpy.testing import assert_allclose
+from tiny_llm import random_prompts, tiny_config, tiny_params
+
+from lserve_jax import LLM, SamplingParams
+from lserve_jax.engine.scoring import score
+from lserve_jax.model.quantise import quantise_params
+from pallas_kernels import api
+
+CONFIG = tiny_config(layers=2, kv_heads=4, group=1, hidden_size=64)
+
+
+def rounded(params: dict, kind) -> dict:
+    """Float parameters that are what quantised ones stand for."""
+
+    def back(leaf):
+        return api.dequantize_weight(leaf) if isinstance(leaf, api.Weight) else leaf
+
+    quantised = quantise_params(params, kind)
+    return jax.tree.map(back, quantised, is_leaf=lambda x: isinstance(x, api.Weight))
+
+
+@pytest.mark.parametrize("kind", api.WEIGHT_KINDS)
+def test_scores_are_those_of_the_rounded_model(kind) -> None:
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=False)
+    params = tiny_params(config)
+    prompts, continuations = random_prompts(1, [40, 7]), random_prompts(2, [9, 20])
+    got, wanted = (
+        score(LLM((config, tree), max_num_seqs=2, weights=how).engine, prompts, continuations)
+        for tree, how in ((params, kind), (rounded(params, kind), None))
+    )
+    for a, b in zip(got, wanted, strict=True):
+        assert_allclose(a.logprobs, b.logprobs, atol=2e-5, rtol=0)
+
+
+def test_heads_are_put_in_order_first(tmp_path: Path) -> None:
+    """Sparse attention and exact mode over the same quantised weights: exact is dense."""
+    case = CASES["shares"]
+    config = dataclasses.replace(case.config, hidden_size=64)
+    path, params = case.write(tmp_path / "heads"), tiny_params(config, seed=3)
+    prompts = [{"prompt_token_ids": ids} for ids in random_prompts(4, [300, 500])]
+    sampling = SamplingParams(max_tokens=12, temperature=0.0)
+    answers = []
+    for settings in (
+        {"attention": "dense"},
+        {"attention": "lserve", "sparsity": case.sparsity(path), "exact": True},
+    ):
+        llm = LLM((config, params), max_num_seqs=2, weights="int8", **settings)
+        answers.append([x.outputs[0].token_ids for x in llm.generate(prompts, sampling)])
+    assert answers[0] == answers[1]
+
+
+def test_what_they_take() -> None:
+    params = tiny_params(CONFIG)
+    plans = {
+        kind: LLM((CONFIG, params), weights=kind).memory_plan()["parameters"]
+        for kind in (None, *api.WEIGHT_KINDS)
+    }
+    matrices = sum(
+        leaf.size
+        for path, leaf in jax.tree.flatten_with_path(params)[0]
+        if "kernel" in jax.tree_util.keystr(path)
+    )
+    # On a CPU a tied model's output layer is a matrix of its own.
+    matrices += CONFIG.vocab_size * CONFIG.hidden_size * CONFIG.tie_word_embeddings
+    assert plans[None] - plans["int8"] < 3 * matrices  # scales
+    assert plans[None] - plans["int8"] > 2.8 * matrices
+    assert plans["fp8"] == plans["int8"]
+    assert plans["int8"] - plans["int4"] > 0.25 * matrices
+
+
+def test_refusals() -> None:
+    params = tiny_params(CONFIG)
+    with pytest.raises(ValueError, match="weights='int5' must be 'int8', 'int4' or 'fp8'"):
+        LLM((CONFIG, params), weights="int5")
+    odd = tiny_config(layers=1, kv_heads=1, hidden_size=48)
+    with pytest.raises(ValueError, match="weights of 48 inputs have no groups of 128, 64, 32"):
+        LLM((odd, tiny_params(odd)), weights="int4")
+    with pytest.raises(ValueError, match="quantised already"):
+        quantise_params(quantise_params(params, "int8"), "int8")

@@ -1,0 +1,107 @@
+"""Quantised matrices: their products against float64, how near they are, what they refuse."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from pallas_kernels import api
+from pallas_kernels.api import Weight
+
+K, OUT = 192, 40
+
+
+def matrix(seed: int = 0) -> np.ndarray:
+    """Channels of very different size, one of zeros, one of one sign."""
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal((K, OUT)) * 10 ** rng.uniform(-3, 1, OUT)
+    w[:, 3] = 0
+    w[:, 5] = np.abs(w[:, 5])
+    return w.astype(np.float32)
+
+
+def numbers(weight: Weight) -> np.ndarray:
+    """What a weight stands for, in float64, by its definition."""
+    codes, scale = (np.asarray(x).astype(np.float64) for x in (weight.codes, weight.scale))
+    each = K // len(scale)
+    zero = 0.0 if weight.zero is None else np.repeat(np.asarray(weight.zero, float), each, axis=0)
+    return (codes - zero) * np.repeat(scale, each, axis=0)
+
+
+@pytest.mark.parametrize("kind", api.WEIGHT_KINDS)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_product(kind, rows: int, dtype: str) -> None:
+    weight = api.quantize_weight(jnp.asarray(matrix()), kind=kind)
+    x = np.random.default_rng(1).standard_normal((rows, K))
+    x = jnp.asarray(x, dtype)
+    wanted = np.asarray(x, np.float64) @ numbers(weight)
+    got = jax.jit(api.product)(x, weight)
+    assert got.dtype == jnp.float32
+    # float32 sums of K products. A matrix of 4 bits for many rows is rounded to x's dtype first.
+    allowed = 2**-8 if (kind, dtype) == ("int4", "bfloat16") and rows > 32 else 1e-5
+    size = np.abs(np.asarray(x, np.float64)) @ np.abs(numbers(weight))
+    assert (np.abs(got - wanted) <= allowed * size + 1e-12).all()
+    assert_array_equal(
+        np.asarray(api.dequantize_weight(weight)), numbers(weight).astype(np.float32)
+    )
+
+
+def test_how_near_they_are() -> None:
+    w = matrix().astype(np.float64)
+    eight = api.quantize_weight(jnp.asarray(w, jnp.float32), kind="int8")
+    assert (np.abs(numbers(eight) - w) <= np.abs(w).max(axis=0) / 254 * (1 + 1e-6)).all()
+    # e4m3 has 3 bits of mantissa; below 2^-6 of its range numbers are 2^-9 apart.
+    float8 = api.quantize_weight(jnp.asarray(w, jnp.float32), kind="fp8")
+    scale = np.asarray(float8.scale)
+    assert (np.abs(numbers(float8) - w) <= np.maximum(np.abs(w) / 16, scale * 2**-10) * 1.001).all()
+    # 4 bits: no worse than without clipping, group by group, in squares.
+    four = api.quantize_weight(jnp.asarray(w, jnp.float32), kind="int4")
+    assert four.codes.dtype == jnp.uint4 and four.scale.shape == (3, OUT)
+    groups = w.reshape(3, 64, OUT)
+    low, high = np.minimum(groups.min(1), 0), np.maximum(groups.max(1), 0)
+    step = np.maximum((high - low) / 15, 1e-30)
+    zero = np.round(-low / step)
+    plain = np.clip(np.round(groups / step[:, None]) + zero[:, None], 0, 15)
+    plain = (plain - zero[:, None]) * step[:, None]
+    loss = ((plain - groups) ** 2).sum(1)
+    ours = ((numbers(four).reshape(groups.shape) - groups) ** 2).sum(1)
+    assert (ours <= loss * (1 + 1e-5) + 1e-12).all()
+    assert ours.sum() < 0.97 * loss.sum()  # clipping pays
+
+
+def test_fused_linear_takes_them() -> None:
+    """Norm in front, gate, residual behind: as with the matrix that they stand for."""
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.standard_normal((3, K)), jnp.float32)
+    scale, residual = (
+        jnp.ones(K) * 1.5,
+        jnp.asarray(rng.standard_normal((3, OUT // 2)), jnp.float32),
+    )
+    how = {"norm_scale": scale, "epsilon": 1e-5, "residual": residual, "gated": True}
+    for kind in api.WEIGHT_KINDS:
+        weight = api.quantize_weight(jnp.asarray(matrix()), kind=kind)
+        got, sums = api.fused_linear(x, weight, **how)
+        wanted, _ = api.fused_linear(x, api.dequantize_weight(weight), backend="reference", **how)
+        assert sums is None
+        assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_does_not_fit() -> None:
+    weight = api.quantize_weight(jnp.asarray(matrix()), kind="int4")
+    x = jnp.ones((1, K))
+    for changes, words in (
+        ({"codes": weight.codes.astype(jnp.int32)}, "codes has dtype int32"),
+        ({"codes": weight.codes[1:]}, r"codes has shape \(191, 40\)"),
+        ({"scale": weight.scale[:, 1:]}, r"scale has shape \(3, 39\)"),
+        ({"scale": jnp.ones((5, OUT))}, "5 groups, which do not divide 192"),
+        ({"scale": weight.scale.astype(jnp.bfloat16)}, "scale has dtype bfloat16"),
+        ({"zero": weight.zero[1:]}, r"zero has shape \(2, 40\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            api.fused_linear(x, weight._replace(**changes))
+    with pytest.raises(ValueError, match="weights of 100 inputs have no groups of 128, 64, 32"):
+        api.quantize_weight(jnp.ones((100, 4)), kind="int4")
+    with pytest.raises(ValueError, match="kind='int3' is unknown"):
+        api.quantize_weight(jnp.ones((64, 4)), kind="int3")
