@@ -118,9 +118,7 @@ def test_looked_up_drafts_select_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (metrics.selector_runs, metrics.bypassed_steps) == (0, metrics.decode_steps)
 
 
-def test_replays_say_nothing_of_acceptance(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replays_say_nothing_of_acceptance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens that come again after a preemption are known: no draft of theirs counts."""
     draft_as(monkeypatch, lambda most: most)
     llm = build(tmp_path, max_num_seqs=1, burst_steps=16)
@@ -182,10 +180,10 @@ def test_saved_prefixes_of_other_policies(tmp_path: Path) -> None:
     first = of("one", gates, streaming_fraction=0.25)
     prefix = first.prefix({"prompt_token_ids": ids})
     prefix.save(tmp_path / "prefix")
-    wanted = first.generate([{"prompt_token_ids": ids + [1, 2]}], params)[0].outputs[0]
+    wanted = first.generate([{"prompt_token_ids": [*ids, 1, 2]}], params)[0].outputs[0]
     same = of("one", gates, streaming_fraction=0.25, token_budget=512)
     same.load_prefix(tmp_path / "prefix")
-    (output,) = same.generate([{"prompt_token_ids": ids + [1, 2]}], params)
+    (output,) = same.generate([{"prompt_token_ids": [*ids, 1, 2]}], params)
     assert output.outputs[0].token_ids == wanted.token_ids
     assert output.metrics.prefix_tokens == 192
     # No head moves, so that the weights are the same; more heads stream.
