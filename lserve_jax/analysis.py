@@ -72,7 +72,8 @@ def page_recall(llm: LLM, prompt: Prompt, *, num_queries: int = 64) -> PageRecal
     ``num_queries`` tokens and fits the model.
     """
     if llm.spec.sparsity is None:
-        raise ValueError("page recall needs an LLM with attention='lserve', got 'dense'")
+        kind = "draft='ngram'" if llm.spec.draft == "ngram" else "'dense'"
+        raise ValueError(f"page recall needs an LLM with attention='lserve', got {kind}")
     num_queries = check_integer("num_queries", num_queries)
     ids = llm.token_ids(prompt)
     if not 0 < num_queries < len(ids):
@@ -156,7 +157,7 @@ def _measuring_attend(
     def attend(layer: int, q: Array, k: Array, v: Array, covered: Array) -> tuple[Array, Array]:
         angles = layer_angles(config, layer, cos, sin)
         q, k = api.apply_rotary(q, *angles)[0], api.apply_rotary(k, *angles)[0]
-        Kr, Kq, Hk = spec.heads.num_retrieval[layer], spec.heads.num_ranked[layer], k.shape[1]
+        Kq, Kd, Hk = spec.heads.num_ranked[layer], spec.heads.num_dense[layer], k.shape[1]
         nothing = api.KVPages(jnp.zeros((Hk, 1, P, D), k.dtype), jnp.zeros((Hk, 1, P, D), k.dtype))
         no_heads = jax.tree.map(lambda x: x[:0], nothing)
         out, _ = api.prefill_attention(
@@ -170,10 +171,11 @@ def _measuring_attend(
         )
         causal = (position[None] <= queries[:, None])[:, None, None]
         mass = jax.nn.softmax(jnp.where(causal, scores * D**-0.5, -jnp.inf), axis=-1)
-        streaming = jnp.where(in_window[:, None, None], mass[:, Kr:], 0.0).sum(
+        # In exact mode heads that stream while drafting keep their pages, behind the dense ones.
+        streaming = jnp.where(in_window[:, None, None], mass[:, Kq + Kd :], 0.0).sum(
             axis=-1
         )  # [Q, Ks, G]
-        parts = [jnp.ones((Q, Kr - Kq, config.group_size)), streaming]  # dense heads cover all
+        parts = [jnp.ones((Q, Kd, config.group_size)), streaming]  # dense heads cover all
         if Kq > 0:
             # Statistics of whole pages: pages before the tail hold no token newer than the query.
             pages = k[:, :Kq].reshape(M, P // logical, logical, Kq, D).astype(jnp.float32)

@@ -158,7 +158,10 @@ _NOT_OF_A_RUN = (
     *("max_num_seqs", "kv_cache_bytes"),
 )
 # Options that are younger than some output files, whose headers lack them.
-_ABSENT_AS_DEFAULT = ("stop_token_ids", "skip_special_tokens")
+_ABSENT_AS_DEFAULT = (
+    *("stop_token_ids", "skip_special_tokens"),
+    *("exact", "draft", "max_draft_tokens"),
+)
 
 
 def _read_prompt(args: GenerateArgs) -> Prompt:

@@ -98,6 +98,12 @@ def request_summary(metrics: RequestMetrics, clock: CompileClock, sparse: bool) 
             f"{_size(metrics.kv_bytes_read_per_step)} read a step, "
             f"{_size(metrics.dense_kv_bytes_read_per_step)} if attention were dense",
         ]
+        if metrics.verifications:  # in exact mode
+            lines.append(
+                f"drafts    {metrics.drafted_tokens}, {metrics.acceptance:.0%} confirmed, "
+                f"{metrics.tokens_per_verification:.1f} tokens a verification; at the end "
+                f"{metrics.draft_reason}"
+            )
     return lines
 
 

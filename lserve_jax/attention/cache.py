@@ -31,6 +31,7 @@ types (int4, a scale per tensor) differ only in the element type and the shape o
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -141,8 +142,8 @@ class CacheSpec:
             budget = heads.token_budget // self.selected_page_size
             return (min(budget - 1, total),) * heads.num_ranked[layer]
         most = min(MOST_SELECTED_PAGES, total)
-        return tuple(
-            min(max(round(share * total) - 1, self.least_wanted), most)
+        return tuple(  # rounded as in ``wanted_pages``, which this bounds
+            min(max(math.floor(share * total + 0.5) - 1, self.least_wanted), most)
             for share in heads.shares[layer]
         )
 
@@ -180,7 +181,8 @@ class CacheSpec:
                 total += ranked * min(heads.token_budget or 0, length)
             else:
                 least = min(LEAST_SHARE_TOKENS, length)
-                total += sum(max(share * length, least) for share in heads.shares[layer])
+                most = MOST_SELECTED_PAGES * self.selected_page_size
+                total += sum(min(max(x * length, least), most) for x in heads.shares[layer])
         return total / max(sum(heads.num_retrieval), 1)
 
     def num_ranked(self, layer: int) -> int:

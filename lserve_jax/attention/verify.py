@@ -53,13 +53,14 @@ def verify_attend(
         angles = layer_angles(config, layer, cos, sin)
         Kq = spec.heads.num_ranked[layer]
         q, k, v = (x.reshape(B * T, *x.shape[2:]) for x in (q, k, v))
+        flat_cos, flat_sin = (x[:, 0] for x in angles)
         keys = api.apply_rotary(k[:, None, :Kq], *angles).reshape(B, T, Kq, config.head_dim)
         q, retrieval, streaming, _ = api.append_kv(
             q,
             k,
             v,
-            angles[0][:, 0],
-            angles[1][:, 0],
+            flat_cos,
+            flat_sin,
             cache.retrieval,
             cache.streaming,
             None,

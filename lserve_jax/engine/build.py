@@ -57,7 +57,8 @@ class EngineOptions:
         where it pays (see ``relay.py``).
     deterministic: a request's tokens do not depend on what else runs; needs relay="never" (in
         dense attention "always" too), and costs speed while few requests run. With int8 storage
-        sharing a prefix changes them still.
+        sharing a prefix changes them still; in exact mode how many tokens are verified together
+        can, where two tokens tie but for rounding.
     exact: answers are those of dense attention, of its own sampling too: sparse steps, by
         ``sparsity``, only draft tokens, which dense attention verifies. Every head keeps all pages.
         Needs attention="lserve", and no relay="always".

@@ -59,6 +59,7 @@ class BurstRow:
     scored: int  # pages whose statistics were read, in one layer and KV head
     attended: float  # tokens, summed over steps, layers and KV heads
     verified: int
+    judging: int
     drafted: int
     confirmed: int
 
@@ -72,6 +73,7 @@ class BurstRow:
             scored=int(burst.scored[row]),
             attended=float(burst.attended[row]),
             verified=int(burst.verified[row]),
+            judging=int(burst.judging[row]),
             drafted=int(burst.drafted[row]),
             confirmed=int(burst.confirmed[row]),
         )
@@ -91,6 +93,7 @@ class RequestCosts:
     relay_steps: int = 0
     relay_reason: str = ""
     verified: int = 0
+    judging: int = 0
     drafted: int = 0
     confirmed: int = 0
     draft_reason: str = ""
@@ -106,6 +109,7 @@ class RequestCosts:
         self.scored += row.scored
         self.attended += row.attended
         self.verified += row.verified
+        self.judging += row.judging
         self.drafted += row.drafted
         self.confirmed += row.confirmed
         self.read += row.attended

@@ -27,9 +27,10 @@ def expected_tokens(acceptance: float, drafts: int) -> float:
 def acceptance_of(costs: RequestCosts, most: int) -> float:
     """The probability that a draft is confirmed, given those before it, as far as it is known.
 
-    That with which rounds of as many drafts would have made as many tokens.
+    That with which rounds of as many drafts would have made as many tokens. Rounds without a draft
+    say nothing of it: a request may go long without any.
     """
-    rounds = PRIOR_ROUNDS + costs.verified
+    rounds = PRIOR_ROUNDS + costs.judging
     drafts = (PRIOR_ROUNDS * most + costs.drafted) / rounds
     prior = PRIOR_ROUNDS * (expected_tokens(PRIOR_ACCEPTANCE, most) - 1)
     confirmed = (prior + costs.confirmed) / rounds

@@ -41,11 +41,13 @@ class RequestMetrics:
     relay_reason: str = ""  # why its last burst did or did not
     # In exact mode:
     verifications: int = 0  # passes of dense attention over drafts and the token before them
-    drafted_tokens: int = 0  # by sparse steps
+    drafted_tokens: int = 0  # those of a replay, which are known, left out
     confirmed_tokens: int = 0  # of these, those that became tokens of the answer
     draft_reason: str = ""  # how many tokens its last burst drafted a round, and why
     selector_runs: int = 0  # steps in which its pages were chosen anew
-    bypassed_steps: int = 0  # steps whose history fitted the budget, so that nothing was pruned
+    # Steps whose history fitted the budget, so that nothing was pruned; in exact mode tokens of
+    # rounds that drafted nothing, or nothing from pruned pages.
+    bypassed_steps: int = 0
     pages_attended_per_step: float = 0.0  # of page_size tokens; mean over layers and KV heads
     kv_bytes_held: int = 0  # pages with tokens, and decode window, at its end; a prefix's pages too
     # K and V attended, and statistics read by the selector; of a prefix read together its share.

@@ -103,7 +103,8 @@ class PrefixStore:
             "page size": f"{spec.page_size}, logical {logical}",
             "kv_dtype": f"{spec.kv_dtype}, {jnp.dtype(self.runner.dtype).name}",
             "number of retrieval heads": str(spec.heads.num_retrieval),
-            "number of dense heads": str(spec.heads.num_dense),
+            # Those have statistics; whether others read everything, their pages do not tell.
+            "number of ranked heads": str(spec.heads.num_ranked),
             "sink and local sizes": ", ".join(sizes),
             "model": self.runner.fingerprint(),
         }

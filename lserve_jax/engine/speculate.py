@@ -91,16 +91,23 @@ def exact_burst(
         ]
         heads = program.config.num_hidden_layers * program.config.num_key_value_heads
         seen = jnp.where(left > 0, position + count, 0).astype(jnp.float32)
+        tail = first_tail_page(position, program.spec.selected_page_size)
+        pruned = (wanted > 0) & program.spec.prunes(tail)
+        # Tokens of a replay are known: that they come again is nobody's merit.
+        known = (wanted_tokens[:, :-1] >= 0) & (jnp.arange(most_drafts)[None] < wanted[:, None])
+        known = known.sum(axis=1)
         result = dataclasses.replace(
             result,
             samples=_put(result.samples, samples, result.steps, emitted),
             steps=result.steps + emitted,
-            selections=result.selections + (wanted > 0).astype(jnp.int32),
-            scored=result.scored + jnp.where(wanted > 0, position // program.spec.page_size + 1, 0),
+            bypassed=result.bypassed + jnp.where(pruned, 0, emitted),
+            selections=result.selections + pruned.astype(jnp.int32),
+            scored=result.scored + jnp.where(pruned, position // program.spec.page_size + 1, 0),
             attended=result.attended + attended + heads * seen,
-            drafted=result.drafted + wanted,
-            confirmed=result.confirmed + jnp.maximum(emitted - 1, 0),
             verified=result.verified + (left > 0).astype(jnp.int32),
+            judging=result.judging + (wanted > known).astype(jnp.int32),
+            drafted=result.drafted + wanted - known,
+            confirmed=result.confirmed + jnp.maximum(emitted - 1 - known, 0),
         )
         return state, caches, result
 

@@ -126,5 +126,6 @@ class Burst:
     attended: Float[Array, " B"]  # tokens attended, summed over steps, layers and KV heads
     # In exact mode, where ``steps`` are tokens; else 0:
     verified: Int[Array, " B"]  # passes of dense attention
+    judging: Int[Array, " B"]  # of these, passes over drafts, those of a replay left out
     drafted: Int[Array, " B"]  # tokens that they were given to judge
     confirmed: Int[Array, " B"]  # of these, those that it would have produced too

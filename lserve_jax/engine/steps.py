@@ -424,6 +424,7 @@ def empty_burst(burst: int, num_rows: int, num_top: int) -> Burst:
         scored=nothing,
         attended=jnp.zeros((num_rows,), jnp.float32),
         verified=nothing,
+        judging=nothing,
         drafted=nothing,
         confirmed=nothing,
     )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from lserve_cases import that_wants
 from numpy.testing import assert_allclose, assert_array_equal
+from oracle_model import Oracle
 from tiny_llm import random_prompts, tiny_config, tiny_params, write_pattern
 
 from convert.head_shares import save_head_shares, shipped_for
@@ -271,3 +272,61 @@ def test_shipped_shares_fit_their_models() -> None:
         assert sum(map(len, policy.partition.streaming)) == 30
         assert 1 <= sum(policy.partition.num_dense) <= 6
         assert sum(policy.budgets.num_ranked) >= 50
+
+
+@pytest.mark.parametrize(
+    ("max_len", "logical", "selected", "forced"),
+    [(960, 16, 16, 1), (1088, 16, 64, 0), (1088, 32, 32, 5), (128, 16, 16, 1), (320, 32, 64, 2)],
+)
+def test_wanted_pages_at_every_length(
+    max_len: int, logical: int, selected: int, forced: int
+) -> None:
+    """Against the oracle's count, up to the last position; what a list has room for is enough."""
+    shares = (1 / 128, 1 / 32, 3 / 32, 3 / 16, 1 / 4, 3 / 8, 0.1, 0.97)
+    config = tiny_config(layers=1, kv_heads=8)
+    sparsity = SparsityConfig(
+        logical_page_size=logical, selected_page_size=selected, forced_sink_pages=forced
+    )
+    heads = HeadBudgets(num_retrieval=(8,), num_dense=(0,), shares=(shares,))
+    spec = make_spec(
+        config,
+        sparsity=sparsity,
+        heads=heads,
+        max_model_len=max_len,
+        max_num_seqs=1,
+        num_pages=1,
+        max_prefixes=0,
+        kv_dtype="auto",
+    )
+    tails = np.arange(max_len // selected)
+    got = np.asarray(spec.wanted_pages(0, tails))
+    assert got.max() <= spec.num_ranked(0)
+    oracle = Oracle(config, tiny_params(config), sparsity=sparsity, shares=[list(shares)])
+    for tail in tails:
+        oracle.tail = int(tail)
+        wanted = [min(oracle._count(0, head), tail) for head in range(8)]
+        assert_array_equal(np.minimum(got[tail], tail), wanted)
+        assert bool(spec.prunes(tails[tail : tail + 1])[0]) == any(w < tail for w in wanted)
+
+
+def test_shares_of_a_million_tokens() -> None:
+    """A list is never longer than what can be selected, 65,536 tokens; below it shares count."""
+    config, shares = tiny_config(layers=1, kv_heads=3), (1 / 32, 1 / 8, 3 / 8)
+    heads = HeadBudgets(num_retrieval=(3,), num_dense=(0,), shares=(shares,))
+    spec = make_spec(
+        config,
+        sparsity=SparsityConfig(),
+        heads=heads,
+        max_model_len=1 << 20,
+        max_num_seqs=1,
+        num_pages=1,
+        max_prefixes=0,
+        kv_dtype="auto",
+    )
+    assert spec.most_wanted(0) == (2047, 4096, 4096)
+    tails = np.array([8191, 10_923, 32_767, 65_535])
+    wanted = [[255, 1023, 3071], [340, 1365, 4096], [1023, 4095, 4096], [2047, 4096, 4096]]
+    assert_array_equal(spec.wanted_pages(0, tails), wanted)
+    # Two pages of the tail beside them; what a draft is thought to read has the same bound.
+    assert spec.num_listed(0) == 4096 + 2
+    assert spec.tokens_listed(1 << 20) == (32_768 + 2 * 65_536) / 3

@@ -27,7 +27,8 @@ def build(directory: Path | None, case=CASE, **settings: Any) -> LLM:
     """Exact over the case's heads; dense without a directory."""
     if directory is not None:
         path = case.write(directory / "heads")
-        settings |= {"attention": "lserve", "sparsity": case.sparsity(path), "exact": True}
+        sparse = {"attention": "lserve", "sparsity": case.sparsity(path), "exact": True}
+        settings = sparse | settings
     settings = {"max_num_seqs": 4, "prefill_chunk_size": 64} | settings
     llm = LLM((case.config, case.params()), **settings)
     poison(llm)
@@ -182,7 +183,7 @@ def test_acceptance_is_found_again(acceptance: float) -> None:
     """From the tokens that rounds of five drafts make on average."""
     rounds = 10_000
     confirmed = round(rounds * (expected_tokens(acceptance, 5) - 1))
-    costs = RequestCosts(verified=rounds, drafted=5 * rounds, confirmed=confirmed)
+    costs = RequestCosts(judging=rounds, drafted=5 * rounds, confirmed=confirmed)
     assert acceptance_of(costs, 5) == pytest.approx(acceptance, abs=1e-3)
 
 

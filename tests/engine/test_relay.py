@@ -4,25 +4,31 @@ A request alone, with no prefix and no relay, is the standard; that one is held 
 oracle by test_lserve.py and test_engine.py. Models are tiny and random; caches hold NaN first.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from lserve_cases import that_wants
 from numpy.testing import assert_allclose
 from oracle_model import Oracle, streaming_heads
 from relay_cases import CONFIG, GATES, SIZES, Build, P, assert_same, prompts_with, run
 from tiny_llm import (
     VOCAB,
+    Generation,
     check_nothing_left,
     check_pages,
     expected,
     generate,
     poison,
     random_prompts,
+    tiny_config,
     tiny_params,
+    write_pattern,
 )
 
 import lserve_jax.engine.runner
+from convert.head_shares import save_head_shares
 from lserve_jax import LLM, SamplingParams, SparsityConfig
 
 # The engine.
@@ -109,6 +115,39 @@ def test_lserve_reading_the_prefix_together_is_dense_where_the_budget_lasts(buil
     assert any(
         np.abs(one.logprobs[: len(other.logprobs)] - other.logprobs).max() > 1e-3
         for one, other in zip(together, by_selection, strict=True)
+    )
+
+
+def test_shares_and_dense_heads_reading_the_prefix_together(tmp_path: Path) -> None:
+    """Heads of the least share and dense ones: all of the prefix, and all of an own part that is
+    within the least that a share lists. So they are dense attention, alone and in groups."""
+    config = tiny_config(layers=2, kv_heads=3, group=2)
+    shares = np.array([[1 / 128, 1.0, 1 / 64], [1.0, 1.0, 1.0]])
+    path = write_pattern(tmp_path / "heads", np.ones((2, 3)))
+    save_head_shares(path, that_wants(shares), shares, {})
+    prefixes = random_prompts(20, [300, 170])
+    prompts = prompts_with(prefixes[0], 21, [1, 64, 80]) + prompts_with(prefixes[1], 22, [33, 16])
+    common = {"max_num_seqs": 8, "max_model_len": 512, "prefill_chunk_size": 64}
+    wanted = generate(LLM((config, tiny_params(config)), **common), prompts, 20)
+
+    def of(relay: str) -> list[Generation]:
+        sparsity = SparsityConfig(
+            pattern=path, budget_share=1.0, streaming_fraction=0.0, page_size=16
+        )
+        settings = {"attention": "lserve", "sparsity": sparsity, "relay": relay}
+        llm = LLM((config, tiny_params(config)), **settings, **common)
+        poison(llm)
+        for prefix in prefixes:
+            llm.prefix({"prompt_token_ids": prefix})
+        made = generate(llm, prompts, 20)
+        assert (llm.engine.metrics().relay_bursts > 0) == (relay == "always")
+        return made
+
+    assert_same(of("always"), wanted)
+    # One by one the same heads leave most of the prefix out.
+    assert any(
+        np.abs(one.logprobs[1] - other.logprobs[1]).max() > 1e-3
+        for one, other in zip(of("never"), wanted, strict=True)
     )
 
 

@@ -236,6 +236,31 @@ def test_lserve_attention_prunes_and_says_so(capsys, checkpoint):
     assert 3 < pages <= 5
 
 
+@pytest.mark.parametrize("draft", ["sparse", "ngram"])
+def test_exact_answers_are_dense_ones_and_stats_say_what_drafts_did(draft, capsys, checkpoint):
+    argv = ["--model", checkpoint, "--prompt-token-ids", *([7, 11, 13, 17] * 50)]
+    argv += ["--max-tokens", 20]
+    code, dense, _ = run(capsys, *argv)
+    exact = ["--attention", "lserve", "--exact", "--draft", draft, "--stats"]
+    if draft == "sparse":
+        exact += ["--page-size", 16, "--token-budget", 64, "--head-shares", "none"]
+    code, out, err = run(capsys, *argv, *exact)
+    assert (code, out) == (0, dense)
+    assert re.search(
+        r"drafts    \d+, \d+% confirmed, \d+\.\d tokens a verification; at the end", err
+    )
+    # Every option of sparse steps is refused where there are none, and verification without them.
+    for options, words in (
+        ("--attention dense --exact", "exact=True needs attention='lserve'"),
+        ("--attention lserve --draft ngram", "draft='ngram' needs exact=True"),
+        ("--attention lserve --exact --draft ngram --dense-heads 1", "needs head shares"),
+        ("--attention lserve --exact --draft ngram --budget-share 0.5", "has no sparse steps"),
+        ("--attention lserve --exact --max-draft-tokens 16", "max_draft_tokens=16 must lie in"),
+    ):
+        code, out, err = run(capsys, *argv, *options.split())
+        assert (code, out) == (2, "") and words in err
+
+
 def test_help_names_every_option(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0
