@@ -120,13 +120,14 @@ def product(x: Float[Array, "... K"], kernel: Array | Weight) -> Float[Array, ".
         y = jnp.matmul(rows, codes, precision=highest, preferred_element_type=jnp.float32)
         y = y * kernel.scale
     elif len(rows) <= _FEW_ROWS:
-        # In float32: XLA's CPU backend has no product of bf16 with a batch axis and float32 sums.
-        parts = rows.astype(jnp.float32).reshape(len(rows), g, K // g)
-        codes = kernel.codes.astype(jnp.float32).reshape(g, K // g, out)
-        sums = jnp.einsum("rgk,gko->rgo", parts, codes, precision=highest)
+        # Groups first: XLA's CPU backend has no product of bf16 whose batch axis is another.
+        parts = rows.reshape(len(rows), g, K // g).swapaxes(0, 1)
+        codes = kernel.codes.astype(x.dtype).reshape(g, K // g, out)
+        sums = jnp.matmul(parts, codes, precision=highest, preferred_element_type=jnp.float32)
         if kernel.zero is not None:
-            sums = sums - parts.sum(axis=2)[:, :, None] * kernel.zero[None]
-        y = (sums * kernel.scale[None]).sum(axis=1)
+            totals = parts.astype(jnp.float32).sum(axis=2, keepdims=True)  # [g, rows, 1]
+            sums = sums - totals * kernel.zero[:, None]
+        y = (sums * kernel.scale[:, None]).sum(axis=0)
     else:
         whole = dequantize_weight(kernel).astype(x.dtype)
         y = jnp.matmul(rows, whole, precision=highest, preferred_element_type=jnp.float32)
