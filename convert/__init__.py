@@ -61,6 +61,7 @@ def load(
     adapter: str | os.PathLike[str] | None = None,
     overrides: Mapping[str, Any] | None = None,
     sharding: Placement = None,
+    keep_codes: bool = False,
     progress: bool = False,
 ) -> tuple[ModelConfig, Params]:
     """Reads a checkpoint: its architecture and its parameters as a nested dict of arrays.
@@ -74,6 +75,8 @@ def load(
     overrides: attributes of ``config.json`` to replace, such as ``{"rope_theta": 2e6}``.
     sharding: one ``Sharding`` for every array, or a function from an array's dotted path
         (``layers.0.mlp.down_proj.kernel``) to its ``Sharding``; None is the default device.
+    keep_codes: matrices of a quantised checkpoint stay ``api.Weight``s, with the codes as they are
+        stored, where the parts of a leaf are quantised alike and in ranges of inputs.
     progress: progress bars on stderr.
 
     The tree is that of ``lserve_jax.model.llama.init_params``. Tensors are converted one after
@@ -94,6 +97,8 @@ def load(
         )
     config, checkpoint, changes = _describe(source, overrides or {}, adapter)
     if checkpoint is None:
+        if keep_codes:
+            raise ValueError(f"{source.path} holds no quantised weights, whose codes could be kept")
         return config, orbax.restore(source.path, config, dtype=wanted, placement=sharding)
     return config, assemble(
         checkpoint,
@@ -102,6 +107,7 @@ def load(
         changes=changes,
         placement=sharding,
         progress=progress,
+        keep_codes=keep_codes,
     )
 
 

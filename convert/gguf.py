@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.config_json import EXPLICIT, canonical, refuse_unknown
+from convert.gguf_codes import coded_rows
 from convert.gguf_file import GGUFFile, GGUFTensor, read_gguf_file
 from convert.gguf_tokenizer import end_token_ids
 from convert.stream import Checkpoint, FileTensor, parse_dtype
@@ -73,8 +74,7 @@ def read_gguf(path: Path) -> Checkpoint:
         naming="gguf",
         dtype=parse_dtype(dtype),
         tensors=[
-            FileTensor(name=name, shape=tensor.shape, rows=_row_reader(tensor, file, config))
-            for name, tensor in file.tensors.items()
+            _tensor(tensor, _row_order(tensor, file, config)) for tensor in file.tensors.values()
         ],
     )
 
@@ -99,7 +99,26 @@ def _refuse_kinds(file: GGUFFile) -> None:
         raise ValueError(f"{file.path} has no token_embd.weight")
 
 
-def _row_reader(tensor: GGUFTensor, file: GGUFFile, config: dict[str, Any]):
+def _tensor(tensor: GGUFTensor, order: np.ndarray | None) -> FileTensor:
+    """A tensor whose rows come in ``order``, None: as they are stored."""
+
+    def index(start: int, stop: int) -> slice | np.ndarray:
+        return slice(start, stop) if order is None else order[start:stop]
+
+    coded = None
+    if len(tensor.shape) == 2:
+        coded = coded_rows(
+            tensor.kind, tensor.shape[1], lambda start, stop: tensor.blocks(index(start, stop))
+        )
+    return FileTensor(
+        name=tensor.name,
+        shape=tensor.shape,
+        rows=lambda start, stop: tensor.rows(index(start, stop)),
+        coded=coded,
+    )
+
+
+def _row_order(tensor: GGUFTensor, file: GGUFFile, config: dict[str, Any]) -> np.ndarray | None:
     kind = tensor.name.rpartition(".")[0].rpartition(".")[2]
     if file.metadata["general.architecture"] == "llama" and kind in ("attn_q", "attn_k"):
         heads = config["num_attention_heads" if kind == "attn_q" else "num_key_value_heads"]
@@ -108,9 +127,8 @@ def _row_reader(tensor: GGUFTensor, file: GGUFFile, config: dict[str, Any]):
                 f"{file.path}: {tensor.name} has {tensor.shape[0]} rows, not {heads} heads of "
                 "even size"
             )
-        order = _rows_by_half(tensor.shape[0], heads)
-        return lambda start, stop: tensor.rows(order[start:stop])
-    return lambda start, stop: tensor.rows(slice(start, stop))
+        return _rows_by_half(tensor.shape[0], heads)
+    return None
 
 
 def _rows_by_half(rows: int, heads: int) -> np.ndarray:

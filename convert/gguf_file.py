@@ -64,6 +64,14 @@ class GGUFTensor:
             return self._values(self.raw)[0, index]
         return self._values(self.raw[index])
 
+    def blocks(self, index: slice | np.ndarray) -> np.ndarray:
+        """The bytes of the selected rows of a matrix, uint8 [rows, bytes of a row].
+
+        Raises ``ValueError`` if the file has changed since it was opened.
+        """
+        self.state.check()
+        return self.raw[index]
+
     def _values(self, raw: np.ndarray) -> np.ndarray:
         if not self.is_quantised:
             return raw.view(_FLOATS[self.kind])

@@ -35,6 +35,7 @@ from convert.stream import Checkpoint, FileTensor, Placement, require_finite, sh
 from convert.tokenizers import load_tokenizer
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params, abstract_params
+from pallas_kernels.api import Weight
 
 _PARAMS = "params"
 _FILES = "files.json"
@@ -128,6 +129,8 @@ def save(
     path = Path(path).absolute()
     require_empty(path)
     flat = flatten(params)
+    if any(isinstance(value, Weight) for value in flat.values()):
+        raise NotImplementedError("quantised weights cannot be saved yet; load them as floats")
     check_tensors(
         {leaf: value.shape for leaf, value in flatten(abstract_params(config)).items()},
         {leaf: value.shape for leaf, value in flat.items()},

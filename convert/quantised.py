@@ -12,12 +12,13 @@ Layouts were checked against the libraries that write them (``tests/convert/quan
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from convert.json_values import json_object, shortened
-from convert.stream import FileTensor
+from convert.stream import Coded, CodedRows, FileTensor
 
 # In an int32 of AWQ's, nibble i belongs to column 8 j + _AWQ_ORDER[i].
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -161,14 +162,33 @@ class _Module:
             )
         return inputs // count
 
-    def done(self, shape: tuple[int, int], rows: Callable[[int, int], np.ndarray]) -> FileTensor:
-        """The weight, once nothing is left over."""
+    def done(
+        self,
+        shape: tuple[int, int],
+        rows: Callable[[int, int], np.ndarray] | None = None,
+        *,
+        coded: Coded | None = None,
+    ) -> FileTensor:
+        """The weight, once nothing is left over; ``rows`` where no ``coded`` says them."""
         if self._parts:
             names = ", ".join(shortened(sorted(x.name for x in self._parts.values())))
             raise NotImplementedError(
                 f"{self.where}: {names} beside quantised weights are not supported"
             )
-        return FileTensor(name=f"{self.name}.weight", shape=shape, rows=rows)
+        if rows is None:
+            assert coded is not None
+            rows = partial(_numbers, coded)
+        return FileTensor(name=f"{self.name}.weight", shape=shape, rows=rows, coded=coded)
+
+
+def _numbers(coded: Coded, start: int, stop: int) -> np.ndarray:
+    """What coded rows stand for, float32."""
+    codes, scale, zero = coded.rows(start, stop)
+    group = codes.shape[1] // coded.groups
+    values = codes.astype(np.float32)
+    if zero is not None:
+        values = values - _spread(zero, group)
+    return values * _spread(scale, group)
 
 
 def _expect(x: RawTensor, dtypes: tuple[str, ...], where: str) -> None:
@@ -235,19 +255,26 @@ def _compressed_weight(module: _Module) -> FileTensor:
     per = 32 // bits
     zero = module.optional("weight_zero_point", ("int32",), (-(-out // per), scale.shape[1]))
 
-    def rows(start: int, stop: int) -> np.ndarray:
+    # 8 bits are stored with 128 added; less that they are an int8.
+    lower = 0 if bits == 4 else 128
+
+    def rows(start: int, stop: int) -> CodedRows:
         codes = _unpack(packed.read(start, stop), bits).reshape(stop - start, -1)[:, :inputs]
-        offset = np.float32(1 << (bits - 1))  # signed codes are stored with this added
-        if zero is None:
-            shift = offset
+        scales = scale.read(start, stop).astype(np.float32)
+        if zero is None:  # signed codes are stored with half of their range added
+            points = np.full_like(scales, (1 << (bits - 1)) - lower)
         else:
             first = start // per  # zero points are packed along the outputs
             words = zero.read(first, -(-stop // per))
             points = _unpack(words, bits).transpose(0, 2, 1).reshape(-1, words.shape[1])
-            shift = _spread(points[start - first * per :][: stop - start], group)
-        return (codes.astype(np.float32) - shift) * _spread(scale.read(start, stop), group)
+            points = points[start - first * per :][: stop - start].astype(np.float32) - lower
+        if lower:
+            codes = (codes.astype(np.int16) - lower).astype(np.int8)
+        return CodedRows(codes, scales, points)
 
-    return module.done((out, inputs), rows)
+    dtype = "uint4" if bits == 4 else "int8"
+    coded = Coded(dtype=dtype, groups=inputs // group, has_zero=True, rows=rows)
+    return module.done((out, inputs), coded=coded)
 
 
 def _scaled_weight(module: _Module, scale_name: str, zero_name: str | None) -> FileTensor:
@@ -274,7 +301,22 @@ def _scaled_weight(module: _Module, scale_name: str, zero_name: str | None) -> F
             values = values - spread(zero, start, stop)
         return values * spread(scale, start, stop)
 
-    return module.done((out, inputs), rows)
+    if inputs % wide:  # the last block is a short one
+        return module.done((out, inputs), rows)
+
+    def coded_rows(start: int, stop: int) -> CodedRows:
+        def grouped(x: RawTensor) -> np.ndarray:
+            each = spread(x, start, stop)  # [rows or 1, in or 1]
+            return np.broadcast_to(each[:, ::wide], (stop - start, inputs // wide))
+
+        return CodedRows(
+            codes.read(start, stop), grouped(scale), None if zero is None else grouped(zero)
+        )
+
+    coded = Coded(
+        dtype=codes.dtype, groups=inputs // wide, has_zero=zero is not None, rows=coded_rows
+    )
+    return module.done((out, inputs), coded=coded)
 
 
 def _blocks(module: _Module, scale: RawTensor, shape: tuple[int, int]) -> tuple[int, int]:
@@ -341,16 +383,17 @@ def _awq_weight(module: _Module) -> FileTensor:
         codes[..., _AWQ_ORDER] = _unpack(words, 4)
         return codes.reshape(len(words), -1).T
 
-    def rows(start: int, stop: int) -> np.ndarray:
+    def rows(start: int, stop: int) -> CodedRows:
         first, last = start // 8, -(-stop // 8)
         inside = slice(start - 8 * first, stop - 8 * first)
         codes, points = (
             unpack(np.ascontiguousarray(x.columns(first, last)))[inside] for x in (packed, zero)
         )
-        scales = scale.columns(start, stop).T
-        return (codes.astype(np.float32) - _spread(points, group)) * _spread(scales, group)
+        scales = scale.columns(start, stop).T.astype(np.float32)
+        return CodedRows(codes, scales, points.astype(np.float32))
 
-    return module.done((out, inputs), rows)
+    coded = Coded(dtype="uint4", groups=inputs // group, has_zero=True, rows=rows)
+    return module.done((out, inputs), coded=coded)
 
 
 # GPTQ
@@ -392,7 +435,7 @@ def _gptq_weight(module: _Module) -> FileTensor:
     first_version = (settings.get("checkpoint_format") or "gptq") == "gptq"
     ones = np.uint32(sum(1 << (bits * i) for i in range(per)) if first_version else 0)
 
-    def rows(start: int, stop: int) -> np.ndarray:
+    def parts(start: int, stop: int) -> CodedRows:
         codes = _unpack(np.ascontiguousarray(packed.columns(start, stop)), bits)  # [n, o, per]
         codes = codes.transpose(1, 0, 2).reshape(stop - start, -1)
         first = start // per
@@ -400,6 +443,18 @@ def _gptq_weight(module: _Module) -> FileTensor:
         points = _unpack(words.view(np.int32), bits).reshape(groups, -1)
         points = points[:, start - first * per :][:, : stop - start].T.astype(np.float32)
         scales = scale.columns(start, stop).T.astype(np.float32)
+        if bits == 8:  # less half of their range they are an int8
+            codes, points = (codes.astype(np.int16) - 128).astype(np.int8), points - 128
+        return CodedRows(codes, scales, points)
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        codes, scales, points = parts(start, stop)
+        assert points is not None  # as above
         return (codes.astype(np.float32) - points[:, of_input]) * scales[:, of_input]
 
-    return module.done((out, inputs), rows)
+    if inputs % groups or np.any(of_input != np.arange(inputs) // (inputs // groups)):
+        return module.done((out, inputs), rows)  # act-order: groups are no ranges of inputs
+    dtype = "uint4" if bits == 4 else "int8"
+    return module.done(
+        (out, inputs), coded=Coded(dtype=dtype, groups=groups, has_zero=True, rows=parts)
+    )

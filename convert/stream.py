@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from convert.json_values import shortened
 from convert.lora import Change
 from convert.names import (
     Naming,
+    TensorSlot,
     check_tensors,
     is_derived,
     tensor_slots,
@@ -32,6 +33,7 @@ from convert.names import (
 )
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params
+from pallas_kernels.api import Weight
 
 # One sharding for all leaves, or one chosen by a leaf's dotted path. None: the default device.
 Placement = Sharding | Callable[[str], Sharding] | None
@@ -45,6 +47,24 @@ _COMPARED_ROWS = 8192
 _ALIGNMENT = 64  # bytes
 
 
+class CodedRows(NamedTuple):
+    """Rows of a quantised matrix of [out, in]: ``(codes - zero) * scale``, in groups of inputs."""
+
+    codes: np.ndarray  # [rows, in]  int8, uint8 below 16, or float8_e4m3fn
+    scale: np.ndarray  # [rows, groups] float32
+    zero: np.ndarray | None  # [rows, groups] float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coded:
+    """How the rows of a quantised matrix are read as they are stored."""
+
+    dtype: str  # of a ``Weight``'s codes: int8, uint4 or float8_e4m3fn
+    groups: int  # of inputs; 1: one scale for each output
+    has_zero: bool
+    rows: Callable[[int, int], CodedRows]  # [start, stop) of the outputs
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileTensor:
     """One tensor of a checkpoint file."""
@@ -52,6 +72,7 @@ class FileTensor:
     name: str  # as the file names it
     shape: tuple[int, ...]
     rows: Callable[[int, int], np.ndarray]  # [start, stop) of the first axis, any float dtype
+    coded: Coded | None = None  # of a quantised matrix that a ``Weight`` can hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +165,11 @@ def assemble(
     changes: Mapping[str, Change],
     placement: Placement,
     progress: bool,
+    keep_codes: bool = False,
 ) -> Params:
     """Parameters of ``config`` in ``dtype`` from ``checkpoint`` with the ``changes`` of an adapter.
+
+    With ``keep_codes`` a matrix that is quantised in one way as a whole becomes a ``Weight``.
 
     Raises ``ValueError`` for tensors that are missing, unexpected or misshapen, and for values
     that are not finite.
@@ -160,11 +184,19 @@ def assemble(
     )
     _check_changes(changes, {slot.hf: slot.shape for slot in all_slots})
 
+    kept = _coded_leaves(tensors, by_name, changes) if keep_codes else {}
     awaited = Counter(slot.leaf for slot in all_slots)
     unfinished: dict[str, np.ndarray] = {}
-    flat: dict[str, jax.Array] = {}
+    flat: dict[str, jax.Array | Weight] = {}
     for tensor in tqdm(tensors, desc="loading", unit="tensor", disable=not progress):
         slot = by_name[tensor.name]
+        if slot.leaf in kept:
+            kept[slot.leaf].read(slot, tensor)
+            awaited[slot.leaf] -= 1
+            if not awaited[slot.leaf]:
+                place = sharding_of(placement, slot.leaf)
+                flat[slot.leaf] = kept.pop(slot.leaf).finish(place, checkpoint.where)
+            continue
         if slot.leaf not in unfinished:
             unfinished[slot.leaf] = _aligned(slot.leaf_shape, dtype)
         target = slot.view(unfinished[slot.leaf])
@@ -184,6 +216,55 @@ def assemble(
             flat[slot.leaf] = leaf.block_until_ready()
             require_finite(slot.leaf, leaf, checkpoint.where)
     return unflatten(flat)
+
+
+class _CodedLeaf:
+    """A quantised leaf on its way: its parts side by side, [in, out]."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], coded: Coded):
+        self.name, self.coded = name, coded
+        self.codes = np.empty(shape, jnp.dtype(coded.dtype))
+        self.scale = np.empty((coded.groups, shape[1]), np.float32)
+        self.zero = np.empty_like(self.scale) if coded.has_zero else None
+
+    def read(self, slot: TensorSlot, tensor: FileTensor) -> None:
+        assert tensor.coded is not None  # chosen for it
+        for start in range(0, tensor.shape[0], _BLOCK_ROWS):
+            stop = min(start + _BLOCK_ROWS, tensor.shape[0])
+            rows = tensor.coded.rows(start, stop)
+            for whole, part in zip((self.codes, self.scale, self.zero), rows, strict=True):
+                if whole is not None:
+                    whole[:, slot.columns].T[start:stop] = part.astype(whole.dtype)
+
+    def finish(self, sharding: Sharding | None, where: str) -> Weight:
+        parts = (self.codes, self.scale, self.zero)
+        arrays = [None if x is None else jax.device_put(x, sharding) for x in parts]
+        jax.block_until_ready(arrays)
+        for part, x in zip(("codes", "scale", "zero"), arrays, strict=True):
+            if x is not None and jnp.issubdtype(x.dtype, jnp.floating):
+                require_finite(f"{self.name}.{part}", x, where)
+        return Weight(*arrays)
+
+
+def _coded_leaves(
+    tensors: list[FileTensor], by_name: Mapping[str, TensorSlot], changes: Mapping[str, Change]
+) -> dict[str, _CodedLeaf]:
+    """Leaves whose parts are all quantised in the same way, and none changed by an adapter."""
+    found: dict[str, list[tuple[FileTensor, TensorSlot]]] = {}
+    for tensor in tensors:
+        slot = by_name[tensor.name]
+        found.setdefault(slot.leaf, []).append((tensor, slot))
+    leaves = {}
+    for leaf, parts in found.items():
+        ways = {
+            None if x.coded is None else (x.coded.dtype, x.coded.groups, x.coded.has_zero)
+            for x, _ in parts
+        }
+        changed = any(slot.hf in changes for _, slot in parts)
+        coded, slot = parts[0][0].coded, parts[0][1]
+        if len(ways) == 1 and coded is not None and slot.transposed and not changed:
+            leaves[leaf] = _CodedLeaf(leaf, slot.leaf_shape, coded)
+    return leaves
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -121,9 +121,10 @@ class GenerateArgs:
     kv_dtype: Literal["auto", "int8"] = "auto"
     """Storage of keys and values: as --dtype, or quantised to 8 bits a number."""
     weights: Annotated[
-        Literal["int8", "int4", "fp8"] | None, flag("{int8,int4,fp8}", "as --dtype")
+        Literal["int8", "int4", "fp8", "checkpoint"] | None,
+        flag("{int8,int4,fp8,checkpoint}", "as --dtype"),
     ] = None
-    """Quantise the weights at load; less memory, but no kernel yet."""
+    """Quantise weights at load, or keep a checkpoint's own codes: less memory, no kernel yet."""
     attention: Literal["dense", "lserve"] = "dense"
     """dense reads the whole context at every token; lserve reads the parts that matter."""
     exact: Switch = False

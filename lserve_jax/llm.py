@@ -100,7 +100,13 @@ class LLM:
 
             def params() -> Params:
                 dtype = resolve_dtype(self.options.dtype)
-                return convert.load(source, dtype=dtype, adapter=adapter, progress=progress)[1]
+                return convert.load(
+                    source,
+                    dtype=dtype,
+                    adapter=adapter,
+                    keep_codes=self.options.weights == "checkpoint",
+                    progress=progress,
+                )[1]
 
         with memory_errors():
             self.engine = build_engine(

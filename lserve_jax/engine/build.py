@@ -22,7 +22,7 @@ from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.heads import permute_heads
 from lserve_jax.model.llama import Params, check_params
 from lserve_jax.model.quantise import quantise_params
-from pallas_kernels.api import WEIGHT_KINDS, Backend, WeightKind, resolve_backend
+from pallas_kernels.api import WEIGHT_KINDS, Backend, Weight, WeightKind, resolve_backend
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _INTEGERS = (
@@ -46,7 +46,8 @@ class EngineOptions:
     kv_dtype: "auto" stores keys and values in ``dtype``, "int8" with a scale per token and head.
     weights: None keeps them in ``dtype``; "int8" and "fp8" quantise the matrices at load, with a
         scale for each output, "int4" with scale and zero point for groups of 128, 64 or 32 inputs.
-        They take a half or a quarter of the memory. There is no kernel for them yet: on a GPU a
+        "checkpoint" keeps the codes of a quantised checkpoint. They take a half or a quarter of the
+        memory. There is no kernel for them yet: on a GPU a
         step takes longer than in bfloat16.
     kv_cache_bytes: memory for the retrieval pages; None takes ``memory_fraction`` of what the
         device has free, on a CPU 2 GiB.
@@ -83,7 +84,7 @@ class EngineOptions:
     attention: Literal["dense", "lserve"] = "dense"
     sparsity: SparsityConfig | None = None
     kv_dtype: KVDtype = "auto"
-    weights: WeightKind | None = None
+    weights: WeightKind | Literal["checkpoint"] | None = None
     kv_cache_bytes: int | None = None
     memory_fraction: float = 0.8
     max_prefixes: int = 8
@@ -115,7 +116,7 @@ class EngineOptions:
             )
         check_choice("kv_dtype", self.kv_dtype, ("auto", "int8"))
         if self.weights is not None:
-            check_choice("weights", self.weights, WEIGHT_KINDS)
+            check_choice("weights", self.weights, (*WEIGHT_KINDS, "checkpoint"))
         if self.max_num_seqs < 1:
             raise ValueError(f"max_num_seqs={self.max_num_seqs} must be at least 1")
         chunk = self.prefill_chunk_size
@@ -203,7 +204,10 @@ def build_engine(
     if callable(params):
         params = params()
     check_params(config, params)
-    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+    params = _cast(params, dtype)
+    coded = any(isinstance(x, Weight) for x in jax.tree.leaves(params, is_leaf=_is_weight))
+    if options.weights == "checkpoint" and not coded:
+        raise ValueError("weights='checkpoint' needs quantised weights; all of these are floats")
     params = permute_heads(config, params, policy.partition)
     spec = make_spec(
         config,
@@ -219,7 +223,7 @@ def build_engine(
     spec = dataclasses.replace(spec, num_pages=_plan_pages(config, spec, dtype, options))
     if config.tie_word_embeddings and jax.default_backend() == "cpu":
         config, params = _untie(config, params)
-    if options.weights is not None:
+    if options.weights is not None and options.weights != "checkpoint":
         params = quantise_params(params, options.weights)
     runner = runner_class(
         config,
@@ -236,6 +240,17 @@ def build_engine(
         burst_steps=options.burst_steps,
         relay=options.relay,
         deterministic=options.deterministic,
+    )
+
+
+def _is_weight(x: object) -> bool:
+    return isinstance(x, Weight)
+
+
+def _cast(params: Params, dtype) -> Params:
+    """Floats in ``dtype``; quantised matrices as they are."""
+    return jax.tree.map(
+        lambda x: x if _is_weight(x) else jnp.asarray(x, dtype), params, is_leaf=_is_weight
     )
 
 

@@ -11,6 +11,7 @@ head, 1 where the head needs full attention, 0 where sink and local tokens suffi
 The share is of the whole model: a layer may be left with no retrieval or no streaming head.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -20,6 +21,7 @@ from jaxtyping import Array, Bool, Float64, Int32, Shaped
 
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params
+from pallas_kernels.api import Weight
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -236,11 +238,11 @@ def permute_heads(config: ModelConfig, params: Params, partition: HeadPartition)
         attention = dict(layers[i]["self_attn"])
         attention["qkv_proj"] = {
             # kernel [E, (H + 2*Hk)*D], bias [(H + 2*Hk)*D]: heads lie on the last axis of both
-            name: _take(leaf, qkv, axis=-1)
+            name: jax.tree.map(lambda x, at=qkv: _take(x, at, axis=-1), leaf)
             for name, leaf in attention["qkv_proj"].items()
         }
         attention["o_proj"] = attention["o_proj"] | {
-            "kernel": _take(attention["o_proj"]["kernel"], q, axis=0)  # [H*D, E]
+            "kernel": _take_inputs(attention["o_proj"]["kernel"], order, G * D)  # [H*D, E]
         }
         layers[i] = layers[i] | {"self_attn": attention}
     return params | {"layers": layers}
@@ -250,6 +252,28 @@ def _positions(order: tuple[int, ...], unit: int) -> Int32[np.ndarray, " n"]:
     """Old position of every new position when blocks of ``unit`` are laid out in ``order``."""
     blocks = np.array(order, np.int32)[:, None] * unit + np.arange(unit, dtype=np.int32)
     return blocks.reshape(-1)
+
+
+def _take_inputs(kernel: Array | Weight, order: tuple[int, ...], unit: int) -> Array | Weight:
+    """Rows of a matrix in blocks of ``unit``, with the groups that they are scaled in."""
+    positions = _positions(order, unit)
+    if not isinstance(kernel, Weight):
+        return _take(kernel, positions, axis=0)
+    inputs, groups = kernel.codes.shape[0], kernel.scale.shape[0]
+    if groups == 1:
+        return kernel._replace(codes=_take(kernel.codes, positions, axis=0))
+    # A group that holds more than a block, or a part of two, is split into ones that do not.
+    size = math.gcd(inputs // groups, unit)
+    split = inputs // groups // size
+    scale, zero = (
+        None if x is None else jnp.repeat(x, split, axis=0) for x in (kernel.scale, kernel.zero)
+    )
+    blocks = _positions(order, unit // size)
+    return Weight(
+        _take(kernel.codes, positions, axis=0),
+        _take(scale, blocks, axis=0),
+        None if zero is None else _take(zero, blocks, axis=0),
+    )
 
 
 def _take(

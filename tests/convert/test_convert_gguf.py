@@ -25,6 +25,7 @@ import convert
 from convert.gguf_file import read_gguf_file
 from convert.names import flatten
 from lserve_jax.model.config import RopeConfig
+from pallas_kernels.api import Weight, dequantize_weight
 
 CONFORMANCE = Path(__file__).parents[1] / "data" / "conformance"
 
@@ -102,6 +103,28 @@ def test_stored_types(tmp_path, kind):
     found = flatten(convert.load(path)[1])
     for leaf, value in expected_leaves(held).items():
         np.testing.assert_array_equal(found[leaf], value.astype(own), err_msg=leaf)
+
+
+@pytest.mark.parametrize("kind", (Kind.Q4_0, Kind.Q4_1, Kind.Q8_0), ids=lambda kind: kind.name)
+def test_codes_are_kept(tmp_path, kind):
+    """Blocks as they are stored, one of them flat, with the rows of Q and K put in order."""
+    config = {**WIDE, "num_hidden_layers": 1}
+    tensors = random_tensors(config)
+    tensors["model.layers.0.self_attn.k_proj.weight"][5, 32:64] = 0.25
+    tensors["model.layers.0.mlp.up_proj.weight"][7, :32] = 0
+    path = write_gguf(tmp_path / "m.gguf", model_config(config), tensors, kind=lambda name: kind)
+    floats = flatten(convert.load(path, dtype=jnp.float32)[1])
+    kept = flatten(convert.load(path, dtype=jnp.float32, keep_codes=True)[1])
+    coded = {leaf for leaf, value in kept.items() if isinstance(value, Weight)}
+    assert coded == {leaf for leaf in floats if leaf.endswith("kernel")}
+    for leaf in coded:
+        assert kept[leaf].codes.dtype == ("int8" if kind == Kind.Q8_0 else "uint4")
+        # Q4_1: a minimum becomes a zero point, which rounds once more.
+        np.testing.assert_allclose(
+            dequantize_weight(kept[leaf]), floats[leaf], rtol=0, atol=1e-6, err_msg=leaf
+        )
+    for leaf in floats.keys() - coded:
+        np.testing.assert_array_equal(kept[leaf], floats[leaf], err_msg=leaf)
 
 
 K_QUANTS = (Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)

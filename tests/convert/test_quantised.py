@@ -16,6 +16,8 @@ from numpy.testing import assert_allclose
 
 import convert
 from lserve_jax import LLM, SamplingParams, logits
+from lserve_jax.model.heads import HeadPartition, permute_heads
+from pallas_kernels.api import Weight
 
 HERE = Path(__file__).parent / "quantised"
 CASES = sorted(path.name for path in HERE.iterdir() if (path / "expected.npz").is_file())
@@ -77,6 +79,44 @@ def test_logits_are_the_librarys(case):
     got = logits(config, params, jnp.asarray(expected["tokens"], jnp.int32))[0]
     # The same weights to the bit; sums of a few hundred products.
     assert_allclose(got, expected["logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_codes_are_kept(case):
+    """In memory as they are stored, and the same logits; through the engine, with heads moved."""
+    config, params = convert.load(HERE / case, dtype=jnp.float32, keep_codes=True)
+    layer = params["layers"][0]
+    kernels = [layer["self_attn"]["qkv_proj"]["kernel"], layer["mlp"]["gate_up_proj"]["kernel"]]
+    # Act-order groups are no ranges of inputs: such weights become floats.
+    assert [isinstance(x, Weight) for x in kernels] == ["act-order" not in case] * 2
+    if isinstance(kernels[0], Weight):
+        wanted = "uint4" if "int4" in case or "awq" in case else "int8"
+        assert kernels[0].codes.dtype == ("float8_e4m3fn" if "fp8" in case else wanted)
+    expected = np.load(HERE / case / "expected.npz")
+    tokens = jnp.asarray(expected["tokens"], jnp.int32)
+    got = logits(config, params, tokens)[0]
+    # Scales apply to sums here, to weights there.
+    assert_allclose(got, expected["logits"], atol=1e-4, rtol=0)
+    partition = HeadPartition(retrieval=((1,),), streaming=((0,),))
+    moved = logits(config, permute_heads(config, params, partition), tokens)[0]
+    assert_allclose(moved, expected["logits"], atol=1e-4, rtol=0)
+
+
+def test_what_has_no_codes_to_keep(tmp_path):
+    with pytest.raises(ValueError, match="needs quantised weights; all of these are floats"):
+        LLM(str(HERE / "gptq-v2-int4-g32-act-order"), max_model_len=64, weights="checkpoint")
+    llm = LLM(str(HERE / "ct-int8-channel"), max_model_len=64, weights="checkpoint")
+    floats = LLM(str(HERE / "ct-int8-channel"), max_model_len=64)
+    assert llm.memory_plan()["parameters"] < 0.5 * floats.memory_plan()["parameters"]
+    prompt = {"prompt_token_ids": [3, 1, 4, 1, 5]}
+    sampling = SamplingParams(max_tokens=8, temperature=0)
+    one, other = (x.generate([prompt], sampling)[0].outputs[0].token_ids for x in (llm, floats))
+    assert one == other
+    config, params = convert.load(HERE / "ct-int8-channel", keep_codes=True)
+    with pytest.raises(NotImplementedError, match="quantised weights cannot be saved yet"):
+        convert.save(tmp_path / "orbax", config, params)
+    with pytest.raises(ValueError, match="the params are quantised already"):
+        LLM((config, params), max_model_len=64, weights="int8")
 
 
 def test_there_are_cases_of_every_format():

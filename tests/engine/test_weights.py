@@ -78,7 +78,7 @@ def test_what_they_take() -> None:
 
 def test_refusals() -> None:
     params = tiny_params(CONFIG)
-    with pytest.raises(ValueError, match="weights='int5' must be 'int8', 'int4' or 'fp8'"):
+    with pytest.raises(ValueError, match="weights='int5' must be 'int8', 'int4', 'fp8' or"):
         LLM((CONFIG, params), weights="int5")
     odd = tiny_config(layers=1, kv_heads=1, hidden_size=48)
     with pytest.raises(ValueError, match="weights of 48 inputs have no groups of 128, 64, 32"):
