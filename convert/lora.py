@@ -127,7 +127,7 @@ def refuse_missing(
     """Raises ``ValueError`` where a module that was trained has no tensor in the adapter's file.
 
     ``tensors`` are the model's, by Hugging Face name: a list may name modules of other models too.
-    PEFT warns of what is missing, and goes on with the model's own weights.
+    PEFT warns of a target without matrices and goes on with the model's own weights.
     """
     path = Path(directory) / "adapter_config.json"
     config = read_json(path)

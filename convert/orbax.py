@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ def _checkpointer():
     return orbax.checkpoint.StandardCheckpointer()
 
 
-_new_event_loop = asyncio.new_event_loop  # read once: two threads may be below at the same time
+# One thread at a time is in Orbax: what is changed below is the whole process's, and its writers of
+# two checkpoints get in each other's way (FileExistsError).
+_turn = threading.Lock()
 
 
 class _WaitingLoop(asyncio.SelectorEventLoop):
@@ -80,18 +83,19 @@ def _errors_as(kind: type[Exception], what: str) -> Generator[None]:
     damaged metadata, and logs each with its traceback.
     """
     logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    asyncio.new_event_loop = _WaitingLoop  # there is no other way to give Orbax a loop
-    try:
-        yield
-    except Exception as error:
-        reason = error.__cause__ or error
-        lines = str(reason).splitlines() or [""]
-        raise kind(f"{what}: {type(reason).__name__}: {lines[0][:500]}") from error
-    finally:
-        asyncio.new_event_loop = _new_event_loop
-        logger.setLevel(level)
+    with _turn:
+        level, new_event_loop = logger.level, asyncio.new_event_loop
+        logger.setLevel(logging.CRITICAL)
+        asyncio.new_event_loop = _WaitingLoop  # there is no other way to give Orbax a loop
+        try:
+            yield
+        except Exception as error:
+            reason = error.__cause__ or error
+            lines = str(reason).splitlines() or [""]
+            raise kind(f"{what}: {type(reason).__name__}: {lines[0][:500]}") from error
+        finally:
+            asyncio.new_event_loop = new_event_loop
+            logger.setLevel(level)
 
 
 def is_orbax(path: Path) -> bool:

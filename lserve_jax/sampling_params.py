@@ -11,6 +11,7 @@ from lserve_jax.checks import INT32_MAX, check_bool, check_integer, is_listing, 
 
 # Below this temperature a row is greedy, as in vLLM: dividing by it would overflow.
 _GREEDY_TEMPERATURE = 1e-5
+_MOST_COMPLETIONS = 16_384  # each is a request; vLLM's limit
 _MOST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -43,7 +44,7 @@ class SamplingParams:
             object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
 
         for name, least, most in (
-            ("n", 1, INT32_MAX),
+            ("n", 1, _MOST_COMPLETIONS),
             ("top_k", -1, INT32_MAX),
             ("max_tokens", 1, INT32_MAX),
             ("min_tokens", 0, INT32_MAX),

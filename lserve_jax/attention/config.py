@@ -77,6 +77,7 @@ class SparsityConfig:
         if shares is not None:
             if not isinstance(shares, str | os.PathLike):
                 raise TypeError(f"head_shares={shares!r} must be 'auto', a name, a path or None")
+            check_path("head_shares", shares)
             shares = None if shares == "none" else os.fspath(shares)
             object.__setattr__(self, "head_shares", shares)
         for name in _INTEGERS:

@@ -280,7 +280,8 @@ class Engine:
         """
         resets = self.resets
         while self.has_unfinished_requests:
-            yield from self.step()
+            news = self.step()  # of one that is cancelled while they are taken nothing more comes
+            yield from (n for n in news if n.finish_reason or n.request_id in self.unfinished)
             if self.resets != resets:
                 raise ValueError("the engine was reset while requests ran: they are gone")
 

@@ -95,9 +95,12 @@ class Prefix:
         For a model of 8B in bf16 that is 128 KiB a token. The file is whole or not there: it is
         written under another name beside ``path`` first.
 
-        Raises ``ValueError`` once released, and ``OSError`` if the file cannot be written.
+        Raises ``ValueError`` once released and for a ``path`` that is no regular file (a device
+        would be replaced by one), and ``OSError`` if the file cannot be written.
         """
         check_path("path", path)
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError(f"prefix file {os.fspath(path)!r} must be new or a regular file")
         token_ids, arrays = json.dumps(self.token_ids.tolist()), self.owner.prefix_arrays(self)
         metadata = {
             "format": FORMAT,

@@ -161,6 +161,11 @@ class PrefixStore:
         Raises ``ValueError`` where one is missing or another one: the digest covers no names.
         """
         if not prefix.pages:
+            if arrays:
+                raise ValueError(
+                    f"prefix file {os.fspath(path)!r} is broken: its {len(prefix.token_ids)} "
+                    f"token_ids fill no page, but it holds {min(arrays)}"
+                )
             return
         pages = self._pages_of(prefix)
         paths, tree = jax.tree.flatten_with_path(self.runner.prefix_shapes(*pages))

@@ -47,6 +47,7 @@ from lserve_jax import LLM, SparsityConfig
         ({"dense_heads": -1, "pattern": "x"}, ["dense_heads=-1", "not be negative"]),
         ({"dense_heads": 1}, ["dense_heads=1", "head shares", "pattern=None"]),
         ({"dense_heads": 1, "pattern": "x", "head_shares": None}, ["dense_heads=1", "None"]),
+        ({"head_shares": ""}, ["head_shares=''", "must not be empty"]),
         ({"budget_share": 0.0}, ["budget_share=0.0", "(0, 1]"]),
         ({"budget_share": 1.1}, ["budget_share=1.1", "(0, 1]"]),
         ({"budget_share": np.nan}, ["budget_share=nan", "(0, 1]"]),

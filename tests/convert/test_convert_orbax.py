@@ -1,10 +1,12 @@
 """Orbax checkpoints: round trips, what is kept beside the arrays, the command that writes them."""
 
+import asyncio
 import json
 import logging
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -156,6 +158,35 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path, saved, mo
     message = f"error: {tmp_path}/other cannot be written: ValueError: No space left on device\n"
     assert capfd.readouterr().err == message
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_threads_take_turns_and_leave_the_process_as_it_was(tmp_path, saved):
+    _, config, params = saved
+    before = asyncio.new_event_loop, logging.getLogger("absl").level
+
+    def write_and_read(number: int) -> None:
+        for name in "abc":
+            convert.save(tmp_path / f"{name}{number}", config, params)
+            assert_same(convert.load(tmp_path / f"{name}{number}")[1], params)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(write_and_read, range(4)))
+    assert (asyncio.new_event_loop, logging.getLogger("absl").level) == before
+
+
+def test_a_running_loop_is_left_as_it_was(tmp_path, saved):
+    """As in a notebook, also by what fails."""
+    path, config, params = saved
+    _metadata(path, "null")
+
+    async def cell() -> None:
+        convert.save(tmp_path / "new", config, params)
+        assert_same(convert.load(tmp_path / "new")[1], params)
+        with pytest.raises(ValueError, match="cannot be read"):
+            convert.load(path)
+        await asyncio.sleep(0)
+
+    asyncio.run(cell())
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path, saved):

@@ -1,11 +1,14 @@
 """Chat templates: tool calls, errors with their line, and templates that would never end."""
 
+import re
+import subprocess
+import sys
 import time
 
 import pytest
 import tokenizers
 
-from lserve_jax import chat_template
+from lserve_jax import template_bounds
 from lserve_jax.tokenizer import Tokenizer
 
 USER = [{"role": "user", "content": "Hi"}]
@@ -126,7 +129,7 @@ def test_every_error_of_a_template_is_a_value_error_with_its_line(source, messag
     ],
 )
 def test_every_loop_call_filter_and_sum_is_a_step_that_time_can_end(monkeypatch, source):
-    monkeypatch.setattr(chat_template, "_MAX_SECONDS", -1.0)
+    monkeypatch.setattr(template_bounds, "_MAX_SECONDS", -1.0)
     assert rendered("{{ messages[0].content }}") == "Hi"
     with pytest.raises(ValueError, match=r"line 1 .* seconds of computing"):
         rendered(source)
@@ -171,15 +174,15 @@ TOO_LONG = {
 
 @pytest.mark.parametrize("name", TOO_LONG)
 def test_templates_that_make_too_much_text_are_stopped(monkeypatch, name):
-    monkeypatch.setattr(chat_template, "_MAX_TEXT", 1000)
+    monkeypatch.setattr(template_bounds, "_MAX_TEXT", 1000)
     with pytest.raises(ValueError, match=r"it makes more text than 1000 characters"):
         rendered(TOO_LONG[name])
 
 
 def test_what_would_be_too_long_is_refused_before_it_is_made(monkeypatch):
-    monkeypatch.setattr(chat_template, "_MAX_TEXT", 1000)
+    monkeypatch.setattr(template_bounds, "_MAX_TEXT", 1000)
     sizes = []
-    monkeypatch.setattr(chat_template._Bounds, "grow", lambda self, size: sizes.append(size))
+    monkeypatch.setattr(template_bounds.Bounds, "grow", lambda self, size: sizes.append(size))
     with pytest.raises(ValueError, match="it makes more text"):
         rendered("{% set x = 'a'.center(1001) %}")
     assert sizes == []
@@ -259,6 +262,9 @@ def test_a_message_that_holds_itself_is_stopped():
             rendered(source, [message])
 
 
+LETTERS = "('ab' * 25000000)"
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -270,9 +276,10 @@ def test_a_message_that_holds_itself_is_stopped():
         ("{{ ('a' * 9999) | trim('b' * 9999) }}", "trim is for at most 1000 characters"),
         (
             "{{ (range(50000) | map('string') | join).encode('punycode') }}",
-            "encode has no codec 'punycode' here",
+            "encode has no 'punycode' here",
         ),
-        ("{{ 'a'.encode().decode(encoding='IDNA ') }}", "decode has no codec 'IDNA ' here"),
+        ("{{ 'é'.encode('ascii', 'namereplace') }}", "encode has no 'namereplace' here"),
+        ("{{ 'a'.encode().decode(encoding='IDNA ') }}", "decode has no 'IDNA ' here"),
         ("{{ strftime_now('%Y' * 9999) }}", "the format of a time has 19998 characters"),
         ("{{ ([[1]] * 100000) | sum(start=[]) | length }}", "it makes more text"),
         ("{{ '%999999999d' is odd }}", "it makes more text"),
@@ -282,6 +289,25 @@ def test_a_message_that_holds_itself_is_stopped():
         ("{{ '{:{[a]}}'.format(1, {'a': 999999999}) }}", "it makes more text"),
         ("{{ ('{:999}' * 200000).format(1) }}", "it makes more text"),
         ("{{ (('a' * 30000000) | safe).split() }}", "it makes more text"),
+        *(
+            (f"{{{{ {LETTERS} | {name} | list }}}}", "a list of more than 1000000 items")
+            for name in ("map(attribute='x')", "selectattr('x')", "select", "sort", "unique")
+        ),
+        *(
+            (f"{{{{ {LETTERS} | {name} }}}}", "a list of more than 1000000 items")
+            for name in ("max", "groupby('x')", "join(attribute='x')")
+        ),
+        ("{{ namespace(*" + LETTERS + ") }}", "a list of more than 1000000 items"),
+        ("{% for c in " + LETTERS + " if c.x %}{% endfor %}", "more than 3 seconds"),
+        ("{{ ((range(99999) | list) * 50) | selectattr('x') | list }}", "more than 3 seconds"),
+        ("{{ ('a ' * 9999999) | title }}", "title is for texts of at most 10000000 characters"),
+        ("{{ ('a ' * 9999999) | pprint }}", "pprint is for texts of at most 10000000 characters"),
+        *(
+            (f"{{{{ ('a' * 2000000).{name}('ab' + 'a' * 999999) }}}}", f"{name} is for at most")
+            for name in ("rfind", "rindex", "rsplit", "rpartition")
+        ),
+        ("{{ 5 | round(40000000, 'ceil') }}", "a number of more than 20000 bits"),
+        ("{{ 5 | round(-40000000) }}", "a number of more than 20000 bits"),
         ("{{ ('f' * 9999) | int(base=16) }}", "a number of more than 20000 bits"),
         (
             "{% set n = namespace(x=[]) %}{% for i in range(200) %}"
@@ -307,6 +333,38 @@ def test_single_steps_that_take_too_long_are_refused(source, message):
     assert time.thread_time() - start < 5
 
 
+NESTED = (
+    "{% set n = namespace(x=()) %}{% for i in range(2) %}{% for i in range(90000) %}"
+    "{% set n.x = STEP %}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (NESTED.replace("STEP", "(n.x,)") + "{{ {n.x: 1} | length }}", "more than 1000 deep"),
+        (NESTED.replace("STEP", "n.x | select") + "{{ n.x | first }}", "RecursionError|3 seconds"),
+        (NESTED.replace("STEP", "n.x | map('upper')") + "{{ n.y.z }}", "no attribute|3 seconds"),
+    ],
+)
+def test_what_python_cannot_walk_or_free_does_not_end_the_process(source, message):
+    script = (
+        "from lserve_jax.chat_template import ChatTemplate\n"
+        f"ChatTemplate({source!r}).render({{'messages': []}})"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert process.returncode == 1  # a signal's would be negative
+    assert re.search(f"ValueError: the chat template failed.*({message})", process.stderr)
+
+
+def test_lazy_filters_stay_lazy():
+    source = "{{ (messages | map('upper')) is iterable }}{% if [] | select %}yes{% endif %}"
+    assert rendered(source + "{{ none | map('upper') | list }}") == "Trueyes[]"
+    assert rendered("{% for i in range(9) if i is odd %}{{ i }}{{ loop.last }}{% endfor %}") == (
+        "1False3False5False7True"
+    )
+
+
 def test_lists_are_walked_once():
     """However often a list of tools is compared, in a conversation of many messages."""
     tools = [{"name": f"f{i}", "parameters": {"a": list(range(50))}} for i in range(500)]
@@ -327,7 +385,7 @@ def test_comparisons_mean_what_they_do_in_python():
 
 @pytest.mark.parametrize("source", ["{{ 10 ** 31 }}", "{{ 10**20 * 10**20 }}"])
 def test_templates_that_make_too_large_numbers_are_stopped(monkeypatch, source):
-    monkeypatch.setattr(chat_template, "_MAX_BITS", 100)
+    monkeypatch.setattr(template_bounds, "_MAX_BITS", 100)
     with pytest.raises(ValueError, match="it makes a number of more than 100 bits"):
         rendered(source)
 

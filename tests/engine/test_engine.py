@@ -195,6 +195,20 @@ def test_cancel(llm: LLM) -> None:
             engine.cancel(name)
 
 
+def test_of_a_request_cancelled_in_a_stream_nothing_more_comes(llm: LLM) -> None:
+    """Also not what the step that is being taken brought of it."""
+    engine, came = llm.engine, []
+    for name, prompt in zip("ab", random_prompts(7, [6, 6]), strict=True):
+        engine.add_request(name, prompt, greedy(30), seed=0)
+    for new in engine.stream():
+        came.append(new.request_id)
+        if came == ["a", "a", "b", "a"]:
+            engine.cancel("b")
+    assert came[:4] == ["a", "a", "b", "a"]
+    assert "b" not in came[4:]
+    check_nothing_left(engine)
+
+
 def test_duplicate_ids_are_refused(llm: LLM) -> None:
     engine, [prompt] = llm.engine, random_prompts(8, [5])
     engine.add_request("a", prompt, greedy(3), seed=0)

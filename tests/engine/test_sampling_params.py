@@ -26,6 +26,7 @@ from lserve_jax.sampling_params import SamplingParams
     ("changes", "message"),
     [
         ({"n": 0}, "n must be an integer of at least 1, got 0"),
+        ({"n": 10**9}, "n must be at most 16384, got 1000000000"),
         ({"n": 2, "temperature": 0}, "n=2 needs temperature > 0"),
         ({"temperature": -0.1}, "temperature=-0.1 must be a finite number at least 0"),
         ({"temperature": math.nan}, "temperature=nan"),

@@ -1,5 +1,6 @@
 """Prefixes in files, prefixes that are refused, and what prompts begin with."""
 
+import os
 import re
 from pathlib import Path
 
@@ -53,6 +54,16 @@ def test_a_saved_prefix_without_a_page_and_one_loaded_twice(build: Build, tmp_pa
         assert one.num_shared_tokens == length // P * P
         assert (one is again) == (length >= P)
         check_pages(other.engine)
+
+
+def test_only_a_new_or_regular_file_is_written(build: Build, tmp_path: Path) -> None:
+    """A device would be gone, and a file in its place."""
+    prefix = build().prefix({"prompt_token_ids": [7] * 40})
+    os.mkfifo(pipe := tmp_path / "pipe")
+    for path in (pipe, tmp_path):
+        with pytest.raises(ValueError, match=f"prefix file '{path}' must be new or a regular file"):
+            prefix.save(path)
+    assert pipe.is_fifo()
 
 
 def test_files_that_do_not_fit(build: Build, tmp_path: Path) -> None:
@@ -122,6 +133,7 @@ def test_a_file_with_other_arrays_or_ids_is_broken(build: Build, tmp_path: Path)
         (f"[{10**30}]", f"prefix token id {10**30} is outside the vocabulary"),
         ("[" * 100_000, "is broken: its token_ids are no JSON"),
         ("[1", "is broken: its token_ids are no JSON"),
+        ("[]", r"is broken: its 0 token_ids fill no page, but it holds \["),
     ):
         refused(message, arrays, token_ids)
 
