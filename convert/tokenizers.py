@@ -16,6 +16,8 @@ from convert.json_values import read_json
 from lserve_jax.checks import check_path
 from lserve_jax.tokenizer import Tokenizer
 
+_MOST_IDS = 1 << 24  # some sixty times the largest vocabulary of a published model
+
 
 def load_tokenizer(path: str | os.PathLike[str], *, required: bool = False) -> Tokenizer | None:
     """The tokenizer of a checkpoint: a directory with ``tokenizer.json``, or a ``.gguf`` file.
@@ -50,7 +52,25 @@ def load_tokenizer(path: str | os.PathLike[str], *, required: bool = False) -> T
     return None
 
 
+def _refuse_huge_ids(path: Path) -> None:
+    """Raises ``ValueError`` for a token id that no vocabulary has.
+
+    The library makes a table as long as the greatest id: gigabytes for one wrong number.
+    """
+    model = read_json(path).get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocab, dict):  # a list: ids are places
+        return
+    for token, number in vocab.items():
+        if isinstance(number, int) and number >= _MOST_IDS:
+            raise ValueError(
+                f"{path}: token {reprlib.repr(token)} has id {number}, "
+                f"ids must be below {_MOST_IDS}"
+            )
+
+
 def _from_directory(path: Path) -> Tokenizer:
+    _refuse_huge_ids(path / "tokenizer.json")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
     except Exception as error:  # the library raises nothing narrower

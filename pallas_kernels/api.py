@@ -55,6 +55,7 @@ from pallas_kernels.plain_ops import (
 )
 from pallas_kernels.types import KVPages, OwnAttention, PageList, Weight
 from pallas_kernels.weights import (
+    WEIGHT_GROUPS,
     WEIGHT_KINDS,
     WeightKind,
     dequantize_weight,
@@ -65,6 +66,7 @@ from pallas_kernels.weights import (
 __all__ = [
     "MOST_LINEAR_ROWS",
     "MOST_SELECTED_PAGES",
+    "WEIGHT_GROUPS",
     "WEIGHT_KINDS",
     "Backend",
     "KVPages",

@@ -16,30 +16,19 @@ from pallas_kernels.types import Weight
 
 WeightKind = Literal["int8", "int4", "fp8"]
 WEIGHT_KINDS: tuple[WeightKind, ...] = get_args(WeightKind)
-# Inputs that share a scale and a zero point of 4 bits: the largest that divides them all.
-GROUPS = (128, 64, 32)
+# Inputs that may share a scale and a zero point of 4 bits.
+WEIGHT_GROUPS = (32, 64, 128)
 _FP8_MAX = 448.0
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 # Rows up to which a product goes group by group: its parts are g times as large as its result.
 _FEW_ROWS = 32
 
 
-def group_size(inputs: int) -> int:
-    """Inputs of a group of 4 bits.
+@partial(jax.jit, static_argnames=("kind", "group"))
+def quantize_weight(kernel: Float[Array, "K out"], *, kind: WeightKind, group: int = 32) -> Weight:
+    """The nearest ``Weight`` of a kind; ``group`` is how many inputs share a scale in 4 bits.
 
-    Raises ``ValueError`` if none of ``GROUPS`` divides ``inputs``.
-    """
-    for size in GROUPS:
-        if inputs % size == 0:
-            return size
-    raise ValueError(f"weights of {inputs} inputs have no groups of {', '.join(map(str, GROUPS))}")
-
-
-@partial(jax.jit, static_argnames=("kind",))
-def quantize_weight(kernel: Float[Array, "K out"], *, kind: WeightKind) -> Weight:
-    """The nearest ``Weight`` of a kind.
-
-    Raises ``ValueError`` for an unknown kind, and for 4 bits of inputs that no group divides.
+    Raises ``ValueError`` for an unknown kind or group, and a group that does not divide K.
 
     >>> import jax.numpy as jnp
     >>> weight = quantize_weight(jnp.array([[1.0], [-2.54]]), kind="int8")
@@ -48,7 +37,11 @@ def quantize_weight(kernel: Float[Array, "K out"], *, kind: WeightKind) -> Weigh
     """
     w = kernel.astype(jnp.float32)
     if kind == "int4":
-        return _quantize_int4(w)
+        if group not in WEIGHT_GROUPS or w.shape[0] % group:
+            raise ValueError(
+                f"{group=} must be one of {WEIGHT_GROUPS} and divide the {w.shape[0]} inputs"
+            )
+        return _quantize_int4(w, group)
     if kind not in WEIGHT_KINDS:
         raise ValueError(f"{kind=} is unknown; known: {', '.join(WEIGHT_KINDS)}")
     most = _FP8_MAX if kind == "fp8" else 127.0
@@ -59,17 +52,19 @@ def quantize_weight(kernel: Float[Array, "K out"], *, kind: WeightKind) -> Weigh
     return Weight(jnp.round(w / scale).astype(jnp.int8), scale)
 
 
-def _quantize_int4(w: Float[Array, "K out"]) -> Weight:
+def _quantize_int4(w: Float[Array, "K out"], group: int) -> Weight:
     K, out = w.shape
-    grouped = w.reshape(-1, group_size(K), out)  # [g, n, out]
-    low = jnp.minimum(grouped.min(axis=1), 0.0)
-    high = jnp.maximum(grouped.max(axis=1), 0.0)
+    grouped = w.reshape(-1, group, out)  # [g, n, out]
+    low, high = grouped.min(axis=1), grouped.max(axis=1)
+    middle, flat = (low + high) / 2, low == high
 
     def attempt(clip: float) -> tuple[Array, Array, Array, Array]:
-        scale = jnp.maximum((high - low) * clip, 1e-30) / 15.0
-        zero = jnp.clip(jnp.round(-low * clip / scale), 0.0, 15.0)
-        codes = jnp.round(grouped / scale[:, None]) + zero[:, None]
-        codes = jnp.clip(codes, 0.0, 15.0)
+        # A group of equal numbers would have scale 0; with any other they are its zero point.
+        scale = jnp.where(flat, 1.0, (high - low) * clip / 15.0)
+        # No integer: of 16 codes half a step would be lost at either end.
+        zero = -(middle - 7.5 * scale) / scale
+        zero = jnp.where(flat, -low, zero)
+        codes = jnp.clip(jnp.round(grouped / scale[:, None] + zero[:, None]), 0.0, 15.0)
         error = ((codes - zero[:, None]) * scale[:, None] - grouped) ** 2
         return codes, scale, zero, error.sum(axis=1)
 

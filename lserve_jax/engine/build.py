@@ -22,11 +22,19 @@ from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.heads import permute_heads
 from lserve_jax.model.llama import Params, check_params
 from lserve_jax.model.quantise import quantise_params
-from pallas_kernels.api import WEIGHT_KINDS, Backend, Weight, WeightKind, resolve_backend
+from pallas_kernels.api import (
+    WEIGHT_GROUPS,
+    WEIGHT_KINDS,
+    Backend,
+    Weight,
+    WeightKind,
+    resolve_backend,
+)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _INTEGERS = (
     *("max_num_seqs", "max_prefixes", "prefill_chunk_size", "burst_steps", "max_draft_tokens"),
+    "weight_group",
 )
 # A verification is one pass of at most 16 tokens a row.
 MOST_DRAFTS = 15
@@ -45,10 +53,11 @@ class EngineOptions:
     attention: "dense", or "lserve" with the settings in ``sparsity`` (None: ``SparsityConfig()``).
     kv_dtype: "auto" stores keys and values in ``dtype``, "int8" with a scale per token and head.
     weights: None keeps them in ``dtype``; "int8" and "fp8" quantise the matrices at load, with a
-        scale for each output, "int4" with scale and zero point for groups of 128, 64 or 32 inputs.
+        scale for each output, "int4" with a scale and a zero point for each group of inputs.
         "checkpoint" keeps the codes of a quantised checkpoint. They take a half or a quarter of the
         memory. There is no kernel for them yet: on a GPU a
         step takes longer than in bfloat16.
+    weight_group: inputs of a group of "int4": 32, 64 or 128. It must divide those of every matrix.
     kv_cache_bytes: memory for the retrieval pages; None takes ``memory_fraction`` of what the
         device has free, on a CPU 2 GiB.
     memory_fraction: share of the free device memory for the KV cache; the rest is for activations.
@@ -85,6 +94,7 @@ class EngineOptions:
     sparsity: SparsityConfig | None = None
     kv_dtype: KVDtype = "auto"
     weights: WeightKind | Literal["checkpoint"] | None = None
+    weight_group: int = 32
     kv_cache_bytes: int | None = None
     memory_fraction: float = 0.8
     max_prefixes: int = 8
@@ -117,6 +127,8 @@ class EngineOptions:
         check_choice("kv_dtype", self.kv_dtype, ("auto", "int8"))
         if self.weights is not None:
             check_choice("weights", self.weights, (*WEIGHT_KINDS, "checkpoint"))
+        if self.weight_group not in WEIGHT_GROUPS:
+            raise ValueError(f"weight_group={self.weight_group} must be one of {WEIGHT_GROUPS}")
         if self.max_num_seqs < 1:
             raise ValueError(f"max_num_seqs={self.max_num_seqs} must be at least 1")
         chunk = self.prefill_chunk_size
@@ -224,7 +236,7 @@ def build_engine(
     if config.tie_word_embeddings and jax.default_backend() == "cpu":
         config, params = _untie(config, params)
     if options.weights is not None and options.weights != "checkpoint":
-        params = quantise_params(params, options.weights)
+        params = quantise_params(params, options.weights, group=options.weight_group)
     runner = runner_class(
         config,
         params,

@@ -11,17 +11,18 @@ from pallas_kernels.api import Weight, WeightKind, quantize_weight
 _LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 
-def quantise_params(params: Params, kind: WeightKind) -> Params:
+def quantise_params(params: Params, kind: WeightKind, *, group: int = 32) -> Params:
     """The same tree with a ``Weight`` for each matrix that a token is multiplied with.
 
-    The tree given is left as it is; a matrix of it is freed as soon as its owner drops it. Raises
-    ``ValueError`` for matrices of so many inputs that no group of 4 bits divides them.
+    ``group``: inputs that share a scale and a zero point in 4 bits. The tree given is left as it
+    is; a matrix of it is freed as soon as its owner drops it. Raises ``ValueError`` for a group
+    that does not divide a matrix's inputs.
     """
 
     def quantise(module: Params) -> Params:
         if isinstance(module["kernel"], Weight):
             raise ValueError("the params are quantised already")
-        return module | {"kernel": quantize_weight(module["kernel"], kind=kind)}
+        return module | {"kernel": quantize_weight(module["kernel"], kind=kind, group=group)}
 
     layers = {}
     for number, layer in params["layers"].items():

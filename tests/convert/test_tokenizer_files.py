@@ -217,3 +217,16 @@ def test_a_template_of_its_own_for_tools(tmp_path):
     write(tmp_path, {"tokenizer_config.json": {"chat_template": entries[1:]}})
     with pytest.raises(ValueError, match="no chat template"):
         load_tokenizer(tmp_path).apply_chat_template(messages)
+
+
+def test_an_id_beyond_every_vocabulary_is_refused(tmp_path):
+    """The library would make a table of four billion bytes for it first."""
+    vocabulary = {"<unk>": 0, "a": 1, "b": 10**9}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}
+    file = {"version": "1.0", "added_tokens": [], "model": model}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: token 'b' has id 1000000000, ids must"):
+        load_tokenizer(tmp_path)
+    vocabulary["b"] = 1000  # a gap is allowed
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    assert load_tokenizer(tmp_path).encode("b") == [1000]

@@ -80,8 +80,10 @@ def test_refusals() -> None:
     params = tiny_params(CONFIG)
     with pytest.raises(ValueError, match="weights='int5' must be 'int8', 'int4', 'fp8' or"):
         LLM((CONFIG, params), weights="int5")
+    with pytest.raises(ValueError, match=r"weight_group=48 must be one of \(32, 64, 128\)"):
+        LLM((CONFIG, params), weights="int4", weight_group=48)
     odd = tiny_config(layers=1, kv_heads=1, hidden_size=48)
-    with pytest.raises(ValueError, match="weights of 48 inputs have no groups of 128, 64, 32"):
+    with pytest.raises(ValueError, match=r"group=32 must be one of .* divide the 48 inputs"):
         LLM((odd, tiny_params(odd)), weights="int4")
     with pytest.raises(ValueError, match="quantised already"):
         quantise_params(quantise_params(params, "int8"), "int8")
