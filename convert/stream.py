@@ -233,17 +233,17 @@ class _CodedLeaf:
             stop = min(start + _BLOCK_ROWS, tensor.shape[0])
             rows = tensor.coded.rows(start, stop)
             for whole, part in zip((self.codes, self.scale, self.zero), rows, strict=True):
-                if whole is not None:
+                if whole is not None and part is not None:
                     whole[:, slot.columns].T[start:stop] = part.astype(whole.dtype)
 
     def finish(self, sharding: Sharding | None, where: str) -> Weight:
-        parts = (self.codes, self.scale, self.zero)
-        arrays = [None if x is None else jax.device_put(x, sharding) for x in parts]
-        jax.block_until_ready(arrays)
-        for part, x in zip(("codes", "scale", "zero"), arrays, strict=True):
+        codes, scale = (jax.device_put(x, sharding) for x in (self.codes, self.scale))
+        zero = None if self.zero is None else jax.device_put(self.zero, sharding)
+        weight = jax.block_until_ready(Weight(codes, scale, zero))
+        for part, x in weight._asdict().items():
             if x is not None and jnp.issubdtype(x.dtype, jnp.floating):
                 require_finite(f"{self.name}.{part}", x, where)
-        return Weight(*arrays)
+        return weight
 
 
 def _coded_leaves(

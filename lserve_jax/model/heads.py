@@ -265,14 +265,15 @@ def _take_inputs(kernel: Array | Weight, order: tuple[int, ...], unit: int) -> A
     # A group that holds more than a block, or a part of two, is split into ones that do not.
     size = math.gcd(inputs // groups, unit)
     split = inputs // groups // size
-    scale, zero = (
-        None if x is None else jnp.repeat(x, split, axis=0) for x in (kernel.scale, kernel.zero)
-    )
     blocks = _positions(order, unit // size)
+
+    def moved(x: Array) -> Array:
+        return _take(jnp.repeat(x, split, axis=0), blocks, axis=0)
+
     return Weight(
         _take(kernel.codes, positions, axis=0),
-        _take(scale, blocks, axis=0),
-        None if zero is None else _take(zero, blocks, axis=0),
+        moved(kernel.scale),
+        None if kernel.zero is None else moved(kernel.zero),
     )
 
 
