@@ -196,6 +196,8 @@ def _load(args: GenerateArgs) -> LLM:
     sparsity_given = args.sparsity != SparsityConfig()
     if args.attention == "dense" and sparsity_given:
         raise ValueError("the options of lserve attention need --attention lserve")
+    if args.max_draft_tokens != GenerateArgs.max_draft_tokens and not args.exact:
+        raise ValueError(f"--max-draft-tokens {args.max_draft_tokens} needs --exact")
     if args.draft == "ngram" and sparsity_given:
         raise ValueError("--draft ngram has no sparse steps for the options of lserve attention")
     return LLM(

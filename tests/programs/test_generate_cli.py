@@ -252,6 +252,7 @@ def test_exact_answers_are_dense_ones_and_stats_say_what_drafts_did(draft, capsy
     # Every option of sparse steps is refused where there are none, and verification without them.
     for options, words in (
         ("--attention dense --exact", "exact=True needs attention='lserve'"),
+        ("--attention lserve --max-draft-tokens 3", "--max-draft-tokens 3 needs --exact"),
         ("--attention lserve --draft ngram", "draft='ngram' needs exact=True"),
         ("--attention lserve --exact --draft ngram --dense-heads 1", "needs head shares"),
         ("--attention lserve --exact --draft ngram --budget-share 0.5", "has no sparse steps"),
