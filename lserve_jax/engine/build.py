@@ -53,7 +53,8 @@ class EngineOptions:
     attention: "dense", or "lserve" with the settings in ``sparsity`` (None: ``SparsityConfig()``).
     kv_dtype: "auto" stores keys and values in ``dtype``, "int8" with a scale per token and head.
     weights: None keeps them in ``dtype``; "int8" and "fp8" quantise the matrices at load, with a
-        scale for each output, "int4" with a scale and a zero point for each group of inputs.
+        scale for each output, "int4" with a scale and a zero point for each group of inputs; the
+        output layer gets "int8" then.
         "checkpoint" keeps the codes of a quantised checkpoint. They take a half or a quarter of the
         memory. There is no kernel for them yet: on a GPU a
         step takes longer than in bfloat16.

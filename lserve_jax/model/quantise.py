@@ -14,12 +14,14 @@ _LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 def quantise_params(params: Params, kind: WeightKind, *, group: int = 32) -> Params:
     """The same tree with a ``Weight`` for each matrix that a token is multiplied with.
 
+    Where the others get 4 bits the output layer gets 8.
+
     ``group``: inputs that share a scale and a zero point in 4 bits. The tree given is left as it
     is; a matrix of it is freed as soon as its owner drops it. Raises ``ValueError`` for a group
     that does not divide a matrix's inputs.
     """
 
-    def quantise(module: Params) -> Params:
+    def quantise(module: Params, kind: WeightKind = kind) -> Params:
         if isinstance(module["kernel"], Weight):
             raise ValueError("the params are quantised already")
         return module | {"kernel": quantize_weight(module["kernel"], kind=kind, group=group)}
@@ -38,5 +40,6 @@ def quantise_params(params: Params, kind: WeightKind, *, group: int = 32) -> Par
         jax.block_until_ready(layers[number])  # or all copies in flight would be held at once
     quantised = params | {"layers": layers}
     if "lm_head" in params:
-        quantised["lm_head"] = quantise(params["lm_head"])
+        # An output layer of 4 bits cost SmolLM2 8 % of perplexity, one of 8 bits nothing.
+        quantised["lm_head"] = quantise(params["lm_head"], "int8" if kind == "int4" else kind)
     return quantised
