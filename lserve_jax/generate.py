@@ -128,7 +128,7 @@ class GenerateArgs:
     attention: Literal["dense", "lserve"] = "dense"
     """dense reads the whole context at every token; lserve reads the parts that matter."""
     exact: Switch = False
-    """The answers of dense attention: lserve attention only drafts, dense attention verifies."""
+    """With --attention lserve: it only drafts, and dense attention verifies: dense answers."""
     draft: Literal["sparse", "ngram"] = "sparse"
     """Where --exact has its drafts from: sparse steps, or what followed the same words before."""
     max_draft_tokens: int = 7
@@ -292,7 +292,8 @@ def _main_batch(args: GenerateArgs, prompts_file: Path, output: Path) -> None:
 def _print_stats(llm: LLM, lines: list[str]) -> None:
     lines += [end_summary(llm.engine.eos_token_ids, llm.tokenizer)]
     if llm.spec.sparsity is not None:
-        lines += [f"heads     {head_policy(llm.config, llm.spec.sparsity).source}"]
+        policy = head_policy(llm.config, llm.spec.sparsity)
+        lines += [f"heads     {policy.source}: {policy.counts}"]
     lines += memory_summary(llm.memory_plan(), llm.spec)
     print(*lines, sep="\n", file=sys.stderr)
 

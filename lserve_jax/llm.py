@@ -48,8 +48,9 @@ class LLM:
     seed: from which requests without a seed of their own derive theirs.
     progress: show progress bars on stderr while loading.
     options: those of the engine, by name, such as ``max_model_len=4096, attention="lserve"``:
-        ``engine.build.EngineOptions`` lists and explains them. Without a ``sparsity``, lserve
-        attention has that of the head shares that are shipped for the model's name, if there are.
+        ``engine.build.EngineOptions`` lists and explains them. Where ``sparsity`` names neither
+        pattern nor head shares nor a token budget, lserve attention takes the head shares that are
+        shipped for the model's name, if there are.
 
     Its methods may be called from several threads: they take turns.
 
@@ -415,13 +416,16 @@ def _check_begins(prefix: Prefix, prompts: Sequence[CheckedPrompt]) -> None:
 def _with_shipped_shares(options: EngineOptions, source: convert.ModelSource) -> EngineOptions:
     """What was measured best for a model, where it was: nobody has to know a pattern's name.
 
-    Settings that were given are left as they are, and so are checkpoints on disk, whatever their
-    folder's name.
+    Settings that name heads or a budget of tokens are left as they are, and so are checkpoints on
+    disk, whatever their folder's name.
     """
-    wanted = options.attention == "lserve" and options.sparsity is None
-    if not wanted or options.draft == "ngram" or os.path.exists(source.name):
+    given = options.sparsity or SparsityConfig()
+    says_which = given.pattern is not None or given.head_shares != "auto"
+    says_how_many = given.token_budget is not None and not given.dense_heads
+    if options.attention != "lserve" or options.draft == "ngram" or says_which or says_how_many:
         return options
-    pattern = shipped_for(source.name)
+    pattern = None if os.path.exists(source.name) else shipped_for(source.name)
     if pattern is None:
         return options
-    return dataclasses.replace(options, sparsity=SparsityConfig(pattern=pattern))
+    sparsity = dataclasses.replace(given, pattern=pattern)
+    return dataclasses.replace(options, sparsity=sparsity)

@@ -93,10 +93,11 @@ def request_summary(metrics: RequestMetrics, clock: CompileClock, sparse: bool) 
         lines += [
             f"pages     {metrics.pages_attended_per_step:.1f} read a step, of --page-size tokens "
             f"each (mean over layers and KV heads), {metrics.selector_runs} selections, "
-            f"{bypassed:.0%} of steps read everything",
+            f"in {bypassed:.0%} of steps selection left nothing out",
             f"KV bytes  {_size(metrics.kv_bytes_held)} held, "
-            f"{_size(metrics.kv_bytes_read_per_step)} read a step, "
-            f"{_size(metrics.dense_kv_bytes_read_per_step)} if attention were dense",
+            f"{_size(metrics.kv_bytes_read_per_step)} read a step, statistics included, "
+            f"{_share(metrics):.1%} of the {_size(metrics.dense_kv_bytes_read_per_step)} of dense "
+            "attention",
         ]
         if metrics.verifications:  # in exact mode
             lines.append(
@@ -163,6 +164,11 @@ def _speed(tokens: int, seconds: float) -> str:
     if seconds <= 0:  # a single token has no decode
         return f"{tokens} tokens, too short to time"
     return f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s"
+
+
+def _share(metrics: RequestMetrics) -> float:
+    """What a step read, as a share of what dense attention reads."""
+    return metrics.kv_bytes_read_per_step / max(metrics.dense_kv_bytes_read_per_step, 1.0)
 
 
 def _size(num_bytes: float) -> str:

@@ -33,7 +33,7 @@ class SparsityConfig:
     # Share of KV heads made streaming heads, of the least worth or by the lowest gates. None: 1/3
     # by worth (never one of the four of the greatest), 0.5 by gates, 0 if neither is known.
     streaming_fraction: float | None = None
-    # Heads of the greatest worth, of the whole model, that read everything.
+    # At least so many heads read everything, those of the greatest worth in the whole model.
     dense_heads: int = 0
     # Share of the context's keys and values that a decode step may read, statistics included; mean
     # over all KV heads. None: 1/8 with head shares, else token_budget says.
@@ -78,7 +78,7 @@ class SparsityConfig:
             if not isinstance(shares, str | os.PathLike):
                 raise TypeError(f"head_shares={shares!r} must be 'auto', a name, a path or None")
             check_path("head_shares", shares)
-            shares = None if shares == "none" else os.fspath(shares)
+            shares = None if shares in ("none", "None") else os.fspath(shares)
             object.__setattr__(self, "head_shares", shares)
         for name in _INTEGERS:
             object.__setattr__(self, name, check_integer(name, getattr(self, name)))
@@ -96,10 +96,10 @@ class SparsityConfig:
             )
         if self.dense_heads < 0:
             raise ValueError(f"dense_heads={self.dense_heads} must not be negative")
-        if self.dense_heads and (shares is None or not knows_heads):
+        if self.dense_heads and shares is None:
             raise ValueError(
-                f"dense_heads={self.dense_heads} needs head shares, got head_shares={shares!r} "
-                f"and pattern={self.pattern!r}: which heads must read everything is measured"
+                f"dense_heads={self.dense_heads} needs head shares, got head_shares=None: "
+                "which heads must read everything is measured"
             )
         budget = self.budget_share
         if budget is not None and not (is_real(budget) and 0.0 < budget <= 1.0):

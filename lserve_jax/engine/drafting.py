@@ -64,7 +64,9 @@ def decide_drafts(
         return expected_tokens(acceptance, drafts) / (drafts * sparse + dense)
 
     best = max(range(spec.max_drafts + 1), key=speed)
-    known = f"acceptance {acceptance:.2f}, a draft reads {sparse / dense:.2f} of a dense step"
+    known = (
+        f"expected acceptance {acceptance:.2f}, a draft reads {sparse / dense:.2f} of a dense step"
+    )
     if best == 0:
         return DraftDecision(drafts=0, reason=f"no draft pays: {known}")
     return DraftDecision(drafts=best, reason=f"{best} drafts a round: {known}")

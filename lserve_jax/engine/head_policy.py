@@ -31,6 +31,13 @@ class HeadPolicy:
     budgets: HeadBudgets
     source: str  # in words, for people
 
+    @property
+    def counts(self) -> str:
+        """How many heads of each kind there are, in words."""
+        streaming = sum(map(len, self.partition.streaming))
+        ranked, dense = sum(map(len, self.partition.ranked)), sum(self.partition.num_dense)
+        return f"{streaming} stream, {dense} read everything, {ranked} select pages"
+
 
 def head_policy(
     config: ModelConfig, sparsity: SparsityConfig | None, *, exact: bool = False
@@ -95,7 +102,7 @@ def _by_gates(config: ModelConfig, sparsity: SparsityConfig) -> HeadPolicy:
     if sparsity.dense_heads:
         raise ValueError(
             f"dense_heads={sparsity.dense_heads} needs head shares: pattern={sparsity.pattern!r} "
-            "has none beside its gates"
+            "has none beside its gates; name a pattern that has, or head_shares=DIRECTORY"
         )
     if sparsity.budget_share is None:
         budget = EVEN_BUDGET if sparsity.token_budget is None else sparsity.token_budget
@@ -133,14 +140,24 @@ def _by_worth(sparsity: SparsityConfig, where: str, sensitivity: HeadSensitivity
         return _policy(partition, source, token_budget=sparsity.token_budget)
     budget = sparsity.budget_share
     budget = DEFAULT_BUDGET_SHARE if budget is None else budget
+    window = (sparsity.decode_sink + sparsity.decode_local) / sensitivity.context
     shares = fit_shares(
         sensitivity,
         budget,
         streams,
         dense=dense,
         statistics=sparsity.statistics_share,
-        window=(sparsity.decode_sink + sparsity.decode_local) / sensitivity.context,
+        window=window,
     )
+    ranked = (shares > 0) & (shares < 1)
+    least = (shares.sum() + sparsity.statistics_share * ranked.sum() + window * streams.sum()) / (
+        shares.size
+    )
+    if sparsity.budget_share is not None and least > budget * (1 + 1e-9):
+        raise ValueError(
+            f"budget_share={budget} cannot be met: {source or 'the least shares, '}windows and "
+            f"ranking take {least:.4g} of the context"
+        )
     return _with_shares(shares, streams, f"{source}{budget:.4g} of the context by {where}")
 
 

@@ -166,9 +166,12 @@ def test_what_does_not_fit(directory: str, tmp_path) -> None:
         head_policy(tiny_config(layers=2, kv_heads=4), SparsityConfig(pattern=directory))
     with pytest.raises(ValueError, match=r"dense_heads=13 must lie in \[0, 12\]"):
         head_policy(CONFIG, SparsityConfig(pattern=directory, dense_heads=13))
+    with pytest.raises(ValueError, match=r"budget_share=0\.001 cannot be met: .* take 0\.0"):
+        head_policy(CONFIG, SparsityConfig(pattern=directory, budget_share=0.001))
     gates = write_pattern(tmp_path / "gates", GATES)
-    with pytest.raises(ValueError, match=r"dense_heads=1 needs head shares: pattern=.*has none"):
-        head_policy(CONFIG, SparsityConfig(pattern=gates, dense_heads=1))
+    for pattern in (gates, None):
+        with pytest.raises(ValueError, match=r"dense_heads=1 needs head shares: pattern=.*none"):
+            head_policy(CONFIG, SparsityConfig(pattern=pattern, dense_heads=1))
 
 
 @pytest.mark.parametrize(

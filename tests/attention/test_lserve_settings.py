@@ -45,8 +45,10 @@ from lserve_jax import LLM, SparsityConfig
         ({"prefill_local": 128}, ["decode_local=256", "prefill_local=128"]),
         ({"streaming_fraction": 0.5}, ["streaming_fraction=0.5", "pattern"]),
         ({"dense_heads": -1, "pattern": "x"}, ["dense_heads=-1", "not be negative"]),
-        ({"dense_heads": 1}, ["dense_heads=1", "head shares", "pattern=None"]),
-        ({"dense_heads": 1, "pattern": "x", "head_shares": None}, ["dense_heads=1", "None"]),
+        (
+            {"dense_heads": 1, "pattern": "x", "head_shares": None},
+            ["dense_heads=1", "head_shares=None"],
+        ),
         ({"head_shares": ""}, ["head_shares=''", "must not be empty"]),
         ({"budget_share": 0.0}, ["budget_share=0.0", "(0, 1]"]),
         ({"budget_share": 1.1}, ["budget_share=1.1", "(0, 1]"]),

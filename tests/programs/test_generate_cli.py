@@ -230,7 +230,7 @@ def test_lserve_attention_prunes_and_says_so(capsys, checkpoint):
     assert code == 0
     # 8 decode steps after the first token: selections at steps 0 and 4, and 4 pages of budget
     # plus at most one partial page attended.
-    assert "2 selections, 0% of steps read everything" in err
+    assert "2 selections, in 0% of steps selection left nothing out" in err
     assert "read a step, of --page-size tokens each (mean over layers and KV heads)" in err
     pages = float(err.split("pages     ")[1].split()[0])
     assert 3 < pages <= 5
@@ -254,7 +254,7 @@ def test_exact_answers_are_dense_ones_and_stats_say_what_drafts_did(draft, capsy
         ("--attention dense --exact", "exact=True needs attention='lserve'"),
         ("--attention lserve --max-draft-tokens 3", "--max-draft-tokens 3 needs --exact"),
         ("--attention lserve --draft ngram", "draft='ngram' needs exact=True"),
-        ("--attention lserve --exact --draft ngram --dense-heads 1", "needs head shares"),
+        ("--attention lserve --exact --draft ngram --dense-heads 1", "has no sparse steps"),
         ("--attention lserve --exact --draft ngram --budget-share 0.5", "has no sparse steps"),
         ("--attention lserve --exact --max-draft-tokens 16", "max_draft_tokens=16 must lie in"),
     ):
