@@ -1,7 +1,9 @@
 """One safetensors file: shapes at once, values row by row."""
 
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,19 +58,25 @@ class SafetensorsFile:
     def part(self, name: str, *bounds: int) -> np.ndarray:
         """Rows [start, stop), and columns where two more bounds are given; () of a scalar."""
         self._state.check()
+        if not self.shapes[name]:
+            return self._file.get_tensor(name)
         rows, columns = slice(*bounds[:2]), slice(*bounds[2:]) if bounds[2:] else slice(None)
         if self.dtypes[name] == "float8_e4m3fn":  # which the library gives to NumPy in no way
             whole = self._mapped_bytes(name).view(jnp.float8_e4m3fn)
             return whole[rows, columns] if bounds[2:] else whole[rows]
         found = self._file.get_slice(name)
-        if not self.shapes[name]:
-            return self._file.get_tensor(name)
         return found[rows, columns] if bounds[2:] else found[rows]
 
     def _mapped_bytes(self, name: str) -> np.ndarray:
         """A tensor's bytes, one an element, where they lie in the file."""
-        with self.path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            begin, _ = json.loads(file.read(size))[name]["data_offsets"]
+        size, header = self._header
+        begin, _ = header[name]["data_offsets"]
         shape, offset = self.shapes[name], 8 + size + begin
         return np.memmap(self.path, np.uint8, mode="r", offset=offset, shape=shape)
+
+    @functools.cached_property
+    def _header(self) -> tuple[int, dict[str, Any]]:
+        """Its length and content, which the library has checked."""
+        with self.path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            return size, json.loads(file.read(size))

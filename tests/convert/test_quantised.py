@@ -8,6 +8,7 @@ import shutil
 import struct
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -151,21 +152,32 @@ def test_block_fp8(tmp_path):
     assert_allclose(got, expected["logits"], atol=1e-4, rtol=0)
 
 
+def test_a_scale_without_an_axis(tmp_path):
+    """One number for a tensor, stored as a scalar and not as a list of one."""
+
+    def without_axis(config, tensors):
+        for name in [*tensors]:
+            if name.endswith(".weight_scale"):
+                tensors[name] = tensors[name].reshape(())
+
+    directory = edited(tmp_path, "ct-fp8-tensor", without_axis)
+    expected = np.load(HERE / "ct-fp8-tensor" / "expected.npz")
+    for keep in (False, True):
+        config, params = convert.load(directory, dtype=jnp.float32, keep_codes=keep)
+        got = logits(config, params, jnp.asarray(expected["tokens"], jnp.int32))[0]
+        assert_allclose(got, expected["logits"], atol=1e-4, rtol=0)
+
+
 def test_activation_and_cache_scales_are_passed_over(tmp_path):
     """They are of numbers that stay floats here."""
 
     def with_scales(config, tensors):
-        prefix = "model.layers.0.self_attn."
-        tensors |= {
-            f"{prefix}{name}": np.ones(1, np.float32)
-            for name in ("q_proj.input_scale", "k_proj.k_scale", "attn.k_scale", "attn.v_scale")
-            if not name.startswith("attn")
-        }
+        for name in ("q_proj.input_scale", "k_proj.k_scale", "v_proj.v_scale"):
+            tensors[f"model.layers.0.self_attn.{name}"] = np.full(1, 7, np.float32)
 
-    plain, _ = (HERE / "ct-fp8-channel", None)
     directory = edited(tmp_path, "ct-fp8-channel", with_scales)
-    for path in (plain, directory):
-        convert.load(path)
+    got, wanted = (convert.load(path)[1] for path in (directory, HERE / "ct-fp8-channel"))
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
 def test_a_quantised_model_generates_and_converts(tmp_path):
