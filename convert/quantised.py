@@ -328,13 +328,29 @@ def _blocks(module: _Module, scale: RawTensor, shape: tuple[int, int]) -> tuple[
         tall, wide = scale.shape
         if tall == out and wide >= 1 and inputs % wide == 0:  # a channel, or groups of one
             return 1, inputs // wide
-        block = module.quantised.settings.get("weight_block_size", [128, 128])
-        if scale.shape == (-(-out // block[0]), -(-inputs // block[1])):
-            return block[0], block[1]
+        for block in _block_sizes(module.quantised.settings):
+            if scale.shape == (-(-out // block[0]), -(-inputs // block[1])):
+                return block[0], block[1]
     raise ValueError(
         f"{module.where}: {scale.name} has shape {scale.shape}, which is no scale for the tensor, "
         f"a channel, a group or a block of weights {list(shape)}"
     )
+
+
+def _block_sizes(settings: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Outputs and inputs of a block, wherever a config says them; 128 and 128 if it does not."""
+    groups = settings.get("config_groups")
+    groups = groups if isinstance(groups, Mapping) else {}
+    schemes = [group for group in groups.values() if isinstance(group, Mapping)]
+    weights = [x for x in (scheme.get("weights") for scheme in schemes) if isinstance(x, Mapping)]
+    said = [settings.get("weight_block_size"), *(x.get("block_structure") for x in weights)]
+    return [
+        (block[0], block[1])
+        for block in [*said, [128, 128]]
+        if isinstance(block, list)
+        and len(block) == 2
+        and all(type(n) is int and n > 0 for n in block)
+    ]
 
 
 # fp8 with scales of blocks

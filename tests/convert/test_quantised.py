@@ -152,6 +152,33 @@ def test_block_fp8(tmp_path):
     assert_allclose(got, expected["logits"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("said", ["weight_block_size", "block_structure", None])
+def test_block_sizes(tmp_path, said):
+    """Blocks of another size, as the config says; or of the usual one where it says nothing."""
+    size = [32, 64] if said else [128, 128]
+
+    def reblocked(config, tensors):
+        settings = config["quantization_config"]
+        if said == "weight_block_size":
+            config["quantization_config"] = {"quant_method": "fp8", said: size}
+        else:
+            scheme = settings["config_groups"]["group_0"]["weights"]
+            scheme["block_structure"] = size if said else None
+        for name in [*tensors]:
+            if name.endswith(".weight_scale"):
+                out, inputs = tensors[name.removesuffix("_scale")].shape
+                blocks = -(-out // size[0]), -(-inputs // size[1])
+                # Each block has the scale of the larger block that holds it.
+                rows, columns = (np.arange(n) * m // 128 for n, m in zip(blocks, size, strict=True))
+                scale = tensors.pop(name)[rows][:, columns]
+                tensors[name + "_inv" * (said == "weight_block_size")] = np.ascontiguousarray(scale)
+
+    directory = edited(tmp_path, "ct-fp8-block", reblocked)
+    _, got = convert.load(directory)
+    _, wanted = convert.load(HERE / "ct-fp8-block")
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
 def test_a_scale_without_an_axis(tmp_path):
     """One number for a tensor, stored as a scalar and not as a list of one."""
 
