@@ -15,14 +15,13 @@ import json
 import secrets
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
-from tyro.conf import DisallowNone, OmitArgPrefixes, UseAppendAction
+from tyro.conf import DisallowNone, UseAppendAction
 
-from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.batch import (
     PromptFormat,
     PromptsFile,
@@ -42,6 +41,7 @@ from lserve_jax.cli import (
 from lserve_jax.engine.head_policy import head_policy
 from lserve_jax.engine.relay import RelayMode
 from lserve_jax.llm import LLM
+from lserve_jax.model_args import ModelArgs
 from lserve_jax.outputs import CompletionOutput
 from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.stats import (
@@ -56,19 +56,13 @@ from lserve_jax.text_engine import Prompt
 
 # Help texts stay within two lines each: tyro breaks longer ones in odd places.
 @dataclass(frozen=True, kw_only=True)
-class GenerateArgs:
+class GenerateArgs(ModelArgs):
     """Generate text with a Llama-family model.
 
     Give the prompt with --prompt, --prompt-file or --prompt-token-ids, or many with
     --prompts-file and --output. The first use of the default model downloads it (98 MB); later
     starts read it from the cache.
     """
-
-    model: Annotated[str, flag("MODEL", "smollm2-135m-instruct")] = "smollm2-135m-instruct"
-    """smollm2-135m-instruct or smollm2-135m-instruct-32k (prompts of up to 32K tokens), a
-    checkpoint directory, a .gguf file, or a Hugging Face id (owner/name)."""
-    adapter: Annotated[str | None, flag("DIR", "none")] = None
-    """Directory of a PEFT LoRA adapter to merge into the weights."""
 
     prompt: Annotated[str | None, flag("TEXT", "none")] = None
     """The prompt itself."""
@@ -108,36 +102,6 @@ class GenerateArgs:
     """Stop at these tokens too, beside the model's own end tokens, which --stats names."""
     skip_special_tokens: Annotated[bool, flag("", "skip")] = True
     """Leave special tokens, such as <|im_end|>, out of the text, or show them."""
-
-    dtype: Annotated[
-        Literal["float32", "bfloat16"] | None,
-        flag("{float32,bfloat16}", "bfloat16 on a GPU, float32 on a CPU"),
-    ] = None
-    """Type of weights and arithmetic."""
-    max_model_len: Annotated[int | None, flag("INT", "what the model was trained for")] = None
-    """Room for prompt and answer together, in tokens."""
-    kv_cache_bytes: Annotated[int | None, flag("INT", "2 GiB on a CPU, most of a GPU")] = None
-    """Memory for the cached keys and values; long prompts need more."""
-    kv_dtype: Literal["auto", "int8"] = "auto"
-    """Storage of keys and values: as --dtype, or quantised to 8 bits a number."""
-    weights: Annotated[
-        Literal["int8", "int4", "fp8", "checkpoint"] | None,
-        flag("{int8,int4,fp8,checkpoint}", "as --dtype"),
-    ] = None
-    """Quantise weights at load, or keep a checkpoint's own codes: less memory, no kernel yet."""
-    attention: Literal["dense", "lserve"] = "dense"
-    """dense reads the whole context at every token; lserve reads the parts that matter."""
-    exact: Switch = False
-    """With --attention lserve: it only drafts, and dense attention verifies: dense answers."""
-    draft: Literal["sparse", "ngram"] = "sparse"
-    """Where --exact has its drafts from: sparse steps, or what followed the same words before."""
-    max_draft_tokens: int = 7
-    """Most tokens that are drafted before they are verified."""
-    sparsity: OmitArgPrefixes[SparsityConfig] = field(default_factory=SparsityConfig)
-    """Only with --attention lserve. Sizes are in tokens."""
-
-    backend: Literal["auto", "mosaic", "reference"] = "auto"
-    """mosaic: kernels for Hopper GPUs; reference: plain JAX; auto: the kernels where they run."""
 
     max_num_seqs: int = 8
     """So many of --prompts-file run at the same time."""
@@ -193,32 +157,12 @@ def _sampling_params(args: GenerateArgs) -> SamplingParams:
 
 
 def _load(args: GenerateArgs) -> LLM:
-    sparsity_given = args.sparsity != SparsityConfig()
-    if args.attention == "dense" and sparsity_given:
-        raise ValueError("the options of lserve attention need --attention lserve")
-    if args.max_draft_tokens != GenerateArgs.max_draft_tokens and not args.exact:
-        raise ValueError(f"--max-draft-tokens {args.max_draft_tokens} needs --exact")
-    if args.draft == "ngram" and sparsity_given:
-        raise ValueError("--draft ngram has no sparse steps for the options of lserve attention")
-    return LLM(
-        args.model,
-        dtype=args.dtype,
-        max_model_len=args.max_model_len,
-        kv_cache_bytes=args.kv_cache_bytes,
-        max_num_seqs=1 if args.prompts_file is None else args.max_num_seqs,
-        max_prefixes=0 if args.prompts_file is None else 1,
+    many = args.prompts_file is not None
+    return args.load(
+        max_num_seqs=args.max_num_seqs if many else 1,
+        max_prefixes=1 if many else 0,
         relay=args.relay,
-        attention=args.attention,
-        sparsity=args.sparsity if args.attention == "lserve" and sparsity_given else None,
-        exact=args.exact,
-        draft=args.draft,
-        max_draft_tokens=args.max_draft_tokens,
-        kv_dtype=args.kv_dtype,
-        weights=args.weights,
-        backend=args.backend,
-        adapter=args.adapter,
         seed=secrets.randbits(31),  # of the request, unless --seed gives one
-        progress=True,
     )
 
 

@@ -116,7 +116,7 @@ class LLM:
                 self.options,
                 eos_token_ids=() if tokenizer is None else tokenizer.eos_token_ids,
             )
-        self._text = TextEngine(self.engine, tokenizer, seed=seed)
+        self.text_engine = TextEngine(self.engine, tokenizer, seed=seed)
         # One call at a time steps the engine. A thread may take it again: what it calls inside a
         # call of its own is refused, not waited for.
         self._lock = threading.RLock()
@@ -124,7 +124,7 @@ class LLM:
     @property
     def tokenizer(self) -> Tokenizer | None:
         """None for a model that takes and returns token ids only."""
-        return self._text.tokenizer
+        return self.text_engine.tokenizer
 
     @property
     def spec(self) -> CacheSpec:
@@ -187,7 +187,7 @@ class LLM:
             )
         with self._lock:
             checked = [
-                self._text.check(prompt, sampling)
+                self.text_engine.check(prompt, sampling)
                 for prompt, sampling in zip(prompts, sampling_params, strict=True)
             ]
             beginning: list[int] = []
@@ -230,7 +230,7 @@ class LLM:
             raise TypeError(f"{requests=} must give pairs of a prompt and its SamplingParams")
         if on_text is not None and not callable(on_text):
             raise TypeError(f"on_text={on_text!r} must be a function")
-        text = self._text
+        text = self.text_engine
         position_of: dict[str, int] = {}  # by request id
         drawn = enumerate(requests)
         prefix = None
@@ -298,7 +298,7 @@ class LLM:
         than the model can read.
         """
         if isinstance(prompt, str) and self.tokenizer is not None:
-            self._text.check_length(prompt)
+            self.text_engine.check_length(prompt)
         ids = self.token_ids(prompt)
         with self._lock, memory_errors():
             return self.engine.add_prefix(ids[:-1] if isinstance(prompt, str) else ids)
@@ -371,17 +371,17 @@ class LLM:
             continue_final_message=continue_final_message,
             tools=tools,
         )
-        self._text.check_length(text)
+        self.text_engine.check_length(text)
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return {"prompt": text, "prompt_token_ids": ids}
 
     def check_request(self, prompt: Prompt, sampling: SamplingParams) -> PromptIds:
         """The prompt's token ids; raises ``ValueError`` if the request could never run."""
-        return self._text.check(prompt, sampling).ids
+        return self.text_engine.check(prompt, sampling).ids
 
     def token_ids(self, prompt: Prompt) -> np.ndarray:
         """The prompt as the model sees it, int32. See ``TextEngine.token_ids``."""
-        return self._text.token_ids(prompt).ids
+        return self.text_engine.token_ids(prompt).ids
 
     def _common_beginning(
         self, prompts: Sequence[CheckedPrompt], sampling_params: Sequence[SamplingParams]

@@ -24,6 +24,10 @@ def evaluate() -> int:
     return _run("lserve_jax.eval.__main__")
 
 
+def serve() -> int:
+    return _run("lserve_jax.serve.__main__")
+
+
 def _run(module: str) -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # main hears it again

@@ -28,6 +28,7 @@ ALLOWED = {
     "lserve_jax": {
         *("jax", "numpy", "jaxtyping", "flax", "tokenizers", "jinja2", "tqdm", "tyro"),
         *("matplotlib", "optax", "safetensors", "lm_eval"),
+        *("starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance"),
     },
 }
 
@@ -42,8 +43,9 @@ ROOMS = (
     ("lserve_jax.outputs", "lserve_jax.stats", "lserve_jax.memory"),
     ("lserve_jax.text_engine", "lserve_jax.cli"),
     ("lserve_jax.llm",),
-    ("lserve_jax.analysis", "lserve_jax.batch"),
+    ("lserve_jax.analysis", "lserve_jax.batch", "lserve_jax.async_engine", "lserve_jax.model_args"),
     ("lserve_jax.generate", "lserve_jax.calibrate", "lserve_jax.eval", "convert.__main__"),
+    ("lserve_jax.serve",),
     ("lserve_jax.scripts",),
 )
 # What a room takes of the package below it, where that is not all.
@@ -155,9 +157,16 @@ def test_what_an_import_does_not_load(program, absent):
 def test_allowed_third_party_packages_are_declared_dependencies():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["hub"], *extras["plot"], *extras["eval"]]
+    wanted = [
+        *project["dependencies"],
+        *extras["hub"],
+        *extras["plot"],
+        *extras["eval"],
+        *extras["serve"],
+    ]
     declared = {re.split(r"[<>=]", name)[0] for name in wanted}
     imported_as = {"orbax-checkpoint": "orbax", "lm-eval": "lm_eval"}
+    imported_as["prometheus-client"] = "prometheus_client"
     declared = {imported_as.get(name, name) for name in declared}
     allowed = {name.split(".")[0] for names in ALLOWED.values() for name in names}
     assert allowed - set(PACKAGES) == declared - {"jaxlib"}

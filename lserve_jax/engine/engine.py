@@ -163,6 +163,13 @@ class Engine:
         """Tokens of a prompt that a held prefix would save."""
         return self.scheduler.prefix_cache.match(prompt.ids).tokens
 
+    def most_new_tokens(self, prompt_tokens: int) -> int:
+        """Most ``max_tokens`` of a prompt of so many tokens; below 1 where it cannot run at all."""
+        free = self.spec.num_pages - self.scheduler.prefix_cache.pinned_pages
+        # The last token is never fed back.
+        cached = free * self.spec.page_size + 1
+        return min(self.max_model_len, cached) - prompt_tokens
+
     def check_request(
         self, prompt: PromptIds | Sequence[int] | np.ndarray, sampling: SamplingParams
     ) -> PromptIds:

@@ -1,0 +1,84 @@
+"""Options of the command lines that say which model runs, and how."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from tyro.conf import OmitArgPrefixes
+
+from lserve_jax.attention.config import SparsityConfig
+from lserve_jax.cli import Switch, flag
+from lserve_jax.llm import LLM
+
+
+# Help texts stay within two lines each: tyro breaks longer ones in odd places.
+@dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """What the programs have in common that run one model."""
+
+    model: Annotated[str, flag("MODEL", "smollm2-135m-instruct")] = "smollm2-135m-instruct"
+    """smollm2-135m-instruct or smollm2-135m-instruct-32k (prompts of up to 32K tokens), a
+    checkpoint directory, a .gguf file, or a Hugging Face id (owner/name)."""
+    adapter: Annotated[str | None, flag("DIR", "none")] = None
+    """Directory of a PEFT LoRA adapter to merge into the weights."""
+
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        flag("{float32,bfloat16}", "bfloat16 on a GPU, float32 on a CPU"),
+    ] = None
+    """Type of weights and arithmetic."""
+    max_model_len: Annotated[int | None, flag("INT", "what the model was trained for")] = None
+    """Room for prompt and answer together, in tokens."""
+    kv_cache_bytes: Annotated[int | None, flag("INT", "2 GiB on a CPU, most of a GPU")] = None
+    """Memory for the cached keys and values; long prompts need more."""
+    kv_dtype: Literal["auto", "int8"] = "auto"
+    """Storage of keys and values: as --dtype, or quantised to 8 bits a number."""
+    weights: Annotated[
+        Literal["int8", "int4", "fp8", "checkpoint"] | None,
+        flag("{int8,int4,fp8,checkpoint}", "as --dtype"),
+    ] = None
+    """Quantise weights at load, or keep a checkpoint's own codes: less memory, no kernel yet."""
+    attention: Literal["dense", "lserve"] = "dense"
+    """dense reads the whole context at every token; lserve reads the parts that matter."""
+    exact: Switch = False
+    """With --attention lserve: it only drafts, and dense attention verifies: dense answers."""
+    draft: Literal["sparse", "ngram"] = "sparse"
+    """Where --exact has its drafts from: sparse steps, or what followed the same words before."""
+    max_draft_tokens: int = 7
+    """Most tokens that are drafted before they are verified."""
+    sparsity: OmitArgPrefixes[SparsityConfig] = field(default_factory=SparsityConfig)
+    """Only with --attention lserve. Sizes are in tokens."""
+
+    backend: Literal["auto", "mosaic", "reference"] = "auto"
+    """mosaic: kernels for Hopper GPUs; reference: plain JAX; auto: the kernels where they run."""
+
+    def load(self, **options: Any) -> LLM:
+        """The model, with ``options`` of ``LLM`` beside these.
+
+        Raises ``ValueError`` where options contradict each other, and where ``LLM`` does.
+        """
+        sparsity_given = self.sparsity != SparsityConfig()
+        if self.attention == "dense" and sparsity_given:
+            raise ValueError("the options of lserve attention need --attention lserve")
+        if self.max_draft_tokens != ModelArgs.max_draft_tokens and not self.exact:
+            raise ValueError(f"--max-draft-tokens {self.max_draft_tokens} needs --exact")
+        if self.draft == "ngram" and sparsity_given:
+            raise ValueError(
+                "--draft ngram has no sparse steps for the options of lserve attention"
+            )
+        return LLM(
+            self.model,
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            kv_cache_bytes=self.kv_cache_bytes,
+            attention=self.attention,
+            sparsity=self.sparsity if self.attention == "lserve" and sparsity_given else None,
+            exact=self.exact,
+            draft=self.draft,
+            max_draft_tokens=self.max_draft_tokens,
+            kv_dtype=self.kv_dtype,
+            weights=self.weights,
+            backend=self.backend,
+            adapter=self.adapter,
+            progress=True,
+            **options,
+        )

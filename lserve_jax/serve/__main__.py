@@ -1,0 +1,147 @@
+"""A service with OpenAI's API: ``python -m lserve_jax.serve --model … --port 8000``.
+
+Its log goes to stderr, a line of JSON a request. SIGTERM and Ctrl-C end it: what runs is finished,
+within ``--shutdown-seconds``.
+"""
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it, no traceback
+
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+import uvicorn
+from tyro.conf import DisallowNone, UseAppendAction
+
+from lserve_jax.async_engine import AsyncEngine
+from lserve_jax.cli import enable_compile_cache, exit_code, flag
+from lserve_jax.engine.relay import RelayMode
+from lserve_jax.model_args import ModelArgs
+from lserve_jax.serve.app import create_app
+from lserve_jax.serve.service import Service, ServiceOptions
+
+_KEY_VARIABLE = "LSERVE_API_KEY"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeArgs(ModelArgs):
+    """Serve a Llama-family model with OpenAI's API.
+
+    Clients take http://HOST:PORT/v1 as their base URL; a page to chat with is at /.
+    """
+
+    host: Annotated[str, flag("HOST", "this machine only")] = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 is every one: give an --api-key then."""
+    port: int = 8000
+    """Port to listen at; 0 takes a free one, which the log names."""
+    api_key: Annotated[
+        UseAppendAction[tuple[str, ...]], flag("KEY", f"${_KEY_VARIABLE}, else none is needed")
+    ] = ()
+    """A key that opens the service; may be given several times."""
+    served_model_name: Annotated[UseAppendAction[tuple[str, ...]], flag("NAME", "as --model")] = ()
+    """The model's name for clients; may be given several times."""
+
+    max_num_seqs: int = 8
+    """So many completions run at the same time."""
+    max_queue: int = 256
+    """So many more may wait; beyond it a request is answered 429."""
+    relay: RelayMode = "auto"
+    """Whether requests with one registered prefix read it together; auto: where it pays."""
+    max_prefixes: int = 8
+    """Prefixes that can be registered at a time."""
+    deadline: Annotated[float | None, flag("SECONDS", "none")] = None
+    """After so long an answer ends as it is, unless its request says otherwise."""
+    max_body_bytes: int = 16 << 20
+    """Longest body of a request."""
+    shutdown_seconds: int = 30
+    """How long answers may take to finish after SIGTERM."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """info: a line a request; warning: only what goes wrong."""
+
+
+def _names(args: ServeArgs) -> tuple[str, ...]:
+    if args.served_model_name:
+        return args.served_model_name
+    # Of a directory the last part: clients should not have to know where it lies.
+    return (Path(args.model).name if os.path.exists(args.model) else args.model,)
+
+
+def _keys(args: ServeArgs) -> tuple[str, ...]:
+    keys = args.api_key or tuple(filter(None, [os.environ.get(_KEY_VARIABLE)]))
+    if not all(keys):
+        raise ValueError("--api-key must not be empty")
+    return keys
+
+
+def _check(args: ServeArgs) -> None:
+    for name, least in (
+        *(("max_queue", 0), ("max_body_bytes", 1024), ("shutdown_seconds", 0)),
+        ("port", 0),
+    ):
+        value = getattr(args, name)
+        if value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    if args.port > 65_535:
+        raise ValueError(f"--port {args.port} must be at most 65535")
+    if args.deadline is not None and not args.deadline > 0:
+        raise ValueError(f"--deadline {args.deadline} must be positive")
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", force=True)
+    for name in ("lserve_jax", "uvicorn"):
+        logging.getLogger(name).setLevel(level.upper())
+
+
+def _main(args: ServeArgs) -> None:
+    _check(args)
+    keys = _keys(args)
+    _log_to_stderr(args.log_level)
+    enable_compile_cache()
+    llm = args.load(
+        max_num_seqs=args.max_num_seqs,
+        max_prefixes=args.max_prefixes,
+        relay=args.relay,
+        seed=secrets.randbits(31),  # of requests that give none
+    )
+    options = ServiceOptions(
+        model_names=_names(args),
+        api_keys=keys,
+        max_queue=args.max_queue,
+        max_body_bytes=args.max_body_bytes,
+        deadline=args.deadline,
+    )
+    service = Service(engine=AsyncEngine(llm.text_engine), options=options)
+    uvicorn.run(
+        create_app(service),
+        host=args.host,
+        port=args.port,
+        log_level=args.log_level,
+        log_config=None,
+        access_log=False,  # ours has the request's id
+        server_header=False,
+        timeout_graceful_shutdown=args.shutdown_seconds,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line ``argv`` (default: this process's); returns the exit code."""
+
+    def run() -> None:
+        prog = "python -m lserve_jax.serve"
+        _main(tyro.cli(ServeArgs, args=argv, prog=prog, config=(DisallowNone,)))
+
+    return exit_code(run, lower="--max-model-len, --max-num-seqs or --kv-cache-bytes")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

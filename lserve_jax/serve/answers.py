@@ -1,0 +1,112 @@
+"""From requests that are ready to run to an answer, whole or as a stream of chunks.
+
+Chats and completions differ in what a choice looks like, and in nothing else.
+"""
+
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from lserve_jax.outputs import CompletionOutput, RequestOutput, TextDelta
+from lserve_jax.sampling_params import SamplingParams
+from lserve_jax.serve import wire
+from lserve_jax.serve.bodies import GenerationBody
+from lserve_jax.serve.http import EventStream, log_fields, unless_gone
+from lserve_jax.serve.service import Service, outputs
+from lserve_jax.text_engine import CheckedPrompt
+
+Choice = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Requests that are ready to run, and how their answer is written.
+
+    object: what a whole answer is called; ``chunk_object`` a part of one.
+    choice: (position of the prompt, its output, one of its completions) to a choice.
+    chunks: (position of the prompt, what is new) to choices of a chunk; none: no chunk is sent.
+    """
+
+    id: str
+    object: str
+    chunk_object: str
+    service: Service
+    body: GenerationBody
+    prompts: list[CheckedPrompt]
+    sampling: SamplingParams  # of every prompt
+    choice: Callable[[int, RequestOutput, CompletionOutput], Choice]
+    chunks: Callable[[int, TextDelta], list[Choice]]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """What every answer and chunk begins with."""
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.service.now(),
+            "model": self.service.model_name,
+        }
+
+
+async def respond(request: Request, answer: Answer) -> Response:
+    """Runs the requests; they are cancelled when the client goes."""
+    log_fields(request).update(id=answer.id, prompt_tokens=answer.prompt_tokens)
+    if answer.body.stream:
+        events = _events(answer, log_fields(request))
+        await anext(events)  # what is refused is refused before the status is out
+        return EventStream(events)
+    whole = await unless_gone(request.receive, _whole(answer))
+    if whole is None:
+        return Response(status_code=499)  # nobody reads it
+    log_fields(request).update(completion_tokens=whole["usage"]["completion_tokens"])
+    return JSONResponse(whole)
+
+
+async def _whole(answer: Answer) -> dict[str, Any]:
+    samplings = [answer.sampling] * len(answer.prompts)
+    async with answer.service.run(answer.prompts, samplings, answer.body.deadline) as stream:
+        done = await outputs(stream)
+    choices = [
+        answer.choice(position, output, completion)
+        for position, output in enumerate(done)
+        for completion in output.outputs
+    ]
+    return {**answer.head(answer.object), "choices": choices, "usage": wire.usage_of(done)}
+
+
+async def _events(answer: Answer, logged: dict[str, Any]) -> AsyncGenerator[bytes]:
+    """The answer in chunks; the first event is empty: the requests were taken."""
+    body = answer.body
+    head = answer.head(answer.chunk_object)
+    completion_tokens, cached = 0, 0
+
+    def usage() -> dict[str, Any]:
+        return wire.usage(answer.prompt_tokens, completion_tokens, cached)
+
+    samplings = [answer.sampling] * len(answer.prompts)
+    async with answer.service.run(answer.prompts, samplings, body.deadline) as stream:
+        yield b""
+        async for position, delta in stream:
+            wire.check_finite(delta.finish_reason)
+            completion_tokens += len(delta.token_ids)
+            logged["completion_tokens"] = completion_tokens
+            if delta.output is not None:
+                cached += delta.output.metrics.prefix_tokens
+            choices = answer.chunks(position, delta)
+            if not choices:
+                continue
+            chunk = {**head, "choices": choices}
+            if body.wants_continuous_usage:
+                chunk["usage"] = usage()
+            elif body.wants_usage:
+                chunk["usage"] = None
+            yield wire.event(chunk)
+    if body.wants_usage:
+        yield wire.event({**head, "choices": [], "usage": usage()})
+    yield wire.DONE

@@ -1,0 +1,87 @@
+"""The routes, and what stands around all of them."""
+
+import contextlib
+from collections.abc import AsyncGenerator
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from lserve_jax import __version__
+from lserve_jax.serve.bodies import ChatBody, CompletionBody
+from lserve_jax.serve.chat import chat_completions
+from lserve_jax.serve.completions import completions
+from lserve_jax.serve.errors import ApiError, http_error
+from lserve_jax.serve.http import ApiKeys, RequestLog, answering
+from lserve_jax.serve.service import Service
+
+# The beginnings of paths that need a key, where there are keys.
+_GUARDED = ("/v1", "/tokenize", "/detokenize", "/tokenizer_info")
+
+
+def create_app(service: Service) -> Starlette:
+    """An ASGI application around ``service``, whose engine it starts and closes."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncGenerator[None]:
+        async with service.engine:
+            yield
+
+    keys, middleware = service.options.api_keys, [Middleware(RequestLog)]
+    if keys:
+        middleware.append(Middleware(ApiKeys, keys=keys, paths=_GUARDED))
+    chat = answering(ChatBody.model_fields)(chat_completions)
+    texts = answering(CompletionBody.model_fields)(completions)
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/completions", texts, methods=["POST"]),
+            Route("/v1/models", answering()(_models), methods=["GET"]),
+            Route("/v1/models/{name:path}", answering()(_one_model), methods=["GET"]),
+            Route("/health", answering()(_health), methods=["GET"]),
+            Route("/version", answering()(_version), methods=["GET"]),
+        ],
+        middleware=middleware,
+        exception_handlers={HTTPException: http_error},
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    return app
+
+
+async def _models(request: Request) -> Response:
+    service: Service = request.app.state.service
+    cards = [_card(service, name) for name in service.options.model_names]
+    return JSONResponse({"object": "list", "data": cards})
+
+
+async def _one_model(request: Request) -> Response:
+    service: Service = request.app.state.service
+    service.check_model(request.path_params["name"])
+    return JSONResponse(_card(service, request.path_params["name"]))
+
+
+def _card(service: Service, name: str) -> dict[str, object]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "lserve-jax",
+        "root": service.model_name,
+        "max_model_len": service.max_model_len,
+    }
+
+
+async def _health(request: Request) -> Response:
+    """200 while requests can run."""
+    service: Service = request.app.state.service
+    if not service.engine.is_open:
+        raise ApiError("the engine does not run", status=503, code="engine_closed")
+    return Response(status_code=200)
+
+
+async def _version(_: Request) -> Response:
+    return JSONResponse({"version": __version__})

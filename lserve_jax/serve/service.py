@@ -1,0 +1,146 @@
+"""What all routes work with: one model, its engine, and how much the service takes on."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from lserve_jax.async_engine import AsyncEngine, RequestStream
+from lserve_jax.outputs import RequestOutput
+from lserve_jax.sampling_params import SamplingParams
+from lserve_jax.serve.errors import ApiError
+from lserve_jax.text_engine import CheckedPrompt, Prompt
+from lserve_jax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceOptions:
+    """What the service takes on.
+
+    model_names: names that requests may give to the model; answers carry the first.
+    api_keys: any of them opens ``/v1`` and the tokenizer's routes; empty: no key is needed.
+    max_queue: completions that may wait beside those that run; beyond it the answer is 429.
+    max_body_bytes: of a request's body.
+    deadline: seconds after which an answer ends as it is, where the request says none; None: never.
+    """
+
+    model_names: tuple[str, ...]
+    api_keys: tuple[str, ...] = ()
+    max_queue: int = 256
+    max_body_bytes: int = 16 << 20
+    deadline: float | None = None
+
+
+@dataclass(kw_only=True)
+class Service:
+    """One model behind HTTP."""
+
+    engine: AsyncEngine
+    options: ServiceOptions
+    created: int = field(default_factory=lambda: int(time.time()))  # the service, Unix time
+    _completions: int = 0  # that wait or run
+
+    def now(self) -> int:
+        """Unix time."""
+        return int(time.time())
+
+    @property
+    def model_name(self) -> str:
+        return self.options.model_names[0]
+
+    @property
+    def max_model_len(self) -> int:
+        return self.engine.text.engine.max_model_len
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ``ApiError`` where the model has none."""
+        if self.engine.text.tokenizer is None:
+            raise ApiError("the model has no tokenizer: give token ids to /v1/completions")
+        return self.engine.text.tokenizer
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ``ApiError`` for a model that is not served here."""
+        if name is not None and name not in self.options.model_names:
+            raise ApiError(
+                f"the model {name!r:.200} is not served here; served: "
+                f"{', '.join(self.options.model_names)}",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+
+    async def prompt(self, make: Callable[[], Prompt]) -> CheckedPrompt:
+        """A prompt as token ids; ``make`` and the tokenizer run beside the event loop."""
+        text = self.engine.text
+
+        def checked() -> CheckedPrompt:
+            prompt = make()
+            if isinstance(prompt, str):
+                text.check_length(prompt)
+                return CheckedPrompt(text=prompt, ids=text.token_ids(prompt))
+            return CheckedPrompt(text=prompt.get("prompt"), ids=text.token_ids(prompt))
+
+        return await asyncio.to_thread(checked)
+
+    def max_tokens(self, prompt: CheckedPrompt, *, param: str) -> int:
+        """How long an answer may be that asks for no length: what model and cache have room for.
+
+        Raises ``ApiError`` for a prompt that leaves no room.
+        """
+        room = self.engine.text.engine.most_new_tokens(len(prompt.ids))
+        if room < 1:
+            raise ApiError(
+                f"the prompt's {len(prompt.ids)} tokens leave no room for an answer: the model "
+                f"and its cache have room for {len(prompt.ids) + room}",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return room
+
+    @contextlib.asynccontextmanager
+    async def run(
+        self,
+        prompts: Sequence[CheckedPrompt],
+        sampling: Sequence[SamplingParams],
+        deadline: float | None,
+    ) -> AsyncGenerator[RequestStream]:
+        """Requests that run until the block ends; those that are not through then are cancelled.
+
+        Raises ``ApiError`` (429) where the queue is full, and what ``TextEngine.submit`` raises.
+        """
+        wanted = sum(params.n for params in sampling)
+        capacity = self.engine.text.engine.spec.max_num_seqs + self.options.max_queue
+        if wanted > capacity:
+            raise ApiError(f"{wanted} completions are more than the {capacity} that can wait here")
+        if self._completions + wanted > capacity:
+            raise ApiError(
+                f"{self._completions} completions wait or run already, of at most {capacity}",
+                status=429,
+                code="queue_full",
+            )
+        self._completions += wanted
+        try:
+            requests = list(zip(prompts, sampling, strict=True))
+            deadline = self.options.deadline if deadline is None else deadline
+            async with await self.engine.submit(requests, deadline=deadline) as stream:
+                yield stream
+        finally:
+            self._completions -= wanted
+
+
+async def outputs(stream: RequestStream) -> list[RequestOutput]:
+    """Of all its requests, in their order. Raises ``ApiError`` for logits that are not finite."""
+    done: dict[int, RequestOutput] = {}
+    async for position, delta in stream:
+        if delta.output is not None:
+            done[position] = checked_output(delta.output)
+    return [done[position] for position in sorted(done)]
+
+
+def checked_output(output: RequestOutput) -> RequestOutput:
+    """Raises ``ApiError`` for logits that are not finite."""
+    if output.error is not None:
+        raise ApiError(output.error, status=500, code="not_finite")
+    return output
