@@ -7,6 +7,7 @@ print(outputs[0].outputs[0].text)
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import threading
@@ -387,10 +388,12 @@ class LLM:
         self, prompts: Sequence[CheckedPrompt], sampling_params: Sequence[SamplingParams]
     ) -> list[int]:
         """Whole pages of tokens that all prompts begin with; none where that saves nothing."""
-        if sum(sampling.n for sampling in sampling_params) < 2:
+        # A completion that judges the prompt runs all of it.
+        sharing = [s.n - (s.prompt_logprobs is not None) for s in sampling_params]
+        if sum(sharing) < 2:
             return []
         common = CommonPrefix()
-        for prompt in prompts:
+        for prompt in itertools.compress(prompts, sharing):
             if self.engine.match_prefix(prompt.ids):
                 return []  # prefixes that are held already serve these prompts
             common.add(prompt.ids.ids)

@@ -34,6 +34,9 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
+    # Of each token of the prompt, {id: logprob} of the most likely tokens and its own; None for
+    # the first token. None unless asked for, and where an error or a deadline came before it.
+    prompt_logprobs: list[dict[int, float] | None] | None = None
 
     @property
     def metrics(self) -> RequestMetrics:
@@ -67,6 +70,8 @@ class TextDelta:
     finish_reason: str | None
     stop_reason: int | str | None
     output: RequestOutput | None  # with the last delta of the request
+    # With the first delta of completion 0, as in ``RequestOutput``.
+    prompt_logprobs: list[dict[int, float] | None] | None = None
 
 
 class Completion:

@@ -36,6 +36,9 @@ class SamplingParams:
     presence_penalty: float = 0.0  # subtracted once from every token in the output
     frequency_penalty: float = 0.0  # subtracted once per occurrence in the output
     logprobs: int | None = None  # log probabilities of this many top tokens and the chosen one
+    # The same for every token of the prompt but the first. Only with it may ``max_tokens`` be 0:
+    # the request ends with its prompt.
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True  # leave special tokens out of the text
     include_stop_str_in_output: bool = False
 
@@ -46,13 +49,14 @@ class SamplingParams:
         for name, least, most in (
             ("n", 1, _MOST_COMPLETIONS),
             ("top_k", -1, INT32_MAX),
-            ("max_tokens", 1, INT32_MAX),
+            ("max_tokens", 1 if self.prompt_logprobs is None else 0, INT32_MAX),
             ("min_tokens", 0, INT32_MAX),
             ("seed", 0, math.inf),
             ("logprobs", 0, INT32_MAX),
+            ("prompt_logprobs", 0, INT32_MAX),
         ):
             value = getattr(self, name)
-            if value is not None or name not in ("seed", "logprobs"):
+            if value is not None or name not in ("seed", "logprobs", "prompt_logprobs"):
                 object.__setattr__(self, name, check_integer(name, value, least, most))
         stops = (check_integer("every entry of stop_token_ids", i, 0) for i in self.stop_token_ids)
         object.__setattr__(self, "stop_token_ids", tuple(stops))
@@ -79,6 +83,8 @@ class SamplingParams:
             raise ValueError(
                 f"min_tokens={self.min_tokens} must not exceed max_tokens={self.max_tokens}"
             )
+        if self.n > 1 and self.max_tokens == 0:
+            raise ValueError(f"n={self.n} needs max_tokens > 0: there is one prompt to judge")
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop={self.stop!r} must hold non-empty strings only")

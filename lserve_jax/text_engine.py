@@ -13,7 +13,7 @@ request's ``n`` completions become requests of the engine, and tokens become tex
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,13 +43,14 @@ class CheckedPrompt:
     ids: PromptIds
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Running:
     """A request whose completions are in the engine."""
 
     request_id: str
     prompt: CheckedPrompt
     completions: list[Completion]
+    prompt_logprobs: list[dict[int, float] | None] | None = None  # that came with completion 0
 
     @property
     def finished(self) -> bool:
@@ -62,6 +63,7 @@ class _Running:
             prompt_token_ids=self.prompt.ids.ids.tolist(),
             outputs=[completion.output() for completion in self.completions],
             finished=True,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 
@@ -176,7 +178,8 @@ class TextEngine:
                 self.engine.add_request(
                     part,
                     checked.ids,
-                    sampling,
+                    # The prompt is judged once.
+                    sampling if completion.index == 0 else replace(sampling, prompt_logprobs=None),
                     seed=seed,
                     completion=completion.index,
                     deadline=deadline,
@@ -214,6 +217,8 @@ class TextEngine:
             )
         request, completion = self._parts[new.request_id]
         text, tokens = completion.append(new)
+        if new.prompt_logprobs is not None:
+            request.prompt_logprobs = new.prompt_logprobs
         output = None
         if completion.finished:
             del self._parts[new.request_id]
@@ -233,6 +238,7 @@ class TextEngine:
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,
             output=output,
+            prompt_logprobs=new.prompt_logprobs,
         )
         return [delta]
 

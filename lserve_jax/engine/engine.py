@@ -89,7 +89,8 @@ class Engine:
         )
         self.unfinished: dict[str, Request] = {}  # those whose end is not yet returned
         self._in_flight: InFlight | None = None
-        self._first_tokens: list[tuple[Request, Sample]] = []  # not yet fetched
+        # Of prompts that are through, not yet fetched; None where none is sampled.
+        self._first_tokens: list[tuple[Request, Sample | None]] = []
         self._last_step: StepMetrics | None = None
 
     def reset(self) -> None:
@@ -185,7 +186,7 @@ class Engine:
                 f"{len(ids) + sampling.max_tokens}, more than max_model_len={self.max_model_len}"
             )
         check_stop_ids(sampling, self.eos_token_ids, self.config.vocab_size)
-        self.scheduler.check_pages(ids.ids, sampling.max_tokens)
+        self.scheduler.check_pages(ids.ids, sampling)
         return ids
 
     def add_request(
@@ -304,7 +305,7 @@ class Engine:
             return [new for request, first in pending for new in self._first_token(request, first)]
         before, prompt_tokens = dataclasses.replace(self._counts), self.runner.prompt_tokens
         outputs = self._expire()
-        self._first_tokens += self._prefill()
+        self._prefill()
         burst, early = self._dispatch()
         outputs += early + self._collect()
         self._in_flight = burst
@@ -346,15 +347,15 @@ class Engine:
     def prefill_waiting(self) -> None:
         """Prefills what waits, as slots and pages allow, before anything decodes."""
         while self.scheduler.prefilling is not None or self._admit() is not None:
-            self._first_tokens += self._prefill()
+            self._prefill()
 
-    def _prefill(self) -> list[tuple[Request, Sample]]:
-        """Runs chunks as far as the step's budget goes; returns prompts that are through.
+    def _prefill(self) -> None:
+        """Runs chunks as far as the step's budget goes.
 
         The budget, which counts padding too, never cuts a chunk: its bounds are the request's own,
         and so are its numbers.
         """
-        done, spent = [], 0
+        spent = 0
         while True:
             request = self.scheduler.prefilling or self._admit()
             if request is None:
@@ -363,23 +364,23 @@ class Engine:
             if spent and spent + size > self.runner.chunk_size:
                 break
             spent += size
-            first = self._next_chunk(request)
-            if first is not None:
-                done.append((request, first))
-        return done
+            self._next_chunk(request)
 
-    def _next_chunk(self, request: Request) -> Sample | None:
-        """Prefills the request's next chunk; its first token if that was the last."""
+    def _next_chunk(self, request: Request) -> None:
+        """Prefills the request's next chunk, and samples its first token if that was the last."""
         chunk = self.scheduler.next_chunk(request, self.runner.chunk_size)
-        logits = self.runner.prefill(chunk)
+        logits, judged = self.runner.prefill(chunk)
+        request.judged += [] if judged is None else [judged]
         request.prefilled += len(chunk.tokens)
         if request.prefilled < len(request.prompt):
-            return None
-        slot, start = request.slot, self.scheduler.start(request)
-        first = self.runner.insert(slot, logits, start)
+            return
+        first = None
+        if request.sampling.max_tokens > 0:
+            slot, start = request.slot, self.scheduler.start(request)
+            first = self.runner.insert(slot, logits, start)
         if request.remaining == 0:
             self.scheduler.release(request)
-        return first
+        self._first_tokens.append((request, first))
 
     def _admit(self) -> Request | None:
         request = self.scheduler.admit()
@@ -391,11 +392,13 @@ class Engine:
             self._counts.prefix_tokens += request.shared_tokens
         return request
 
-    def _first_token(self, request: Request, first: Sample) -> list[TokenOutput]:
-        first = jax.device_get(first)
+    def _first_token(self, request: Request, first: Sample | None) -> list[TokenOutput]:
+        first, judged = jax.device_get((first, request.judged))
+        if first is None:  # of the prompt's own tokens none is new
+            first = jax.tree.map(lambda x: x[:0], judged[0])
         if request.finished:
             return []
-        request.begin(self.clock())
+        request.begin(self.clock(), judged)
         return self._emit(request, first)
 
     # Decoding.
@@ -500,8 +503,5 @@ class Engine:
 
     def _finish_prompt(self) -> None:
         """Runs what is left of the prompt in prefill: there is one prefill window."""
-        request = self.scheduler.prefilling
-        if request is not None:
-            while (first := self._next_chunk(request)) is None:
-                pass
-            self._first_tokens.append((request, first))
+        while (request := self.scheduler.prefilling) is not None:
+            self._next_chunk(request)

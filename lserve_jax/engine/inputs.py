@@ -17,6 +17,10 @@ class Chunk:
     page_table: np.ndarray  # [M] int32, of the sequence
     start: int  # position of the first token
     prompt_length: int  # tokens of the whole prompt
+    # [n] int32, or one less at the prompt's end: the token after each, where log probabilities of
+    # the prompt's tokens are asked for
+    following: np.ndarray | None = None
+    top_logprobs: int = 0  # beside those, of so many likeliest tokens
 
 
 @dataclass(frozen=True, kw_only=True)

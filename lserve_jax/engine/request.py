@@ -81,6 +81,9 @@ class TokenOutput:
     token_ids: list[int]
     logprobs: list[float]  # of each token, under the model's own distribution
     top_logprobs: list[dict[int, float]]  # per token, empty unless asked for
+    # With the request's first output, if asked for: of each token of the prompt {id: logprob} of
+    # the most likely tokens and its own; None for the first token, which has none before it.
+    prompt_logprobs: list[dict[int, float] | None] | None = None
     # "stop", "length", "deadline", "error" (the logits are not finite), or None while running
     finish_reason: str | None
     metrics: RequestMetrics
@@ -117,6 +120,10 @@ class Request:
     finished: bool = False
     failed: bool = False  # its logits are not finite
 
+    # What the model thinks of its prompt's tokens, where asked for.
+    judged: list[Sample] = field(default_factory=list)  # of each chunk so far, not yet fetched
+    prompt_logprobs: list[dict[int, float] | None] | None = None  # not yet returned
+
     # Its tokens. After a preemption those in ``tokens`` are fed to the model again (replayed).
     tokens: list[int] = field(default_factory=list)  # returned to the caller
     scheduled: int = 0  # tokens that the steps so far can have made, since its last admission
@@ -140,11 +147,17 @@ class Request:
 
     # What comes back from the device.
 
-    def begin(self, now: float) -> None:
-        """The first token is there; what is known of the time before it goes to the metrics."""
+    def begin(self, now: float, judged: Sequence[Sample]) -> None:
+        """The first token is there; what is known of the time before it goes to the metrics.
+
+        ``judged`` was fetched; what the model thinks of the prompt goes out with the next output.
+        """
+        self.judged = []
         if self.first_token is not None:  # it began before it was preempted
             return
         self.first_token = now
+        if judged:
+            self._take_prompt(judged)
         self.metrics = dataclasses.replace(
             self.metrics,
             prompt_tokens=len(self.prompt),
@@ -153,6 +166,17 @@ class Request:
             prefill_seconds=now - self.prefill_start,
             first_token_seconds=now - self.arrival,
         )
+
+    def _take_prompt(self, judged: Sequence[Sample]) -> None:
+        whole: Sample = jax.tree.map(lambda *parts: np.concatenate(parts), *judged)
+        # Only the last chunk is padded, and nothing follows the prompt's last token.
+        own: Sample = jax.tree.map(lambda x: x[: len(self.prompt) - 1], whole)
+        if not np.isfinite(own.logprob).all():
+            self.failed = True
+            return
+        tops = _top(own, self.sampling.prompt_logprobs)
+        tokens = zip(tops, own.token.tolist(), own.logprob.tolist(), strict=True)
+        self.prompt_logprobs = [None, *({**top, token: value} for top, token, value in tokens)]
 
     def take(self, samples: Sample) -> Sample:
         """Adds sampled tokens (leaves ``[n, ...]``); returns those not known before.
@@ -175,7 +199,7 @@ class Request:
         """Why nothing comes after its newest token: "stop", "length" or "error"; or None."""
         if self.failed:
             return "error"
-        if self.tokens[-1] in self.sampling_row["stop_token_ids"]:
+        if self.tokens and self.tokens[-1] in self.sampling_row["stop_token_ids"]:
             return "stop"
         return "length" if len(self.tokens) >= self.sampling.max_tokens else None
 
@@ -187,22 +211,29 @@ class Request:
             dataclasses.replace(self.metrics, generated_tokens=len(self.tokens)),
             units,
             # The last token is never fed back; a request that never ran holds nothing.
-            cached_tokens=len(self.prompt) + len(self.tokens) - 1 if self.tokens else 0,
+            cached_tokens=0
+            if self.first_token is None
+            else len(self.prompt) + max(len(self.tokens) - 1, 0),
         )
+        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
         token_ids, logprobs, top_logprobs = [], [], []
         if new is not None:
-            wanted = self.sampling.logprobs or 0
             token_ids = [int(token) for token in new.token]
             logprobs = [float(x) for x in new.logprob]
-            top_logprobs = [
-                dict(zip(ids[:wanted].tolist(), values[:wanted].tolist(), strict=True))
-                for ids, values in zip(new.top_ids, new.top_logprobs, strict=True)
-            ]
+            top_logprobs = _top(new, self.sampling.logprobs)
         return TokenOutput(
             request_id=self.request_id,
             token_ids=token_ids,
             logprobs=logprobs,
             top_logprobs=top_logprobs,
+            prompt_logprobs=prompt_logprobs,
             finish_reason=finish_reason,
             metrics=self.metrics,
         )
+
+
+def _top(samples: Sample, wanted: int | None) -> list[dict[int, float]]:
+    """Per token, {id: logprob} of the ``wanted`` most likely ones; fewer than were computed."""
+    ids = samples.top_ids[:, : wanted or 0].tolist()
+    values = samples.top_logprobs[:, : wanted or 0].tolist()
+    return [dict(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)]

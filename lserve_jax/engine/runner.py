@@ -124,23 +124,28 @@ class ModelRunner:
 
     # Requests.
 
-    def prefill(self, chunk: Chunk) -> jax.Array:
-        """Runs a chunk; returns the logits ``[V]`` (float32) after its last token."""
-        tokens = np.zeros((self.padded(len(chunk.tokens)),), np.int32)
-        tokens[: len(chunk.tokens)] = chunk.tokens
-        self._count_shape("prefill_chunk", len(tokens))
+    def prefill(self, chunk: Chunk) -> tuple[jax.Array, Sample | None]:
+        """Runs a chunk; returns the logits ``[V]`` (float32) after its last token.
+
+        Beside them what the model thought of ``chunk.following``, padded as the chunk is.
+        """
+        size = self.padded(len(chunk.tokens))
+        following = None if chunk.following is None else _filled_up(chunk.following, size)
+        self._count_shape("prefill_chunk", size, following is None, chunk.top_logprobs)
         self.prompt_tokens += len(chunk.tokens)
-        logits, self._caches = prefill_chunk(
+        logits, self._caches, judged = prefill_chunk(
             self._program,
             self.params,
             self._caches,
-            jnp.asarray(tokens),
+            _filled_up(chunk.tokens, size),
             jnp.asarray(chunk.page_table),
             jnp.int32(chunk.start),
             jnp.int32(len(chunk.tokens)),
             jnp.int32(chunk.prompt_length),
+            following,
+            top=chunk.top_logprobs,
         )
-        return logits
+        return logits, judged
 
     def insert(self, slot: int, logits: jax.Array, start: Start) -> Sample:
         """Gives a slot to a prefilled prompt; its first token, sampled from ``logits`` [V]."""
@@ -186,9 +191,7 @@ class ModelRunner:
         """The prompt by position, where drafts are looked up; else None."""
         if self._state.history is None:
             return None
-        history = np.zeros((self._state.history.shape[1],), np.int32)
-        history[: len(start.prompt)] = start.prompt
-        return jnp.asarray(history)
+        return _filled_up(start.prompt, self._state.history.shape[1])
 
     def decode(self, inputs: BurstInputs) -> Burst:
         """Runs decode steps of the first B slots."""
@@ -334,6 +337,12 @@ class ModelRunner:
 
     def _count_shape(self, *shape: object) -> None:
         self._shapes.add(shape)
+
+
+def _filled_up(ids: np.ndarray, size: int) -> jax.Array:
+    filled = np.zeros((size,), np.int32)
+    filled[: len(ids)] = ids
+    return jnp.asarray(filled)
 
 
 def _tables(

@@ -52,8 +52,7 @@ class SamplingMode:
             greedy_only=all(params.is_greedy for params in batch),
             filters=any(params.uses_filters for params in batch),
             penalties=any(params.uses_penalties for params in batch),
-            # A power of two, so that few different numbers are compiled.
-            top_logprobs=1 << (wanted - 1).bit_length() if wanted else 0,
+            top_logprobs=rounded_top(wanted),
         )
 
 
@@ -197,8 +196,18 @@ def sample(
             scaled = _keep_top(scaled, arrays.top_k, arrays.top_p)
         drawn = jnp.argmax(scaled + _gumbel_noise(scaled.shape[-1], arrays.seed, step), axis=-1)
         tokens = jnp.where(is_greedy, tokens, drawn.astype(jnp.int32))
+    return tokens, token_logprobs(logits, tokens)
+
+
+def token_logprobs(logits: Float[Array, "B V"], tokens: Int[Array, " B"]) -> Float[Array, " B"]:
+    """The model's log probability (float32) of each row's token."""
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
-    return tokens, (chosen - _log_sum_exp(logits))[:, 0]
+    return (chosen - _log_sum_exp(logits))[:, 0]
+
+
+def rounded_top(wanted: int) -> int:
+    """How many top tokens to compute for ``wanted``: a power of two, so that little is compiled."""
+    return 1 << (wanted - 1).bit_length() if wanted else 0
 
 
 def top_logprobs(

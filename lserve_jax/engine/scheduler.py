@@ -18,9 +18,10 @@ from lserve_jax.engine.inputs import BurstInputs, Chunk, Start
 from lserve_jax.engine.metrics import DraftDecision
 from lserve_jax.engine.pages import PagePool
 from lserve_jax.engine.prefix import Prefix
-from lserve_jax.engine.prefix_cache import PrefixCache
+from lserve_jax.engine.prefix_cache import Match, PrefixCache
 from lserve_jax.engine.request import Request
-from lserve_jax.engine.sampling import SamplingMode
+from lserve_jax.engine.sampling import SamplingMode, rounded_top
+from lserve_jax.sampling_params import SamplingParams
 
 
 class Scheduler:
@@ -57,11 +58,14 @@ class Scheduler:
 
     def next_chunk(self, request: Request, chunk_size: int) -> Chunk:
         """The next tokens of a prompt, at most ``chunk_size``."""
+        rest, wanted = request.prompt[request.prefilled :], request.sampling.prompt_logprobs
         return Chunk(
-            tokens=request.prompt[request.prefilled :][:chunk_size],
+            tokens=rest[:chunk_size],
             page_table=self.page_table[request.slot].copy(),  # this one goes on changing
             start=request.prefilled,
             prompt_length=len(request.prompt),
+            following=None if wanted is None else rest[1:][:chunk_size],
+            top_logprobs=rounded_top(wanted or 0),
         )
 
     def burst_inputs(
@@ -106,17 +110,23 @@ class Scheduler:
 
     # Pages that a request or a prefix can need.
 
-    def most_pages(self, prompt: np.ndarray, max_tokens: int) -> int:
+    def _match(self, prompt: np.ndarray, sampling: SamplingParams) -> Match:
+        """The prefix that a request shares: none if each of its tokens is to be judged."""
+        if sampling.prompt_logprobs is not None:
+            return Match(None, 0)
+        return self.prefix_cache.match(prompt)
+
+    def most_pages(self, prompt: np.ndarray, sampling: SamplingParams) -> int:
         """Pages that a request must be able to get: all its tokens but the last, less shared ones.
 
         The last token generated is never fed back.
         """
-        total = self.pages_for(len(prompt) + max_tokens - 1)
-        return total - self.prefix_cache.match(prompt).tokens // self.spec.page_size
+        total = self.pages_for(len(prompt) + max(sampling.max_tokens - 1, 0))
+        return total - self._match(prompt, sampling).tokens // self.spec.page_size
 
-    def check_pages(self, prompt: np.ndarray, max_tokens: int) -> None:
+    def check_pages(self, prompt: np.ndarray, sampling: SamplingParams) -> None:
         """Raises ``ValueError`` for a request that can never have all its pages."""
-        pages, pinned = self.most_pages(prompt, max_tokens), self.prefix_cache.pinned_pages
+        pages, pinned = self.most_pages(prompt, sampling), self.prefix_cache.pinned_pages
         if pages > self.spec.num_pages - pinned:
             held = f", {pinned} of them held by prefixes" if pinned else ""
             raise ValueError(
@@ -134,7 +144,7 @@ class Scheduler:
         self.prefix_cache.check_room(num_pages)
         left = self.spec.num_pages - self.prefix_cache.pinned_pages - num_pages
         for request in [*self.placed(), *self.waiting]:
-            pages = self.most_pages(request.prompt, request.sampling.max_tokens)
+            pages = self.most_pages(request.prompt, request.sampling)
             if pages > left:
                 raise ValueError(
                     f"the prefix needs {num_pages} pages and would leave {left}; request "
@@ -153,9 +163,9 @@ class Scheduler:
         if self.prefilling is not None or not self.waiting or not self.free_slots:
             return None
         request = self.waiting[0]
-        match = self.prefix_cache.match(request.prompt)
+        match = self._match(request.prompt, request.sampling)
         shared = match.tokens
-        steps = min(self.burst_steps, request.sampling.max_tokens - 1)
+        steps = max(min(self.burst_steps, request.sampling.max_tokens - 1), 0)
         needed = self.pages_for(len(request.prompt) + steps) - shared // self.spec.page_size
         if needed + self._missing(self.burst_steps) > len(self.pool.free):
             return None
@@ -164,6 +174,7 @@ class Scheduler:
         request.slot = heapq.heappop(self.free_slots)
         request.prefix, request.shared_tokens = match.prefix, shared
         request.prefilled, request.scheduled, request.received = shared, 0, 0
+        request.judged = []
         request.pages = self.prefix_cache.lock(match)
         self._grow(request, len(request.prompt))
         return request

@@ -100,7 +100,7 @@ def _fitting(engine: Engine, items: Sequence[_Item]) -> int:
     """How many of the first items the engine can hold at the same time: at least one."""
     spec, scheduler, pages = engine.spec, engine.scheduler, 0
     for count, item in enumerate(items[: spec.max_num_seqs]):
-        pages += scheduler.most_pages(item.prefilled.ids, item.sampling.max_tokens)
+        pages += scheduler.most_pages(item.prefilled.ids, item.sampling)
         if pages > spec.num_pages - scheduler.prefix_cache.pinned_pages:
             return count
     return min(len(items), spec.max_num_seqs)

@@ -105,11 +105,14 @@ class DecodeState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Sampled tokens and what the model thought of them; a burst adds a leading axis of steps."""
+    """Tokens and what the model thought of them; a burst adds a leading axis of steps.
+
+    They are sampled, or a prompt's own: then B counts positions.
+    """
 
     token: Int[Array, " B"]  # -1 where nothing was sampled
     logprob: Float[Array, " B"]  # of the token, under the model's own distribution
-    top_ids: Int[Array, "B N"]  # the N likeliest tokens, N = SamplingMode.top_logprobs
+    top_ids: Int[Array, "B N"]  # the N likeliest tokens, N as ``rounded_top`` says
     top_logprobs: Float[Array, "B N"]
 
 

@@ -18,6 +18,7 @@ from lserve_jax.attention.attend import decode_attend, prefill_attend
 from lserve_jax.attention.cache import CacheSpec, fill_decode_window, keep_sinks
 from lserve_jax.attention.selection import first_tail_page
 from lserve_jax.attention.verify import verify_attend
+from lserve_jax.engine.prompt_logprobs import judge_tokens
 from lserve_jax.engine.sampling import SamplingMode, is_stop_token, sample, top_logprobs
 from lserve_jax.engine.state import (
     Burst,
@@ -35,7 +36,7 @@ from lserve_jax.engine.state import (
 from lserve_jax.model.llama import Params, bind
 
 
-@functools.partial(jax.jit, static_argnames=("program",), donate_argnames=("caches",))
+@functools.partial(jax.jit, static_argnames=("program", "top"), donate_argnames=("caches",))
 def prefill_chunk(
     program: Program,
     params: Params,
@@ -45,11 +46,15 @@ def prefill_chunk(
     start: Int[Array, ""],
     length: Int[Array, ""],
     prompt_length: Int[Array, ""],
-) -> tuple[Float[Array, " V"], Caches]:
+    following: Int[Array, " T"] | None,
+    *,
+    top: int,
+) -> tuple[Float[Array, " V"], Caches, Sample | None]:
     """Runs one chunk of a prompt: tokens at positions ``start`` to ``start + length - 1``.
 
     ``tokens`` is padded to its bucket T; padding is neither cached nor attended. Returns the logits
-    after the chunk's last token (float32) and the caches.
+    after the chunk's last token (float32), the caches, and what the model thought of ``following``,
+    the token after each (T rows, with the ``top`` likeliest tokens beside it); None is for None.
     """
     model = bind(program.config, params)
     attend = prefill_attend(
@@ -63,7 +68,10 @@ def prefill_chunk(
         backend=program.backend,
     )
     hidden, caches = model(tokens[None], attend, caches)
-    return model.unembed(hidden[0, length - 1]), caches
+    judged = None
+    if following is not None:
+        judged = judge_tokens(model.unembed, hidden[0], following, top, program.config.vocab_size)
+    return model.unembed(hidden[0, length - 1]), caches, judged
 
 
 @functools.partial(
