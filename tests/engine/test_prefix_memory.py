@@ -182,8 +182,8 @@ def test_after_a_failure_in_a_prefix_the_engine_goes_on(
     expected = llm.generate(prompt, greedy)[0].outputs[0].token_ids
     real = runner_module.prefill_chunk
 
-    def fail(*args):
-        real(*args)  # consumes the donated caches
+    def fail(*args, **settings):
+        real(*args, **settings)  # consumes the donated caches
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:

@@ -55,6 +55,15 @@ from lserve_jax.sampling_params import SamplingParams
         ({"presence_penalty": 2.1}, r"presence_penalty=2.1 must be a finite number in \[-2.0"),
         ({"frequency_penalty": -2.1}, "frequency_penalty=-2.1"),
         ({"logprobs": -1}, "logprobs must be an integer of at least 0"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs must be an integer of at least 0, got -1"),
+        ({"prompt_logprobs": True}, "prompt_logprobs must be an integer of at least 0, got True"),
+        ({"prompt_logprobs": 1.5}, "prompt_logprobs must be an integer of at least 0, got 1.5"),
+        ({"prompt_logprobs": 0, "max_tokens": -1}, "max_tokens must be an integer of at least 0"),
+        ({"prompt_logprobs": 0, "max_tokens": 0, "n": 2}, "n=2 needs max_tokens > 0"),
+        (
+            {"prompt_logprobs": 0, "max_tokens": 0, "min_tokens": 1},
+            "min_tokens=1 must not exceed max_tokens=0",
+        ),
     ],
 )
 def test_wrong_parameters_are_refused(changes, message):
