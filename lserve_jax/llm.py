@@ -160,7 +160,8 @@ class LLM:
         ``sampling_params``: one for all, or one a prompt; None is ``SamplingParams()``.
         ``shared_prefix``: "auto" computes the longest common prefix of all prompts (whole pages of
         tokens) once; "off" does not; a ``Prefix`` is one that all prompts must begin with. Prompts
-        that begin with a prefix that is held already share it in any case.
+        that begin with a prefix that is held already share it in any case, unless their
+        ``prompt_logprobs`` are asked for: these run every token of the prompt.
 
         Several threads may call it: they take turns.
 

@@ -215,6 +215,9 @@ def test_pages_are_those_of_the_prompt(pattern: str) -> None:
     assert longest == llm.max_model_len
     for output in judge(llm, random_prompts(7, [longest, longest, longest - 1])):
         assert output.outputs[0].finish_reason == "length"
+    scheduler = llm.engine.scheduler
+    for length in (engine_cases.P, engine_cases.P + 1):
+        assert scheduler.most_pages(np.zeros(length, int), JUDGE) == scheduler.pages_for(length)
 
 
 def test_a_held_prefix_is_not_shared(half: str) -> None:
