@@ -148,8 +148,9 @@ class Engine:
     def shape_buckets(self) -> dict[str, list[int]]:
         """All sizes that jitted functions run with.
 
-        A prompt chunk compiles once a size and again with ``prompt_logprobs``, a burst once for each
-        combination of slots, relay groups, prefix pages (with relay) and ``SamplingMode`` that occurs.
+        A prompt chunk compiles once a size, a burst once for each combination of slots, relay
+        groups, prefix pages (with relay) and ``SamplingMode`` that occurs; ``prompt_logprobs`` are
+        chunks of their own.
         """
         slots = [self.spec.max_num_seqs]
         groups = [] if self.relay == "never" else buckets(1, 2 * self.spec.max_prefixes)
