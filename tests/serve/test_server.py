@@ -33,7 +33,7 @@ def offline(served, prompt, **sampling):
 
 
 def post(served, path, **body):
-    return httpx.post(f"{served.url}{path}", json=body, timeout=None)
+    return httpx.post(f"{served.url}{path}", content=json.dumps(body), timeout=None)
 
 
 def test_a_chat_is_answered_as_the_engine_answers_its_template(served, client):
@@ -175,7 +175,7 @@ WRONG = [
     ({"prompt": []}, "prompt", None),
     ({"prompt": [1, "a"]}, "prompt", None),
     ({"prompt": [[1], []]}, "prompt", None),
-    ({"prompt": [9999]}, None, None),
+    ({"prompt": [9999]}, "prompt", None),
     ({}, "prompt", None),
     ({"prompt": "x" * 2000}, None, "context_length_exceeded"),
     ({"prompt": "x", "max_tokens": 5000}, None, "context_length_exceeded"),
