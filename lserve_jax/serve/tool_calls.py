@@ -169,6 +169,8 @@ class ToolCallParser:
             self._advance(char)
         elif char in _SPACE or (self._place is _Place.CLOSED and char in self._form.separators):
             self._gap.append(char)
+        elif self._place is _Place.TEXT and char != self._form.marker[0]:
+            self._add_content(char)
         else:
             self._held = [char]
             self._reading = _read(self._form, self._place, char)
@@ -177,7 +179,10 @@ class ToolCallParser:
     def _advance(self, char: str | None) -> None:
         assert self._reading is not None
         try:
-            self._reading.send(char)
+            if char is None:
+                next(self._reading)
+            else:
+                self._reading.send(char)
         except StopIteration as done:
             self._reading = None
             self._accept(*done.value)
@@ -195,9 +200,12 @@ class ToolCallParser:
     def _give_up(self) -> None:
         """What is held is no call. Its first character is content; the others are read again."""
         self._reading = None
-        self._content += [*self._gap, self._held[0]]
-        self._place, self._gap = _Place.TEXT, []
+        self._add_content(self._held[0])
         self._waiting.extendleft(reversed(self._held[1:]))
+
+    def _add_content(self, char: str) -> None:
+        self._content += [*self._gap, char]
+        self._place, self._gap = _Place.TEXT, []
 
     def _flushed_content(self) -> list[Delta]:
         content, self._content = "".join(self._content), []
@@ -353,7 +361,7 @@ def _object(char: str) -> _Steps[tuple[str, dict[str, str]]]:
             closers.pop()
         else:
             raise _Broken
-        if depth == 1 and key and (char == "," and state == "key" or not closers):
+        if depth == 1 and key and ((char == "," and state == "key") or not closers):
             members[key], key, begin = "".join(text[begin:-1]).strip(), "", len(text)
         if len(closers) > _MAX_DEPTH:
             raise _Broken
