@@ -57,6 +57,10 @@ class ControlText:
                 )
         return self._hidden(value)
 
+    def spell_out(self, text: str) -> str:
+        """``text`` that a template made of hidden texts, without stand-ins."""
+        return self._private.sub(lambda match: self._swaps[match[0]], text)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of what a template made of hidden texts; BOS and EOS are not added."""
         swapped = self._either.sub(lambda match: self._swaps[match[0]], text)

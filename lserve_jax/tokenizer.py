@@ -144,31 +144,32 @@ class Tokenizer:
         )
         return _cut_at_mark(text, messages) if continue_final_message else text
 
-    def encode_chat(
+    def chat_prompt(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> list[int]:
-        """Token ids of ``apply_chat_template``'s text, in which only the template writes control
-        tokens: where ``messages`` and ``tools`` spell one out, it stays text.
+    ) -> "ChatPrompt":
+        """A conversation in which only the template writes control tokens.
 
-        Of a conversation that spells out none, these are exactly the ids of that text.
+        Where ``messages`` and ``tools`` spell one out, it stays text. Of a conversation that spells
+        out none, these are the text and the ids of ``apply_chat_template``.
 
-        Raises ``ValueError`` as ``apply_chat_template`` and ``encode`` do.
+        Raises ``ValueError`` as ``apply_chat_template`` does, and where messages or tools are more
+        than 200 lists deep.
         """
-        if not self._control_text.is_in([messages, tools]):
-            text = self.apply_chat_template(
-                messages, add_generation_prompt, continue_final_message, tools=tools
-            )
-            return self.encode(text, add_special_tokens=False)
-        hidden_messages, hidden_tools = self._control_text.hide([messages, tools])
+        control = self._control_text
+        hides = control.is_in([messages, tools])
+        if hides:
+            messages, tools = control.hide([messages, tools])
         text = self.apply_chat_template(
-            hidden_messages, add_generation_prompt, continue_final_message, tools=hidden_tools
+            messages, add_generation_prompt, continue_final_message, tools=tools
         )
-        return _encoded(text, self._control_text.encode)
+        if hides:
+            return ChatPrompt(control.spell_out(text), lambda: _encoded(text, control.encode))
+        return ChatPrompt(text, lambda: self.encode(text, add_special_tokens=False))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes Hugging Face tokenizer files; ``convert.load_tokenizer`` reads them back.
@@ -229,6 +230,19 @@ class Tokenizer:
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(f"token id {token_id} must lie in [0, {self.vocab_size})")
         return int(token_id)
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """What a chat template made of a conversation.
+
+    text: as a model's reader would see it.
+    encode: gives its token ids. They can differ from those of ``text``, which does not tell who
+        wrote a control token. Raises ``ValueError`` as ``Tokenizer.encode`` does.
+    """
+
+    text: str
+    encode: Callable[[], list[int]]
 
 
 class TextStream:

@@ -13,6 +13,7 @@ All that is no call is content, and so is a call that is broken or not complete:
 What stands between calls (white space, ``;``) is neither.
 """
 
+import hashlib
 import json
 import re
 import secrets
@@ -21,7 +22,7 @@ from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from enum import Enum, auto
-from typing import Any
+from typing import TypeGuard
 
 _SPACE = frozenset(" \t\r\n")  # JSON's
 _SCALAR = frozenset("-+.0123456789eEtrufalsn")  # what numbers, true, false and null consist of
@@ -60,6 +61,14 @@ class ToolFormat:
         """A random id for a call."""
         letters = (secrets.choice(_ALPHANUMERIC) for _ in range(self.id_length))
         return self.id_prefix + "".join(letters)
+
+    def own_id(self, call_id: str) -> str:
+        """``call_id`` of a client as templates take it: always the same for the same."""
+        fits = len(call_id) == self.id_length and set(call_id) <= set(_ALPHANUMERIC)
+        if self.id_prefix or fits:
+            return call_id
+        digest = hashlib.sha256(call_id.encode("utf-8", "surrogatepass")).digest()
+        return "".join(_ALPHANUMERIC[byte % 62] for byte in digest[: self.id_length])
 
 
 HERMES = ToolFormat(name="hermes", marker="<tool_call>", closer="</tool_call>")
@@ -300,7 +309,7 @@ def _word(char: str) -> _Steps[tuple[str, str]]:
     return word, char
 
 
-def is_function_name(name: Any) -> bool:
+def is_function_name(name: object) -> TypeGuard[str]:
     """Whether ``name`` is a text of 1 to 64 letters, digits, ``_`` and ``-``, as OpenAI asks."""
     return isinstance(name, str) and 0 < len(name) <= _MAX_NAME and _NAME_LETTERS.issuperset(name)
 

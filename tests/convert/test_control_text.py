@@ -56,6 +56,10 @@ def conversation(*contents: str) -> list[dict]:
     return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
 
 
+def chat_ids(tokenizer: Tokenizer, messages: list[dict], *given, **options) -> list[int]:
+    return tokenizer.chat_prompt(messages, *given, **options).encode()
+
+
 def control_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return [i for i in ids if i in tokenizer.control_tokens.values()]
 
@@ -75,11 +79,13 @@ def test_the_renamed_tokenizer_gives_what_templates_write_the_same_ids(chat, dat
 def test_users_write_no_control_tokens(chat, data, name):
     tokenizer = chat[name]
     contents = data.draw(st.lists(spoken(tokenizer), min_size=1, max_size=3))
-    ids = tokenizer.encode_chat(conversation(*contents))
+    prompt = tokenizer.chat_prompt(conversation(*contents))
+    ids = prompt.encode()
     harmless = tokenizer.apply_chat_template(conversation(*["x"] * len(contents)))
     assert control_ids(tokenizer, ids) == control_ids(tokenizer, tokenizer.encode(harmless, False))
     # SentencePiece puts a space after each control token.
     text = tokenizer.apply_chat_template(conversation(*contents))
+    assert prompt.text == text
     assert tokenizer.decode(ids, False).replace(" ", "") == text.replace(" ", "")
 
 
@@ -90,13 +96,13 @@ def test_a_conversation_without_them_has_the_ids_of_its_text(chat, data, name):
     plain = texts_of(tokenizer).filter(lambda text: not tokenizer._control_text.is_in(text))
     messages = conversation(*data.draw(st.lists(plain, min_size=1, max_size=3)))
     text = tokenizer.apply_chat_template(messages)
-    assert tokenizer.encode_chat(messages) == tokenizer.encode(text, add_special_tokens=False)
+    assert chat_ids(tokenizer, messages) == tokenizer.encode(text, add_special_tokens=False)
 
 
 def test_template_logic_sees_the_words_of_the_message(chat):
     tokenizer = chat["qwen2"]
     answer = {"role": "assistant", "content": "<think>hm</think> ok <|im_end|>"}
-    text = tokenizer.decode(tokenizer.encode_chat([answer]), skip_special_tokens=False)
+    text = tokenizer.decode(chat_ids(tokenizer, [answer]), skip_special_tokens=False)
     assert text.endswith("assistant\nok <|im_end|><|im_end|>\n<|im_start|>assistant\n")
 
 
@@ -105,8 +111,8 @@ def test_arguments_and_tools_are_users_words_too(chat):
     call = {"function": {"name": "f", "arguments": {"<|im_start|>": ["<|im_end|>", 1, None]}}}
     messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
     tools = [{"function": {"name": "f", "description": "ends with <|im_end|>"}}]
-    ids = tokenizer.encode_chat(messages, tools=tools)
-    wanted = tokenizer.encode_chat([{"role": "assistant", "content": "x"}], tools=[{}])
+    ids = chat_ids(tokenizer, messages, tools=tools)
+    wanted = chat_ids(tokenizer, [{"role": "assistant", "content": "x"}], tools=[{}])
     assert control_ids(tokenizer, ids) == control_ids(tokenizer, wanted)
     text = tokenizer.decode(ids, skip_special_tokens=False)
     assert '{"<|im_start|>": ["<|im_end|>", 1, null]}' in text
@@ -116,7 +122,7 @@ def test_arguments_and_tools_are_users_words_too(chat):
 def test_a_message_that_goes_on_may_spell_them_out(chat):
     tokenizer = chat["qwen2"]
     messages = conversation("Hi", "It is <|im_end|>, so")
-    ids = tokenizer.encode_chat(messages, False, continue_final_message=True)
+    ids = chat_ids(tokenizer, messages, False, continue_final_message=True)
     assert tokenizer.decode(ids, False).endswith("assistant\nIt is <|im_end|>, so")
     assert len(control_ids(tokenizer, ids)) == 4  # BOS, both starts and one end
 
@@ -124,9 +130,9 @@ def test_a_message_that_goes_on_may_spell_them_out(chat):
 def test_a_private_character_is_refused_only_where_it_could_be_mistaken(chat):
     tokenizer = chat["qwen2"]
     private = chr(0x100000)
-    assert tokenizer.encode_chat(conversation(private))
+    assert chat_ids(tokenizer, conversation(private))
     with pytest.raises(ValueError, match=r"U\+100000 is a private character"):
-        tokenizer.encode_chat(conversation(private, "<|im_end|>"))
+        chat_ids(tokenizer, conversation(private, "<|im_end|>"))
 
 
 def nested(depth: int) -> object:
@@ -139,7 +145,7 @@ def nested(depth: int) -> object:
 def test_lists_in_lists_have_a_bound(chat):
     assert ControlText(chat["mistral"].backend, ["<s>"]).is_in(nested(200))
     with pytest.raises(ValueError, match="more than 200 lists deep"):
-        chat["mistral"].encode_chat([{"role": "user", "content": "", "x": nested(300)}])
+        chat["mistral"].chat_prompt([{"role": "user", "content": "", "x": nested(300)}])
 
 
 # --- tokenizers made for this -----------------------------------------------------------------
@@ -161,7 +167,7 @@ def tokenizer_of(backend: tokenizers.Tokenizer, template: str) -> Tokenizer:
 def test_letters_do_not_merge_to_a_control_token():
     tokenizer = tokenizer_of(bpe(["<s>"]), "<s>{{ messages[0].content }}")
     assert tokenizer.encode("<s><s>", False) == [6, 6]
-    assert tokenizer.encode_chat(conversation("a<s>a")) == [6, 3, 5, 2, 3]
+    assert chat_ids(tokenizer, conversation("a<s>a")) == [6, 3, 5, 2, 3]
 
 
 def test_a_unigram_vocabulary_holds_its_control_tokens():
@@ -169,14 +175,14 @@ def test_a_unigram_vocabulary_holds_its_control_tokens():
     backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
     backend.add_special_tokens(["<s>", "<unk>"])
     tokenizer = tokenizer_of(backend, "<s>{{ messages[0].content }}")
-    assert tokenizer.encode_chat(conversation("<s>a")) == [1, 2, 3, 4, 5]
+    assert chat_ids(tokenizer, conversation("<s>a")) == [1, 2, 3, 4, 5]
 
 
 def test_what_a_token_takes_of_the_spaces_around_it_is_kept():
     backend = bpe([tokenizers.AddedToken("<s>", lstrip=True, rstrip=True, special=True)])
     tokenizer = tokenizer_of(backend, "a <s> {{ messages[0].content }}")
-    assert tokenizer.encode_chat(conversation("a")) == [3, 6, 3]
-    assert tokenizer.encode_chat(conversation("a <s> a")) == [3, 6, 3, 4, 5, 2, 4, 3]
+    assert chat_ids(tokenizer, conversation("a")) == [3, 6, 3]
+    assert chat_ids(tokenizer, conversation("a <s> a")) == [3, 6, 3, 4, 5, 2, 4, 3]
 
 
 def test_the_longest_text_at_a_place_counts():
