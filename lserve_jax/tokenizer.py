@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +14,13 @@ import tokenizers
 
 from lserve_jax.chat_template import ChatTemplate
 from lserve_jax.checks import check_bool, check_path, is_integer, is_listing
+from lserve_jax.control_text import ControlText
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# The shape of tokens that structure a conversation; not every checkpoint declares them special.
+_CONTROL = re.compile(
+    r"<[|\N{FULLWIDTH VERTICAL LINE}].*[|\N{FULLWIDTH VERTICAL LINE}]>", re.DOTALL
+)
 # Marks where the message to be continued ends. Its last space shows whether a template strips it.
 _END_OF_FINAL = "END_OF_THE_MESSAGE_TO_CONTINUE "
 
@@ -44,6 +50,21 @@ class Tokenizer:
         """One more than the largest token id; the model's vocabulary may be padded beyond it."""
         return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
 
+    @cached_property
+    def control_tokens(self) -> Mapping[str, int]:
+        """Ids, by their text, of the tokens that structure a text rather than being part of it.
+
+        These are the special tokens, those that end a completion, and whatever looks like
+        ``<|user|>``. Words that a model writes itself, as ``</think>``, may be tokens but are none
+        of these.
+        """
+        added = self.backend.get_added_tokens_decoder()
+        return {
+            token.content: token_id
+            for token_id, token in added.items()
+            if token.special or token_id in self.eos_token_ids or _CONTROL.fullmatch(token.content)
+        }
+
     @property
     def has_chat_template(self) -> bool:
         return self.chat_template is not None
@@ -60,14 +81,9 @@ class Tokenizer:
         if not isinstance(text, str):
             raise ValueError(f"text must be a str, got {type(text).__name__}")
         check_bool("add_special_tokens", add_special_tokens)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON can hold
-            raise ValueError(f"text is no valid Unicode: {error}") from None
-        try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"the tokenizer cannot encode this text: {error}") from error
+        return _encoded(
+            text, lambda text: self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        )
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD.
@@ -128,6 +144,33 @@ class Tokenizer:
         )
         return _cut_at_mark(text, messages) if continue_final_message else text
 
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> "ChatPrompt":
+        """A conversation in which only the template writes control tokens.
+
+        Where ``messages`` and ``tools`` spell one out, it stays text. Of a conversation that spells
+        out none, these are the text and the ids of ``apply_chat_template``.
+
+        Raises ``ValueError`` as ``apply_chat_template`` does, and where messages or tools are more
+        than 200 lists deep.
+        """
+        control = self._control_text
+        hides = control.is_in([messages, tools])
+        if hides:
+            messages, tools = control.hide([messages, tools])
+        text = self.apply_chat_template(
+            messages, add_generation_prompt, continue_final_message, tools=tools
+        )
+        if hides:
+            return ChatPrompt(control.spell_out(text), lambda: _encoded(text, control.encode))
+        return ChatPrompt(text, lambda: self.encode(text, add_special_tokens=False))
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes Hugging Face tokenizer files; ``convert.load_tokenizer`` reads them back.
 
@@ -164,6 +207,10 @@ class Tokenizer:
         return None if self.tool_template is None else ChatTemplate(self.tool_template)
 
     @cached_property
+    def _control_text(self) -> ControlText:
+        return ControlText(self.backend, [*self.control_tokens])
+
+    @cached_property
     def _special_ids(self) -> frozenset[int]:
         added = self.backend.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
@@ -183,6 +230,19 @@ class Tokenizer:
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(f"token id {token_id} must lie in [0, {self.vocab_size})")
         return int(token_id)
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """What a chat template made of a conversation.
+
+    text: as a model's reader would see it.
+    encode: gives its token ids. They can differ from those of ``text``, which does not tell who
+        wrote a control token. Raises ``ValueError`` as ``Tokenizer.encode`` does.
+    """
+
+    text: str
+    encode: Callable[[], list[int]]
 
 
 class TextStream:
@@ -233,6 +293,17 @@ class TextStream:
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.backend.decode(ids, skip_special_tokens=False)
+
+
+def _encoded(text: str, encode: Callable[[str], list[int]]) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON can hold
+        raise ValueError(f"text is no valid Unicode: {error}") from None
+    try:
+        return encode(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"the tokenizer cannot encode this text: {error}") from error
 
 
 def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:

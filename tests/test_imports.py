@@ -36,7 +36,10 @@ ALLOWED = {
 # room and from rows above its own.
 ROOMS = (
     ("pallas_kernels", "lserve_jax.checks", "lserve_jax.template_bounds"),
-    ("lserve_jax.model", "lserve_jax.sampling_params", "lserve_jax.chat_template"),
+    (
+        *("lserve_jax.model", "lserve_jax.sampling_params"),
+        *("lserve_jax.chat_template", "lserve_jax.control_text"),
+    ),
     ("lserve_jax.tokenizer",),
     ("lserve_jax.attention", "convert"),
     ("lserve_jax.engine", "lserve_jax.functional"),
