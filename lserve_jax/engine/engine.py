@@ -122,11 +122,15 @@ class Engine:
         return max(self.spec.max_num_seqs - len(self.scheduler.waiting), 0)
 
     def metrics(self) -> EngineMetrics:
-        """A snapshot; cheap, nothing is fetched from the device."""
+        """A snapshot; cheap, nothing is fetched from the device.
+
+        Any thread may ask. Beside the one that steps, its numbers can be of two moments.
+        """
         scheduler = self.scheduler
+        waiting = len(scheduler.waiting)
         return EngineMetrics(
-            waiting=len(scheduler.waiting),
-            running=len(self.unfinished) - len(scheduler.waiting),
+            waiting=waiting,
+            running=max(len(self.unfinished) - waiting, 0),
             free_pages=len(scheduler.pool.free),
             pinned_pages=scheduler.prefix_cache.pinned_pages,
             num_pages=self.spec.num_pages,

@@ -37,7 +37,8 @@ class PrefixCache:
     @property
     def pinned_pages(self) -> int:
         """Pages that prefixes hold for good: not those kept only until their requests end."""
-        return sum(len(prefix.pages) for prefix in self.held.values() if prefix.pins)
+        # A copy: other threads may ask while the engine's inserts or drops one.
+        return sum(len(prefix.pages) for prefix in list(self.held.values()) if prefix.pins)
 
     @property
     def window_bytes(self) -> int:

@@ -1,7 +1,8 @@
 """The routes, and what stands around all of them."""
 
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -16,7 +17,23 @@ from lserve_jax.serve.chat import chat_completions
 from lserve_jax.serve.completions import completions
 from lserve_jax.serve.errors import ApiError, http_error
 from lserve_jax.serve.http import ApiKeys, RequestLog, answering
+from lserve_jax.serve.metrics import metrics
+from lserve_jax.serve.prefixes import (
+    PrefixBody,
+    PrefixRegistry,
+    list_prefixes,
+    of_one_prefix,
+    register_prefix,
+)
+from lserve_jax.serve.responses import AS_IN_CHATS, ResponsesBody, responses
 from lserve_jax.serve.service import Service
+from lserve_jax.serve.tokens import (
+    DetokenizeBody,
+    TokenizeBody,
+    detokenize,
+    tokenize,
+    tokenizer_info,
+)
 
 # The beginnings of paths that need a key, where there are keys.
 _GUARDED = ("/v1", "/tokenize", "/detokenize", "/tokenizer_info")
@@ -35,21 +52,48 @@ def create_app(service: Service) -> Starlette:
         middleware.append(Middleware(ApiKeys, keys=keys, paths=_GUARDED))
     chat = answering(ChatBody.model_fields)(chat_completions)
     texts = answering(CompletionBody.model_fields)(completions)
+    answers = answering({*ResponsesBody.model_fields, *AS_IN_CHATS})(responses)
+    plain = answering()
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/completions", texts, methods=["POST"]),
-            Route("/v1/models", answering()(_models), methods=["GET"]),
-            Route("/v1/models/{name:path}", answering()(_one_model), methods=["GET"]),
-            Route("/health", answering()(_health), methods=["GET"]),
-            Route("/version", answering()(_version), methods=["GET"]),
+            Route("/v1/responses", answers, methods=["POST"]),
+            Route("/v1/models", plain(_models), methods=["GET"]),
+            Route("/v1/models/{name:path}", plain(_one_model), methods=["GET"]),
+            *_prefix_routes(),
+            Route("/tokenize", answering(TokenizeBody.model_fields)(tokenize), methods=["POST"]),
+            Route(
+                "/detokenize", answering(DetokenizeBody.model_fields)(detokenize), methods=["POST"]
+            ),
+            Route("/tokenizer_info", plain(tokenizer_info), methods=["GET"]),
+            Route("/health", plain(_health), methods=["GET"]),
+            Route("/metrics", plain(metrics), methods=["GET"]),
+            Route("/version", plain(_version), methods=["GET"]),
         ],
         middleware=middleware,
         exception_handlers={HTTPException: http_error},
         lifespan=lifespan,
     )
     app.state.service = service
+    app.state.prefixes = PrefixRegistry(service)
     return app
+
+
+def _prefix_routes() -> list[Route]:
+    register = answering(PrefixBody.model_fields)(register_prefix)
+    one = "/v1/prefixes/{name}"
+
+    def route(path: str, verb: Callable[[PrefixRegistry, str], dict[str, Any]], method: str):
+        return Route(path, answering()(of_one_prefix(verb)), methods=[method])
+
+    return [
+        Route("/v1/prefixes", register, methods=["POST"]),
+        Route("/v1/prefixes", answering()(list_prefixes), methods=["GET"]),
+        route(one, PrefixRegistry.show, "GET"),
+        route(f"{one}/pin", PrefixRegistry.pin, "POST"),
+        route(one, PrefixRegistry.release, "DELETE"),
+    ]
 
 
 async def _models(request: Request) -> Response:

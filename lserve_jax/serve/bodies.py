@@ -1,6 +1,6 @@
 """What requests may hold, field by field (pydantic); names are OpenAI's, and vLLM's beside them.
 
-A field that is not known is refused by name: it could change the answer. Those of ``_HARMLESS``
+A field that is not known is refused by name: it could change the answer. Those of ``HARMLESS``
 are taken and left unread. ``null`` is the same as a field that is absent, as several clients send.
 """
 
@@ -14,7 +14,7 @@ from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.serve.errors import ApiError
 
 # They name the caller, say how OpenAI should store and bill, or hint at what no model here has.
-_HARMLESS = frozenset(
+HARMLESS = frozenset(
     {
         *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
         *("prompt_cache_retention", "reasoning_effort", "verbosity", "prediction", "request_id"),
@@ -48,14 +48,18 @@ class Body(BaseModel):
     @model_validator(mode="after")
     def _no_unknown_fields(self) -> "Body":
         for name in self.model_extra or ():
-            if name not in _HARMLESS:
-                raise ApiError(
-                    f"field {name!r:.100} is not known here and could change the answer: leave it "
-                    "out",
-                    param=name,
-                    code="unknown_parameter",
-                )
+            if name not in HARMLESS:
+                raise self.unknown(name)
         return self
+
+    @staticmethod
+    def unknown(name: str) -> ApiError:
+        """What is said of a field that is not known."""
+        return ApiError(
+            f"field {name!r:.100} is not known here and could change the answer: leave it out",
+            param=name,
+            code="unknown_parameter",
+        )
 
 
 class StreamOptions(Body):

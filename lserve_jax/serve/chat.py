@@ -19,7 +19,7 @@ async def chat_completions(request: Request) -> Response:
     service: Service = request.app.state.service
     body = await read_body(request, ChatBody, service.options.max_body_bytes)
     service.check_model(body.model)
-    prompt = await _prompt(service, body)
+    prompt = await chat_prompt(service, body)
     wanted = body.max_completion_tokens or body.max_tokens
     if wanted is None:
         wanted = service.max_tokens(prompt, param="messages")
@@ -40,7 +40,8 @@ async def chat_completions(request: Request) -> Response:
     return await respond(request, answer)
 
 
-async def _prompt(service: Service, body: ChatBody) -> CheckedPrompt:
+async def chat_prompt(service: Service, body: ChatBody) -> CheckedPrompt:
+    """A conversation as the model sees it."""
     tokenizer = service.tokenizer
     opens = body.add_generation_prompt
 

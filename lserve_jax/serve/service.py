@@ -3,13 +3,14 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from lserve_jax.async_engine import AsyncEngine, RequestStream
-from lserve_jax.outputs import RequestOutput
+from lserve_jax.async_engine import AsyncEngine
+from lserve_jax.outputs import RequestOutput, TextDelta
 from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.serve.errors import ApiError
+from lserve_jax.serve.metrics import Metrics
 from lserve_jax.text_engine import CheckedPrompt, Prompt
 from lserve_jax.tokenizer import Tokenizer
 
@@ -39,7 +40,11 @@ class Service:
     engine: AsyncEngine
     options: ServiceOptions
     created: int = field(default_factory=lambda: int(time.time()))  # the service, Unix time
+    metrics: Metrics = field(init=False)
     _completions: int = 0  # that wait or run
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.engine.text.engine, self.model_name)
 
     def now(self) -> int:
         """Unix time."""
@@ -105,8 +110,10 @@ class Service:
         prompts: Sequence[CheckedPrompt],
         sampling: Sequence[SamplingParams],
         deadline: float | None,
-    ) -> AsyncGenerator[RequestStream]:
+    ) -> AsyncGenerator[AsyncIterable[tuple[int, TextDelta]]]:
         """Requests that run until the block ends; those that are not through then are cancelled.
+
+        What comes of them is that of a ``RequestStream``.
 
         Raises ``ApiError`` (429) where the queue is full, and what ``TextEngine.submit`` raises.
         """
@@ -115,6 +122,7 @@ class Service:
         if wanted > capacity:
             raise ApiError(f"{wanted} completions are more than the {capacity} that can wait here")
         if self._completions + wanted > capacity:
+            self.metrics.refused()
             raise ApiError(
                 f"{self._completions} completions wait or run already, of at most {capacity}",
                 status=429,
@@ -125,12 +133,12 @@ class Service:
             requests = list(zip(prompts, sampling, strict=True))
             deadline = self.options.deadline if deadline is None else deadline
             async with await self.engine.submit(requests, deadline=deadline) as stream:
-                yield stream
+                yield self.metrics.watched(stream)
         finally:
             self._completions -= wanted
 
 
-async def outputs(stream: RequestStream) -> list[RequestOutput]:
+async def outputs(stream: AsyncIterable[tuple[int, TextDelta]]) -> list[RequestOutput]:
     """Of all its requests, in their order. Raises ``ApiError`` for logits that are not finite."""
     done: dict[int, RequestOutput] = {}
     async for position, delta in stream:
