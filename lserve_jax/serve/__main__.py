@@ -12,6 +12,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import logging
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from lserve_jax.engine.relay import RelayMode
 from lserve_jax.model_args import ModelArgs
 from lserve_jax.serve.app import create_app
 from lserve_jax.serve.service import Service, ServiceOptions
+
+log = logging.getLogger("lserve_jax.serve")
 
 _KEY_VARIABLE = "LSERVE_API_KEY"
 
@@ -83,29 +86,30 @@ def _keys(args: ServeArgs) -> tuple[str, ...]:
 
 
 def _check(args: ServeArgs) -> None:
-    for name, least in (
-        *(("max_queue", 0), ("max_body_bytes", 1024), ("shutdown_seconds", 0)),
-        ("port", 0),
-    ):
+    for name, least in (("max_queue", 0), ("max_body_bytes", 1024), ("shutdown_seconds", 0)):
         value = getattr(args, name)
         if value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
-    if args.port > 65_535:
-        raise ValueError(f"--port {args.port} must be at most 65535")
     if args.deadline is not None and not args.deadline > 0:
         raise ValueError(f"--deadline {args.deadline} must be positive")
 
 
 def _log_to_stderr(level: str) -> None:
     logging.basicConfig(stream=sys.stderr, format="%(message)s", force=True)
-    for name in ("lserve_jax", "uvicorn"):
-        logging.getLogger(name).setLevel(level.upper())
+    log.setLevel(level.upper())
+    # Of uvicorn's own lines only what goes wrong: ours say the rest.
+    logging.getLogger("uvicorn").setLevel("WARNING")
 
 
 def _main(args: ServeArgs) -> None:
     _check(args)
     keys = _keys(args)
     _log_to_stderr(args.log_level)
+    with _listener(args) as listener:
+        _serve(args, keys, listener)
+
+
+def _serve(args: ServeArgs, keys: tuple[str, ...], listener: socket.socket) -> None:
     enable_compile_cache()
     llm = args.load(
         max_num_seqs=args.max_num_seqs,
@@ -121,16 +125,39 @@ def _main(args: ServeArgs) -> None:
         deadline=args.deadline,
     )
     service = Service(engine=AsyncEngine(llm.text_engine), options=options)
-    uvicorn.run(
+    config = uvicorn.Config(
         create_app(service),
-        host=args.host,
-        port=args.port,
-        log_level=args.log_level,
         log_config=None,
         access_log=False,  # ours has the request's id
         server_header=False,
         timeout_graceful_shutdown=args.shutdown_seconds,
     )
+    _Server(config).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Says where it listens once it does."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        assert sockets is not None
+        host, port = sockets[0].getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        log.info("serving at http://%s:%d", shown, port)
+
+
+def _listener(args: ServeArgs) -> socket.socket:
+    """Bound before a model is loaded, so that a port that is taken is said at once."""
+    listener = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((args.host, args.port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise ValueError(
+            f"cannot listen at --host {args.host} --port {args.port}: {error}"
+        ) from None
+    return listener
 
 
 def main(argv: Sequence[str] | None = None) -> int:

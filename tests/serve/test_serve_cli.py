@@ -1,0 +1,100 @@
+"""The program: its options, its log, and its end."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from served import byte_tokenizer
+from tiny_checkpoints import LLAMA, random_tensors, write_hf
+
+from lserve_jax.serve.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    tokenizer = byte_tokenizer()
+    config = {**LLAMA, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 1024}
+    directory = write_hf(tmp_path_factory.mktemp("served") / "tiny", config, random_tensors(config))
+    tokenizer.save(directory)
+    return str(directory)
+
+
+@contextlib.contextmanager
+def running(*options: str, env: dict[str, str] | None = None) -> Iterator[tuple]:
+    """The program in a process of its own, listening: (process, its URL)."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lserve_jax.serve", "--port", "0", *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **(env or {})},
+    )
+    try:
+        seen = []
+        while "serving at" not in (line := process.stderr.readline()):
+            assert line, "".join(seen)
+            seen.append(line)
+        yield process, line.split()[-1]
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_it_serves_logs_and_finishes_what_runs_at_its_end(checkpoint):
+    with running("--model", checkpoint, env={"LSERVE_API_KEY": "sesame"}) as (process, url):
+        key = {"Authorization": "Bearer sesame"}
+        models = httpx.get(f"{url}/v1/models", headers=key).json()["data"]
+        assert [model["id"] for model in models] == ["tiny"]  # not where it lies
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        body = {"prompt": "A secret", "max_tokens": 200, "ignore_eos": True, "stream": True}
+        with httpx.stream(
+            "POST", f"{url}/v1/completions", json=body, headers=key, timeout=None
+        ) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            assert "data: [DONE]" in list(lines)
+        with pytest.raises(httpx.ConnectError):
+            for _ in range(1000):  # it stops listening at once; the signal may not be heard yet
+                httpx.get(f"{url}/health")
+        log = process.stderr.read()
+        process.wait()
+    assert process.returncode in (0, -signal.SIGTERM)
+    records = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    last = next(record for record in records if record["path"] == "/v1/completions")
+    assert last["status"] == 200 and last["completion_tokens"] == 200
+    assert "sesame" not in log and "secret" not in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--port", "70000"), "--port 70000"),
+        (("--max-queue", "-1"), "--max-queue -1"),
+        (("--deadline", "0"), "--deadline 0"),
+        (("--api-key", ""), "--api-key"),
+        (("--model", "no-such-directory/x"), "no-such-directory"),
+        (("--token-budget", "64"), "--attention lserve"),
+    ],
+)
+def test_wrong_options_end_with_one_sentence(options, said, capsys):
+    assert main(options) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_said(checkpoint, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(("--model", checkpoint, "--port", port)) == 2
+    assert port in capsys.readouterr().err
