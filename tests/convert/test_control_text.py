@@ -178,6 +178,15 @@ def test_a_unigram_vocabulary_holds_its_control_tokens():
     assert chat_ids(tokenizer, conversation("<s>a")) == [1, 2, 3, 4, 5]
 
 
+def test_an_unknown_letter_is_the_unknown_token():
+    vocab = {piece: i for i, piece in enumerate(["<unk>", "<", "u", "n", "k", ">"])}
+    model = tokenizers.models.BPE(vocab=vocab, merges=[], unk_token="<unk>")
+    backend = tokenizers.Tokenizer(model)
+    backend.add_special_tokens(["<unk>"])
+    tokenizer = tokenizer_of(backend, "{{ messages[0].content }}<unk>")
+    assert chat_ids(tokenizer, conversation("<unk>é")) == [1, 2, 3, 4, 5, 0, 0]
+
+
 def test_what_a_token_takes_of_the_spaces_around_it_is_kept():
     backend = bpe([tokenizers.AddedToken("<s>", lstrip=True, rstrip=True, special=True)])
     tokenizer = tokenizer_of(backend, "a <s> {{ messages[0].content }}")

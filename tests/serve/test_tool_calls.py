@@ -111,6 +111,7 @@ def test_calls_are_found_and_the_rest_is_content(form, text, content, calls):
         '<tool_call>{"name": "f", "arguments": {},}</tool_call>',
         f'<tool_call>{{"name": "f", "arguments": {{"x": {"1" * 5000}}}}}</tool_call>',
         f'<tool_call>{{"name": "f", "arguments": {{"x": {"[" * 100_000}',
+        f'<tool_call>{{"name": "f", "arguments": {{"x": {"[" * 100}{"]" * 100}}}}}',
         '<|python_tag|>brave_search.call(query="x")',
         f"{T}",
         f"{T}f",
@@ -145,6 +146,14 @@ def test_a_marker_inside_of_an_argument_is_part_of_it():
     arguments = json.dumps({"x": "</tool_call><tool_call>{", 'y"': ["}", '\\"']})
     text = f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>'
     assert read(HERMES, text) == (None, [("f", arguments)])
+
+
+def test_arguments_have_a_depth():
+    arguments = f'{{"x": {"[" * 98}{"]" * 98}}}'
+    assert read(HERMES, f'<tool_call>{{"name": "f", "arguments": {arguments}}}') == (
+        None,
+        [("f", arguments)],
+    )
 
 
 def test_arguments_are_kept_as_the_model_wrote_them():

@@ -125,6 +125,7 @@ def test_the_texts_are_those_of_the_templates():
                 assert words.allows(grammar, two) == parallel
                 assert not words.allows(grammar, one.replace('"C"', '"K"'))
                 assert not words.allows(grammar, one.replace("get_weather", "get_time"))
+                assert not words.allows(grammar, one.replace(': "C"', ':\n"C"'))
                 assert not words.allows(grammar, f"Sure: {one}")
                 assert not words.allows(grammar, "")
 
