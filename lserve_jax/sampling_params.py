@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,8 @@ class SamplingParams:
     skip_special_tokens: bool = True  # leave special tokens out of the text
     include_stop_str_in_output: bool = False
     # What may be generated at all.
-    logit_bias: Mapping[int, float] | None = None  # added to the logits of these ids; -100 to 100
+    # Added to the logits of these ids; -100 to 100. A mapping has no hash.
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     allowed_token_ids: Sequence[int] | None = None  # no other tokens; kept as tuple
     # Never generated, with or without a space in front, in the tokens that the tokenizer makes of
     # them; kept as tuple.
@@ -221,7 +222,7 @@ def _as_tuple(name: str, value: Any, kind: str) -> tuple:
         return (value,)
     if not is_listing(value):
         kind = f"a string or a sequence of {kind}" if name == "stop" else f"a sequence of {kind}"
-        raise ValueError(f"{name}={value!r} must be {kind}; () is none")
+        raise ValueError(f"{name}={value!r} must be {kind}")
     return tuple(value)
 
 
