@@ -181,7 +181,8 @@ def _word_tokens(tokenizer: Tokenizer, words: Sequence[str]) -> list[tuple[int, 
             if not tokens:
                 raise ValueError(f"bad_words entry {word!r} has no tokens")
             found[tokens] = None
-    return [*found]
+    # What ends with the tokens of another word never comes anyway.
+    return [a for a in found if not any(a[-len(b) :] == b for b in found if len(b) < len(a))]
 
 
 def _grammar_text(guidance: Any, wanted: StructuredOutputs) -> tuple[str, str]:

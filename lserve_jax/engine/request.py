@@ -184,7 +184,7 @@ class Request:
         # Only the last chunk is padded, and nothing follows the prompt's last token.
         own: Sample = jax.tree.map(lambda x: x[: len(self.prompt) - 1], whole)
         if not np.isfinite(own.logprob).all():
-            self.error = _not_finite("in its prompt")
+            self.error = _not_finite(f"in the {len(self.prompt)} tokens of prompt")
             return
         tops = _top(own, self.sampling.prompt_logprobs)
         tokens = zip(tops, own.token.tolist(), own.logprob.tolist(), strict=True)

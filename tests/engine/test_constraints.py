@@ -49,13 +49,19 @@ def check_greedy(
     allowed: Callable[[list[int]], np.ndarray],
     bias: dict | None = None,
 ) -> None:
-    """Each token is the likeliest of those ``allowed`` after the ones before it."""
+    """Each token is the likeliest of those ``allowed`` after the ones before it.
+
+    Where all of these begin with one byte the text is forced, and llguidance allows only the tokens
+    that the tokenizer itself would make of it.
+    """
     assert completion.logprobs is not None
     for i, (token, row) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
         assert len(row) == VOCAB
         scores = np.array([row[t] + (bias or {}).get(t, 0.0) for t in range(VOCAB)])
-        scores[~allowed(completion.token_ids[:i])] = -np.inf
-        assert token == scores.argmax()
+        may_come = allowed(completion.token_ids[:i])
+        assert may_come[token]
+        if len({(TEXTS[t] or b"")[:1] for t in np.flatnonzero(may_come)}) > 1:
+            assert token == np.where(may_come, scores, -np.inf).argmax()
 
 
 def text_of(tokens: Sequence[int]) -> bytes:
@@ -90,7 +96,7 @@ LANGUAGES = {
                 "properties": {"a": {"enum": [True, "ab"]}, "b": {"type": "boolean"}},
                 "required": ["a"],
                 "additionalProperties": False,
-                "x-guidance": {"whitespace_flexible": False},
+                "x-guidance": {"whitespace_pattern": ""},
             }
         },
         [f'{{"a":{a}{b}}}' for a in ("true", '"ab"') for b in ("", ',"b":true', ',"b":false')],
@@ -257,6 +263,7 @@ def test_a_cancelled_request_lets_go_of_its_grammar(dense: LLM) -> None:
         text.step()
     held = [weakref.ref(request.rules) for request in dense.engine.unfinished.values()]
     text.cancel(request_id)
+    text.step()  # the burst in flight had it
     gc.collect()
     assert [ref() for ref in held] == [None, None]
     check_nothing_left(dense.engine)
@@ -299,7 +306,7 @@ def test_only_masks_that_change_shorten_bursts(sparse: LLM) -> None:
 
     def bursts(*restrictions: dict[str, Any]) -> set[int]:
         for restriction in restrictions:
-            text.submit(PROMPT, SamplingParams(max_tokens=9, ignore_eos=True, **restriction))
+            text.submit(PROMPT, SamplingParams(max_tokens=25, ignore_eos=True, **restriction))
         lengths = set()
         while text.has_unfinished_requests:
             text.step()
@@ -311,8 +318,8 @@ def test_only_masks_that_change_shorten_bursts(sparse: LLM) -> None:
     static = [{"bad_words": ["a"]}, {"allowed_token_ids": [1, 2]}, {"logit_bias": {1: 2}}]
     assert bursts({}, *static) == {8}
     assert bursts({"bad_words": ["abc"]}) == {1}
-    # The others go on, in bursts that are as short as one selection lasts.
-    assert bursts({}, {"bad_words": ["abc"]}) <= {4, 1} and 4 in bursts({}, {"bad_words": ["abc"]})
+    # The others go on, in bursts that are as short as one selection lasts; 8 before it came.
+    assert {4} <= bursts({}, {"bad_words": ["abc"]}) <= {8, 4, 1}
 
 
 # --- words, ids and bias ----------------------------------------------------------------------
@@ -425,18 +432,18 @@ def test_a_mask_that_leaves_nothing_ends_the_text(dense: LLM) -> None:
     assert (found.token_ids, found.finish_reason) == ([a], "stop")
 
 
-def test_exact_mode(pattern: str) -> None:
+def test_exact_mode() -> None:
     """Verification honours masks that never change; for others nothing is drafted."""
-    exact = cases.build(pattern, exact=True)
+    exact = cases.build(attention="lserve", exact=True, draft="ngram")
     dense = cases.build()
-    asked = prompts(5, [60, 120, 30])
+    asked = [{"prompt_token_ids": p["prompt_token_ids"] * 4} for p in prompts(5, [20, 30, 25])]
     sampling = [
         SamplingParams(max_tokens=30, seed=1, structured_outputs=StructuredOutputs(json=PERSON)),
-        SamplingParams(max_tokens=30, seed=2, allowed_token_ids=range(0, VOCAB, 3)),
-        SamplingParams(max_tokens=30, temperature=0, logit_bias={5: -100, 8: 3.0}, bad_words=["a"]),
+        SamplingParams(max_tokens=30, seed=2, allowed_token_ids=[3, 4, 5]),
+        SamplingParams(max_tokens=30, seed=3, logit_bias={5: 60, 8: 60, 9: -100}, bad_words=["a"]),
     ]
     for params in (sampling, sampling[1:]):
         wanted = dense.generate(asked[: len(params)], params)
         found = exact.generate(asked[: len(params)], params)
         assert [o.outputs[0].token_ids for o in found] == [o.outputs[0].token_ids for o in wanted]
-    assert all(output.metrics.drafted_tokens for output in found)
+    assert all(output.outputs[0].metrics.drafted_tokens for output in found)
