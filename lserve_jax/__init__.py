@@ -17,6 +17,7 @@ _MODULES = {
     "RopeConfig": "lserve_jax.model.config",
     "SamplingParams": "lserve_jax.sampling_params",
     "SparsityConfig": "lserve_jax.attention.config",
+    "StructuredOutputs": "lserve_jax.sampling_params",
     "logits": "lserve_jax.functional",
 }
 
@@ -29,6 +30,7 @@ __all__ = [
     "RopeConfig",
     "SamplingParams",
     "SparsityConfig",
+    "StructuredOutputs",
     "logits",
 ]
 

@@ -167,9 +167,10 @@ class LLM:
 
         Raises ``ValueError`` before anything runs if a prompt is empty, has a token outside the
         vocabulary, is too long with its ``max_tokens``, does not begin with the prefix given, or is
-        text and there is no tokenizer, and while requests of a ``stream`` run; ``TypeError`` for
-        what is no list of prompts or no ``SamplingParams``; ``FloatingPointError`` for logits that
-        are not finite.
+        text and there is no tokenizer, for sampling that cannot be followed, and while requests of
+        a ``stream`` run; ``TypeError`` for what is no list of prompts or no ``SamplingParams``;
+        ``FloatingPointError`` for logits that are not finite; afterwards ``ValueError`` for a
+        grammar that became too complex in the course of a text.
         """
         if isinstance(prompts, str | Mapping):
             prompts = [prompts]
@@ -204,8 +205,8 @@ class LLM:
             stream = self.stream(requests, beginning=beginning, on_text=on_text)
             with contextlib.closing(stream):
                 for position, output in stream:
-                    if output.error is not None:
-                        raise FloatingPointError(f"prompt {position}: {output.error}")
+                    for error in (c.error for c in output.outputs if c.error is not None):
+                        raise type(error)(f"prompt {position}: {error}")
                     outputs[position] = output
         return [outputs[position] for position in range(len(prompts))]
 

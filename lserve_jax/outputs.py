@@ -23,6 +23,9 @@ class CompletionOutput:
     finish_reason: str  # "stop", "length", "deadline" or "error"
     stop_reason: int | str | None  # the stop token id or string that ended it; None otherwise
     metrics: RequestMetrics
+    # With "error" what went wrong: FloatingPointError for logits that are not finite, ValueError
+    # for a grammar that became too complex in the course of the text.
+    error: Exception | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +50,8 @@ class RequestOutput:
     def error(self) -> str | None:
         """What went wrong with the first completion whose ``finish_reason`` is "error", if any."""
         for completion in self.outputs:
-            if completion.finish_reason == "error":
-                return (
-                    f"the model's logits after {len(self.prompt_token_ids)} tokens of prompt and "
-                    f"{len(completion.token_ids)} of output are not finite: its weights or "
-                    "constants hold NaN or infinity, or its numbers overflow the dtype"
-                )
+            if completion.error is not None:
+                return str(completion.error)
         return None
 
 
@@ -98,6 +97,7 @@ class Completion:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self._metrics = RequestMetrics()
+        self._error: Exception | None = None
 
     def append(self, new: TokenOutput) -> tuple[str, list[int]]:
         """Takes new tokens; returns the text that can be shown now, and the tokens taken.
@@ -107,7 +107,7 @@ class Completion:
         """
         self._metrics = new.metrics
         before = len(self._token_ids)
-        stopped_by_token = new.finish_reason == "stop"
+        stopped_by_token = new.ends_with_stop_id
         for i, token in enumerate(new.token_ids):
             self._token_ids.append(token)
             self._logprobs.append(new.logprobs[i])
@@ -121,6 +121,7 @@ class Completion:
                 break
         if not self.finished and new.finish_reason is not None:
             self.finished, self.finish_reason = True, new.finish_reason
+            self._error = new.error
             if stopped_by_token and self._token_ids[-1] in self.sampling.stop_token_ids:
                 self.stop_reason = self._token_ids[-1]
             if self._stream is not None:
@@ -186,6 +187,7 @@ class Completion:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             metrics=self._metrics,
+            error=self._error,
         )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lserve_jax.checks import check_integer
+from lserve_jax.constraints import Constraints
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.request import PromptIds, TokenOutput, check_deadline
 from lserve_jax.outputs import Completion, RequestOutput, TextDelta
@@ -79,6 +80,9 @@ class TextEngine:
             raise TypeError(f"engine must be what build_engine returns, got {engine!r}")
         check_tokenizer(tokenizer)
         self.engine, self.tokenizer = engine, tokenizer
+        # What ``bad_words`` and ``structured_outputs`` allow. ``make`` may be called by any thread,
+        # for instance to compile a schema before its request is submitted.
+        self.constraints = Constraints(tokenizer, engine.config.vocab_size)
         self._seed = check_integer("seed", seed, 0, most=math.inf)
         self._numbers = itertools.count()
         self._resets = engine.resets
@@ -93,19 +97,21 @@ class TextEngine:
     def check(self, prompt: Prompt | CheckedPrompt, sampling: SamplingParams) -> CheckedPrompt:
         """The prompt as token ids; what is checked already is not converted again.
 
-        Raises ``ValueError`` for a request that could never run, and for text or a stop string
-        without a tokenizer; ``TypeError`` for other sampling than ``SamplingParams``.
+        Raises ``ValueError`` for a request that could never run, for structured outputs that cannot
+        be followed, and for what needs a tokenizer without one; ``TypeError`` for other sampling
+        than ``SamplingParams``.
         """
         if not isinstance(sampling, SamplingParams):
             raise TypeError(f"sampling must be SamplingParams, got {sampling!r}")
         if sampling.stop and self.tokenizer is None:
             raise ValueError(f"stop={sampling.stop} needs a tokenizer; use stop_token_ids")
+        constraint = self.constraints.make(sampling)
         if isinstance(prompt, CheckedPrompt):
-            self.engine.check_request(prompt.ids, sampling)
+            self.engine.check_request(prompt.ids, sampling, constraint)
             return prompt
         if isinstance(prompt, str) and self.tokenizer is not None:
             self.check_length(prompt)
-        ids = self.engine.check_request(self.token_ids(prompt), sampling)
+        ids = self.engine.check_request(self.token_ids(prompt), sampling, constraint)
         return CheckedPrompt(text=prompt_text(prompt), ids=ids)
 
     def check_length(self, text: str) -> None:
@@ -183,6 +189,7 @@ class TextEngine:
                     seed=seed,
                     completion=completion.index,
                     deadline=deadline,
+                    constraint=self.constraints.make(sampling),
                 )
                 self._parts[part] = (request, completion)
         except BaseException:  # Ctrl-C, too: no completion runs without the others

@@ -43,7 +43,7 @@ ROOMS = (
     ("lserve_jax.tokenizer",),
     ("lserve_jax.attention", "convert"),
     ("lserve_jax.engine", "lserve_jax.functional"),
-    ("lserve_jax.outputs", "lserve_jax.stats", "lserve_jax.memory"),
+    ("lserve_jax.outputs", "lserve_jax.stats", "lserve_jax.memory", "lserve_jax.constraints"),
     ("lserve_jax.text_engine", "lserve_jax.cli"),
     ("lserve_jax.llm",),
     ("lserve_jax.analysis", "lserve_jax.batch", "lserve_jax.async_engine", "lserve_jax.model_args"),

@@ -73,7 +73,9 @@ def decide_drafts(
 
 
 def decide_all(
-    requests: Sequence[tuple[int, Request]], runner: ModelRunner, units: CacheUnits
+    requests: Sequence[tuple[int, Request]],
+    runner: ModelRunner,
+    units: CacheUnits,
 ) -> dict[int, DraftDecision] | None:
     """By slot, for the requests of a burst, (slot, request); None outside of exact mode.
 
@@ -82,7 +84,13 @@ def decide_all(
     if runner.spec.max_drafts is None:
         return None
     decisions = {}
+    stepwise = any(request.is_stepwise for _, request in requests)
     for slot, request in requests:
+        if stepwise:
+            reason = "the burst is one step: it has a request whose next mask needs the last token"
+            decisions[slot] = DraftDecision(drafts=0, reason=reason)
+            request.costs.draft_reason = reason
+            continue
         decision = decide_drafts(
             runner.spec,
             units,

@@ -26,12 +26,13 @@ from lserve_jax.engine.drafting import decide_all
 from lserve_jax.engine.metrics import EngineCounts, EngineMetrics, StepMetrics
 from lserve_jax.engine.prefix import Prefix
 from lserve_jax.engine.prefix_store import PrefixStore
-from lserve_jax.engine.relay import RelayMode, check_mode, group_by_prefix
+from lserve_jax.engine.relay import RelayMode, check_kernel, check_mode, group_by_prefix
 from lserve_jax.engine.request import InFlight, PromptIds, Request, TokenOutput, check_deadline
 from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.engine.sampling import check_stop_ids, sampling_row
 from lserve_jax.engine.scheduler import Scheduler
 from lserve_jax.engine.state import Sample
+from lserve_jax.engine.token_rules import Constraint, request_rules
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.sampling_params import SamplingParams
 
@@ -61,11 +62,7 @@ class Engine:
     ):
         spec = runner.spec
         check_mode(relay, deterministic, spec.sparsity)
-        if relay == "always" and not runner.has_prefix_kernel:
-            raise NotImplementedError(
-                f"{relay=} with kv_dtype={spec.kv_dtype!r} has no kernel: prefix_attention reads "
-                "bfloat16 pages"
-            )
+        check_kernel(relay, spec, has_kernel=runner.has_prefix_kernel)
         self.runner, self.max_model_len = runner, max_model_len
         self.eos_token_ids = tuple(eos_token_ids)
         # A whole number of selection intervals, so that every burst begins with a selection.
@@ -177,7 +174,10 @@ class Engine:
         return min(self.max_model_len, cached) - prompt_tokens
 
     def check_request(
-        self, prompt: PromptIds | Sequence[int] | np.ndarray, sampling: SamplingParams
+        self,
+        prompt: PromptIds | Sequence[int] | np.ndarray,
+        sampling: SamplingParams,
+        constraint: Constraint | None = None,
     ) -> PromptIds:
         """The prompt, checked; raises ``ValueError`` for a request that could never run."""
         if not isinstance(sampling, SamplingParams):
@@ -192,6 +192,7 @@ class Engine:
             )
         check_stop_ids(sampling, self.eos_token_ids, self.config.vocab_size)
         self.scheduler.check_pages(ids.ids, sampling)
+        request_rules(sampling, constraint, self.eos_token_ids, self.config.vocab_size)
         return ids
 
     def add_request(
@@ -203,12 +204,14 @@ class Engine:
         seed: int,
         completion: int = 0,
         deadline: float | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         """Queues a request; ``seed`` is used where ``sampling.seed`` is None.
 
         ``completion`` numbers requests that sample the same prompt with the same seed: each draws
         from a random stream of its own. ``deadline`` seconds from now the request ends with what
-        it has (``finish_reason`` "deadline").
+        it has (``finish_reason`` "deadline"). ``constraint``, this request's alone, is what
+        ``bad_words`` and ``structured_outputs`` mean for tokens; ``TextEngine`` makes it.
 
         Raises ``ValueError`` for a duplicate id (``TypeError`` for one that is no text) or a
         request that could never run.
@@ -218,7 +221,7 @@ class Engine:
         if request_id in self.unfinished:
             raise ValueError(f"a request with id {request_id!r} is already in the engine")
         check_deadline(deadline)
-        ids = self.check_request(prompt, sampling)
+        ids = self.check_request(prompt, sampling, constraint)
         now = self.clock()
         request = Request(
             request_id=request_id,
@@ -231,6 +234,7 @@ class Engine:
                 default_seed=seed,
                 completion=completion,
             ),
+            rules=request_rules(sampling, constraint, self.eos_token_ids, self.config.vocab_size),
             arrival=now,
             deadline=None if deadline is None else now + deadline,
         )
@@ -306,8 +310,7 @@ class Engine:
         tokens are run.
         """
         if self._first_tokens:
-            pending, self._first_tokens = self._first_tokens, []
-            return [new for request, first in pending for new in self._first_token(request, first)]
+            return self._collect_first_tokens()
         before, prompt_tokens = dataclasses.replace(self._counts), self.runner.prompt_tokens
         outputs = self._expire()
         self._prefill()
@@ -316,12 +319,10 @@ class Engine:
         self._in_flight = burst
         self._counts.steps += 1
         decisions = [] if burst is None else burst.decisions.values()
-        self._last_step = StepMetrics(
-            number=self._counts.steps,
+        self._last_step = StepMetrics.between(
+            before,
+            self._counts,
             prefill_tokens=self.runner.prompt_tokens - prompt_tokens,
-            prefix_tokens=self._counts.prefix_tokens - before.prefix_tokens,
-            selector_runs=self._counts.selector_runs - before.selector_runs,
-            tokens_attended=self._counts.tokens_attended - before.tokens_attended,
             decode_requests=0 if burst is None else len(burst.requests),
             decode_steps=0 if burst is None else burst.steps,
             # Requests of one prefix have one decision in common.
@@ -362,8 +363,7 @@ class Engine:
         """
         spent = 0
         while True:
-            request = self.scheduler.prefilling or self._admit()
-            if request is None:
+            if (request := self.scheduler.prefilling or self._admit()) is None:
                 break
             size = self.runner.padded(len(request.prompt) - request.prefilled)
             if spent and spent + size > self.runner.chunk_size:
@@ -397,32 +397,35 @@ class Engine:
             self._counts.prefix_tokens += request.shared_tokens
         return request
 
-    def _first_token(self, request: Request, first: Sample | None) -> list[TokenOutput]:
-        first, judged = jax.device_get((first, request.judged))
-        if first is None:  # of the prompt's own tokens none is new
-            first = jax.tree.map(lambda x: x[:0], judged[0])
-        if request.finished:
-            return []
-        request.begin(self.clock(), judged)
-        return self._emit(request, first)
+    def _collect_first_tokens(self) -> list[TokenOutput]:
+        """Fetches those that are not yet fetched."""
+        pending, self._first_tokens = self._first_tokens, []
+        outputs: list[TokenOutput] = []
+        for request, first in pending:
+            first, judged = jax.device_get((first, request.judged))
+            if first is None:  # of the prompt's own tokens none is new
+                first = jax.tree.map(lambda x: x[:0], judged[0])
+            if not request.finished:
+                request.begin(self.clock(), judged)
+                outputs += self._emit(request, first)
+        return outputs
 
     # Decoding.
 
     def _dispatch(self) -> tuple[InFlight | None, list[TokenOutput]]:
         """Starts a burst of all running requests; also returns outputs fetched to make room."""
         outputs: list[TokenOutput] = []
+        if self.scheduler.has_stepwise:  # what they may sample follows from all their tokens
+            outputs = self._collect() + self._collect_first_tokens()
         steps = self.scheduler.burst_length()
         if self.scheduler.is_short_of_pages(steps):
             # The burst before may have ended requests, and who is preempted must have all its
             # tokens.
-            outputs = self._collect()
+            outputs += self._collect()
             steps = self.scheduler.burst_length()
-        for slot, request in self.scheduler.reserve(steps):
+        for slot in self.scheduler.reserve(steps):
             self.runner.stop(slot)
             self._counts.preemptions += 1
-            request.metrics = dataclasses.replace(
-                request.metrics, preemptions=request.metrics.preemptions + 1
-            )
         requests = sorted(self.scheduler.running.items())
         if not requests:
             return None, outputs
@@ -440,7 +443,7 @@ class Engine:
         burst = self.runner.decode(self.scheduler.burst_inputs(steps, rows, groups, drafts))
         self._counts.relay_bursts += groups is not None
         for _, request in requests:
-            request.scheduled += min(steps, request.remaining)
+            request.scheduled += request.steps_of(steps)
             if request.remaining == 0:
                 # Surely at its end after this burst: the next request can have its slot, since
                 # what it runs comes after the burst.
@@ -461,14 +464,10 @@ class Engine:
         for slot, request in in_flight.requests:
             if request.finished:
                 continue
-            assert request.first_token is not None  # it came before any burst was fetched
             row = BurstRow.of(result, slot)
-            position = len(request.prompt) + request.received - 1
-            request.costs.add(row, self.units, position, in_flight.decisions.get(slot))
+            request.add_costs(row, self.units, in_flight.decisions.get(slot), now)
             self._counts.tokens_attended += round(row.attended)
             self._counts.selector_runs += row.selections
-            decode_seconds = now - request.first_token
-            request.metrics = dataclasses.replace(request.metrics, decode_seconds=decode_seconds)
             samples = jax.tree.map(lambda x, s=slot, n=row.steps: x[:n, s], result.samples)
             outputs += self._emit(request, samples)
         return outputs

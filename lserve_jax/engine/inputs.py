@@ -6,6 +6,7 @@ import numpy as np
 
 from lserve_jax.attention.attend import PrefixGroups
 from lserve_jax.engine.sampling import SamplingMode
+from lserve_jax.engine.token_rules import TokenRules
 from lserve_jax.sampling_params import SamplingParams
 
 
@@ -32,17 +33,20 @@ class Start:
     sampling_row: dict[str, np.ndarray]  # ``sampling.sampling_row`` of it
     forced: int  # first token of a request that begins anew, else -1
     own_sinks: bool  # False: its streaming heads read the sinks of a prefix
+    rules: TokenRules | None  # of its first token, one row; None: it may be any
 
 
 @dataclass(frozen=True, kw_only=True)
 class BurstInputs:
     """What a burst of decode steps needs for its first B slots."""
 
-    steps: int  # to run, a multiple of ``CacheSpec.burst_unit``; in exact mode tokens
+    steps: int  # to run, a multiple of ``CacheSpec.burst_unit`` or 1; in exact mode tokens
     page_table: np.ndarray  # [B, M] int32
     sink_page: np.ndarray  # [B] int32
     groups: PrefixGroups | None  # with NumPy arrays
-    forced: np.ndarray  # [most steps, B] int32, -1 where a token is sampled
+    # [most steps, B] int32, -1 where a token is sampled; fewer than ``burst_unit`` only if it is 1
+    forced: np.ndarray
+    rules: TokenRules | None  # None: every row may sample any token
     mode: SamplingMode
     # [B] int32, tokens that a row drafts before they are verified; None: not in exact mode
     drafts: np.ndarray | None

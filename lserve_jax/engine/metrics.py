@@ -1,6 +1,7 @@
 """What is counted: for a request, for a step of the engine, for the engine as a whole."""
 
 from dataclasses import dataclass
+from typing import Any, Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,21 @@ class RequestMetrics:
         return self.decode_seconds / max(self.generated_tokens - 1, 1)
 
 
+@dataclass(kw_only=True)
+class EngineCounts:
+    """Counts since the engine was made."""
+
+    finished: int = 0
+    cancelled: int = 0
+    preemptions: int = 0
+    prefix_tokens: int = 0  # of prompts, not prefilled, since a prefix had them
+    generated_tokens: int = 0
+    selector_runs: int = 0  # selections, summed over requests
+    relay_bursts: int = 0  # bursts in which some prefix was read together
+    steps: int = 0  # of the engine
+    tokens_attended: int = 0  # summed over decode steps, requests, layers and KV heads
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
     """What one step of the engine handed to the device."""
@@ -84,20 +100,16 @@ class StepMetrics:
     selector_runs: int  # selections, summed over requests
     tokens_attended: int  # summed over its steps, requests, layers and KV heads
 
-
-@dataclass(kw_only=True)
-class EngineCounts:
-    """Counts since the engine was made."""
-
-    finished: int = 0
-    cancelled: int = 0
-    preemptions: int = 0
-    prefix_tokens: int = 0  # of prompts, not prefilled, since a prefix had them
-    generated_tokens: int = 0
-    selector_runs: int = 0  # selections, summed over requests
-    relay_bursts: int = 0  # bursts in which some prefix was read together
-    steps: int = 0  # of the engine
-    tokens_attended: int = 0  # summed over decode steps, requests, layers and KV heads
+    @classmethod
+    def between(cls, before: EngineCounts, after: EngineCounts, **of_the_burst: Any) -> Self:
+        """Of the step that changed ``before`` to ``after``; the fields that no count tells."""
+        return cls(
+            number=after.steps,
+            prefix_tokens=after.prefix_tokens - before.prefix_tokens,
+            selector_runs=after.selector_runs - before.selector_runs,
+            tokens_attended=after.tokens_attended - before.tokens_attended,
+            **of_the_burst,
+        )
 
 
 @dataclass(kw_only=True)

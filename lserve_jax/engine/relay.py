@@ -49,6 +49,15 @@ def check_mode(relay: RelayMode, deterministic: bool, sparsity: SparsityConfig |
         )
 
 
+def check_kernel(relay: RelayMode, spec: CacheSpec, *, has_kernel: bool) -> None:
+    """Raises ``NotImplementedError`` where prefixes would be read together, which has no kernel."""
+    if relay == "always" and not has_kernel:
+        raise NotImplementedError(
+            f"{relay=} with kv_dtype={spec.kv_dtype!r} has no kernel: prefix_attention reads "
+            "bfloat16 pages"
+        )
+
+
 def decide(
     mode: RelayMode,
     spec: CacheSpec,

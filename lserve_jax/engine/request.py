@@ -8,10 +8,11 @@ import jax
 import numpy as np
 
 from lserve_jax.checks import is_integer, is_real
-from lserve_jax.engine.costs import CacheUnits, RequestCosts
+from lserve_jax.engine.costs import BurstRow, CacheUnits, RequestCosts
 from lserve_jax.engine.metrics import RelayDecision, RequestMetrics
 from lserve_jax.engine.prefix import Prefix
 from lserve_jax.engine.state import Burst, Sample
+from lserve_jax.engine.token_rules import RequestRules
 from lserve_jax.sampling_params import SamplingParams
 
 
@@ -84,9 +85,10 @@ class TokenOutput:
     # With the request's first output, if asked for: of each token of the prompt {id: logprob} of
     # the most likely tokens and its own; None for the first token, which has none before it.
     prompt_logprobs: list[dict[int, float] | None] | None = None
-    # "stop", "length", "deadline", "error" (the logits are not finite), or None while running
-    finish_reason: str | None
+    finish_reason: str | None  # "stop", "length", "deadline", "error", or None while running
     metrics: RequestMetrics
+    ends_with_stop_id: bool = False  # the last token is a stop id; else "stop" was a grammar's end
+    error: Exception | None = None  # given with "error"
 
 
 @dataclass(kw_only=True)
@@ -108,6 +110,7 @@ class Request:
     prompt: np.ndarray  # [prompt length] int32
     sampling: SamplingParams
     sampling_row: dict[str, np.ndarray]  # its row of SamplingArrays
+    rules: RequestRules | None  # which tokens it may sample next; None: any
     arrival: float
     deadline: float | None  # on the engine's clock
 
@@ -118,7 +121,7 @@ class Request:
     shared_tokens: int = 0  # of the prompt, on pages of the prefix
     prefilled: int = 0  # prompt tokens that are in the cache
     finished: bool = False
-    failed: bool = False  # its logits are not finite
+    error: Exception | None = None  # why it ends with "error"
 
     # What the model thinks of its prompt's tokens, where asked for.
     judged: list[Sample] = field(default_factory=list)  # of each chunk so far, not yet fetched
@@ -144,6 +147,15 @@ class Request:
     def remaining(self) -> int:
         """Tokens that are still to be scheduled."""
         return self.sampling.max_tokens - self.scheduled
+
+    @property
+    def is_stepwise(self) -> bool:
+        """Whether it takes one step a burst."""
+        return self.rules is not None and self.rules.stepwise
+
+    def steps_of(self, burst: int) -> int:
+        """Of the next ``burst`` steps, those in which it still feeds a token."""
+        return max(min(1 if self.is_stepwise else burst, self.remaining), 0)
 
     # What comes back from the device.
 
@@ -172,11 +184,20 @@ class Request:
         # Only the last chunk is padded, and nothing follows the prompt's last token.
         own: Sample = jax.tree.map(lambda x: x[: len(self.prompt) - 1], whole)
         if not np.isfinite(own.logprob).all():
-            self.failed = True
+            self.error = _not_finite(f"in the {len(self.prompt)} tokens of prompt")
             return
         tops = _top(own, self.sampling.prompt_logprobs)
         tokens = zip(tops, own.token.tolist(), own.logprob.tolist(), strict=True)
         self.prompt_logprobs = [None, *({**top, token: value} for top, token, value in tokens)]
+
+    def add_costs(
+        self, row: BurstRow, units: CacheUnits, decision: RelayDecision | None, now: float
+    ) -> None:
+        """Adds what its row of a burst cost, fetched ``now``, before its tokens are taken."""
+        assert self.first_token is not None  # it came before any burst was fetched
+        self.costs.add(row, units, len(self.prompt) + self.received - 1, decision)
+        seconds = now - self.first_token
+        self.metrics = dataclasses.replace(self.metrics, decode_seconds=seconds)
 
     def take(self, samples: Sample) -> Sample:
         """Adds sampled tokens (leaves ``[n, ...]``); returns those not known before.
@@ -189,17 +210,29 @@ class Request:
         new: Sample = jax.tree.map(lambda x: x[replayed:], samples)
         finite = np.isfinite(new.logprob)
         if not finite.all():
-            # The logits were not finite: tokens from here on mean nothing.
+            # Tokens from here on mean nothing.
             new = jax.tree.map(lambda x: x[: int(finite.argmin())], new)
-            self.failed = True
-        self.tokens += [int(token) for token in new.token]
+        for token in new.token:
+            self.tokens.append(int(token))
+            if self.rules is not None:
+                self.rules.accept(int(token))
+        if not finite.all():
+            self.error = _not_finite(
+                f"after {len(self.prompt)} tokens of prompt and {len(self.tokens)} of output"
+            )
+        elif self.rules is not None:
+            self.error = self.error or self.rules.error
         return new
+
+    @property
+    def _ends_with_stop_id(self) -> bool:
+        return bool(self.tokens) and self.tokens[-1] in self.sampling_row["stop_token_ids"]
 
     def finish_reason(self) -> str | None:
         """Why nothing comes after its newest token: "stop", "length" or "error"; or None."""
-        if self.failed:
+        if self.error is not None:
             return "error"
-        if self.tokens and self.tokens[-1] in self.sampling_row["stop_token_ids"]:
+        if self._ends_with_stop_id or (self.rules is not None and self.rules.ended):
             return "stop"
         return "length" if len(self.tokens) >= self.sampling.max_tokens else None
 
@@ -229,7 +262,16 @@ class Request:
             prompt_logprobs=prompt_logprobs,
             finish_reason=finish_reason,
             metrics=self.metrics,
+            ends_with_stop_id=finish_reason == "stop" and self._ends_with_stop_id,
+            error=self.error,
         )
+
+
+def _not_finite(where: str) -> FloatingPointError:
+    return FloatingPointError(
+        f"the model's logits {where} are not finite: its weights or constants hold NaN or "
+        "infinity, or its numbers overflow the dtype"
+    )
 
 
 def _top(samples: Sample, wanted: int | None) -> list[dict[int, float]]:

@@ -43,6 +43,7 @@ from lserve_jax.engine.steps import (
     score_steps,
     write_pages,
 )
+from lserve_jax.engine.token_rules import TokenRules
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params
 from pallas_kernels.api import MOST_SELECTED_PAGES, Backend, resolve_backend
@@ -152,7 +153,7 @@ class ModelRunner:
         prompt_mask = self._prompt_mask(start)
         sampling = self._state.sampling.with_row(slot, start.sampling_row)
         mode = SamplingMode.of([start.sampling])
-        self._count_shape("insert", mode, prompt_mask is None)
+        self._count_shape("insert", mode, prompt_mask is None, _rules_shape(start.rules))
         self._state, self._caches, first = insert(
             self._program,
             self._caches,
@@ -167,6 +168,7 @@ class ModelRunner:
                 prompt_mask=prompt_mask,
                 history=self._history(start),
             ),
+            jax.tree.map(jnp.asarray, start.rules),
             mode=mode,
         )
         return first
@@ -197,10 +199,11 @@ class ModelRunner:
         """Runs decode steps of the first B slots."""
         groups = None if inputs.groups is None else inputs.groups.page_table.shape
         counts_no_tokens = self._state.output_counts is None
-        rows = len(inputs.page_table)
         if inputs.drafts is not None:
             return self._exact_burst(inputs, inputs.drafts)
-        self._count_shape("decode_burst", rows, groups, inputs.mode, counts_no_tokens)
+        rules = _rules_shape(inputs.rules)
+        shape = (*inputs.forced.shape, groups, inputs.mode, counts_no_tokens, rules)
+        self._count_shape("decode_burst", *shape)
         self._state, self._caches, burst = decode_burst(
             self._program,
             self.params,
@@ -209,6 +212,7 @@ class ModelRunner:
             _tables(inputs.page_table, inputs.sink_page, inputs.groups),
             jnp.asarray(inputs.forced),
             jnp.int32(inputs.steps),
+            jax.tree.map(jnp.asarray, inputs.rules),
             mode=inputs.mode,
         )
         return burst
@@ -217,7 +221,8 @@ class ModelRunner:
         # Where nothing is drafted, a pass of one token a row is a step of dense attention.
         most = self.spec.max_drafts if drafts.any() else 0
         rows, counts_no_tokens = len(inputs.page_table), self._state.output_counts is None
-        self._count_shape("exact_burst", rows, inputs.mode, counts_no_tokens, most)
+        rules = _rules_shape(inputs.rules)
+        self._count_shape("exact_burst", rows, inputs.mode, counts_no_tokens, most, rules)
         self._state, self._caches, burst = exact_burst(
             self._program,
             self.params,
@@ -227,6 +232,7 @@ class ModelRunner:
             jnp.asarray(inputs.forced),
             jnp.int32(inputs.steps),
             jnp.asarray(drafts),
+            jax.tree.map(jnp.asarray, inputs.rules),
             mode=inputs.mode,
             most_drafts=most,
         )
@@ -343,6 +349,11 @@ def _filled_up(ids: np.ndarray, size: int) -> jax.Array:
     filled = np.zeros((size,), np.int32)
     filled[: len(ids)] = ids
     return jnp.asarray(filled)
+
+
+def _rules_shape(rules: TokenRules | None) -> int | None:
+    """What of rules a program is compiled for: None without, else the room for biased tokens."""
+    return None if rules is None else rules.bias_ids.shape[1]
 
 
 def _tables(

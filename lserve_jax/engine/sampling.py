@@ -6,11 +6,13 @@ them all. What no row of a batch uses is left out when it is traced: ``SamplingM
 
 Names and meaning are vLLM's. The order of operations on a row's logits is vLLM's too:
 
-1. penalties: repetition, then frequency, then presence;
-2. while fewer than ``min_tokens`` tokens are out, stop ids are impossible;
-3. temperature 0: the argmax of these logits, and nothing below applies; else divide by it;
-4. ``min_p``, then ``top_k``, then ``top_p`` (of the probabilities renormalised over what is left);
-5. draw.
+1. ``logit_bias`` is added, and what ``allowed_token_ids``, ``bad_words`` or ``structured_outputs``
+   do not allow is impossible (``token_rules.py``);
+2. penalties: repetition, then frequency, then presence;
+3. while fewer than ``min_tokens`` tokens are out, stop ids are impossible;
+4. temperature 0: the argmax of these logits, and nothing below applies; else divide by it;
+5. ``min_p``, then ``top_k``, then ``top_p`` (of the probabilities renormalised over what is left);
+6. draw.
 
 Log probabilities are those of the model itself, before step 1.
 """
@@ -26,6 +28,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from lserve_jax.checks import check_integer
+from lserve_jax.engine.token_rules import TokenRules
 from lserve_jax.sampling_params import SamplingParams
 
 MAX_STOP_IDS = 32  # of one request, end-of-text ids included
@@ -165,13 +168,14 @@ def sample(
     mode: SamplingMode,
     output_counts: Int[Array, "B V"] | None = None,
     prompt_mask: Bool[Array, "B V"] | None = None,
+    rules: TokenRules | None = None,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """The next token of every row (int32), and the model's log probability of it (float32).
 
     ``logits`` are float32. ``step`` (int32) is the number of tokens generated so far for the row.
     ``output_counts`` (int32: how often each token has been generated) and ``prompt_mask`` (which
-    tokens the prompt holds) are read if ``mode.penalties`` is set. Pure; for use under ``jit``
-    with ``mode`` static.
+    tokens the prompt holds) are read if ``mode.penalties`` is set. ``rules`` say which tokens the
+    rows may have; None: any. Pure; for use under ``jit`` with ``mode`` static.
 
     A drawn token depends on the row's seed, ``step`` and logits only, not on the row's place in
     the batch or on other rows. Where logits tie the lower id comes first, for the argmax as for
@@ -181,7 +185,7 @@ def sample(
     """
     if logits.dtype != jnp.float32:
         raise ValueError(f"logits must be float32, got {logits.dtype}")
-    edited = logits
+    edited = logits if rules is None else rules.apply(logits)
     if mode.penalties:
         if output_counts is None or prompt_mask is None:
             raise ValueError("mode.penalties needs output_counts and prompt_mask")

@@ -6,6 +6,7 @@ pages, goes back to its place in the queue and later begins again from its promp
 """
 
 import bisect
+import dataclasses
 import heapq
 from collections import deque
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from lserve_jax.engine.prefix import Prefix
 from lserve_jax.engine.prefix_cache import Match, PrefixCache
 from lserve_jax.engine.request import Request
 from lserve_jax.engine.sampling import SamplingMode, rounded_top
+from lserve_jax.engine.token_rules import RequestRules, TokenRules
 from lserve_jax.sampling_params import SamplingParams
 
 
@@ -80,17 +82,22 @@ class Scheduler:
         ``drafts`` are by slot; None: not in exact mode.
         """
         page_table, sink_page = self.tables(num_rows)
-        forced = np.full((self.burst_steps, num_rows), -1, np.int32)
+        # A burst that is no whole interval is a program of its own: all its rows are stepwise.
+        most = 1 if steps < self.spec.burst_unit else self.burst_steps
+        forced = np.full((most, num_rows), -1, np.int32)
+        rules: list[RequestRules | None] = [None] * num_rows
         for slot, request in self.running.items():
             # Tokens that a preempted request has made before.
-            replayed = request.tokens[request.scheduled :][: self.burst_steps]
+            replayed = request.tokens[request.scheduled :][:most]
             forced[: len(replayed), slot] = replayed
+            rules[slot] = request.rules
         return BurstInputs(
             steps=steps,
             page_table=page_table,
             sink_page=sink_page,
             groups=groups,
             forced=forced,
+            rules=TokenRules.of(rules),
             mode=SamplingMode.of([request.sampling for request in self.running.values()]),
             drafts=None if drafts is None else _by_row(drafts, num_rows),
         )
@@ -191,6 +198,7 @@ class Scheduler:
             sampling_row=request.sampling_row,
             forced=request.tokens[0] if request.tokens else -1,
             own_sinks=not self._shares_sinks(request),
+            rules=TokenRules.of([request.rules]),
         )
 
     def release(self, request: Request) -> None:
@@ -216,35 +224,41 @@ class Scheduler:
 
     # Growing.
 
-    def burst_length(self) -> int:
-        """Steps of the next burst: no more than some request needs, in whole burst units."""
-        longest = max((r.remaining for r in self.running.values()), default=0)
-        unit = self.spec.burst_unit
-        return min(self.burst_steps, -(-longest // unit) * unit)
+    @property
+    def has_stepwise(self) -> bool:
+        """Whether some running request takes one step a burst."""
+        return any(request.is_stepwise for request in self.running.values())
 
-    def _steps(self, request: Request, steps: int) -> int:
-        """Of the next ``steps``, those in which the request still feeds a token."""
-        return max(min(steps, request.remaining), 0)
+    def burst_length(self) -> int:
+        """Steps of the next burst: no more than some request needs, in whole burst units.
+
+        With requests that take one step it is as short as the others can have it.
+        """
+        others = [r.remaining for r in self.running.values() if not r.is_stepwise]
+        unit = self.spec.burst_unit
+        if self.has_stepwise:
+            return unit if others else 1
+        return min(self.burst_steps, -(-max(others, default=0) // unit) * unit)
 
     def _missing(self, steps: int) -> int:
         """Pages that running requests lack for their next ``steps``."""
-        return sum(self._lacks(r, r.length + self._steps(r, steps)) for r in self.running.values())
+        return sum(self._lacks(r, r.length + r.steps_of(steps)) for r in self.running.values())
 
     def is_short_of_pages(self, steps: int) -> bool:
         return self._missing(steps) > len(self.pool.free)
 
-    def reserve(self, steps: int) -> list[tuple[int, Request]]:
+    def reserve(self, steps: int) -> list[int]:
         """Gives running requests the pages of their next ``steps``.
 
-        Returns (slot that it had, request) of those preempted for it. The newest goes first, so
-        that the oldest always gets on.
+        Returns the slots that those preempted for it had. The newest goes first, so that the
+        oldest always gets on.
         """
         preempted = []
         for request in sorted(self.running.values(), key=lambda r: r.number):
-            length = request.length + self._steps(request, steps)
+            length = request.length + request.steps_of(steps)
             while request.slot >= 0 and self._lacks(request, length) > len(self.pool.free):
                 victim = self.placed()[-1]
-                preempted.append((victim.slot, victim))
+                preempted.append(victim.slot)
                 self._preempt(victim)
             if request.slot >= 0:
                 self._grow(request, length)
@@ -259,6 +273,8 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         self.release(request)
+        preemptions = request.metrics.preemptions + 1
+        request.metrics = dataclasses.replace(request.metrics, preemptions=preemptions)
         at = bisect.bisect([r.number for r in self.waiting], request.number)
         self.waiting.insert(at, request)
 

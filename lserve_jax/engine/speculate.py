@@ -29,7 +29,8 @@ from lserve_jax.engine.state import (
     Sample,
     StepRows,
 )
-from lserve_jax.engine.steps import BURST_OPTIONS, decode_step, empty_burst, sample_rows, verify
+from lserve_jax.engine.steps import BURST_OPTIONS, decode_step, sample_rows, verify
+from lserve_jax.engine.token_rules import TokenRules
 from lserve_jax.model.llama import Params
 
 
@@ -48,6 +49,7 @@ def exact_burst(
     forced: Int[Array, "burst B"],
     num_steps: Int[Array, ""],
     drafts: Int[Array, " B"],
+    rules: TokenRules | None = None,
     *,
     mode: SamplingMode,
     most_drafts: int,
@@ -55,8 +57,9 @@ def exact_burst(
     """``num_steps`` tokens for each of slots 0 to B - 1, or as many as it has until its end.
 
     A row drafts up to ``drafts[b]`` tokens a round, at most the static ``most_drafts`` (K); 0 is a
-    step of dense attention. Rows that have their tokens wait for the others. ``tables`` and
-    ``forced`` are those of ``decode_burst``; no row reads its prefix with others.
+    step of dense attention. Rows that have their tokens wait for the others. ``tables``, ``forced``
+    and ``rules`` are those of ``decode_burst``; no row reads its prefix with others. With rows that
+    take one step a burst, ``num_steps`` is 1.
     """
     burst, B = forced.shape
     whole = state
@@ -77,13 +80,13 @@ def exact_burst(
             attended = jnp.zeros((B,), jnp.float32)
         else:
             tokens, caches, attended = draft_sparse(
-                program, params, caches, state, tables, wanted_tokens, wanted, mode, most_drafts
+                program, params, caches, state, tables, wanted_tokens, wanted, mode, rules
             )
         position, count = state.position, jnp.where(left > 0, wanted + 1, 0)
         logits, caches, keys = verify(
             program, params, caches, tokens, position, count, tables.page_table
         )
-        samples = _sample_places(logits, state, tokens, wanted_tokens, mode)
+        samples = _sample_places(logits, state, tokens, wanted_tokens, mode, rules)
         state, emitted = _confirmed(state, samples.token, tokens, wanted, left)
         caches = [
             confirm(program.spec, cache, k, tables.page_table, position, emitted)
@@ -115,7 +118,7 @@ def exact_burst(
         state, _, result = carry
         return jnp.any(state.active & (result.steps < num_steps))
 
-    result = empty_burst(burst, B, min(mode.top_logprobs, program.config.vocab_size))
+    result = Burst.empty(burst, B, min(mode.top_logprobs, program.config.vocab_size))
     state, caches, result = lax.while_loop(more, one_round, (state, caches, result))
     state = jax.tree.map(lambda full, part: full.at[:B].set(part), whole, state)
     return state, caches, result
@@ -167,10 +170,10 @@ def draft_sparse(
     forced: Int[Array, "B T"],
     wanted: Int[Array, " B"],
     mode: SamplingMode,
-    most_drafts: int,
+    rules: TokenRules | None,
 ) -> tuple[Int[Array, "B T"], Caches, Float[Array, " B"]]:
     """Each row's newest token and ``wanted`` drafts behind it, and what drafting attended."""
-    B = len(state.token)
+    B, most_drafts = len(state.token), forced.shape[1] - 1
     tokens = jnp.zeros((B, most_drafts + 1), jnp.int32).at[:, 0].set(state.token)
     attended = jnp.zeros((B,), jnp.float32)
     if most_drafts == 0:
@@ -185,7 +188,7 @@ def draft_sparse(
         active = i < wanted
         rows = StepRows(token=tokens[:, i], position=state.position + i, active=active, tail=tail)
         logits, caches, _, read = decode_step(program, params, caches, rows, tables, select=select)
-        new = sample_rows(logits, drafting, mode).token
+        new = sample_rows(logits, drafting, mode, rules).token
         new = jnp.where(forced[:, i] >= 0, forced[:, i], new)
         counts = drafting.output_counts
         if counts is not None:
@@ -209,6 +212,7 @@ def _sample_places(
     tokens: Int[Array, "B T"],
     forced: Int[Array, "B T"],
     mode: SamplingMode,
+    rules: TokenRules | None,
 ) -> Sample:
     """What dense attention samples at each place, had all drafts before it been right."""
     B, T, V = logits.shape
@@ -221,7 +225,8 @@ def _sample_places(
         counts = counts + before.reshape(B * T, V)
     generated = rows.generated + jnp.tile(jnp.arange(T), B)
     rows = dataclasses.replace(rows, generated=generated, output_counts=counts)
-    new = sample_rows(logits.reshape(B * T, V), rows, mode)
+    rules = jax.tree.map(lambda x: jnp.repeat(x, T, axis=0), rules)
+    new = sample_rows(logits.reshape(B * T, V), rows, mode, rules)
     new = jax.tree.map(lambda x: x.reshape(B, T, *x.shape[1:]), new)
     return dataclasses.replace(new, token=jnp.where(forced >= 0, forced, new.token))
 

@@ -1,8 +1,10 @@
 """What the jitted steps take and return: the state of decoding, tables, samples, scores."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -132,3 +134,25 @@ class Burst:
     judging: Int[Array, " B"]  # of these, passes over drafts, those of a replay left out
     drafted: Int[Array, " B"]  # tokens that they were given to judge
     confirmed: Int[Array, " B"]  # of these, those that it would have produced too
+
+    @classmethod
+    def empty(cls, steps: int, num_rows: int, num_top: int) -> Self:
+        """Before the first of ``steps`` steps, with ``num_top`` log probabilities each."""
+        nothing = jnp.zeros((num_rows,), jnp.int32)
+        return cls(
+            samples=Sample(
+                token=jnp.full((steps, num_rows), -1, jnp.int32),
+                logprob=jnp.zeros((steps, num_rows), jnp.float32),
+                top_ids=jnp.zeros((steps, num_rows, num_top), jnp.int32),
+                top_logprobs=jnp.zeros((steps, num_rows, num_top), jnp.float32),
+            ),
+            steps=nothing,
+            bypassed=nothing,
+            selections=nothing,
+            scored=nothing,
+            attended=jnp.zeros((num_rows,), jnp.float32),
+            verified=nothing,
+            judging=nothing,
+            drafted=nothing,
+            confirmed=nothing,
+        )

@@ -33,6 +33,7 @@ from lserve_jax.engine.state import (
     StepScores,
     Windows,
 )
+from lserve_jax.engine.token_rules import TokenRules
 from lserve_jax.model.llama import Params, bind
 
 
@@ -83,13 +84,14 @@ def insert(
     state: DecodeState,
     logits: Float[Array, " V"],
     start: SlotStart,
+    rules: TokenRules | None = None,
     *,
     mode: SamplingMode,
 ) -> tuple[DecodeState, Caches, Sample]:
     """Gives a slot to a prefilled prompt and samples its first token from the prompt's logits.
 
-    The slot's row of ``state.sampling`` is set already. Returns the new state, the caches with the
-    slot's decode window filled, and the first sample (one row).
+    The slot's row of ``state.sampling`` is set already. ``rules`` have one row. Returns the new
+    state, the caches with the slot's decode window filled, and the first sample (one row).
     """
     slot = start.slot
     caches = [
@@ -109,7 +111,7 @@ def insert(
         history=None,
     )
     row = jax.tree.map(lambda x: x[slot][None], row)
-    first = sample_rows(logits[None], row, mode)
+    first = sample_rows(logits[None], row, mode, rules)
     token = jnp.where(start.forced >= 0, start.forced, first.token[0])
     stopped = is_stop_token(token[None], row.sampling)[0] | (start.max_tokens <= 1)
     history = state.history
@@ -202,8 +204,10 @@ def write_pages(
     ]
 
 
-def sample_rows(logits: Float[Array, "B V"], state: DecodeState, mode: SamplingMode) -> Sample:
-    """The next token of every row of ``state``."""
+def sample_rows(
+    logits: Float[Array, "B V"], state: DecodeState, mode: SamplingMode, rules: TokenRules | None
+) -> Sample:
+    """The next token of every row of ``state``, as far as ``rules`` allow it."""
     token, logprob = sample(
         logits,
         state.sampling,
@@ -211,6 +215,7 @@ def sample_rows(logits: Float[Array, "B V"], state: DecodeState, mode: SamplingM
         mode=mode,
         output_counts=state.output_counts,
         prompt_mask=state.prompt_mask,
+        rules=rules,
     )
     ids, values = top_logprobs(logits, mode.top_logprobs)
     return Sample(token=token, logprob=logprob, top_ids=ids, top_logprobs=values)
@@ -285,18 +290,20 @@ def verify(
     return model.unembed(hidden), caches, keys
 
 
-def _interval(spec: CacheSpec, step: Callable[..., Any], first: Int[Array, ""], carry: Any) -> Any:
-    """``carry`` after steps ``first`` to ``first + reuse_interval - 1``; the first one selects.
+def _interval(
+    spec: CacheSpec, step: Callable[..., Any], first: Int[Array, ""], carry: Any, *, length: int
+) -> Any:
+    """``carry`` after steps ``first`` to ``first + length - 1``; the first one selects.
 
     ``step(i, carry, select=...)`` runs step i.
     """
     carry = step(first, carry, select=spec.sparsity is not None)
-    if spec.reuse_interval > 1:
+    if length > 1:
         # Bounds known when compiling: XLA asks the device for them after every step otherwise.
         def reuse(n: Array, carry: Any) -> Any:
             return step(first + 1 + n, carry, select=False)
 
-        carry = lax.fori_loop(0, spec.reuse_interval - 1, reuse, carry)
+        carry = lax.fori_loop(0, length - 1, reuse, carry)
     return carry
 
 
@@ -326,19 +333,23 @@ def decode_burst(
     tables: DecodeTables,
     forced: Int[Array, "burst B"],
     num_steps: Int[Array, ""],
+    rules: TokenRules | None = None,
     *,
     mode: SamplingMode,
 ) -> tuple[DecodeState, Caches, Burst]:
     """Up to ``num_steps`` decode steps for slots 0 to B - 1, until all have finished.
 
-    ``tables`` has B rows. Where ``forced`` is not negative, that token is taken instead of a
-    sampled one: a request that begins anew makes the same cache again.
+    ``tables`` and ``rules`` have B rows. Where ``forced`` is not negative, that token is taken
+    instead of a sampled one: a request that begins anew makes the same cache again.
 
     The loop body is one selection step and ``reuse_interval - 1`` steps that reuse it: requests
     start between bursts only, and ``burst`` and ``num_steps`` are multiples of the interval, so
-    every sequence's reuse clock agrees with the loop's and no layer needs a conditional.
+    every sequence's reuse clock agrees with the loop's and no layer needs a conditional. A burst
+    of one step is an interval cut short, for rows that take one step a burst (``rules``). Such rows
+    sit out the other steps of a longer burst: each of their steps is one that selects.
     """
     spec, (burst, num_rows) = program.spec, forced.shape
+    interval = min(spec.reuse_interval, burst)
     whole = state
     state = jax.tree.map(lambda x: x[:num_rows], whole)
     private_start = jnp.zeros((num_rows,), jnp.int32)
@@ -352,6 +363,9 @@ def decode_burst(
 
     def step(i: Array, carry: tuple, *, select: bool) -> tuple:
         state, caches, result = carry
+        waiting = None if rules is None else state.active & rules.stepwise & (i > 0)
+        if waiting is not None:
+            state = dataclasses.replace(state, active=state.active & ~waiting)
         was_active = state.active.astype(jnp.int32)
         pages = (state.position - private_start) // spec.page_size + 1
         rows = StepRows(
@@ -360,7 +374,9 @@ def decode_burst(
         logits, caches, tail, attended = decode_step(
             program, params, caches, rows, tables, select=select
         )
-        state, new = _take_token(state, logits, forced[i], tail, mode)
+        state, new = _take_token(state, logits, forced[i], tail, mode, rules)
+        if waiting is not None:
+            state = dataclasses.replace(state, active=state.active | waiting)
         pruned = spec.prunes(tail).astype(jnp.int32)
         result = dataclasses.replace(
             result,
@@ -375,13 +391,13 @@ def decode_burst(
 
     def body(carry: tuple) -> tuple:
         i, inner = carry
-        return i + spec.reuse_interval, _interval(spec, step, i, inner)
+        return i + interval, _interval(spec, step, i, inner, length=interval)
 
     def more(carry: tuple) -> Array:
         i, (state, _, _) = carry
         return (i < num_steps) & jnp.any(state.active)
 
-    result = empty_burst(burst, num_rows, min(mode.top_logprobs, program.config.vocab_size))
+    result = Burst.empty(burst, num_rows, min(mode.top_logprobs, program.config.vocab_size))
     _, (state, caches, result) = lax.while_loop(
         more, body, (jnp.zeros((), jnp.int32), (state, caches, result))
     )
@@ -395,9 +411,10 @@ def _take_token(
     forced: Int[Array, " B"],
     tail: Int[Array, " B"],
     mode: SamplingMode,
+    rules: TokenRules | None,
 ) -> tuple[DecodeState, Sample]:
     """Samples every row's next token, or takes the forced one; the state that follows it."""
-    new = sample_rows(logits, state, mode)
+    new = sample_rows(logits, state, mode, rules)
     new = dataclasses.replace(new, token=jnp.where(forced >= 0, forced, new.token))
     active = state.active
     generated = state.generated + active.astype(jnp.int32)
@@ -415,27 +432,6 @@ def _take_token(
         output_counts=counts,
     )
     return state, dataclasses.replace(new, token=jnp.where(active, new.token, -1))
-
-
-def empty_burst(burst: int, num_rows: int, num_top: int) -> Burst:
-    nothing = jnp.zeros((num_rows,), jnp.int32)
-    return Burst(
-        samples=Sample(
-            token=jnp.full((burst, num_rows), -1, jnp.int32),
-            logprob=jnp.zeros((burst, num_rows), jnp.float32),
-            top_ids=jnp.zeros((burst, num_rows, num_top), jnp.int32),
-            top_logprobs=jnp.zeros((burst, num_rows, num_top), jnp.float32),
-        ),
-        steps=nothing,
-        bypassed=nothing,
-        selections=nothing,
-        scored=nothing,
-        attended=jnp.zeros((num_rows,), jnp.float32),
-        verified=nothing,
-        judging=nothing,
-        drafted=nothing,
-        confirmed=nothing,
-    )
 
 
 @functools.partial(
@@ -485,7 +481,8 @@ def score_steps(
         return caches, tail, jax.tree.map(lambda x, row: x.at[n].set(row), scores, new)
 
     def interval(number: Array, carry: tuple) -> tuple:
-        return _interval(spec, step, number * spec.reuse_interval, carry)
+        interval = spec.reuse_interval
+        return _interval(spec, step, number * interval, carry, length=interval)
 
     scores = StepScores(
         logprobs=jnp.zeros((N, B)),

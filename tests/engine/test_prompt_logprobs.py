@@ -309,10 +309,10 @@ def test_preempted_in_its_prompt(dense: LLM, chunks: int, monkeypatch: pytest.Mo
     engine.add_request("a", prompt, sampling, seed=0)
     [request] = engine.unfinished.values()
 
-    def preempt(steps: int) -> list[tuple[int, Any]]:
+    def preempt(steps: int) -> list[int]:
         slot = request.slot
         scheduler._preempt(request)
-        return [(slot, request)]
+        return [slot]
 
     for step in range(1, chunks + 1):
         with monkeypatch.context() as patch:
