@@ -71,6 +71,7 @@ class TextDelta:
     output: RequestOutput | None  # with the last delta of the request
     # With the first delta of completion 0, as in ``RequestOutput``.
     prompt_logprobs: list[dict[int, float] | None] | None = None
+    error: Exception | None = None  # with "error", as in ``CompletionOutput``
 
 
 class Completion:
@@ -97,7 +98,7 @@ class Completion:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self._metrics = RequestMetrics()
-        self._error: Exception | None = None
+        self.error: Exception | None = None
 
     def append(self, new: TokenOutput) -> tuple[str, list[int]]:
         """Takes new tokens; returns the text that can be shown now, and the tokens taken.
@@ -121,7 +122,7 @@ class Completion:
                 break
         if not self.finished and new.finish_reason is not None:
             self.finished, self.finish_reason = True, new.finish_reason
-            self._error = new.error
+            self.error = new.error
             if stopped_by_token and self._token_ids[-1] in self.sampling.stop_token_ids:
                 self.stop_reason = self._token_ids[-1]
             if self._stream is not None:
@@ -187,7 +188,7 @@ class Completion:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             metrics=self._metrics,
-            error=self._error,
+            error=self.error,
         )
 
 

@@ -246,6 +246,7 @@ class TextEngine:
             stop_reason=completion.stop_reason,
             output=output,
             prompt_logprobs=new.prompt_logprobs,
+            error=completion.error,
         )
         return [delta]
 

@@ -168,7 +168,7 @@ def request_rules(
         for token in getattr(sampling, name) or ():
             if token >= vocab_size:
                 raise ValueError(
-                    f"token id {token} of {name} is outside the vocabulary [0, {vocab_size})"
+                    f"{name} holds token id {token}, outside the vocabulary [0, {vocab_size})"
                 )
     if sampling.needs_constraint and constraint is None:
         name = "bad_words" if sampling.bad_words else "structured_outputs"

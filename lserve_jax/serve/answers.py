@@ -93,7 +93,8 @@ async def _events(answer: Answer, logged: dict[str, Any]) -> AsyncGenerator[byte
     async with answer.service.run(answer.prompts, samplings, body.deadline) as stream:
         yield b""
         async for position, delta in stream:
-            wire.check_finite(delta.finish_reason)
+            if delta.error is not None:
+                raise delta.error
             completion_tokens += len(delta.token_ids)
             logged["completion_tokens"] = completion_tokens
             if delta.output is not None:

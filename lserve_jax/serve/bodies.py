@@ -26,6 +26,7 @@ _SAMPLING = (
     *("n", "temperature", "top_p", "top_k", "min_p", "seed", "min_tokens", "stop"),
     *("stop_token_ids", "ignore_eos", "repetition_penalty", "presence_penalty"),
     *("frequency_penalty", "skip_special_tokens", "include_stop_str_in_output"),
+    *("logit_bias", "allowed_token_ids", "bad_words"),
 )
 # Each is looked for in every new piece of text.
 _MOST_STOPS = 64
@@ -92,8 +93,26 @@ class GenerationBody(Body):
     frequency_penalty: float = 0.0
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] = []
 
     deadline: Annotated[float, Field(gt=0)] | None = None  # seconds; then it ends as it is
+
+    # What the answer must be; ``response_format.py`` reads these.
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _ids(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or not all(_is_token_id(key) for key in given):
+            raise ValueError("must be an object of numbers by token id")
+        return {int(key): bias for key, bias in given.items()}
 
     def sampling(self, *, max_tokens: int, **more: Any) -> SamplingParams:
         """Raises ``ValueError`` where ``SamplingParams`` does, which names the field first."""
@@ -102,7 +121,7 @@ class GenerationBody(Body):
                 f"stop has {len(self.stop)} strings, at most {_MOST_STOPS} can be", param="stop"
             )
         given = {name: getattr(self, name) for name in _SAMPLING}
-        return SamplingParams(max_tokens=max_tokens, **given, **more)
+        return SamplingParams(max_tokens=max_tokens, **(given | more))
 
     @property
     def wants_usage(self) -> bool:
@@ -123,6 +142,13 @@ class ChatBody(GenerationBody):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     add_generation_prompt: bool | None = None  # None: unless the final message is continued
     continue_final_message: bool = False
+
+    # ``response_format.py`` reads these too; the last two are old names of the first two.
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
+    functions: Any = None
+    function_call: Any = None
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> "ChatBody":
@@ -159,6 +185,11 @@ class CompletionBody(GenerationBody):
             if all(isinstance(p, str) or (p and _is_ids(p)) for p in prompts):
                 return prompts
         raise ValueError("must be text, a list of token ids, or a list of either")
+
+
+def _is_token_id(key: Any) -> bool:
+    """Whether a key of a JSON object is a token id."""
+    return key.isascii() and key.isdecimal() and len(key) < 10
 
 
 def _is_ids(value: Any) -> bool:

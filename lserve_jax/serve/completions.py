@@ -12,6 +12,7 @@ from lserve_jax.serve.answers import Answer, Choice, respond
 from lserve_jax.serve.bodies import CompletionBody
 from lserve_jax.serve.errors import ApiError
 from lserve_jax.serve.http import read_body
+from lserve_jax.serve.response_format import FORMAT_FIELDS, answer_format
 from lserve_jax.serve.service import Service
 from lserve_jax.text_engine import CheckedPrompt
 
@@ -37,6 +38,15 @@ async def completions(request: Request) -> Response:
         prompts.append(await service.prompt(lambda as_prompt=as_prompt: as_prompt))
     max_tokens = _MAX_TOKENS if body.max_tokens is None else body.max_tokens
     scored = body.echo and (body.logprobs is not None or max_tokens == 0)
+    fields = {name: getattr(body, name) for name in FORMAT_FIELDS}
+    asked = answer_format(fields, None, {})
+    sampling = body.sampling(
+        max_tokens=max_tokens,
+        logprobs=body.logprobs,
+        prompt_logprobs=(body.logprobs or 0) if scored else None,
+        structured_outputs=asked.constraint,
+    )
+    await service.compile(sampling, param=asked.source)
     choices = _Choices(service, body, prompts)
     answer = Answer(
         id=wire.new_id("cmpl"),
@@ -45,11 +55,7 @@ async def completions(request: Request) -> Response:
         service=service,
         body=body,
         prompts=prompts,
-        sampling=body.sampling(
-            max_tokens=max_tokens,
-            logprobs=body.logprobs,
-            prompt_logprobs=(body.logprobs or 0) if scored else None,
-        ),
+        sampling=sampling,
         choice=choices.whole,
         chunks=choices.chunks,
     )

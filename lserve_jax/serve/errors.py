@@ -76,6 +76,8 @@ def as_api_error(error: Exception, fields: Collection[str] = ()) -> ApiError:
         return ApiError(str(error), status=503, code="shutting_down")
     if isinstance(error, MemoryError):
         return ApiError(str(error), status=503, code="out_of_memory")
+    if isinstance(error, FloatingPointError):
+        return ApiError(str(error), status=500, code="not_finite")
     if isinstance(error, EngineFailed):
         return ApiError("the engine failed; the request can be sent again", status=500)
     if isinstance(error, ValueError | TypeError):

@@ -113,7 +113,7 @@ async def register_prefix(request: Request) -> Response:
     service.check_model(body.model)
     given = body.prompt
     if given is None:
-        prompt = await chat_prompt(service, body.chat())
+        prompt, _ = await chat_prompt(service, body.chat())
     else:
         as_prompt = given if isinstance(given, str) else {"prompt_token_ids": given}
         prompt = await service.prompt(lambda: as_prompt)

@@ -1,9 +1,11 @@
 """What an answer must be: ``response_format``, tools and vLLM's fields, as one constraint."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from lserve_jax.sampling_params import StructuredOutputs
 from lserve_jax.serve.errors import ApiError
 from lserve_jax.serve.tool_calls import HERMES, ToolFormat, is_function_name
 from lserve_jax.serve.tool_grammar import call_grammar
@@ -19,20 +21,11 @@ _ANY_OBJECT = {"type": "object"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Constraint:
-    """What the text of an answer must be; one field is given. Names as in SamplingParams."""
-
-    json: Mapping[str, Any] | str | None = None  # a JSON schema
-    regex: str | None = None
-    choice: tuple[str, ...] | None = None
-    grammar: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class AnswerFormat:
     """What a request asks of the form of its answer."""
 
-    constraint: Constraint | None
+    constraint: StructuredOutputs | None
+    source: str | None  # the field that asks for the constraint
     tools: list[dict[str, Any]] | None  # for the chat template; None: it shows none
     tool_format: ToolFormat | None  # in which calls are read; None: there are none
 
@@ -52,14 +45,13 @@ def answer_format(
     if len(constraints) > 1:
         first, second = [*constraints][:2]
         _refuse(second, f"cannot be given together with {first}: both say what the answer must be")
-    constraint = next(iter(constraints.values()), None)
+    source, constraint = next(iter(constraints.items()), (None, None))
     functions, tools = _functions(fields)
     choice, name = _tool_choice(fields, functions)
     if choice == "none" or not functions:
-        return AnswerFormat(constraint=constraint, tools=None, tool_format=None)
-    for source in constraints:
-        if source != "response_format":
-            _refuse(source, "cannot be given together with tools: it leaves no room for a call")
+        return AnswerFormat(constraint=constraint, source=source, tools=None, tool_format=None)
+    if source not in (None, "response_format"):
+        _refuse(source, "cannot be given together with tools: it leaves no room for a call")
     parallel = fields.get("parallel_tool_calls", True)
     if not isinstance(parallel, bool):
         _refuse("parallel_tool_calls", f"must be true or false, got {parallel!r:.100}")
@@ -73,8 +65,9 @@ def answer_format(
                 "way, and this model's does not; 'required' or a function's name forces a call",
             )
         if constraint is None:
-            return AnswerFormat(constraint=None, tools=tools, tool_format=form)
-        answer = _object(constraint.json, "response_format")
+            return AnswerFormat(constraint=None, source=None, tools=tools, tool_format=form)
+        assert constraint.json is not None  # of all sources only a response format comes here
+        answer = json.loads(str(constraint.json))
     grammar = call_grammar(
         form or HERMES,  # a model without a format of its own takes what it is forced to
         functions if name is None else {name: functions[name]},
@@ -83,15 +76,18 @@ def answer_format(
         answer=answer,
     )
     return AnswerFormat(
-        constraint=Constraint(grammar=grammar), tools=tools, tool_format=form or HERMES
+        constraint=StructuredOutputs(grammar=grammar),
+        source="tools",
+        tools=tools,
+        tool_format=form or HERMES,
     )
 
 
-def _constraints(fields: Mapping[str, Any]) -> dict[str, Constraint]:
+def _constraints(fields: Mapping[str, Any]) -> dict[str, StructuredOutputs]:
     """What each field asks of the text, apart from tools; fields that ask nothing are left out."""
     found = {}
     if (schema := _response_schema(fields.get("response_format"))) is not None:
-        found["response_format"] = Constraint(json=schema)
+        found["response_format"] = _constraint("json", schema, "response_format")
     for name in _CONSTRAINTS:
         field = f"guided_{name}"
         if field in fields:
@@ -132,7 +128,7 @@ def _response_schema(given: Any) -> Mapping[str, Any] | None:
     return _object(described.get("schema"), f"{where}.json_schema.schema")
 
 
-def _constraint(name: str, value: Any, where: str) -> Constraint:
+def _constraint(name: str, value: Any, where: str) -> StructuredOutputs:
     if name == "choice":
         if not isinstance(value, list) or not value or not all(isinstance(x, str) for x in value):
             _refuse(where, f"must be a list of texts, got {value!r:.100}")
@@ -141,7 +137,10 @@ def _constraint(name: str, value: Any, where: str) -> Constraint:
         kind = "a JSON schema" if name == "json" else "text"
         _refuse(where, f"must be {kind}, got {value!r:.100}")
     given: dict[str, Any] = {name: value}
-    return Constraint(**given)
+    try:
+        return StructuredOutputs(**given)
+    except ValueError as error:
+        _refuse(where, f"cannot be followed: {error}")
 
 
 def _functions(

@@ -27,7 +27,8 @@ AS_IN_CHATS = frozenset(
     {
         *("temperature", "top_p", "top_k", "min_p", "seed", "min_tokens", "stop", "stop_token_ids"),
         *("ignore_eos", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-        *("skip_special_tokens", "include_stop_str_in_output", "deadline"),
+        *("skip_special_tokens", "include_stop_str_in_output", "deadline", "logit_bias"),
+        *("allowed_token_ids", "bad_words"),
     }
 )
 # They steer what no model here has, or how events are padded.
@@ -73,14 +74,22 @@ class ResponsesBody(Body):
     def _text_only(self) -> "ResponsesBody":
         if self.tools or self.tool_choice not in ("auto", "none"):
             raise ApiError("tools are not served here: use /v1/chat/completions", param="tools")
-        kind = self.text.get("format") or {"type": "text"}
-        if kind != {"type": "text"}:
+        return self
+
+    @property
+    def text_format(self) -> Mapping[str, Any]:
+        """What the text must be. Raises ``ApiError`` where it is no format."""
+        given = self.text.get("format") or {"type": "text"}
+        kind = given.get("type") if isinstance(given, Mapping) else None
+        if kind not in ("text", "json_object", "json_schema"):
             raise ApiError(
-                "a text.format other than {'type': 'text'} is not served here: use "
-                "/v1/chat/completions",
+                "text.format must be an object of the type 'text', 'json_object' or "
+                f"'json_schema', got {given!r:.100}",
                 param="text.format",
             )
-        return self
+        if kind == "json_schema" and not isinstance(given.get("schema"), Mapping):
+            raise ApiError("text.format.schema must be an object", param="text.format.schema")
+        return given
 
     @property
     def wants_logprobs(self) -> bool:
@@ -96,7 +105,12 @@ class ResponsesBody(Body):
         else:
             messages += [_message(item, f"input[{i}]") for i, item in enumerate(self.input)]
         passed = {k: v for k, v in (self.model_extra or {}).items() if k in AS_IN_CHATS}
-        return ChatBody.model_validate({**passed, "model": self.model, "messages": messages})
+        form = self.text_format
+        if form["type"] == "json_schema":
+            form = {"type": "json_schema", "json_schema": {"schema": form["schema"]}}
+        return ChatBody.model_validate(
+            {**passed, "model": self.model, "messages": messages, "response_format": form}
+        )
 
 
 def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -126,11 +140,14 @@ async def responses(request: Request) -> Response:
     body = await read_body(request, ResponsesBody, service.options.max_body_bytes)
     service.check_model(body.model)
     chat = body.chat()
-    prompt = await chat_prompt(service, chat)
+    prompt, asked = await chat_prompt(service, chat)
     most = body.max_output_tokens or service.max_tokens(prompt, param="input")
     sampling = chat.sampling(
-        max_tokens=most, logprobs=(body.top_logprobs or 0) if body.wants_logprobs else None
+        max_tokens=most,
+        logprobs=(body.top_logprobs or 0) if body.wants_logprobs else None,
+        structured_outputs=asked.constraint,
     )
+    await service.compile(sampling, param="text.format")
     reply = _Reply(service, body, chat, prompt, sampling)
     log_fields(request).update(id=reply.id, prompt_tokens=len(prompt.ids))
     if body.stream:
@@ -192,7 +209,8 @@ class _Reply:
         yield self._event("response.content_part.added", **place, part=_text_part("", []))
         text, logprobs, tokens, output = "", [], 0, None
         async for _, delta in stream:
-            wire.check_finite(delta.finish_reason)
+            if delta.error is not None:
+                raise delta.error
             tokens += len(delta.token_ids)
             logged["completion_tokens"] = tokens
             new = self._logprobs(delta.token_ids, delta.logprobs)
@@ -253,7 +271,7 @@ class _Reply:
             "temperature": self._chat.temperature,
             "top_p": self._chat.top_p,
             "top_logprobs": body.top_logprobs or 0,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": body.text_format},
             "tools": [],
             "tool_choice": body.tool_choice,
             "parallel_tool_calls": body.parallel_tool_calls,

@@ -5,12 +5,14 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from lserve_jax.async_engine import AsyncEngine
 from lserve_jax.outputs import RequestOutput, TextDelta
 from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.serve.errors import ApiError
 from lserve_jax.serve.metrics import Metrics
+from lserve_jax.serve.tool_calls import ToolFormat, detect_tool_format
 from lserve_jax.text_engine import CheckedPrompt, Prompt
 from lserve_jax.tokenizer import Tokenizer
 
@@ -65,6 +67,12 @@ class Service:
             raise ApiError("the model has no tokenizer: give token ids to /v1/completions")
         return self.engine.text.tokenizer
 
+    @cached_property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model's chat template writes tool calls; None if that is not known."""
+        template = self.tokenizer.tool_template or self.tokenizer.chat_template
+        return None if template is None else detect_tool_format(template)
+
     def check_model(self, name: str | None) -> None:
         """Raises ``ApiError`` for a model that is not served here."""
         if name is not None and name not in self.options.model_names:
@@ -88,6 +96,20 @@ class Service:
             return CheckedPrompt(text=prompt.get("prompt"), ids=text.token_ids(prompt))
 
         return await asyncio.to_thread(checked)
+
+    async def compile(self, sampling: SamplingParams, *, param: str | None) -> None:
+        """Makes the masks of what an answer must be, beside the event loop: the engine's thread
+        finds them made.
+
+        Raises ``ApiError`` with ``param``, the field that asks for it, where it cannot be followed.
+        """
+        if not sampling.needs_constraint:
+            return
+        try:
+            await asyncio.to_thread(self.engine.text.constraints.make, sampling)
+        except ValueError as error:
+            where = "" if param is None else f"{param}: "
+            raise ApiError(f"{where}{error}", param=param) from None
 
     def max_tokens(self, prompt: CheckedPrompt, *, param: str) -> int:
         """How long an answer may be that asks for no length: what model and cache have room for.
@@ -139,16 +161,11 @@ class Service:
 
 
 async def outputs(stream: AsyncIterable[tuple[int, TextDelta]]) -> list[RequestOutput]:
-    """Of all its requests, in their order. Raises ``ApiError`` for logits that are not finite."""
+    """Of all its requests, in their order. Raises the error of one that ended with an error."""
     done: dict[int, RequestOutput] = {}
     async for position, delta in stream:
         if delta.output is not None:
-            done[position] = checked_output(delta.output)
+            done[position] = delta.output
+        if delta.error is not None:
+            raise delta.error
     return [done[position] for position in sorted(done)]
-
-
-def checked_output(output: RequestOutput) -> RequestOutput:
-    """Raises ``ApiError`` for logits that are not finite."""
-    if output.error is not None:
-        raise ApiError(output.error, status=500, code="not_finite")
-    return output

@@ -22,6 +22,7 @@ class TextBody(Body):
 
     model: str | None = None
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    tools: Any = None  # of the conversation
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
 
@@ -33,7 +34,7 @@ class TextBody(Body):
 
     def chat(self) -> ChatBody:
         """The conversation, as chats take it."""
-        given = ("messages", "add_generation_prompt", "continue_final_message")
+        given = ("messages", "tools", "add_generation_prompt", "continue_final_message")
         return ChatBody.model_validate({name: getattr(self, name) for name in given})
 
 
@@ -69,7 +70,7 @@ async def tokenize(request: Request) -> Response:
     service.check_model(body.model)
     tokenizer = service.tokenizer
     if body.prompt is None:
-        ids = (await chat_prompt(service, body.chat())).ids.ids.tolist()
+        ids = (await chat_prompt(service, body.chat()))[0].ids.ids.tolist()
     else:
         special = body.add_special_tokens is not False
         ids = await asyncio.to_thread(tokenizer.encode, body.prompt, special)

@@ -9,7 +9,6 @@ from typing import Any
 import tokenizers
 
 from lserve_jax.outputs import RequestOutput
-from lserve_jax.serve.errors import ApiError
 from lserve_jax.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
@@ -35,12 +34,6 @@ def finish_reason(reason: str | None) -> str | None:
 def stop_reason(reason: str | None, stopped_by: int | str | None) -> int | str | None:
     """vLLM's field: the stop string or token id; here also "deadline"."""
     return "deadline" if reason == "deadline" else stopped_by
-
-
-def check_finite(reason: str | None) -> None:
-    """Raises ``ApiError`` for a completion that ended because its logits are not finite."""
-    if reason == "error":
-        raise ApiError("the model's logits are not finite", status=500, code="not_finite")
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> dict[str, Any]:

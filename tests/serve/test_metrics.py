@@ -49,7 +49,7 @@ def served() -> Iterator[Served]:
 
 
 def families(served: Served) -> dict:
-    text = httpx.get(f"{served.url}/metrics").text
+    text = httpx.get(f"{served.url}/metrics", timeout=None).text
     return {family.name: family for family in text_string_to_metric_families(text)}
 
 
@@ -178,7 +178,9 @@ def test_a_full_queue_is_counted(served, client):
 
 def test_a_prefix_shows_in_hits_and_pages(served, client):
     prompt = served.llm.chat_prompt([{"role": "user", "content": "a" * 200}])["prompt_token_ids"]
-    card = httpx.post(f"{served.url}/v1/prefixes", json={"prompt": prompt[:-20]}).json()
+    card = httpx.post(
+        f"{served.url}/v1/prefixes", json={"prompt": prompt[:-20]}, timeout=None
+    ).json()
     assert samples(served)["num_pages_pinned"] == card["pages"]
     client.chat.completions.create(
         model=MODEL, messages=[{"role": "user", "content": "a" * 200}], max_tokens=1
@@ -201,7 +203,7 @@ def test_exact_mode_counts_its_drafts():
 
 
 def test_head_is_answered_without_a_body(served):
-    answer = httpx.head(f"{served.url}/metrics")
+    answer = httpx.head(f"{served.url}/metrics", timeout=None)
     assert answer.status_code == 200
     assert answer.content == b""
     assert answer.headers["content-type"].startswith("text/plain")
@@ -209,7 +211,7 @@ def test_head_is_answered_without_a_body(served):
 
 def test_openmetrics_where_it_is_asked_for(served):
     accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
-    answer = httpx.get(f"{served.url}/metrics", headers=accept)
+    answer = httpx.get(f"{served.url}/metrics", headers=accept, timeout=None)
     assert answer.headers["content-type"].startswith("application/openmetrics-text")
     assert answer.text.endswith("# EOF\n")
 

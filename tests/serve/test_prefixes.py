@@ -20,7 +20,7 @@ def served() -> Iterator[Served]:
 
 @pytest.fixture
 def prefixes(served: Served) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=served.url) as client:
+    with httpx.Client(base_url=served.url, timeout=None) as client:
         yield client
 
 
@@ -123,5 +123,8 @@ def test_no_more_are_held_than_there_is_room_for(prefixes):
 def test_they_need_a_key_where_there_are_keys():
     with serve(tiny_llm(), api_keys=("secret",)) as served:
         url = f"{served.url}/v1/prefixes"
-        assert httpx.get(url).status_code == 401
-        assert httpx.get(url, headers={"Authorization": "Bearer secret"}).status_code == 200
+        assert httpx.get(url, timeout=None).status_code == 401
+        assert (
+            httpx.get(url, headers={"Authorization": "Bearer secret"}, timeout=None).status_code
+            == 200
+        )

@@ -4,14 +4,15 @@ import json
 
 import pytest
 
+from lserve_jax.sampling_params import StructuredOutputs
 from lserve_jax.serve.errors import ApiError
-from lserve_jax.serve.response_format import AnswerFormat, Constraint, answer_format
+from lserve_jax.serve.response_format import FORMAT_FIELDS, AnswerFormat, answer_format
 from lserve_jax.serve.tool_calls import HERMES, LLAMA3_JSON, ToolFormat
 from lserve_jax.serve.tool_grammar import call_grammar
 
 SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}}
 JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}
-NOTHING = AnswerFormat(constraint=None, tools=None, tool_format=None)
+NOTHING = AnswerFormat(constraint=None, source=None, tools=None, tool_format=None)
 
 
 def tool(name: str, **function: object) -> dict:
@@ -43,28 +44,34 @@ def named(name: object) -> dict:
         ({}, None),
         ({"response_format": None, "tools": None, "tool_choice": None}, None),
         ({"response_format": {"type": "text"}}, None),
-        ({"response_format": {"type": "json_object"}}, Constraint(json={"type": "object"})),
-        ({"response_format": JSON_SCHEMA}, Constraint(json=SCHEMA)),
-        ({"guided_json": SCHEMA}, Constraint(json=SCHEMA)),
-        ({"guided_json": json.dumps(SCHEMA)}, Constraint(json=json.dumps(SCHEMA))),
-        ({"guided_regex": "[ab]+"}, Constraint(regex="[ab]+")),
-        ({"guided_choice": ["yes", "no"]}, Constraint(choice=("yes", "no"))),
-        ({"guided_grammar": 'start: "a"'}, Constraint(grammar='start: "a"')),
-        ({"structured_outputs": {"regex": "a", "json": None}}, Constraint(regex="a")),
+        ({"response_format": {"type": "json_object"}}, StructuredOutputs(json={"type": "object"})),
+        ({"response_format": JSON_SCHEMA}, StructuredOutputs(json=SCHEMA)),
+        ({"guided_json": SCHEMA}, StructuredOutputs(json=SCHEMA)),
+        ({"guided_json": json.dumps(SCHEMA)}, StructuredOutputs(json=json.dumps(SCHEMA))),
+        ({"guided_regex": "[ab]+"}, StructuredOutputs(regex="[ab]+")),
+        ({"guided_choice": ["yes", "no"]}, StructuredOutputs(choice=("yes", "no"))),
+        ({"guided_grammar": 'start: "a"'}, StructuredOutputs(grammar='start: "a"')),
+        ({"structured_outputs": {"regex": "a", "json": None}}, StructuredOutputs(regex="a")),
         (
             {"structured_outputs": {"choice": ["a"], "json_object": False}},
-            Constraint(choice=("a",)),
+            StructuredOutputs(choice=("a",)),
         ),
-        ({"structured_outputs": {"json_object": True}}, Constraint(json={"type": "object"})),
+        ({"structured_outputs": {"json_object": True}}, StructuredOutputs(json={"type": "object"})),
         # Nothing is contradictory about tools that cannot be called.
         ({"tools": [], "tool_choice": "auto"}, None),
         ({"tool_choice": "none", "parallel_tool_calls": False}, None),
-        ({"tools": TOOLS, "tool_choice": "none", "guided_regex": "a"}, Constraint(regex="a")),
-        ({"response_format": {"type": "text"}, "guided_regex": "a"}, Constraint(regex="a")),
+        (
+            {"tools": TOOLS, "tool_choice": "none", "guided_regex": "a"},
+            StructuredOutputs(regex="a"),
+        ),
+        ({"response_format": {"type": "text"}, "guided_regex": "a"}, StructuredOutputs(regex="a")),
     ],
 )
 def test_one_field_says_what_the_answer_must_be(fields, constraint):
-    expected = AnswerFormat(constraint=constraint, tools=None, tool_format=None)
+    source = None
+    if constraint is not None:
+        [source] = [n for n in FORMAT_FIELDS if fields.get(n) not in (None, {"type": "text"})]
+    expected = AnswerFormat(constraint=constraint, source=source, tools=None, tool_format=None)
     assert asked(**fields) == expected
     assert asked(None, **fields) == expected
 
@@ -73,7 +80,7 @@ def test_one_field_says_what_the_answer_must_be(fields, constraint):
 
 
 def test_a_model_may_call_tools_or_not():
-    expected = AnswerFormat(constraint=None, tools=SHOWN, tool_format=LLAMA3_JSON)
+    expected = AnswerFormat(constraint=None, source=None, tools=SHOWN, tool_format=LLAMA3_JSON)
     assert asked(tools=TOOLS) == asked(tools=TOOLS, tool_choice="auto") == expected
     assert asked(tools=TOOLS, parallel_tool_calls=False) == expected
 
@@ -84,7 +91,10 @@ def test_a_call_is_forced(parallel):
         LLAMA3_JSON, FUNCTIONS, parallel=parallel is not False, control_tokens={}
     )
     expected = AnswerFormat(
-        constraint=Constraint(grammar=grammar), tools=SHOWN, tool_format=LLAMA3_JSON
+        constraint=StructuredOutputs(grammar=grammar),
+        source="tools",
+        tools=SHOWN,
+        tool_format=LLAMA3_JSON,
     )
     given = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": parallel}
     assert asked(**given) == expected
@@ -96,7 +106,10 @@ def test_one_function_is_forced_and_called_once():
     grammar = call_grammar(LLAMA3_JSON, {"g": FUNCTIONS["g"]}, parallel=False, control_tokens={})
     got = asked(tools=TOOLS, tool_choice=named("g"), parallel_tool_calls=True)
     assert got == AnswerFormat(
-        constraint=Constraint(grammar=grammar), tools=SHOWN, tool_format=LLAMA3_JSON
+        constraint=StructuredOutputs(grammar=grammar),
+        source="tools",
+        tools=SHOWN,
+        tool_format=LLAMA3_JSON,
     )
 
 
@@ -112,7 +125,7 @@ def test_a_model_without_a_format_can_be_forced_only():
     got = asked(None, tools=TOOLS, tool_choice="required")
     assert got.tool_format == HERMES
     grammar = call_grammar(HERMES, FUNCTIONS, parallel=True, control_tokens={})
-    assert got.constraint == Constraint(grammar=grammar)
+    assert got.constraint == StructuredOutputs(grammar=grammar)
     with pytest.raises(ApiError, match="need a chat template that shows tool calls") as error:
         asked(None, tools=TOOLS)
     assert error.value.param == "tools"
@@ -121,7 +134,7 @@ def test_a_model_without_a_format_can_be_forced_only():
 def test_tools_beside_a_response_format_leave_the_choice():
     answer = call_grammar(LLAMA3_JSON, FUNCTIONS, parallel=False, control_tokens={}, answer=SCHEMA)
     got = asked(tools=TOOLS, parallel_tool_calls=False, response_format=JSON_SCHEMA)
-    assert got.constraint == Constraint(grammar=answer)
+    assert got.constraint == StructuredOutputs(grammar=answer)
 
 
 def test_markers_are_the_tokens_of_the_tokenizer():

@@ -181,7 +181,9 @@ def test_what_clients_send_that_changes_nothing_is_taken(client):
         ("background", True, "background"),
         ("truncation", "auto", "truncation"),
         ("tools", [{"type": "web_search"}], "tools"),
-        ("text", {"format": {"type": "json_object"}}, "text.format"),
+        ("text", {"format": {"type": "xml"}}, "text.format"),
+        ("text", {"format": {"type": "json_schema"}}, "text.format.schema"),
+        ("text", {"format": {"type": "json_schema", "schema": {"type": 5}}}, "text.format"),
         ("temperature", -1, "temperature"),
         ("max_output_tokens", 0, "max_output_tokens"),
         ("max_tokens", 3, "max_tokens"),
@@ -197,7 +199,7 @@ def test_what_clients_send_that_changes_nothing_is_taken(client):
 )
 def test_what_cannot_be_served_is_refused_by_name(served, field, value, param):
     body = {"model": MODEL, "input": "Hello.", "stream": True} | {field: value}
-    answer = httpx.post(f"{served.url}/v1/responses", json=body)
+    answer = httpx.post(f"{served.url}/v1/responses", json=body, timeout=None)
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert error["param"] is not None and error["param"].startswith(param), error

@@ -50,9 +50,9 @@ def running(*options: str, env: dict[str, str] | None = None) -> Iterator[tuple]
 def test_it_serves_logs_and_finishes_what_runs_at_its_end(checkpoint):
     with running("--model", checkpoint, env={"LSERVE_API_KEY": "sesame"}) as (process, url):
         key = {"Authorization": "Bearer sesame"}
-        models = httpx.get(f"{url}/v1/models", headers=key).json()["data"]
+        models = httpx.get(f"{url}/v1/models", headers=key, timeout=None).json()["data"]
         assert [model["id"] for model in models] == ["tiny"]  # not where it lies
-        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert httpx.get(f"{url}/v1/models", timeout=None).status_code == 401
         body = {"prompt": "A secret", "max_tokens": 200, "ignore_eos": True, "stream": True}
         with httpx.stream(
             "POST", f"{url}/v1/completions", json=body, headers=key, timeout=None
@@ -63,7 +63,7 @@ def test_it_serves_logs_and_finishes_what_runs_at_its_end(checkpoint):
             assert "data: [DONE]" in list(lines)
         with pytest.raises(httpx.ConnectError):
             for _ in range(1000):  # it stops listening at once; the signal may not be heard yet
-                httpx.get(f"{url}/health")
+                httpx.get(f"{url}/health", timeout=None)
         log = process.stderr.read()
         process.wait()
     assert process.returncode in (0, -signal.SIGTERM)

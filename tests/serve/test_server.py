@@ -206,20 +206,22 @@ def test_nulls_and_harmless_fields_are_taken(served):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b'{"prompt": NaN}'])
 def test_what_is_no_json_object_is_refused(served, content):
-    answer = httpx.post(f"{served.url}/v1/completions", content=content)
+    answer = httpx.post(f"{served.url}/v1/completions", content=content, timeout=None)
     assert answer.status_code == 400 and answer.json()["error"]["message"]
 
 
 def test_deep_json_is_refused(served):
     content = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
-    assert httpx.post(f"{served.url}/v1/completions", content=content).status_code == 400
+    assert (
+        httpx.post(f"{served.url}/v1/completions", content=content, timeout=None).status_code == 400
+    )
 
 
 def test_errors_of_routes_and_models(served, client):
     for answer, status in (
-        (httpx.get(f"{served.url}/nowhere"), 404),
-        (httpx.delete(f"{served.url}/v1/completions"), 405),
-        (httpx.get(f"{served.url}/v1/models/other"), 404),
+        (httpx.get(f"{served.url}/nowhere", timeout=None), 404),
+        (httpx.delete(f"{served.url}/v1/completions", timeout=None), 405),
+        (httpx.get(f"{served.url}/v1/models/other", timeout=None), 404),
     ):
         assert answer.status_code == status and answer.json()["error"]["message"]
     with pytest.raises(openai.NotFoundError, match="other") as error:
@@ -231,14 +233,14 @@ def test_models_health_version(served, client):
     (model,) = client.models.list().data
     assert model.id == MODEL and model.max_model_len == 1024
     assert client.models.retrieve(MODEL).id == MODEL
-    assert httpx.get(f"{served.url}/health").status_code == 200
-    assert httpx.get(f"{served.url}/version").json()["version"]
+    assert httpx.get(f"{served.url}/health", timeout=None).status_code == 200
+    assert httpx.get(f"{served.url}/version", timeout=None).json()["version"]
 
 
 def test_a_request_keeps_its_id_and_a_bad_one_gets_a_new_one(served):
-    given = httpx.get(f"{served.url}/health", headers={"X-Request-Id": "abc-1"})
+    given = httpx.get(f"{served.url}/health", headers={"X-Request-Id": "abc-1"}, timeout=None)
     assert given.headers["x-request-id"] == "abc-1"
-    other = httpx.get(f"{served.url}/health", headers={"X-Request-Id": 'a" b'})
+    other = httpx.get(f"{served.url}/health", headers={"X-Request-Id": 'a" b'}, timeout=None)
     assert other.headers["x-request-id"] not in ('a" b', "")
 
 
@@ -248,22 +250,22 @@ def test_keys_bounds_and_a_full_queue():
     ) as served:
         url = f"{served.url}/v1/completions"
         body = {"prompt": "x", "max_tokens": 2}
-        assert httpx.get(f"{served.url}/health").status_code == 200
+        assert httpx.get(f"{served.url}/health", timeout=None).status_code == 200
         for headers in ({}, {"Authorization": "Bearer three"}, {"Authorization": "one"}):
-            answer = httpx.post(url, json=body, headers=headers)
+            answer = httpx.post(url, json=body, headers=headers, timeout=None)
             assert answer.status_code == 401
             assert answer.json()["error"]["code"] == "invalid_api_key"
         key = {"Authorization": "Bearer two"}
         assert httpx.post(url, json=body, headers=key, timeout=None).status_code == 200
-        long = httpx.post(url, json={"prompt": "x" * 4000}, headers=key)
+        long = httpx.post(url, json={"prompt": "x" * 4000}, headers=key, timeout=None)
         assert long.status_code == 413
 
         def pieces():
             for _ in range(100):
                 yield b"x" * 100
 
-        assert httpx.post(url, content=pieces(), headers=key).status_code == 413
-        too_many = httpx.post(url, json={**body, "n": 3}, headers=key)
+        assert httpx.post(url, content=pieces(), headers=key, timeout=None).status_code == 413
+        too_many = httpx.post(url, json={**body, "n": 3}, headers=key, timeout=None)
         assert too_many.status_code == 400
         # Two run or wait: the third is refused, and told when to come again.
         slow = {"prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": True}
@@ -272,7 +274,7 @@ def test_keys_bounds_and_a_full_queue():
             httpx.stream("POST", url, json=slow, headers=key, timeout=None) as second,
         ):
             assert first.status_code == second.status_code == 200
-            answer = httpx.post(url, json=body, headers=key)
+            answer = httpx.post(url, json=body, headers=key, timeout=None)
             assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
         assert httpx.post(url, json=body, headers=key, timeout=None).status_code in (200, 429)
 

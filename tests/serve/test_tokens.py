@@ -8,7 +8,7 @@ CHAT = [{"role": "user", "content": "Hello, sea."}]
 
 
 def post(served: Served, path: str, **body) -> httpx.Response:
-    return httpx.post(f"{served.url}{path}", json=body)
+    return httpx.post(f"{served.url}{path}", json=body, timeout=None)
 
 
 def test_a_text_becomes_the_tokenizers_ids_and_comes_back(served):
@@ -57,7 +57,7 @@ def test_what_is_wrong_is_named(served, path, body, words):
 
 
 def test_what_the_tokenizer_is(served):
-    info = httpx.get(f"{served.url}/tokenizer_info").json()
+    info = httpx.get(f"{served.url}/tokenizer_info", timeout=None).json()
     assert info["eos_token"] == "<|im_end|>"
     assert info["bos_token"] is None
     assert info["chat_template"] == TEMPLATE
