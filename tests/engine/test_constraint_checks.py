@@ -89,8 +89,8 @@ def test_structured_outputs_are_values() -> None:
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
-        ({"logit_bias": {VOCAB: 1}}, r"token id 288 of logit_bias is outside .* \[0, 288\)"),
-        ({"allowed_token_ids": [1, 999]}, "token id 999 of allowed_token_ids is outside"),
+        ({"logit_bias": {VOCAB: 1}}, r"logit_bias holds token id 288, outside .* \[0, 288\)"),
+        ({"allowed_token_ids": [1, 999]}, "allowed_token_ids holds token id 999, outside"),
         (
             {"allowed_token_ids": [7], "min_tokens": 2, "stop_token_ids": [7]},
             "leave no token to begin with before min_tokens=2",
