@@ -1,6 +1,7 @@
 # make generate PROMPT="…"   prints what the model says      [MODEL=… ARGS="--max-tokens 64 …"]
 # make test                  runs the tests                  [TESTS=tests/engine ARGS="-k …"]
 # make lint                  ruff and pyrefly
+# make docs                  makes the API reference     in .cache/reference
 # make clean                 removes the environment and caches that the above made
 #
 # Each makes what it needs first and skips what is done already: a virtual environment with this
@@ -22,7 +23,9 @@ python      := $(VENV)/bin/python
 run_ready   := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
 test_ready  := $(VENV)/.ready-$(subst $(comma),-,$(test_extras))
 
-.PHONY: generate test lint clean
+docs_ready  := $(VENV)/.ready-docs
+
+.PHONY: generate test lint docs clean
 
 # The prompt travels as an environment variable, as given: quotes and dollars in it are text.
 generate: export prompt_text := $(value PROMPT)
@@ -38,6 +41,9 @@ lint: $(test_ready)
 	@$(python) -m ruff format --check .
 	@$(VENV)/bin/pyrefly check --python-interpreter-path $(python)
 
+docs: $(docs_ready)
+	@$(python) -m mkdocs --quiet build --strict
+
 clean:
 	rm -rf .venv .venv-* $(VENV) .cache
 
@@ -48,7 +54,8 @@ $(VENV)/.made:
 
 $(run_ready): extras := $(EXTRAS)
 $(test_ready): extras := $(test_extras)
-$(run_ready) $(test_ready): pyproject.toml $(VENV)/.made
+$(docs_ready): extras := docs
+$(run_ready) $(test_ready) $(docs_ready): pyproject.toml $(VENV)/.made
 	@echo "Installing lserve-jax$(if $(extras),[$(extras)]) into $(VENV)" >&2
 	@$(python) -m pip install --quiet --editable ".$(if $(extras),[$(extras)])" $(PINS)
 	@touch $@

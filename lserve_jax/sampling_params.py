@@ -104,8 +104,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True  # leave special tokens out of the text
     include_stop_str_in_output: bool = False
-    # What may be generated at all.
-    # Added to the logits of these ids; -100 to 100. A mapping has no hash.
+    # Added to the logits of these token ids; -100 to 100. Left out of the hash: a mapping has none.
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     allowed_token_ids: Sequence[int] | None = None  # no other tokens; kept as tuple
     # Never generated, with or without a space in front, in the tokens that the tokenizer makes of
