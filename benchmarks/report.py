@@ -250,7 +250,7 @@ def serving_table(result: dict) -> str:
         kind = f"prefix_repetition, {result['num_prefixes']} prefixes {held}"
     limits = ", ".join(result["goodput"]) or "none given"
     lines = [
-        f"Written by `benchmarks/serving.py`: {result['model']}, {result['dtype']}, "
+        f"Written by `benchmarks/serving.py`, over HTTP: {result['model']}, {result['dtype']}, "
         f"{result['attention']}, {kind},",
         f"relay={result['relay']}, {shapes} prompt tokens, {result['output_len']} new ones, "
         f"{result['max_num_seqs']} at a time,",
@@ -282,7 +282,30 @@ def serving_table(result: dict) -> str:
             if row[metric] is not None:
                 cells = " | ".join(f"{value:.1f}" for value in row[metric].values())
                 lines.append(f"| {row['request_rate']} | {metric.upper()} | {cells} |")
+    if "offline" in result:
+        lines += ["", *offline_lines(result["offline"], result["num_prompts"])]
     return "\n".join(lines) + "\n"
+
+
+def offline_lines(offline: dict, prompts: int) -> list[str]:
+    """The server beside ``LLM.generate``, pair by pair."""
+    pairs = offline["pairs"]
+    ratios = [pair["server"] / pair["offline"] for pair in pairs]
+    rows = [("server, tokens/s", [pair["server"] for pair in pairs], 1)]
+    rows.append(("`LLM.generate`, tokens/s", [pair["offline"] for pair in pairs], 1))
+    rows.append(("server / `LLM.generate`", ratios, 3))
+    lines = [
+        "The same prompts all at once through the server and by `LLM.generate`, in turns; "
+        f"{len(pairs)} pairs,",
+        f"{offline['same_answers']} of {prompts} answers are the same.",
+        "",
+        "| | median | lowest | highest |",
+        "|---|---|---|---|",
+    ]
+    for name, values, digits in rows:
+        cells = (f"{x:.{digits}f}" for x in (median(values), min(values), max(values)))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def serving_plot(result: dict, path: Path) -> None:
