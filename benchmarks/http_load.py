@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -45,9 +47,16 @@ class Timeline:
         return np.diff(self.times).tolist()
 
 
+def cpu_seconds(process: int) -> float:
+    """What a process has used of all cores."""
+    # Behind its name, in parentheses: fields 14 and 15 of proc(5), in clock ticks.
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @contextlib.contextmanager
-def server(options: Sequence[str]) -> Iterator[str]:
-    """``python -m lserve_jax.serve`` at a free port of this machine; yields its URL.
+def server(options: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """``python -m lserve_jax.serve`` at a free port of this machine: (its URL, its process).
 
     Raises ``RuntimeError``, with what it said, if it ends before it listens.
     """
@@ -65,7 +74,7 @@ def server(options: Sequence[str]) -> Iterator[str]:
             # Its log would fill the pipe, and it would wait for a reader.
             reader = threading.Thread(target=process.stderr.read)
             reader.start()
-            yield said[-1].split()[-1]
+            yield said[-1].split()[-1], process.pid
         finally:
             process.terminate()
         reader.join()

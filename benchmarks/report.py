@@ -290,10 +290,17 @@ def serving_table(result: dict) -> str:
 def offline_lines(offline: dict, prompts: int) -> list[str]:
     """The server beside ``LLM.generate``, pair by pair."""
     pairs = offline["pairs"]
-    ratios = [pair["server"] / pair["offline"] for pair in pairs]
-    rows = [("server, tokens/s", [pair["server"] for pair in pairs], 1)]
-    rows.append(("`LLM.generate`, tokens/s", [pair["offline"] for pair in pairs], 1))
-    rows.append(("server / `LLM.generate`", ratios, 3))
+
+    def of(side: str, what: str) -> list[float]:
+        return [pair[side][what] for pair in pairs]
+
+    rows = []
+    for what, shown in (("tokens_per_second", "tokens/s"), ("cpu", "seconds of CPU")):
+        server, alone = of("server", what), of("offline", what)
+        ratios = [a / b for a, b in zip(server, alone, strict=True)]
+        rows.append((f"server, {shown}", server, 1))
+        rows.append((f"`LLM.generate`, {shown}", alone, 1))
+        rows.append((f"server / `LLM.generate`, {shown}", ratios, 3))
     lines = [
         "The same prompts all at once through the server and by `LLM.generate`, in turns; "
         f"{len(pairs)} pairs,",

@@ -24,7 +24,9 @@ An arrival counts from its planned time, so what the client takes to send is par
 
 With ``--compare-offline`` the same prompts run all at once through the server and through
 ``LLM.generate`` in this process, in turns, so that what else the machine does meets both; the first
-pair is not timed. On a GPU both hold the model: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.45.
+pair is not timed. Beside tokens a second there are the seconds of CPU that the server's process and
+this one used: other work on the machine changes them little. On a GPU both hold the model: set
+XLA_PYTHON_CLIENT_MEM_FRACTION=0.45.
 
 Needs the extras serve, hub (for httpx) and plot. Writes ``benchmarks/results/serving.json``, a
 table and a picture beside it.
@@ -46,7 +48,15 @@ from typing import Any, Literal
 import httpx
 import numpy as np
 import tyro
-from http_load import Timeline, connection, counters, held_prefixes, run_streams, server
+from http_load import (
+    Timeline,
+    connection,
+    counters,
+    cpu_seconds,
+    held_prefixes,
+    run_streams,
+    server,
+)
 from report import write_serving
 
 from lserve_jax import LLM, SamplingParams
@@ -89,7 +99,7 @@ class Args:
     goodput: tuple[str, ...] = ()
     """Limits in milliseconds, as ttft:500 tpot:50 e2el:3000."""
     compare_offline: int = 0
-    """So many pairs of runs, through the server and by LLM.generate; 0: none."""
+    """So many pairs of runs, through a server of its own and by LLM.generate; 0: none."""
     seed: int = 0
     output: Path = HERE / "results" / "serving.json"
 
@@ -180,6 +190,8 @@ def check(args: Args) -> None:
             raise ValueError(f"a request rate of {rate} must be positive")
     if args.compare_offline < 0:
         raise ValueError(f"compare_offline={args.compare_offline} must not be negative")
+    if args.compare_offline and args.url is not None:
+        raise ValueError(f"compare_offline={args.compare_offline} is of the same machine: no url")
 
 
 def provenance_from_outside() -> dict[str, str]:
@@ -229,8 +241,11 @@ def at_a_rate(
     }
 
 
-def compare_offline(args: Args, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Tokens a second of both sides, a pair a row, and how many answers are the same."""
+def compare_offline(args: Args, options: Mapping[str, Any], process: int) -> dict[str, Any]:
+    """Both sides, a pair a row, and how many answers are the same.
+
+    ``process`` is the server's.
+    """
     prefixes, prompts = make_prompts(args)
     llm = LLM(
         args.model,
@@ -249,31 +264,32 @@ def compare_offline(args: Args, options: Mapping[str, Any]) -> dict[str, Any]:
     bodies = completion_bodies(args, prompts)
     answers: dict[str, list[str]] = {}
 
-    def through_server() -> float:
+    def through_server() -> dict[str, float]:
+        before = cpu_seconds(process)
         lines = run_streams(options, bodies, np.zeros(len(bodies)), title="through the server")
         answers["server"] = [line.text for line in lines]
-        return sum(line.tokens for line in lines) / max(line.times[-1] for line in lines)
+        tokens, seconds = sum(line.tokens for line in lines), max(line.times[-1] for line in lines)
+        return {"tokens_per_second": tokens / seconds, "cpu": cpu_seconds(process) - before}
 
-    def offline() -> float:
-        begin = time.perf_counter()
+    def offline() -> dict[str, float]:
+        begin, before = time.perf_counter(), time.process_time()
         outputs = llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts], sampling, shared_prefix="off"
         )
-        seconds = time.perf_counter() - begin
+        seconds, cpu = time.perf_counter() - begin, time.process_time() - before
         answers["offline"] = [output.outputs[0].text for output in outputs]
-        return sum(len(output.outputs[0].token_ids) for output in outputs) / seconds
+        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        return {"tokens_per_second": tokens / seconds, "cpu": cpu}
 
+    sides = {"server": through_server, "offline": offline}
     pairs = []
     for number in range(args.compare_offline + 1):
-        sides = {"server": through_server, "offline": offline}
         # Each side comes first in every other pair.
         order = list(sides) if number % 2 else list(reversed(sides))
         pair = {name: sides[name]() for name in order}
         if number:
             pairs.append({name: pair[name] for name in sides})
-            print(
-                f"server {pair['server']:.1f}, offline {pair['offline']:.1f} tokens/s", flush=True
-            )
+            print(json.dumps(pairs[-1]), flush=True)
     same = sum(a == b for a, b in zip(answers["server"], answers["offline"], strict=True))
     return {"pairs": pairs, "same_answers": same}
 
@@ -296,7 +312,9 @@ def main(args: Args) -> None:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
 
     with contextlib.ExitStack() as stack:
-        url = args.url or stack.enter_context(server(server_options(args)))
+        url, process = args.url, 0
+        if url is None:
+            url, process = stack.enter_context(server(server_options(args)))
         options = connection(url, args.api_key)
         client = stack.enter_context(httpx.Client(**options))
         stack.enter_context(held_prefixes(client, prefixes if args.share else []))
@@ -308,7 +326,7 @@ def main(args: Args) -> None:
             rows.append(at_a_rate(rate, args, options, client))
             save()
         if args.compare_offline:
-            result["offline"] = compare_offline(args, options)
+            result["offline"] = compare_offline(args, options, process)
             save()
     write_serving(result, args.output)
     print(args.output.with_suffix(".md").read_text())

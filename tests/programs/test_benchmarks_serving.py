@@ -3,6 +3,8 @@
 import asyncio
 import json
 import math
+import os
+import time
 from collections.abc import Iterator
 
 import http_load
@@ -178,17 +180,32 @@ def test_the_program_measures_a_server_of_its_own_and_llm_generate(tmp_path, cap
     assert [row["request_rate"] for row in result["rows"]] == [20.0, "inf"]
     assert all(row["prefix_share"] == pytest.approx(64 / 68) for row in result["rows"])
     assert result["offline"]["same_answers"] == 4
-    assert min(result["offline"]["pairs"][0].values()) > 0
-    assert "server / `LLM.generate`" in capsys.readouterr().out
+    assert result["offline"]["pairs"][0]["offline"]["tokens_per_second"] > 0
+    assert "server / `LLM.generate`, tokens/s" in capsys.readouterr().out
 
 
 def test_the_table_tells_how_the_server_stands_beside_llm_generate():
-    pairs = [{"server": s, "offline": o} for s, o in ((90.0, 100.0), (80.0, 100.0), (95.0, 95.0))]
+    def side(speed: float) -> dict[str, float]:
+        return {"tokens_per_second": speed, "cpu": 1200 / speed}
+
+    speeds = ((90.0, 100.0), (80.0, 100.0), (95.0, 95.0))
+    pairs = [{"server": side(a), "offline": side(b)} for a, b in speeds]
     lines = report.offline_lines({"pairs": pairs, "same_answers": 7}, 8)
     assert "| server, tokens/s | 90.0 | 80.0 | 95.0 |" in lines
     assert "| `LLM.generate`, tokens/s | 100.0 | 95.0 | 100.0 |" in lines
     # Of the pairs' ratios, not of the medians.
-    assert "| server / `LLM.generate` | 0.900 | 0.800 | 1.000 |" in lines
+    assert "| server / `LLM.generate`, tokens/s | 0.900 | 0.800 | 1.000 |" in lines
+    assert "| server, seconds of CPU | 13.3 | 12.6 | 15.0 |" in lines
+    assert "| server / `LLM.generate`, seconds of CPU | 1.111 | 1.000 | 1.250 |" in lines
+
+
+def test_cpu_seconds_grow_with_work():
+    before, own = http_load.cpu_seconds(os.getpid()), time.process_time()
+    while time.process_time() < own + 0.2:
+        pass
+    used = http_load.cpu_seconds(os.getpid()) - before
+    # A clock tick is 10 ms, at either end.
+    assert used == pytest.approx(time.process_time() - own, abs=0.05)
 
 
 def test_break_even():
