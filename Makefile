@@ -25,7 +25,6 @@ python       := $(VENV)/bin/python
 run_ready    := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
 serve_ready  := $(VENV)/.ready-$(subst $(comma),-,$(serve_extras))
 test_ready   := $(VENV)/.ready-$(subst $(comma),-,$(test_extras))
-
 docs_ready   := $(VENV)/.ready-docs
 
 .PHONY: generate serve test lint docs clean
