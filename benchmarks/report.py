@@ -246,11 +246,13 @@ def serving_table(result: dict) -> str:
     shapes = f"{result['num_prompts']} requests of {result['prefix_len']} + {result['suffix_len']}"
     kind = "random prompts"
     if result["workload"] == "prefix_repetition":
-        held = "held by the engine" if result["share"] else "not shared"
+        held = "held" if result["share"] else "not shared"
         kind = f"prefix_repetition, {result['num_prefixes']} prefixes {held}"
     limits = ", ".join(result["goodput"]) or "none given"
+    # Runs before 2026-11-28 stepped the engine in the benchmark's own process.
+    server = f"over HTTP ({result['server']})" if "server" in result else "without HTTP"
     lines = [
-        f"Written by `benchmarks/serving.py`, over HTTP: {result['model']}, {result['dtype']}, "
+        f"Written by `benchmarks/serving.py`, {server}: {result['model']}, {result['dtype']}, "
         f"{result['attention']}, {kind},",
         f"relay={result['relay']}, {shapes} prompt tokens, {result['output_len']} new ones, "
         f"{result['max_num_seqs']} at a time,",

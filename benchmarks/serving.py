@@ -42,6 +42,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -304,6 +305,7 @@ def main(args: Args) -> None:
     for name in ("url", "api_key", "request_rates", "compare_offline", "output"):
         del settings[name]
     settings["dtype"] = args.dtype or ("float32" if "cpu" in about else "bfloat16")
+    settings["server"] = ", ".join(f"{name} {version(name)}" for name in ("uvicorn", "starlette"))
     rows: list[dict] = []
     result = {**about, **settings, "rows": rows}
 
