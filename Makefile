@@ -1,4 +1,5 @@
 # make generate PROMPT="…"   prints what the model says      [MODEL=… ARGS="--max-tokens 64 …"]
+# make serve                 serves a model over HTTP       [MODEL=… ARGS="--port 8001 …"]
 # make test                  runs the tests                  [TESTS=tests/engine ARGS="-k …"]
 # make lint                  ruff and pyrefly
 # make docs                  makes the API reference     in .cache/reference
@@ -17,21 +18,25 @@ ARGS    :=
 TESTS   :=
 WORKERS := 2
 
-comma       := ,
-test_extras := test$(if $(EXTRAS),$(comma)$(EXTRAS))
-python      := $(VENV)/bin/python
-run_ready   := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
-test_ready  := $(VENV)/.ready-$(subst $(comma),-,$(test_extras))
+comma        := ,
+serve_extras := serve$(if $(EXTRAS),$(comma)$(EXTRAS))
+test_extras  := test$(if $(EXTRAS),$(comma)$(EXTRAS))
+python       := $(VENV)/bin/python
+run_ready    := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
+serve_ready  := $(VENV)/.ready-$(subst $(comma),-,$(serve_extras))
+test_ready   := $(VENV)/.ready-$(subst $(comma),-,$(test_extras))
+docs_ready   := $(VENV)/.ready-docs
 
-docs_ready  := $(VENV)/.ready-docs
-
-.PHONY: generate test lint docs clean
+.PHONY: generate serve test lint docs clean
 
 # The prompt travels as an environment variable, as given: quotes and dollars in it are text.
 generate: export prompt_text := $(value PROMPT)
 generate: $(run_ready)
 	@$(python) -m lserve_jax.generate $(if $(MODEL),--model "$(MODEL)") \
 	    $(if $(value PROMPT),--prompt="$$prompt_text") $(ARGS)
+
+serve: $(serve_ready)
+	@$(python) -m lserve_jax.serve $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 test: $(test_ready)
 	@$(python) -m pytest -n $(WORKERS) --dist worksteal $(ARGS) $(TESTS)
@@ -53,9 +58,10 @@ $(VENV)/.made:
 	@touch $@
 
 $(run_ready): extras := $(EXTRAS)
+$(serve_ready): extras := $(serve_extras)
 $(test_ready): extras := $(test_extras)
 $(docs_ready): extras := docs
-$(run_ready) $(test_ready) $(docs_ready): pyproject.toml $(VENV)/.made
+$(run_ready) $(serve_ready) $(test_ready) $(docs_ready): pyproject.toml $(VENV)/.made
 	@echo "Installing lserve-jax$(if $(extras),[$(extras)]) into $(VENV)" >&2
 	@$(python) -m pip install --quiet --editable ".$(if $(extras),[$(extras)])" $(PINS)
 	@touch $@

@@ -246,11 +246,13 @@ def serving_table(result: dict) -> str:
     shapes = f"{result['num_prompts']} requests of {result['prefix_len']} + {result['suffix_len']}"
     kind = "random prompts"
     if result["workload"] == "prefix_repetition":
-        held = "held by the engine" if result["share"] else "not shared"
+        held = "held" if result["share"] else "not shared"
         kind = f"prefix_repetition, {result['num_prefixes']} prefixes {held}"
     limits = ", ".join(result["goodput"]) or "none given"
+    # Runs before 2026-11-28 stepped the engine in the benchmark's own process.
+    server = f"over HTTP ({result['server']})" if "server" in result else "without HTTP"
     lines = [
-        f"Written by `benchmarks/serving.py`: {result['model']}, {result['dtype']}, "
+        f"Written by `benchmarks/serving.py`, {server}: {result['model']}, {result['dtype']}, "
         f"{result['attention']}, {kind},",
         f"relay={result['relay']}, {shapes} prompt tokens, {result['output_len']} new ones, "
         f"{result['max_num_seqs']} at a time,",
@@ -282,7 +284,37 @@ def serving_table(result: dict) -> str:
             if row[metric] is not None:
                 cells = " | ".join(f"{value:.1f}" for value in row[metric].values())
                 lines.append(f"| {row['request_rate']} | {metric.upper()} | {cells} |")
+    if "offline" in result:
+        lines += ["", *offline_lines(result["offline"], result["num_prompts"])]
     return "\n".join(lines) + "\n"
+
+
+def offline_lines(offline: dict, prompts: int) -> list[str]:
+    """The server beside ``LLM.generate``, pair by pair."""
+    pairs = offline["pairs"]
+
+    def of(side: str, what: str) -> list[float]:
+        return [pair[side][what] for pair in pairs]
+
+    rows = []
+    for what, shown in (("tokens_per_second", "tokens/s"), ("cpu", "seconds of CPU")):
+        server, alone = of("server", what), of("offline", what)
+        ratios = [a / b for a, b in zip(server, alone, strict=True)]
+        rows.append((f"server, {shown}", server, 1))
+        rows.append((f"`LLM.generate`, {shown}", alone, 1))
+        rows.append((f"server / `LLM.generate`, {shown}", ratios, 3))
+    lines = [
+        "The same prompts all at once through the server and by `LLM.generate`, in turns; "
+        f"{len(pairs)} pairs,",
+        f"{offline['same_answers']} of {prompts} answers are the same.",
+        "",
+        "| | median | lowest | highest |",
+        "|---|---|---|---|",
+    ]
+    for name, values, digits in rows:
+        cells = (f"{x:.{digits}f}" for x in (median(values), min(values), max(values)))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def serving_plot(result: dict, path: Path) -> None:

@@ -18,6 +18,7 @@ import contextlib
 import functools
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -25,6 +26,11 @@ from lserve_jax.memory import memory_errors
 from lserve_jax.outputs import TextDelta
 from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.text_engine import CheckedPrompt, Prompt, TextEngine
+
+# Seconds. While the first request's burst runs, those who come just behind it would wait, and the
+# burst takes hardly longer for all of them. So an idle engine begins when nobody came for so long:
+_QUIET = 0.003
+_LONGEST_WAIT = 0.05
 
 
 class EngineClosed(RuntimeError):
@@ -196,8 +202,17 @@ class AsyncEngine:
         """Does what was asked; waits for it where there is nothing to step."""
         if not self.text.has_unfinished_requests:
             self._calls.get().run()
+            self._gather()
         while not self._ending and not self._calls.empty():
             self._calls.get().run()
+
+    def _gather(self) -> None:
+        """Takes who comes together with the first, until all slots are taken."""
+        engine, until = self.text.engine, time.monotonic() + _LONGEST_WAIT
+        with contextlib.suppress(queue.Empty):
+            while 0 < len(engine.unfinished) < engine.spec.max_num_seqs and not self._ending:
+                left = until - time.monotonic()
+                self._calls.get(timeout=max(0, min(_QUIET, left))).run()
 
     def _step(self) -> None:
         try:

@@ -1,12 +1,13 @@
 """One thread that steps the engine, asked by event loops: who hears of what."""
 
 import asyncio
+import queue
 import threading
 
 import pytest
 from tiny_llm import tiny_config, tiny_params
 
-from lserve_jax import LLM, SamplingParams
+from lserve_jax import LLM, SamplingParams, async_engine
 from lserve_jax.async_engine import AsyncEngine, EngineClosed, EngineFailed
 
 PROMPTS = [{"prompt_token_ids": [5, 6, 7]}, {"prompt_token_ids": [9] * 40}]
@@ -50,6 +51,45 @@ def test_requests_together_and_apart_say_what_generate_says(llm):
 
     apart, together = on(llm, program)
     assert apart == together == expected
+
+
+class Arrivals:
+    """A queue in which nothing lies: what is put into it comes only while somebody waits."""
+
+    def __init__(self):
+        self.coming, self.waits = [], []
+
+    def put(self, call):
+        self.coming.append(call)
+
+    def empty(self):
+        return True
+
+    def get(self, timeout=None):
+        self.waits.append(timeout)
+        if not self.coming:
+            raise queue.Empty
+        return self.coming.pop(0)
+
+
+@pytest.mark.parametrize(("coming", "waits"), [(1, 2), (3, 4), (6, 4)])
+def test_an_idle_engine_begins_with_all_who_come_together(llm, coming, waits):
+    async def run():
+        engine = AsyncEngine(llm.text_engine)
+        engine._open, engine._calls = True, Arrivals()
+        asked = [asyncio.ensure_future(engine.submit([(PROMPTS[0], SHORT)])) for _ in range(coming)]
+        await asyncio.sleep(0)  # all have asked
+        engine._answer()
+        running = len(llm.engine.unfinished)
+        llm.text_engine.abandon()
+        for task in asked:
+            task.cancel()
+        return running, engine._calls.waits
+
+    running, waited = asyncio.run(run())
+    assert running == min(coming, 4)  # it has four slots: who comes later waits in any case
+    assert len(waited) == waits
+    assert waited[0] is None and all(0 <= t <= async_engine._QUIET for t in waited[1:])
 
 
 def test_leaving_a_stream_cancels_all_of_it(llm):

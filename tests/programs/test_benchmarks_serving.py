@@ -1,14 +1,26 @@
 """The figures of benchmarks/: metrics on timelines made by hand, break-even points, tables."""
 
+import asyncio
+import json
 import math
-from types import SimpleNamespace
+import os
+import time
+from collections.abc import Iterator
 
+import http_load
+import httpx
 import numpy as np
 import pytest
 import report
 import retrieval
 import serving
-from serving import Args, Timeline
+from http_load import Timeline
+from served import Served, byte_tokenizer, serve, tiny_llm
+from serving import Args
+from tiny_checkpoints import LLAMA, random_tensors, write_hf
+
+from lserve_jax import SamplingParams
+from lserve_jax.serve.service import outputs
 
 LIMITS = {"ttft": 0.5, "tpot": 0.055}
 
@@ -77,7 +89,7 @@ def test_arrivals_come_at_the_rate():
 
 def test_prefix_repetition_shares_prefixes_evenly():
     args = Args(num_prompts=10, num_prefixes=3, prefix_len=8, suffix_len=4)
-    prefixes, prompts = serving.make_prompts(args, 1000)
+    prefixes, prompts = serving.make_prompts(args)
     assert prefixes.shape == (3, 8)
     assert {len(prompt) for prompt in prompts} == {12}
     users = [sum((prompt[:8] == prefix).all() for prompt in prompts) for prefix in prefixes]
@@ -87,52 +99,113 @@ def test_prefix_repetition_shares_prefixes_evenly():
 
 def test_random_prompts_have_no_prefix():
     args = Args(workload="random", num_prompts=10, prefix_len=8, suffix_len=4)
-    prefixes, prompts = serving.make_prompts(args, 1000)
+    prefixes, prompts = serving.make_prompts(args)
     assert len(prefixes) == 0
     assert len({tuple(prompt[:8]) for prompt in prompts}) == 10
     assert {len(prompt) for prompt in prompts} == {12}
 
 
-class SlowEngine:
-    """Takes a second a step; hands out two tokens of the oldest request."""
-
-    def __init__(self):
-        self.now, self.left, self.added = 0.0, {}, {}
-
-    @property
-    def has_unfinished_requests(self) -> bool:
-        return bool(self.left)
-
-    def add_request(self, request_id, prompt, sampling, *, seed):
-        self.left[request_id] = sampling.max_tokens
-        self.added[request_id] = self.now
-
-    def step(self):
-        self.now += 1
-        name = next(iter(self.left))
-        self.left[name] -= 2
-        done = self.left[name] == 0
-        if done:
-            del self.left[name]
-        reason = "length" if done else None
-        return [SimpleNamespace(request_id=name, token_ids=[0, 0], finish_reason=reason)]
-
-    def sleep(self, seconds):
-        self.now += seconds
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with serve(tiny_llm(), api_keys=("sesame",)) as served:
+        yield served
 
 
-def test_requests_are_added_when_their_time_has_come(monkeypatch):
-    engine = SlowEngine()
-    clock = SimpleNamespace(perf_counter=lambda: engine.now, sleep=engine.sleep)
-    monkeypatch.setattr(serving, "time", clock)
-    prompts = [np.zeros(3, np.int32)] * 3
-    arrivals = np.array([0.5, 1.0, 9.0])
-    lines = serving.serve(engine, prompts, arrivals, 4, title="test")
-    # The second waits for the step that began before it; nobody runs from 4.5 to 9.
-    assert engine.added == {"0": 0.5, "1": 1.5, "2": 9.0}
-    assert [line.times for line in lines] == [[1.5, 2.5], [3.5, 4.5], [10.0, 11.0]]
-    assert [line.tokens for line in lines] == [4, 4, 4]
-    assert lines[1].ttft == 2.5  # from its own time, not from when it was added
+def test_streams_over_http_are_timed_from_when_they_were_to_come(served):
+    args = Args(num_prompts=3, prefix_len=128, suffix_len=4, output_len=9, vocab_size=200)
+    prefixes, prompts = serving.make_prompts(args)
+    options = http_load.connection(served.url, "sesame")
+    with httpx.Client(**options) as client, http_load.held_prefixes(client, prefixes):
+        bodies = serving.completion_bodies(args, prompts)
+        http_load.run_streams(options, bodies, [0.0, 0.0, 0.0], title="compiles")
+        before = http_load.counters(client)
+        lines = http_load.run_streams(options, bodies, [0.0, 0.0, 0.5], title="test")
+        after = http_load.counters(client)
+        assert len(client.get("/v1/prefixes").json()["data"]) == 2
+    assert not httpx.get(f"{served.url}/v1/prefixes", headers=options["headers"]).json()["data"]
+    # None is asked for before its time, and its chunks come one after the other.
+    assert all(line.ttft > 0 and min([1, *line.itl]) >= 0 for line in lines)
+    assert [line.tokens for line in lines] == [9, 9, 9]
+    assert [line.cached_tokens for line in lines] == [128] * 3
+    assert after["generation_tokens_total"] - before["generation_tokens_total"] == 27
+    sampling = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+
+    async def directly():
+        async with await served.service.engine.submit([(p, sampling) for p in asked]) as stream:
+            return await outputs(stream)
+
+    assert [line.text for line in lines] == [o.outputs[0].text for o in asyncio.run(directly())]
+
+
+def test_a_refused_request_ends_the_benchmark(served):
+    options = http_load.connection(served.url, "sesame")
+    with pytest.raises(RuntimeError, match=r"400.*max_tokens"):
+        http_load.run_streams(options, [{"prompt": [1], "max_tokens": -1}], [0.0], title="test")
+    with pytest.raises(RuntimeError, match="401"):
+        http_load.run_streams(
+            http_load.connection(served.url, None), [{"prompt": [1]}], [0.0], title="test"
+        )
+
+
+def test_a_server_that_does_not_start_is_told_with_what_it_said():
+    with (
+        pytest.raises(RuntimeError, match="--max-queue -1"),
+        http_load.server(["--max-queue", "-1"]),
+    ):
+        pass
+
+
+@pytest.mark.slow
+def test_the_program_measures_a_server_of_its_own_and_llm_generate(tmp_path, capsys):
+    tokenizer = byte_tokenizer()
+    config = {**LLAMA, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 1024}
+    model = write_hf(tmp_path / "tiny", config, random_tensors(config))
+    tokenizer.save(model)
+    serving.main(
+        Args(
+            model=str(model),
+            num_prompts=4,
+            prefix_len=64,
+            suffix_len=4,
+            output_len=8,
+            vocab_size=200,
+            max_num_seqs=2,
+            request_rates=(20.0, math.inf),
+            compare_offline=1,
+            output=tmp_path / "serving.json",
+        )
+    )
+    result = json.loads((tmp_path / "serving.json").read_text())
+    assert [row["request_rate"] for row in result["rows"]] == [20.0, "inf"]
+    assert all(row["prefix_share"] == pytest.approx(64 / 68) for row in result["rows"])
+    assert result["offline"]["same_answers"] == 4
+    assert result["offline"]["pairs"][0]["offline"]["tokens_per_second"] > 0
+    assert "server / `LLM.generate`, tokens/s" in capsys.readouterr().out
+
+
+def test_the_table_tells_how_the_server_stands_beside_llm_generate():
+    def side(speed: float) -> dict[str, float]:
+        return {"tokens_per_second": speed, "cpu": 1200 / speed}
+
+    speeds = ((90.0, 100.0), (80.0, 100.0), (95.0, 95.0))
+    pairs = [{"server": side(a), "offline": side(b)} for a, b in speeds]
+    lines = report.offline_lines({"pairs": pairs, "same_answers": 7}, 8)
+    assert "| server, tokens/s | 90.0 | 80.0 | 95.0 |" in lines
+    assert "| `LLM.generate`, tokens/s | 100.0 | 95.0 | 100.0 |" in lines
+    # Of the pairs' ratios, not of the medians.
+    assert "| server / `LLM.generate`, tokens/s | 0.900 | 0.800 | 1.000 |" in lines
+    assert "| server, seconds of CPU | 13.3 | 12.6 | 15.0 |" in lines
+    assert "| server / `LLM.generate`, seconds of CPU | 1.111 | 1.000 | 1.250 |" in lines
+
+
+def test_cpu_seconds_grow_with_work():
+    before, own = http_load.cpu_seconds(os.getpid()), time.process_time()
+    while time.process_time() < own + 0.2:
+        pass
+    used = http_load.cpu_seconds(os.getpid()) - before
+    # A clock tick is 10 ms, at either end.
+    assert used == pytest.approx(time.process_time() - own, abs=0.05)
 
 
 def test_break_even():
