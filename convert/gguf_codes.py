@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from convert.stream import Coded, CodedRows
+from convert.codes import Coded, CodedRows
 
 _BLOCK = 32
 # Of each kind: the codes' dtype, the bytes in front of them, and whether zero points are stored.

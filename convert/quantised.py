@@ -10,6 +10,7 @@ Layouts were checked against the libraries that write them (``tests/convert/quan
 ``docs/formats.md`` lists what each may contain.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from convert.codes import Coded, CodedRows
 from convert.json_values import json_object, shortened
-from convert.stream import Coded, CodedRows, FileTensor
+from convert.stream import FileTensor
 
 # In an int32 of AWQ's, nibble i belongs to column 8 j + _AWQ_ORDER[i].
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -168,8 +170,9 @@ class _Module:
         rows: Callable[[int, int], np.ndarray] | None = None,
         *,
         coded: Coded | None = None,
+        uncoded: str | None = None,
     ) -> FileTensor:
-        """The weight, once nothing is left over; ``rows`` where no ``coded`` says them."""
+        """The weight, once nothing is left over: ``coded``, or ``rows`` and why it is not."""
         if self._parts:
             names = ", ".join(shortened(sorted(x.name for x in self._parts.values())))
             raise NotImplementedError(
@@ -178,7 +181,9 @@ class _Module:
         if rows is None:
             assert coded is not None
             rows = partial(_numbers, coded)
-        return FileTensor(name=f"{self.name}.weight", shape=shape, rows=rows, coded=coded)
+        return FileTensor(
+            name=f"{self.name}.weight", shape=shape, rows=rows, coded=coded, uncoded=uncoded
+        )
 
 
 def _numbers(coded: Coded, start: int, stop: int) -> np.ndarray:
@@ -261,9 +266,10 @@ def _compressed_weight(module: _Module) -> FileTensor:
     def rows(start: int, stop: int) -> CodedRows:
         codes = _unpack(packed.read(start, stop), bits).reshape(stop - start, -1)[:, :inputs]
         scales = scale.read(start, stop).astype(np.float32)
-        if zero is None:  # signed codes are stored with half of their range added
-            points = np.full_like(scales, (1 << (bits - 1)) - lower)
-        else:
+        points = None
+        if zero is None and bits == 4:  # signed codes are stored with half of their range added
+            points = np.full_like(scales, 8)
+        elif zero is not None:
             first = start // per  # zero points are packed along the outputs
             words = zero.read(first, -(-stop // per))
             points = _unpack(words, bits).transpose(0, 2, 1).reshape(-1, words.shape[1])
@@ -272,8 +278,8 @@ def _compressed_weight(module: _Module) -> FileTensor:
             codes = (codes.astype(np.int16) - lower).astype(np.int8)
         return CodedRows(codes, scales, points)
 
-    dtype = "uint4" if bits == 4 else "int8"
-    coded = Coded(dtype=dtype, groups=inputs // group, has_zero=True, rows=rows)
+    dtype, has_zero = ("uint4", True) if bits == 4 else ("int8", zero is not None)
+    coded = Coded(dtype=dtype, groups=inputs // group, has_zero=has_zero, rows=rows)
     return module.done((out, inputs), coded=coded)
 
 
@@ -295,26 +301,19 @@ def _scaled_weight(module: _Module, scale_name: str, zero_name: str | None) -> F
         part = np.repeat(part, tall, axis=0)[start - first * tall :][: stop - start]
         return np.repeat(part, wide, axis=1)[:, :inputs]
 
-    def rows(start: int, stop: int) -> np.ndarray:
-        values = codes.read(start, stop).astype(np.float32)
-        if zero is not None:
-            values = values - spread(zero, start, stop)
-        return values * spread(scale, start, stop)
-
-    if inputs % wide:  # the last block is a short one
-        return module.done((out, inputs), rows)
+    group = math.gcd(inputs, wide)  # less than a block where the last one is cut short
 
     def coded_rows(start: int, stop: int) -> CodedRows:
         def grouped(x: RawTensor) -> np.ndarray:
             each = spread(x, start, stop)  # [rows or 1, in or 1]
-            return np.broadcast_to(each[:, ::wide], (stop - start, inputs // wide))
+            return np.broadcast_to(each[:, ::group], (stop - start, inputs // group))
 
         return CodedRows(
             codes.read(start, stop), grouped(scale), None if zero is None else grouped(zero)
         )
 
     coded = Coded(
-        dtype=codes.dtype, groups=inputs // wide, has_zero=zero is not None, rows=coded_rows
+        dtype=codes.dtype, groups=inputs // group, has_zero=zero is not None, rows=coded_rows
     )
     return module.done((out, inputs), coded=coded)
 
@@ -469,7 +468,8 @@ def _gptq_weight(module: _Module) -> FileTensor:
         return (codes.astype(np.float32) - points[:, of_input]) * scales[:, of_input]
 
     if inputs % groups or np.any(of_input != np.arange(inputs) // (inputs // groups)):
-        return module.done((out, inputs), rows)  # act-order: groups are no ranges of inputs
+        uncoded = f"{module.name}.g_idx scatters the inputs of a group (act-order)"
+        return module.done((out, inputs), rows, uncoded=uncoded)
     dtype = "uint4" if bits == 4 else "int8"
     return module.done(
         (out, inputs), coded=Coded(dtype=dtype, groups=groups, has_zero=True, rows=parts)

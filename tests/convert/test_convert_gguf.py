@@ -114,7 +114,7 @@ def test_codes_are_kept(tmp_path, kind):
     tensors["model.layers.0.mlp.up_proj.weight"][7, :32] = 0
     path = write_gguf(tmp_path / "m.gguf", model_config(config), tensors, kind=lambda name: kind)
     floats = flatten(convert.load(path, dtype=jnp.float32)[1])
-    kept = flatten(convert.load(path, dtype=jnp.float32, keep_codes=True)[1])
+    kept = flatten(convert.load(path, dtype=jnp.float32, weights="checkpoint")[1])
     coded = {leaf for leaf, value in kept.items() if isinstance(value, Weight)}
     assert coded == {leaf for leaf in floats if leaf.endswith("kernel")}
     for leaf in coded:

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
+from tiny_checkpoints import LLAMA, random_tensors, write_hf
 
 import convert
 from lserve_jax import LLM, SamplingParams, logits
@@ -85,14 +86,17 @@ def test_logits_are_the_librarys(case):
 @pytest.mark.parametrize("case", CASES)
 def test_codes_are_kept(case):
     """In memory as they are stored, and the same logits; through the engine, with heads moved."""
-    config, params = convert.load(HERE / case, dtype=jnp.float32, keep_codes=True)
+    if "act-order" in case:
+        with pytest.raises(NotImplementedError, match=r"\.g_idx scatters .*act-order.*cannot"):
+            convert.load(HERE / case, weights="checkpoint")
+        return
+    config, params = convert.load(HERE / case, dtype=jnp.float32, weights="checkpoint")
     layer = params["layers"][0]
     kernels = [layer["self_attn"]["qkv_proj"]["kernel"], layer["mlp"]["gate_up_proj"]["kernel"]]
-    # Act-order groups are no ranges of inputs: such weights become floats.
-    assert [isinstance(x, Weight) for x in kernels] == ["act-order" not in case] * 2
-    if isinstance(kernels[0], Weight):
-        wanted = "uint4" if "int4" in case or "awq" in case else "int8"
-        assert kernels[0].codes.dtype == ("float8_e4m3fn" if "fp8" in case else wanted)
+    wanted = "uint4" if "int4" in case or "awq" in case else "int8"
+    for kernel in kernels:
+        assert isinstance(kernel, Weight)
+        assert kernel.codes.dtype == ("float8_e4m3fn" if "fp8" in case else wanted)
     expected = np.load(HERE / case / "expected.npz")
     tokens = jnp.asarray(expected["tokens"], jnp.int32)
     got = logits(config, params, tokens)[0]
@@ -104,8 +108,17 @@ def test_codes_are_kept(case):
 
 
 def test_what_has_no_codes_to_keep(tmp_path):
+    directory = write_hf(tmp_path / "floats", LLAMA, random_tensors(LLAMA))
+    with pytest.raises(ValueError, match="holds no quantised matrices, whose codes"):
+        LLM(directory, weights="checkpoint")
+    convert.save(tmp_path / "orbax", *convert.load(directory))
+    with pytest.raises(ValueError, match="holds no quantised weights, whose codes could be kept"):
+        LLM(tmp_path / "orbax", weights="checkpoint")
     with pytest.raises(ValueError, match="needs quantised weights; all of these are floats"):
-        LLM(str(HERE / "gptq-v2-int4-g32-act-order"), max_model_len=64, weights="checkpoint")
+        LLM(convert.load(directory), weights="checkpoint")
+
+
+def test_an_engine_keeps_codes():
     llm = LLM(str(HERE / "ct-int8-channel"), max_model_len=64, weights="checkpoint")
     floats = LLM(str(HERE / "ct-int8-channel"), max_model_len=64)
     assert llm.memory_plan()["parameters"] < 0.5 * floats.memory_plan()["parameters"]
@@ -113,11 +126,9 @@ def test_what_has_no_codes_to_keep(tmp_path):
     sampling = SamplingParams(max_tokens=8, temperature=0)
     one, other = (x.generate([prompt], sampling)[0].outputs[0].token_ids for x in (llm, floats))
     assert one == other
-    config, params = convert.load(HERE / "ct-int8-channel", keep_codes=True)
-    with pytest.raises(NotImplementedError, match="quantised weights cannot be saved yet"):
-        convert.save(tmp_path / "orbax", config, params)
-    with pytest.raises(ValueError, match="the params are quantised already"):
-        LLM((config, params), max_model_len=64, weights="int8")
+    model = convert.load(HERE / "ct-int8-channel", weights="checkpoint")
+    with pytest.raises(ValueError, match=r"_proj.kernel is quantised already, as int8 .* again"):
+        LLM(model, max_model_len=64, weights="int4")
 
 
 def test_there_are_cases_of_every_format():
@@ -189,8 +200,8 @@ def test_a_scale_without_an_axis(tmp_path):
 
     directory = edited(tmp_path, "ct-fp8-tensor", without_axis)
     expected = np.load(HERE / "ct-fp8-tensor" / "expected.npz")
-    for keep in (False, True):
-        config, params = convert.load(directory, dtype=jnp.float32, keep_codes=keep)
+    for form in (None, "checkpoint"):
+        config, params = convert.load(directory, dtype=jnp.float32, weights=form)
         got = logits(config, params, jnp.asarray(expected["tokens"], jnp.int32))[0]
         assert_allclose(got, expected["logits"], atol=1e-4, rtol=0)
 

@@ -83,7 +83,16 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"weight_group=48 must be one of \(32, 64, 128\)"):
         LLM((CONFIG, params), weights="int4", weight_group=48)
     odd = tiny_config(layers=1, kv_heads=1, hidden_size=48)
-    with pytest.raises(ValueError, match=r"group=32 must be one of .* divide the 48 inputs"):
+    with pytest.raises(ValueError, match=r"kernel has 48 inputs, which weight_group=32 does not"):
         LLM((odd, tiny_params(odd)), weights="int4")
-    with pytest.raises(ValueError, match="quantised already"):
-        quantise_params(quantise_params(params, "int8"), "int8")
+    int8 = quantise_params(params, "int8")
+    same = quantise_params(int8, "int8")
+    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (same, int8)), strict=True))
+    for kind, group in (("fp8", 32), ("int4", 32)):
+        with pytest.raises(
+            ValueError, match=r"kernel is quantised already, as int8 with .* no zero"
+        ):
+            quantise_params(int8, kind, group=group)
+    int4 = quantise_params(params, "int4")
+    with pytest.raises(ValueError, match="already, as uint4 with 32 inputs to a scale and zero"):
+        quantise_params(int4, "int4", group=64)
