@@ -78,7 +78,7 @@ def test_shards_of_bfloat16(shards):
     assert used < params + 1.3 * shard
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_rounded(tmp_path, shards, weights):
     """Floats never exist beside the codes; nor do codes of a byte beside those of half a byte."""
     directory, total = shards
