@@ -32,7 +32,7 @@ class Arguments:
     # checkpoint as they are. Without it they are floats; codes in Orbax format stay codes.
     weights: WeightForm | None = None
     # Inputs that share a scale and a zero point in int4: 32, 64 or 128.
-    weight_group: int = 32
+    weight_group: Annotated[int, tyro.conf.arg(name="group")] = 32
 
 
 def _convert(argv: Sequence[str] | None) -> None:

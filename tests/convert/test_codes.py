@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from tiny_checkpoints import LLAMA, random_tensors, write_hf
+from tiny_checkpoints import LLAMA, random_tensors, run_script, write_hf
 
 import convert
 from convert.__main__ import main
@@ -17,6 +17,7 @@ from lserve_jax import LLM, SamplingParams
 from lserve_jax.model.quantise import quantise_params
 from pallas_kernels.api import WEIGHT_KINDS, Weight
 
+ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent / "quantised"
 # Inputs in whole groups of 32, 64 and 128, in every matrix.
 WIDE = LLAMA | {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
@@ -79,7 +80,7 @@ def test_two_codes_of_4_bits_take_a_byte(tmp_path, floats):
 @pytest.mark.parametrize("weights", [None, *WEIGHT_KINDS])
 def test_the_command(tmp_path, floats, weights):
     """The command, and ``LLM`` at load, make the same model; its checkpoint needs no word."""
-    options = [] if weights is None else ["--weights", weights, "--weight-group", "64"]
+    options = [] if weights is None else ["--weights", weights, "--group", "64"]
     assert main([str(floats), str(tmp_path / "out"), *options]) == 0
     _, found = convert.load(tmp_path / "out")
     assert_same(found, convert.load(floats, weights=weights, weight_group=64)[1])
@@ -121,7 +122,7 @@ def test_codes_are_not_turned_into_others(tmp_path, floats, capsys):
     assert main([str(floats), str(int4), "--weights", "int4"]) == 0
     for options, words in (
         (["int8"], "kernel is quantised already, as uint4 with 32 inputs to a scale"),
-        (["int4", "--weight-group", "64"], "weights='int4' in groups of 64 would round it again"),
+        (["int4", "--group", "64"], "weights='int4' in groups of 64 would round it again"),
     ):
         capsys.readouterr()
         out = tmp_path / "out"
@@ -129,7 +130,7 @@ def test_codes_are_not_turned_into_others(tmp_path, floats, capsys):
         [line] = capsys.readouterr().err.splitlines()
         assert line.startswith(f"error: {int4}: layers.0.") and words in line
         assert not out.exists()
-    assert main([str(floats), str(out), "--weight-group", "48"]) == 2
+    assert main([str(floats), str(out), "--group", "48"]) == 2
     assert "weight_group=48 must be one of (32, 64, 128)" in capsys.readouterr().err
 
 
@@ -205,3 +206,11 @@ def test_bad_files(tmp_path, floats, edit, words):
     rewrite(path, edit)
     with pytest.raises(ValueError, match=rf"(?s)^{path}.*{words}"):
         convert.load(path)
+
+
+def test_parts_lie_together_on_several_devices(tmp_path):
+    support = Path(__file__).parents[1] / "support"
+    script = (support / "sharded_codes.py").read_text()
+    run_script(
+        script, tmp_path, jax.config.jax_compilation_cache_dir, PYTHONPATH=f"{ROOT}:{support}"
+    )
