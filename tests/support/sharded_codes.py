@@ -5,6 +5,7 @@ directory to write to and that of the compilation cache.
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -33,33 +34,45 @@ RAW = LLAMA | {
 BY_INPUTS = ("o_proj.kernel", "down_proj.kernel")
 
 
-def place(leaf: str) -> NamedSharding:
+def tensor_parallel(leaf: str) -> NamedSharding:
     if leaf.endswith(BY_INPUTS):
         return NamedSharding(MESH, Spec("model"))
     return NamedSharding(MESH, Spec(None, "model") if leaf.endswith("kernel") else Spec())
 
 
-def check(params: dict, alone: dict) -> None:
+def fsdp(leaf: str) -> NamedSharding:
+    """Every array cut along its first axis, by all devices."""
+    return NamedSharding(MESH, Spec(("data", "model")))
+
+
+def both(leaf: str) -> NamedSharding:
+    return NamedSharding(MESH, Spec("data", "model") if leaf.endswith("kernel") else Spec())
+
+
+def check(params: dict, alone: dict, rule: Callable[[str], NamedSharding]) -> None:
     """Every part where its codes are, and the same numbers as on one device."""
     jax.tree.map(np.testing.assert_array_equal, params, alone)
     layer = params["layers"][0]
-    for matrix, by_inputs in (
-        (layer["self_attn"]["qkv_proj"]["kernel"], False),
-        (layer["self_attn"]["o_proj"]["kernel"], True),
-        (layer["mlp"]["gate_up_proj"]["kernel"], False),
-        (layer["mlp"]["down_proj"]["kernel"], True),
-        (params["lm_head"]["kernel"], False),
+    for matrix, leaf in (
+        (layer["self_attn"]["qkv_proj"]["kernel"], "qkv_proj.kernel"),
+        (layer["self_attn"]["o_proj"]["kernel"], "o_proj.kernel"),
+        (layer["mlp"]["gate_up_proj"]["kernel"], "gate_up_proj.kernel"),
+        (layer["mlp"]["down_proj"]["kernel"], "down_proj.kernel"),
+        (params["lm_head"]["kernel"], "lm_head.kernel"),
     ):
         assert isinstance(matrix, Weight)
-        out = matrix.shape[1]
+        by_inputs, by_outputs = (
+            size // shard
+            for size, shard in zip(matrix.shape, rule(leaf).shard_shape(matrix.shape), strict=True)
+        )
         for part in matrix:
             if part is None:
                 continue
-            cut = (part.shape[0] // 2, out) if by_inputs else (part.shape[0], out // 2)
-            if by_inputs and part.shape[0] == 1:
-                cut = (1, out)  # one scale for all inputs
+            rows, out = part.shape
+            # One scale for all inputs is on every device.
+            cut = (rows if rows == 1 else rows // by_inputs, out // by_outputs)
             shapes = {shard.data.shape for shard in part.addressable_shards}
-            assert shapes == {cut}, (part.shape, shapes)
+            assert shapes == {cut}, (leaf, part.shape, shapes)
             assert len(part.addressable_shards) == 4
 
 
@@ -70,25 +83,30 @@ def main(directory: Path) -> None:
     tokens = np.array([[3, 1, 4, 1, 5]], np.int32)
     score = jax.jit(lserve_jax.logits, static_argnums=0)
     partition = HeadPartition(retrieval=((1, 3),), streaming=((0, 2),))
-    for kind in WEIGHT_KINDS:
-        # Groups of 64 are cut where heads of 32 move.
-        how = {"weights": kind, "weight_group": 64, "dtype": "float32"}
+    # Groups of 64 are cut where heads of 32 move; four shards of 128 inputs need groups of 32.
+    for kind, group, rule in (
+        *((kind, 64, tensor_parallel) for kind in WEIGHT_KINDS),
+        ("int4", 64, both),
+        ("int4", 32, fsdp),
+    ):
+        how = {"weights": kind, "weight_group": group, "dtype": "float32"}
         config, alone = convert.load(source, **how)
-        convert.save(directory / kind, config, alone)
-        for path in (source, directory / "floats", directory / kind):
-            _, params = convert.load(path, **how, sharding=place)
-            check(params, alone)
+        saved = directory / f"{kind}-{rule.__name__}"
+        convert.save(saved, config, alone)
+        for path in (source, directory / "floats", saved):
+            _, params = convert.load(path, **how, sharding=rule)
+            check(params, alone, rule)
         # Sums of shards are added in another order.
         wanted = score(config, alone, tokens)
         np.testing.assert_allclose(score(config, params, tokens), wanted, atol=1e-4)
         moved = permute_heads(config, params, partition)
-        check(moved, permute_heads(config, alone, partition))
+        check(moved, permute_heads(config, alone, partition), rule)
         np.testing.assert_allclose(score(config, moved, tokens), wanted, atol=1e-4)
     how = {"weights": "int4", "weight_group": 128}
     convert.save(directory / "coarse", *convert.load(source, **how))
     for path in (source, directory / "coarse"):
         try:
-            convert.load(path, **how, sharding=place)
+            convert.load(path, **how, sharding=tensor_parallel)
         except ValueError as error:
             assert "down_proj.kernel is quantised in 3 groups of inputs, which 2 shards" in str(
                 error
