@@ -90,7 +90,8 @@ def load(
     Raises ``ValueError`` for a missing, damaged or inconsistent file and for wrong arguments (the
     missing, unexpected and misshapen tensors in one message), ``NotImplementedError`` for an
     architecture, attribute or tensor type that is not supported, by name. Codes of an Orbax
-    checkpoint are not turned into others, and not changed by an adapter: ``ValueError``.
+    checkpoint are not turned into others, and codes that are kept are not changed by an adapter:
+    ``ValueError``.
     """
     check_weights(weights, weight_group)
     if not isinstance(overrides, Mapping | None):
@@ -102,7 +103,9 @@ def load(
             f"model {source.name!r} brings an adapter of its own, so adapter={str(adapter)!r} "
             "cannot be merged too"
         )
-    config, checkpoint, changes = _describe(source, overrides or {}, adapter)
+    config, checkpoint, changes = _describe(
+        source, overrides or {}, adapter, weights=weights, weight_group=weight_group
+    )
     if checkpoint is None:
         return config, orbax.restore(
             source.path,
@@ -138,6 +141,9 @@ def _describe(
     source: ModelSource,
     overrides: Mapping[str, Any],
     adapter: str | os.PathLike[str] | None,
+    *,
+    weights: WeightForm | None = None,
+    weight_group: int = 32,
 ) -> tuple[ModelConfig, Checkpoint | None, dict[str, Change]]:
     """Architecture, tensors and changes to them; no tensors where ``orbax.restore`` reads them."""
     path, chosen = source.path, source.adapter if adapter is None else adapter
@@ -154,7 +160,7 @@ def _describe(
         config = parse(override(orbax.read_config(path), overrides), where=where)
         if not changes:
             return config, None, {}
-        checkpoint = orbax.read_orbax(path, config)
+        checkpoint = orbax.read_orbax(path, config, weights=weights, weight_group=weight_group)
     else:
         checkpoint = hf.read_hf(path) if path.is_dir() else read_gguf(path)
         raw = override(checkpoint.config, overrides)

@@ -59,6 +59,21 @@ def rounded(
     return Coded(dtype=CODE_DTYPES[kind], groups=groups, has_zero=grouped, rows=read)
 
 
+def numbers(coded: Coded, start: int, stop: int) -> np.ndarray:
+    """What coded rows stand for, float32."""
+    codes, scale, zero = coded.rows(start, stop)
+    group = codes.shape[1] // coded.groups
+    values = codes.astype(np.float32)
+    if zero is not None:
+        values = values - spread(zero, group)
+    return values * spread(scale, group)
+
+
+def spread(per_group: np.ndarray, group: int) -> np.ndarray:
+    """[rows, groups] to [rows, inputs], float32."""
+    return np.repeat(per_group.astype(np.float32), group, axis=1)
+
+
 def aligned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     """An uninitialised array that JAX's CPU backend takes over instead of copying."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
@@ -243,6 +258,28 @@ def stored_parts(
                 shape, dtype = (shape[0] // 2, shape[1]), jnp.uint8
             parts[f"{leaf}.{part}"] = jax.ShapeDtypeStruct(shape, dtype, sharding=to)
     return parts
+
+
+def stored_rows(
+    leaf: str, weight: Weight, arrays: Callable[[], Mapping[str, np.ndarray]], outputs: slice
+) -> Coded:
+    """How the ``outputs`` of a quantised leaf are read from what ``stored`` gave for it."""
+
+    def read(start: int, stop: int) -> CodedRows:
+        part = slice(outputs.start + start, outputs.start + stop)
+        codes, scale, zero = (arrays().get(f"{leaf}.{name}") for name in Weight._fields)
+        assert codes is not None and scale is not None  # as ``coded_leaves`` found them
+        codes = codes[:, part]
+        if codes.dtype == np.uint8:
+            codes = np.asarray(_unpack(jnp.asarray(codes)))
+        return CodedRows(codes.T, scale[:, part].T, None if zero is None else zero[:, part].T)
+
+    return Coded(
+        dtype=str(np.dtype(weight.codes.dtype)),
+        groups=weight.scale.shape[0],
+        has_zero=weight.zero is not None,
+        rows=read,
+    )
 
 
 def joined(leaf: str, arrays: dict[str, Array]) -> Weight:

@@ -24,7 +24,15 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from convert.codes import coded_leaves, joined, place, stored, stored_parts
+from convert.codes import (
+    coded_leaves,
+    joined,
+    numbers,
+    place,
+    stored,
+    stored_parts,
+    stored_rows,
+)
 from convert.config_json import canonical, to_json
 from convert.json_values import read_json
 from convert.names import (
@@ -47,7 +55,7 @@ from convert.tokenizers import load_tokenizer
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params, abstract_params
 from lserve_jax.model.quantise import WeightForm, check_groups, expect_kind, kind_of
-from pallas_kernels.api import Weight, quantize_weight
+from pallas_kernels.api import Weight, WeightKind, quantize_weight
 
 _PARAMS = "params"
 _FILES = "files.json"
@@ -211,13 +219,11 @@ def restore(
     for codes of another kind than ``weights``, and for "checkpoint" where there are none.
     """
     leaves = _stored(directory, config)
-    coded = {leaf: value for leaf, value in leaves.items() if isinstance(value, Weight)}
-    if weights == "checkpoint" and not coded:
+    if weights == "checkpoint" and not any(isinstance(x, Weight) for x in leaves.values()):
         raise ValueError(f"{directory} holds no quantised weights, whose codes could be kept")
     kind = None if weights == "checkpoint" else weights
     if kind is not None:
-        for leaf, weight in coded.items():
-            expect_kind(leaf, weight, kind, weight_group, where=f"{directory}: ")
+        _expect_kinds(directory, leaves, kind, weight_group)
         check_groups({leaf: value.shape for leaf, value in leaves.items()}, kind, weight_group)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     flat: dict[str, Array | Weight] = {}
@@ -246,6 +252,12 @@ def restore(
     return unflatten(flat)
 
 
+def _expect_kinds(directory: Path, leaves: Mapping[str, Any], kind: WeightKind, group: int) -> None:
+    for leaf, value in leaves.items():
+        if isinstance(value, Weight):
+            expect_kind(leaf, value, kind, group, where=f"{directory}: ")
+
+
 def _layers(leaves: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The same leaves, those of a layer together."""
     layers: dict[str, dict[str, Any]] = {}
@@ -254,37 +266,43 @@ def _layers(leaves: Mapping[str, Any]) -> list[dict[str, Any]]:
     return list(layers.values())
 
 
-def read_orbax(directory: Path, config: ModelConfig) -> Checkpoint:
+def read_orbax(
+    directory: Path, config: ModelConfig, *, weights: WeightForm | None, weight_group: int
+) -> Checkpoint:
     """The same checkpoint as Hugging Face's tensors, which is what an adapter fits.
 
-    The first look at a value reads all arrays to the host. Raises ``ValueError`` for quantised
-    weights: there is nothing exact to add to.
+    The first look at a value reads all arrays to the host. ``weights`` and ``weight_group`` are
+    what will become of it: raises ``ValueError`` for codes of another kind.
     """
-    stored = _stored(directory, config)
-    for leaf, value in stored.items():
-        if isinstance(value, Weight):
-            raise ValueError(
-                f"{directory}: {leaf} is quantised, and an adapter is merged into floats: merge it "
-                "into the checkpoint that this one was made from, and quantise the result"
-            )
+    leaves = _stored(directory, config)
+    if weights is not None and weights != "checkpoint":
+        _expect_kinds(directory, leaves, weights, weight_group)
 
     @functools.cache
     def arrays() -> dict[str, np.ndarray]:
-        empty = {leaf: np.empty(value.shape, value.dtype) for leaf, value in stored.items()}
-        return _restore(directory, empty)
+        wanted: dict[str, Any] = {}
+        for leaf, value in leaves.items():
+            is_coded = isinstance(value, Weight)
+            wanted |= stored_parts(leaf, value, None) if is_coded else {leaf: value}
+        return _restore(directory, {name: np.empty(x.shape, x.dtype) for name, x in wanted.items()})
 
     def rows(slot: TensorSlot, start: int, stop: int) -> np.ndarray:
         return slot.view(arrays()[slot.leaf])[start:stop]
+
+    def tensor(slot: TensorSlot) -> FileTensor:
+        value, read, coded = leaves[slot.leaf], functools.partial(rows, slot), None
+        if isinstance(value, Weight):
+            coded = stored_rows(slot.leaf, value, arrays, slot.columns)
+            read = functools.partial(numbers, coded)
+        return FileTensor(name=slot.hf, shape=slot.shape, rows=read, coded=coded)
 
     return Checkpoint(
         where=str(directory),
         config={},
         naming="hf",
-        dtype=np.dtype(stored["embed_tokens.embedding"].dtype),
-        tensors=[
-            FileTensor(name=slot.hf, shape=slot.shape, rows=functools.partial(rows, slot))
-            for slot in tensor_slots(config)
-        ],
+        dtype=np.dtype(leaves["embed_tokens.embedding"].dtype),
+        tensors=[tensor(slot) for slot in tensor_slots(config)],
+        keeps_codes=any(isinstance(value, Weight) for value in leaves.values()),
     )
 
 

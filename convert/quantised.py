@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.codes import Coded, CodedRows
+from convert.codes import Coded, CodedRows, numbers
 from convert.json_values import json_object, shortened
 from convert.stream import FileTensor
 
@@ -180,20 +180,10 @@ class _Module:
             )
         if rows is None:
             assert coded is not None
-            rows = partial(_numbers, coded)
+            rows = partial(numbers, coded)
         return FileTensor(
             name=f"{self.name}.weight", shape=shape, rows=rows, coded=coded, uncoded=uncoded
         )
-
-
-def _numbers(coded: Coded, start: int, stop: int) -> np.ndarray:
-    """What coded rows stand for, float32."""
-    codes, scale, zero = coded.rows(start, stop)
-    group = codes.shape[1] // coded.groups
-    values = codes.astype(np.float32)
-    if zero is not None:
-        values = values - _spread(zero, group)
-    return values * _spread(scale, group)
 
 
 def _expect(x: RawTensor, dtypes: tuple[str, ...], where: str) -> None:
@@ -206,11 +196,6 @@ def _unpack(words: np.ndarray, bits: int) -> np.ndarray:
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     codes = words.view(np.uint32)[..., None] >> shifts
     return (codes & np.uint32((1 << bits) - 1)).astype(np.uint8)
-
-
-def _spread(per_group: np.ndarray, group: int) -> np.ndarray:
-    """[rows, groups] to [rows, inputs]."""
-    return np.repeat(per_group.astype(np.float32), group, axis=1)
 
 
 # compressed-tensors

@@ -67,6 +67,7 @@ class Checkpoint:
     naming: Naming
     dtype: np.dtype  # the checkpoint's own
     tensors: list[FileTensor]  # in file order
+    keeps_codes: bool = False  # unless it is said what becomes of them
 
 
 def parse_dtype(dtype: DTypeLike) -> np.dtype:
@@ -223,6 +224,8 @@ def _coded(
     group: int,
 ) -> tuple[dict[str, CodedLeaf], dict[str, Coded]]:
     """Leaves that become codes, and how the tensors of these are read, by name."""
+    if weights is None and checkpoint.keeps_codes:
+        weights = "checkpoint"
     if weights is None:
         return {}, {}
     if weights != "checkpoint":
@@ -244,11 +247,14 @@ def _coded(
             if tensor.coded is None or not slot.transposed:
                 continue
             if change is not None:
+                floats = "" if checkpoint.keeps_codes else ", weights=None leaves them floats"
                 raise ValueError(
-                    f"{checkpoint.where}: the adapter changes {tensor.name}, whose codes "
-                    "weights='checkpoint' keeps; weights=None merges it into floats, 'int8', "
-                    "'int4' and 'fp8' quantise these"
+                    f"{checkpoint.where}: the adapter changes {tensor.name}, whose codes are kept; "
+                    "weights='int8', 'int4' or 'fp8' merges it into floats and rounds these again"
+                    f"{floats}"
                 )
+            coded[tensor.name] = tensor.coded
+        elif checkpoint.keeps_codes and tensor.coded is not None and change is None:
             coded[tensor.name] = tensor.coded
         else:
             kind = kind_of(slot.leaf, weights)
