@@ -75,6 +75,13 @@ def expect_kind(
         )
 
 
+def code_types(params: Params) -> str:
+    """Types of the codes in a tree, such as "int8, uint4"; "none" where all of it is floats."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Weight))
+    found = {str(np.dtype(x.codes.dtype)) for x in leaves if isinstance(x, Weight)}
+    return ", ".join(sorted(found)) or "none"
+
+
 def quantise_params(params: Params, kind: WeightKind, *, group: int = 32) -> Params:
     """The same tree with a ``Weight`` for each matrix that a token is multiplied with.
 

@@ -160,12 +160,12 @@ def test_an_adapter_on_codes_of_a_library(tmp_path):
     _, params = convert.load(awq, dtype="float32", adapter=tmp_path / "adapter")
     kernel = base["layers"][0]["self_attn"]["qkv_proj"]["kernel"][:, :64]
     added = merged({f"{module}.weight": kernel.T}, adapter, {module: ALPHA / RANK})
-    got = params["layers"][0]["self_attn"]["qkv_proj"]["kernel"]
+    got = np.asarray(params["layers"][0]["self_attn"]["qkv_proj"]["kernel"])
     np.testing.assert_allclose(got[:, :64].T, added[f"{module}.weight"], atol=1e-5, rtol=0)
     _, codes = convert.load(awq, adapter=tmp_path / "adapter", weights="int8")
-    rounded = dequantize_weight(codes["layers"][0]["self_attn"]["qkv_proj"]["kernel"])
+    rounded = np.asarray(dequantize_weight(codes["layers"][0]["self_attn"]["qkv_proj"]["kernel"]))
     # Half a step of 127 to either side.
-    assert (abs(rounded - got) <= abs(got).max(axis=0) / 254 * 1.001).all()
+    assert (abs(rounded - got) <= np.abs(got).max(axis=0) / 254 * 1.001).all()
     with pytest.raises(ValueError, match=rf"adapter changes {module}.* weights=None leaves them"):
         convert.load(awq, adapter=tmp_path / "adapter", weights="checkpoint")
 
