@@ -54,7 +54,14 @@ from convert.stream import (
 from convert.tokenizers import load_tokenizer
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params, abstract_params
-from lserve_jax.model.quantise import WeightForm, check_groups, expect_kind, kind_of
+from lserve_jax.model.quantise import (
+    CODE_DTYPES,
+    WeightForm,
+    check_groups,
+    expect_kind,
+    kind_of,
+    require_fp8,
+)
 from pallas_kernels.api import Weight, WeightKind, quantize_weight
 
 _PARAMS = "params"
@@ -221,6 +228,9 @@ def restore(
     leaves = _stored(directory, config)
     if weights == "checkpoint" and not any(isinstance(x, Weight) for x in leaves.values()):
         raise ValueError(f"{directory} holds no quantised weights, whose codes could be kept")
+    for leaf, value in leaves.items():
+        if isinstance(value, Weight) and value.codes.dtype == CODE_DTYPES["fp8"]:
+            require_fp8(f"{directory}: {leaf}, whose codes are fp8,")
     kind = None if weights == "checkpoint" else weights
     if kind is not None:
         _expect_kinds(directory, leaves, kind, weight_group)

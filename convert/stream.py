@@ -33,7 +33,7 @@ from convert.names import (
 )
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params
-from lserve_jax.model.quantise import WeightForm, check_groups, kind_of
+from lserve_jax.model.quantise import CODE_DTYPES, WeightForm, check_groups, kind_of, require_fp8
 from pallas_kernels.api import Weight
 
 # One sharding for all leaves, or one chosen by a leaf's dotted path. None: the default device.
@@ -253,6 +253,8 @@ def _coded(
                     "weights='int8', 'int4' or 'fp8' merges it into floats and rounds these again"
                     f"{floats}"
                 )
+            if tensor.coded.dtype == CODE_DTYPES["fp8"]:
+                require_fp8(f"{checkpoint.where}: {tensor.name}, whose codes are fp8,")
             coded[tensor.name] = tensor.coded
         elif checkpoint.keeps_codes and tensor.coded is not None and change is None:
             coded[tensor.name] = tensor.coded

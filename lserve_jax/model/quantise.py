@@ -11,7 +11,14 @@ import numpy as np
 
 from lserve_jax.checks import check_choice, check_integer
 from lserve_jax.model.llama import Params
-from pallas_kernels.api import WEIGHT_GROUPS, WEIGHT_KINDS, Weight, WeightKind, quantize_weight
+from pallas_kernels.api import (
+    WEIGHT_GROUPS,
+    WEIGHT_KINDS,
+    Weight,
+    WeightKind,
+    has_fp8,
+    quantize_weight,
+)
 
 # How matrices are held: rounded to a kind, or as the codes of a quantised checkpoint.
 WeightForm = WeightKind | Literal["checkpoint"]
@@ -20,11 +27,26 @@ CODE_DTYPES: dict[WeightKind, str] = {"int8": "int8", "int4": "uint4", "fp8": "f
 
 
 def check_weights(weights: object, group: int) -> None:
-    """Raises ``ValueError`` for a form of weights, or a group, that there is none of."""
+    """Raises ``ValueError`` for a form of weights, or a group, that there is none of.
+
+    And what ``require_fp8`` raises.
+    """
     if weights is not None:
         check_choice("weights", weights, (*WEIGHT_KINDS, "checkpoint"))
     if check_integer("weight_group", group) not in WEIGHT_GROUPS:
         raise ValueError(f"weight_group={group} must be one of {WEIGHT_GROUPS}")
+    if weights == "fp8":
+        require_fp8("weights='fp8'")
+
+
+def require_fp8(what: str) -> None:
+    """Raises ``NotImplementedError`` on a GPU that has no fp8; ``what`` begins the message."""
+    device = jax.devices()[0]
+    if not has_fp8(device):
+        raise NotImplementedError(
+            f"{what} needs a GPU with fp8, of compute capability 8.9 or more; "
+            f"{device.device_kind} has {device.compute_capability}"
+        )
 
 
 def kind_of(leaf: str, kind: WeightKind) -> WeightKind | None:
