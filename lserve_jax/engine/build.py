@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -305,14 +305,24 @@ def _plan_pages(config: ModelConfig, spec: CacheSpec, dtype, options: EngineOpti
         kv_cache_bytes = CPU_CACHE_BYTES
         if stats is not None:
             free = stats["bytes_limit"] - stats["bytes_in_use"]
-            # Every prefix held keeps a copy of the prefill window.
-            fixed = sum(sizes.values()) + spec.max_prefixes * sizes["prefill_window"]
-            kv_cache_bytes = max(int(options.memory_fraction * (free - fixed)), 0)
+            kv_cache_bytes = room_for_pages(sizes, spec, free, options.memory_fraction)
     pages = kv_cache_bytes // max(page_bytes, 1)
     if pages < 1:
         raise ValueError(f"{kv_cache_bytes=} holds no page: one takes {page_bytes} bytes")
     # Sequences of all slots, and prefixes that none of them shares.
     return min((spec.max_num_seqs + spec.max_prefixes) * spec.pages_per_sequence, pages)
+
+
+def room_for_pages(
+    sizes: Mapping[str, int], spec: CacheSpec, free: int, memory_fraction: float
+) -> int:
+    """Bytes for retrieval pages where ``free`` are left beside the parameters.
+
+    ``sizes``: ``cache_bytes`` of ``spec`` with one page.
+    """
+    # Every prefix held keeps a copy of the prefill window.
+    fixed = sum(sizes.values()) + spec.max_prefixes * sizes["prefill_window"]
+    return max(int(memory_fraction * (free - fixed)), 0)
 
 
 def _untie(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
