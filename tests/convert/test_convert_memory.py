@@ -3,11 +3,13 @@
 Measured as resident memory of a fresh process, which counts the pages of mapped files too.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
 import gguf
 import jax.numpy as jnp
+import load_memory
 import numpy as np
 import pytest
 from tiny_checkpoints import (
@@ -20,11 +22,16 @@ from tiny_checkpoints import (
     write_hf,
 )
 
+from lserve_jax.model.config import ModelConfig
+
 CONFORMANCE = Path(__file__).parents[1] / "data" / "conformance"
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="memory is read from /proc"
 )
+
+# What the allocator keeps of what was freed is none of ours.
+ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 
 MEMORY = """
 import ctypes
@@ -85,10 +92,31 @@ def test_rounded(tmp_path, shards, weights):
     # The same sizes: what their programs take is allocated once.
     config = {**json.loads((directory / "config.json").read_text()), "num_hidden_layers": 1}
     one = write_hf(tmp_path / "one", config, random_tensors(config, jnp.bfloat16))
-    # What the allocator keeps of what was freed is none of ours.
-    allocator = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    used, params = map(int, run_script(MEMORY, one, directory, weights, **allocator).split())
+    used, params = map(int, run_script(MEMORY, one, directory, weights, **ALLOCATOR).split())
     assert params < (0.52 if weights == "int8" else 0.38) * total
+    assert used < params + 1.3 * largest(directory)
+
+
+def test_codes_that_are_kept(tmp_path):
+    """Neither floats nor another copy of the codes exist on the way."""
+    config = ModelConfig(
+        vocab_size=512,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=128,
+        max_position_embeddings=1024,
+    )
+    # The same sizes: what their programs take is allocated once.
+    few, directory = tmp_path / "few", tmp_path / "int4"
+    for path, layers in ((few, 4), (directory, 32)):
+        path.mkdir()
+        load_memory.write(path, dataclasses.replace(config, num_hidden_layers=layers))
+    used, params = map(int, run_script(MEMORY, few, directory, "checkpoint", **ALLOCATOR).split())
+    # 15.7 million codes a layer, half a byte each; for 128 of them a scale and a zero point.
+    assert params == pytest.approx(32 * 15.73e6 * (1 / 2 + 8 / 128), rel=0.01)
     assert used < params + 1.3 * largest(directory)
 
 
