@@ -20,7 +20,7 @@ from numpy.typing import DTypeLike
 from lserve_jax.model.quantise import CODE_DTYPES
 from pallas_kernels.api import Weight, WeightKind, quantize_weight
 
-# Outputs read at once: few, because the search of the clip makes several copies in float32.
+# Outputs read at once: few, because rounding makes several copies in float32.
 _BLOCK_ROWS = 64
 _ALIGNMENT = 64  # bytes
 
