@@ -1,8 +1,8 @@
 """Quantised matrices: made, multiplied, and turned back into numbers. Plain JAX on every machine.
 
 Round to nearest, from the least number of a group or channel to its greatest, without calibration.
-Ranges that are clipped where that loses least in squares were tried, and lost more in perplexity:
-docs/quality.md.
+Ranges that are clipped where that loses least in squares were tried, and gained nothing in
+perplexity: docs/quality.md.
 """
 
 from functools import partial
