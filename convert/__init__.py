@@ -39,6 +39,7 @@ from convert.stream import Checkpoint, Placement, assemble, parse_dtype, settle_
 from convert.tokenizers import load_tokenizer
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params
+from lserve_jax.model.quantise import WeightForm, check_weights
 
 __all__ = [
     "ModelSource",
@@ -61,7 +62,8 @@ def load(
     adapter: str | os.PathLike[str] | None = None,
     overrides: Mapping[str, Any] | None = None,
     sharding: Placement = None,
-    keep_codes: bool = False,
+    weights: WeightForm | None = None,
+    weight_group: int = 32,
     progress: bool = False,
 ) -> tuple[ModelConfig, Params]:
     """Reads a checkpoint: its architecture and its parameters as a nested dict of arrays.
@@ -75,8 +77,11 @@ def load(
     overrides: attributes of ``config.json`` to replace, such as ``{"rope_theta": 2e6}``.
     sharding: one ``Sharding`` for every array, or a function from an array's dotted path
         (``layers.0.mlp.down_proj.kernel``) to its ``Sharding``; None is the default device.
-    keep_codes: matrices of a quantised checkpoint stay ``api.Weight``s, with the codes as they are
-        stored, where the parts of a leaf are quantised alike and in ranges of inputs.
+    weights: None: floats, except that codes of an Orbax checkpoint stay codes. "int8", "int4" or
+        "fp8": matrices are rounded as they come (``api.quantize_weight``; the output layer to int8
+        beside "int4"), after an adapter is merged. "checkpoint": matrices of a quantised
+        checkpoint keep the codes that are stored, where the parts of a leaf are all quantised.
+    weight_group: inputs that share a scale and a zero point in "int4": 32, 64 or 128.
     progress: progress bars on stderr.
 
     The tree is that of ``lserve_jax.model.llama.init_params``. Tensors are converted one after
@@ -84,8 +89,11 @@ def load(
 
     Raises ``ValueError`` for a missing, damaged or inconsistent file and for wrong arguments (the
     missing, unexpected and misshapen tensors in one message), ``NotImplementedError`` for an
-    architecture, attribute or tensor type that is not supported, by name.
+    architecture, attribute or tensor type that is not supported, by name. Codes of an Orbax
+    checkpoint are not turned into others, and codes that are kept are not changed by an adapter:
+    ``ValueError``.
     """
+    check_weights(weights, weight_group)
     if not isinstance(overrides, Mapping | None):
         raise TypeError(f"{overrides=} must map attributes of config.json to values")
     wanted = None if dtype is None else parse_dtype(dtype)
@@ -95,11 +103,18 @@ def load(
             f"model {source.name!r} brings an adapter of its own, so adapter={str(adapter)!r} "
             "cannot be merged too"
         )
-    config, checkpoint, changes = _describe(source, overrides or {}, adapter)
+    config, checkpoint, changes = _describe(
+        source, overrides or {}, adapter, weights=weights, weight_group=weight_group
+    )
     if checkpoint is None:
-        if keep_codes:
-            raise ValueError(f"{source.path} holds no quantised weights, whose codes could be kept")
-        return config, orbax.restore(source.path, config, dtype=wanted, placement=sharding)
+        return config, orbax.restore(
+            source.path,
+            config,
+            dtype=wanted,
+            placement=sharding,
+            weights=weights,
+            weight_group=weight_group,
+        )
     return config, assemble(
         checkpoint,
         config,
@@ -107,7 +122,8 @@ def load(
         changes=changes,
         placement=sharding,
         progress=progress,
-        keep_codes=keep_codes,
+        weights=weights,
+        weight_group=weight_group,
     )
 
 
@@ -125,6 +141,9 @@ def _describe(
     source: ModelSource,
     overrides: Mapping[str, Any],
     adapter: str | os.PathLike[str] | None,
+    *,
+    weights: WeightForm | None = None,
+    weight_group: int = 32,
 ) -> tuple[ModelConfig, Checkpoint | None, dict[str, Change]]:
     """Architecture, tensors and changes to them; no tensors where ``orbax.restore`` reads them."""
     path, chosen = source.path, source.adapter if adapter is None else adapter
@@ -141,7 +160,7 @@ def _describe(
         config = parse(override(orbax.read_config(path), overrides), where=where)
         if not changes:
             return config, None, {}
-        checkpoint = orbax.read_orbax(path, config)
+        checkpoint = orbax.read_orbax(path, config, weights=weights, weight_group=weight_group)
     else:
         checkpoint = hf.read_hf(path) if path.is_dir() else read_gguf(path)
         raw = override(checkpoint.config, overrides)

@@ -9,9 +9,11 @@ from typing import Annotated
 import tyro
 
 import convert
-from convert.orbax import require_empty
+from convert.names import flatten
+from convert.orbax import require_empty, write
 from convert.stream import parse_dtype
 from lserve_jax.cli import exit_code
+from lserve_jax.model.quantise import WeightForm, check_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,11 @@ class Arguments:
     dtype: str | None = None
     # Directory of a PEFT LoRA adapter to merge.
     adapter: Path | None = None
+    # Matrices as codes: rounded to int8, int4 or fp8, or "checkpoint" for those of a quantised
+    # checkpoint as they are. Without it they are floats; codes in Orbax format stay codes.
+    weights: WeightForm | None = None
+    # Inputs that share a scale and a zero point in int4: 32, 64 or 128.
+    weight_group: Annotated[int, tyro.conf.arg(name="group")] = 32
 
 
 def _convert(argv: Sequence[str] | None) -> None:
@@ -34,11 +41,19 @@ def _convert(argv: Sequence[str] | None) -> None:
     require_empty(arguments.destination)
     if arguments.dtype is not None:
         parse_dtype(arguments.dtype)
+    check_weights(arguments.weights, arguments.weight_group)
     source = convert.resolve(arguments.source, progress=True)
     config, params = convert.load(
-        source, dtype=arguments.dtype, adapter=arguments.adapter, progress=True
+        source,
+        dtype=arguments.dtype,
+        adapter=arguments.adapter,
+        weights=arguments.weights,
+        weight_group=arguments.weight_group,
+        progress=True,
     )
-    convert.save(arguments.destination, config, params, tokenizer_from=source.path)
+    flat = flatten(params)
+    del params  # codes are packed leaf by leaf, and must not be held twice
+    write(arguments.destination, config, flat, tokenizer_from=source.path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

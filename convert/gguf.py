@@ -105,16 +105,18 @@ def _tensor(tensor: GGUFTensor, order: np.ndarray | None) -> FileTensor:
     def index(start: int, stop: int) -> slice | np.ndarray:
         return slice(start, stop) if order is None else order[start:stop]
 
-    coded = None
-    if len(tensor.shape) == 2:
+    coded = uncoded = None
+    if len(tensor.shape) == 2 and tensor.is_quantised:
         coded = coded_rows(
             tensor.kind, tensor.shape[1], lambda start, stop: tensor.blocks(index(start, stop))
         )
+        uncoded = None if coded else f"{tensor.name} is stored as {tensor.kind.name}"
     return FileTensor(
         name=tensor.name,
         shape=tensor.shape,
         rows=lambda start, stop: tensor.rows(index(start, stop)),
         coded=coded,
+        uncoded=uncoded,
     )
 
 

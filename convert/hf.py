@@ -9,7 +9,8 @@ import numpy as np
 from convert.config_json import canonical
 from convert.files import is_file
 from convert.json_values import positive_int, read_json, token_ids
-from convert.quantised import QUANTISED_KEYS, RawTensor, dequantised, quantisation
+from convert.quantisation_config import QUANTISED_KEYS, quantisation
+from convert.quantised import RawTensor, dequantised
 from convert.safetensors_file import FLOATS, SafetensorsFile
 from convert.stream import Checkpoint, FileTensor, parse_dtype
 

@@ -1,9 +1,10 @@
 """Our own checkpoints: a directory with Orbax arrays, ``config.json`` and the tokenizer's files.
 
 ``params/`` holds one array per leaf, keyed by its dotted path, so that each can be restored
-straight into its sharding. ``config.json`` is the explicit form of ``config_json``; it alone
-describes the model. ``files.json`` has the size of every file of ``params/``, so that a checkpoint
-cut short is known before Orbax reads it, which ends in pages of errors.
+straight into its sharding; of a quantised leaf one for each part, such as ``….kernel.codes``.
+``config.json`` is the explicit form of ``config_json``; it alone describes the model.
+``files.json`` has the size of every file of ``params/``, so that a checkpoint cut short is known
+before Orbax reads it, which ends in pages of errors.
 """
 
 import asyncio
@@ -21,7 +22,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
+from convert.codes import (
+    coded_leaves,
+    joined,
+    numbers,
+    place,
+    stored,
+    stored_parts,
+    stored_rows,
+)
 from convert.config_json import canonical, to_json
 from convert.json_values import read_json
 from convert.names import (
@@ -32,11 +43,26 @@ from convert.names import (
     tensor_slots,
     unflatten,
 )
-from convert.stream import Checkpoint, FileTensor, Placement, require_finite, sharding_of
+from convert.stream import (
+    Checkpoint,
+    FileTensor,
+    Placement,
+    require_finite,
+    require_finite_weight,
+    sharding_of,
+)
 from convert.tokenizers import load_tokenizer
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params, abstract_params
-from pallas_kernels.api import Weight
+from lserve_jax.model.quantise import (
+    CODE_DTYPES,
+    WeightForm,
+    check_groups,
+    expect_kind,
+    kind_of,
+    require_fp8,
+)
+from pallas_kernels.api import Weight, WeightKind, quantize_weight
 
 _PARAMS = "params"
 _FILES = "files.json"
@@ -121,7 +147,7 @@ def save(
     *,
     tokenizer_from: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Writes ``config`` and ``params`` as a checkpoint that ``load`` reads.
+    """Writes ``config`` and ``params`` as a checkpoint that ``load`` reads, codes as codes.
 
     ``tokenizer_from`` is the directory or ``.gguf`` file whose tokenizer, chat template and
     generation config to keep beside them; None keeps none. All or nothing: the checkpoint is
@@ -130,18 +156,27 @@ def save(
     Raises ``ValueError`` if ``path`` is not new or empty, or ``params`` does not fit ``config``,
     and ``OSError`` if it cannot be written, such as for lack of room.
     """
+    write(path, config, flatten(params), tokenizer_from=tokenizer_from)
+
+
+def write(
+    path: str | os.PathLike[str],
+    config: ModelConfig,
+    flat: dict[str, Array | Weight],
+    *,
+    tokenizer_from: str | os.PathLike[str] | None = None,
+) -> None:
+    """``save`` for leaves by dotted path. Empties ``flat``, so that codes can go once packed."""
     path = Path(path).absolute()
     require_empty(path)
-    flat = flatten(params)
-    if any(isinstance(value, Weight) for value in flat.values()):
-        raise NotImplementedError("quantised weights cannot be saved yet; load them as floats")
     check_tensors(
         {leaf: value.shape for leaf, value in flatten(abstract_params(config)).items()},
         {leaf: value.shape for leaf, value in flat.items()},
         where="params",
     )
+    arrays = dict(stored(flat))
     path.parent.mkdir(parents=True, exist_ok=True)
-    size, free = sum(value.nbytes for value in flat.values()), shutil.disk_usage(path.parent).free
+    size, free = sum(value.nbytes for value in arrays.values()), shutil.disk_usage(path.parent).free
     if size > free:
         raise OSError(
             errno.ENOSPC, f"the parameters take {size} bytes, and {free} are free", str(path)
@@ -150,7 +185,7 @@ def save(
     try:
         partial.mkdir()
         with _errors_as(OSError, f"{path} cannot be written"), _checkpointer() as checkpointer:
-            checkpointer.save(partial / _PARAMS, flat)
+            checkpointer.save(partial / _PARAMS, arrays)
         sizes = json.dumps(_file_sizes(partial / _PARAMS), indent=2)
         (partial / _FILES).write_text(sizes + "\n", encoding="utf-8")
         if tokenizer_from is not None:
@@ -174,50 +209,110 @@ def _keep_tokenizer(source: Path, destination: Path) -> None:
 
 
 def restore(
-    directory: Path, config: ModelConfig, *, dtype: np.dtype | None, placement: Placement
+    directory: Path,
+    config: ModelConfig,
+    *,
+    dtype: np.dtype | None,
+    placement: Placement,
+    weights: WeightForm | None = None,
+    weight_group: int = 32,
 ) -> Params:
     """Parameters that ``save`` wrote, in ``dtype`` (None: as stored) and placed as asked.
 
-    Each array goes from disk to its devices, read in the shards they need. Raises ``ValueError``
-    for arrays that are missing, unexpected, misshapen, damaged or not finite.
+    Each array goes from disk to its devices, read in the shards they need. Codes stay codes.
+    ``weights`` of a kind rounds matrices that are floats, a layer after another.
+
+    Raises ``ValueError`` for arrays that are missing, unexpected, misshapen, damaged or not finite,
+    for codes of another kind than ``weights``, and for "checkpoint" where there are none.
     """
+    leaves = _stored(directory, config)
+    if weights == "checkpoint" and not any(isinstance(x, Weight) for x in leaves.values()):
+        raise ValueError(f"{directory} holds no quantised weights, whose codes could be kept")
+    for leaf, value in leaves.items():
+        if isinstance(value, Weight) and value.codes.dtype == CODE_DTYPES["fp8"]:
+            require_fp8(f"{directory}: {leaf}, whose codes are fp8,")
+    kind = None if weights == "checkpoint" else weights
+    if kind is not None:
+        _expect_kinds(directory, leaves, kind, weight_group)
+        check_groups({leaf: value.shape for leaf, value in leaves.items()}, kind, weight_group)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = {
-        leaf: jax.ShapeDtypeStruct(
-            value.shape, dtype or value.dtype, sharding=sharding_of(placement, leaf) or here
-        )
-        for leaf, value in _stored(directory, config).items()
-    }
-    flat = _restore(directory, wanted)
-    for leaf, value in flat.items():
-        require_finite(leaf, value, str(directory))
+    flat: dict[str, Array | Weight] = {}
+    for portion in [leaves] if kind is None else _layers(leaves):
+        wanted: dict[str, jax.ShapeDtypeStruct] = {}
+        for leaf, value in portion.items():
+            sharding = sharding_of(placement, leaf) or here
+            if isinstance(value, Weight):
+                wanted |= stored_parts(leaf, value, sharding)
+            else:
+                rounds = kind is not None and kind_of(leaf, kind) is not None
+                kept = value.dtype if dtype is None or rounds else dtype
+                wanted[leaf] = jax.ShapeDtypeStruct(value.shape, kept, sharding=sharding)
+        arrays = _restore(directory, wanted)
+        for leaf, value in portion.items():
+            if isinstance(value, Weight):
+                weight = flat[leaf] = joined(leaf, arrays)
+                require_finite_weight(leaf, weight, str(directory))
+                continue
+            array = flat[leaf] = arrays.pop(leaf)
+            require_finite(leaf, array, str(directory))
+            to = None if kind is None else kind_of(leaf, kind)
+            if to is not None:
+                weight = quantize_weight(array, kind=to, group=weight_group)
+                flat[leaf] = jax.block_until_ready(place(leaf, weight, array.sharding))
     return unflatten(flat)
 
 
-def read_orbax(directory: Path, config: ModelConfig) -> Checkpoint:
+def _expect_kinds(directory: Path, leaves: Mapping[str, Any], kind: WeightKind, group: int) -> None:
+    for leaf, value in leaves.items():
+        if isinstance(value, Weight):
+            expect_kind(leaf, value, kind, group, where=f"{directory}: ")
+
+
+def _layers(leaves: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The same leaves, those of a layer together."""
+    layers: dict[str, dict[str, Any]] = {}
+    for leaf, value in leaves.items():
+        layers.setdefault(".".join(leaf.split(".")[:2]), {})[leaf] = value
+    return list(layers.values())
+
+
+def read_orbax(
+    directory: Path, config: ModelConfig, *, weights: WeightForm | None, weight_group: int
+) -> Checkpoint:
     """The same checkpoint as Hugging Face's tensors, which is what an adapter fits.
 
-    The first look at a value reads all arrays to the host.
+    The first look at a value reads all arrays to the host. ``weights`` and ``weight_group`` are
+    what will become of it: raises ``ValueError`` for codes of another kind.
     """
-    stored = _stored(directory, config)
+    leaves = _stored(directory, config)
+    if weights is not None and weights != "checkpoint":
+        _expect_kinds(directory, leaves, weights, weight_group)
 
     @functools.cache
     def arrays() -> dict[str, np.ndarray]:
-        empty = {leaf: np.empty(value.shape, value.dtype) for leaf, value in stored.items()}
-        return _restore(directory, empty)
+        wanted: dict[str, Any] = {}
+        for leaf, value in leaves.items():
+            is_coded = isinstance(value, Weight)
+            wanted |= stored_parts(leaf, value, None) if is_coded else {leaf: value}
+        return _restore(directory, {name: np.empty(x.shape, x.dtype) for name, x in wanted.items()})
 
     def rows(slot: TensorSlot, start: int, stop: int) -> np.ndarray:
         return slot.view(arrays()[slot.leaf])[start:stop]
+
+    def tensor(slot: TensorSlot) -> FileTensor:
+        value, read, coded = leaves[slot.leaf], functools.partial(rows, slot), None
+        if isinstance(value, Weight):
+            coded = stored_rows(slot.leaf, value, arrays, slot.columns)
+            read = functools.partial(numbers, coded)
+        return FileTensor(name=slot.hf, shape=slot.shape, rows=read, coded=coded)
 
     return Checkpoint(
         where=str(directory),
         config={},
         naming="hf",
-        dtype=np.dtype(stored["embed_tokens.embedding"].dtype),
-        tensors=[
-            FileTensor(name=slot.hf, shape=slot.shape, rows=functools.partial(rows, slot))
-            for slot in tensor_slots(config)
-        ],
+        dtype=np.dtype(leaves["embed_tokens.embedding"].dtype),
+        tensors=[tensor(slot) for slot in tensor_slots(config)],
+        keeps_codes=any(isinstance(value, Weight) for value in leaves.values()),
     )
 
 
@@ -244,24 +339,37 @@ def _check_files(directory: Path) -> None:
 
 
 def _stored(directory: Path, config: ModelConfig) -> dict[str, Any]:
-    """Shape and dtype of every array on disk, which must be those of ``config``."""
+    """Shape and dtype of every leaf on disk, which must be those of ``config``.
+
+    Those of a quantised leaf are a ``Weight`` of them.
+    """
     _check_files(directory)
     path = (directory / _PARAMS).absolute()
     with _errors_as(ValueError, f"{path} cannot be read"), _checkpointer() as checkpointer:
         metadata = checkpointer.metadata(path).item_metadata
-        stored = {} if metadata is None else dict(metadata.items())
+        arrays = {} if metadata is None else dict(metadata.items())
     if metadata is None:
         raise ValueError(f"{path} is not a complete Orbax checkpoint")
-    refuse_more_layers(config.num_hidden_layers, len(stored), where=str(directory))
+    refuse_more_layers(config.num_hidden_layers, len(arrays), where=str(directory))
+    coded = coded_leaves(arrays, str(directory))
+    parts = {f"{leaf}.{part}" for leaf in coded for part in Weight._fields}
+    leaves = {name: value for name, value in arrays.items() if name not in parts} | coded
     check_tensors(
         {leaf: value.shape for leaf, value in flatten(abstract_params(config)).items()},
-        {leaf: tuple(value.shape) for leaf, value in stored.items()},
+        {leaf: tuple(value.shape) for leaf, value in leaves.items()},
         where=str(directory),
     )
-    return stored
+    return leaves
 
 
 def _restore(directory: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    import orbax.checkpoint as ocp  # here: as above
+
     path = (directory / _PARAMS).absolute()
-    with _errors_as(ValueError, f"{path} cannot be read"), _checkpointer() as checkpointer:
-        return checkpointer.restore(path, wanted)
+    restore = ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
+    )
+    with _errors_as(ValueError, f"{path} cannot be read"), ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(path, args=restore)

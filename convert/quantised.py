@@ -4,26 +4,27 @@ Formats: compressed-tensors (pack-quantized, int-quantized, float-quantized, nai
 GPTQ (v1 and v2, act-order too) and block fp8. A module ``x`` has its codes and scales in tensors of
 its own, such as ``x.qweight``; here they become one tensor ``x.weight`` of [out, in]. Which modules
 are quantised, in how many bits and groups, is read from the tensors themselves and then held
-against what the config says; so lists of modules left out need no rule of their own.
+against what the config says (``quantisation_config``); so lists of modules left out need no rule of
+their own.
 
 Layouts were checked against the libraries that write them (``tests/convert/quantised``);
 ``docs/formats.md`` lists what each may contain.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
-from convert.json_values import json_object, shortened
-from convert.stream import Coded, CodedRows, FileTensor
+from convert.codes import Coded, CodedRows, numbers
+from convert.json_values import shortened
+from convert.quantisation_config import Quantisation
+from convert.stream import FileTensor
 
 # In an int32 of AWQ's, nibble i belongs to column 8 j + _AWQ_ORDER[i].
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-QUANTISED_KEYS = ("quantization_config", "compression_config")
-_COMPRESSED = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 # Of activations and of the cache: weights alone are quantised here, and need none of these.
 _NOT_WEIGHTS = ("input_scale", "input_zero_point", "input_global_scale", "k_scale", "v_scale")
 
@@ -45,43 +46,6 @@ class RawTensor:
         return self.read(0, self.shape[0], start, stop)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Quantisation:
-    """How a checkpoint says that it is quantised."""
-
-    method: str
-    settings: Mapping[str, Any]
-    where: str  # names the file that says so
-
-
-def quantisation(config: Mapping[str, Any], where: str) -> Quantisation | None:
-    """What ``config`` says of quantised weights; None if they are not.
-
-    Raises ``NotImplementedError`` naming a method or setting that is not read, ``ValueError`` for
-    what cannot be meant.
-    """
-    for key in QUANTISED_KEYS:
-        settings = json_object(key, config.get(key), where)
-        if settings:
-            break
-    else:
-        return None
-    method = settings.get("quant_method") or "a method that it does not name"
-    checks = {
-        "compressed-tensors": _check_compressed,
-        "awq": _check_awq,
-        "gptq": _check_gptq,
-        "fp8": _check_fp8,
-    }
-    if method not in checks:
-        raise NotImplementedError(
-            f"{where}: the checkpoint is quantised by {method} ({key}), which is not supported; "
-            f"supported: {', '.join(checks)}, GGUF files, and float32, bfloat16 or float16"
-        )
-    checks[method](settings, where)
-    return Quantisation(method=method, settings=settings, where=where)
-
-
 def dequantised(
     tensors: Mapping[str, RawTensor], quantised: Quantisation, where: str
 ) -> dict[str, FileTensor]:
@@ -99,6 +63,7 @@ def dequantised(
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
         modules.setdefault(module, {})[part] = tensor
+    quantised.check_targets(modules)
     found: dict[str, FileTensor] = {}
     for module, parts in modules.items():
         parts = {part: x for part, x in parts.items() if part not in _NOT_WEIGHTS}
@@ -160,6 +125,7 @@ class _Module:
                 f"{self.where}: {self.name}.{scales} has {count} groups for {inputs} inputs, "
                 "which they do not divide"
             )
+        self.quantised.check_groups(f"{self.where}: {self.name}.{scales}", count, inputs)
         return inputs // count
 
     def done(
@@ -168,8 +134,9 @@ class _Module:
         rows: Callable[[int, int], np.ndarray] | None = None,
         *,
         coded: Coded | None = None,
+        uncoded: str | None = None,
     ) -> FileTensor:
-        """The weight, once nothing is left over; ``rows`` where no ``coded`` says them."""
+        """The weight, once nothing is left over: ``coded``, or ``rows`` and why it is not."""
         if self._parts:
             names = ", ".join(shortened(sorted(x.name for x in self._parts.values())))
             raise NotImplementedError(
@@ -177,18 +144,10 @@ class _Module:
             )
         if rows is None:
             assert coded is not None
-            rows = partial(_numbers, coded)
-        return FileTensor(name=f"{self.name}.weight", shape=shape, rows=rows, coded=coded)
-
-
-def _numbers(coded: Coded, start: int, stop: int) -> np.ndarray:
-    """What coded rows stand for, float32."""
-    codes, scale, zero = coded.rows(start, stop)
-    group = codes.shape[1] // coded.groups
-    values = codes.astype(np.float32)
-    if zero is not None:
-        values = values - _spread(zero, group)
-    return values * _spread(scale, group)
+            rows = partial(numbers, coded)
+        return FileTensor(
+            name=f"{self.name}.weight", shape=shape, rows=rows, coded=coded, uncoded=uncoded
+        )
 
 
 def _expect(x: RawTensor, dtypes: tuple[str, ...], where: str) -> None:
@@ -203,38 +162,7 @@ def _unpack(words: np.ndarray, bits: int) -> np.ndarray:
     return (codes & np.uint32((1 << bits) - 1)).astype(np.uint8)
 
 
-def _spread(per_group: np.ndarray, group: int) -> np.ndarray:
-    """[rows, groups] to [rows, inputs]."""
-    return np.repeat(per_group.astype(np.float32), group, axis=1)
-
-
 # compressed-tensors
-
-
-def _check_compressed(settings: Mapping[str, Any], where: str) -> None:
-    groups = json_object("config_groups", settings.get("config_groups"), where)
-    schemes = [json_object(f"config_groups.{name}", x, where) for name, x in groups.items()]
-    for kind in [settings.get("format"), *(scheme.get("format") for scheme in schemes)]:
-        if kind is not None and kind not in (*_COMPRESSED, "mixed-precision"):
-            raise NotImplementedError(
-                f"{where}: format {kind!r} of compressed-tensors is not supported; supported: "
-                f"{', '.join(_COMPRESSED)}"
-            )
-    for scheme in schemes:
-        weights = json_object("weights", scheme.get("weights"), where)
-        bits, kind = weights.get("num_bits"), weights.get("type", "int")
-        if weights and (bits, kind) not in ((4, "int"), (8, "int"), (8, "float")):
-            raise NotImplementedError(
-                f"{where}: weights of {bits} bits of type {kind} are not supported; supported: "
-                "int of 4 or 8, float of 8"
-            )
-    if settings.get("sparsity_config") not in (None, {}) and (
-        json_object("sparsity_config", settings["sparsity_config"], where).get("format")
-        not in (None, "dense")
-    ):
-        raise NotImplementedError(
-            f"{where}: sparse checkpoints (sparsity_config) are not supported"
-        )
 
 
 def _compressed_weight(module: _Module) -> FileTensor:
@@ -250,6 +178,7 @@ def _compressed_weight(module: _Module) -> FileTensor:
             f"{module.where}: {packed.name} has shape {packed.shape}, which holds no [{out}, "
             f"{inputs}] of 4 or 8 bits, as {module.name}.weight_shape says"
         )
+    module.quantised.check_bits(f"{module.where}: {packed.name}", bits)
     scale = module.take("weight_scale", ("float32", "float16", "bfloat16"), (out, None))
     group = module.groups(inputs, scale.shape[1], "weight_scale")
     per = 32 // bits
@@ -261,9 +190,10 @@ def _compressed_weight(module: _Module) -> FileTensor:
     def rows(start: int, stop: int) -> CodedRows:
         codes = _unpack(packed.read(start, stop), bits).reshape(stop - start, -1)[:, :inputs]
         scales = scale.read(start, stop).astype(np.float32)
-        if zero is None:  # signed codes are stored with half of their range added
-            points = np.full_like(scales, (1 << (bits - 1)) - lower)
-        else:
+        points = None
+        if zero is None and bits == 4:  # signed codes are stored with half of their range added
+            points = np.full_like(scales, 8)
+        elif zero is not None:
             first = start // per  # zero points are packed along the outputs
             words = zero.read(first, -(-stop // per))
             points = _unpack(words, bits).transpose(0, 2, 1).reshape(-1, words.shape[1])
@@ -272,8 +202,8 @@ def _compressed_weight(module: _Module) -> FileTensor:
             codes = (codes.astype(np.int16) - lower).astype(np.int8)
         return CodedRows(codes, scales, points)
 
-    dtype = "uint4" if bits == 4 else "int8"
-    coded = Coded(dtype=dtype, groups=inputs // group, has_zero=True, rows=rows)
+    dtype, has_zero = ("uint4", True) if bits == 4 else ("int8", zero is not None)
+    coded = Coded(dtype=dtype, groups=inputs // group, has_zero=has_zero, rows=rows)
     return module.done((out, inputs), coded=coded)
 
 
@@ -295,26 +225,19 @@ def _scaled_weight(module: _Module, scale_name: str, zero_name: str | None) -> F
         part = np.repeat(part, tall, axis=0)[start - first * tall :][: stop - start]
         return np.repeat(part, wide, axis=1)[:, :inputs]
 
-    def rows(start: int, stop: int) -> np.ndarray:
-        values = codes.read(start, stop).astype(np.float32)
-        if zero is not None:
-            values = values - spread(zero, start, stop)
-        return values * spread(scale, start, stop)
-
-    if inputs % wide:  # the last block is a short one
-        return module.done((out, inputs), rows)
+    group = math.gcd(inputs, wide)  # less than a block where the last one is cut short
 
     def coded_rows(start: int, stop: int) -> CodedRows:
         def grouped(x: RawTensor) -> np.ndarray:
             each = spread(x, start, stop)  # [rows or 1, in or 1]
-            return np.broadcast_to(each[:, ::wide], (stop - start, inputs // wide))
+            return np.broadcast_to(each[:, ::group], (stop - start, inputs // group))
 
         return CodedRows(
             codes.read(start, stop), grouped(scale), None if zero is None else grouped(zero)
         )
 
     coded = Coded(
-        dtype=codes.dtype, groups=inputs // wide, has_zero=zero is not None, rows=coded_rows
+        dtype=codes.dtype, groups=inputs // group, has_zero=zero is not None, rows=coded_rows
     )
     return module.done((out, inputs), coded=coded)
 
@@ -328,7 +251,7 @@ def _blocks(module: _Module, scale: RawTensor, shape: tuple[int, int]) -> tuple[
         tall, wide = scale.shape
         if tall == out and wide >= 1 and inputs % wide == 0:  # a channel, or groups of one
             return 1, inputs // wide
-        for block in _block_sizes(module.quantised.settings):
+        for block in module.quantised.block_sizes():
             if scale.shape == (-(-out // block[0]), -(-inputs // block[1])):
                 return block[0], block[1]
     raise ValueError(
@@ -337,36 +260,7 @@ def _blocks(module: _Module, scale: RawTensor, shape: tuple[int, int]) -> tuple[
     )
 
 
-def _block_sizes(settings: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Outputs and inputs of a block, wherever a config says them; 128 and 128 if it does not."""
-    groups = settings.get("config_groups")
-    groups = groups if isinstance(groups, Mapping) else {}
-    schemes = [group for group in groups.values() if isinstance(group, Mapping)]
-    weights = [x for x in (scheme.get("weights") for scheme in schemes) if isinstance(x, Mapping)]
-    said = [settings.get("weight_block_size"), *(x.get("block_structure") for x in weights)]
-    return [
-        (block[0], block[1])
-        for block in [*said, [128, 128]]
-        if isinstance(block, list)
-        and len(block) == 2
-        and all(type(n) is int and n > 0 for n in block)
-    ]
-
-
 # fp8 with scales of blocks
-
-
-def _check_fp8(settings: Mapping[str, Any], where: str) -> None:
-    block = settings.get("weight_block_size")
-    if block is not None and (
-        not isinstance(block, list)
-        or len(block) != 2
-        or not all(type(n) is int and n > 0 for n in block)
-    ):
-        raise ValueError(f"{where}: weight_block_size must be two positive integers, got {block!r}")
-    kind = settings.get("fmt")
-    if kind not in (None, "e4m3"):
-        raise NotImplementedError(f"{where}: fmt {kind!r} of fp8 is not supported; only 'e4m3' is")
 
 
 def _fp8_weight(module: _Module) -> FileTensor:
@@ -374,16 +268,6 @@ def _fp8_weight(module: _Module) -> FileTensor:
 
 
 # AWQ
-
-
-def _check_awq(settings: Mapping[str, Any], where: str) -> None:
-    bits, version = settings.get("bits"), settings.get("version") or "gemm"
-    if bits != 4:
-        raise NotImplementedError(f"{where}: AWQ of {bits} bits is not supported; only 4 is")
-    if not isinstance(version, str) or version.lower() != "gemm":
-        raise NotImplementedError(
-            f"{where}: version {version!r} of AWQ is not supported; only 'gemm' is"
-        )
 
 
 def _awq_weight(module: _Module) -> FileTensor:
@@ -415,18 +299,6 @@ def _awq_weight(module: _Module) -> FileTensor:
 # GPTQ
 
 
-def _check_gptq(settings: Mapping[str, Any], where: str) -> None:
-    bits = settings.get("bits")
-    if bits not in (4, 8):
-        raise NotImplementedError(f"{where}: GPTQ of {bits} bits is not supported; 4 and 8 are")
-    kind = settings.get("checkpoint_format") or "gptq"
-    if kind not in ("gptq", "gptq_v2"):
-        raise NotImplementedError(
-            f"{where}: checkpoint_format {kind!r} of GPTQ is not supported; 'gptq' and 'gptq_v2' "
-            "are"
-        )
-
-
 def _gptq_weight(module: _Module) -> FileTensor:
     settings = module.quantised.settings
     bits = settings["bits"]
@@ -440,6 +312,7 @@ def _gptq_weight(module: _Module) -> FileTensor:
     if index is None:
         of_input = np.arange(inputs) // module.groups(inputs, groups, "scales")
     else:
+        module.quantised.check_groups(f"{module.where}: {scale.name}", groups, inputs)
         of_input = index.all()
         if of_input.min() < 0 or of_input.max() >= groups:
             raise ValueError(
@@ -469,7 +342,8 @@ def _gptq_weight(module: _Module) -> FileTensor:
         return (codes.astype(np.float32) - points[:, of_input]) * scales[:, of_input]
 
     if inputs % groups or np.any(of_input != np.arange(inputs) // (inputs // groups)):
-        return module.done((out, inputs), rows)  # act-order: groups are no ranges of inputs
+        uncoded = f"{module.name}.g_idx scatters the inputs of a group (act-order)"
+        return module.done((out, inputs), rows, uncoded=uncoded)
     dtype = "uint4" if bits == 4 else "int8"
     return module.done(
         (out, inputs), coded=Coded(dtype=dtype, groups=groups, has_zero=True, rows=parts)

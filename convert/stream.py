@@ -7,11 +7,10 @@ memory therefore holds no second copy of the parameters, whatever the format.
 """
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
+from convert.codes import Coded, CodedLeaf, aligned, rounded
 from convert.json_values import shortened
 from convert.lora import Change
 from convert.names import (
@@ -33,6 +33,7 @@ from convert.names import (
 )
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params
+from lserve_jax.model.quantise import CODE_DTYPES, WeightForm, check_groups, kind_of, require_fp8
 from pallas_kernels.api import Weight
 
 # One sharding for all leaves, or one chosen by a leaf's dotted path. None: the default device.
@@ -44,26 +45,6 @@ _BLOCK_ROWS = 128
 # Many, because embedding and output layer may lie in two files, mapped in turn.
 _COMPARED_ROWS = 8192
 
-_ALIGNMENT = 64  # bytes
-
-
-class CodedRows(NamedTuple):
-    """Rows of a quantised matrix of [out, in]: ``(codes - zero) * scale``, in groups of inputs."""
-
-    codes: np.ndarray  # [rows, in]  int8, uint8 below 16, or float8_e4m3fn
-    scale: np.ndarray  # [rows, groups] float32
-    zero: np.ndarray | None  # [rows, groups] float32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Coded:
-    """How the rows of a quantised matrix are read as they are stored."""
-
-    dtype: str  # of a ``Weight``'s codes: int8, uint4 or float8_e4m3fn
-    groups: int  # of inputs; 1: one scale for each output
-    has_zero: bool
-    rows: Callable[[int, int], CodedRows]  # [start, stop) of the outputs
-
 
 @dataclass(frozen=True, kw_only=True)
 class FileTensor:
@@ -73,6 +54,8 @@ class FileTensor:
     shape: tuple[int, ...]
     rows: Callable[[int, int], np.ndarray]  # [start, stop) of the first axis, any float dtype
     coded: Coded | None = None  # of a quantised matrix that a ``Weight`` can hold
+    # Of another quantised matrix: what is in the way, as a sentence about its file's tensors.
+    uncoded: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +67,7 @@ class Checkpoint:
     naming: Naming
     dtype: np.dtype  # the checkpoint's own
     tensors: list[FileTensor]  # in file order
+    keeps_codes: bool = False  # unless it is said what becomes of them
 
 
 def parse_dtype(dtype: DTypeLike) -> np.dtype:
@@ -150,6 +134,13 @@ def require_finite(leaf: str, values: jax.Array, where: str) -> None:
         raise ValueError(f"{where}: {leaf} holds values that are not finite in {values.dtype}")
 
 
+def require_finite_weight(leaf: str, weight: Weight, where: str) -> None:
+    """The same for the scales of a quantised leaf, its zero points, and codes that are floats."""
+    for part, x in weight._asdict().items():
+        if x is not None and jnp.issubdtype(x.dtype, jnp.floating):
+            require_finite(f"{leaf}.{part}", x, where)
+
+
 @jax.jit
 def _all_finite(values: jax.Array) -> jax.Array:
     # Only a value that is not finite makes this sum differ from 0. Reducing jnp.isfinite(values)
@@ -165,14 +156,16 @@ def assemble(
     changes: Mapping[str, Change],
     placement: Placement,
     progress: bool,
-    keep_codes: bool = False,
+    weights: WeightForm | None = None,
+    weight_group: int = 32,
 ) -> Params:
     """Parameters of ``config`` in ``dtype`` from ``checkpoint`` with the ``changes`` of an adapter.
 
-    With ``keep_codes`` a matrix that is quantised in one way as a whole becomes a ``Weight``.
+    ``weights`` makes ``Weight``s of matrices: of a kind, rounded from what they are with the
+    changes, or by the codes that the checkpoint holds.
 
-    Raises ``ValueError`` for tensors that are missing, unexpected or misshapen, and for values
-    that are not finite.
+    Raises ``ValueError`` for tensors that are missing, unexpected or misshapen, for values that
+    are not finite, and with ``NotImplementedError`` for codes that cannot be kept.
     """
     all_slots = tensor_slots(config, checkpoint.naming)
     by_name = {slot.name(checkpoint.naming): slot for slot in all_slots}
@@ -184,32 +177,30 @@ def assemble(
     )
     _check_changes(changes, {slot.hf: slot.shape for slot in all_slots})
 
-    kept = _coded_leaves(tensors, by_name, changes) if keep_codes else {}
+    leaves, coded = _coded(checkpoint, by_name, changes, weights, weight_group)
     awaited = Counter(slot.leaf for slot in all_slots)
     unfinished: dict[str, np.ndarray] = {}
     flat: dict[str, jax.Array | Weight] = {}
     for tensor in tqdm(tensors, desc="loading", unit="tensor", disable=not progress):
         slot = by_name[tensor.name]
-        if slot.leaf in kept:
-            kept[slot.leaf].read(slot, tensor)
-            awaited[slot.leaf] -= 1
+        awaited[slot.leaf] -= 1
+        if slot.leaf in leaves:
+            leaves[slot.leaf].read(coded[tensor.name], slot.columns)
             if not awaited[slot.leaf]:
-                place = sharding_of(placement, slot.leaf)
-                flat[slot.leaf] = kept.pop(slot.leaf).finish(place, checkpoint.where)
+                weight = leaves.pop(slot.leaf).finish(sharding_of(placement, slot.leaf))
+                require_finite_weight(slot.leaf, weight, checkpoint.where)
+                flat[slot.leaf] = weight
             continue
         if slot.leaf not in unfinished:
-            unfinished[slot.leaf] = _aligned(slot.leaf_shape, dtype)
+            unfinished[slot.leaf] = aligned(slot.leaf_shape, dtype)
         target = slot.view(unfinished[slot.leaf])
-        change = changes.get(slot.hf)
+        rows = _rows(tensor, changes.get(slot.hf))
         for start in range(0, tensor.shape[0], _BLOCK_ROWS):
             stop = min(start + _BLOCK_ROWS, tensor.shape[0])
-            block = tensor.rows(start, stop)
-            if change is not None:
-                block = change.apply(block, start, stop)
+            block = rows(start, stop)
             # Cast before the transposing store: casting through strided memory is far slower.
             with np.errstate(over="ignore"):  # found below
                 target[start:stop] = block.astype(dtype)
-        awaited[slot.leaf] -= 1
         if not awaited[slot.leaf]:
             leaf = jax.device_put(unfinished.pop(slot.leaf), sharding_of(placement, slot.leaf))
             # Without waiting, queued transfers would keep every host copy alive.
@@ -218,61 +209,72 @@ def assemble(
     return unflatten(flat)
 
 
-class _CodedLeaf:
-    """A quantised leaf on its way: its parts side by side, [in, out]."""
-
-    def __init__(self, name: str, shape: tuple[int, ...], coded: Coded):
-        self.name, self.coded = name, coded
-        self.codes = np.empty(shape, jnp.dtype(coded.dtype))
-        self.scale = np.empty((coded.groups, shape[1]), np.float32)
-        self.zero = np.empty_like(self.scale) if coded.has_zero else None
-
-    def read(self, slot: TensorSlot, tensor: FileTensor) -> None:
-        assert tensor.coded is not None  # chosen for it
-        for start in range(0, tensor.shape[0], _BLOCK_ROWS):
-            stop = min(start + _BLOCK_ROWS, tensor.shape[0])
-            rows = tensor.coded.rows(start, stop)
-            for whole, part in zip((self.codes, self.scale, self.zero), rows, strict=True):
-                if whole is not None and part is not None:
-                    whole[:, slot.columns].T[start:stop] = part.astype(whole.dtype)
-
-    def finish(self, sharding: Sharding | None, where: str) -> Weight:
-        codes, scale = (jax.device_put(x, sharding) for x in (self.codes, self.scale))
-        zero = None if self.zero is None else jax.device_put(self.zero, sharding)
-        weight = jax.block_until_ready(Weight(codes, scale, zero))
-        for part, x in weight._asdict().items():
-            if x is not None and jnp.issubdtype(x.dtype, jnp.floating):
-                require_finite(f"{self.name}.{part}", x, where)
-        return weight
+def _rows(tensor: FileTensor, change: Change | None) -> Callable[[int, int], np.ndarray]:
+    """Those of the tensor as an adapter leaves it."""
+    if change is None:
+        return tensor.rows
+    return lambda start, stop: change.apply(tensor.rows(start, stop), start, stop)
 
 
-def _coded_leaves(
-    tensors: list[FileTensor], by_name: Mapping[str, TensorSlot], changes: Mapping[str, Change]
-) -> dict[str, _CodedLeaf]:
-    """Leaves whose parts are all quantised in the same way, and none changed by an adapter."""
-    found: dict[str, list[tuple[FileTensor, TensorSlot]]] = {}
-    for tensor in tensors:
-        slot = by_name[tensor.name]
-        found.setdefault(slot.leaf, []).append((tensor, slot))
+def _coded(
+    checkpoint: Checkpoint,
+    slots: Mapping[str, TensorSlot],
+    changes: Mapping[str, Change],
+    weights: WeightForm | None,
+    group: int,
+) -> tuple[dict[str, CodedLeaf], dict[str, Coded]]:
+    """Leaves that become codes, and how the tensors of these are read, by name."""
+    if weights is None and checkpoint.keeps_codes:
+        weights = "checkpoint"
+    if weights is None:
+        return {}, {}
+    if weights != "checkpoint":
+        check_groups({slot.leaf: slot.leaf_shape for slot in slots.values()}, weights, group)
+    coded: dict[str, Coded] = {}
+    parts: dict[str, list[FileTensor]] = {}
+    for tensor in checkpoint.tensors:
+        if tensor.name not in slots:  # derived
+            continue
+        slot = slots[tensor.name]
+        parts.setdefault(slot.leaf, []).append(tensor)
+        change = changes.get(slot.hf)
+        if weights == "checkpoint":
+            if slot.transposed and tensor.uncoded is not None:
+                raise NotImplementedError(
+                    f"{checkpoint.where}: {tensor.uncoded}, which weights='checkpoint' cannot "
+                    "keep; weights=None makes floats of all"
+                )
+            if tensor.coded is None or not slot.transposed:
+                continue
+            if change is not None:
+                floats = "" if checkpoint.keeps_codes else ", weights=None leaves them floats"
+                raise ValueError(
+                    f"{checkpoint.where}: the adapter changes {tensor.name}, whose codes are kept; "
+                    "weights='int8', 'int4' or 'fp8' merges it into floats and rounds these again"
+                    f"{floats}"
+                )
+            if tensor.coded.dtype == CODE_DTYPES["fp8"]:
+                require_fp8(f"{checkpoint.where}: {tensor.name}, whose codes are fp8,")
+            coded[tensor.name] = tensor.coded
+        elif checkpoint.keeps_codes and tensor.coded is not None and change is None:
+            coded[tensor.name] = tensor.coded
+        else:
+            kind = kind_of(slot.leaf, weights)
+            if kind is not None:
+                rows = _rows(tensor, change)
+                coded[tensor.name] = rounded(rows, tensor.shape[1], kind, group)
     leaves = {}
-    for leaf, parts in found.items():
-        ways = {
-            None if x.coded is None else (x.coded.dtype, x.coded.groups, x.coded.has_zero)
-            for x, _ in parts
-        }
-        changed = any(slot.hf in changes for _, slot in parts)
-        coded, slot = parts[0][0].coded, parts[0][1]
-        if len(ways) == 1 and coded is not None and slot.transposed and not changed:
-            leaves[leaf] = _CodedLeaf(leaf, slot.leaf_shape, coded)
-    return leaves
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array that JAX's CPU backend takes over instead of copying."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
+    for leaf, tensors in parts.items():
+        found = [coded[tensor.name] for tensor in tensors if tensor.name in coded]
+        if len(found) == len(tensors) and CodedLeaf.holds(found):
+            shape = slots[tensors[0].name].leaf_shape
+            leaves[leaf] = CodedLeaf(leaf, shape, found)
+    if weights == "checkpoint" and not leaves:
+        raise ValueError(
+            f"{checkpoint.where} holds no quantised matrices, whose codes weights='checkpoint' "
+            "would keep"
+        )
+    return leaves, coded
 
 
 def _check_changes(changes: Mapping[str, Change], weights: Mapping[str, tuple[int, ...]]) -> None:

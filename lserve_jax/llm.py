@@ -106,7 +106,8 @@ class LLM:
                     source,
                     dtype=dtype,
                     adapter=adapter,
-                    keep_codes=self.options.weights == "checkpoint",
+                    weights=self.options.weights,
+                    weight_group=self.options.weight_group,
                     progress=progress,
                 )[1]
 

@@ -44,6 +44,7 @@ from pallas_kernels.device import (
     MOST_LINEAR_ROWS,
     MOST_SELECTED_PAGES,
     Backend,
+    has_fp8,
     implementation,
     resolve_backend,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "dequantize_kv",
     "dequantize_weight",
     "fused_linear",
+    "has_fp8",
     "merge_attention",
     "page_scores",
     "paged_attention",

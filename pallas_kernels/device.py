@@ -42,6 +42,19 @@ def is_hopper(device: jax.Device) -> bool:
     return device.platform == "gpu" and str(device.compute_capability).startswith("9.")
 
 
+def has_fp8(device: jax.Device) -> bool:
+    """Whether a device has numbers of 8 bits: a GPU from compute capability 8.9 on, any CPU.
+
+    >>> import jax
+    >>> has_fp8(jax.devices("cpu")[0])
+    True
+    """
+    if device.platform != "gpu":
+        return True
+    major, _, minor = str(device.compute_capability).partition(".")
+    return major.isdigit() and (int(major), int(minor or 0)) >= (8, 9)
+
+
 def machine() -> str | None:
     """The entry of ``KERNELS`` for the default device; None if there is none."""
     return "hopper" if is_hopper(jax.devices()[0]) else None

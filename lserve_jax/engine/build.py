@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -21,15 +21,8 @@ from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.heads import permute_heads
 from lserve_jax.model.llama import Params, check_params
-from lserve_jax.model.quantise import quantise_params
-from pallas_kernels.api import (
-    WEIGHT_GROUPS,
-    WEIGHT_KINDS,
-    Backend,
-    Weight,
-    WeightKind,
-    resolve_backend,
-)
+from lserve_jax.model.quantise import WeightForm, check_weights, quantise_params
+from pallas_kernels.api import Backend, Weight, resolve_backend
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _INTEGERS = (
@@ -52,12 +45,11 @@ class EngineOptions:
     max_num_seqs: requests that run at the same time.
     attention: "dense", or "lserve" with the settings in ``sparsity`` (None: ``SparsityConfig()``).
     kv_dtype: "auto" stores keys and values in ``dtype``, "int8" with a scale per token and head.
-    weights: None keeps them in ``dtype``; "int8" and "fp8" quantise the matrices at load, with a
-        scale for each output, "int4" with a scale and a zero point for each group of inputs; the
-        output layer gets "int8" then.
+    weights: None keeps them in ``dtype``, and codes of a checkpoint in Orbax format as they are.
+        "int8" and "fp8" quantise the matrices at load, with a scale for each output, "int4" with a
+        scale and a zero point for each group of inputs; the output layer gets "int8" then.
         "checkpoint" keeps the codes of a quantised checkpoint. They take a half or a quarter of the
-        memory. There is no kernel for them yet: on a GPU a
-        step takes longer than in bfloat16.
+        memory. There is no kernel for them yet: on a GPU a step takes longer than in bfloat16.
     weight_group: inputs of a group of "int4": 32, 64 or 128. It must divide those of every matrix.
     kv_cache_bytes: memory for the retrieval pages; None takes ``memory_fraction`` of what the
         device has free, on a CPU 2 GiB.
@@ -94,7 +86,7 @@ class EngineOptions:
     attention: Literal["dense", "lserve"] = "dense"
     sparsity: SparsityConfig | None = None
     kv_dtype: KVDtype = "auto"
-    weights: WeightKind | Literal["checkpoint"] | None = None
+    weights: WeightForm | None = None
     weight_group: int = 32
     kv_cache_bytes: int | None = None
     memory_fraction: float = 0.8
@@ -126,10 +118,7 @@ class EngineOptions:
                 f"sparsity={self.sparsity} needs attention='lserve', got attention='dense'"
             )
         check_choice("kv_dtype", self.kv_dtype, ("auto", "int8"))
-        if self.weights is not None:
-            check_choice("weights", self.weights, (*WEIGHT_KINDS, "checkpoint"))
-        if self.weight_group not in WEIGHT_GROUPS:
-            raise ValueError(f"weight_group={self.weight_group} must be one of {WEIGHT_GROUPS}")
+        check_weights(self.weights, self.weight_group)
         if self.max_num_seqs < 1:
             raise ValueError(f"max_num_seqs={self.max_num_seqs} must be at least 1")
         chunk = self.prefill_chunk_size
@@ -221,6 +210,11 @@ def build_engine(
     coded = any(isinstance(x, Weight) for x in jax.tree.leaves(params, is_leaf=_is_weight))
     if options.weights == "checkpoint" and not coded:
         raise ValueError("weights='checkpoint' needs quantised weights; all of these are floats")
+    if config.tie_word_embeddings and jax.default_backend() == "cpu":
+        config, params = _untie(config, params)
+    # Before heads move, so that a model's codes do not depend on how it is attended.
+    if options.weights is not None and options.weights != "checkpoint":
+        params = quantise_params(params, options.weights, group=options.weight_group)
     params = permute_heads(config, params, policy.partition)
     spec = make_spec(
         config,
@@ -234,10 +228,6 @@ def build_engine(
         exact=(options.max_draft_tokens, options.draft) if options.exact else None,
     )
     spec = dataclasses.replace(spec, num_pages=_plan_pages(config, spec, dtype, options))
-    if config.tie_word_embeddings and jax.default_backend() == "cpu":
-        config, params = _untie(config, params)
-    if options.weights is not None and options.weights != "checkpoint":
-        params = quantise_params(params, options.weights, group=options.weight_group)
     runner = runner_class(
         config,
         params,
@@ -315,14 +305,24 @@ def _plan_pages(config: ModelConfig, spec: CacheSpec, dtype, options: EngineOpti
         kv_cache_bytes = CPU_CACHE_BYTES
         if stats is not None:
             free = stats["bytes_limit"] - stats["bytes_in_use"]
-            # Every prefix held keeps a copy of the prefill window.
-            fixed = sum(sizes.values()) + spec.max_prefixes * sizes["prefill_window"]
-            kv_cache_bytes = max(int(options.memory_fraction * (free - fixed)), 0)
+            kv_cache_bytes = room_for_pages(sizes, spec, free, options.memory_fraction)
     pages = kv_cache_bytes // max(page_bytes, 1)
     if pages < 1:
         raise ValueError(f"{kv_cache_bytes=} holds no page: one takes {page_bytes} bytes")
     # Sequences of all slots, and prefixes that none of them shares.
     return min((spec.max_num_seqs + spec.max_prefixes) * spec.pages_per_sequence, pages)
+
+
+def room_for_pages(
+    sizes: Mapping[str, int], spec: CacheSpec, free: int, memory_fraction: float
+) -> int:
+    """Bytes for retrieval pages where ``free`` are left beside the parameters.
+
+    ``sizes``: ``cache_bytes`` of ``spec`` with one page.
+    """
+    # Every prefix held keeps a copy of the prefill window.
+    fixed = sum(sizes.values()) + spec.max_prefixes * sizes["prefill_window"]
+    return max(int(memory_fraction * (free - fixed)), 0)
 
 
 def _untie(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:

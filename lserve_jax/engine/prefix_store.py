@@ -13,6 +13,7 @@ from lserve_jax.engine.prefix import Prefix, read_prefix
 from lserve_jax.engine.request import PromptIds
 from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.engine.scheduler import Scheduler
+from lserve_jax.model.quantise import code_types
 
 
 class PrefixStore:
@@ -106,6 +107,7 @@ class PrefixStore:
             # Those have statistics; whether others read everything, their pages do not tell.
             "number of ranked heads": str(spec.heads.num_ranked),
             "sink and local sizes": ", ".join(sizes),
+            "type of codes in the weights": code_types(self.runner.params),
             "model": self.runner.fingerprint(),
         }
 

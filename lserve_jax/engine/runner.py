@@ -78,7 +78,7 @@ class ModelRunner:
             )
         self.config, self.params, self.spec = config, params, spec
         self.dtype, self.backend, self.chunk_size = dtype, backend, chunk_size
-        self.parameter_bytes = sum(_bytes(x) for x in jax.tree.leaves(params))
+        self.parameter_bytes = sum(device_bytes(x) for x in jax.tree.leaves(params))
         self.prompt_tokens = 0  # prefilled so far, padding left out
         self._program = Program(config=config, spec=spec, backend=backend)
         self._shapes: set[tuple] = set()  # that jitted functions were called with
@@ -386,7 +386,7 @@ def _empty_state(spec: CacheSpec) -> DecodeState:
     )
 
 
-def _bytes(x: Array) -> int:
+def device_bytes(x: Array | jax.ShapeDtypeStruct) -> int:
     """What an array takes on a device, which has two numbers of 4 bits in a byte."""
     if jnp.issubdtype(x.dtype, jnp.integer):
         return x.size * jnp.iinfo(x.dtype).bits // 8

@@ -81,6 +81,13 @@ class EvalArgs:
     """Type of weights and arithmetic."""
     kv_dtype: Literal["auto", "int8"] = "auto"
     """Storage of keys and values: as --dtype, or quantised to 8 bits a number."""
+    weights: Annotated[
+        Literal["int8", "int4", "fp8", "checkpoint"] | None,
+        flag("{int8,int4,fp8,checkpoint}", "as --dtype"),
+    ] = None
+    """Quantise weights at load, or keep a checkpoint's own codes."""
+    weight_group: int = 32
+    """With --weights int4: inputs that share a scale and a zero point, 32, 64 or 128."""
     kv_cache_bytes: Annotated[int | None, flag("INT", "2 GiB on a CPU, most of a GPU")] = None
     """Memory for the cached keys and values."""
     max_num_seqs: int = 8
@@ -112,6 +119,8 @@ def _study(args: EvalArgs, argv: Sequence[str]) -> Study:
         options=SharedOptions(
             dtype=args.dtype,
             kv_dtype=args.kv_dtype,
+            weights=args.weights,
+            weight_group=args.weight_group,
             kv_cache_bytes=args.kv_cache_bytes,
             max_num_seqs=args.max_num_seqs,
             backend=args.backend,

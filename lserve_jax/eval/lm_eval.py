@@ -40,7 +40,7 @@ from lserve_jax.sampling_params import SamplingParams
 # Arguments of the registered name that go to LLM as they are; "model" and "attention" come first.
 _LLM_ARGUMENTS = (
     *("dtype", "max_model_len", "max_num_seqs", "kv_dtype", "kv_cache_bytes", "backend"),
-    *("adapter", "seed"),
+    *("adapter", "seed", "weights", "weight_group"),
 )
 # What a task may ask of generation beside its length and its end.
 _SAMPLING_ARGUMENTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

@@ -11,6 +11,7 @@ from lserve_jax.engine.build import resolve_dtype
 from lserve_jax.llm import LLM
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params
+from lserve_jax.model.quantise import WeightForm
 from lserve_jax.tokenizer import Tokenizer
 from pallas_kernels.api import Backend
 
@@ -21,6 +22,8 @@ class SharedOptions:
 
     dtype: str | None = None
     kv_dtype: KVDtype = "auto"
+    weights: WeightForm | None = None
+    weight_group: int = 32
     kv_cache_bytes: int | None = None
     max_num_seqs: int = 8
     prefill_chunk_size: int = 4096
@@ -86,7 +89,13 @@ def load_model(
         )
     if max_len > limit:
         config = extend_rope(config, max_len)
-    _, params = convert.load(source, dtype=resolve_dtype(options.dtype), progress=progress)
+    _, params = convert.load(
+        source,
+        dtype=resolve_dtype(options.dtype),
+        weights=options.weights,
+        weight_group=options.weight_group,
+        progress=progress,
+    )
     eos = tuple(dict.fromkeys((*config.eos_token_ids, *tokenizer.eos_token_ids)))
     config = dataclasses.replace(config, eos_token_ids=eos)
     return Model(name=source.name, config=config, params=params, tokenizer=tokenizer)

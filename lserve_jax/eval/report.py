@@ -76,8 +76,9 @@ def _where(rows: Rows, **values: Any) -> list[Mapping[str, Any]]:
 def markdown(result: Mapping[str, Any]) -> str:
     """The tables of a result."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    kept = "" if result.get("weights") is None else f", weights {result['weights']}"
     lines = [
-        f"{result['model']} ({result['dtype']}), {result['device']}, {result['date']}, seed "
+        f"{result['model']} ({result['dtype']}{kept}), {result['device']}, {result['date']}, seed "
         f"{result['seed']}, {versions}.",
         "",
         f"`{result['command']}`",

@@ -232,6 +232,7 @@ def _head(
             **{name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
         },
         "dtype": str(resolve_dtype(study.options.dtype).dtype),
+        "weights": _weights(study.options),
         "seed": study.seed,
         "study": {name: getattr(study, name) for name in _MATERIAL},
         "prompts": prompts,
@@ -264,7 +265,10 @@ def _earlier(directory: Path, result: dict[str, Any]) -> dict[str, Any] | None:
     before = report.read(directory)
     if before is None:
         return None
-    for name in ("model", "device", "dtype", "seed", "study", "settings", "heads", "prompts"):
+    for name in (
+        *("model", "device", "dtype", "weights", "seed", "study", "settings", "heads"),
+        "prompts",
+    ):
         # As JSON, where a tuple is a list.
         old, new = before.get(name), json.loads(json.dumps(result[name]))
         if old != new:
@@ -273,6 +277,13 @@ def _earlier(directory: Path, result: dict[str, Any]) -> dict[str, Any] | None:
                 f"{new}; give another output directory"
             )
     return before
+
+
+def _weights(options: SharedOptions) -> str | None:
+    """What became of the weights; None: they are floats, or as the checkpoint's own format says."""
+    if options.weights == "int4":
+        return f"int4 in groups of {options.weight_group}"
+    return options.weights
 
 
 def _described(setting: Setting) -> Mapping[str, Any] | None:

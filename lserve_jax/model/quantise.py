@@ -3,43 +3,127 @@
 Embeddings, norms and biases stay as they are: they are read a row at a time, or are small.
 """
 
+from collections.abc import Mapping
+from typing import Any, Literal
+
 import jax
+import numpy as np
 
+from lserve_jax.checks import check_choice, check_integer
 from lserve_jax.model.llama import Params
-from pallas_kernels.api import Weight, WeightKind, quantize_weight
+from pallas_kernels.api import (
+    WEIGHT_GROUPS,
+    WEIGHT_KINDS,
+    Weight,
+    WeightKind,
+    has_fp8,
+    quantize_weight,
+)
 
-_LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+# How matrices are held: rounded to a kind, or as the codes of a quantised checkpoint.
+WeightForm = WeightKind | Literal["checkpoint"]
+# Of the codes of each kind.
+CODE_DTYPES: dict[WeightKind, str] = {"int8": "int8", "int4": "uint4", "fp8": "float8_e4m3fn"}
+
+
+def check_weights(weights: object, group: int) -> None:
+    """Raises ``ValueError`` for a form of weights, or a group, that there is none of.
+
+    And what ``require_fp8`` raises.
+    """
+    if weights is not None:
+        check_choice("weights", weights, (*WEIGHT_KINDS, "checkpoint"))
+    if check_integer("weight_group", group) not in WEIGHT_GROUPS:
+        raise ValueError(f"weight_group={group} must be one of {WEIGHT_GROUPS}")
+    if weights == "fp8":
+        require_fp8("weights='fp8'")
+
+
+def require_fp8(what: str) -> None:
+    """Raises ``NotImplementedError`` on a GPU that has no fp8; ``what`` begins the message."""
+    device = jax.devices()[0]
+    if not has_fp8(device):
+        raise NotImplementedError(
+            f"{what} needs a GPU with fp8, of compute capability 8.9 or more; "
+            f"{device.device_kind} has {device.compute_capability}"
+        )
+
+
+def kind_of(leaf: str, kind: WeightKind) -> WeightKind | None:
+    """What a leaf becomes where matrices become ``kind``; None: it stays as it is.
+
+    ``leaf`` is its dotted path, such as ``layers.0.mlp.down_proj.kernel``. Where the others get 4
+    bits the output layer gets 8.
+    """
+    if not leaf.endswith(".kernel"):
+        return None
+    # An output layer of 4 bits cost SmolLM2 8 % of perplexity, one of 8 bits nothing.
+    return "int8" if leaf == "lm_head.kernel" and kind == "int4" else kind
+
+
+def check_groups(shapes: Mapping[str, tuple[int, ...]], kind: WeightKind, group: int) -> None:
+    """Raises ``ValueError`` naming a leaf (by dotted path) whose inputs ``group`` does not divide.
+
+    For callers to know before they read or round anything.
+    """
+    for leaf, shape in shapes.items():
+        if kind_of(leaf, kind) == "int4" and shape[0] % group:
+            raise ValueError(
+                f"{leaf} has {shape[0]} inputs, which weight_group={group} does not divide"
+            )
+
+
+def expect_kind(
+    leaf: str, weight: Weight, kind: WeightKind, group: int, *, where: str = ""
+) -> None:
+    """Raises ``ValueError`` unless a leaf that is quantised already is what ``kind`` makes of it.
+
+    ``where`` goes before the message.
+    """
+    wanted = kind_of(leaf, kind)
+    codes, scale, zero = weight
+    (inputs, _), groups = codes.shape, scale.shape[0]
+    right = inputs / group if wanted == "int4" else 1
+    if (
+        wanted is None
+        or np.dtype(codes.dtype) != np.dtype(CODE_DTYPES[wanted])
+        or (groups, zero is not None) != (right, wanted == "int4")
+    ):
+        raise ValueError(
+            f"{where}{leaf} is quantised already, as {np.dtype(codes.dtype)} with "
+            f"{inputs // groups} inputs to a scale and {'no ' if zero is None else ''}zero points; "
+            f"weights={kind!r} in groups of {group} would round it again: keep it by weights=None, "
+            "or begin with floats"
+        )
+
+
+def code_types(params: Params) -> str:
+    """Types of the codes in a tree, such as "int8, uint4"; "none" where all of it is floats."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Weight))
+    found = {str(np.dtype(x.codes.dtype)) for x in leaves if isinstance(x, Weight)}
+    return ", ".join(sorted(found)) or "none"
 
 
 def quantise_params(params: Params, kind: WeightKind, *, group: int = 32) -> Params:
     """The same tree with a ``Weight`` for each matrix that a token is multiplied with.
 
-    Where the others get 4 bits the output layer gets 8.
-
-    ``group``: inputs that share a scale and a zero point in 4 bits. The tree given is left as it
-    is; a matrix of it is freed as soon as its owner drops it. Raises ``ValueError`` for a group
-    that does not divide a matrix's inputs.
+    Those that are of the kind already stay. ``group``: inputs that share a scale and a zero point
+    in 4 bits. The tree given is left as it is; a matrix of it is freed as soon as its owner drops
+    it. Raises ``ValueError`` for a group that does not divide a matrix's inputs, and for a matrix
+    that is quantised in another way.
     """
 
-    def quantise(module: Params, kind: WeightKind = kind) -> Params:
-        if isinstance(module["kernel"], Weight):
-            raise ValueError("the params are quantised already")
-        return module | {"kernel": quantize_weight(module["kernel"], kind=kind, group=group)}
+    def visit(tree: Any, path: list[str]) -> Any:
+        if isinstance(tree, dict):
+            return {key: visit(value, [*path, str(key)]) for key, value in tree.items()}
+        leaf = ".".join(path)
+        if isinstance(tree, Weight):
+            expect_kind(leaf, tree, kind, group)
+        to = kind_of(leaf, kind)
+        if to is None or isinstance(tree, Weight):
+            return tree
+        check_groups({leaf: tree.shape}, kind, group)
+        # Or all copies in flight would be held at once.
+        return jax.block_until_ready(quantize_weight(tree, kind=to, group=group))
 
-    layers = {}
-    for number, layer in params["layers"].items():
-        layers[number] = {
-            name: {
-                part: quantise(module) if part in _LINEAR else module
-                for part, module in block.items()
-            }
-            if name in ("self_attn", "mlp")
-            else block
-            for name, block in layer.items()
-        }
-        jax.block_until_ready(layers[number])  # or all copies in flight would be held at once
-    quantised = params | {"layers": layers}
-    if "lm_head" in params:
-        # An output layer of 4 bits cost SmolLM2 8 % of perplexity, one of 8 bits nothing.
-        quantised["lm_head"] = quantise(params["lm_head"], "int8" if kind == "int4" else kind)
-    return quantised
+    return visit(params, [])

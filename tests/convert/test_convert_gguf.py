@@ -99,13 +99,20 @@ def test_stored_types(tmp_path, kind):
     found = flatten(convert.load(path, dtype=jnp.float32)[1])
     for leaf, value in expected_leaves(held).items():
         np.testing.assert_array_equal(found[leaf], value, err_msg=leaf)
+
     own = {"F32": "float32", "F16": "float16"}.get(kind.name, "bfloat16")
     found = flatten(convert.load(path)[1])
     for leaf, value in expected_leaves(held).items():
         np.testing.assert_array_equal(found[leaf], value.astype(own), err_msg=leaf)
 
 
-@pytest.mark.parametrize("kind", (Kind.Q4_0, Kind.Q4_1, Kind.Q8_0), ids=lambda kind: kind.name)
+CODED = {
+    **dict.fromkeys((Kind.Q4_0, Kind.Q4_1), "uint4"),
+    **dict.fromkeys((Kind.Q5_0, Kind.Q5_1, Kind.Q8_0), "int8"),
+}
+
+
+@pytest.mark.parametrize("kind", CODED, ids=lambda kind: kind.name)
 def test_codes_are_kept(tmp_path, kind):
     """Blocks as they are stored, one of them flat, with the rows of Q and K put in order."""
     config = {**WIDE, "num_hidden_layers": 1}
@@ -114,14 +121,15 @@ def test_codes_are_kept(tmp_path, kind):
     tensors["model.layers.0.mlp.up_proj.weight"][7, :32] = 0
     path = write_gguf(tmp_path / "m.gguf", model_config(config), tensors, kind=lambda name: kind)
     floats = flatten(convert.load(path, dtype=jnp.float32)[1])
-    kept = flatten(convert.load(path, dtype=jnp.float32, keep_codes=True)[1])
+    kept = flatten(convert.load(path, dtype=jnp.float32, weights="checkpoint")[1])
     coded = {leaf for leaf, value in kept.items() if isinstance(value, Weight)}
     assert coded == {leaf for leaf in floats if leaf.endswith("kernel")}
     for leaf in coded:
-        assert kept[leaf].codes.dtype == ("int8" if kind == Kind.Q8_0 else "uint4")
-        # Q4_1: a minimum becomes a zero point, which rounds once more.
+        assert kept[leaf].codes.dtype == CODED[kind]
+        # Q4_1, Q5_1: a minimum becomes a zero point, which rounds once more.
+        tolerance = 1e-6 if kind.name.endswith("_1") else 0
         np.testing.assert_allclose(
-            dequantize_weight(kept[leaf]), floats[leaf], rtol=0, atol=1e-6, err_msg=leaf
+            dequantize_weight(kept[leaf]), floats[leaf], rtol=0, atol=tolerance, err_msg=leaf
         )
     for leaf in floats.keys() - coded:
         np.testing.assert_array_equal(kept[leaf], floats[leaf], err_msg=leaf)
@@ -148,6 +156,89 @@ def test_k_quants(tmp_path, kind):
     found = flatten(convert.load(path, dtype=jnp.float32)[1])
     for leaf, value in expected_leaves(held).items():
         np.testing.assert_array_equal(found[leaf], value, err_msg=leaf)
+
+
+def any_blocks(kind: Kind, count: int, seed: int = 0) -> np.ndarray:
+    """Blocks of arbitrary bytes, but for scales of the block: half-precision numbers near 1."""
+    _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (count, block_bytes), np.uint8)
+    place = {Kind.Q2_K: slice(80, 84), Kind.Q3_K: slice(108, 110), Kind.Q6_K: slice(208, 210)}
+    place = place.get(kind, slice(0, 4))
+    halves = rng.uniform(-1, 1, (count, (place.stop - place.start) // 2)).astype(np.float16)
+    halves[3] = 0  # a block of one number
+    blocks[:, place] = halves.view(np.uint8)
+    return blocks
+
+
+WEIGHTS = "blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.attn_v.weight"
+
+
+@pytest.mark.parametrize("kind", K_QUANTS, ids=lambda kind: kind.name)
+def test_k_quants_are_kept(tmp_path, kind):
+    """As the library undoes them; beside Q8_0 and Q4_0, as files mix them."""
+    config = {**WIDE, "num_hidden_layers": 1}
+    tensors = random_tensors(config)
+    for part in ("q", "k", "v"):
+        del tensors[f"model.layers.0.self_attn.{part}_proj.weight"]
+    del tensors["model.layers.0.mlp.down_proj.weight"]
+    mixed = {
+        "blk.0.attn_q.weight": (Kind.Q8_0, 256 * 8),
+        "blk.0.attn_k.weight": (Kind.Q4_0, 128 * 8),
+        "blk.0.attn_v.weight": (kind, 128),
+        "blk.0.ffn_down.weight": (kind, 256),
+    }
+    held = {}
+
+    def also_raw(writer: gguf.GGUFWriter) -> None:
+        for seed, (name, (stored, count)) in enumerate(mixed.items()):
+            blocks = any_blocks(stored, count, seed)
+            if stored in (Kind.Q8_0, Kind.Q4_0):
+                half = np.full((count, 1), 0.25 + seed, np.float16)
+                blocks[:, :2] = half.view(np.uint8)
+            held[name] = gguf.dequantize(blocks, stored).reshape(-1, 256)
+            writer.add_tensor(name, blocks.reshape(len(held[name]), -1), raw_dtype=stored)
+
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        model_config(config),
+        tensors,
+        arch="qwen2",
+        kind=lambda name: Kind.Q8_0,
+        metadata=also_raw,
+    )
+    layer = convert.load(path, weights="checkpoint")[1]["layers"][0]
+    down, qkv = layer["mlp"]["down_proj"]["kernel"], layer["self_attn"]["qkv_proj"]["kernel"]
+    few_bits = kind in (Kind.Q2_K, Kind.Q3_K, Kind.Q4_K)
+    assert down.codes.dtype == ("uint4" if few_bits else "int8")
+    assert qkv.codes.dtype == "int8"  # 8 bits in one part
+    group = 32 if kind in (Kind.Q4_K, Kind.Q5_K) else 16
+    assert down.scale.shape[0] == qkv.scale.shape[0] == 256 // group
+    for found, names in ((down, ["blk.0.ffn_down.weight"]), (qkv, WEIGHTS)):
+        wanted = np.concatenate([held[name] for name in names]).T
+        # Without minima it is the same product. A minimum is a zero point here: that rounds, and
+        # so do the difference from it and the product, each by 2^-24 of what it is.
+        exact = kind in (Kind.Q3_K, Kind.Q6_K)
+        allowed = 0 if exact else 4 * 2.0**-24 * np.abs(wanted).max()
+        np.testing.assert_allclose(dequantize_weight(found), wanted, rtol=0, atol=allowed)
+
+
+def test_codes_that_cannot_be_kept_are_refused(tmp_path):
+    config = {**WIDE, "num_hidden_layers": 1}
+    tensors = random_tensors(config)
+    del tensors["model.layers.0.mlp.down_proj.weight"]
+    blocks = np.full((256, 66), 60, np.uint8)
+
+    def also_raw(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("blk.0.ffn_down.weight", blocks, raw_dtype=Kind.IQ2_XXS)
+
+    path = write_gguf(tmp_path / "m.gguf", model_config(config), tensors, metadata=also_raw)
+    convert.load(path)
+    with pytest.raises(
+        NotImplementedError,
+        match=r"m.gguf: blk.0.ffn_down.weight is stored as IQ2_XXS, which weights='checkpoint'",
+    ):
+        convert.load(path, weights="checkpoint")
 
 
 def frequency_factors(factor: float, theta: float, head_dim: int, original: int = 8192):

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from tiny_checkpoints import (
 
 import convert
 from convert.names import flatten
+from pallas_kernels.api import WEIGHT_KINDS, Weight, dequantize_weight
 
 # With more rows in the output layer than are converted at a time.
 BASE = {**LLAMA, "vocab_size": 300}
@@ -101,6 +103,82 @@ def test_merged_weights_from_every_source(tmp_path, source):
         convert.save(path, config, params)
     _, params = convert.load(path, adapter=tmp_path / "adapter")
     assert_merged(params, merged(tensors, adapter, dict.fromkeys(TARGETS, ALPHA / RANK)))
+
+
+# Whole groups of 32 inputs in every matrix.
+WIDE = BASE | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+
+
+@pytest.mark.parametrize("kind", WEIGHT_KINDS)
+def test_quantised_weights_are_merged_only_where_rounding_is_asked_for(tmp_path, kind):
+    tensors = random_tensors(WIDE)
+    adapter = matrices(tensors)
+    write_adapter(tmp_path / "adapter", adapter)
+    floats, codes = write_hf(tmp_path / "hf", WIDE, tensors), tmp_path / "codes"
+    config, base = convert.load(floats, weights=kind)
+    convert.save(codes, config, base)
+    for weights in (None, "checkpoint"):
+        with pytest.raises(
+            ValueError,
+            match=rf"^{codes}: the adapter changes lm_head.weight, whose codes are kept; "
+            r"weights='int8', 'int4' or 'fp8' merges it into floats and rounds these again$",
+        ):
+            convert.load(codes, adapter=tmp_path / "adapter", weights=weights)
+    other = "fp8" if kind == "int8" else "int8"
+    with pytest.raises(ValueError, match=rf"^{codes}: .* quantised already, .*weights='{other}'"):
+        convert.load(codes, adapter=tmp_path / "adapter", weights=other)
+
+    _, params = convert.load(codes, adapter=tmp_path / "adapter", weights=kind)
+    # What the codes stand for, and the adapter: rounded as any other floats.
+    stand_for = jax.tree.map(
+        lambda x: dequantize_weight(x) if isinstance(x, Weight) else x,
+        base,
+        is_leaf=lambda x: isinstance(x, Weight),
+    )
+    convert.save(tmp_path / "floats", config, stand_for)
+    _, wanted = convert.load(tmp_path / "floats", adapter=tmp_path / "adapter", weights=kind)
+    for (path, one), other in zip(
+        jax.tree.flatten_with_path(params)[0], jax.tree.leaves(wanted), strict=True
+    ):
+        # A matrix that is not changed keeps its scales; rounded again they move in the last bits.
+        np.testing.assert_allclose(
+            one.astype(jnp.float32), other.astype(jnp.float32), rtol=1e-5, err_msg=str(path)
+        )
+    kept = params["layers"][0]["mlp"]["gate_up_proj"]["kernel"]
+    jax.tree.map(
+        np.testing.assert_array_equal, kept, base["layers"][0]["mlp"]["gate_up_proj"]["kernel"]
+    )
+
+
+def test_an_adapter_on_codes_of_a_library(tmp_path):
+    """Floats, or rounded again; codes that are kept are refused before anything is read."""
+    awq = Path(__file__).parent / "quantised" / "awq-g32"
+    module = "model.layers.0.self_attn.q_proj"
+    _, base = convert.load(awq, dtype="float32")
+    adapter = matrices({f"{module}.weight": np.zeros((64, 128), np.float32)}, {module: RANK})
+    write_adapter(tmp_path / "adapter", adapter)
+    _, params = convert.load(awq, dtype="float32", adapter=tmp_path / "adapter")
+    kernel = base["layers"][0]["self_attn"]["qkv_proj"]["kernel"][:, :64]
+    added = merged({f"{module}.weight": kernel.T}, adapter, {module: ALPHA / RANK})
+    got = np.asarray(params["layers"][0]["self_attn"]["qkv_proj"]["kernel"])
+    np.testing.assert_allclose(got[:, :64].T, added[f"{module}.weight"], atol=1e-5, rtol=0)
+    _, codes = convert.load(awq, adapter=tmp_path / "adapter", weights="int8")
+    rounded = np.asarray(dequantize_weight(codes["layers"][0]["self_attn"]["qkv_proj"]["kernel"]))
+    # Half a step of 127 to either side.
+    assert (abs(rounded - got) <= np.abs(got).max(axis=0) / 254 * 1.001).all()
+    with pytest.raises(ValueError, match=rf"adapter changes {module}.* weights=None leaves them"):
+        convert.load(awq, adapter=tmp_path / "adapter", weights="checkpoint")
+
+
+def test_codes_that_an_adapter_leaves_alone_are_kept(tmp_path):
+    tensors = random_tensors(WIDE)
+    norm = {"base_model.model.model.norm.weight": np.full(64, 0.5, np.float32)}
+    write_adapter(tmp_path / "adapter", norm, target_modules=[], modules_to_save=["norm"])
+    config, base = convert.load(write_hf(tmp_path / "hf", WIDE, tensors), weights="int4")
+    convert.save(tmp_path / "codes", config, base)
+    _, params = convert.load(tmp_path / "codes", adapter=tmp_path / "adapter")
+    np.testing.assert_array_equal(params["norm"]["scale"], 0.5)
+    jax.tree.map(np.testing.assert_array_equal, params | {"norm": None}, base | {"norm": None})
 
 
 def test_merging_happens_in_float32_before_the_cast(tmp_path):

@@ -3,10 +3,13 @@
 Measured as resident memory of a fresh process, which counts the pages of mapped files too.
 """
 
+import dataclasses
+import json
 from pathlib import Path
 
 import gguf
 import jax.numpy as jnp
+import load_memory
 import numpy as np
 import pytest
 from tiny_checkpoints import (
@@ -19,13 +22,19 @@ from tiny_checkpoints import (
     write_hf,
 )
 
+from lserve_jax.model.config import ModelConfig
+
 CONFORMANCE = Path(__file__).parents[1] / "data" / "conformance"
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="memory is read from /proc"
 )
 
+# What the allocator keeps of what was freed is none of ours.
+ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+
 MEMORY = """
+import ctypes
 import sys
 import jax
 import convert
@@ -34,15 +43,19 @@ def kilobytes(field):  # not getrusage: its peak is inherited from the process t
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith(field))
 
-convert.load(sys.argv[1])  # whatever is allocated once
+weights = sys.argv[3] if len(sys.argv) > 3 else None
+convert.load(sys.argv[1], weights=weights)  # whatever is allocated once
+ctypes.CDLL(None).malloc_trim(0)  # what is free counts for nothing
 before = kilobytes("VmRSS")
-params = convert.load(sys.argv[2])[1]
+params = convert.load(sys.argv[2], weights=weights)[1]
 used = (kilobytes("VmHWM") - before) * 1024
-print(used, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+print(used, sum(leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(params)))
 """
 
 
-def test_shards_of_bfloat16(tmp_path):
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> tuple[Path, int]:
+    """A checkpoint in three files, and the bytes of its parameters."""
     config = {
         **LLAMA,
         **{"vocab_size": 512, "hidden_size": 1024, "intermediate_size": 4096, "head_dim": 256},
@@ -55,12 +68,56 @@ def test_shards_of_bfloat16(tmp_path):
         for name, value in layer.items():
             if ".layers.0." in name:
                 shards[i // 2][name.replace(".0.", f".{i}.")] = value
-    directory = write_hf(tmp_path, config, *shards)
-    shard = max(path.stat().st_size for path in directory.glob("*.safetensors"))
+    directory = write_hf(tmp_path_factory.mktemp("shards") / "model", config, *shards)
+    return directory, sum(value.nbytes for shard in shards for value in shard.values())
+
+
+def largest(directory: Path) -> int:
+    return max(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def test_shards_of_bfloat16(shards):
+    directory, total = shards
+    shard = largest(directory)
     used, params = map(int, run_script(MEMORY, CONFORMANCE / "llama-tied", directory).split())
-    assert params == sum(value.nbytes for shard in shards for value in shard.values())
+    assert params == total
     # 65 MB a shard, 200 MB in all: a second copy of the parameters would be found out.
     assert used < params + 1.3 * shard
+
+
+@pytest.mark.parametrize("weights", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
+def test_rounded(tmp_path, shards, weights):
+    """Floats never exist beside the codes; nor do codes of a byte beside those of half a byte."""
+    directory, total = shards
+    # The same sizes: what their programs take is allocated once.
+    config = {**json.loads((directory / "config.json").read_text()), "num_hidden_layers": 1}
+    one = write_hf(tmp_path / "one", config, random_tensors(config, jnp.bfloat16))
+    used, params = map(int, run_script(MEMORY, one, directory, weights, **ALLOCATOR).split())
+    assert params < (0.52 if weights == "int8" else 0.38) * total
+    assert used < params + 1.3 * largest(directory)
+
+
+def test_codes_that_are_kept(tmp_path):
+    """Neither floats nor another copy of the codes exist on the way."""
+    config = ModelConfig(
+        vocab_size=512,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=128,
+        max_position_embeddings=1024,
+    )
+    # The same sizes: what their programs take is allocated once.
+    few, directory = tmp_path / "few", tmp_path / "int4"
+    for path, layers in ((few, 4), (directory, 32)):
+        path.mkdir()
+        load_memory.write(path, dataclasses.replace(config, num_hidden_layers=layers))
+    used, params = map(int, run_script(MEMORY, few, directory, "checkpoint", **ALLOCATOR).split())
+    # 15.7 million codes a layer, half a byte each; for 128 of them a scale and a zero point.
+    assert params == pytest.approx(32 * 15.73e6 * (1 / 2 + 8 / 128), rel=0.01)
+    assert used < params + 1.3 * largest(directory)
 
 
 def test_quantised_gguf(tmp_path):

@@ -7,6 +7,7 @@ import json
 import shutil
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
+from tiny_checkpoints import LLAMA, random_tensors, write_hf
 
 import convert
 from lserve_jax import LLM, SamplingParams, logits
+from lserve_jax.engine.build import EngineOptions
 from lserve_jax.model.heads import HeadPartition, permute_heads
-from pallas_kernels.api import Weight
+from pallas_kernels.api import Weight, has_fp8
 
 HERE = Path(__file__).parent / "quantised"
 CASES = sorted(path.name for path in HERE.iterdir() if (path / "expected.npz").is_file())
@@ -85,14 +88,17 @@ def test_logits_are_the_librarys(case):
 @pytest.mark.parametrize("case", CASES)
 def test_codes_are_kept(case):
     """In memory as they are stored, and the same logits; through the engine, with heads moved."""
-    config, params = convert.load(HERE / case, dtype=jnp.float32, keep_codes=True)
+    if "act-order" in case:
+        with pytest.raises(NotImplementedError, match=r"\.g_idx scatters .*act-order.*cannot"):
+            convert.load(HERE / case, weights="checkpoint")
+        return
+    config, params = convert.load(HERE / case, dtype=jnp.float32, weights="checkpoint")
     layer = params["layers"][0]
     kernels = [layer["self_attn"]["qkv_proj"]["kernel"], layer["mlp"]["gate_up_proj"]["kernel"]]
-    # Act-order groups are no ranges of inputs: such weights become floats.
-    assert [isinstance(x, Weight) for x in kernels] == ["act-order" not in case] * 2
-    if isinstance(kernels[0], Weight):
-        wanted = "uint4" if "int4" in case or "awq" in case else "int8"
-        assert kernels[0].codes.dtype == ("float8_e4m3fn" if "fp8" in case else wanted)
+    wanted = "uint4" if "int4" in case or "awq" in case else "int8"
+    for kernel in kernels:
+        assert isinstance(kernel, Weight)
+        assert kernel.codes.dtype == ("float8_e4m3fn" if "fp8" in case else wanted)
     expected = np.load(HERE / case / "expected.npz")
     tokens = jnp.asarray(expected["tokens"], jnp.int32)
     got = logits(config, params, tokens)[0]
@@ -104,8 +110,17 @@ def test_codes_are_kept(case):
 
 
 def test_what_has_no_codes_to_keep(tmp_path):
+    directory = write_hf(tmp_path / "floats", LLAMA, random_tensors(LLAMA))
+    with pytest.raises(ValueError, match="holds no quantised matrices, whose codes"):
+        LLM(directory, weights="checkpoint")
+    convert.save(tmp_path / "orbax", *convert.load(directory))
+    with pytest.raises(ValueError, match="holds no quantised weights, whose codes could be kept"):
+        LLM(tmp_path / "orbax", weights="checkpoint")
     with pytest.raises(ValueError, match="needs quantised weights; all of these are floats"):
-        LLM(str(HERE / "gptq-v2-int4-g32-act-order"), max_model_len=64, weights="checkpoint")
+        LLM(convert.load(directory), weights="checkpoint")
+
+
+def test_an_engine_keeps_codes():
     llm = LLM(str(HERE / "ct-int8-channel"), max_model_len=64, weights="checkpoint")
     floats = LLM(str(HERE / "ct-int8-channel"), max_model_len=64)
     assert llm.memory_plan()["parameters"] < 0.5 * floats.memory_plan()["parameters"]
@@ -113,11 +128,9 @@ def test_what_has_no_codes_to_keep(tmp_path):
     sampling = SamplingParams(max_tokens=8, temperature=0)
     one, other = (x.generate([prompt], sampling)[0].outputs[0].token_ids for x in (llm, floats))
     assert one == other
-    config, params = convert.load(HERE / "ct-int8-channel", keep_codes=True)
-    with pytest.raises(NotImplementedError, match="quantised weights cannot be saved yet"):
-        convert.save(tmp_path / "orbax", config, params)
-    with pytest.raises(ValueError, match="the params are quantised already"):
-        LLM((config, params), max_model_len=64, weights="int8")
+    model = convert.load(HERE / "ct-int8-channel", weights="checkpoint")
+    with pytest.raises(ValueError, match=r"_proj.kernel is quantised already, as int8 .* again"):
+        LLM(model, max_model_len=64, weights="int4")
 
 
 def test_there_are_cases_of_every_format():
@@ -189,8 +202,8 @@ def test_a_scale_without_an_axis(tmp_path):
 
     directory = edited(tmp_path, "ct-fp8-tensor", without_axis)
     expected = np.load(HERE / "ct-fp8-tensor" / "expected.npz")
-    for keep in (False, True):
-        config, params = convert.load(directory, dtype=jnp.float32, keep_codes=keep)
+    for form in (None, "checkpoint"):
+        config, params = convert.load(directory, dtype=jnp.float32, weights=form)
         got = logits(config, params, jnp.asarray(expected["tokens"], jnp.int32))[0]
         assert_allclose(got, expected["logits"], atol=1e-4, rtol=0)
 
@@ -228,6 +241,18 @@ def set_config(**changes):
     return lambda config, tensors: config["quantization_config"].update(changes)
 
 
+def set_scheme(**changes):
+    return lambda config, tensors: config["quantization_config"]["config_groups"]["group_0"][
+        "weights"
+    ].update(changes)
+
+
+def set_targets(*targets):
+    return lambda config, tensors: config["quantization_config"]["config_groups"]["group_0"].update(
+        targets=[*targets]
+    )
+
+
 def drop(part):
     return lambda config, tensors: tensors.pop(f"{Q}.{part}")
 
@@ -240,6 +265,22 @@ def put(part, values):
     ("case", "edit", "words"),
     [
         ("awq-g32", set_config(quant_method="bitsandbytes"), "quantised by bitsandbytes"),
+        (
+            "awq-g32",
+            set_config(quant_method="hqq"),
+            r"config.json: .* quantised by hqq .* not supp",
+        ),
+        (
+            "awq-g32",
+            set_config(group_size=0),
+            r"group_size must be a positive integer or -1, got 0",
+        ),
+        ("awq-g32", set_config(group_size="32"), "group_size must be .* or -1, got '32'"),
+        (
+            "awq-g32",
+            set_config(group_size=64),
+            r"_proj.scales has \d groups for \d+ inputs, and .*config.json says group_size=64$",
+        ),
         ("awq-g32", set_config(bits=3), "AWQ of 3 bits is not supported; only 4 is"),
         ("awq-g32", set_config(version="gemv"), "version 'gemv' of AWQ"),
         ("awq-g32", drop("qzeros"), r"q_proj is quantised by awq and has no qzeros"),
@@ -249,6 +290,21 @@ def put(part, values):
         ("awq-g32", put("qzeros", np.ones((4, 8), np.int8)), "qzeros has dtype int8, expected int"),
         ("awq-g32", put("other", np.ones(4, np.float32)), "q_proj.other beside quantised weights"),
         ("gptq-int4-g32", set_config(bits=3), "GPTQ of 3 bits is not supported; 4 and 8 are"),
+        (
+            "gptq-int4-g32",
+            set_config(group_size=-1),
+            r"_proj.scales has \d groups for \d+ inputs, and .*config.json says group_size=-1$",
+        ),
+        (
+            "gptq-v2-int4-g32-act-order",
+            set_config(group_size=16),
+            r"_proj.scales has \d groups for \d+ inputs, and .*config.json says group_size=16$",
+        ),
+        (
+            "gptq-int4-g32",
+            set_config(dynamic={"+:.*down_proj": {"bits": 8}, "-:lm_head": {}}),
+            r"dynamic '\+:\.\*down_proj' of GPTQ has 8 bits where others have 4",
+        ),
         ("gptq-int4-g32", set_config(checkpoint_format="marlin"), "checkpoint_format 'marlin'"),
         (
             "gptq-int4-g32",
@@ -257,6 +313,44 @@ def put(part, values):
         ),
         ("gptq-int4-g32", put("g_idx", np.zeros(64, np.int32)), r"g_idx has shape \(64,\)"),
         ("ct-pack-int4-g32", set_config(format="nvfp4-pack-quantized"), "'nvfp4-pack-quantized'"),
+        (
+            "ct-pack-int4-g32",
+            set_scheme(num_bits=3),
+            "config.json: weights of 3 bits of type int are not supported; supported: int of 4",
+        ),
+        (
+            "ct-pack-int4-g32",
+            set_scheme(num_bits=8),
+            r"_proj.weight_packed holds codes of 4 bits, and .*config.json says num_bits=8$",
+        ),
+        (
+            "ct-pack-int4-g32",
+            set_scheme(group_size=128),
+            r"weight_scale has \d groups for \d+ inputs, and .*config.json says group_size=128",
+        ),
+        (
+            "ct-pack-int4-g32",
+            set_targets("Linear", "model.layers.7.mlp.down_proj"),
+            r"config.json: config_groups.group_0 is for 'model.layers.7.mlp.down_proj', a layer",
+        ),
+        (
+            "ct-pack-int4-g32",
+            set_targets("re:.*experts.*"),
+            r"config_groups.group_0 is for '\.\*experts\.\*', a layer that the checkpoint does not",
+        ),
+        ("ct-pack-int4-g32", set_targets("re:["), r"has 're:\[', which is no regular expression"),
+        ("ct-pack-int4-g32", set_targets(7), r"targets must be a list of names, got \[7\]"),
+        (
+            "ct-pack-int4-g32",
+            lambda _, tensors: tensors.update(
+                {
+                    name.replace("layers.0", "layers.7"): x
+                    for name, x in [*tensors.items()]
+                    if "o_proj" in name
+                }
+            ),
+            r"unexpected: model.layers.7.self_attn.o_proj.weight",
+        ),
         ("ct-pack-int4-g32", drop("weight_shape"), "has no weight_shape"),
         ("ct-pack-int4-g32", drop("weight_scale"), "has no weight_scale"),
         (
@@ -286,6 +380,48 @@ def test_bad_checkpoints(tmp_path, case, edit, words):
     directory = edited(tmp_path, case, edit)
     with pytest.raises((ValueError, NotImplementedError), match=words):
         convert.load(directory)
+
+
+def test_schemes_that_name_their_layers(tmp_path):
+    """By name, by a pattern beside one that matches nothing, and beside a class."""
+    for number, targets in enumerate(
+        (
+            ("model.layers.0.self_attn.q_proj",),
+            ("re:.*self_attn.*", "re:.*experts.*"),
+            ("Linear", "Embedding"),
+        )
+    ):
+        directory = edited(tmp_path / str(number), "ct-pack-int4-g32", set_targets(*targets))
+        got, wanted = (convert.load(x)[1] for x in (directory, HERE / "ct-pack-int4-g32"))
+        jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+@pytest.mark.parametrize("capability", ["8.0", "8.6", "gfx942"])
+def test_fp8_on_a_gpu_without_it(tmp_path, monkeypatch, capability):
+    """Refused before anything is read, whoever asks for it; other weights load there."""
+    config, params = convert.load(HERE / "ct-fp8-channel", weights="checkpoint")
+    convert.save(tmp_path / "orbax", config, params)
+    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA X", compute_capability=capability)
+    devices = jax.devices()
+    monkeypatch.setattr("lserve_jax.model.quantise.jax.devices", lambda: [gpu])
+    words = f"needs a GPU with fp8, of compute capability 8.9 or more; NVIDIA X has {capability}$"
+    for model, weights, what in (
+        (
+            HERE / "ct-fp8-channel",
+            "checkpoint",
+            r"model\.layers\.0\.\S*weight, whose codes are fp8,",
+        ),
+        (tmp_path / "orbax", None, r"layers\.0\.\S*kernel, whose codes are fp8,"),
+        (HERE / "awq-g32", "fp8", "weights='fp8'"),
+    ):
+        with pytest.raises(NotImplementedError, match=f"{what} {words}"):
+            convert.load(model, weights=weights)
+    with pytest.raises(NotImplementedError, match=f"weights='fp8' {words}"):
+        EngineOptions(weights="fp8")
+    gpu.compute_capability = "8.9"
+    assert has_fp8(gpu)
+    monkeypatch.setattr("lserve_jax.model.quantise.jax.devices", lambda: devices)
+    EngineOptions(weights="fp8")
 
 
 def test_codes_without_a_word_in_the_config_are_refused(tmp_path):

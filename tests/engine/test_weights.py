@@ -57,6 +57,37 @@ def test_heads_are_put_in_order_first(tmp_path: Path) -> None:
     assert answers[0] == answers[1]
 
 
+def test_a_saved_prefix_is_of_its_weights(tmp_path: Path) -> None:
+    """Refused under other weights, also of the same type; loaded under the same again."""
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=False, hidden_size=128)
+    params = tiny_params(config)
+    ways: list[dict] = [
+        {},
+        {"weights": "int8"},
+        {"weights": "fp8"},
+        {"weights": "int4", "weight_group": 32},
+        {"weights": "int4", "weight_group": 64},
+    ]
+    prompt = {"prompt_token_ids": random_prompts(1, [70])[0]}
+
+    def build(way: dict) -> LLM:
+        return LLM((config, params), max_num_seqs=2, max_model_len=128, **way)
+
+    for number, way in enumerate(ways):
+        build(way).prefix(prompt).save(tmp_path / str(number))
+    for way in ways:
+        llm = build(way)
+        for number, saved in enumerate(ways):
+            path = tmp_path / str(number)
+            if saved == way:
+                assert llm.load_prefix(path).num_shared_tokens == 64
+                continue
+            same = way.get("weights") == saved.get("weights")
+            words = "another model" if same else "another type of codes in the weights: "
+            with pytest.raises(ValueError, match=f"the prefix in '{path}' was made with {words}"):
+                llm.load_prefix(path)
+
+
 def test_what_they_take() -> None:
     params = tiny_params(CONFIG)
     plans = {
@@ -83,7 +114,16 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"weight_group=48 must be one of \(32, 64, 128\)"):
         LLM((CONFIG, params), weights="int4", weight_group=48)
     odd = tiny_config(layers=1, kv_heads=1, hidden_size=48)
-    with pytest.raises(ValueError, match=r"group=32 must be one of .* divide the 48 inputs"):
+    with pytest.raises(ValueError, match=r"kernel has 48 inputs, which weight_group=32 does not"):
         LLM((odd, tiny_params(odd)), weights="int4")
-    with pytest.raises(ValueError, match="quantised already"):
-        quantise_params(quantise_params(params, "int8"), "int8")
+    int8 = quantise_params(params, "int8")
+    same = quantise_params(int8, "int8")
+    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (same, int8)), strict=True))
+    for kind, group in (("fp8", 32), ("int4", 32)):
+        with pytest.raises(
+            ValueError, match=r"kernel is quantised already, as int8 with .* no zero"
+        ):
+            quantise_params(int8, kind, group=group)
+    int4 = quantise_params(params, "int4")
+    with pytest.raises(ValueError, match="already, as uint4 with 32 inputs to a scale and zero"):
+        quantise_params(int4, "int4", group=64)

@@ -54,17 +54,13 @@ def test_how_near_they_are() -> None:
     float8 = api.quantize_weight(jnp.asarray(w, jnp.float32), kind="fp8")
     scale = np.asarray(float8.scale)
     assert (np.abs(numbers(float8) - w) <= np.maximum(np.abs(w) / 16, scale * 2**-10) * 1.001).all()
-    # 4 bits: no worse than without clipping, group by group, in squares.
+    # 4 bits: half a step of 15 between the ends of a group.
     four = api.quantize_weight(jnp.asarray(w, jnp.float32), kind="int4", group=64)
     assert four.codes.dtype == jnp.uint4 and four.scale.shape == (3, OUT)
     groups = w.reshape(3, 64, OUT)
-    low, high = groups.min(1), groups.max(1)
-    step = np.maximum((high - low) / 15, 1e-30)
-    plain = np.round((groups - low[:, None]) / step[:, None]) * step[:, None] + low[:, None]
-    loss = ((plain - groups) ** 2).sum(1)
-    ours = ((numbers(four).reshape(groups.shape) - groups) ** 2).sum(1)
-    assert (ours <= loss * (1 + 1e-5) + 1e-12).all()
-    assert ours.sum() < 0.97 * loss.sum()  # clipping pays
+    step = (groups.max(1) - groups.min(1)) / 15
+    error = np.abs(numbers(four).reshape(groups.shape) - groups).max(1)
+    assert (error <= step / 2 * (1 + 1e-5)).all()
     # What lies on a grid of 16 numbers, as GGUF's Q4_1 does, comes back as it is.
     rng = np.random.default_rng(3)
     codes = rng.integers(0, 16, (K // 32, 32, OUT))

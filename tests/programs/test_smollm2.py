@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from budgets import budgets_of
+from oracle_model import Oracle
 
 import convert
 import lserve_jax
@@ -106,6 +107,41 @@ def test_greedy_chats_are_those_of_transformers(base, attention):
     for output, chat in zip(outputs, expected["chats"], strict=True):
         assert output.outputs[0].token_ids == chat["greedy_ids"]
         assert output.outputs[0].finish_reason == "stop"
+
+
+def rounded_to_int8(params: dict) -> dict:
+    """The numbers that int8 codes stand for, by NumPy: every kernel, a scale for each output."""
+
+    def leaf(path, x) -> np.ndarray:
+        x = np.asarray(x)
+        if path[-1].key != "kernel":
+            return x
+        scale = np.abs(x).max(axis=0) / np.float32(127)
+        return np.round(x / scale) * scale.astype(np.float64)
+
+    return jax.tree.map_with_path(leaf, params)
+
+
+@pytest.mark.slow
+def test_int8_greedy_chats_are_those_of_the_rounded_model(base):
+    """Up to ties: every token is the likeliest by float64, or as likely within float32's errors."""
+    expected, _ = golden("smollm2-135m-instruct")
+    _, params = base
+    llm = build(base, relay="never", deterministic=True, weights="int8")
+    assert not llm.engine.config.tie_word_embeddings  # on a CPU: the output layer is rounded too
+    head = {"kernel": params["embed_tokens"]["embedding"].T}
+    rounded = rounded_to_int8(params | {"lm_head": head})
+    prompts = [{"prompt_token_ids": chat["prompt_ids"]} for chat in expected["chats"]]
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=64))
+    for output, chat in zip(outputs, expected["chats"], strict=True):
+        tokens = output.outputs[0].token_ids
+        prompt = chat["prompt_ids"]
+        logits = Oracle(llm.engine.config, rounded).prefill([*prompt, *tokens[:-1]])
+        logits = logits[len(prompt) - 1 :]
+        given_up = logits.max(axis=1) - logits[np.arange(len(tokens)), tokens]
+        # As above: 30 layers in float32. The closest two likeliest are 6e-3 apart.
+        assert given_up.max() < 2e-3
+        assert tokens == chat["greedy_ids"]  # those of bfloat16 weights
 
 
 SYSTEM = (

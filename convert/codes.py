@@ -1,0 +1,292 @@
+"""Quantised matrices on their way between files and memory.
+
+A reader says how rows of codes are read (``Coded``): as they are stored, or rounded from floats.
+``CodedLeaf`` collects those of one leaf. Our own checkpoints hold a ``Weight`` as an array for each
+of its parts, with two codes of 4 bits in a byte.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array, UInt4, UInt8
+from numpy.typing import DTypeLike
+
+from lserve_jax.model.quantise import CODE_DTYPES
+from pallas_kernels.api import Weight, WeightKind, quantize_weight
+
+# Outputs read at once: few, because rounding makes several copies in float32.
+_BLOCK_ROWS = 64
+_ALIGNMENT = 64  # bytes
+
+
+class CodedRows(NamedTuple):
+    """Rows of a quantised matrix of [out, in]: ``(codes - zero) * scale``, in groups of inputs."""
+
+    codes: np.ndarray  # [rows, in]  int8, uint8 or uint4 below 16, or float8_e4m3fn
+    scale: np.ndarray  # [rows, groups] float32
+    zero: np.ndarray | None  # [rows, groups] float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coded:
+    """How the rows of a quantised matrix are read as codes."""
+
+    dtype: str  # of a ``Weight``'s codes: int8, uint4 or float8_e4m3fn
+    groups: int  # of inputs; 1: one scale for each output
+    has_zero: bool
+    rows: Callable[[int, int], CodedRows]  # [start, stop) of the outputs
+
+
+def rounded(
+    rows: Callable[[int, int], np.ndarray], inputs: int, kind: WeightKind, group: int
+) -> Coded:
+    """A matrix of [out, inputs] whose float ``rows`` are rounded as they are read."""
+
+    def read(start: int, stop: int) -> CodedRows:
+        block = jnp.asarray(rows(start, stop).astype(np.float32))
+        weight = quantize_weight(block.T, kind=kind, group=group)
+        codes, scale = (np.asarray(x).T for x in (weight.codes, weight.scale))
+        return CodedRows(codes, scale, None if weight.zero is None else np.asarray(weight.zero).T)
+
+    grouped = kind == "int4"
+    groups = inputs // group if grouped else 1
+    return Coded(dtype=CODE_DTYPES[kind], groups=groups, has_zero=grouped, rows=read)
+
+
+def numbers(coded: Coded, start: int, stop: int) -> np.ndarray:
+    """What coded rows stand for, float32."""
+    codes, scale, zero = coded.rows(start, stop)
+    group = codes.shape[1] // coded.groups
+    values = codes.astype(np.float32)
+    if zero is not None:
+        values = values - spread(zero, group)
+    return values * spread(scale, group)
+
+
+def spread(per_group: np.ndarray, group: int) -> np.ndarray:
+    """[rows, groups] to [rows, inputs], float32."""
+    return np.repeat(per_group.astype(np.float32), group, axis=1)
+
+
+def aligned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """An uninitialised array that JAX's CPU backend takes over instead of copying."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+class CodedLeaf:
+    """A quantised leaf of [in, out] on its way: its parts side by side.
+
+    Parts may differ in bits and groups: 4 bits are held as int8 beside 8, and a group is cut where
+    another part's ends. Both are exact.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], parts: Sequence[Coded]):
+        self.name, self._shape = name, shape
+        dtypes = {part.dtype for part in parts}
+        self._dtype = jnp.dtype(dtypes.pop() if len(dtypes) == 1 else "int8")
+        self._groups = math.lcm(*(part.groups for part in parts))  # divides the inputs, as each
+        self._has_zero = any(part.has_zero for part in parts)
+        self._host: tuple[np.ndarray, ...] = ()  # codes, scale, and zero where there is one
+
+    @staticmethod
+    def holds(parts: Sequence[Coded]) -> bool:
+        """Whether one leaf can hold all: whole numbers, or fp8 alone."""
+        dtypes = {part.dtype for part in parts}
+        return len(dtypes) == 1 or dtypes == {"int8", "uint4"}
+
+    def read(self, coded: Coded, outputs: slice) -> None:
+        """Takes in one part, which lies at ``outputs``."""
+        if not self._host:
+            scales = (self._groups, self._shape[1])
+            count = 2 if self._has_zero else 1
+            self._host = (
+                aligned(self._shape, self._dtype),
+                *(aligned(scales, np.float32) for _ in range(count)),
+            )
+        split = self._groups // coded.groups
+        count = outputs.stop - outputs.start
+        for start in range(0, count, _BLOCK_ROWS):
+            stop = min(start + _BLOCK_ROWS, count)
+            codes, scale, zero = coded.rows(start, stop)
+            zero = np.zeros_like(scale) if zero is None else zero
+            place = slice(outputs.start + start, outputs.start + stop)
+            self._host[0][:, place] = codes.astype(self._dtype).T
+            for whole, part in zip(self._host[1:], (scale, zero), strict=False):
+                whole[:, place] = np.repeat(part, split, axis=1).T
+
+    def finish(self, sharding: Sharding | None) -> Weight:
+        """The leaf on its devices. The host's copy is given up."""
+        host: Any = self._host
+        self._host = ()
+        return jax.block_until_ready(place(self.name, Weight(*host), sharding))
+
+
+def place(leaf: str, weight: Weight, sharding: Sharding | None) -> Weight:
+    """A ``Weight`` under the sharding of the matrix that it stands for."""
+    codes, scale, zero = weight
+    of_codes, of_scale, of_zero = weight_shardings(leaf, weight, sharding)
+    return Weight(
+        jax.device_put(codes, of_codes),
+        jax.device_put(scale, of_scale),
+        None if zero is None else jax.device_put(zero, of_zero),
+    )
+
+
+def weight_shardings(
+    leaf: str, weight: Weight, sharding: Sharding | None
+) -> tuple[Sharding | None, Sharding | None, Sharding | None]:
+    """Of codes, scale and zero, so that each shard of codes has its own scales beside it.
+
+    Raises ``ValueError`` naming a leaf whose groups a shard would cut.
+    """
+    if not isinstance(sharding, NamedSharding):
+        return sharding, sharding, sharding
+    spec = (*sharding.spec, None, None)[:2]
+    groups = weight.scale.shape[0]
+    along = 1
+    for axis in () if spec[0] is None else spec[0] if isinstance(spec[0], tuple) else (spec[0],):
+        along *= sharding.mesh.shape[axis]
+    inputs = spec[0]
+    if groups == 1:
+        inputs = None  # one scale for all inputs: every shard has it
+    elif groups % along:
+        raise ValueError(
+            f"{leaf} is quantised in {groups} groups of inputs, which {along} shards would cut"
+        )
+    scales = NamedSharding(sharding.mesh, PartitionSpec(inputs, spec[1]))
+    return sharding, scales, scales
+
+
+# In our own checkpoints.
+
+
+def stored(flat: dict[str, Array | Weight]) -> Iterator[tuple[str, Array]]:
+    """The arrays that a checkpoint holds for leaves, by name.
+
+    Empties ``flat``, so that codes do not exist twice if nobody else holds them. Raises
+    ``ValueError`` for an odd number of inputs of 4 bits.
+    """
+    for leaf in list(flat):
+        value = flat.pop(leaf)
+        if not isinstance(value, Weight):
+            yield leaf, value
+            continue
+        codes, scale, zero = value
+        del value
+        if codes.dtype == jnp.uint4:
+            if codes.shape[0] % 2:
+                raise ValueError(
+                    f"{leaf} has {codes.shape[0]} inputs of 4 bits, and a byte holds those of two"
+                )
+            codes = jax.block_until_ready(_pack(codes))
+        yield f"{leaf}.codes", codes
+        yield f"{leaf}.scale", scale
+        if zero is not None:
+            yield f"{leaf}.zero", zero
+
+
+@jax.jit
+def _pack(codes: UInt4[Array, "K out"]) -> UInt8[Array, "K/2 out"]:
+    pairs = codes.astype(jnp.uint8).reshape(-1, 2, codes.shape[1])
+    return pairs[:, 0] | pairs[:, 1] << jnp.uint8(4)
+
+
+def _unpack(packed: UInt8[Array, "K/2 out"]) -> UInt4[Array, "K out"]:
+    pairs = jnp.stack([packed & jnp.uint8(15), packed >> jnp.uint8(4)], axis=1)
+    return pairs.reshape(-1, packed.shape[1]).astype(jnp.uint4)
+
+
+def coded_leaves(arrays: Mapping[str, Any], where: str) -> dict[str, Weight]:
+    """The quantised leaves of a checkpoint with these arrays, as they will be in memory.
+
+    ``arrays`` have shape and dtype, and so have the parts of what is returned. Raises
+    ``ValueError`` naming an array that is missing, misshapen or of a wrong type.
+    """
+    found = {}
+    for name, codes in arrays.items():
+        leaf, _, part = name.rpartition(".")
+        if part != "codes":
+            continue
+        dtype, shape = str(np.dtype(codes.dtype)), tuple(codes.shape)
+        if dtype not in ("int8", "uint8", "float8_e4m3fn") or len(shape) != 2:
+            raise ValueError(
+                f"{where}: {name} is {dtype} {shape}, expected two axes of int8, float8_e4m3fn or "
+                "uint8 with two codes of 4 bits each"
+            )
+        if dtype == "uint8":
+            dtype, shape = "uint4", (2 * shape[0], shape[1])
+        scale, zero = arrays.get(f"{leaf}.scale"), arrays.get(f"{leaf}.zero")
+        if scale is None:
+            raise ValueError(f"{where}: {leaf} has codes, and {leaf}.scale is missing")
+        groups = scale.shape[0] if len(scale.shape) == 2 else 0
+        fits = groups > 0 and tuple(scale.shape) == (groups, shape[1]) and shape[0] % groups == 0
+        for part, x in (("scale", scale), ("zero", zero)):
+            if x is None:
+                continue
+            if not fits or tuple(x.shape) != tuple(scale.shape) or np.dtype(x.dtype) != np.float32:
+                raise ValueError(
+                    f"{where}: {leaf}.{part} is {np.dtype(x.dtype)} {tuple(x.shape)}, expected "
+                    f"float32 for groups that divide {shape[0]} inputs, times {shape[1]} outputs"
+                )
+        struct: Any = jax.ShapeDtypeStruct
+        scales = struct(tuple(scale.shape), jnp.float32)
+        found[leaf] = Weight(
+            struct(shape, jnp.dtype(dtype)), scales, None if zero is None else scales
+        )
+    return found
+
+
+def stored_parts(
+    leaf: str, weight: Weight, sharding: Sharding | None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What ``stored`` gives for a leaf, by name, where it is to lie under ``sharding``."""
+    parts = {}
+    shardings = weight_shardings(leaf, weight, sharding)
+    for part, x, to in zip(Weight._fields, weight, shardings, strict=True):
+        if x is not None:
+            shape, dtype = x.shape, x.dtype
+            if dtype == jnp.uint4:
+                shape, dtype = (shape[0] // 2, shape[1]), jnp.uint8
+            parts[f"{leaf}.{part}"] = jax.ShapeDtypeStruct(shape, dtype, sharding=to)
+    return parts
+
+
+def stored_rows(
+    leaf: str, weight: Weight, arrays: Callable[[], Mapping[str, np.ndarray]], outputs: slice
+) -> Coded:
+    """How the ``outputs`` of a quantised leaf are read from what ``stored`` gave for it."""
+
+    def read(start: int, stop: int) -> CodedRows:
+        part = slice(outputs.start + start, outputs.start + stop)
+        codes, scale, zero = (arrays().get(f"{leaf}.{name}") for name in Weight._fields)
+        assert codes is not None and scale is not None  # as ``coded_leaves`` found them
+        codes = codes[:, part]
+        if codes.dtype == np.uint8:
+            codes = np.asarray(_unpack(jnp.asarray(codes)))
+        return CodedRows(codes.T, scale[:, part].T, None if zero is None else zero[:, part].T)
+
+    return Coded(
+        dtype=str(np.dtype(weight.codes.dtype)),
+        groups=weight.scale.shape[0],
+        has_zero=weight.zero is not None,
+        rows=read,
+    )
+
+
+def joined(leaf: str, arrays: dict[str, Array]) -> Weight:
+    """The ``Weight`` of a leaf, out of what ``stored`` gave for it: that leaves ``arrays``."""
+    codes, scale, zero = (arrays.pop(f"{leaf}.{part}", None) for part in Weight._fields)
+    assert codes is not None and scale is not None  # as ``coded_leaves`` found them
+    if codes.dtype == jnp.uint8:
+        codes = jax.jit(_unpack, out_shardings=codes.sharding)(codes)
+        codes.block_until_ready()
+    return Weight(codes, scale, zero)
