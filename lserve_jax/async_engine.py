@@ -132,6 +132,7 @@ class AsyncEngine:
         requests: Sequence[tuple[Prompt | CheckedPrompt, SamplingParams]],
         *,
         deadline: float | None = None,
+        record_reads: bool = False,
     ) -> RequestStream:
         """Queues requests, all or none, as ``TextEngine.submit`` does; its errors are raised here.
 
@@ -145,7 +146,11 @@ class AsyncEngine:
             request_ids: list[str] = []
             try:
                 for prompt, sampling in requests:
-                    request_ids.append(self.text.submit(prompt, sampling, deadline=deadline))
+                    request_ids.append(
+                        self.text.submit(
+                            prompt, sampling, deadline=deadline, record_reads=record_reads
+                        )
+                    )
             except BaseException:
                 for request_id in request_ids:
                     self.text.cancel(request_id)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lserve_jax.engine.metrics import RequestMetrics
+from lserve_jax.engine.reads import PageReads
 from lserve_jax.engine.request import TokenOutput
 from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.tokenizer import Tokenizer
@@ -26,6 +27,7 @@ class CompletionOutput:
     # With "error" what went wrong: FloatingPointError for logits that are not finite, ValueError
     # for a grammar that became too complex in the course of the text.
     error: Exception | None = None
+    page_reads: PageReads | None = None  # what each token read of the context, where asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,7 @@ class Completion:
         self.stop_reason: int | str | None = None
         self._metrics = RequestMetrics()
         self.error: Exception | None = None
+        self._page_reads: PageReads | None = None
 
     def append(self, new: TokenOutput) -> tuple[str, list[int]]:
         """Takes new tokens; returns the text that can be shown now, and the tokens taken.
@@ -106,7 +109,7 @@ class Completion:
         After a stop string ``finished`` is set although the engine still generates, and the tokens
         behind it are left out.
         """
-        self._metrics = new.metrics
+        self._metrics, self._page_reads = new.metrics, new.page_reads
         before = len(self._token_ids)
         stopped_by_token = new.ends_with_stop_id
         for i, token in enumerate(new.token_ids):
@@ -189,6 +192,7 @@ class Completion:
             stop_reason=self.stop_reason,
             metrics=self._metrics,
             error=self.error,
+            page_reads=self._page_reads,
         )
 
 

@@ -161,10 +161,12 @@ class TextEngine:
         sampling: SamplingParams,
         *,
         deadline: float | None = None,
+        record_reads: bool = False,
     ) -> str:
         """Queues a request and returns its id; others may be running.
 
         ``deadline`` seconds from now it ends with what it has (``finish_reason`` "deadline").
+        ``record_reads`` as in ``Engine.add_request``.
 
         Raises ``ValueError`` for a request that could never run; nothing is queued then.
         """
@@ -190,6 +192,7 @@ class TextEngine:
                     completion=completion.index,
                     deadline=deadline,
                     constraint=self.constraints.make(sampling),
+                    record_reads=record_reads,
                 )
                 self._parts[part] = (request, completion)
         except BaseException:  # Ctrl-C, too: no completion runs without the others

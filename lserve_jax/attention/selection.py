@@ -78,6 +78,18 @@ def retrieval_pages(
     return jnp.concatenate(pages, axis=1)
 
 
+def chosen_pages(
+    spec: CacheSpec, layer: int, listed: Int[Array, "B Kr L"], tail: Int[Array, " B"]
+) -> Int[Array, "B Kq R"]:
+    """Of the lists that ``retrieval_pages`` made, what ranked heads have before their tail.
+
+    Each head's R = ``spec.num_ranked`` are the physical ids that it chose, then -1.
+    """
+    Kq, R = spec.heads.num_ranked[layer], spec.num_ranked(layer)
+    count = jnp.minimum(tail[:, None], spec.wanted_pages(layer, tail))[:, :, None]
+    return jnp.where(jnp.arange(R)[None, None] < count, listed[:, :Kq, :R], -1)
+
+
 def retrieval_stop(
     spec: CacheSpec,
     layer: int,

@@ -3,6 +3,8 @@
 Prompts are padded to such chunk lengths, decode runs on such numbers of slots.
 """
 
+from lserve_jax.attention.cache import CacheSpec
+
 SMALLEST_CHUNK = 64  # tokens; shorter prompts are padded to this
 
 
@@ -17,3 +19,16 @@ def buckets(smallest: int, largest: int) -> list[int]:
     while sizes[-1] < largest:
         sizes.append(min(2 * sizes[-1], largest))
     return sizes
+
+
+def shape_buckets(
+    spec: CacheSpec, chunks: list[int], *, relays: bool, all_slots: bool
+) -> dict[str, list[int]]:
+    """What ``Engine.shape_buckets`` returns; ``chunks`` are the lengths of prompt chunks."""
+    slots, groups = [spec.max_num_seqs], buckets(1, 2 * spec.max_prefixes)
+    return {
+        "chunk_tokens": chunks,
+        "slots": slots if all_slots else buckets(1, spec.max_num_seqs),
+        "relay_groups": [0, *groups] if relays else [0],
+        "prefix_pages": buckets(1, spec.pages_per_sequence),
+    }

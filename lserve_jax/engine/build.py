@@ -243,6 +243,7 @@ def build_engine(
         burst_steps=options.burst_steps,
         relay=options.relay,
         deterministic=options.deterministic,
+        head_order=policy.partition.order,
     )
 
 

@@ -20,12 +20,14 @@ import jax
 import numpy as np
 
 from lserve_jax.attention.cache import CacheSpec
-from lserve_jax.engine.buckets import bucket, buckets
+from lserve_jax.checks import check_bool
+from lserve_jax.engine.buckets import bucket, shape_buckets
 from lserve_jax.engine.costs import BurstRow, CacheUnits
 from lserve_jax.engine.drafting import decide_all
 from lserve_jax.engine.metrics import EngineCounts, EngineMetrics, StepMetrics
 from lserve_jax.engine.prefix import Prefix
 from lserve_jax.engine.prefix_store import PrefixStore
+from lserve_jax.engine.reads import PageReads, head_kinds
 from lserve_jax.engine.relay import RelayMode, check_kernel, check_mode, group_by_prefix
 from lserve_jax.engine.request import InFlight, PromptIds, Request, TokenOutput, check_deadline
 from lserve_jax.engine.runner import ModelRunner
@@ -46,6 +48,8 @@ class Engine:
     relay: whether requests with one prefix read it together: "always", "never", or "auto" by the
         rule of ``relay.py``.
     deterministic: always runs all slots, so that no request's numbers depend on how many there are.
+    head_order: of each layer, the checkpoint's number of the KV head at each place of the
+        parameters; None: they are in the checkpoint's order.
     clock: tells the time in seconds.
     """
 
@@ -58,6 +62,7 @@ class Engine:
         burst_steps: int,
         relay: RelayMode = "auto",
         deterministic: bool = False,
+        head_order: Sequence[Sequence[int]] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         spec = runner.spec
@@ -70,6 +75,7 @@ class Engine:
         self.relay: RelayMode = relay
         self.deterministic, self.clock = deterministic, clock
         self.units = CacheUnits.of(runner.config, spec, runner.dtype)
+        self.head_kinds = head_kinds(runner.config, spec, head_order)
         self._counts = EngineCounts()
         self._next_number = 0
         self.resets = 0  # how often it began anew
@@ -153,14 +159,8 @@ class Engine:
         groups, prefix pages (with relay) and ``SamplingMode`` that occurs; ``prompt_logprobs`` are
         chunks of their own.
         """
-        slots = [self.spec.max_num_seqs]
-        groups = [] if self.relay == "never" else buckets(1, 2 * self.spec.max_prefixes)
-        return {
-            "chunk_tokens": self.runner.chunk_buckets(),
-            "slots": slots if self.deterministic else buckets(1, self.spec.max_num_seqs),
-            "relay_groups": [0, *groups],
-            "prefix_pages": buckets(1, self.spec.pages_per_sequence),
-        }
+        chunks, relays = self.runner.chunk_buckets(), self.relay != "never"
+        return shape_buckets(self.spec, chunks, relays=relays, all_slots=self.deterministic)
 
     def match_prefix(self, prompt: PromptIds) -> int:
         """Tokens of a prompt that a held prefix would save."""
@@ -205,6 +205,7 @@ class Engine:
         completion: int = 0,
         deadline: float | None = None,
         constraint: Constraint | None = None,
+        record_reads: bool = False,
     ) -> None:
         """Queues a request; ``seed`` is used where ``sampling.seed`` is None.
 
@@ -212,6 +213,8 @@ class Engine:
         from a random stream of its own. ``deadline`` seconds from now the request ends with what
         it has (``finish_reason`` "deadline"). ``constraint``, this request's alone, is what
         ``bad_words`` and ``structured_outputs`` mean for tokens; ``TextEngine`` makes it.
+        ``record_reads`` notes which pages each token reads (``TokenOutput.page_reads``): bursts
+        are of one selection meanwhile, tokens are the same.
 
         Raises ``ValueError`` for a duplicate id (``TypeError`` for one that is no text) or a
         request that could never run.
@@ -221,6 +224,7 @@ class Engine:
         if request_id in self.unfinished:
             raise ValueError(f"a request with id {request_id!r} is already in the engine")
         check_deadline(deadline)
+        check_bool("record_reads", record_reads)
         ids = self.check_request(prompt, sampling, constraint)
         now = self.clock()
         request = Request(
@@ -237,6 +241,7 @@ class Engine:
             rules=request_rules(sampling, constraint, self.eos_token_ids, self.config.vocab_size),
             arrival=now,
             deadline=None if deadline is None else now + deadline,
+            reads=PageReads.of(self.spec, self.head_kinds, len(ids)) if record_reads else None,
         )
         self._next_number += 1
         self.unfinished[request_id] = request
@@ -318,15 +323,11 @@ class Engine:
         outputs += early + self._collect()
         self._in_flight = burst
         self._counts.steps += 1
-        decisions = [] if burst is None else burst.decisions.values()
         self._last_step = StepMetrics.between(
             before,
             self._counts,
             prefill_tokens=self.runner.prompt_tokens - prompt_tokens,
-            decode_requests=0 if burst is None else len(burst.requests),
-            decode_steps=0 if burst is None else burst.steps,
-            # Requests of one prefix have one decision in common.
-            relay=tuple({id(decision): decision for decision in decisions}.values()),
+            **({} if burst is None else burst.metrics),
         )
         return outputs
 
@@ -432,15 +433,12 @@ class Engine:
         most = self.spec.max_num_seqs
         rows = most if self.deterministic else bucket(requests[-1][0] + 1, 1, most)
         groups, decisions = group_by_prefix(
-            requests,
-            self.relay,
-            self.spec,
-            num_rows=rows,
-            token_bytes=self.units.retrieval_token,
-            has_kernel=self.runner.has_prefix_kernel,
+            requests, self.relay, self.runner, self.units, num_rows=rows
         )
         drafts = decide_all(requests, self.runner, self.units)
-        burst = self.runner.decode(self.scheduler.burst_inputs(steps, rows, groups, drafts))
+        inputs = self.scheduler.burst_inputs(steps, rows, groups, drafts)
+        burst = self.runner.decode(inputs)
+        chosen = {s: self.runner.selected_pages(s) for s, r in requests if r.records_selections}
         self._counts.relay_bursts += groups is not None
         for _, request in requests:
             request.scheduled += request.steps_of(steps)
@@ -448,7 +446,9 @@ class Engine:
                 # Surely at its end after this burst: the next request can have its slot, since
                 # what it runs comes after the burst.
                 self.scheduler.release(request)
-        in_flight = InFlight(burst=burst, steps=steps, requests=requests, decisions=decisions)
+        in_flight = InFlight(
+            burst=burst, inputs=inputs, requests=requests, decisions=decisions, chosen=chosen
+        )
         return in_flight, outputs
 
     # Results.
@@ -465,6 +465,7 @@ class Engine:
             if request.finished:
                 continue
             row = BurstRow.of(result, slot)
+            request.record(in_flight, slot)
             request.add_costs(row, self.units, in_flight.decisions.get(slot), now)
             self._counts.tokens_attended += round(row.attended)
             self._counts.selector_runs += row.selections

@@ -93,9 +93,9 @@ class StepMetrics:
     number: int
     prefill_tokens: int  # prompt tokens run
     prefix_tokens: int  # of the prompts that it admitted, tokens that a prefix had
-    decode_requests: int  # requests in the burst
-    decode_steps: int  # its length; 0: there was no burst
-    relay: tuple[RelayDecision, ...]  # for each prefix that requests of the burst have
+    decode_requests: int = 0  # requests in the burst
+    decode_steps: int = 0  # its length; 0: there was no burst
+    relay: tuple[RelayDecision, ...] = ()  # for each prefix that requests of the burst have
     # Of the burst before, whose results it fetched:
     selector_runs: int  # selections, summed over requests
     tokens_attended: int  # summed over its steps, requests, layers and KV heads

@@ -26,8 +26,10 @@ from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.checks import check_choice
 from lserve_jax.engine.buckets import bucket
+from lserve_jax.engine.costs import CacheUnits
 from lserve_jax.engine.metrics import RelayDecision
 from lserve_jax.engine.request import Request
+from lserve_jax.engine.runner import ModelRunner
 
 RelayMode = Literal["auto", "always", "never"]
 
@@ -93,18 +95,18 @@ def decide(
 def group_by_prefix(
     requests: Sequence[tuple[int, Request]],
     mode: RelayMode,
-    spec: CacheSpec,
+    runner: ModelRunner,
+    units: CacheUnits,
     *,
     num_rows: int,
-    token_bytes: float,
-    has_kernel: bool,
 ) -> tuple[PrefixGroups | None, dict[int, RelayDecision]]:
     """Which requests of a burst read their prefix together, and why the others do not.
 
-    ``requests`` are (slot, request), the slots below ``num_rows``. ``token_bytes`` is that of
-    ``decide``. Returns the groups with NumPy arrays, None where no prefix is read together, and the
-    decision for each slot whose request has a prefix.
+    ``requests`` are (slot, request), the slots below ``num_rows``. Returns the groups with NumPy
+    arrays, None where no prefix is read together, and the decision for each slot whose request has
+    a prefix.
     """
+    spec = runner.spec
     groups: dict[tuple[int, int], list[tuple[int, Request]]] = {}  # by prefix and tokens shared
     for slot, request in requests:
         if request.prefix is not None:
@@ -117,12 +119,12 @@ def group_by_prefix(
         decision = decide(
             mode,
             spec,
-            token_bytes=token_bytes,
+            token_bytes=units.retrieval_token,
             prefix_tokens=shared,
             private_tokens=private,
             requests=len(members),
         )
-        if decision.used and not has_kernel:
+        if decision.used and not runner.has_prefix_kernel:
             reason = f"no kernel for {spec.kv_dtype} pages"
             decision = dataclasses.replace(decision, used=False, reason=reason)
         decisions |= {slot: decision for slot, _ in members}

@@ -3,14 +3,17 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
 
 from lserve_jax.checks import is_integer, is_real
 from lserve_jax.engine.costs import BurstRow, CacheUnits, RequestCosts
+from lserve_jax.engine.inputs import BurstInputs
 from lserve_jax.engine.metrics import RelayDecision, RequestMetrics
 from lserve_jax.engine.prefix import Prefix
+from lserve_jax.engine.reads import PageReads
 from lserve_jax.engine.state import Burst, Sample
 from lserve_jax.engine.token_rules import RequestRules
 from lserve_jax.sampling_params import SamplingParams
@@ -89,6 +92,7 @@ class TokenOutput:
     metrics: RequestMetrics
     ends_with_stop_id: bool = False  # the last token is a stop id; else "stop" was a grammar's end
     error: Exception | None = None  # given with "error"
+    page_reads: PageReads | None = None  # up to now; None unless asked for
 
 
 @dataclass(kw_only=True)
@@ -96,9 +100,22 @@ class InFlight:
     """A burst on the device whose results are not yet fetched."""
 
     burst: Burst
-    steps: int
+    inputs: BurstInputs
     requests: list[tuple[int, "Request"]]  # (slot, request)
     decisions: dict[int, RelayDecision]  # by slot, of those whose request has a prefix
+    # By slot, of those whose request records selections: ``runner.selected_pages``.
+    chosen: dict[int, list[jax.Array]]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The fields of ``StepMetrics`` that tell of it."""
+        # Requests of one prefix have one decision in common.
+        relay = {id(decision): decision for decision in self.decisions.values()}
+        return {
+            "decode_requests": len(self.requests),
+            "decode_steps": self.inputs.steps,
+            "relay": tuple(relay.values()),
+        }
 
 
 @dataclass(kw_only=True, eq=False)
@@ -113,6 +130,7 @@ class Request:
     rules: RequestRules | None  # which tokens it may sample next; None: any
     arrival: float
     deadline: float | None  # on the engine's clock
+    reads: PageReads | None  # what it has read so far; None: it did not ask
 
     # Where it is.
     slot: int = -1  # -1: it waits
@@ -152,6 +170,10 @@ class Request:
     def is_stepwise(self) -> bool:
         """Whether it takes one step a burst."""
         return self.rules is not None and self.rules.stepwise
+
+    @property
+    def records_selections(self) -> bool:
+        return self.reads is not None and self.reads.has_ranked
 
     def steps_of(self, burst: int) -> int:
         """Of the next ``burst`` steps, those in which it still feeds a token."""
@@ -224,6 +246,16 @@ class Request:
             self.error = self.error or self.rules.error
         return new
 
+    def record(self, burst: InFlight, slot: int) -> None:
+        """Notes what was chosen for its tokens of a burst, before it takes them."""
+        if self.reads is not None and slot in burst.chosen:
+            self.reads = self.reads.add(
+                self.received,
+                jax.device_get(burst.chosen[slot]),
+                burst.inputs.page_table[slot],
+                burst.decisions.get(slot),
+            )
+
     @property
     def _ends_with_stop_id(self) -> bool:
         return bool(self.tokens) and self.tokens[-1] in self.sampling_row["stop_token_ids"]
@@ -264,6 +296,7 @@ class Request:
             metrics=self.metrics,
             ends_with_stop_id=finish_reason == "stop" and self._ends_with_stop_id,
             error=self.error,
+            page_reads=self.reads,
         )
 
 

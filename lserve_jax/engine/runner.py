@@ -18,6 +18,7 @@ from lserve_jax.attention.attend import PrefixGroups
 from lserve_jax.attention.cache import CacheSpec, LayerCache, cache_bytes, init_layer_cache
 from lserve_jax.engine.buckets import SMALLEST_CHUNK, bucket, buckets
 from lserve_jax.engine.inputs import BurstInputs, Chunk, Start
+from lserve_jax.engine.reads import selected_pages
 from lserve_jax.engine.sampling import MAX_STOP_IDS, SamplingArrays, SamplingMode
 from lserve_jax.engine.speculate import exact_burst
 from lserve_jax.engine.state import (
@@ -237,6 +238,15 @@ class ModelRunner:
             most_drafts=most,
         )
         return burst
+
+    def selected_pages(self, slot: int) -> list[jax.Array]:
+        """Physical pages that each layer's ranked heads chose for a slot at its last selection.
+
+        Of each layer ``[Kq, R]`` int32, -1 behind a head's last.
+        """
+        self._count_shape("selected_pages")
+        listed = [cache.listed for cache in self._caches]
+        return selected_pages(self._program, listed, self._state.tail, jnp.int32(slot))
 
     def score(
         self,

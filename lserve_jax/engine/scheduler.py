@@ -232,13 +232,15 @@ class Scheduler:
     def burst_length(self) -> int:
         """Steps of the next burst: no more than some request needs, in whole burst units.
 
-        With requests that take one step it is as short as the others can have it.
+        With requests that take one step it is as short as the others can have it; a single unit
+        where a request records what each selection chose.
         """
         others = [r.remaining for r in self.running.values() if not r.is_stepwise]
         unit = self.spec.burst_unit
         if self.has_stepwise:
             return unit if others else 1
-        return min(self.burst_steps, -(-max(others, default=0) // unit) * unit)
+        records = any(r.records_selections for r in self.running.values())
+        return min(unit if records else self.burst_steps, -(-max(others, default=0) // unit) * unit)
 
     def _missing(self, steps: int) -> int:
         """Pages that running requests lack for their next ``steps``."""

@@ -3,7 +3,8 @@
 Chats and completions differ in what a choice looks like, and in nothing else.
 """
 
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ class Answer:
     object: what a whole answer is called; ``chunk_object`` a part of one.
     choice: (position of the prompt, its output, one of its completions) to a choice.
     chunks: (position of the prompt, what is new) to choices of a chunk; none: no chunk is sent.
+    record_reads: what its tokens read can be asked for by ``id``, once it is through.
     """
 
     id: str
@@ -39,6 +41,7 @@ class Answer:
     sampling: SamplingParams  # of every prompt
     choice: Callable[[int, RequestOutput, CompletionOutput], Choice]
     chunks: Callable[[int, TextDelta], list[Choice]]
+    record_reads: bool = False  # of the only completion
 
     @property
     def prompt_tokens(self) -> int:
@@ -68,10 +71,25 @@ async def respond(request: Request, answer: Answer) -> Response:
     return JSONResponse(whole)
 
 
+def _run(answer: Answer) -> AbstractAsyncContextManager[AsyncIterable[tuple[int, TextDelta]]]:
+    return answer.service.run(
+        answer.prompts,
+        [answer.sampling] * len(answer.prompts),
+        answer.body.deadline,
+        record_reads=answer.record_reads,
+    )
+
+
+def _keep_reads(answer: Answer, output: RequestOutput) -> None:
+    if answer.record_reads:
+        answer.service.reads.add(answer.id, output.prompt_token_ids, output.outputs[0])
+
+
 async def _whole(answer: Answer) -> dict[str, Any]:
-    samplings = [answer.sampling] * len(answer.prompts)
-    async with answer.service.run(answer.prompts, samplings, answer.body.deadline) as stream:
+    async with _run(answer) as stream:
         done = await outputs(stream)
+    for output in done:
+        _keep_reads(answer, output)
     choices = [
         answer.choice(position, output, completion)
         for position, output in enumerate(done)
@@ -89,8 +107,7 @@ async def _events(answer: Answer, logged: dict[str, Any]) -> AsyncGenerator[byte
     def usage() -> dict[str, Any]:
         return wire.usage(answer.prompt_tokens, completion_tokens, cached)
 
-    samplings = [answer.sampling] * len(answer.prompts)
-    async with answer.service.run(answer.prompts, samplings, body.deadline) as stream:
+    async with _run(answer) as stream:
         yield b""
         async for position, delta in stream:
             if delta.error is not None:
@@ -99,6 +116,7 @@ async def _events(answer: Answer, logged: dict[str, Any]) -> AsyncGenerator[byte
             logged["completion_tokens"] = completion_tokens
             if delta.output is not None:
                 cached += delta.output.metrics.prefix_tokens
+                _keep_reads(answer, delta.output)
             choices = answer.chunks(position, delta)
             if not choices:
                 continue

@@ -1,5 +1,6 @@
 """The routes, and what stands around all of them."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
@@ -18,6 +19,7 @@ from lserve_jax.serve.completions import completions
 from lserve_jax.serve.errors import ApiError, http_error
 from lserve_jax.serve.http import ApiKeys, RequestLog, answering
 from lserve_jax.serve.metrics import metrics
+from lserve_jax.serve.page_files import page_routes
 from lserve_jax.serve.prefixes import (
     PrefixBody,
     PrefixRegistry,
@@ -70,6 +72,9 @@ def create_app(service: Service) -> Starlette:
             Route("/health", plain(_health), methods=["GET"]),
             Route("/metrics", plain(metrics), methods=["GET"]),
             Route("/version", plain(_version), methods=["GET"]),
+            Route("/v1/reads/{id}", plain(_reads), methods=["GET"]),
+            Route("/v1/reads/{id}/{token:int}", plain(_reads_of_token), methods=["GET"]),
+            *page_routes(),
         ],
         middleware=middleware,
         exception_handlers={HTTPException: http_error},
@@ -106,6 +111,22 @@ async def _one_model(request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_model(request.path_params["name"])
     return JSONResponse(_card(service, request.path_params["name"]))
+
+
+async def _reads(request: Request) -> Response:
+    """The context of an answer that recorded what it read, page by page."""
+    service: Service = request.app.state.service
+    completion_id = request.path_params["id"]
+    context = service.reads.context  # which turns a long prompt into text
+    described = await asyncio.to_thread(context, completion_id, service.tokenizer)
+    return JSONResponse(described)
+
+
+async def _reads_of_token(request: Request) -> Response:
+    """Which pages each head read for one of its tokens."""
+    service: Service = request.app.state.service
+    completion_id, token = request.path_params["id"], request.path_params["token"]
+    return JSONResponse(await asyncio.to_thread(service.reads.token, completion_id, token))
 
 
 def _card(service: Service, name: str) -> dict[str, object]:

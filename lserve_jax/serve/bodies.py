@@ -142,6 +142,7 @@ class ChatBody(GenerationBody):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     add_generation_prompt: bool | None = None  # None: unless the final message is continued
     continue_final_message: bool = False
+    record_reads: bool = False  # GET /v1/reads/{id} tells then what each token read
 
     # ``response_format.py`` reads these too; the last two are old names of the first two.
     tools: Any = None
@@ -154,6 +155,12 @@ class ChatBody(GenerationBody):
     def _top_needs_logprobs(self) -> "ChatBody":
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
+        return self
+
+    @model_validator(mode="after")
+    def _records_one_choice(self) -> "ChatBody":
+        if self.record_reads and self.n > 1:
+            raise ApiError(f"record_reads needs n=1, got n={self.n}", param="record_reads")
         return self
 
 

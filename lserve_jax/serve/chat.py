@@ -52,6 +52,7 @@ async def chat_completions(request: Request) -> Response:
         sampling=sampling,
         choice=choices.whole,
         chunks=choices.chunks,
+        record_reads=body.record_reads,
     )
     return await respond(request, answer)
 

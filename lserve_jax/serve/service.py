@@ -12,6 +12,7 @@ from lserve_jax.outputs import RequestOutput, TextDelta
 from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.serve.errors import ApiError
 from lserve_jax.serve.metrics import Metrics
+from lserve_jax.serve.reads import ReadsStore
 from lserve_jax.serve.tool_calls import ToolFormat, detect_tool_format
 from lserve_jax.text_engine import CheckedPrompt, Prompt
 from lserve_jax.tokenizer import Tokenizer
@@ -41,6 +42,7 @@ class Service:
 
     engine: AsyncEngine
     options: ServiceOptions
+    reads: ReadsStore = field(default_factory=ReadsStore)  # of requests that asked for it
     created: int = field(default_factory=lambda: int(time.time()))  # the service, Unix time
     metrics: Metrics = field(init=False)
     _completions: int = 0  # that wait or run
@@ -132,6 +134,8 @@ class Service:
         prompts: Sequence[CheckedPrompt],
         sampling: Sequence[SamplingParams],
         deadline: float | None,
+        *,
+        record_reads: bool = False,
     ) -> AsyncGenerator[AsyncIterable[tuple[int, TextDelta]]]:
         """Requests that run until the block ends; those that are not through then are cancelled.
 
@@ -154,7 +158,8 @@ class Service:
         try:
             requests = list(zip(prompts, sampling, strict=True))
             deadline = self.options.deadline if deadline is None else deadline
-            async with await self.engine.submit(requests, deadline=deadline) as stream:
+            submitted = self.engine.submit(requests, deadline=deadline, record_reads=record_reads)
+            async with await submitted as stream:
                 yield self.metrics.watched(stream)
         finally:
             self._completions -= wanted

@@ -1,54 +1,23 @@
 """The program: its options, its log, and its end."""
 
-import contextlib
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator
 
 import httpx
 import pytest
-from served import byte_tokenizer
-from tiny_checkpoints import LLAMA, random_tensors, write_hf
+from served import program, write_checkpoint
 
 from lserve_jax.serve.__main__ import main
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
-    tokenizer = byte_tokenizer()
-    config = {**LLAMA, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 1024}
-    directory = write_hf(tmp_path_factory.mktemp("served") / "tiny", config, random_tensors(config))
-    tokenizer.save(directory)
-    return str(directory)
-
-
-@contextlib.contextmanager
-def running(*options: str, env: dict[str, str] | None = None) -> Iterator[tuple]:
-    """The program in a process of its own, listening: (process, its URL)."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lserve_jax.serve", "--port", "0", *options],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **(env or {})},
-    )
-    try:
-        seen = []
-        while "serving at" not in (line := process.stderr.readline()):
-            assert line, "".join(seen)
-            seen.append(line)
-        yield process, line.split()[-1]
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+    return write_checkpoint(tmp_path_factory.mktemp("served") / "tiny")
 
 
 def test_it_serves_logs_and_finishes_what_runs_at_its_end(checkpoint):
-    with running("--model", checkpoint, env={"LSERVE_API_KEY": "sesame"}) as (process, url):
+    with program("--model", checkpoint, env={"LSERVE_API_KEY": "sesame"}) as (process, url):
         key = {"Authorization": "Bearer sesame"}
         models = httpx.get(f"{url}/v1/models", headers=key, timeout=None).json()["data"]
         assert [model["id"] for model in models] == ["tiny"]  # not where it lies

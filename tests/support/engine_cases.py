@@ -56,8 +56,8 @@ def build(pattern: str, **settings: Any) -> LLM:
     return llm
 
 
-def oracle() -> Oracle:
-    sparsity = SparsityConfig(**SIZES)
+def oracle(**changes: Any) -> Oracle:
+    sparsity = SparsityConfig(**SIZES | changes)
     return Oracle(CONFIG, tiny_params(CONFIG), sparsity=sparsity, streaming=[[True, False]])
 
 

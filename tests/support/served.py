@@ -1,14 +1,19 @@
 """A tiny model behind a real HTTP server on a free port, and its tokenizer with a chat template."""
 
 import contextlib
+import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import tokenizers
 import uvicorn
+from tiny_checkpoints import LLAMA, random_tensors, write_hf
 from tiny_llm import tiny_config, tiny_params
 
 from lserve_jax import LLM
@@ -96,3 +101,35 @@ def serve(llm: LLM, **options: Any) -> Iterator[Served]:
         server.should_exit = True
         thread.join()
         listener.close()
+
+
+def write_checkpoint(directory: Path) -> str:
+    """Random weights and ``byte_tokenizer``, for ``program``; the directory."""
+    tokenizer = byte_tokenizer()
+    config = {**LLAMA, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 1024}
+    tokenizer.save(write_hf(directory, config, random_tensors(config)))
+    return str(directory)
+
+
+@contextlib.contextmanager
+def program(
+    *options: str, env: dict[str, str] | None = None
+) -> Iterator[tuple[subprocess.Popen, str]]:
+    """``python -m lserve_jax.serve`` in a process of its own, listening: (process, its URL)."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lserve_jax.serve", "--port", "0", *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **(env or {})},
+    )
+    assert process.stderr is not None
+    try:
+        seen = []
+        while "serving at" not in (line := process.stderr.readline()):
+            assert line, "".join(seen)
+            seen.append(line)
+        yield process, line.split()[-1]
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
