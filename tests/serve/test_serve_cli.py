@@ -1,8 +1,10 @@
 """The program: its options, its log, and its end."""
 
 import json
+import logging
 import signal
 import socket
+from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -43,6 +45,15 @@ def test_it_serves_logs_and_finishes_what_runs_at_its_end(checkpoint):
     assert "Traceback" not in log
 
 
+@pytest.fixture
+def own_log() -> Iterator[None]:
+    """Puts back what the program does to the log of its process."""
+    handlers = logging.root.handlers[:]
+    yield
+    logging.root.handlers[:] = handlers
+
+
+@pytest.mark.usefixtures("own_log")
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -60,6 +71,7 @@ def test_wrong_options_end_with_one_sentence(options, said, capsys):
     assert said in error and error.count("\n") == 1
 
 
+@pytest.mark.usefixtures("own_log")
 def test_a_port_that_is_taken_is_said(checkpoint, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
