@@ -1,7 +1,7 @@
 // The server asked without any client: what the clients' answers are compared with.
 
 export const url = process.argv[2];
-export const question = "Which sea is the deepest?";
+export const question = "Tell a long story about the sea.";
 export const messages = [{ role: "user", content: question }];
 export const length = 24; // tokens of an answer
 

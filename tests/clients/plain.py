@@ -12,7 +12,7 @@ from typing import Any
 URL = sys.argv[1]  # without a slash at its end
 BASE_URL = f"{URL}/v1"
 LENGTH = 24  # tokens of an answer
-QUESTION = "Which sea is the deepest?"
+QUESTION = "Tell a long story about the sea."
 CHAT = [{"role": "user", "content": QUESTION}]
 
 

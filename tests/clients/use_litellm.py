@@ -1,6 +1,9 @@
 """litellm: its three ways to a server like this one."""
 
 import asyncio
+import os
+
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it asks the network for prices
 
 import litellm
 from plain import BASE_URL, CHAT, LENGTH, MODEL, QUESTION, chat_text, completion_text

@@ -1,4 +1,4 @@
-"""lm-eval: its local-completions gives the numbers of our own adapter (``lserve_jax.eval.lm_eval``).
+"""lm-eval: its local-completions gives the numbers of ``lserve_jax.eval.lm_eval``, our adapter.
 
     python use_lm_eval.py URL MODEL
 

@@ -17,7 +17,6 @@ from plain import BASE_URL, LENGTH, MODEL, QUESTION, chat_text
 from pydantic import BaseModel
 
 set_tracing_disabled(True)  # traces go to OpenAI
-SHORT = ModelSettings(temperature=0, max_tokens=LENGTH)
 called = []
 
 
@@ -40,12 +39,16 @@ async def main() -> None:
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": QUESTION},
     ]
-    expected = chat_text(asked)
+    # An answer that max_tokens ends is an error to it where it is streamed from /v1/responses, so
+    # this one ends at a letter.
+    stop = chat_text(asked)[12]
+    expected = chat_text(asked, stop=stop)
+    short = ModelSettings(temperature=0, max_tokens=LENGTH, extra_body={"stop": stop})
     for model in (chats, OpenAIResponsesModel(MODEL, openai_client=client)):
-        agent = Agent("sailor", instructions="Be brief.", model=model, model_settings=SHORT)
+        agent = Agent("sailor", instructions="Be brief.", model=model, model_settings=short)
         answer = await Runner.run(agent, QUESTION)
         assert answer.final_output == expected
-        assert answer.context_wrapper.usage.output_tokens == LENGTH
+        assert 0 < answer.context_wrapper.usage.output_tokens < LENGTH
         streamed = Runner.run_streamed(agent, QUESTION)
         events = [event async for event in streamed.stream_events()]
         deltas = [

@@ -33,7 +33,9 @@ for model in (CHATS, OpenAIResponsesModel(MODEL, provider=PROVIDER)):
     assert asyncio.run(streamed(agent)) == expected
 
 for output in (Sea, ToolOutput(Sea, strict=True), NativeOutput(Sea, strict=True)):
-    assert isinstance(Agent(CHATS, output_type=output, model_settings=LONG).run_sync(QUESTION).output, Sea)
+    assert isinstance(
+        Agent(CHATS, output_type=output, model_settings=LONG).run_sync(QUESTION).output, Sea
+    )
 
 try:
     Agent(OpenAIChatModel("another", provider=PROVIDER)).run_sync(QUESTION)

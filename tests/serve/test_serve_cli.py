@@ -11,19 +11,14 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from served import byte_tokenizer
-from tiny_checkpoints import LLAMA, random_tensors, write_hf
+from served import write_served_model
 
 from lserve_jax.serve.__main__ import main
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
-    tokenizer = byte_tokenizer()
-    config = {**LLAMA, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 1024}
-    directory = write_hf(tmp_path_factory.mktemp("served") / "tiny", config, random_tensors(config))
-    tokenizer.save(directory)
-    return str(directory)
+    return write_served_model(tmp_path_factory.mktemp("served") / "tiny", length=1024)
 
 
 @contextlib.contextmanager

@@ -5,10 +5,12 @@ import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import tokenizers
 import uvicorn
+from tiny_checkpoints import LLAMA, random_tensors, write_hf
 from tiny_llm import tiny_config, tiny_params
 
 from lserve_jax import LLM
@@ -48,6 +50,16 @@ def tiny_llm(tokenizer: Tokenizer | None = None, **options: Any) -> LLM:
     config = tiny_config(layers=2, kv_heads=2, max_len=2048, vocab_size=tokenizer.vocab_size)
     options = {"max_num_seqs": 4, "max_model_len": 1024, "burst_steps": 4} | options
     return LLM((config, tiny_params(config)), tokenizer=tokenizer, **options)
+
+
+def write_served_model(directory: Path, *, length: int, template: str = TEMPLATE) -> str:
+    """A random checkpoint of ``length`` tokens of context with ``byte_tokenizer``; its path."""
+    tokenizer = byte_tokenizer(template)
+    (end,) = tokenizer.eos_token_ids
+    config = LLAMA | {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": length}
+    config |= {"bos_token_id": None, "eos_token_id": end}
+    tokenizer.save(write_hf(directory, config, random_tensors(config)))
+    return str(directory)
 
 
 class _Server(uvicorn.Server):
