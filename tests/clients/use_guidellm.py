@@ -14,11 +14,11 @@ from plain import URL
 
 REQUESTS, TOKENS = 12, 10
 
-for request in ("chat_completions", "text_completions"):
+for path in ("/v1/chat/completions", "/v1/completions"):
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "results.json"
         options = {
-            "--backend": f"kind=openai_http,target={URL},request_format=/v1/{request}",
+            "--backend": f"kind=openai_http,target={URL},request_format={path}",
             "--profile": "kind=concurrent,streams=4",
             "--constraint": f"kind=max_requests,count={REQUESTS}",
             "--data": f"kind=synthetic_text,prompt_tokens=50,output_tokens={TOKENS}",

@@ -5,10 +5,12 @@ from typing import Literal
 import instructor
 import openai
 from plain import BASE_URL, CHAT, MODEL
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 
 class Sea(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # a random model would add keys without end
+
     name: Literal["North Sea", "Baltic Sea"]
     salty: bool
 

@@ -46,5 +46,5 @@ assert "".join(chunk.text for chunk in answers.stream(QUESTION)) == expected
 longer = ChatOpenAI(**SERVER, max_tokens=200)
 for method in ("json_schema", "function_calling"):
     assert isinstance(longer.with_structured_output(Sea, method=method).invoke(QUESTION), Sea)
-(call, *_) = longer.bind_tools([depth], tool_choice="depth").invoke(QUESTION).tool_calls
+(call,) = longer.bind_tools([depth], tool_choice="depth", strict=True).invoke(QUESTION).tool_calls
 assert call["name"] == "depth" and depth.invoke(call["args"]) in (700, 459)

@@ -28,5 +28,5 @@ with tempfile.TemporaryDirectory() as folder:
         assert run(*asked).decode() == expected + "\n"
         assert run(*asked, "--no-stream").decode() == expected + "\n"
     logged = json.loads(run("logs", "list", "-n", "0", "--json"))
-    # llm itself reads no usage from a completion that comes whole.
-    assert [entry["output_tokens"] for entry in logged] == [LENGTH, LENGTH, LENGTH, None]
+    # Of completions llm asks for the usage and does not read it.
+    assert [entry["output_tokens"] for entry in logged] == [LENGTH, LENGTH, None, None]

@@ -63,7 +63,9 @@ async def main() -> None:
     agent = Agent("sailor", model=chats, model_settings=settings, output_type=Sea)
     assert isinstance((await Runner.run(agent, QUESTION)).final_output, Sea)
 
-    settings = ModelSettings(temperature=0, max_tokens=200, tool_choice="required")
+    settings = ModelSettings(
+        temperature=0, max_tokens=200, tool_choice="required", parallel_tool_calls=False
+    )
     agent = Agent("sailor", model=chats, model_settings=settings, tools=[depth])
     answer = await Runner.run(agent, QUESTION)  # a call first, then it may answer
     assert called and isinstance(answer.final_output, str)
