@@ -39,8 +39,7 @@ async def main() -> None:
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": QUESTION},
     ]
-    # An answer that max_tokens ends is an error to it where it is streamed from /v1/responses, so
-    # this one ends at a letter.
+    # It takes no answer from /v1/responses that max_tokens ends, so this one ends at a letter.
     stop = chat_text(asked)[12]
     expected = chat_text(asked, stop=stop)
     short = ModelSettings(temperature=0, max_tokens=LENGTH, extra_body={"stop": stop})
