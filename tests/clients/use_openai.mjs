@@ -56,6 +56,7 @@ const parameters = {
 };
 const called = await client.chat.completions.stream({
   ...greedy, max_tokens: 200, messages, tool_choice: "required",
+  parallel_tool_calls: false, // a random model would go on calling
   tools: [{ type: "function", function: { name: "depth", strict: true, parameters } }],
 }).finalChatCompletion();
 assert.equal(called.choices[0].finish_reason, "tool_calls");
