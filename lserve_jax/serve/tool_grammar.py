@@ -9,6 +9,13 @@ from lserve_jax.serve.tool_calls import LLAMA3_JSON, ToolFormat
 # Templates show calls as Python's json writes them. Without this a model may go on with white
 # space for ever.
 _WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Keywords by which an object may have properties that "properties" does not name.
+_OPEN = frozenset(
+    {
+        *("additionalProperties", "unevaluatedProperties", "patternProperties", "minProperties"),
+        *("allOf", "anyOf", "oneOf", "not", "if", "$ref", "dependentSchemas", "dependentRequired"),
+    }
+)
 
 
 def call_grammar(
@@ -21,12 +28,15 @@ def call_grammar(
 ) -> str:
     """The grammar of one or more calls of ``functions``, JSON schemas of their arguments by name.
 
+    A call has no arguments but those that the function's schema names, unless it speaks of others.
     ``parallel`` allows several calls. ``control_tokens`` are the tokenizer's: where a marker of the
     format is one, it must be that token. With ``answer``, a JSON schema, the whole text may be
     JSON of it instead.
     """
     names = [*functions]
-    schemas = [f"args_{i}: %json {_schema(functions[name])}" for i, name in enumerate(names)]
+    schemas = [
+        f"args_{i}: %json {_schema(_arguments(functions[name]))}" for i, name in enumerate(names)
+    ]
     rules = [f"call: {' | '.join(f'call_{i}' for i in range(len(names)))}"]
     tokens = {text: _marker(text, control_tokens) for text in form.markers}
     if form.arguments_marker:
@@ -69,6 +79,16 @@ def _marker(text: str, control_tokens: Mapping[str, int]) -> str:
 
 def _text(text: str) -> str:
     return json.dumps(text)
+
+
+def _arguments(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Clients leave ``additionalProperties`` out, and a weak model adds arguments without end."""
+    named, required = schema.get("properties"), schema.get("required", [])
+    if _OPEN & schema.keys() or not isinstance(named, Mapping) or not isinstance(required, list):
+        return schema
+    if any(not isinstance(name, str) or name not in named for name in required):
+        return schema
+    return {**schema, "additionalProperties": False}
 
 
 def _schema(schema: Mapping[str, Any]) -> str:

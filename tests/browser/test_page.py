@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from lserve_cases import sizes
-from served import Served, byte_tokenizer, program, serve, tiny_llm, write_checkpoint
+from served import Served, byte_tokenizer, program, serve, tiny_llm, write_served_model
 from tiny_llm import write_pattern
 
 from lserve_jax import SparsityConfig
@@ -371,7 +371,7 @@ def test_the_program_with_a_key(driver: Driver, tmp_path: Path) -> None:
         if value is not None
         for part in (f"--{name.replace('_', '-')}", str(value))
     ]
-    model = write_checkpoint(tmp_path / "tiny")
+    model = write_served_model(tmp_path / "tiny")
     with program("--model", model, *arguments, env={"LSERVE_API_KEY": "sesame"}) as (_, url):
         driver.get("about:blank")
         requested(driver)

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from served import program, write_checkpoint
+from served import program, write_served_model
 
 from lserve_jax.serve.__main__ import main
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
-    return write_checkpoint(tmp_path_factory.mktemp("served") / "tiny")
+    return write_served_model(tmp_path_factory.mktemp("served") / "tiny")
 
 
 def test_it_serves_logs_and_finishes_what_runs_at_its_end(checkpoint):

@@ -161,3 +161,25 @@ def test_schemas_may_refer_to_their_own_parts():
     for value, allowed in (('"\\""', True), ('"é"', True), ('"e"', False)):
         call = f'{{"name": "f", "arguments": {{"x": {value}}}}}'
         assert words.allows(grammar, f"<tool_call>\n{call}\n</tool_call>") == allowed
+
+
+@pytest.mark.parametrize(
+    ("schema", "others"),
+    [
+        ({}, False),
+        ({"required": ["unit"]}, False),
+        ({"additionalProperties": True}, True),
+        ({"additionalProperties": {"type": "integer"}}, True),
+        ({"patternProperties": {"^x": {"type": "integer"}}}, True),
+        ({"required": ["x"]}, True),
+        ({"allOf": [{"properties": {"x": {"type": "integer"}}}]}, True),
+    ],
+)
+def test_a_call_has_no_arguments_that_its_schema_does_not_speak_of(schema, others):
+    words = Words(HERMES, special=False)
+    function = {"type": "object", "properties": {"unit": {"enum": ["C", "F"]}}, **schema}
+    grammar = call_grammar(HERMES, {"f": function}, parallel=False, control_tokens={})
+    call = '<tool_call>\n{"name": "f", "arguments": %s}\n</tool_call>'
+    orders = '{"unit": "C", "x": 1}', '{"x": 1, "unit": "C"}'
+    assert any(words.allows(grammar, call % text) for text in orders) == others
+    assert words.allows(grammar, call % '{"unit": "C"}') != (schema.get("required") == ["x"])

@@ -55,6 +55,16 @@ def tiny_llm(tokenizer: Tokenizer | None = None, **options: Any) -> LLM:
     return LLM((config, tiny_params(config)), tokenizer=tokenizer, **options)
 
 
+def write_served_model(directory: Path, *, length: int = 1024, template: str = TEMPLATE) -> str:
+    """A random checkpoint of ``length`` tokens of context with ``byte_tokenizer``; its path."""
+    tokenizer = byte_tokenizer(template)
+    (end,) = tokenizer.eos_token_ids
+    config = LLAMA | {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": length}
+    config |= {"bos_token_id": None, "eos_token_id": end}
+    tokenizer.save(write_hf(directory, config, random_tensors(config)))
+    return str(directory)
+
+
 class _Server(uvicorn.Server):
     """Says when it listens, in place of being asked again and again."""
 
@@ -101,14 +111,6 @@ def serve(llm: LLM, **options: Any) -> Iterator[Served]:
         server.should_exit = True
         thread.join()
         listener.close()
-
-
-def write_checkpoint(directory: Path) -> str:
-    """Random weights and ``byte_tokenizer``, for ``program``; the directory."""
-    tokenizer = byte_tokenizer()
-    config = {**LLAMA, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 1024}
-    tokenizer.save(write_hf(directory, config, random_tensors(config)))
-    return str(directory)
 
 
 @contextlib.contextmanager
