@@ -49,6 +49,7 @@ from pallas_kernels.device import (
 )
 from pallas_kernels.plain_ops import (
     apply_rotary,
+    causal_attention,
     dequantize_kv,
     merge_attention,
     quantize_kv,
@@ -77,6 +78,8 @@ __all__ = [
     "append_kv",
     "append_kv_chunk",
     "apply_rotary",
+    "causal_attention",
+    "check_range",
     "dequantize_kv",
     "dequantize_weight",
     "fused_linear",
