@@ -3,9 +3,10 @@
     python benchmarks/training.py [--lengths 1024 2048 4096] [--dense-up-to 2048]
 
 One sequence of random tokens, random weights, next-token loss. Rows: ``dense`` is an attention that
-keeps all T x T scores (as ``logits`` had until 2026-11), passed as ``attend``; ``plain`` is ``logits`` as it
-is, ``remat`` with ``remat=True``. Each row runs in a process of its own, whose peak is the
-resident set's, parameters and gradients included. Times are of the second of two calls, without compiling.
+keeps all T x T scores (as ``logits`` had until 2026-11), passed as ``attend``; ``plain`` is
+``logits`` as it is, ``remat`` with ``remat=True``. Each row runs in a process of its own; its peak
+is that of the resident set, with parameters and gradients. Times are of the second of two calls,
+without compiling.
 Writes ``benchmarks/results/training.json``.
 """
 
@@ -16,7 +17,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +42,13 @@ CONFIG = ModelConfig(
 )
 
 
+Kind = Literal["dense", "plain", "remat"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Args:
     lengths: tuple[int, ...] = (1024, 2048, 4096)
+    kinds: tuple[Kind, ...] = ("dense", "plain", "remat")
     dense_up_to: int = 2048
     """Longest row of ``dense``, which takes 15 GB at 2048 and 52 GB at 4096."""
     output: Path = Path(__file__).parent / "results" / "training.json"
@@ -92,7 +97,7 @@ def measure(kind: str, length: int) -> dict[str, Any]:
 def main(args: Args) -> None:
     about, rows = provenance(), []
     for length in args.lengths:
-        for kind in ("dense", "plain", "remat"):
+        for kind in args.kinds:
             if kind == "dense" and length > args.dense_up_to:
                 continue
             command = [sys.executable, __file__, kind, str(length)]
@@ -103,7 +108,7 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in ("dense", "plain", "remat"):
+    if sys.argv[1:2] and sys.argv[1] in get_args(Kind):
         print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))
     else:
         main(tyro.cli(Args, description=__doc__))

@@ -1,10 +1,10 @@
-"""``python -m convert SRC DST``: any checkpoint to an Orbax checkpoint."""
+"""``python -m convert SRC DST``: any checkpoint to an Orbax or a Hugging Face checkpoint."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -16,12 +16,14 @@ from lserve_jax.cli import exit_code
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Write a checkpoint in Orbax format, with its tokenizer beside it."""
+    """Write a checkpoint in Orbax or Hugging Face format, with its tokenizer beside it."""
 
     # Alias, Hugging Face or Orbax directory, .gguf file, or Hugging Face id.
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     # Directory to write; must be new or empty.
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    # orbax restores into a sharding; safetensors is what transformers and vLLM read.
+    format: Literal["orbax", "safetensors"] = "orbax"
     # float32, bfloat16 or float16; the checkpoint's own if not given.
     dtype: str | None = None
     # Directory of a PEFT LoRA adapter to merge.
@@ -38,7 +40,8 @@ def _convert(argv: Sequence[str] | None) -> None:
     config, params = convert.load(
         source, dtype=arguments.dtype, adapter=arguments.adapter, progress=True
     )
-    convert.save(arguments.destination, config, params, tokenizer_from=source.path)
+    write = convert.save if arguments.format == "orbax" else convert.export_hf
+    write(arguments.destination, config, params, tokenizer_from=source.path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

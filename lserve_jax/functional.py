@@ -1,8 +1,12 @@
 """The model as pure functions, for pipelines that want no engine."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from lserve_jax.attention.attend import causal_attend
@@ -44,7 +48,17 @@ def unembed(
     config: ModelConfig, params: Params, hidden: Float[Array, "... E"]
 ) -> Float[Array, "... V"]:
     """Logits (float32) of ``hidden_states``, so that a loss can take them some tokens at a time."""
-    return bind(config, params).unembed(hidden)
+    name = "embed_tokens" if config.tie_word_embeddings else "lm_head"
+    vocabulary = 0 if config.tie_word_embeddings else 1
+    spec = _spec(jax.tree.leaves(params[name])[0])[vocabulary]
+    tokens = _spec(hidden)[:-1]
+    taken = jax.tree.leaves(tuple(tokens))
+    split = None if set(jax.tree.leaves(spec)) & set(taken) else spec
+
+    def run(params: Params, hidden: Array) -> Array:
+        return bind(config, params).unembed(hidden)
+
+    return _as_auto(run, PartitionSpec(*tokens, split), params, hidden)
 
 
 def hidden_states(
@@ -94,21 +108,47 @@ def hidden_states(
             f"tokens must be an integer array [B, T], got {tokens.dtype} {tokens.shape}"
         )
     _check_range("tokens", tokens, config.vocab_size - 1)
-    model = bind(config, params)
-    if attend is None:
-        attend = _attend(config, tokens.shape, **given)
-    caches = [None] * config.num_hidden_layers
-    return model(tokens, attend, caches, remat=remat)[0]
+    positions, segment_ids = _checked(tokens.shape, **given)
+
+    def run(
+        params: Params, tokens: Array, positions: Array | None, segment_ids: Array | None
+    ) -> Array:
+        how = _attend(config, tokens.shape, positions, segment_ids) if attend is None else attend
+        caches = [None] * config.num_hidden_layers
+        return bind(config, params)(tokens, how, caches, remat=remat)[0]
+
+    spec = PartitionSpec(*_spec(tokens), None)
+    return _as_auto(run, spec, params, tokens, positions, segment_ids)
 
 
-def _attend(
-    config: ModelConfig,
+def _spec(x: Array) -> tuple[Any, ...]:
+    """Over which mesh axes each axis of x lies, as far as x's type says."""
+    spec = jax.typeof(x).sharding.spec
+    return (*spec, *[None] * (x.ndim - len(spec)))
+
+
+def _as_auto(run: Callable[..., Array], spec: PartitionSpec, *arguments: Any) -> Array:
+    """``run(*arguments)``, on a mesh of Explicit axes too: inside they are Auto.
+
+    There every sharding of the parameters makes sense, and XLA places what lies between. ``spec``
+    is the result's.
+    """
+    meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arguments)]
+    mesh = next((m for m in meshes if AxisType.Explicit in m.axis_types), None)
+    if mesh is None:
+        return run(*arguments)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(run, out_sharding=NamedSharding(mesh, spec))(*arguments)
+
+
+def _checked(
     shape: tuple[int, ...],
     *,
     positions: Array | None,
     segment_ids: Array | None,
     attention_mask: Array | None,
-) -> Attend:
+) -> tuple[Array | None, Array | None]:
+    """``positions`` and ``segment_ids``, the latter also for what ``attention_mask`` says."""
     positions = _integers("positions", positions, shape)
     segment_ids = _integers("segment_ids", segment_ids, shape)
     if attention_mask is not None and attention_mask.dtype == bool:
@@ -119,6 +159,15 @@ def _attend(
     elif attention_mask is not None:
         difference = attention_mask - (segment_ids > 0).astype(jnp.int32)
         _check_range("attention_mask - (segment_ids > 0)", difference, 0)
+    return positions, segment_ids
+
+
+def _attend(
+    config: ModelConfig,
+    shape: tuple[int, ...],
+    positions: Array | None,
+    segment_ids: Array | None,
+) -> Attend:
     if segment_ids is None:
         if positions is None:
             positions = jax.lax.broadcasted_iota(jnp.int32, shape, 1)

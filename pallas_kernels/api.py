@@ -15,8 +15,8 @@ natural logarithm of the sum of exponentials of scaled scores, float32.
 Derivatives: ``causal_attention``, ``append_kv``, ``append_kv_chunk``, ``apply_rotary``,
 ``merge_attention``, ``fused_linear`` and ``product`` have every one; ``paged_attention``,
 ``prefill_attention``, ``prefix_attention`` and ``verify_attention`` only those of forward mode
-(``jax.jvp``), and raise ``NotImplementedError`` in reverse mode; page selection has none. All that is
-said of the "reference" backend: kernels have no derivative.
+(``jax.jvp``), and raise ``NotImplementedError`` in reverse mode; page selection has none. All that
+is said of the "reference" backend: kernels have no derivative.
 
 Every op raises ``ValueError`` when shapes or dtypes contradict each other, naming both. Values that
 contradict the contract (page ids outside the pool, a table too short for a length) leave the result
