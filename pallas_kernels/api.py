@@ -546,7 +546,8 @@ def fused_linear(
     if residual is not None:
         expect_shape("residual", residual, (R, width // 2 if gated else width))
     backend = resolve_backend(backend)
-    if R > MOST_LINEAR_ROWS or isinstance(kernel, Weight):
+    # In this order: R is no int in a program exported for any batch.
+    if backend == "mosaic" and (isinstance(kernel, Weight) or R > MOST_LINEAR_ROWS):
         backend = "reference"
     return implementation("fused_linear", backend)(
         x, kernel, bias, norm_scale, square_sums, residual, gated=gated, epsilon=epsilon

@@ -31,7 +31,8 @@ def causal_attention(
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
     B, T, H, D = q.shape
     Hk = k.shape[2]
-    tile = min(_MOST_TILE, -(-T // 2))
+    # A short sequence is one pair of tiles. T is no int in a program exported for any length.
+    tile = min(_MOST_TILE, -(-T // 2)) if isinstance(T, int) else _MOST_TILE
     n = 2 * -(-T // (2 * tile))
 
     def cut(x: Array) -> Array:  # [B, T, h, D] to [n, B, Hk, h / Hk * tile, D]
