@@ -138,7 +138,8 @@ def _as_auto(run: Callable[..., Array], spec: PartitionSpec, *arguments: Any) ->
     if mesh is None:
         return run(*arguments)
     with jax.sharding.use_abstract_mesh(mesh):
-        return jax.sharding.auto_axes(run, out_sharding=NamedSharding(mesh, spec))(*arguments)
+        inside: Any = jax.sharding.auto_axes(run, out_sharding=NamedSharding(mesh, spec))
+        return inside(*arguments)
 
 
 def _checked(
