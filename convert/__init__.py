@@ -4,7 +4,8 @@ Checkpoints are Hugging Face directories, GGUF, Orbax, with LoRA adapters:
 
     config, params = convert.load("smollm2-135m-instruct", dtype=jnp.float32)
 
-``python -m convert SRC DST`` writes any of them as an Orbax checkpoint.
+``python -m convert SRC DST`` writes any of them as an Orbax checkpoint, with ``--format
+safetensors`` as a Hugging Face directory.
 """
 
 import signal
@@ -28,12 +29,14 @@ from jax.typing import DTypeLike
 from convert import hf, orbax
 from convert.attention_patterns import load_pattern, save_pattern
 from convert.config_json import override, parse
+from convert.export import export_hf, save_adapter
 from convert.files import is_file
 from convert.gguf import read_gguf
 from convert.head_shares import load_head_shares, save_head_shares
 from convert.lora import Change, load_adapter, refuse_missing
 from convert.names import refuse_more_layers, tensor_slots, tied_names
 from convert.orbax import save
+from convert.sharding import fsdp, tensor_parallel
 from convert.sources import ModelSource, resolve
 from convert.stream import Checkpoint, Placement, assemble, parse_dtype, settle_tie
 from convert.tokenizers import load_tokenizer
@@ -43,6 +46,8 @@ from lserve_jax.model.quantise import WeightForm, check_weights
 
 __all__ = [
     "ModelSource",
+    "export_hf",
+    "fsdp",
     "load",
     "load_head_shares",
     "load_pattern",
@@ -50,8 +55,10 @@ __all__ = [
     "read_config",
     "resolve",
     "save",
+    "save_adapter",
     "save_head_shares",
     "save_pattern",
+    "tensor_parallel",
 ]
 
 
@@ -76,7 +83,8 @@ def load(
         other keeps its values.
     overrides: attributes of ``config.json`` to replace, such as ``{"rope_theta": 2e6}``.
     sharding: one ``Sharding`` for every array, or a function from an array's dotted path
-        (``layers.0.mlp.down_proj.kernel``) to its ``Sharding``; None is the default device.
+        (``layers.0.mlp.down_proj.kernel``) to its ``Sharding``, as ``tensor_parallel`` and ``fsdp``
+        make; None is the default device.
     weights: None: floats, except that codes of an Orbax checkpoint stay codes. "int8", "int4" or
         "fp8": matrices are rounded as they come (``api.quantize_weight``; the output layer to int8
         beside "int4"), after an adapter is merged. "checkpoint": matrices of a quantised

@@ -1,10 +1,10 @@
-"""``python -m convert SRC DST``: any checkpoint to an Orbax checkpoint."""
+"""``python -m convert SRC DST``: any checkpoint to an Orbax or a Hugging Face checkpoint."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -18,12 +18,14 @@ from lserve_jax.model.quantise import WeightForm, check_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Write a checkpoint in Orbax format, with its tokenizer beside it."""
+    """Write a checkpoint in Orbax or Hugging Face format, with its tokenizer beside it."""
 
     # Alias, Hugging Face or Orbax directory, .gguf file, or Hugging Face id.
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     # Directory to write; must be new or empty.
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    # orbax restores into a sharding; safetensors is what transformers and vLLM read.
+    format: Literal["orbax", "safetensors"] = "orbax"
     # float32, bfloat16 or float16; the checkpoint's own if not given.
     dtype: str | None = None
     # Directory of a PEFT LoRA adapter to merge.
@@ -42,6 +44,11 @@ def _convert(argv: Sequence[str] | None) -> None:
     if arguments.dtype is not None:
         parse_dtype(arguments.dtype)
     check_weights(arguments.weights, arguments.weight_group)
+    if arguments.format == "safetensors" and arguments.weights is not None:
+        raise ValueError(
+            f"--weights {arguments.weights} with --format safetensors: codes are written in Orbax "
+            "format only"
+        )
     source = convert.resolve(arguments.source, progress=True)
     config, params = convert.load(
         source,
@@ -51,6 +58,9 @@ def _convert(argv: Sequence[str] | None) -> None:
         weight_group=arguments.weight_group,
         progress=True,
     )
+    if arguments.format == "safetensors":
+        convert.export_hf(arguments.destination, config, params, tokenizer_from=source.path)
+        return
     flat = flatten(params)
     del params  # codes are packed leaf by leaf, and must not be held twice
     write(arguments.destination, config, flat, tokenizer_from=source.path)

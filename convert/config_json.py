@@ -36,7 +36,7 @@ class _Family:
 
 
 _FLAGS = ("attention_bias", "attention_out_bias", "mlp_bias", "qk_norm")
-_FAMILIES = {
+FAMILIES = {
     "llama": _Family(flags=("attention_bias", "mlp_bias"), out_bias_too=True),
     "mistral": _Family(window=4096),
     # Qwen2 always has the three biases, whatever its config says of attention_bias.
@@ -68,7 +68,7 @@ _FAMILIES = {
     EXPLICIT: _Family(flags=_FLAGS),
 }
 
-_SIZES = (
+SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -78,7 +78,7 @@ _SIZES = (
 )
 _HANDLED = (
     "model_type",
-    *_SIZES,
+    *SIZES,
     "num_key_value_heads",
     "head_dim",
     "rms_norm_eps",
@@ -135,7 +135,7 @@ _NEUTRAL = {
 }
 
 # Which fields of RopeConfig a rope_type uses; the others are ignored, as Hugging Face does.
-_ROPE_FIELDS = {
+ROPE_FIELDS = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor", "original_max_position_embeddings"),
@@ -185,7 +185,7 @@ def override(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[st
     ``rope_theta`` replaces the base alone; ``rope_scaling`` or ``rope_parameters`` replace all
     but the base, which they may bring along. Raises ``ValueError`` for an unknown attribute.
     """
-    allowed = {*_HANDLED, *_ROPE_V4, *_FAMILIES[EXPLICIT].flags} - {"model_type"}
+    allowed = {*_HANDLED, *_ROPE_V4, *FAMILIES[EXPLICIT].flags} - {"model_type"}
     for name in overrides:
         if name not in allowed:
             raise ValueError(
@@ -208,19 +208,19 @@ def parse(config: Mapping[str, Any], *, where: str) -> ModelConfig:
     that asks for mathematics the model does not have.
     """
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in _FAMILIES:
-        known = ", ".join(name for name in _FAMILIES if name != EXPLICIT)
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        known = ", ".join(name for name in FAMILIES if name != EXPLICIT)
         raise NotImplementedError(
             f"{where}: model_type {kind!r} is not supported; supported types: {known}"
         )
-    family = _FAMILIES[kind]
+    family = FAMILIES[kind]
     refuse_unknown(
         config,
         {*_HANDLED, *_HARMLESS, *family.flags, *_family_attributes(kind)},
         neutral=_NEUTRAL,
         where=where,
     )
-    sizes = {name: positive_int(name, config.get(name), where) for name in _SIZES}
+    sizes = {name: positive_int(name, config.get(name), where) for name in SIZES}
     heads = sizes["num_attention_heads"]
     kv_heads = _given(config, "num_key_value_heads", heads)
     head_dim = _given(config, "head_dim", family.head_dim or sizes["hidden_size"] // heads)
@@ -261,7 +261,7 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
     attributes = dataclasses.asdict(config)
     rope = attributes.pop("rope")
     eos = attributes.pop("eos_token_ids")
-    fields = ("rope_theta", "rope_type", *_ROPE_FIELDS[config.rope.rope_type])
+    fields = ("rope_theta", "rope_type", *ROPE_FIELDS[config.rope.rope_type])
     return {
         "model_type": EXPLICIT,
         **attributes,
@@ -313,7 +313,7 @@ def _family_attributes(kind: str) -> tuple[str, ...]:
     """Attributes that this ``model_type`` alone has."""
     if kind == EXPLICIT:
         return ("nope_layers",)
-    return () if _FAMILIES[kind].nope_interval is None else _NOPE
+    return () if FAMILIES[kind].nope_interval is None else _NOPE
 
 
 def _refuse_activation(config: Mapping[str, Any], where: str) -> None:
@@ -333,7 +333,7 @@ def _nope_layers(
         if not isinstance(listed, list | tuple):
             raise ValueError(f"{where}: nope_layers must be a list of layers, got {listed!r}")
         return tuple(listed)
-    interval = _FAMILIES[kind].nope_interval
+    interval = FAMILIES[kind].nope_interval
     if interval is None:
         return ()
     uses_rope = config.get("no_rope_layers")
@@ -405,12 +405,12 @@ def _rope(config: Mapping[str, Any], family: str, where: str) -> RopeConfig:
     kind = "default" if kind is None else kind
     if isinstance(kind, str):
         kind = _ROPE_RENAMED.get(kind, kind)
-    if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
+    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
         raise NotImplementedError(
             f"{where}: rope type {kind!r} is not supported; supported types: "
-            f"{', '.join(_ROPE_FIELDS)}"
+            f"{', '.join(ROPE_FIELDS)}"
         )
-    known = {"rope_type", "rope_theta", *_ROPE_HARMLESS, *sum(_ROPE_FIELDS.values(), ())}
+    known = {"rope_type", "rope_theta", *_ROPE_HARMLESS, *sum(ROPE_FIELDS.values(), ())}
     refuse_unknown(rope, known, where=f"{where}: rope_parameters")
     for holder in (config, rope):
         share = holder.get("partial_rotary_factor")
@@ -419,7 +419,7 @@ def _rope(config: Mapping[str, Any], family: str, where: str) -> RopeConfig:
                 f"{where}: partial_rotary_factor={share} is not supported; only 1 is"
             )
     if rope.get("original_max_position_embeddings") is None:
-        rope["original_max_position_embeddings"] = _FAMILIES[family].original_length
+        rope["original_max_position_embeddings"] = FAMILIES[family].original_length
     if kind == "dynamic" and family != EXPLICIT:
         # Hugging Face stretches beyond max_position_embeddings, whatever stands here.
         rope.pop("original_max_position_embeddings", None)
@@ -434,7 +434,7 @@ def _rope(config: Mapping[str, Any], family: str, where: str) -> RopeConfig:
         if rope.get(name) is None:
             raise ValueError(f"{where}: rope type {kind!r} needs {name}")
     theta = rope.get("rope_theta")
-    theta = _FAMILIES[family].rope_theta if theta is None else theta
+    theta = FAMILIES[family].rope_theta if theta is None else theta
     return _made(
         RopeConfig,
         where,
@@ -442,7 +442,7 @@ def _rope(config: Mapping[str, Any], family: str, where: str) -> RopeConfig:
         rope_theta=float(number("rope_theta", theta, where)),
         **{
             name: _rope_value(name, rope[name], where)
-            for name in _ROPE_FIELDS[kind]
+            for name in ROPE_FIELDS[kind]
             if rope.get(name) is not None
         },
     )

@@ -189,7 +189,7 @@ def write(
         sizes = json.dumps(_file_sizes(partial / _PARAMS), indent=2)
         (partial / _FILES).write_text(sizes + "\n", encoding="utf-8")
         if tokenizer_from is not None:
-            _keep_tokenizer(Path(tokenizer_from), partial)
+            keep_tokenizer(Path(tokenizer_from), partial)
         text = json.dumps(to_json(config), indent=2)
         (partial / "config.json").write_text(text + "\n", encoding="utf-8")
         os.replace(partial, path)
@@ -197,7 +197,8 @@ def write(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _keep_tokenizer(source: Path, destination: Path) -> None:
+def keep_tokenizer(source: Path, destination: Path) -> None:
+    """Copies tokenizer, chat template and generation config of a directory or ``.gguf`` file."""
     if source.is_dir():
         for name in _TOKENIZER_FILES:
             if (source / name).is_file():

@@ -18,7 +18,9 @@ _MODULES = {
     "SamplingParams": "lserve_jax.sampling_params",
     "SparsityConfig": "lserve_jax.attention.config",
     "StructuredOutputs": "lserve_jax.sampling_params",
+    "hidden_states": "lserve_jax.functional",
     "logits": "lserve_jax.functional",
+    "unembed": "lserve_jax.functional",
 }
 
 __all__ = [
@@ -31,7 +33,9 @@ __all__ = [
     "SamplingParams",
     "SparsityConfig",
     "StructuredOutputs",
+    "hidden_states",
     "logits",
+    "unembed",
 ]
 
 

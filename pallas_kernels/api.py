@@ -12,6 +12,12 @@ a shard orders its own heads retrieval first, too; the kernels of the append ops
 ``check_vma=False`` there). Either class of heads may be empty (Kr = 0 or Ks = 0). lse is the
 natural logarithm of the sum of exponentials of scaled scores, float32.
 
+Derivatives: ``causal_attention``, ``append_kv``, ``append_kv_chunk``, ``apply_rotary``,
+``merge_attention``, ``fused_linear`` and ``product`` have every one; ``paged_attention``,
+``prefill_attention``, ``prefix_attention`` and ``verify_attention`` only those of forward mode
+(``jax.jvp``), and raise ``NotImplementedError`` in reverse mode; page selection has none. All that
+is said of the "reference" backend: kernels have no derivative.
+
 Every op raises ``ValueError`` when shapes or dtypes contradict each other, naming both. Values that
 contradict the contract (page ids outside the pool, a table too short for a length) leave the result
 undefined, though reads stay inside the pools; ``value_checks`` has them reported.
@@ -48,8 +54,10 @@ from pallas_kernels.device import (
     implementation,
     resolve_backend,
 )
+from pallas_kernels.forward_mode import forward_only
 from pallas_kernels.plain_ops import (
     apply_rotary,
+    causal_attention,
     dequantize_kv,
     merge_attention,
     quantize_kv,
@@ -78,6 +86,8 @@ __all__ = [
     "append_kv",
     "append_kv_chunk",
     "apply_rotary",
+    "causal_attention",
+    "check_range",
     "dequantize_kv",
     "dequantize_weight",
     "fused_linear",
@@ -149,7 +159,8 @@ def paged_attention(
     expect_most_tokens(most_tokens, Kr + Ks)
     lists = retrieval_list, streaming_list
     how = {"selected_page_size": selected_page_size, "most_tokens": most_tokens}
-    return implementation("paged_attention", backend)(q, retrieval, streaming, *lists, **how)
+    attend = implementation("paged_attention", backend)
+    return forward_only("paged_attention", attend(q, retrieval, streaming, *lists, **how))
 
 
 def verify_attention(
@@ -187,7 +198,8 @@ def verify_attention(
     expect_table("page_table", page_table, B)
     expect_int32((B,), position=position)
     check_table("page_table", page_table, pages, jnp.maximum(position + T, 0))
-    return implementation("verify_attention", backend)(q, pages, page_table, position)
+    attend = implementation("verify_attention", backend)
+    return forward_only("verify_attention", attend(q, pages, page_table, position))
 
 
 def prefill_attention(
@@ -242,9 +254,9 @@ def prefill_attention(
     check_table("page_table", page_table, retrieval, start)
     check_table("streaming_table", streaming_table, streaming, start)
     tables = page_table, streaming_table
-    return implementation("prefill_attention", backend)(
-        q, k, v, retrieval, streaming, *tables, start, length, sink=sink, local=local
-    )
+    attend = implementation("prefill_attention", backend)
+    results = attend(q, k, v, retrieval, streaming, *tables, start, length, sink=sink, local=local)
+    return forward_only("prefill_attention", results)
 
 
 def prefix_attention(
@@ -284,7 +296,8 @@ def prefix_attention(
         return q, jnp.zeros(q.shape[:2])
     expect_groups(q.shape[1], pages.k.shape[0])
     check_table("page_table", page_table, pages, length)
-    return implementation("prefix_attention", backend)(q, pages, page_table, length, own)
+    attend = implementation("prefix_attention", backend)
+    return forward_only("prefix_attention", attend(q, pages, page_table, length, own))
 
 
 def append_kv(
@@ -535,7 +548,8 @@ def fused_linear(
     if residual is not None:
         expect_shape("residual", residual, (R, width // 2 if gated else width))
     backend = resolve_backend(backend)
-    if R > MOST_LINEAR_ROWS or isinstance(kernel, Weight):
+    # In this order: R is no int in a program exported for any batch.
+    if backend == "mosaic" and (isinstance(kernel, Weight) or R > MOST_LINEAR_ROWS):
         backend = "reference"
     return implementation("fused_linear", backend)(
         x, kernel, bias, norm_scale, square_sums, residual, gated=gated, epsilon=epsilon

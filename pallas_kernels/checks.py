@@ -14,6 +14,8 @@ from jaxtyping import Array
 
 from pallas_kernels.types import KVPages, OwnAttention, PageList, Weight
 
+INT32_MAX = 2**31 - 1
+
 _checks_values: ContextVar[bool] = ContextVar("checks_values", default=False)
 
 
@@ -79,7 +81,15 @@ def expect_table(name: str, table: Array, *rows: int) -> None:
 
 
 def check_range(name: str, x: Array, limit: int, *, lowest: int = 0) -> None:
-    """Under ``value_checks``: every x is in [lowest, limit]."""
+    """Under ``value_checks``: every x is in [lowest, limit]. For functions of one's own, too.
+
+    >>> import jax.numpy as jnp
+    >>> from jax.experimental import checkify
+    >>> with value_checks():
+    ...     error, _ = checkify.checkify(lambda x: check_range("x", x, 3))(jnp.array([0, 4]))
+    >>> error.get().split(" (")[0]
+    'x must lie in [0, 3], got 0 to 4'
+    """
     if _checks_values.get() and x.size > 0:
         least, most = x.min(), x.max()
         checkify.debug_check(

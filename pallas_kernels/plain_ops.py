@@ -1,9 +1,57 @@
 """The public ops that are plain JAX on every machine; ``api`` has them beside the others."""
 
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
+from pallas_kernels import causal_attention as causal
 from pallas_kernels import reference
-from pallas_kernels.checks import expect_dtype, expect_shape
+from pallas_kernels.checks import (
+    INT32_MAX,
+    check_range,
+    expect_dtype,
+    expect_groups,
+    expect_int32,
+    expect_shape,
+)
+
+
+def causal_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T Hk D"],
+    v: Float[Array, "B T Hk D"],
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
+    """Whole sequences attend causally, for training: every derivative, in memory of O(T).
+
+    Token t attends the tokens up to itself. With ``segment_ids`` (int32, at least 0) only those of
+    its own segment; a token of segment 0, which is padding, attends and is attended by none: out
+    0, lse -inf. Scores, of T x 128 at a time, are computed again for a derivative.
+
+    Returns (out in q's dtype, lse float32).
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> q, packed = jnp.zeros((1, 4, 2, 8)), jnp.array([[1, 1, 2, 0]])
+    >>> out, lse = causal_attention(q, q, q, packed)
+    >>> out.shape, jnp.exp(lse[0, :, 0]).round().tolist()  # keys that each token attends
+    ((1, 4, 2, 8), [1.0, 2.0, 1.0, 0.0])
+    >>> jax.grad(lambda q: causal_attention(q, q, q)[0].sum())(q).shape
+    (1, 4, 2, 8)
+    """
+    expect_shape("q", q, (None, None, None, None))
+    B, T, H, D = q.shape
+    if T == 0:
+        raise ValueError(f"q has shape {q.shape}, needs a token")
+    expect_shape("k", k, (B, T, None, D))
+    expect_shape("v", v, k.shape)
+    for name, x in (("k", k), ("v", v)):
+        expect_dtype(str(q.dtype), **{name: x})
+    expect_groups(H, k.shape[2])
+    if segment_ids is None:
+        segment_ids = jnp.ones((B, T), jnp.int32)
+    expect_int32((B, T), segment_ids=segment_ids)
+    check_range("segment_ids", segment_ids, INT32_MAX)
+    return causal.causal_attention(q, k, v, segment_ids)
 
 
 def merge_attention(

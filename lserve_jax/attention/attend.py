@@ -30,10 +30,20 @@ from pallas_kernels import api
 from pallas_kernels.api import Backend, KVPages, OwnAttention, PageList
 
 
-def causal_attend(config: ModelConfig, positions: Int[Array, "B T"]) -> Attend:
+def causal_attend(
+    config: ModelConfig,
+    positions: Int[Array, "B T"],
+    *,
+    lengths: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Attend:
     """Plain causal attention over whole sequences; differentiable; the caches stay ``None``.
 
-    Raises ``ValueError`` for sequences longer than the model's sliding window.
+    ``positions`` turn queries and keys; who sees whom follows from the order of the tokens and
+    from ``segment_ids`` (``api.causal_attention``). ``lengths`` is the length of each token's
+    sequence (``rotary_angles``); None: a row is one sequence, which ends at its last position.
+
+    Raises ``ValueError`` for rows longer than the model's sliding window.
     """
     T = positions.shape[1]
     if config.sliding_window is not None and config.sliding_window < T:
@@ -41,21 +51,15 @@ def causal_attend(config: ModelConfig, positions: Int[Array, "B T"]) -> Attend:
             f"sequences of {T} tokens exceed the model's sliding_window={config.sliding_window}, "
             "and sliding-window attention is not supported"
         )
-    cos, sin = rotary_angles(config, positions, positions.max(axis=1) + 1)
-    causal = jnp.tril(jnp.ones((T, T), bool))
+    if lengths is None:
+        lengths = positions.max(axis=1) + 1
+    cos, sin = rotary_angles(config, positions, lengths)
 
     def attend(layer: int, q: Array, k: Array, v: Array, cache: None) -> tuple[Array, None]:
-        B, _, H, D = q.shape
         angles = layer_angles(config, layer, cos, sin)
         q, k = api.apply_rotary(q, *angles), api.apply_rotary(k, *angles)
-        q = q.reshape(B, T, -1, config.group_size, D)
-        highest = jax.lax.Precision.HIGHEST
-        scores = jnp.einsum(
-            "bqkgd,btkd->bkgqt", q, k, precision=highest, preferred_element_type=jnp.float32
-        )
-        weights = jax.nn.softmax(jnp.where(causal[None, None, None], scores * D**-0.5, -jnp.inf))
-        out = jnp.einsum("bkgqt,btkd->bqkgd", weights.astype(v.dtype), v, precision=highest)
-        return out.reshape(B, T, H, D), None
+        out, _ = api.causal_attention(q, k, v, segment_ids)
+        return out, None
 
     return attend
 

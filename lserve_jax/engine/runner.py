@@ -91,11 +91,16 @@ class ModelRunner:
         What a failed call was given to update in place is lost.
         """
         self._caches: Caches = []  # the old ones go first: there may be no room for both
-        self._caches = [
-            init_layer_cache(self.config, self.spec, layer, self.dtype)
-            for layer in range(self.config.num_hidden_layers)
-        ]
-        self._state = _empty_state(self.spec)
+        device = _own_device(self.params)
+        with jax.default_device(device):
+            self._caches = [
+                init_layer_cache(self.config, self.spec, layer, self.dtype)
+                for layer in range(self.config.num_hidden_layers)
+            ]
+            self._state = _empty_state(self.spec)
+        if device is not None:
+            # As every step returns them. Bound to a device and not bound are two programs.
+            self._caches, self._state = jax.device_put((self._caches, self._state), device)
 
     @property
     def has_prefix_kernel(self) -> bool:
@@ -374,6 +379,15 @@ def _tables(
         sink_page=jnp.asarray(sink_page),
         groups=jax.tree.map(jnp.asarray, groups),
     )
+
+
+def _own_device(params: Params) -> jax.Device | None:
+    """The device to which parameters were bound; None where they follow, or lie on several."""
+    leaves = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+    devices = {device for leaf in leaves for device in leaf.devices()}
+    if len(devices) > 1 or not any(leaf.committed for leaf in leaves):
+        return None
+    return devices.pop()
 
 
 def _empty_state(spec: CacheSpec) -> DecodeState:

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lserve_jax.model.config import ModelConfig
@@ -120,12 +121,22 @@ class Llama(nnx.Module):
         caches: Sequence[Any],
         *,
         backend: Backend = "reference",
+        remat: bool = False,
     ) -> tuple[Float[Array, "B T E"], list[Any]]:
-        """``backend`` is that of the linear layers: "mosaic" for few tokens, as in decode."""
+        """``backend`` is that of the linear layers: "mosaic" for few tokens, as in decode.
+
+        With ``remat`` a derivative keeps of each layer its input and what ``attend`` returned, and
+        computes the rest again.
+        """
         x = Stream(self.embed_tokens(tokens))
         new_caches = []
         for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
-            x, cache = layer(i, x, attend, cache, backend)
+            if remat:
+                run = functools.partial(layer, i, attend=_kept(attend), backend=backend)
+                policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
+                x, cache = jax.checkpoint(run, policy=policy)(x, cache=cache)
+            else:
+                x, cache = layer(i, x, attend, cache, backend)
             new_caches.append(cache)
         return self.norm(x.value), new_caches
 
@@ -136,6 +147,19 @@ class Llama(nnx.Module):
         else:
             kernel = self.lm_head.kernel.get_value()
         return api.product(hidden, kernel)
+
+
+_KEPT = "attention"
+
+
+def _kept(attend: Attend) -> Attend:
+    """``attend`` whose output is kept for a derivative: with T tokens it costs the most, O(T^2)."""
+
+    def named(layer: int, q: Array, k: Array, v: Array, cache: Any) -> tuple[Array, Any]:
+        o, cache = attend(layer, q, k, v, cache)
+        return checkpoint_name(o, _KEPT), cache
+
+    return named
 
 
 @functools.cache

@@ -57,29 +57,31 @@ def _longrope_magnitude(rope: RopeConfig, original: int) -> float:
 
 
 def rotary_angles(
-    config: ModelConfig, positions: Int[Array, "B T"], lengths: Int[Array, " B"]
+    config: ModelConfig, positions: Int[Array, "B T"], lengths: Int[Array, " B *T"]
 ) -> tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]]:
     """Cosines and sines (float32) for absolute ``positions``.
 
-    ``lengths`` is the whole length of each sequence, prompt included. Dynamic NTK uses it: its base
+    ``lengths`` is the whole length of each row's sequence, prompt included, or ``[B, T]``, that of
+    each token's where rows hold several. Dynamic NTK uses it: its base
     grows once a sequence is longer than the model's original context. So does LongRoPE, to choose
     between its two sets of frequencies. Taking it from the sequence and not from the call keeps
     results independent of chunking and neighbours.
     """
     rope, D = config.rope, config.head_dim
+    lengths = lengths.reshape(lengths.shape[0], -1, 1)  # [B, 1 or T, 1]
     original = rope.original_max_position_embeddings or config.max_position_embeddings
     exponents = np.arange(0, D, 2) / D
     magnitude = 1.0
     if rope.rope_type == "dynamic":
         stretch = jnp.maximum(lengths, original).astype(jnp.float32) / original
         base = rope.rope_theta * (rope.factor * stretch - (rope.factor - 1)) ** (D / (D - 2))
-        inv_freq = base[:, None] ** jnp.asarray(-exponents, jnp.float32)[None]  # [B, D/2]
+        inv_freq = base ** jnp.asarray(-exponents, jnp.float32)[None, None]  # [B, 1 or T, D/2]
     elif rope.rope_type == "longrope":
         short, long = (
             jnp.asarray(rope.rope_theta**-exponents / np.array(factors), jnp.float32)
             for factors in (rope.short_factor, rope.long_factor)
         )
-        inv_freq = jnp.where((lengths > original)[:, None], long, short)  # [B, D/2]
+        inv_freq = jnp.where(lengths > original, long[None, None], short[None, None])
         magnitude = _longrope_magnitude(rope, original)
     else:
         frequencies = rope.rope_theta**-exponents
@@ -90,8 +92,8 @@ def rotary_angles(
         elif rope.rope_type == "yarn":
             frequencies = _yarn_frequencies(rope, frequencies, original)
             magnitude = _yarn_magnitude(rope)
-        inv_freq = jnp.asarray(frequencies, jnp.float32)[None]  # [1, D/2]
-    angles = positions.astype(jnp.float32)[:, :, None] * inv_freq[:, None, :]  # [B, T, D/2]
+        inv_freq = jnp.asarray(frequencies, jnp.float32)[None, None]  # [1, 1, D/2]
+    angles = positions.astype(jnp.float32)[:, :, None] * inv_freq  # [B, T, D/2]
     return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
 
 

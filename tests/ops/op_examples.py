@@ -95,6 +95,15 @@ ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
         },
         (f32(B, 3, 2, D), f32(B, 3, 2)),
     ),
+    "causal_attention": (
+        {
+            "q": f32(B, T, H, D),
+            "k": f32(B, T, HK, D),
+            "v": f32(B, T, HK, D),
+            "segment_ids": i32(B, T),
+        },
+        (f32(B, T, H, D), f32(B, T, H)),
+    ),
     "merge_attention": (
         {"outs": f32(2, B, H, D), "lses": f32(2, B, H)},
         (f32(B, H, D), f32(B, H)),

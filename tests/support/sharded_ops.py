@@ -84,6 +84,14 @@ def verify_attention() -> None:
     same(op(*args), jax.jit(api.verify_attention)(*args))
 
 
+def causal_attention() -> None:
+    of_tokens = Spec(None, None, "heads")
+    args = normal(B, T, 4, D), normal(B, T, 2, D), normal(B, T, 2, D), rng.integers(0, 3, (B, T))
+    args = *args[:3], args[3].astype(np.int32)
+    op = sharded(api.causal_attention, (of_tokens,) * 3 + (ALL,), of_tokens)
+    same(op(*args), jax.jit(api.causal_attention)(*args))
+
+
 def prefill_attention() -> None:
     q, k, v = normal(T, 8, D), normal(T, 4, D), normal(T, 4, D)
     where = (integers(4, 1, 0), integers(2, 5, 2), np.int32(20), np.int32(T))
@@ -137,6 +145,7 @@ if __name__ == "__main__":
     assert jax.device_count() == 2
     paged_attention()
     verify_attention()
+    causal_attention()
     prefill_attention()
     append_kv_chunk()
     append_kv()
