@@ -98,6 +98,12 @@ def test_the_command(tmp_path: Path) -> None:
     assert tokenizer is not None and tokenizer.encode("sea") == [83, 69, 65]
 
 
+def test_codes_are_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    there = [str(tmp_path / "nothing"), str(tmp_path / "out"), "--format", "safetensors"]
+    assert main([*there, "--weights", "int8"]) == 2
+    assert "--weights int8 with --format safetensors" in capsys.readouterr().err
+
+
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
     config = model_config(LLAMA)
     params = init_params(config)
