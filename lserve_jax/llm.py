@@ -86,7 +86,7 @@ class LLM:
                 raise ValueError(f"{adapter=} needs a checkpoint; merge it into the params given")
             if len(model) != 2 or not isinstance(model[0], ModelConfig):
                 raise TypeError("a loaded model must be the pair (config, params) of convert.load")
-            self.config, params = model
+            config, params = model
         elif not isinstance(model, str | os.PathLike):
             raise TypeError(f"{model=} must be an alias, a path or a pair (config, params)")
         else:
@@ -95,10 +95,8 @@ class LLM:
             source = convert.resolve(model, progress=progress)
             if adapter is None:
                 self.options = _with_shipped_shares(self.options, source)
-            self.config, tokenizer = (
-                convert.read_config(source),
-                convert.load_tokenizer(source.path),
-            )
+            config = convert.read_config(source)
+            tokenizer = convert.load_tokenizer(source.path)
 
             def params() -> Params:
                 dtype = resolve_dtype(self.options.dtype)
@@ -113,7 +111,7 @@ class LLM:
 
         with memory_errors():
             self.engine = build_engine(
-                self.config,
+                config,
                 params,
                 self.options,
                 eos_token_ids=() if tokenizer is None else tokenizer.eos_token_ids,
@@ -127,6 +125,11 @@ class LLM:
     def tokenizer(self) -> Tokenizer | None:
         """None for a model that takes and returns token ids only."""
         return self.text_engine.tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's architecture as it runs."""
+        return self.engine.config
 
     @property
     def spec(self) -> CacheSpec:
@@ -147,6 +150,27 @@ class LLM:
         """Bytes of the parameters, of each part of the KV cache (see ``attention/cache.py``), and
         of what held prefixes keep beside their pages."""
         return self.engine.memory_plan()
+
+    def update_params(self, params: Params) -> None:
+        """Runs other weights of the model from now on, as a training step makes them.
+
+        params: the same tree as those at the beginning: those given, or what ``convert.load``
+            returns. A leaf's dtype may also be ``dtype``; a leaf that lies on other devices than
+            the first one did is copied to where that one lay, any other stays where it is.
+
+        Nothing is compiled, and nothing copied but what was copied at the beginning: heads that
+        change places, casts, quantised matrices, on a CPU a tied model's output projection. Every
+        other array is shared with the caller. A training step that takes ``params`` as donated
+        takes them from here too: update again before the next request, which is refused until then.
+
+        Prefixes are released: they hold keys of the old weights. A call of another thread is waited
+        for.
+
+        Raises ``ValueError`` while requests run, for instance of an open ``stream``, and for
+        ``params`` of another tree, shape or dtype: all differences are named, nothing has changed.
+        """
+        with self._lock, memory_errors():
+            self.engine.update_params(params)
 
     def generate(
         self,

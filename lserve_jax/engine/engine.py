@@ -12,6 +12,7 @@ the results of the work before.
 """
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,7 +36,9 @@ from lserve_jax.engine.sampling import check_stop_ids, sampling_row
 from lserve_jax.engine.scheduler import Scheduler
 from lserve_jax.engine.state import Sample
 from lserve_jax.engine.token_rules import Constraint, request_rules
+from lserve_jax.engine.weights import Intake
 from lserve_jax.model.config import ModelConfig
+from lserve_jax.model.llama import Params
 from lserve_jax.sampling_params import SamplingParams
 
 
@@ -51,6 +54,7 @@ class Engine:
     head_order: of each layer, the checkpoint's number of the KV head at each place of the
         parameters; None: they are in the checkpoint's order.
     clock: tells the time in seconds.
+    intake: how parameters come in, for ``update_params``; None: they stay as they are.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Engine:
         deterministic: bool = False,
         head_order: Sequence[Sequence[int]] | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        intake: Intake | None = None,
     ):
         spec = runner.spec
         check_mode(relay, deterministic, spec.sparsity)
@@ -73,7 +78,7 @@ class Engine:
         # A whole number of selection intervals, so that every burst begins with a selection.
         self.burst_steps = -(-burst_steps // spec.burst_unit) * spec.burst_unit
         self.relay: RelayMode = relay
-        self.deterministic, self.clock = deterministic, clock
+        self.deterministic, self.clock, self.intake = deterministic, clock, intake
         self.units = CacheUnits.of(runner.config, spec, runner.dtype)
         self.head_kinds = head_kinds(runner.config, spec, head_order)
         self._counts = EngineCounts()
@@ -103,12 +108,34 @@ class Engine:
         self.resets += 1
         self._start_empty()
 
+    def update_params(self, params: Params) -> None:
+        """Runs other weights from now on; see ``LLM.update_params``."""
+        if self.intake is None:
+            raise ValueError("the engine was made without an intake: its params cannot change")
+        if self.unfinished:
+            raise ValueError(
+                f"params cannot change while {len(self.unfinished)} requests run: "
+                "finish or cancel them first"
+            )
+        self.intake.check(params)
+        self.scheduler.prefix_cache.release_all()
+        self.runner.update_params(functools.partial(self.intake.later, params))
+
     # What it is asked.
 
     @property
     def config(self) -> ModelConfig:
         """The model's architecture as it runs."""
         return self.runner.config
+
+    @property
+    def params(self) -> Params:
+        """The parameters as they run, of the same function as those that came in.
+
+        Heads may be in another order and matrices quantised; on a CPU a tied model has an output
+        projection of its own.
+        """
+        return self.runner.params
 
     @property
     def spec(self) -> CacheSpec:
@@ -225,6 +252,7 @@ class Engine:
             raise ValueError(f"a request with id {request_id!r} is already in the engine")
         check_deadline(deadline)
         check_bool("record_reads", record_reads)
+        self.runner.check_params()
         ids = self.check_request(prompt, sampling, constraint)
         now = self.clock()
         request = Request(

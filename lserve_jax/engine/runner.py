@@ -102,6 +102,24 @@ class ModelRunner:
             # As every step returns them. Bound to a device and not bound are two programs.
             self._caches, self._state = jax.device_put((self._caches, self._state), device)
 
+    def update_params(self, make: Callable[[], Params]) -> None:
+        """Runs what ``make`` returns from now on: the same tree with other numbers.
+
+        The old ones go first: there may be no room for both. If ``make`` fails there are none.
+        """
+        self.params = {}
+        self.params = make()
+
+    def check_params(self) -> None:
+        """Raises ``ValueError`` where an update failed, or somebody else donated what it shares."""
+        if not self.params:
+            raise ValueError("the engine has no params since an update of them failed: update again")
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.params)):
+            raise ValueError(
+                "the engine's params were donated to another computation or deleted: give it those "
+                "that followed (update_params)"
+            )
+
     @property
     def has_prefix_kernel(self) -> bool:
         """Whether rows can read a prefix together: no kernel reads int8 pages that way."""
