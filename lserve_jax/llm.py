@@ -23,7 +23,7 @@ from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.checks import check_integer, check_path, is_listing
 from lserve_jax.engine.build import EngineOptions, build_engine, resolve_dtype
 from lserve_jax.engine.prefix import CommonPrefix, Prefix
-from lserve_jax.engine.request import PromptIds
+from lserve_jax.engine.request import PromptIds, check_deadline
 from lserve_jax.memory import memory_errors
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params
@@ -179,6 +179,7 @@ class LLM:
         *,
         shared_prefix: SharedPrefix = "auto",
         on_text: OnText | None = None,
+        deadline: float | None = None,
     ) -> list[RequestOutput]:
         """Completes prompts; results come in the order of the prompts.
 
@@ -186,7 +187,8 @@ class LLM:
         ``shared_prefix``: "auto" computes the longest common prefix of all prompts (whole pages of
         tokens) once; "off" does not; a ``Prefix`` is one that all prompts must begin with. Prompts
         that begin with a prefix that is held already share it in any case, unless their
-        ``prompt_logprobs`` are asked for: these run every token of the prompt.
+        ``prompt_logprobs`` are asked for: these run every token of the prompt. ``deadline`` seconds
+        from now every completion ends with what it has (``finish_reason`` "deadline").
 
         Several threads may call it: they take turns.
 
@@ -227,7 +229,7 @@ class LLM:
                 beginning = self._common_beginning(checked, sampling_params)
             requests = zip(checked, sampling_params, strict=True)
             outputs = {}
-            stream = self.stream(requests, beginning=beginning, on_text=on_text)
+            stream = self._stream(requests, beginning, on_text, self._until(deadline))
             with contextlib.closing(stream):
                 for position, output in stream:
                     for error in (c.error for c in output.outputs if c.error is not None):
@@ -241,6 +243,7 @@ class LLM:
         *,
         beginning: Sequence[int] | np.ndarray = (),
         on_text: OnText | None = None,
+        deadline: float | None = None,
     ) -> Generator[tuple[int, RequestOutput]]:
         """Runs requests as they are drawn; yields (position, output) of each when it has finished.
 
@@ -248,6 +251,8 @@ class LLM:
 
         No more are drawn than can run and wait to run next, so there may be any number of them.
         ``beginning``: token ids of whole pages that the prompts begin with, to be computed once.
+        ``deadline``: seconds after which each request, from when it is drawn, ends with what it has
+        (``finish_reason`` "deadline").
 
         Raises ``ValueError`` for a request that ``check_request`` refuses (``TypeError`` for what
         is no pair), and while another stream's requests run; a ``generate`` of another thread is
@@ -256,6 +261,24 @@ class LLM:
         """
         if not is_listing(requests):
             raise TypeError(f"{requests=} must give pairs of a prompt and its SamplingParams")
+        check_deadline(deadline)
+        return self._stream(requests, beginning, on_text, lambda: deadline)
+
+    def _until(self, deadline: float | None) -> Callable[[], float | None]:
+        """What is left of ``deadline`` seconds that begin now."""
+        check_deadline(deadline)
+        if deadline is None:
+            return lambda: None
+        end = self.engine.clock() + deadline
+        return lambda: max(end - self.engine.clock(), 1e-9)  # a deadline must be positive
+
+    def _stream(
+        self,
+        requests: Iterable[tuple[Prompt | CheckedPrompt, SamplingParams]],
+        beginning: Sequence[int] | np.ndarray,
+        on_text: OnText | None,
+        deadline: Callable[[], float | None],
+    ) -> Generator[tuple[int, RequestOutput]]:
         if on_text is not None and not callable(on_text):
             raise TypeError(f"on_text={on_text!r} must be a function")
         text = self.text_engine
@@ -273,7 +296,7 @@ class LLM:
                         f"{request!r:.200} at {position}"
                     )
                 prompt, sampling = request
-                position_of[text.submit(prompt, sampling)] = position
+                position_of[text.submit(prompt, sampling, deadline=deadline())] = position
             if not text.has_unfinished_requests:
                 if position_of:
                     raise ValueError(f"the engine was reset while {len(position_of)} requests ran")
@@ -346,13 +369,15 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         shared_prefix: SharedPrefix = "auto",
         on_text: OnText | None = None,
+        deadline: float | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or a list of them, through the model's chat template.
 
         ``add_generation_prompt`` opens an answer of the model's. ``continue_final_message`` has the
         model go on with the last message instead, the beginning of an answer as a rule; it needs
         ``add_generation_prompt=False``. The output's text is then what follows that beginning.
-        ``tools`` are JSON schemas of functions that the template tells the model of.
+        ``tools`` are JSON schemas of functions that the template tells the model of. What follows
+        ``tools`` is as in ``generate``.
 
         Raises ``ValueError`` for no message, and where ``chat_prompt`` and ``generate`` do;
         ``TypeError`` for what is no list of messages.
@@ -374,7 +399,13 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self.generate(prompts, sampling_params, shared_prefix=shared_prefix, on_text=on_text)
+        return self.generate(
+            prompts,
+            sampling_params,
+            shared_prefix=shared_prefix,
+            on_text=on_text,
+            deadline=deadline,
+        )
 
     def chat_prompt(
         self,

@@ -95,7 +95,8 @@ class Engine:
             self._finish_prompt,
             lambda: self.abandon(()),
         )
-        self.unfinished: dict[str, Request] = {}  # those whose end is not yet returned
+        self.unfinished: dict[str, Request] = {}  # those that wait or run
+        self._cancelled: dict[str, TokenOutput] = {}  # last outputs that are not yet returned
         self._in_flight: InFlight | None = None
         # Of prompts that are through, not yet fetched; None where none is sampled.
         self._first_tokens: list[tuple[Request, Sample | None]] = []
@@ -144,7 +145,12 @@ class Engine:
 
     @property
     def has_unfinished_requests(self) -> bool:
-        return bool(self.unfinished)
+        """Whether some request's end is not yet returned."""
+        return bool(self.unfinished or self._cancelled)
+
+    def owes(self, request_id: str) -> bool:
+        """Whether the request's end is not yet returned."""
+        return request_id in self.unfinished or request_id in self._cancelled
 
     @property
     def room(self) -> int:
@@ -248,7 +254,7 @@ class Engine:
         """
         if not isinstance(request_id, str):
             raise TypeError(f"{request_id=} must be a text")
-        if request_id in self.unfinished:
+        if self.owes(request_id):
             raise ValueError(f"a request with id {request_id!r} is already in the engine")
         check_deadline(deadline)
         check_bool("record_reads", record_reads)
@@ -278,9 +284,17 @@ class Engine:
     def cancel(self, request_id: str) -> None:
         """Ends a request now; its slot and pages are free at once.
 
+        Nothing more comes of it but a last output, with ``finish_reason`` "cancelled" and no token,
+        which the next step returns.
+
         Raises ``ValueError`` if no such request waits or runs.
         """
-        self._stop(self._find(request_id))
+        request = self._find(request_id)
+        self._cancel(request)
+        self._cancelled[request_id] = request.output(None, "cancelled", self.units)
+
+    def _cancel(self, request: Request) -> None:
+        self._stop(request)
         self._counts.cancelled += 1
 
     def finish(self, request_id: str) -> None:
@@ -299,12 +313,15 @@ class Engine:
     def abandon(self, request_ids: Iterable[str]) -> None:
         """After an error in the middle of a call: ends its requests, as far as there are any.
 
+        Nothing more comes of them, no last output either.
+
         Resets the engine if the device failed, or if it is interrupted itself.
         """
         try:
             for request_id in request_ids:
+                self._cancelled.pop(request_id, None)
                 if request_id in self.unfinished:
-                    self.cancel(request_id)
+                    self._cancel(self.unfinished[request_id])
             self.runner.wait()
         except RuntimeError:  # JAX's, of a computation that failed
             self.reset()
@@ -330,8 +347,8 @@ class Engine:
         """
         resets = self.resets
         while self.has_unfinished_requests:
-            news = self.step()  # of one that is cancelled while they are taken nothing more comes
-            yield from (n for n in news if n.finish_reason or n.request_id in self.unfinished)
+            # Of one that is cancelled while they are taken only its last output comes.
+            yield from (n for n in self.step() if n.finish_reason or n.request_id in self.unfinished)
             if self.resets != resets:
                 raise ValueError("the engine was reset while requests ran: they are gone")
 
@@ -342,10 +359,11 @@ class Engine:
         their first tokens, while the burst behind them runs. At most ``runner.chunk_size`` prompt
         tokens are run.
         """
+        cancelled, self._cancelled = list(self._cancelled.values()), {}
         if self._first_tokens:
-            return self._collect_first_tokens()
+            return cancelled + self._collect_first_tokens()
         before, prompt_tokens = dataclasses.replace(self._counts), self.runner.prompt_tokens
-        outputs = self._expire()
+        outputs = cancelled + self._expire()
         self._prefill()
         burst, early = self._dispatch()
         outputs += early + self._collect()

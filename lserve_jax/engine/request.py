@@ -88,7 +88,8 @@ class TokenOutput:
     # With the request's first output, if asked for: of each token of the prompt {id: logprob} of
     # the most likely tokens and its own; None for the first token, which has none before it.
     prompt_logprobs: list[dict[int, float] | None] | None = None
-    finish_reason: str | None  # "stop", "length", "deadline", "error", or None while running
+    # "stop", "length", "deadline", "cancelled", "error", or None while running
+    finish_reason: str | None
     metrics: RequestMetrics
     ends_with_stop_id: bool = False  # the last token is a stop id; else "stop" was a grammar's end
     error: Exception | None = None  # given with "error"

@@ -114,7 +114,7 @@ def _score_batch(engine: Engine, batch: Sequence[_Item], distributions: bool) ->
         engine.scheduler.reserve(max(item.sampling.max_tokens for item in batch))
         scores = _force(engine, batch, distributions)
         for number in range(len(batch)):
-            engine.cancel(f"score-{number}")
+            engine.finish(f"score-{number}")
     except BaseException:  # an error on the device, or Ctrl-C: the engine holds half a batch
         engine.abandon([f"score-{number}" for number in range(len(batch))])
         raise
