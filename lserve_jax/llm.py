@@ -15,15 +15,18 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import numpy as np
+from jaxtyping import Float
 
 import convert
 from convert.head_shares import shipped_for
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.attention.config import SparsityConfig
-from lserve_jax.checks import check_integer, check_path, is_listing
+from lserve_jax.checks import check_choice, check_integer, check_path, is_listing
 from lserve_jax.engine.build import EngineOptions, build_engine, resolve_dtype
+from lserve_jax.engine.judging import judge
 from lserve_jax.engine.prefix import CommonPrefix, Prefix
 from lserve_jax.engine.request import PromptIds, check_deadline
+from lserve_jax.engine.scoring import Score
 from lserve_jax.memory import memory_errors
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params
@@ -36,6 +39,7 @@ Message = Mapping[str, Any]  # {"role": ..., "content": ...}, and what else a te
 SharedPrefix = Literal["auto", "off"] | Prefix
 # Called with (prompt index, completion index, new text) as text is made.
 OnText = Callable[[int, int, str], None]
+_EMBEDDED_AT_ONCE = 64  # prompts whose hidden states the host holds
 OPTIONS = tuple(field.name for field in dataclasses.fields(EngineOptions))
 
 
@@ -358,6 +362,70 @@ class LLM:
         """A prefix that ``Prefix.save`` wrote; see ``Engine.load_prefix``."""
         with self._lock, memory_errors():
             return self.engine.load_prefix(path)
+
+    def score(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        continuations: Sequence[Sequence[int] | np.ndarray] | None = None,
+        *,
+        return_hidden: bool = False,
+    ) -> list[Score]:
+        """Log probabilities of given tokens, as arrays, under the attention that would write them.
+
+        continuations: token ids that follow each prompt, such as a rollout's, to be judged; None
+            judges every token of the prompts but the first.
+        return_hidden: also what the logits after each token are made of.
+
+        Dense attention judges by prefill, many texts at a time. With lserve attention, or int8 keys
+        and values, a prompt is prefilled and what follows it is fed to decode steps, which select
+        their pages as in ``generate``: the log probabilities are those of the rollout. Those of a
+        rollout whose prefix was read together with others' (``relay``) are not.
+
+        Raises ``ValueError`` for an empty or too long text, token ids outside the vocabulary, and
+        while requests run; ``FloatingPointError`` for logits that are not finite.
+        """
+        ids = self._listed_ids(prompts)
+        vocab = self.config.vocab_size
+        if continuations is None:
+            following = [prompt[1:] for prompt in ids]
+            ids = [prompt[:1] for prompt in ids]
+        elif len(continuations) != len(ids):
+            raise ValueError(f"{len(ids)} prompts need as many continuations, got {continuations}")
+        else:
+            following = [PromptIds.check(c, vocab, what="continuation").ids for c in continuations]
+        with self._lock, memory_errors():
+            return judge(self.engine, ids, following, keep_hidden=return_hidden)
+
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, pooling: Literal["mean", "last"] = "mean"
+    ) -> Float[np.ndarray, "N E"]:
+        """Hidden states of each prompt, float32: their mean over its tokens, or the last one.
+
+        They come from after the model's last norm, out of prefill. Raises where ``score`` does.
+        """
+        check_choice("pooling", pooling, ("mean", "last"))
+        ids, embeddings = self._listed_ids(prompts), []
+        for first in range(0, len(ids), _EMBEDDED_AT_ONCE):
+            batch = ids[first : first + _EMBEDDED_AT_ONCE]
+            nothing = [np.zeros(0, np.int32)] * len(batch)
+            with self._lock, memory_errors():
+                scores = judge(self.engine, batch, nothing, keep_hidden=True)
+            for new in scores:
+                assert new.hidden is not None  # it was asked for
+                hidden = new.hidden.astype(np.float32)
+                embeddings.append(hidden.mean(axis=0) if pooling == "mean" else hidden[-1])
+        return np.stack(embeddings) if embeddings else np.zeros((0, self.config.hidden_size), "f4")
+
+    def _listed_ids(self, prompts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
+        """Token ids of a prompt or of several, at least one each."""
+        listed = [prompts] if isinstance(prompts, str | Mapping) else prompts
+        if not isinstance(listed, Sequence):
+            raise TypeError(f"prompts must be a prompt or a list of them, got {prompts!r}")
+        ids = [self.token_ids(prompt) for prompt in listed]
+        for number, prompt in enumerate(ids):
+            if len(prompt) == 0:
+                raise ValueError(f"prompt {number} is empty: there is nothing to judge")
+        return ids
 
     def chat(
         self,

@@ -402,6 +402,11 @@ class Engine:
         while self.scheduler.prefilling is not None or self._admit() is not None:
             self._prefill()
 
+    def take_first_samples(self) -> list[tuple[Request, Sample | None]]:
+        """Of prompts that are through, not fetched; the next step will not return them."""
+        taken, self._first_tokens = self._first_tokens, []
+        return taken
+
     def _prefill(self) -> None:
         """Runs chunks as far as the step's budget goes.
 
@@ -446,9 +451,8 @@ class Engine:
 
     def _collect_first_tokens(self) -> list[TokenOutput]:
         """Fetches those that are not yet fetched."""
-        pending, self._first_tokens = self._first_tokens, []
         outputs: list[TokenOutput] = []
-        for request, first in pending:
+        for request, first in self.take_first_samples():
             first, judged = jax.device_get((first, request.judged))
             if first is None:  # of the prompt's own tokens none is new
                 first = jax.tree.map(lambda x: x[:0], judged[0])

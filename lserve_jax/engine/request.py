@@ -144,6 +144,7 @@ class Request:
 
     # What the model thinks of its prompt's tokens, where asked for.
     judged: list[Sample] = field(default_factory=list)  # of each chunk so far, not yet fetched
+    keeps_hidden: bool = False  # their hidden states beside it
     prompt_logprobs: list[dict[int, float] | None] | None = None  # not yet returned
 
     # Its tokens. After a preemption those in ``tokens`` are fed to the model again (replayed).

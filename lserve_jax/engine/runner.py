@@ -17,6 +17,7 @@ from jaxtyping import Array, UInt32
 from lserve_jax.attention.attend import PrefixGroups
 from lserve_jax.attention.cache import CacheSpec, LayerCache, cache_bytes, init_layer_cache
 from lserve_jax.engine.buckets import SMALLEST_CHUNK, bucket, buckets
+from lserve_jax.engine.forced_steps import score_steps
 from lserve_jax.engine.inputs import BurstInputs, Chunk, Start
 from lserve_jax.engine.reads import selected_pages
 from lserve_jax.engine.sampling import MAX_STOP_IDS, SamplingArrays, SamplingMode
@@ -41,7 +42,6 @@ from lserve_jax.engine.steps import (
     read_pages,
     restore_window,
     save_window,
-    score_steps,
     write_pages,
 )
 from lserve_jax.engine.token_rules import TokenRules
@@ -156,7 +156,8 @@ class ModelRunner:
         """
         size = self.padded(len(chunk.tokens))
         following = None if chunk.following is None else _filled_up(chunk.following, size)
-        self._count_shape("prefill_chunk", size, following is None, chunk.top_logprobs)
+        what = following is None, chunk.top_logprobs, chunk.keep_hidden
+        self.count_shape("prefill_chunk", size, *what)
         self.prompt_tokens += len(chunk.tokens)
         logits, self._caches, judged = prefill_chunk(
             self._program,
@@ -169,6 +170,7 @@ class ModelRunner:
             jnp.int32(chunk.prompt_length),
             following,
             top=chunk.top_logprobs,
+            keep_hidden=chunk.keep_hidden,
         )
         return logits, judged
 
@@ -177,7 +179,7 @@ class ModelRunner:
         prompt_mask = self._prompt_mask(start)
         sampling = self._state.sampling.with_row(slot, start.sampling_row)
         mode = SamplingMode.of([start.sampling])
-        self._count_shape("insert", mode, prompt_mask is None, _rules_shape(start.rules))
+        self.count_shape("insert", mode, prompt_mask is None, _rules_shape(start.rules))
         self._state, self._caches, first = insert(
             self._program,
             self._caches,
@@ -227,7 +229,7 @@ class ModelRunner:
             return self._exact_burst(inputs, inputs.drafts)
         rules = _rules_shape(inputs.rules)
         shape = (*inputs.forced.shape, groups, inputs.mode, counts_no_tokens, rules)
-        self._count_shape("decode_burst", *shape)
+        self.count_shape("decode_burst", *shape)
         self._state, self._caches, burst = decode_burst(
             self._program,
             self.params,
@@ -246,7 +248,7 @@ class ModelRunner:
         most = self.spec.max_drafts if drafts.any() else 0
         rows, counts_no_tokens = len(inputs.page_table), self._state.output_counts is None
         rules = _rules_shape(inputs.rules)
-        self._count_shape("exact_burst", rows, inputs.mode, counts_no_tokens, most, rules)
+        self.count_shape("exact_burst", rows, inputs.mode, counts_no_tokens, most, rules)
         self._state, self._caches, burst = exact_burst(
             self._program,
             self.params,
@@ -279,12 +281,13 @@ class ModelRunner:
         page_table: np.ndarray,
         sink_page: np.ndarray,
         distributions: bool,
+        keep_hidden: bool,
     ) -> StepScores:
         """Judges given tokens by decode steps ``first`` on, as many as ``forced`` (NumPy) has.
 
         ``page_table`` [B, M] and ``sink_page`` [B] are int32.
         """
-        self._count_shape("score_steps", forced.tokens.shape, distributions)
+        self.count_shape("score_steps", forced.tokens.shape, distributions, keep_hidden)
         scores, self._caches = score_steps(
             self._program,
             self.params,
@@ -293,6 +296,7 @@ class ModelRunner:
             jax.tree.map(jnp.asarray, forced),
             jnp.int32(first),
             distributions=distributions,
+            keep_hidden=keep_hidden,
         )
         return scores
 
@@ -308,7 +312,7 @@ class ModelRunner:
         Its sinks are copied to the streaming pages from ``sink_page`` on.
         """
         kept = self._window_pages(num_pages)
-        self._count_shape("save_window", kept)
+        self.count_shape("save_window", kept)
         self._caches, windows = save_window(
             self._program, self._caches, jnp.int32(sink_page), num_pages=kept
         )
@@ -317,7 +321,7 @@ class ModelRunner:
     def restore_window(self, windows: Windows) -> None:
         """The next chunk continues the prefix that ``windows`` were saved of."""
         if any(window.k.size for window in windows):  # else no head streams
-            self._count_shape("restore_window", windows[0].k.shape)
+            self.count_shape("restore_window", windows[0].k.shape)
             self._caches = restore_window(self._caches, windows)
 
     def _window_pages(self, num_pages: int) -> int:
@@ -374,7 +378,8 @@ class ModelRunner:
         """A copy of a layer's cache on the host."""
         return jax.device_get(self._caches[layer])
 
-    def _count_shape(self, *shape: object) -> None:
+    def count_shape(self, *shape: object) -> None:
+        """A jitted function was called with this shape."""
         self._shapes.add(shape)
 
 

@@ -61,7 +61,7 @@ def test_a_deadline_ends_what_has_not_finished_with_what_it_has(llm, monkeypatch
     lengths = [len(output.outputs[0].token_ids) for output in outputs]
     assert all(0 < n < 900 for n in lengths[1:8]) and lengths[-1] == 0
     now = 0.0
-    stream = llm.stream(((prompt, long) for prompt in prompts), deadline=6.5)
+    stream = llm.stream(((prompt, long) for prompt in prompts * 2), deadline=6.5)
     lengths = [len(output.outputs[0].token_ids) for _, output in stream]
     assert all(0 < n < 900 for n in lengths[:8])
     assert now > 12  # the later ones had as long as the first
