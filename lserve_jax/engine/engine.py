@@ -348,7 +348,9 @@ class Engine:
         resets = self.resets
         while self.has_unfinished_requests:
             # Of one that is cancelled while they are taken only its last output comes.
-            yield from (n for n in self.step() if n.finish_reason or n.request_id in self.unfinished)
+            yield from (
+                n for n in self.step() if n.finish_reason or n.request_id in self.unfinished
+            )
             if self.resets != resets:
                 raise ValueError("the engine was reset while requests ran: they are gone")
 

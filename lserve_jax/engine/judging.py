@@ -63,13 +63,14 @@ def judge(
         else:
             judged = _prefilled(engine, text, keep_hidden)
         n = len(text) - len(continuation) - 1  # judged tokens of the prompt
-        check_finite(judged.logprob[n:])
+        logprobs = np.asarray(judged.logprob[n:])
+        check_finite(logprobs)
         scores.append(
             Score(
-                logprobs=judged.logprob[n:],
-                likeliest=judged.top_ids[n:, 0],
+                logprobs=logprobs,
+                likeliest=np.asarray(judged.top_ids[n:, 0]),
                 distributions=None,
-                hidden=judged.hidden,
+                hidden=None if judged.hidden is None else np.asarray(judged.hidden),
             )
         )
     return scores

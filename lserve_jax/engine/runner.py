@@ -113,7 +113,9 @@ class ModelRunner:
     def check_params(self) -> None:
         """Raises ``ValueError`` where an update failed, or somebody else donated what it shares."""
         if not self.params:
-            raise ValueError("the engine has no params since an update of them failed: update again")
+            raise ValueError(
+                "the engine has no params since an update of them failed: update again"
+            )
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.params)):
             raise ValueError(
                 "the engine's params were donated to another computation or deleted: give it those "

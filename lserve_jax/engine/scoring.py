@@ -221,7 +221,7 @@ def _join(item: _Item, judged: tuple[Sample, list[Sample]], steps: Score) -> Sco
     if hidden is not None:
         # The last token was fed for its hidden state only.
         logprobs, likeliest = logprobs[: len(item.fed)], likeliest[: len(item.fed)]
-        prompt = np.concatenate([chunk.hidden for chunk in chunks])
+        prompt = np.concatenate([np.asarray(chunk.hidden) for chunk in chunks])
         hidden = np.concatenate([prompt[: len(item.prefilled)], hidden])
     return Score(
         logprobs=logprobs, likeliest=likeliest, distributions=steps.distributions, hidden=hidden

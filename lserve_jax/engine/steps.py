@@ -284,8 +284,8 @@ def verify(
 ) -> tuple[Float[Array, "B T E"], Caches, list[Array]]:
     """Runs the first ``count`` of each row's tokens, at ``position`` on, through dense attention.
 
-    Returns hidden states for ``unembed``, the caches with the tokens' keys and values but without their
-    statistics, and the rotated keys of each layer's ranked heads, for ``confirm``.
+    Returns hidden states for ``unembed``, the caches with the tokens' keys and values but without
+    their statistics, and the rotated keys of each layer's ranked heads, for ``confirm``.
     """
     attend = verify_attend(
         program.config,

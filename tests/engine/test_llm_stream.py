@@ -66,9 +66,9 @@ def test_a_deadline_ends_what_has_not_finished_with_what_it_has(llm, monkeypatch
     assert all(0 < n < 900 for n in lengths[:8])
     assert now > 12  # the later ones had as long as the first
     for wrong in (0, -1, float("nan"), "1"):
-        with pytest.raises(ValueError, match="deadline=.* must be positive"):
+        with pytest.raises(ValueError, match=r"deadline=.* must be positive"):
             llm.generate(prompts, short, deadline=wrong)
-        with pytest.raises(ValueError, match="deadline=.* must be positive"):
+        with pytest.raises(ValueError, match=r"deadline=.* must be positive"):
             llm.stream([], deadline=wrong)
 
 

@@ -153,7 +153,7 @@ def test_embeddings(pattern: str, attention: str) -> None:
 
 
 def test_rows_hold_every_text_once_and_waste_little() -> None:
-    lengths = np.random.default_rng(0).integers(1, 300, 200).tolist() + [2048, 1000, 513]
+    lengths = [*np.random.default_rng(0).integers(1, 300, 200).tolist(), 2048, 1000, 513]
     places: dict[int, tuple[int, int]] = {}
     used, shapes = 0, set()
     for number, (rows, shape) in enumerate(_batches(lengths, alone=False)):

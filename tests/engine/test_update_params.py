@@ -1,6 +1,7 @@
 """Other weights in a running engine: what it says then, what it shares, and what it refuses."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -173,7 +174,7 @@ def test_float32_weights_of_a_trainer_in_a_bfloat16_engine() -> None:
     expected = tokens(llm)
     llm.update_params(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
     assert tokens(llm) == expected
-    with pytest.raises(ValueError, match="is float16 .*, expected bfloat16 or float32"):
+    with pytest.raises(ValueError, match=r"is float16 .*, expected bfloat16 or float32"):
         llm.update_params(jax.tree.map(lambda x: x.astype(jnp.float16), params))
 
 
@@ -200,4 +201,5 @@ def test_sharded_weights_keep_their_sharding() -> None:
     root = Path(__file__).resolve().parents[2]
     script = root / "tests" / "support" / "sharded_update.py"
     cache = root / ".cache" / "jit"
-    subprocess.run([sys.executable, script, cache], check=True, cwd=root)
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    subprocess.run([sys.executable, script, cache], check=True, cwd=root, env=environment)

@@ -4,25 +4,21 @@ A script, run by test_update_params.py: the number of devices is set before JAX 
 argument is the directory of the compilation cache.
 """
 
-import os
 import sys
 from typing import Any
 
-sys.path[:0] = [os.getcwd(), os.path.dirname(os.path.abspath(__file__))]
-
 import jax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+from tiny_llm import tiny_config, tiny_params
+
+from lserve_jax import LLM, SamplingParams
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_compilation_cache_dir", sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as Spec
-from tiny_llm import tiny_config, tiny_params
-
-from lserve_jax import LLM, SamplingParams
 
 CONFIG = tiny_config(layers=1, kv_heads=2)
 MESH = jax.make_mesh((2,), ("tp",), axis_types=(AxisType.Auto,))
