@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,9 @@ from lserve_jax.model.rope import layer_angles, rotary_angles
 from lserve_jax.text_engine import Prompt
 from pallas_kernels import api
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 @dataclass(frozen=True, kw_only=True)
 class PageRecall:
@@ -60,6 +63,23 @@ class PageRecall:
     @property
     def mean(self) -> Float[np.ndarray, "L H"]:
         return self.recall.mean(axis=2)
+
+    def table(self) -> dict[str, np.ndarray]:
+        """One row a layer, query head and query: columns of equal length, as for a data frame.
+
+        ``layer``, ``head``, ``kv_head``, ``position`` (of the query), ``is_retrieval``, ``recall``.
+        """
+        (L, H, Q), Hk = self.recall.shape, self.is_retrieval.shape[1]
+        layer, head, query = (x.ravel() for x in np.indices((L, H, Q)))
+        kv_head = head // (H // Hk)
+        return {
+            "layer": layer,
+            "head": head,
+            "kv_head": kv_head,
+            "position": self.positions[query],
+            "is_retrieval": self.is_retrieval[layer, kv_head],
+            "recall": self.recall.ravel(),
+        }
 
 
 def page_recall(llm: LLM, prompt: Prompt, *, num_queries: int = 64) -> PageRecall:
@@ -213,8 +233,10 @@ def require_matplotlib() -> None:
         raise ValueError("plots need matplotlib: pip install 'lserve-jax[plot]'")
 
 
-def plot_page_recall(recall: PageRecall, path: str | os.PathLike[str]) -> None:
-    """Writes a PNG: mean recall by layer and query head, and its spread over layers.
+def plot_page_recall(recall: PageRecall, path: str | os.PathLike[str] | None = None) -> "Figure":
+    """Mean recall by layer and query head, and its spread over layers, as a figure.
+
+    ``path``: where to write it, as a PNG; None: nowhere.
 
     Raises ``ValueError`` if matplotlib (extra ``plot``) is not installed.
     """
@@ -244,7 +266,9 @@ def plot_page_recall(recall: PageRecall, path: str | os.PathLike[str]) -> None:
         fontsize="medium",
     )
     curve.legend(fontsize="small")
-    figure.savefig(path, dpi=130)
+    if path is not None:
+        figure.savefig(path, dpi=130)
+    return figure
 
 
 @dataclass(frozen=True, kw_only=True)
