@@ -26,11 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jaxtyping import Array, Float
-from tyro.conf import OmitArgPrefixes, arg
+from tyro.conf import OmitArgPrefixes, SuppressFixed, arg
 
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.attention.config import SparsityConfig
-from lserve_jax.attention.selection import first_tail_page
+from lserve_jax.attention.selection import choose_pages, first_tail_page
 from lserve_jax.checks import check_integer
 from lserve_jax.cli import exit_code, read_text
 from lserve_jax.engine.head_policy import head_policy
@@ -209,14 +209,28 @@ def _measuring_attend(
                 selected_page_size=U,
                 lower_bound_weight=sparsity.lower_bound_weight,
             )
-            wanted = spec.wanted_pages(layer, tail)
-            selected = api.select_pages(
-                page_scores,
-                tail,
-                wanted,
-                num_pages=spec.num_ranked(layer),
-                sink_pages=spec.forced_sink_pages,
-            )  # [Q, Kq, R]
+            if sparsity.select is None:
+                selected = api.select_pages(
+                    page_scores,
+                    tail,
+                    spec.wanted_pages(layer, tail),
+                    num_pages=spec.num_ranked(layer),
+                    sink_pages=spec.forced_sink_pages,
+                )  # [Q, Kq, R]
+            else:
+                counts, selected = choose_pages(
+                    spec,
+                    layer,
+                    sparsity.select,
+                    q[selecting][:, : Kq * config.group_size],
+                    page_scores,
+                    stats.transpose(3, 0, 1, 2, 4),
+                    jnp.broadcast_to(table[None], (Q, M)),
+                    selecting + 1,
+                    tail,
+                )
+                entry = jnp.arange(selected.shape[2])[None, None]
+                selected = jnp.where(entry < counts[:, :, None], selected, -1)
             is_selected = (selected[..., None] == page[None, None]).any(axis=2) | in_tail[:, None]
             by_page = mass[:, :Kq].reshape(Q, Kq, config.group_size, -1, U).sum(axis=-1)
             ranked = jnp.where(is_selected[:, :, None], by_page, 0.0).sum(axis=-1)  # [Q, Kq, G]
@@ -285,7 +299,7 @@ class AnalysisArgs:
     """Measure the last so many tokens of the text."""
     max_tokens: Annotated[int | None, arg(metavar="INT")] = None
     """Use only so many tokens of the text; default all."""
-    sparsity: OmitArgPrefixes[SparsityConfig] = field(default_factory=SparsityConfig)
+    sparsity: SuppressFixed[OmitArgPrefixes[SparsityConfig]] = field(default_factory=SparsityConfig)
 
 
 def _main(args: AnalysisArgs) -> None:

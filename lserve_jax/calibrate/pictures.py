@@ -46,7 +46,7 @@ def plot_gates(
 def plot_head_shares(
     sensitivity: HeadSensitivity, shares: Float[np.ndarray, "L Hk"], path: Path | None = None
 ) -> "Figure":
-    """A figure, also as a PNG at ``path``: what each head is worth, in a logarithmic colour, and what it reads.
+    """A figure, also as a PNG at ``path``: what each head is worth (logarithmic) and reads.
 
     Raises ``ValueError`` if matplotlib (extra ``plot``) is not installed.
     """

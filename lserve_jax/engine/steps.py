@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lserve_jax.attention.attend import decode_attend, prefill_attend
+from lserve_jax.attention.attend import attended_by_choice, decode_attend, prefill_attend
 from lserve_jax.attention.cache import CacheSpec, fill_decode_window, keep_sinks
 from lserve_jax.attention.selection import first_tail_page
 from lserve_jax.attention.verify import verify_attend
@@ -251,10 +251,10 @@ def decode_step(
     the tokens that each row attended, summed over layers and KV heads.
     """
     spec, tail = program.spec, rows.tail
+    own = rows.position
+    if tables.groups is not None:
+        own = own - tables.groups.private_start()
     if select:
-        own = rows.position
-        if tables.groups is not None:
-            own = own - tables.groups.private_start()
         tail = first_tail_page(own, spec.selected_page_size)
     attend, attended = decode_attend(
         program.config,
@@ -270,6 +270,8 @@ def decode_step(
     )
     model = bind(program.config, params)
     hidden, caches = model(rows.token[:, None], attend, caches, backend=program.backend)
+    if spec.sparsity is not None and spec.sparsity.select is not None:
+        attended += attended_by_choice(spec, caches, tail, own, rows.active)
     return hidden[:, 0], caches, tail, attended
 
 
