@@ -18,13 +18,11 @@ import numpy as np
 from jaxtyping import Float
 
 import convert
-from convert.head_shares import shipped_for
 from lserve_jax.attention.cache import CacheSpec
-from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.checks import check_choice, check_integer, check_path, is_listing
-from lserve_jax.engine.build import EngineOptions, build_engine, resolve_dtype
-from lserve_jax.engine.judging import judge
-from lserve_jax.engine.prefix import CommonPrefix, Prefix
+from lserve_jax.engine.build import EngineOptions, build_engine, resolve_dtype, with_shipped_shares
+from lserve_jax.engine.judging import embed, judge
+from lserve_jax.engine.prefix import CommonPrefix, Prefix, check_begins
 from lserve_jax.engine.request import PromptIds, check_deadline
 from lserve_jax.engine.scoring import Score
 from lserve_jax.memory import memory_errors
@@ -39,7 +37,6 @@ Message = Mapping[str, Any]  # {"role": ..., "content": ...}, and what else a te
 SharedPrefix = Literal["auto", "off"] | Prefix
 # Called with (prompt index, completion index, new text) as text is made.
 OnText = Callable[[int, int, str], None]
-_EMBEDDED_AT_ONCE = 64  # prompts whose hidden states the host holds
 OPTIONS = tuple(field.name for field in dataclasses.fields(EngineOptions))
 
 
@@ -98,7 +95,7 @@ class LLM:
                 raise ValueError("tokenizer= is for a (config, params) pair: a checkpoint has one")
             source = convert.resolve(model, progress=progress)
             if adapter is None:
-                self.options = _with_shipped_shares(self.options, source)
+                self.options = with_shipped_shares(self.options, source)
             config = convert.read_config(source)
             tokenizer = convert.load_tokenizer(source.path)
 
@@ -226,7 +223,7 @@ class LLM:
             ]
             beginning: list[int] = []
             if isinstance(shared_prefix, Prefix):
-                _check_begins(shared_prefix, checked)
+                check_begins(shared_prefix, [prompt.ids.ids for prompt in checked])
             elif not isinstance(shared_prefix, str) or shared_prefix not in ("auto", "off"):
                 raise ValueError(f"{shared_prefix=} must be 'auto', 'off' or a Prefix")
             elif shared_prefix == "auto":
@@ -404,17 +401,9 @@ class LLM:
         They come from after the model's last norm, out of prefill. Raises where ``score`` does.
         """
         check_choice("pooling", pooling, ("mean", "last"))
-        ids, embeddings = self._listed_ids(prompts), []
-        for first in range(0, len(ids), _EMBEDDED_AT_ONCE):
-            batch = ids[first : first + _EMBEDDED_AT_ONCE]
-            nothing = [np.zeros(0, np.int32)] * len(batch)
-            with self._lock, memory_errors():
-                scores = judge(self.engine, batch, nothing, keep_hidden=True)
-            for new in scores:
-                assert new.hidden is not None  # it was asked for
-                hidden = new.hidden.astype(np.float32)
-                embeddings.append(hidden.mean(axis=0) if pooling == "mean" else hidden[-1])
-        return np.stack(embeddings) if embeddings else np.zeros((0, self.config.hidden_size), "f4")
+        ids = self._listed_ids(prompts)
+        with self._lock, memory_errors():
+            return embed(self.engine, ids, pooling)
 
     def _listed_ids(self, prompts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
         """Token ids of a prompt or of several, at least one each."""
@@ -524,37 +513,3 @@ class LLM:
                 return []  # prefixes that are held already serve these prompts
             common.add(prompt.ids.ids)
         return common.whole_pages(self.spec.page_size)
-
-
-def _check_begins(prefix: Prefix, prompts: Sequence[CheckedPrompt]) -> None:
-    if prefix.is_released:
-        raise ValueError(f"the prefix of {len(prefix.token_ids)} tokens is released")
-    for i, prompt in enumerate(prompts):
-        # Only whole pages are shared: what follows them may be cut into other tokens in a prompt.
-        shared = prefix.token_ids[: prefix.num_shared_tokens]
-        beginning = prompt.ids.ids[: len(shared)]
-        same = beginning == shared[: len(beginning)]
-        if len(beginning) < len(shared) or not same.all():
-            at = len(beginning) if same.all() else int(same.argmin())
-            raise ValueError(
-                f"prompt {i} does not begin with the prefix of {len(prefix.token_ids)} tokens: "
-                f"they differ at token {at}"
-            )
-
-
-def _with_shipped_shares(options: EngineOptions, source: convert.ModelSource) -> EngineOptions:
-    """What was measured best for a model, where it was: nobody has to know a pattern's name.
-
-    Settings that name heads or a budget of tokens are left as they are, and so are checkpoints on
-    disk, whatever their folder's name.
-    """
-    given = options.sparsity or SparsityConfig()
-    says_which = given.pattern is not None or given.head_shares != "auto"
-    says_how_many = given.token_budget is not None and not given.dense_heads
-    if options.attention != "lserve" or options.draft == "ngram" or says_which or says_how_many:
-        return options
-    pattern = None if os.path.exists(source.name) else shipped_for(source.name)
-    if pattern is None:
-        return options
-    sparsity = dataclasses.replace(given, pattern=pattern)
-    return dataclasses.replace(options, sparsity=sparsity)

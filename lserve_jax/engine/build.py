@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from convert.head_shares import shipped_for
+from convert.sources import ModelSource
 from lserve_jax.attention.cache import CacheSpec, DraftSource, KVDtype, cache_bytes, make_spec
 from lserve_jax.attention.config import MOST_BURST_STEPS, SparsityConfig
 from lserve_jax.checks import INT32_MAX, check_bool, check_choice, check_integer, is_real
@@ -319,3 +322,21 @@ def room_for_pages(
     # Every prefix held keeps a copy of the prefill window.
     fixed = sum(sizes.values()) + spec.max_prefixes * sizes["prefill_window"]
     return max(int(memory_fraction * (free - fixed)), 0)
+
+
+def with_shipped_shares(options: EngineOptions, source: ModelSource) -> EngineOptions:
+    """What was measured best for a model, where it was: nobody has to know a pattern's name.
+
+    Settings that name heads or a budget of tokens are left as they are, and so are checkpoints on
+    disk, whatever their folder's name.
+    """
+    given = options.sparsity or SparsityConfig()
+    says_which = given.pattern is not None or given.head_shares != "auto"
+    says_how_many = given.token_budget is not None and not given.dense_heads
+    if options.attention != "lserve" or options.draft == "ngram" or says_which or says_how_many:
+        return options
+    pattern = None if os.path.exists(source.name) else shipped_for(source.name)
+    if pattern is None:
+        return options
+    sparsity = dataclasses.replace(given, pattern=pattern)
+    return dataclasses.replace(options, sparsity=sparsity)

@@ -10,11 +10,12 @@ Three ways, by what the engine is like and how long a text is:
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from lserve_jax.attention.attend import causal_attend
 from lserve_jax.engine.buckets import bucket
@@ -30,6 +31,7 @@ from lserve_jax.sampling_params import SamplingParams
 # long ones waste less of their ends.
 _BATCH_TOKENS = 2048
 _SHORTEST_ROW = 512
+_EMBEDDED_AT_ONCE = 64  # prompts whose hidden states the host holds
 
 
 def judge(
@@ -74,6 +76,21 @@ def judge(
             )
         )
     return scores
+
+
+def embed(
+    engine: Engine, prompts: Sequence[np.ndarray], pooling: Literal["mean", "last"]
+) -> Float[np.ndarray, "N E"]:
+    """Of each prompt (checked token ids), its hidden states' mean or the last one, float32."""
+    embeddings = [np.zeros((0, engine.config.hidden_size), np.float32)]
+    for first in range(0, len(prompts), _EMBEDDED_AT_ONCE):
+        batch = prompts[first : first + _EMBEDDED_AT_ONCE]
+        nothing = [np.zeros(0, np.int32)] * len(batch)
+        for new in judge(engine, batch, nothing, keep_hidden=True):
+            assert new.hidden is not None  # it was asked for
+            hidden = new.hidden.astype(np.float32)
+            embeddings.append(hidden.mean(axis=0)[None] if pooling == "mean" else hidden[-1:])
+    return np.concatenate(embeddings)
 
 
 def is_judged_by_prefill(engine: Engine) -> bool:
