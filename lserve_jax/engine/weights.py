@@ -88,15 +88,15 @@ class Intake:
             params,
             is_leaf=lambda x: isinstance(x, Weight),
         )
-        params = permute_heads(self.config, params, self.partition)
         if self.config.tie_word_embeddings and jax.default_backend() == "cpu":
             # XLA's CPU matrix-vector product is five times slower on a transposed matrix, and the
             # output projection is a fifth of a small model's weights.
             kernel = jnp.array(params["embed_tokens"]["embedding"].T)
             params = params | {"lm_head": {"kernel": kernel}}
+        # Before heads move, so that a model's codes do not depend on how it is attended.
         if self.weights is not None:
             params = quantise_params(params, self.weights, group=self.weight_group)
-        return params
+        return permute_heads(self.config, params, self.partition)
 
 
 def _leaves(params: Params) -> dict[str, Any]:
