@@ -139,20 +139,20 @@ def _packed(engine: Engine, texts: Sequence[np.ndarray], keep_hidden: bool) -> l
             found.update((i, _cut(of_row, start, len(texts[i]))) for i, start in row)
 
     lengths = [len(text) for text in texts]
-    # Where keys depend on the length of their sequence, it has a row by itself.
-    alone = engine.config.rope.rope_type == "dynamic"
     behind: tuple[list[_Row], Sample] | None = None
-    for rows, shape in _batches(lengths, alone=alone):
-        tokens, positions, following = (np.zeros(shape, np.int32) for _ in range(3))
-        segments = np.full(shape, -1, np.int32)
+    for rows, shape in _batches(lengths):
+        # Segment 0 is padding.
+        tokens, positions, segments, whole, following = (
+            np.zeros(shape, np.int32) for _ in range(5)
+        )
         for at, row in enumerate(rows):
             for i, start in row:
                 end = start + lengths[i]
-                tokens[at, start:end], segments[at, start:end] = texts[i], i
-                positions[at, start:end] = np.arange(lengths[i])
+                tokens[at, start:end], segments[at, start:end] = texts[i], i + 1
+                positions[at, start:end], whole[at, start:end] = np.arange(lengths[i]), lengths[i]
                 following[at, start : end - 1] = texts[i][1:]
         engine.runner.count_shape("judge_rows", shape, keep_hidden)
-        arrays = map(jnp.asarray, (tokens, positions, segments, following))
+        arrays = map(jnp.asarray, (tokens, positions, segments, whole, following))
         judged = judge_rows(engine.config, engine.params, *arrays, keep_hidden=keep_hidden)
         if behind is not None:  # fetched while the device works
             take(*behind)
@@ -167,9 +167,7 @@ def _by_row(judged: Sample) -> Iterator[Sample]:
         yield jax.tree.map(lambda x, at=at: x[at], judged)
 
 
-def _batches(
-    lengths: Sequence[int], *, alone: bool
-) -> Iterator[tuple[list[_Row], tuple[int, int]]]:
+def _batches(lengths: Sequence[int]) -> Iterator[tuple[list[_Row], tuple[int, int]]]:
     """Texts of up to ``_BATCH_TOKENS`` tokens in rows, rows in batches of at most as many.
 
     Yields the rows of each batch with its shape (rows, tokens), which may have more rows. Texts are
@@ -180,7 +178,7 @@ def _batches(
         size = bucket(lengths[i], _SHORTEST_ROW, _BATCH_TOKENS)
         rows, free = sizes.setdefault(size, ([], []))
         room = next((at for at, left in enumerate(free) if left >= lengths[i]), None)
-        if room is None or alone:
+        if room is None:
             room = len(rows)
             rows.append([])
             free.append(size)
@@ -199,17 +197,18 @@ def judge_rows(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
+    lengths: Int[Array, "B T"],
     following: Int[Array, "B T"],
     *,
     keep_hidden: bool,
 ) -> Sample:
     """What the model thinks of the token ``following`` each; B T is a power of two.
 
-    Tokens attend those before them in the row that have their ``segment_ids``. Leaves are
-    [B, T, ...], one likeliest token among them.
+    Tokens attend those before them in the row that have their ``segment_ids``; ``lengths`` are
+    those of their sequences. Leaves are [B, T, ...], one likeliest token among them.
     """
     model = bind(config, params)
-    attend = causal_attend(config, positions, segment_ids=segment_ids)
+    attend = causal_attend(config, positions, lengths=lengths, segment_ids=segment_ids)
     hidden, _ = model(tokens, attend, [None] * config.num_hidden_layers)
     flat = hidden.reshape(tokens.size, -1)
     judged = judge_tokens(model.unembed, flat, following.reshape(-1), 1, config.vocab_size)

@@ -271,7 +271,7 @@ class ModelRunner:
 
         Of each layer ``[Kq, R]`` int32, -1 behind a head's last.
         """
-        self._count_shape("selected_pages")
+        self.count_shape("selected_pages")
         listed = [cache.listed for cache in self._caches]
         return selected_pages(self._program, listed, self._state.tail, jnp.int32(slot))
 

@@ -81,7 +81,7 @@ def test_dense_scores_and_hidden_states_are_the_models() -> None:
     check_nothing_left(llm.engine)
 
 
-def test_keys_that_depend_on_the_length_have_rows_of_their_own() -> None:
+def test_keys_that_depend_on_the_length_share_a_row() -> None:
     rope = RopeConfig(rope_type="dynamic", factor=4.0)
     config = dataclasses.replace(CONFIG, max_position_embeddings=64, rope=rope)
     llm = LLM((config, PARAMS), max_model_len=256)
@@ -156,7 +156,7 @@ def test_rows_hold_every_text_once_and_waste_little() -> None:
     lengths = [*np.random.default_rng(0).integers(1, 300, 200).tolist(), 2048, 1000, 513]
     places: dict[int, tuple[int, int]] = {}
     used, shapes = 0, set()
-    for number, (rows, shape) in enumerate(_batches(lengths, alone=False)):
+    for number, (rows, shape) in enumerate(_batches(lengths)):
         assert len(rows) <= shape[0] and shape[0] * shape[1] <= 2048
         used += shape[0] * shape[1]
         shapes.add(shape)
