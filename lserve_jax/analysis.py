@@ -19,18 +19,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 from jaxtyping import Array, Float
-from tyro.conf import OmitArgPrefixes, arg
+from tyro.conf import OmitArgPrefixes, SuppressFixed, arg
 
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.attention.config import SparsityConfig
-from lserve_jax.attention.selection import first_tail_page
+from lserve_jax.attention.selection import choose_pages, first_tail_page
 from lserve_jax.checks import check_integer
 from lserve_jax.cli import exit_code, read_text
 from lserve_jax.engine.head_policy import head_policy
@@ -40,6 +40,9 @@ from lserve_jax.model.llama import Attend, Params, bind
 from lserve_jax.model.rope import layer_angles, rotary_angles
 from lserve_jax.text_engine import Prompt
 from pallas_kernels import api
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,23 @@ class PageRecall:
     @property
     def mean(self) -> Float[np.ndarray, "L H"]:
         return self.recall.mean(axis=2)
+
+    def table(self) -> dict[str, np.ndarray]:
+        """One row a layer, query head and query: columns of equal length, as for a data frame.
+
+        ``layer``, ``head``, ``kv_head``, ``position`` (of the query), ``is_retrieval``, ``recall``.
+        """
+        (L, H, Q), Hk = self.recall.shape, self.is_retrieval.shape[1]
+        layer, head, query = (x.ravel() for x in np.indices((L, H, Q)))
+        kv_head = head // (H // Hk)
+        return {
+            "layer": layer,
+            "head": head,
+            "kv_head": kv_head,
+            "position": self.positions[query],
+            "is_retrieval": self.is_retrieval[layer, kv_head],
+            "recall": self.recall.ravel(),
+        }
 
 
 def page_recall(llm: LLM, prompt: Prompt, *, num_queries: int = 64) -> PageRecall:
@@ -189,14 +209,28 @@ def _measuring_attend(
                 selected_page_size=U,
                 lower_bound_weight=sparsity.lower_bound_weight,
             )
-            wanted = spec.wanted_pages(layer, tail)
-            selected = api.select_pages(
-                page_scores,
-                tail,
-                wanted,
-                num_pages=spec.num_ranked(layer),
-                sink_pages=spec.forced_sink_pages,
-            )  # [Q, Kq, R]
+            if sparsity.select is None:
+                selected = api.select_pages(
+                    page_scores,
+                    tail,
+                    spec.wanted_pages(layer, tail),
+                    num_pages=spec.num_ranked(layer),
+                    sink_pages=spec.forced_sink_pages,
+                )  # [Q, Kq, R]
+            else:
+                counts, selected = choose_pages(
+                    spec,
+                    layer,
+                    sparsity.select,
+                    q[selecting][:, : Kq * config.group_size],
+                    page_scores,
+                    stats.transpose(3, 0, 1, 2, 4),
+                    jnp.broadcast_to(table[None], (Q, M)),
+                    selecting + 1,
+                    tail,
+                )
+                entry = jnp.arange(selected.shape[2])[None, None]
+                selected = jnp.where(entry < counts[:, :, None], selected, -1)
             is_selected = (selected[..., None] == page[None, None]).any(axis=2) | in_tail[:, None]
             by_page = mass[:, :Kq].reshape(Q, Kq, config.group_size, -1, U).sum(axis=-1)
             ranked = jnp.where(is_selected[:, :, None], by_page, 0.0).sum(axis=-1)  # [Q, Kq, G]
@@ -213,8 +247,10 @@ def require_matplotlib() -> None:
         raise ValueError("plots need matplotlib: pip install 'lserve-jax[plot]'")
 
 
-def plot_page_recall(recall: PageRecall, path: str | os.PathLike[str]) -> None:
-    """Writes a PNG: mean recall by layer and query head, and its spread over layers.
+def plot_page_recall(recall: PageRecall, path: str | os.PathLike[str] | None = None) -> "Figure":
+    """Mean recall by layer and query head, and its spread over layers, as a figure.
+
+    ``path``: where to write it, as a PNG; None: nowhere.
 
     Raises ``ValueError`` if matplotlib (extra ``plot``) is not installed.
     """
@@ -244,7 +280,9 @@ def plot_page_recall(recall: PageRecall, path: str | os.PathLike[str]) -> None:
         fontsize="medium",
     )
     curve.legend(fontsize="small")
-    figure.savefig(path, dpi=130)
+    if path is not None:
+        figure.savefig(path, dpi=130)
+    return figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +299,7 @@ class AnalysisArgs:
     """Measure the last so many tokens of the text."""
     max_tokens: Annotated[int | None, arg(metavar="INT")] = None
     """Use only so many tokens of the text; default all."""
-    sparsity: OmitArgPrefixes[SparsityConfig] = field(default_factory=SparsityConfig)
+    sparsity: SuppressFixed[OmitArgPrefixes[SparsityConfig]] = field(default_factory=SparsityConfig)
 
 
 def _main(args: AnalysisArgs) -> None:

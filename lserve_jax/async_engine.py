@@ -19,7 +19,7 @@ import functools
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 from lserve_jax.memory import memory_errors
@@ -44,8 +44,8 @@ class EngineFailed(RuntimeError):
 class RequestStream:
     """What comes of requests that were submitted together: (position among them, delta).
 
-    Iterate it once; leave the block early and what is not through is cancelled. The last delta of
-    each completion has a ``finish_reason``, the last of each request its ``output``.
+    Iterate it once, ``async for``; leave the block early and what is not through is cancelled. The
+    last delta of each completion has a ``finish_reason``, the last of each request its ``output``.
 
     Raises ``EngineFailed`` or ``EngineClosed`` from the iteration if the requests were lost.
     """
@@ -56,21 +56,23 @@ class RequestStream:
         self._engine, self._loop = engine, loop
         self._position = {request_id: i for i, request_id in enumerate(request_ids)}
         self._unfinished = set(request_ids)
+        self._cancelled = False
         self._news: asyncio.Queue[TextDelta | Exception] = asyncio.Queue()
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> tuple[int, TextDelta]:
-        if not self._unfinished:
-            raise StopAsyncIteration
-        new = await self._news.get()
-        if isinstance(new, Exception):
-            self._unfinished.clear()
-            raise new
-        if new.output is not None:
-            self._unfinished.remove(new.request_id)
-        return self._position[new.request_id], new
+        while self._unfinished:
+            new = await self._news.get()
+            if isinstance(new, Exception):
+                self._unfinished.clear()
+                raise new
+            if new.output is not None:
+                self._unfinished.remove(new.request_id)
+            if new.finish_reason is not None or not self._cancelled:
+                return self._position[new.request_id], new
+        raise StopAsyncIteration
 
     async def __aenter__(self) -> Self:
         return self
@@ -79,10 +81,15 @@ class RequestStream:
         self.cancel()
 
     def cancel(self) -> None:
-        """Ends the requests, at the end of the step that runs; nothing more comes of them."""
-        if self._unfinished:
+        """Ends the requests, at the end of the step that runs.
+
+        Nothing more comes of them but the last delta of each completion, whose ``finish_reason`` is
+        "cancelled" if it was not through: who waits for it hears of the end. From the stream's own
+        event loop only.
+        """
+        if self._unfinished and not self._cancelled:
+            self._cancelled = True
             self._engine._forget(self, tuple(self._unfinished))
-            self._unfinished.clear()
 
 
 class AsyncEngine:
@@ -152,8 +159,7 @@ class AsyncEngine:
                         )
                     )
             except BaseException:
-                for request_id in request_ids:
-                    self.text.cancel(request_id)
+                self.text.abandon(request_ids)
                 raise
             stream = RequestStream(self, request_ids, loop)
             self._streams.update(dict.fromkeys(request_ids, stream))
@@ -237,11 +243,12 @@ class AsyncEngine:
                 del self._streams[delta.request_id]
         for loop, news in by_loop.items():
             if not _tell(loop, _deliver, news):  # its loop was closed: nobody listens
-                self._cancel([delta.request_id for _, delta in news])
+                self._cancel({delta.request_id for _, delta in news})
 
-    def _cancel(self, request_ids: Sequence[str]) -> None:
+    def _cancel(self, request_ids: Iterable[str]) -> None:
+        """Of requests that are not through; the next step brings their ends."""
         for request_id in request_ids:
-            if self._streams.pop(request_id, None) is not None:
+            if request_id in self._streams:
                 self.text.cancel(request_id)
 
     def _tell_streams(self, error: Exception) -> None:

@@ -15,15 +15,16 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import numpy as np
+from jaxtyping import Float
 
 import convert
-from convert.head_shares import shipped_for
 from lserve_jax.attention.cache import CacheSpec
-from lserve_jax.attention.config import SparsityConfig
-from lserve_jax.checks import check_integer, check_path, is_listing
-from lserve_jax.engine.build import EngineOptions, build_engine, resolve_dtype
-from lserve_jax.engine.prefix import CommonPrefix, Prefix
-from lserve_jax.engine.request import PromptIds
+from lserve_jax.checks import check_choice, check_integer, check_path, is_listing
+from lserve_jax.engine.build import EngineOptions, build_engine, resolve_dtype, with_shipped_shares
+from lserve_jax.engine.judging import embed, judge
+from lserve_jax.engine.prefix import CommonPrefix, Prefix, check_begins
+from lserve_jax.engine.request import PromptIds, check_deadline
+from lserve_jax.engine.scoring import Score
 from lserve_jax.memory import memory_errors
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params
@@ -86,7 +87,7 @@ class LLM:
                 raise ValueError(f"{adapter=} needs a checkpoint; merge it into the params given")
             if len(model) != 2 or not isinstance(model[0], ModelConfig):
                 raise TypeError("a loaded model must be the pair (config, params) of convert.load")
-            self.config, params = model
+            config, params = model
         elif not isinstance(model, str | os.PathLike):
             raise TypeError(f"{model=} must be an alias, a path or a pair (config, params)")
         else:
@@ -94,11 +95,9 @@ class LLM:
                 raise ValueError("tokenizer= is for a (config, params) pair: a checkpoint has one")
             source = convert.resolve(model, progress=progress)
             if adapter is None:
-                self.options = _with_shipped_shares(self.options, source)
-            self.config, tokenizer = (
-                convert.read_config(source),
-                convert.load_tokenizer(source.path),
-            )
+                self.options = with_shipped_shares(self.options, source)
+            config = convert.read_config(source)
+            tokenizer = convert.load_tokenizer(source.path)
 
             def params() -> Params:
                 dtype = resolve_dtype(self.options.dtype)
@@ -113,7 +112,7 @@ class LLM:
 
         with memory_errors():
             self.engine = build_engine(
-                self.config,
+                config,
                 params,
                 self.options,
                 eos_token_ids=() if tokenizer is None else tokenizer.eos_token_ids,
@@ -127,6 +126,11 @@ class LLM:
     def tokenizer(self) -> Tokenizer | None:
         """None for a model that takes and returns token ids only."""
         return self.text_engine.tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's architecture as it runs."""
+        return self.engine.config
 
     @property
     def spec(self) -> CacheSpec:
@@ -148,6 +152,27 @@ class LLM:
         of what held prefixes keep beside their pages."""
         return self.engine.memory_plan()
 
+    def update_params(self, params: Params) -> None:
+        """Runs other weights of the model from now on, as a training step makes them.
+
+        params: the same tree as those at the beginning: those given, or what ``convert.load``
+            returns. A leaf's dtype may also be ``dtype``; a leaf that lies on other devices than
+            the first one did is copied to where that one lay, any other stays where it is.
+
+        Nothing is compiled, and nothing copied but what was copied at the beginning: heads that
+        change places, casts, quantised matrices, on a CPU a tied model's output projection. Every
+        other array is shared with the caller. A training step that takes ``params`` as donated
+        takes them from here too: update again before the next request, which is refused until then.
+
+        Prefixes are released: they hold keys of the old weights. A call of another thread is waited
+        for.
+
+        Raises ``ValueError`` while requests run, for instance of an open ``stream``, and for
+        ``params`` of another tree, shape or dtype: all differences are named, nothing has changed.
+        """
+        with self._lock, memory_errors():
+            self.engine.update_params(params)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -155,6 +180,7 @@ class LLM:
         *,
         shared_prefix: SharedPrefix = "auto",
         on_text: OnText | None = None,
+        deadline: float | None = None,
     ) -> list[RequestOutput]:
         """Completes prompts; results come in the order of the prompts.
 
@@ -162,7 +188,8 @@ class LLM:
         ``shared_prefix``: "auto" computes the longest common prefix of all prompts (whole pages of
         tokens) once; "off" does not; a ``Prefix`` is one that all prompts must begin with. Prompts
         that begin with a prefix that is held already share it in any case, unless their
-        ``prompt_logprobs`` are asked for: these run every token of the prompt.
+        ``prompt_logprobs`` are asked for: these run every token of the prompt. ``deadline`` seconds
+        from now every completion ends with what it has (``finish_reason`` "deadline").
 
         Several threads may call it: they take turns.
 
@@ -196,14 +223,14 @@ class LLM:
             ]
             beginning: list[int] = []
             if isinstance(shared_prefix, Prefix):
-                _check_begins(shared_prefix, checked)
+                check_begins(shared_prefix, [prompt.ids.ids for prompt in checked])
             elif not isinstance(shared_prefix, str) or shared_prefix not in ("auto", "off"):
                 raise ValueError(f"{shared_prefix=} must be 'auto', 'off' or a Prefix")
             elif shared_prefix == "auto":
                 beginning = self._common_beginning(checked, sampling_params)
             requests = zip(checked, sampling_params, strict=True)
             outputs = {}
-            stream = self.stream(requests, beginning=beginning, on_text=on_text)
+            stream = self._stream(requests, beginning, on_text, self._until(deadline))
             with contextlib.closing(stream):
                 for position, output in stream:
                     for error in (c.error for c in output.outputs if c.error is not None):
@@ -217,6 +244,7 @@ class LLM:
         *,
         beginning: Sequence[int] | np.ndarray = (),
         on_text: OnText | None = None,
+        deadline: float | None = None,
     ) -> Generator[tuple[int, RequestOutput]]:
         """Runs requests as they are drawn; yields (position, output) of each when it has finished.
 
@@ -224,6 +252,8 @@ class LLM:
 
         No more are drawn than can run and wait to run next, so there may be any number of them.
         ``beginning``: token ids of whole pages that the prompts begin with, to be computed once.
+        ``deadline``: seconds after which each request, from when it is drawn, ends with what it has
+        (``finish_reason`` "deadline").
 
         Raises ``ValueError`` for a request that ``check_request`` refuses (``TypeError`` for what
         is no pair), and while another stream's requests run; a ``generate`` of another thread is
@@ -232,6 +262,24 @@ class LLM:
         """
         if not is_listing(requests):
             raise TypeError(f"{requests=} must give pairs of a prompt and its SamplingParams")
+        check_deadline(deadline)
+        return self._stream(requests, beginning, on_text, lambda: deadline)
+
+    def _until(self, deadline: float | None) -> Callable[[], float | None]:
+        """What is left of ``deadline`` seconds that begin now."""
+        check_deadline(deadline)
+        if deadline is None:
+            return lambda: None
+        end = self.engine.clock() + deadline
+        return lambda: max(end - self.engine.clock(), 1e-9)  # a deadline must be positive
+
+    def _stream(
+        self,
+        requests: Iterable[tuple[Prompt | CheckedPrompt, SamplingParams]],
+        beginning: Sequence[int] | np.ndarray,
+        on_text: OnText | None,
+        deadline: Callable[[], float | None],
+    ) -> Generator[tuple[int, RequestOutput]]:
         if on_text is not None and not callable(on_text):
             raise TypeError(f"on_text={on_text!r} must be a function")
         text = self.text_engine
@@ -249,7 +297,7 @@ class LLM:
                         f"{request!r:.200} at {position}"
                     )
                 prompt, sampling = request
-                position_of[text.submit(prompt, sampling)] = position
+                position_of[text.submit(prompt, sampling, deadline=deadline())] = position
             if not text.has_unfinished_requests:
                 if position_of:
                     raise ValueError(f"the engine was reset while {len(position_of)} requests ran")
@@ -312,6 +360,62 @@ class LLM:
         with self._lock, memory_errors():
             return self.engine.load_prefix(path)
 
+    def score(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        continuations: Sequence[Sequence[int] | np.ndarray] | None = None,
+        *,
+        return_hidden: bool = False,
+    ) -> list[Score]:
+        """Log probabilities of given tokens, as arrays, under the attention that would write them.
+
+        continuations: token ids that follow each prompt, such as a rollout's, to be judged; None
+            judges every token of the prompts but the first.
+        return_hidden: also what the logits after each token are made of.
+
+        Dense attention judges by prefill, many texts at a time. With lserve attention, or int8 keys
+        and values, a prompt is prefilled and what follows it is fed to decode steps, which select
+        their pages as in ``generate``: the log probabilities are those of the rollout. Those of a
+        rollout whose prefix was read together with others' (``relay``) are not.
+
+        Raises ``ValueError`` for an empty or too long text, token ids outside the vocabulary, and
+        while requests run; ``FloatingPointError`` for logits that are not finite.
+        """
+        ids = self._listed_ids(prompts)
+        vocab = self.config.vocab_size
+        if continuations is None:
+            following = [prompt[1:] for prompt in ids]
+            ids = [prompt[:1] for prompt in ids]
+        elif len(continuations) != len(ids):
+            raise ValueError(f"{len(ids)} prompts need as many continuations, got {continuations}")
+        else:
+            following = [PromptIds.check(c, vocab, what="continuation").ids for c in continuations]
+        with self._lock, memory_errors():
+            return judge(self.engine, ids, following, keep_hidden=return_hidden)
+
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, pooling: Literal["mean", "last"] = "mean"
+    ) -> Float[np.ndarray, "N E"]:
+        """Hidden states of each prompt, float32: their mean over its tokens, or the last one.
+
+        They come from after the model's last norm, out of prefill. Raises where ``score`` does.
+        """
+        check_choice("pooling", pooling, ("mean", "last"))
+        ids = self._listed_ids(prompts)
+        with self._lock, memory_errors():
+            return embed(self.engine, ids, pooling)
+
+    def _listed_ids(self, prompts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
+        """Token ids of a prompt or of several, at least one each."""
+        listed = [prompts] if isinstance(prompts, str | Mapping) else prompts
+        if not isinstance(listed, Sequence):
+            raise TypeError(f"prompts must be a prompt or a list of them, got {prompts!r}")
+        ids = [self.token_ids(prompt) for prompt in listed]
+        for number, prompt in enumerate(ids):
+            if len(prompt) == 0:
+                raise ValueError(f"prompt {number} is empty: there is nothing to judge")
+        return ids
+
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
@@ -322,13 +426,15 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         shared_prefix: SharedPrefix = "auto",
         on_text: OnText | None = None,
+        deadline: float | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or a list of them, through the model's chat template.
 
         ``add_generation_prompt`` opens an answer of the model's. ``continue_final_message`` has the
         model go on with the last message instead, the beginning of an answer as a rule; it needs
         ``add_generation_prompt=False``. The output's text is then what follows that beginning.
-        ``tools`` are JSON schemas of functions that the template tells the model of.
+        ``tools`` are JSON schemas of functions that the template tells the model of. What follows
+        ``tools`` is as in ``generate``.
 
         Raises ``ValueError`` for no message, and where ``chat_prompt`` and ``generate`` do;
         ``TypeError`` for what is no list of messages.
@@ -350,7 +456,13 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self.generate(prompts, sampling_params, shared_prefix=shared_prefix, on_text=on_text)
+        return self.generate(
+            prompts,
+            sampling_params,
+            shared_prefix=shared_prefix,
+            on_text=on_text,
+            deadline=deadline,
+        )
 
     def chat_prompt(
         self,
@@ -401,37 +513,3 @@ class LLM:
                 return []  # prefixes that are held already serve these prompts
             common.add(prompt.ids.ids)
         return common.whole_pages(self.spec.page_size)
-
-
-def _check_begins(prefix: Prefix, prompts: Sequence[CheckedPrompt]) -> None:
-    if prefix.is_released:
-        raise ValueError(f"the prefix of {len(prefix.token_ids)} tokens is released")
-    for i, prompt in enumerate(prompts):
-        # Only whole pages are shared: what follows them may be cut into other tokens in a prompt.
-        shared = prefix.token_ids[: prefix.num_shared_tokens]
-        beginning = prompt.ids.ids[: len(shared)]
-        same = beginning == shared[: len(beginning)]
-        if len(beginning) < len(shared) or not same.all():
-            at = len(beginning) if same.all() else int(same.argmin())
-            raise ValueError(
-                f"prompt {i} does not begin with the prefix of {len(prefix.token_ids)} tokens: "
-                f"they differ at token {at}"
-            )
-
-
-def _with_shipped_shares(options: EngineOptions, source: convert.ModelSource) -> EngineOptions:
-    """What was measured best for a model, where it was: nobody has to know a pattern's name.
-
-    Settings that name heads or a budget of tokens are left as they are, and so are checkpoints on
-    disk, whatever their folder's name.
-    """
-    given = options.sparsity or SparsityConfig()
-    says_which = given.pattern is not None or given.head_shares != "auto"
-    says_how_many = given.token_budget is not None and not given.dense_heads
-    if options.attention != "lserve" or options.draft == "ngram" or says_which or says_how_many:
-        return options
-    pattern = None if os.path.exists(source.name) else shipped_for(source.name)
-    if pattern is None:
-        return options
-    sparsity = dataclasses.replace(given, pattern=pattern)
-    return dataclasses.replace(options, sparsity=sparsity)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, SuppressFixed
 
 from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.cli import Switch, flag
@@ -45,7 +45,7 @@ class ModelArgs:
     """Where --exact has its drafts from: sparse steps, or what followed the same words before."""
     max_draft_tokens: int = 7
     """Most tokens that are drafted before they are verified."""
-    sparsity: OmitArgPrefixes[SparsityConfig] = field(default_factory=SparsityConfig)
+    sparsity: SuppressFixed[OmitArgPrefixes[SparsityConfig]] = field(default_factory=SparsityConfig)
     """Only with --attention lserve. Sizes are in tokens."""
 
     backend: Literal["auto", "mosaic", "reference"] = "auto"

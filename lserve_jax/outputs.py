@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from lserve_jax.engine.metrics import RequestMetrics
 from lserve_jax.engine.reads import PageReads
@@ -21,7 +23,12 @@ class CompletionOutput:
     cumulative_logprob: float  # sum of the tokens' logprobs under the model's own distribution
     # Per token, {id: logprob} of the most likely tokens and the chosen one; None unless asked for.
     logprobs: list[dict[int, float]] | None
-    finish_reason: str  # "stop", "length", "deadline" or "error"
+    # The same as arrays, int32 and float32: of each of the n tokens its log probability, and the
+    # ``logprobs`` likeliest tokens (none where they were not asked for).
+    token_logprobs: np.ndarray = field(compare=False)  # [n]
+    top_token_ids: np.ndarray = field(compare=False)  # [n, logprobs]
+    top_logprobs: np.ndarray = field(compare=False)  # [n, logprobs]
+    finish_reason: str  # "stop", "length", "deadline", "cancelled" or "error"
     stop_reason: int | str | None  # the stop token id or string that ended it; None otherwise
     metrics: RequestMetrics
     # With "error" what went wrong: FloatingPointError for logits that are not finite, ValueError
@@ -67,7 +74,7 @@ class TextDelta:
     token_ids: list[int]
     # Per token, as in ``CompletionOutput``; None unless asked for.
     logprobs: list[dict[int, float]] | None
-    # With the completion's last delta "stop", "length", "deadline" or "error".
+    # With the completion's last delta "stop", "length", "deadline", "cancelled" or "error".
     finish_reason: str | None
     stop_reason: int | str | None
     output: RequestOutput | None  # with the last delta of the request
@@ -96,7 +103,9 @@ class Completion:
         self._shown = 0  # characters of text that append() has returned
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
-        self._top: list[dict[int, float]] = []
+        self._top: list[dict[int, float]] = []  # the likeliest and the chosen token
+        self._top_ids: list[list[int]] = []  # without the chosen token
+        self._top_logprobs: list[list[float]] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self._metrics = RequestMetrics()
@@ -116,6 +125,8 @@ class Completion:
             self._token_ids.append(token)
             self._logprobs.append(new.logprobs[i])
             self._top.append({**new.top_logprobs[i], token: new.logprobs[i]})
+            self._top_ids.append([*new.top_logprobs[i]])
+            self._top_logprobs.append([*new.top_logprobs[i].values()])
             ends_here = stopped_by_token and i == len(new.token_ids) - 1
             if token in self._stop_of_id and len(self._token_ids) > self.sampling.min_tokens:
                 self._end_at_token(self._stop_of_id[token])
@@ -182,12 +193,16 @@ class Completion:
     def output(self) -> CompletionOutput:
         """The finished completion."""
         assert self.finish_reason is not None
+        shape = len(self._token_ids), len(self._top_ids[0]) if self._top_ids else 0
         return CompletionOutput(
             index=self.index,
             text=self._text,
             token_ids=self._token_ids,
             cumulative_logprob=sum(self._logprobs),
             logprobs=None if self.sampling.logprobs is None else self._top,
+            token_logprobs=np.asarray(self._logprobs, np.float32),
+            top_token_ids=np.asarray(self._top_ids, np.int32).reshape(shape),
+            top_logprobs=np.asarray(self._top_logprobs, np.float32).reshape(shape),
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             metrics=self._metrics,

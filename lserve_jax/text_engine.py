@@ -12,7 +12,7 @@ request's ``n`` completions become requests of the engine, and tokens become tex
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -214,7 +214,7 @@ class TextEngine:
         if self.engine.resets != self._resets:
             self._resets = self.engine.resets
             parts = self._parts.items()
-            lost = {r.request_id for part, (r, _) in parts if part not in self.engine.unfinished}
+            lost = {r.request_id for part, (r, _) in parts if not self.engine.owes(part)}
             self._forget(lost)
             if lost:
                 raise ValueError(f"the engine was reset while requests {sorted(lost)} ran")
@@ -254,7 +254,10 @@ class TextEngine:
         return [delta]
 
     def cancel(self, request_id: str) -> None:
-        """Ends a request and all its completions now; nothing more comes of it.
+        """Ends a request and all its completions now, with what they have.
+
+        Nothing more comes of it but the last delta of each completion, with ``finish_reason``
+        "cancelled" and no token, which the next step returns.
 
         Raises ``ValueError`` if no such request waits or runs, and if the engine was reset: then
         it is gone already, which ``step`` will say too.
@@ -264,19 +267,24 @@ class TextEngine:
         parts = self._parts_of(request_id)
         if self.engine.resets != self._resets and not self.engine.unfinished.keys() >= set(parts):
             raise ValueError(f"the engine was reset while request {request_id!r} ran: it is gone")
+        parts = [part for part in parts if part in self.engine.unfinished]
+        if not parts:  # it is cancelled already
+            raise ValueError(f"no request with id {request_id!r} is waiting or running")
         for part in parts:
             self.engine.cancel(part)
-        self._forget([request_id])
 
-    def abandon(self) -> None:
-        """After an error in the middle of a step: ends all requests.
+    def abandon(self, request_ids: Sequence[str] | None = None) -> None:
+        """After an error in the middle of a call: ends its requests, None: all.
 
-        Resets the engine if the error came from the device, whose state is lost then.
+        Nothing more comes of them. Resets the engine if the error came from the device, whose state
+        is lost then.
         """
+        if request_ids is None:
+            request_ids = list(self._running)
         try:
-            self.engine.abandon(list(self._parts))
+            self.engine.abandon([p for name in request_ids for p in self._parts_of(name)])
         finally:  # also after Ctrl-C in between
-            self._forget(list(self._running))
+            self._forget(request_ids)
 
     def _parts_of(self, request_id: str) -> list[str]:
         completions = self._running[request_id].completions

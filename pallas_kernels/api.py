@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.checks import (
     check_list,
     check_range,
+    check_selection,
     check_table,
     check_targets,
     expect_dtype,
@@ -88,6 +89,7 @@ __all__ = [
     "apply_rotary",
     "causal_attention",
     "check_range",
+    "check_selection",
     "dequantize_kv",
     "dequantize_weight",
     "fused_linear",

@@ -80,6 +80,36 @@ def expect_table(name: str, table: Array, *rows: int) -> None:
         raise ValueError(f"{name} has shape {table.shape}, needs an entry")
 
 
+def check_selection(counts: Array, pages: Array, candidates: Array) -> None:
+    """Under ``value_checks``: a selection names pages that there are; nothing otherwise.
+
+    The first ``counts`` [B, K] of a head's ``pages`` [B, K, n] must be below its row's
+    ``candidates`` [B].
+
+    >>> import jax.numpy as jnp
+    >>> from jax.experimental import checkify
+    >>> counts, pages = jnp.array([[2]]), jnp.array([[[0, 5, 9]]])
+    >>> with value_checks():
+    ...     error, _ = checkify.checkify(check_selection)(counts, pages, jnp.array([5]))
+    >>> error.get().split(" (")[0]
+    'a selected page must lie before page 5 of its sequence, got page 5'
+    """
+    if not _checks_values.get() or pages.size == 0:
+        return
+    most = pages.shape[2]
+    check_range("counts of selected pages", counts, most)
+    limit = jnp.broadcast_to(candidates[:, None, None], pages.shape)
+    read = jnp.arange(most)[None, None] < counts[:, :, None]
+    wrong = read & ((pages < 0) | (pages >= limit))
+    at = jnp.argmax(wrong)
+    checkify.debug_check(
+        ~wrong.any(),
+        "a selected page must lie before page {limit} of its sequence, got page {page}",
+        limit=limit.ravel()[at],
+        page=pages.ravel()[at],
+    )
+
+
 def check_range(name: str, x: Array, limit: int, *, lowest: int = 0) -> None:
     """Under ``value_checks``: every x is in [lowest, limit]. For functions of one's own, too.
 

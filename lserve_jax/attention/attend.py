@@ -9,6 +9,7 @@ layer calls:
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -19,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lserve_jax.attention.cache import CacheSpec, LayerCache
 from lserve_jax.attention.selection import (
     all_pages,
+    choose_pages,
     retrieval_pages,
     retrieval_stop,
     window_list,
@@ -195,7 +197,11 @@ def decode_attend(
     ]
     num_retrieval = sum(spec.heads.num_retrieval)
     num_streaming = config.num_hidden_layers * config.num_key_value_heads - num_retrieval
-    attended = sum(stop.sum(axis=1) for stop in stops)
+    # What heads chose by a policy of one's own is known only once they have.
+    own_select = None if spec.sparsity is None else spec.sparsity.select
+    attended = jnp.zeros_like(position)
+    if own_select is None:
+        attended = sum(stop.sum(axis=1) for stop in stops)
     attended += num_streaming * (local.stop - local.start)[:, 0]
     attended += num_retrieval * jnp.where(active, private_start, 0)
 
@@ -219,9 +225,9 @@ def decode_attend(
         )
         key_stats = key_stats if drafting else widened
         retrieval_queries = q[:, : Kr * config.group_size]
-        listed = cache.listed
+        listed, counts, stop = cache.listed, cache.counts, stops[layer]
         if select and listed is not None:
-            selected = None
+            chosen = selected = None
             if key_stats is not None:
                 scores = api.page_scores(
                     q[:, : key_stats.shape[0] * config.group_size],
@@ -233,22 +239,40 @@ def decode_attend(
                     lower_bound_weight=spec.lower_bound_weight,
                     backend=backend,
                 )
-                selected = api.select_pages(
-                    scores,
-                    tail,
-                    spec.wanted_pages(layer, tail),
-                    num_pages=spec.num_ranked(layer),
-                    sink_pages=spec.forced_sink_pages,
-                    backend=backend,
-                )
-            pages = retrieval_pages(spec, layer, selected, tail, page_table)
+                if own_select is None:
+                    selected = api.select_pages(
+                        scores,
+                        tail,
+                        spec.wanted_pages(layer, tail),
+                        num_pages=spec.num_ranked(layer),
+                        sink_pages=spec.forced_sink_pages,
+                        backend=backend,
+                    )
+                else:
+                    queries = q[:, : key_stats.shape[0] * config.group_size]
+                    length = jnp.where(active, own + 1, 0)
+                    chosen, selected = choose_pages(
+                        spec,
+                        layer,
+                        own_select,
+                        queries,
+                        scores,
+                        key_stats,
+                        page_table,
+                        length,
+                        tail,
+                    )
+                    counts = None if counts is None else counts.at[:B].set(chosen)
+            pages = retrieval_pages(spec, layer, selected, tail, page_table, chosen)
             listed = listed.at[:B].set(pages)
+        if counts is not None:
+            stop = retrieval_stop(spec, layer, tail, own, active, counts[:B])
         pages = everything if listed is None else listed
         out, lse = api.paged_attention(
             q,
             retrieval,
             streaming,
-            PageList(pages, start, stops[layer]),
+            PageList(pages, start, stop),
             local,
             selected_page_size=spec.selected_page_size,
             most_tokens=spec.most_tokens(layer, config.num_key_value_heads - Kr),
@@ -266,10 +290,29 @@ def decode_attend(
             streaming=streaming,
             key_stats=key_stats,
             listed=listed,
+            counts=counts,
         )
         return out[:, None], cache
 
     return attend, attended
+
+
+def attended_by_choice(
+    spec: CacheSpec,
+    caches: Sequence[LayerCache],
+    tail: Int[Array, " B"],
+    own: Int[Array, " B"],
+    active: Bool[Array, " B"],
+) -> Int[Array, " B"]:
+    """What ``decode_attend`` could not count of a step: tokens of retrieval heads, where a policy
+    of one's own chooses their pages. ``caches`` are those after the step."""
+    stops = [
+        retrieval_stop(
+            spec, layer, tail, own, active, None if c.counts is None else c.counts[: len(tail)]
+        )
+        for layer, c in enumerate(caches)
+    ]
+    return sum((stop.sum(axis=1) for stop in stops), jnp.zeros_like(tail))
 
 
 def _join_prefixes(

@@ -281,6 +281,8 @@ class LayerCache:
     prefill_window: KVPages  # [Ks, W, P, D], in the compute dtype
     # What the last selection lists, as ``retrieval_pages`` numbers it; None: heads list all pages.
     listed: Int[Array, "S Kr L"] | None
+    # With a policy of one's own: how many pages each ranked head chose at the last selection.
+    counts: Int[Array, "S Kq"] | None = None
 
 
 def make_spec(
@@ -345,19 +347,22 @@ def init_layer_cache(config: ModelConfig, spec: CacheSpec, layer: int, dtype) ->
         )
 
     quantized = spec.kv_dtype == "int8"
-    key_stats = listed = None
+    key_stats = listed = counts = None
     if spec.lists_pages(layer):
         listed = jnp.zeros((spec.max_num_seqs, Kr, spec.num_listed(layer)), jnp.int32)
     if Kq > 0:
         assert spec.sparsity is not None  # nothing is ranked in dense attention
         g = P // spec.sparsity.logical_page_size
         key_stats = jnp.zeros((Kq, spec.num_pages, g, 2, D), dtype)
+        if spec.sparsity.select is not None:
+            counts = jnp.zeros((spec.max_num_seqs, Kq), jnp.int32)
     return LayerCache(
         retrieval=pages(Kr, spec.num_pages, quantized),
         key_stats=key_stats,
         streaming=pages(Ks, spec.num_streaming_pages, quantized),
         prefill_window=pages(Ks, spec.prefill_window.num_pages, False),
         listed=listed,
+        counts=counts,
     )
 
 

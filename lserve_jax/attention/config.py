@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 
+from lserve_jax.attention.policy import Select
 from lserve_jax.checks import check_integer, check_path, is_real
 
 _INTEGERS = (
@@ -66,8 +67,13 @@ class SparsityConfig:
     decode_local: int = 256
     # First selected pages that always win: softmax parks surplus weight there.
     forced_sink_pages: int = 1
+    # Chooses the pages instead of their scores, within the budget or not (``attention/policy.py``).
+    # ``forced_sink_pages`` and ``lower_bound_weight`` are then up to it.
+    select: Select | None = None
 
     def __post_init__(self):
+        if self.select is not None and not callable(self.select):
+            raise TypeError(f"select={self.select!r} must be a function or None")
         if self.pattern is not None:  # a path of any kind; kept as text, which JSON can hold
             if not isinstance(self.pattern, str | os.PathLike):
                 raise TypeError(f"pattern={self.pattern!r} must be a name, a path or None")

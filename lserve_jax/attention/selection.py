@@ -14,9 +14,11 @@ both pools count as pools of P / U times as many pages, without a copy:
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lserve_jax.attention.cache import CacheSpec
+from lserve_jax.attention.policy import Candidates, Select
+from pallas_kernels import api
 from pallas_kernels.api import PageList
 
 
@@ -36,16 +38,65 @@ def all_pages(spec: CacheSpec, page_table: Int[Array, "B M"]) -> Int[Array, "B 1
     return pages.reshape(page_table.shape[0], 1, -1).astype(jnp.int32)
 
 
+def choose_pages(
+    spec: CacheSpec,
+    layer: int,
+    select: Select,
+    q: Float[Array, "B Hq D"],
+    scores: Float[Array, "B Kq N"],
+    key_stats: Float[Array, "Kq pool g 2 D"],
+    page_table: Int[Array, "B M"],
+    length: Int[Array, " B"],
+    tail: Int[Array, " B"],
+) -> tuple[Int[Array, "B Kq"], Int[Array, "B Kq R"]]:
+    """How many pages each ranked head gets by a policy of one's own, and which.
+
+    Under ``value_checks`` what is out of range is reported; else counts and pages are clamped.
+    Raises ``ValueError`` for other shapes or dtypes than those of ``Select``.
+    """
+    B, Kq, N = scores.shape
+    most = min(spec.num_ranked(layer), N)
+    stats = key_stats[:, page_table]  # [Kq, B, M, g, 2, D]
+    _, _, M, g, _, D = stats.shape
+    counts, pages = select(
+        Candidates(
+            layer=layer,
+            most=most,
+            query=q,
+            scores=scores,
+            key_stats=stats.swapaxes(0, 1).reshape(B, Kq, N, M * g // N, 2, D),
+            length=length,
+            candidates=tail,
+            wanted=spec.wanted_pages(layer, tail),
+        )
+    )
+    counts, pages = jnp.asarray(counts), jnp.asarray(pages)
+    whole = jnp.issubdtype(counts.dtype, jnp.integer) and jnp.issubdtype(pages.dtype, jnp.integer)
+    if counts.shape != (B, Kq) or pages.shape[:-1] != (B, Kq) or not whole:
+        raise ValueError(
+            f"select must return integers [{B}, {Kq}] and [{B}, {Kq}, n], got "
+            f"{counts.dtype} {counts.shape} and {pages.dtype} {pages.shape}"
+        )
+    if pages.shape[-1] > most:
+        raise ValueError(f"select returns {pages.shape[-1]} pages a head, it may get {most}")
+    counts, pages = counts.astype(jnp.int32), pages.astype(jnp.int32)
+    api.check_selection(counts, pages, tail)
+    counts = jnp.clip(counts, 0, jnp.minimum(tail[:, None], pages.shape[-1]))
+    return counts, jnp.clip(pages, 0, jnp.maximum(tail[:, None, None] - 1, 0))
+
+
 def retrieval_pages(
     spec: CacheSpec,
     layer: int,
     selected: Int[Array, "B Kq R"] | None,
     tail: Int[Array, " B"],
     page_table: Int[Array, "B M"],
+    counts: Int[Array, "B Kq"] | None = None,
 ) -> Int[Array, "B Kr L"]:
     """Physical ids of what each head lists, then of the tail as far as reuse can let it grow.
 
-    ``selected`` has each ranked head's ``spec.wanted_pages`` first; None: no head ranks. Behind
+    ``selected`` has each ranked head's ``counts`` first, None: its ``spec.wanted_pages``; no head
+    ranks where it is None itself. Behind
     the ranked heads dense heads list all pages in order, and windowed heads sinks and newest pages.
     ``page_table`` has the cache's pages; selected, ``tail`` and what is returned are listed pages.
     Made once a selection: until the next one only the number of attended tokens grows.
@@ -66,8 +117,8 @@ def retrieval_pages(
 
     pages = [jnp.broadcast_to(everything[:, :, :L], (B, heads.num_dense[layer], L))]
     if selected is not None:
-        wanted = spec.wanted_pages(layer, tail[:, 0, 0])[:, :, None]
-        pages.insert(0, listed(selected, jnp.minimum(tail, wanted)))
+        wanted = spec.wanted_pages(layer, tail[:, 0, 0]) if counts is None else counts
+        pages.insert(0, listed(selected, jnp.minimum(tail, wanted[:, :, None])))
     if heads.num_windowed[layer]:
         sinks, local = spec.window_pages
         place = jnp.arange(sinks + local)[None, None]
@@ -96,19 +147,21 @@ def retrieval_stop(
     tail: Int[Array, " B"],
     position: Int[Array, " B"],
     active: Bool[Array, " B"],
+    counts: Int[Array, "B Kq"] | None = None,
 ) -> Int[Array, "B Kr"]:
     """Tokens that a layer's retrieval heads attend: pages listed and the tail up to ``position``.
 
-    ``tail`` is ``first_tail_page`` at the last selection. All listed pages but the newest are full,
-    so the attended places of the list are contiguous. Dense heads attend everything up to
-    ``position``.
+    ``tail`` is ``first_tail_page`` at the last selection, ``counts`` as in ``retrieval_pages``. All
+    listed pages but the newest are full, so the attended places of the list are contiguous. Dense
+    heads attend everything up to ``position``.
     """
     heads, U = spec.heads, spec.selected_page_size
     tail, position = tail[:, None], position[:, None]
     windowed = jnp.full((1, heads.num_windowed[layer]), sum(spec.window_pages))
+    chosen = spec.wanted_pages(layer, tail[:, 0]) if counts is None else counts
     ranked, windowed = (
         (jnp.minimum(tail, listed) + position // U - tail) * U + position % U + 1
-        for listed in (spec.wanted_pages(layer, tail[:, 0]), windowed)
+        for listed in (chosen, windowed)
     )
     dense = jnp.broadcast_to(position + 1, (len(position), heads.num_dense[layer]))
     stop = jnp.concatenate([ranked, dense, windowed], axis=1)

@@ -1,6 +1,7 @@
 """Pictures of what calibration found. They need matplotlib (extra ``plot``)."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
@@ -8,11 +9,16 @@ from jaxtyping import Float
 from lserve_jax.analysis import require_matplotlib
 from lserve_jax.model.head_shares import SHARES, HeadSensitivity
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 def plot_gates(
-    gates: Float[np.ndarray, "L Hk"], history: Float[np.ndarray, "steps 2"], path: Path
-) -> None:
-    """Writes a PNG: the gates as a heat map, and how loss and mean gate went.
+    gates: Float[np.ndarray, "L Hk"],
+    history: Float[np.ndarray, "steps 2"],
+    path: Path | None = None,
+) -> "Figure":
+    """A figure, also as a PNG at ``path``: the gates, and how loss and mean gate went.
 
     Raises ``ValueError`` if matplotlib (extra ``plot``) is not installed.
     """
@@ -32,13 +38,15 @@ def plot_gates(
     losses.plot(steps, history[:, 0], color="tab:gray", linewidth=0.7, label="distillation loss")
     losses.set(ylabel="distillation loss")
     figure.legend(loc="outside upper right", fontsize="small", ncols=2)
-    figure.savefig(path, dpi=130)
+    if path is not None:
+        figure.savefig(path, dpi=130)
+    return figure
 
 
 def plot_head_shares(
-    sensitivity: HeadSensitivity, shares: Float[np.ndarray, "L Hk"], path: Path
-) -> None:
-    """Writes a PNG: what each head is worth, in a logarithmic colour, and what it reads.
+    sensitivity: HeadSensitivity, shares: Float[np.ndarray, "L Hk"], path: Path | None = None
+) -> "Figure":
+    """A figure, also as a PNG at ``path``: what each head is worth (logarithmic) and reads.
 
     Raises ``ValueError`` if matplotlib (extra ``plot``) is not installed.
     """
@@ -58,4 +66,6 @@ def plot_head_shares(
         figure.colorbar(image, ax=axes, label=label)
         axes.set(xlabel="layer", ylabel="KV head", title=title)
         axes.set_yticks(range(values.shape[1]))
-    figure.savefig(path, dpi=130)
+    if path is not None:
+        figure.savefig(path, dpi=130)
+    return figure

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from convert.head_shares import shipped_for
+from convert.sources import ModelSource
 from lserve_jax.attention.cache import CacheSpec, DraftSource, KVDtype, cache_bytes, make_spec
 from lserve_jax.attention.config import MOST_BURST_STEPS, SparsityConfig
 from lserve_jax.checks import INT32_MAX, check_bool, check_choice, check_integer, is_real
@@ -18,10 +21,10 @@ from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.head_policy import head_policy
 from lserve_jax.engine.relay import RelayMode, check_mode
 from lserve_jax.engine.runner import ModelRunner
+from lserve_jax.engine.weights import Intake
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.heads import permute_heads
 from lserve_jax.model.llama import Params, check_params
-from lserve_jax.model.quantise import WeightForm, check_weights, quantise_params
+from lserve_jax.model.quantise import WeightForm, check_weights
 from pallas_kernels.api import Backend, Weight, resolve_backend
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -203,19 +206,20 @@ def build_engine(
     if options.draft == "ngram":
         sparsity = None  # there are no sparse steps
     policy = head_policy(config, sparsity, exact=options.exact)
+    intake = Intake(
+        config=config,
+        partition=policy.partition,
+        dtype=dtype,
+        weights=None if options.weights == "checkpoint" else options.weights,
+        weight_group=options.weight_group,
+    )
     if callable(params):
         params = params()
     check_params(config, params)
-    params = _cast(params, dtype)
     coded = any(isinstance(x, Weight) for x in jax.tree.leaves(params, is_leaf=_is_weight))
     if options.weights == "checkpoint" and not coded:
         raise ValueError("weights='checkpoint' needs quantised weights; all of these are floats")
-    if config.tie_word_embeddings and jax.default_backend() == "cpu":
-        config, params = _untie(config, params)
-    # Before heads move, so that a model's codes do not depend on how it is attended.
-    if options.weights is not None and options.weights != "checkpoint":
-        params = quantise_params(params, options.weights, group=options.weight_group)
-    params = permute_heads(config, params, policy.partition)
+    params = intake.first(params)
     spec = make_spec(
         config,
         sparsity=sparsity,
@@ -244,18 +248,12 @@ def build_engine(
         relay=options.relay,
         deterministic=options.deterministic,
         head_order=policy.partition.order,
+        intake=intake,
     )
 
 
 def _is_weight(x: object) -> bool:
     return isinstance(x, Weight)
-
-
-def _cast(params: Params, dtype) -> Params:
-    """Floats in ``dtype``; quantised matrices as they are."""
-    return jax.tree.map(
-        lambda x: x if _is_weight(x) else jnp.asarray(x, dtype), params, is_leaf=_is_weight
-    )
 
 
 def _check_length(config: ModelConfig, max_model_len: int | None) -> int:
@@ -326,12 +324,19 @@ def room_for_pages(
     return max(int(memory_fraction * (free - fixed)), 0)
 
 
-def _untie(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """A copy of the embedding as output projection ``[E, V]``.
+def with_shipped_shares(options: EngineOptions, source: ModelSource) -> EngineOptions:
+    """What was measured best for a model, where it was: nobody has to know a pattern's name.
 
-    XLA's CPU matrix-vector product is five times slower on a transposed matrix, and the output
-    projection is a fifth of a small model's weights.
+    Settings that name heads or a budget of tokens are left as they are, and so are checkpoints on
+    disk, whatever their folder's name.
     """
-    kernel = jnp.array(params["embed_tokens"]["embedding"].T)
-    config = dataclasses.replace(config, tie_word_embeddings=False)
-    return config, {**params, "lm_head": {"kernel": kernel}}
+    given = options.sparsity or SparsityConfig()
+    says_which = given.pattern is not None or given.head_shares != "auto"
+    says_how_many = given.token_budget is not None and not given.dense_heads
+    if options.attention != "lserve" or options.draft == "ngram" or says_which or says_how_many:
+        return options
+    pattern = None if os.path.exists(source.name) else shipped_for(source.name)
+    if pattern is None:
+        return options
+    sparsity = dataclasses.replace(given, pattern=pattern)
+    return dataclasses.replace(options, sparsity=sparsity)

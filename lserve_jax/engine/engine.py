@@ -12,6 +12,7 @@ the results of the work before.
 """
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,7 +36,9 @@ from lserve_jax.engine.sampling import check_stop_ids, sampling_row
 from lserve_jax.engine.scheduler import Scheduler
 from lserve_jax.engine.state import Sample
 from lserve_jax.engine.token_rules import Constraint, request_rules
+from lserve_jax.engine.weights import Intake
 from lserve_jax.model.config import ModelConfig
+from lserve_jax.model.llama import Params
 from lserve_jax.sampling_params import SamplingParams
 
 
@@ -51,6 +54,7 @@ class Engine:
     head_order: of each layer, the checkpoint's number of the KV head at each place of the
         parameters; None: they are in the checkpoint's order.
     clock: tells the time in seconds.
+    intake: how parameters come in, for ``update_params``; None: they stay as they are.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Engine:
         deterministic: bool = False,
         head_order: Sequence[Sequence[int]] | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        intake: Intake | None = None,
     ):
         spec = runner.spec
         check_mode(relay, deterministic, spec.sparsity)
@@ -73,7 +78,7 @@ class Engine:
         # A whole number of selection intervals, so that every burst begins with a selection.
         self.burst_steps = -(-burst_steps // spec.burst_unit) * spec.burst_unit
         self.relay: RelayMode = relay
-        self.deterministic, self.clock = deterministic, clock
+        self.deterministic, self.clock, self.intake = deterministic, clock, intake
         self.units = CacheUnits.of(runner.config, spec, runner.dtype)
         self.head_kinds = head_kinds(runner.config, spec, head_order)
         self._counts = EngineCounts()
@@ -90,7 +95,8 @@ class Engine:
             self._finish_prompt,
             lambda: self.abandon(()),
         )
-        self.unfinished: dict[str, Request] = {}  # those whose end is not yet returned
+        self.unfinished: dict[str, Request] = {}  # those that wait or run
+        self._cancelled: dict[str, TokenOutput] = {}  # last outputs that are not yet returned
         self._in_flight: InFlight | None = None
         # Of prompts that are through, not yet fetched; None where none is sampled.
         self._first_tokens: list[tuple[Request, Sample | None]] = []
@@ -103,6 +109,19 @@ class Engine:
         self.resets += 1
         self._start_empty()
 
+    def update_params(self, params: Params) -> None:
+        """Runs other weights from now on; see ``LLM.update_params``."""
+        if self.intake is None:
+            raise ValueError("the engine was made without an intake: its params cannot change")
+        if self.unfinished:
+            raise ValueError(
+                f"params cannot change while {len(self.unfinished)} requests run: "
+                "finish or cancel them first"
+            )
+        self.intake.check(params)
+        self.scheduler.prefix_cache.release_all()
+        self.runner.update_params(functools.partial(self.intake.later, params))
+
     # What it is asked.
 
     @property
@@ -111,13 +130,27 @@ class Engine:
         return self.runner.config
 
     @property
+    def params(self) -> Params:
+        """The parameters as they run, of the same function as those that came in.
+
+        Heads may be in another order and matrices quantised; on a CPU a tied model has an output
+        projection of its own.
+        """
+        return self.runner.params
+
+    @property
     def spec(self) -> CacheSpec:
         """Sizes of the cache."""
         return self.runner.spec
 
     @property
     def has_unfinished_requests(self) -> bool:
-        return bool(self.unfinished)
+        """Whether some request's end is not yet returned."""
+        return bool(self.unfinished or self._cancelled)
+
+    def owes(self, request_id: str) -> bool:
+        """Whether the request's end is not yet returned."""
+        return request_id in self.unfinished or request_id in self._cancelled
 
     @property
     def room(self) -> int:
@@ -221,10 +254,11 @@ class Engine:
         """
         if not isinstance(request_id, str):
             raise TypeError(f"{request_id=} must be a text")
-        if request_id in self.unfinished:
+        if self.owes(request_id):
             raise ValueError(f"a request with id {request_id!r} is already in the engine")
         check_deadline(deadline)
         check_bool("record_reads", record_reads)
+        self.runner.check_params()
         ids = self.check_request(prompt, sampling, constraint)
         now = self.clock()
         request = Request(
@@ -250,9 +284,17 @@ class Engine:
     def cancel(self, request_id: str) -> None:
         """Ends a request now; its slot and pages are free at once.
 
+        Nothing more comes of it but a last output, with ``finish_reason`` "cancelled" and no token,
+        which the next step returns.
+
         Raises ``ValueError`` if no such request waits or runs.
         """
-        self._stop(self._find(request_id))
+        request = self._find(request_id)
+        self._cancel(request)
+        self._cancelled[request_id] = request.output(None, "cancelled", self.units)
+
+    def _cancel(self, request: Request) -> None:
+        self._stop(request)
         self._counts.cancelled += 1
 
     def finish(self, request_id: str) -> None:
@@ -271,12 +313,15 @@ class Engine:
     def abandon(self, request_ids: Iterable[str]) -> None:
         """After an error in the middle of a call: ends its requests, as far as there are any.
 
+        Nothing more comes of them, no last output either.
+
         Resets the engine if the device failed, or if it is interrupted itself.
         """
         try:
             for request_id in request_ids:
+                self._cancelled.pop(request_id, None)
                 if request_id in self.unfinished:
-                    self.cancel(request_id)
+                    self._cancel(self.unfinished[request_id])
             self.runner.wait()
         except RuntimeError:  # JAX's, of a computation that failed
             self.reset()
@@ -302,8 +347,10 @@ class Engine:
         """
         resets = self.resets
         while self.has_unfinished_requests:
-            news = self.step()  # of one that is cancelled while they are taken nothing more comes
-            yield from (n for n in news if n.finish_reason or n.request_id in self.unfinished)
+            # Of one that is cancelled while they are taken only its last output comes.
+            yield from (
+                n for n in self.step() if n.finish_reason or n.request_id in self.unfinished
+            )
             if self.resets != resets:
                 raise ValueError("the engine was reset while requests ran: they are gone")
 
@@ -314,10 +361,11 @@ class Engine:
         their first tokens, while the burst behind them runs. At most ``runner.chunk_size`` prompt
         tokens are run.
         """
+        cancelled, self._cancelled = list(self._cancelled.values()), {}
         if self._first_tokens:
-            return self._collect_first_tokens()
+            return cancelled + self._collect_first_tokens()
         before, prompt_tokens = dataclasses.replace(self._counts), self.runner.prompt_tokens
-        outputs = self._expire()
+        outputs = cancelled + self._expire()
         self._prefill()
         burst, early = self._dispatch()
         outputs += early + self._collect()
@@ -355,6 +403,11 @@ class Engine:
         """Prefills what waits, as slots and pages allow, before anything decodes."""
         while self.scheduler.prefilling is not None or self._admit() is not None:
             self._prefill()
+
+    def take_first_samples(self) -> list[tuple[Request, Sample | None]]:
+        """Of prompts that are through, not fetched; the next step will not return them."""
+        taken, self._first_tokens = self._first_tokens, []
+        return taken
 
     def _prefill(self) -> None:
         """Runs chunks as far as the step's budget goes.
@@ -400,9 +453,8 @@ class Engine:
 
     def _collect_first_tokens(self) -> list[TokenOutput]:
         """Fetches those that are not yet fetched."""
-        pending, self._first_tokens = self._first_tokens, []
         outputs: list[TokenOutput] = []
-        for request, first in pending:
+        for request, first in self.take_first_samples():
             first, judged = jax.device_get((first, request.judged))
             if first is None:  # of the prompt's own tokens none is new
                 first = jax.tree.map(lambda x: x[:0], judged[0])

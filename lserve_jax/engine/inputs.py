@@ -22,6 +22,7 @@ class Chunk:
     # the prompt's tokens are asked for
     following: np.ndarray | None = None
     top_logprobs: int = 0  # beside those, of so many likeliest tokens
+    keep_hidden: bool = False  # beside those, hidden states
 
 
 @dataclass(frozen=True, kw_only=True)

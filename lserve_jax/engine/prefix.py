@@ -202,3 +202,20 @@ class CommonPrefix:
         """The longest common beginning that is whole pages and leaves every prompt a token."""
         shared = min(len(self._shared), self._shortest - 1)
         return self._shared[: max(shared, 0) // page_size * page_size].tolist()
+
+
+def check_begins(prefix: Prefix, prompts: Sequence[np.ndarray]) -> None:
+    """Raises ``ValueError`` unless all prompts (token ids) begin with the prefix's whole pages."""
+    if prefix.is_released:
+        raise ValueError(f"the prefix of {len(prefix.token_ids)} tokens is released")
+    for i, prompt in enumerate(prompts):
+        # Only whole pages are shared: what follows them may be cut into other tokens in a prompt.
+        shared = prefix.token_ids[: prefix.num_shared_tokens]
+        beginning = prompt[: len(shared)]
+        same = beginning == shared[: len(beginning)]
+        if len(beginning) < len(shared) or not same.all():
+            at = len(beginning) if same.all() else int(same.argmin())
+            raise ValueError(
+                f"prompt {i} does not begin with the prefix of {len(prefix.token_ids)} tokens: "
+                f"they differ at token {at}"
+            )

@@ -112,6 +112,12 @@ class PrefixCache:
             self.pool.release(prefix.pages)
             prefix.pages, prefix.index = [], -1
 
+    def release_all(self) -> None:
+        """Releases every prefix, for all who hold it; no request may use one."""
+        for prefix in list(self.held.values()):
+            prefix.pins = 0
+            self._drop_unused(prefix)
+
     def clear(self) -> None:
         """Every prefix is released: the pages hold nothing any more."""
         for prefix in self.held.values():

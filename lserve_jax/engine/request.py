@@ -88,7 +88,8 @@ class TokenOutput:
     # With the request's first output, if asked for: of each token of the prompt {id: logprob} of
     # the most likely tokens and its own; None for the first token, which has none before it.
     prompt_logprobs: list[dict[int, float] | None] | None = None
-    finish_reason: str | None  # "stop", "length", "deadline", "error", or None while running
+    # "stop", "length", "deadline", "cancelled", "error", or None while running
+    finish_reason: str | None
     metrics: RequestMetrics
     ends_with_stop_id: bool = False  # the last token is a stop id; else "stop" was a grammar's end
     error: Exception | None = None  # given with "error"
@@ -143,6 +144,7 @@ class Request:
 
     # What the model thinks of its prompt's tokens, where asked for.
     judged: list[Sample] = field(default_factory=list)  # of each chunk so far, not yet fetched
+    keeps_hidden: bool = False  # their hidden states beside it
     prompt_logprobs: list[dict[int, float] | None] | None = None  # not yet returned
 
     # Its tokens. After a preemption those in ``tokens`` are fed to the model again (replayed).

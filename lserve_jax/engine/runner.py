@@ -17,6 +17,7 @@ from jaxtyping import Array, UInt32
 from lserve_jax.attention.attend import PrefixGroups
 from lserve_jax.attention.cache import CacheSpec, LayerCache, cache_bytes, init_layer_cache
 from lserve_jax.engine.buckets import SMALLEST_CHUNK, bucket, buckets
+from lserve_jax.engine.forced_steps import score_steps
 from lserve_jax.engine.inputs import BurstInputs, Chunk, Start
 from lserve_jax.engine.reads import selected_pages
 from lserve_jax.engine.sampling import MAX_STOP_IDS, SamplingArrays, SamplingMode
@@ -41,7 +42,6 @@ from lserve_jax.engine.steps import (
     read_pages,
     restore_window,
     save_window,
-    score_steps,
     write_pages,
 )
 from lserve_jax.engine.token_rules import TokenRules
@@ -102,6 +102,26 @@ class ModelRunner:
             # As every step returns them. Bound to a device and not bound are two programs.
             self._caches, self._state = jax.device_put((self._caches, self._state), device)
 
+    def update_params(self, make: Callable[[], Params]) -> None:
+        """Runs what ``make`` returns from now on: the same tree with other numbers.
+
+        The old ones go first: there may be no room for both. If ``make`` fails there are none.
+        """
+        self.params = {}
+        self.params = make()
+
+    def check_params(self) -> None:
+        """Raises ``ValueError`` where an update failed, or somebody else donated what it shares."""
+        if not self.params:
+            raise ValueError(
+                "the engine has no params since an update of them failed: update again"
+            )
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.params)):
+            raise ValueError(
+                "the engine's params were donated to another computation or deleted: give it those "
+                "that followed (update_params)"
+            )
+
     @property
     def has_prefix_kernel(self) -> bool:
         """Whether rows can read a prefix together: no kernel reads int8 pages that way."""
@@ -138,7 +158,8 @@ class ModelRunner:
         """
         size = self.padded(len(chunk.tokens))
         following = None if chunk.following is None else _filled_up(chunk.following, size)
-        self._count_shape("prefill_chunk", size, following is None, chunk.top_logprobs)
+        what = following is None, chunk.top_logprobs, chunk.keep_hidden
+        self.count_shape("prefill_chunk", size, *what)
         self.prompt_tokens += len(chunk.tokens)
         logits, self._caches, judged = prefill_chunk(
             self._program,
@@ -151,6 +172,7 @@ class ModelRunner:
             jnp.int32(chunk.prompt_length),
             following,
             top=chunk.top_logprobs,
+            keep_hidden=chunk.keep_hidden,
         )
         return logits, judged
 
@@ -159,7 +181,7 @@ class ModelRunner:
         prompt_mask = self._prompt_mask(start)
         sampling = self._state.sampling.with_row(slot, start.sampling_row)
         mode = SamplingMode.of([start.sampling])
-        self._count_shape("insert", mode, prompt_mask is None, _rules_shape(start.rules))
+        self.count_shape("insert", mode, prompt_mask is None, _rules_shape(start.rules))
         self._state, self._caches, first = insert(
             self._program,
             self._caches,
@@ -209,7 +231,7 @@ class ModelRunner:
             return self._exact_burst(inputs, inputs.drafts)
         rules = _rules_shape(inputs.rules)
         shape = (*inputs.forced.shape, groups, inputs.mode, counts_no_tokens, rules)
-        self._count_shape("decode_burst", *shape)
+        self.count_shape("decode_burst", *shape)
         self._state, self._caches, burst = decode_burst(
             self._program,
             self.params,
@@ -228,7 +250,7 @@ class ModelRunner:
         most = self.spec.max_drafts if drafts.any() else 0
         rows, counts_no_tokens = len(inputs.page_table), self._state.output_counts is None
         rules = _rules_shape(inputs.rules)
-        self._count_shape("exact_burst", rows, inputs.mode, counts_no_tokens, most, rules)
+        self.count_shape("exact_burst", rows, inputs.mode, counts_no_tokens, most, rules)
         self._state, self._caches, burst = exact_burst(
             self._program,
             self.params,
@@ -249,7 +271,7 @@ class ModelRunner:
 
         Of each layer ``[Kq, R]`` int32, -1 behind a head's last.
         """
-        self._count_shape("selected_pages")
+        self.count_shape("selected_pages")
         listed = [cache.listed for cache in self._caches]
         return selected_pages(self._program, listed, self._state.tail, jnp.int32(slot))
 
@@ -261,12 +283,13 @@ class ModelRunner:
         page_table: np.ndarray,
         sink_page: np.ndarray,
         distributions: bool,
+        keep_hidden: bool,
     ) -> StepScores:
         """Judges given tokens by decode steps ``first`` on, as many as ``forced`` (NumPy) has.
 
         ``page_table`` [B, M] and ``sink_page`` [B] are int32.
         """
-        self._count_shape("score_steps", forced.tokens.shape, distributions)
+        self.count_shape("score_steps", forced.tokens.shape, distributions, keep_hidden)
         scores, self._caches = score_steps(
             self._program,
             self.params,
@@ -275,6 +298,7 @@ class ModelRunner:
             jax.tree.map(jnp.asarray, forced),
             jnp.int32(first),
             distributions=distributions,
+            keep_hidden=keep_hidden,
         )
         return scores
 
@@ -290,7 +314,7 @@ class ModelRunner:
         Its sinks are copied to the streaming pages from ``sink_page`` on.
         """
         kept = self._window_pages(num_pages)
-        self._count_shape("save_window", kept)
+        self.count_shape("save_window", kept)
         self._caches, windows = save_window(
             self._program, self._caches, jnp.int32(sink_page), num_pages=kept
         )
@@ -299,7 +323,7 @@ class ModelRunner:
     def restore_window(self, windows: Windows) -> None:
         """The next chunk continues the prefix that ``windows`` were saved of."""
         if any(window.k.size for window in windows):  # else no head streams
-            self._count_shape("restore_window", windows[0].k.shape)
+            self.count_shape("restore_window", windows[0].k.shape)
             self._caches = restore_window(self._caches, windows)
 
     def _window_pages(self, num_pages: int) -> int:
@@ -356,7 +380,8 @@ class ModelRunner:
         """A copy of a layer's cache on the host."""
         return jax.device_get(self._caches[layer])
 
-    def _count_shape(self, *shape: object) -> None:
+    def count_shape(self, *shape: object) -> None:
+        """A jitted function was called with this shape."""
         self._shapes.add(shape)
 
 

@@ -68,6 +68,7 @@ class Scheduler:
             prompt_length=len(request.prompt),
             following=None if wanted is None else rest[1:][:chunk_size],
             top_logprobs=rounded_top(wanted or 0),
+            keep_hidden=request.keeps_hidden,
         )
 
     def burst_inputs(

@@ -31,7 +31,7 @@ from lserve_jax.engine.state import (
 )
 from lserve_jax.engine.steps import BURST_OPTIONS, decode_step, sample_rows, verify
 from lserve_jax.engine.token_rules import TokenRules
-from lserve_jax.model.llama import Params
+from lserve_jax.model.llama import Params, bind
 
 
 @functools.partial(
@@ -83,9 +83,10 @@ def exact_burst(
                 program, params, caches, state, tables, wanted_tokens, wanted, mode, rules
             )
         position, count = state.position, jnp.where(left > 0, wanted + 1, 0)
-        logits, caches, keys = verify(
+        hidden, caches, keys = verify(
             program, params, caches, tokens, position, count, tables.page_table
         )
+        logits = bind(program.config, params).unembed(hidden)
         samples = _sample_places(logits, state, tokens, wanted_tokens, mode, rules)
         state, emitted = _confirmed(state, samples.token, tokens, wanted, left)
         caches = [
@@ -187,7 +188,8 @@ def draft_sparse(
         tokens, caches, attended, drafting = carry
         active = i < wanted
         rows = StepRows(token=tokens[:, i], position=state.position + i, active=active, tail=tail)
-        logits, caches, _, read = decode_step(program, params, caches, rows, tables, select=select)
+        hidden, caches, _, read = decode_step(program, params, caches, rows, tables, select=select)
+        logits = bind(program.config, params).unembed(hidden)
         new = sample_rows(logits, drafting, mode, rules).token
         new = jnp.where(forced[:, i] >= 0, forced[:, i], new)
         counts = drafting.output_counts

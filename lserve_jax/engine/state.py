@@ -83,6 +83,7 @@ class StepScores:
     logprobs: Float[Array, "N B"]
     likeliest: Int[Array, "N B"]
     distributions: Float[Array, "N B V"]  # log probabilities; V is 0 unless asked for
+    hidden: Float[Array, "N B E"]  # of the tokens fed; E is 0 unless asked for
 
 
 @jax.tree_util.register_dataclass
@@ -116,6 +117,8 @@ class Sample:
     logprob: Float[Array, " B"]  # of the token, under the model's own distribution
     top_ids: Int[Array, "B N"]  # the N likeliest tokens, N as ``rounded_top`` says
     top_logprobs: Float[Array, "B N"]
+    # Of a prompt's tokens, where asked for: what the logits after each are made of.
+    hidden: Float[Array, "B E"] | None = None
 
 
 @jax.tree_util.register_dataclass

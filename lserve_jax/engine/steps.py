@@ -14,30 +14,36 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lserve_jax.attention.attend import decode_attend, prefill_attend
+from lserve_jax.attention.attend import attended_by_choice, decode_attend, prefill_attend
 from lserve_jax.attention.cache import CacheSpec, fill_decode_window, keep_sinks
 from lserve_jax.attention.selection import first_tail_page
 from lserve_jax.attention.verify import verify_attend
 from lserve_jax.engine.prompt_logprobs import judge_tokens
-from lserve_jax.engine.sampling import SamplingMode, is_stop_token, sample, top_logprobs
+from lserve_jax.engine.sampling import (
+    SamplingMode,
+    is_stop_token,
+    sample,
+    token_logprobs,
+    top_logprobs,
+)
 from lserve_jax.engine.state import (
     Burst,
     Caches,
     DecodeState,
     DecodeTables,
-    ForcedSteps,
     Program,
     Sample,
     SlotStart,
     StepRows,
-    StepScores,
     Windows,
 )
 from lserve_jax.engine.token_rules import TokenRules
 from lserve_jax.model.llama import Params, bind
 
 
-@functools.partial(jax.jit, static_argnames=("program", "top"), donate_argnames=("caches",))
+@functools.partial(
+    jax.jit, static_argnames=("program", "top", "keep_hidden"), donate_argnames=("caches",)
+)
 def prefill_chunk(
     program: Program,
     params: Params,
@@ -50,12 +56,14 @@ def prefill_chunk(
     following: Int[Array, " T"] | None,
     *,
     top: int,
+    keep_hidden: bool = False,
 ) -> tuple[Float[Array, " V"], Caches, Sample | None]:
     """Runs one chunk of a prompt: tokens at positions ``start`` to ``start + length - 1``.
 
     ``tokens`` is padded to its bucket T; padding is neither cached nor attended. Returns the logits
     after the chunk's last token (float32), the caches, and what the model thought of ``following``,
-    the token after each (T rows, with the ``top`` likeliest tokens beside it); None is for None.
+    the token after each (T rows, with the ``top`` likeliest tokens beside it and, with
+    ``keep_hidden``, the hidden states); None is for None.
     """
     model = bind(program.config, params)
     attend = prefill_attend(
@@ -72,6 +80,8 @@ def prefill_chunk(
     judged = None
     if following is not None:
         judged = judge_tokens(model.unembed, hidden[0], following, top, program.config.vocab_size)
+        if keep_hidden:
+            judged = dataclasses.replace(judged, hidden=hidden[0])
     return model.unembed(hidden[0, length - 1]), caches, judged
 
 
@@ -114,6 +124,8 @@ def insert(
     first = sample_rows(logits[None], row, mode, rules)
     token = jnp.where(start.forced >= 0, start.forced, first.token[0])
     stopped = is_stop_token(token[None], row.sampling)[0] | (start.max_tokens <= 1)
+    # Of the token that is taken: a forced one is judged.
+    first = dataclasses.replace(first, logprob=token_logprobs(logits[None], token[None]))
     history = state.history
     if history is not None and start.history is not None:
         known = start.history.at[start.prompt_length].set(token, mode="drop")
@@ -229,20 +241,20 @@ def decode_step(
     tables: DecodeTables,
     *,
     select: bool,
-) -> tuple[Float[Array, "B V"], Caches, Int[Array, " B"], Array]:
+) -> tuple[Float[Array, "B E"], Caches, Int[Array, " B"], Array]:
     """Runs one token of every row through the model, over the paged cache.
 
     With ``select`` every ranked head chooses its pages anew. Where rows read their prefix
     together, their page tables begin with the first page after it.
 
-    Returns the logits (float32), the caches, the tail of each row's last selection, and the tokens
-    that each row attended, summed over layers and KV heads.
+    Returns hidden states for ``unembed``, the caches, the tail of each row's last selection, and
+    the tokens that each row attended, summed over layers and KV heads.
     """
     spec, tail = program.spec, rows.tail
+    own = rows.position
+    if tables.groups is not None:
+        own = own - tables.groups.private_start()
     if select:
-        own = rows.position
-        if tables.groups is not None:
-            own = own - tables.groups.private_start()
         tail = first_tail_page(own, spec.selected_page_size)
     attend, attended = decode_attend(
         program.config,
@@ -258,7 +270,9 @@ def decode_step(
     )
     model = bind(program.config, params)
     hidden, caches = model(rows.token[:, None], attend, caches, backend=program.backend)
-    return model.unembed(hidden[:, 0]), caches, tail, attended
+    if spec.sparsity is not None and spec.sparsity.select is not None:
+        attended += attended_by_choice(spec, caches, tail, own, rows.active)
+    return hidden[:, 0], caches, tail, attended
 
 
 def verify(
@@ -269,11 +283,11 @@ def verify(
     position: Int[Array, " B"],
     count: Int[Array, " B"],
     page_table: Int[Array, "B M"],
-) -> tuple[Float[Array, "B T V"], Caches, list[Array]]:
+) -> tuple[Float[Array, "B T E"], Caches, list[Array]]:
     """Runs the first ``count`` of each row's tokens, at ``position`` on, through dense attention.
 
-    Returns logits (float32), the caches with the tokens' keys and values but without their
-    statistics, and the rotated keys of each layer's ranked heads, for ``confirm``.
+    Returns hidden states for ``unembed``, the caches with the tokens' keys and values but without
+    their statistics, and the rotated keys of each layer's ranked heads, for ``confirm``.
     """
     attend = verify_attend(
         program.config,
@@ -287,10 +301,10 @@ def verify(
     model = bind(program.config, params)
     hidden, pairs = model(tokens, attend, caches, backend=program.backend)
     caches, keys = ([pair[i] for pair in pairs] for i in (0, 1))
-    return model.unembed(hidden), caches, keys
+    return hidden, caches, keys
 
 
-def _interval(
+def run_interval(
     spec: CacheSpec, step: Callable[..., Any], first: Int[Array, ""], carry: Any, *, length: int
 ) -> Any:
     """``carry`` after steps ``first`` to ``first + length - 1``; the first one selects.
@@ -371,9 +385,10 @@ def decode_burst(
         rows = StepRows(
             token=state.token, position=state.position, active=state.active, tail=state.tail
         )
-        logits, caches, tail, attended = decode_step(
+        hidden, caches, tail, attended = decode_step(
             program, params, caches, rows, tables, select=select
         )
+        logits = bind(program.config, params).unembed(hidden)
         state, new = _take_token(state, logits, forced[i], tail, mode, rules)
         if waiting is not None:
             state = dataclasses.replace(state, active=state.active | waiting)
@@ -391,7 +406,7 @@ def decode_burst(
 
     def body(carry: tuple) -> tuple:
         i, inner = carry
-        return i + interval, _interval(spec, step, i, inner, length=interval)
+        return i + interval, run_interval(spec, step, i, inner, length=interval)
 
     def more(carry: tuple) -> Array:
         i, (state, _, _) = carry
@@ -432,65 +447,3 @@ def _take_token(
         output_counts=counts,
     )
     return state, dataclasses.replace(new, token=jnp.where(active, new.token, -1))
-
-
-@functools.partial(
-    jax.jit, static_argnames=("program", "distributions"), donate_argnames=("caches",)
-)
-def score_steps(
-    program: Program,
-    params: Params,
-    caches: Caches,
-    tables: DecodeTables,
-    forced: ForcedSteps,
-    first: Int[Array, ""],
-    *,
-    distributions: bool,
-) -> tuple[StepScores, Caches]:
-    """Decode steps ``first`` to ``first + N - 1`` of given tokens, until all rows have finished.
-
-    The rows' tokens of these steps are ``forced.tokens``; row b takes part in steps below
-    ``forced.length[b]``. ``first`` and N are multiples of ``reuse_interval``.
-    """
-    spec, (N, B), start = program.spec, forced.tokens.shape, jnp.asarray(forced.start)
-
-    def step(n: Array, carry: tuple, *, select: bool) -> tuple:
-        caches, tail, scores = carry
-        i = first + n
-        # Finished rows stay where they are.
-        position = start + jnp.clip(i, 0, jnp.maximum(forced.length - 1, 0))
-        rows = StepRows(
-            token=forced.tokens[n], position=position, active=i < forced.length, tail=tail
-        )
-        if spec.max_drafts is None:
-            logits, caches, tail, _ = decode_step(
-                program, params, caches, rows, tables, select=select
-            )
-        else:  # in exact mode dense attention judges
-            token, count = rows.token[:, None], rows.active.astype(jnp.int32)
-            logits, caches, _ = verify(
-                program, params, caches, token, position, count, tables.page_table
-            )
-            logits = logits[:, 0]
-        logprobs = jax.nn.log_softmax(logits)
-        new = StepScores(
-            logprobs=jnp.take_along_axis(logprobs, forced.wanted[n][:, None], axis=1)[:, 0],
-            likeliest=jnp.argmax(logprobs, axis=-1).astype(jnp.int32),
-            distributions=logprobs if distributions else logprobs[:, :0],
-        )
-        return caches, tail, jax.tree.map(lambda x, row: x.at[n].set(row), scores, new)
-
-    def interval(number: Array, carry: tuple) -> tuple:
-        interval = spec.reuse_interval
-        return _interval(spec, step, number * interval, carry, length=interval)
-
-    scores = StepScores(
-        logprobs=jnp.zeros((N, B)),
-        likeliest=jnp.zeros((N, B), jnp.int32),
-        distributions=jnp.zeros((N, B, program.config.vocab_size if distributions else 0)),
-    )
-    steps = jnp.clip(forced.length.max() - first, 0, N)
-    intervals = (steps + spec.reuse_interval - 1) // spec.reuse_interval
-    tail = jnp.zeros_like(start)
-    caches, _, scores = lax.fori_loop(0, intervals, interval, (caches, tail, scores))
-    return scores, caches

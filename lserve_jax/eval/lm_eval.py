@@ -13,8 +13,9 @@ a setting (``lserve_jax.eval.settings``) and some of ``LLM``'s own:
 
     lm_eval.simple_evaluate("lserve_jax", model_args="model=…,attention=lserve,budget=2048", …)
 
-Log likelihoods come from decode steps (``lserve_jax.engine.scoring``), so that they show what the
-sparse path does even where a continuation has one token.
+Log likelihoods come from ``LLM.score`` where attention is dense. Else they come from decode steps
+alone (``lserve_jax.engine.scoring``), so that they show what the sparse path does even where a
+continuation has one token.
 """
 
 import hashlib
@@ -32,6 +33,7 @@ from lm_eval.utils import (
 )
 from tqdm import tqdm
 
+from lserve_jax.engine.judging import is_judged_by_prefill
 from lserve_jax.engine.scoring import score
 from lserve_jax.eval.settings import parse_settings
 from lserve_jax.llm import LLM
@@ -137,7 +139,7 @@ class LServeLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """(log probability of the continuation, whether greedy decoding would have made it)."""
         results = []
-        step = self.llm.spec.max_num_seqs
+        step = 32 * self.llm.spec.max_num_seqs  # so that few rows, or slots, are idle
         quiet = kwargs.get("disable_tqdm", False)
         for first in tqdm(range(0, len(requests), step), disable=quiet, desc="scoring"):
             batch = requests[first : first + step]
@@ -148,7 +150,12 @@ class LServeLM(TemplateLM):
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         prompts = [self._shortened(context, len(ids)) for context, ids in pairs]
-        scores = score(self.llm.engine, prompts, [ids for _, ids in pairs])
+        continuations = [ids for _, ids in pairs]
+        if is_judged_by_prefill(self.llm.engine):
+            given = [{"prompt_token_ids": prompt} for prompt in prompts]
+            scores = self.llm.score(given, continuations)
+        else:
+            scores = score(self.llm.engine, prompts, continuations)
         return [
             (float(new.logprobs.sum()), new.likeliest.tolist() == ids)
             for (_, ids), new in zip(pairs, scores, strict=True)

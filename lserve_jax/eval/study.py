@@ -65,7 +65,7 @@ class Study:
     output: Path
     plot: bool = False
     resume: bool = False  # keep what an earlier run of the same study left in ``output``
-    command: str  # for the record
+    command: str = ""  # for the record: how it was called
     options: SharedOptions = field(default_factory=SharedOptions)
 
     def __post_init__(self):

@@ -17,6 +17,7 @@ Covered: Llama 1-3.2 and its relatives, Mistral, Phi-3, Qwen2 (bias on q, k, v),
 q, k), SmolLM3 (layers without rotary embedding).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -163,8 +164,9 @@ def _kept(attend: Attend) -> Attend:
 
 
 @functools.cache
-def _graph(config: ModelConfig) -> nnx.GraphDef:
+def _graph(config: ModelConfig, tied: bool) -> nnx.GraphDef:
     """The parameterless structure of the model, built once a config."""
+    config = dataclasses.replace(config, tie_word_embeddings=tied)
     return nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))[0]
 
 
@@ -172,9 +174,9 @@ def bind(config: ModelConfig, params: Params) -> Llama:
     """The module holding ``params``, for use inside a traced function.
 
     Binding inside the trace keeps NNX objects off the jit boundary, where passing them costs
-    milliseconds a call.
+    milliseconds a call. An engine may give a tied model an output projection of its own.
     """
-    return nnx.merge(_graph(config), params)
+    return nnx.merge(_graph(config, config.tie_word_embeddings and "lm_head" not in params), params)
 
 
 def init_params(config: ModelConfig, seed: int = 0, dtype=jnp.float32) -> Params:

@@ -122,8 +122,23 @@ def test_a_budget_for_everything_loses_nothing(params):
 def test_plot_is_a_picture(params, tmp_path):
     llm = LLM((CONFIG, params), attention="lserve", sparsity=SPARSITY)
     recall = page_recall(llm, {"prompt_token_ids": TOKENS}, num_queries=4)
-    plot_page_recall(recall, tmp_path / "recall.png")
+    figure = plot_page_recall(recall, tmp_path / "recall.png")
+    assert len(figure.axes) == 3  # heads, their colours, layers
+    assert plot_page_recall(recall).axes[0].get_title() == "page recall"
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_recall_as_a_table(params, pattern):
+    sparsity = dataclasses.replace(SPARSITY, pattern=pattern, streaming_fraction=0.45)
+    llm = LLM((CONFIG, params), attention="lserve", sparsity=sparsity)
+    recall = page_recall(llm, {"prompt_token_ids": TOKENS}, num_queries=5)
+    table = recall.table()
+    assert {len(column) for column in table.values()} == {3 * 6 * 5}
+    for layer, head, position in ((0, 5, 295), (1, 2, 299), (2, 0, 297)):
+        row = (table["layer"] == layer) & (table["head"] == head) & (table["position"] == position)
+        assert table["recall"][row].tolist() == [recall.recall[layer, head, position - 295]]
+        assert table["kv_head"][row].tolist() == [head // 2]
+        assert table["is_retrieval"][row].tolist() == [recall.is_retrieval[layer, head // 2]]
 
 
 @pytest.mark.parametrize(

@@ -376,6 +376,8 @@ def test_cancelling_after_a_reset_names_the_request() -> None:
         text.step()
     with pytest.raises(ValueError, match=f"no request with id '{lost}' is waiting or running"):
         text.cancel(lost)
+    [*ends] = text.step()
+    assert {(delta.request_id, delta.finish_reason) for delta in ends} == {(kept, "cancelled")}
     assert not text.has_unfinished_requests
     check_nothing_left(text.engine)
 

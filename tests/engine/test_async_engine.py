@@ -97,6 +97,8 @@ def test_leaving_a_stream_cancels_all_of_it(llm):
         before = llm.engine.metrics().cancelled
         async with await engine.submit([(prompt, LONG) for prompt in PROMPTS]) as stream:
             await anext(stream)
+        ends = sorted([(i, d.token_ids, d.finish_reason) async for i, d in stream])
+        assert ends == [(0, [], "cancelled"), (1, [], "cancelled")]
         with pytest.raises(StopAsyncIteration):
             await anext(stream)
         return await engine.call(
@@ -104,6 +106,43 @@ def test_leaving_a_stream_cancels_all_of_it(llm):
         )
 
     assert on(llm, program) == (False, 2)
+
+
+def test_who_waits_for_a_stream_that_another_task_cancels_hears_of_its_end(llm):
+    async def program(engine):
+        stream = await engine.submit([(prompt, LONG) for prompt in PROMPTS])
+        waiting = asyncio.ensure_future(collect(stream))
+        await asyncio.sleep(0)  # it waits
+        stream.cancel()
+        stream.cancel()  # once more changes nothing
+        ends = await waiting
+        assert [len(tokens) < LONG.max_tokens for tokens in ends] == [True, True]
+        return await engine.call(lambda: llm.engine.has_unfinished_requests)
+
+    assert on(llm, program) is False
+
+
+def test_any_number_of_threads_with_loops_of_their_own(llm):
+    """Requests of eight threads, some of which leave early: the others notice nothing."""
+    prompts = [{"prompt_token_ids": [3 + i] * (5 + i)} for i in range(8)]
+    expected = [output.outputs[0].token_ids for output in llm.generate(prompts, SHORT)]
+    engine = AsyncEngine(llm.text_engine)
+    engine.start()
+    results: dict[int, list] = {}
+
+    async def ask(number):
+        if number % 3 == 0:
+            async with await engine.submit([(prompts[number], LONG)]) as left:
+                await anext(left)
+        results[number] = await collect(await engine.submit([(prompts[number], SHORT)]))
+
+    threads = [threading.Thread(target=lambda i=i: asyncio.run(ask(i))) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    asyncio.run(engine.close())
+    assert results == {i: [tokens] for i, tokens in enumerate(expected)}
 
 
 def test_a_caller_that_is_cancelled_while_it_submits_leaves_nothing(llm):
@@ -119,14 +158,14 @@ def test_a_caller_that_is_cancelled_while_it_submits_leaves_nothing(llm):
             await asking
         hold.set()
         await busy
-        return await engine.call(lambda: llm.engine.has_unfinished_requests)
+        return await engine.call(lambda: bool(llm.engine.unfinished))
 
     # What it left is cancelled by a call behind the answer: both are through when this returns.
     async def program_and_after(engine):
         await program(engine)
         await asyncio.sleep(0)
         await engine.call(lambda: None)
-        return await engine.call(lambda: llm.engine.has_unfinished_requests)
+        return await engine.call(lambda: bool(llm.engine.unfinished))
 
     assert on(llm, program_and_after) is False
 

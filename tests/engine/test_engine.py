@@ -44,7 +44,7 @@ def test_random_traffic(seed: int, pattern: str) -> None:
     """Arrivals, ends and cancellations in any order: pages stay owned once, outputs stay right."""
     rng = np.random.default_rng(seed)
     engine, prompts, made = build(pattern, deterministic=False).engine, {}, {}
-    running, finished, cancelled = [], [], []
+    running, finished, cancelled, ended = [], [], [], []
     queue = [f"r{i}" for i in range(30)]
     started: list[str] = []
     while queue or engine.has_unfinished_requests:
@@ -59,6 +59,10 @@ def test_random_traffic(seed: int, pattern: str) -> None:
             engine.cancel(name)
             cancelled.append(name)
         for new in engine.step():
+            if new.finish_reason == "cancelled":
+                assert new.request_id in cancelled and new.token_ids == []
+                ended.append(new.request_id)
+                continue
             if not made[new.request_id]:
                 started.append(new.request_id)
             made[new.request_id].append(new)
@@ -69,7 +73,7 @@ def test_random_traffic(seed: int, pattern: str) -> None:
     check_nothing_left(engine)
     assert len(finished) + len(cancelled) == 30
     assert len(finished) > 15
-    assert cancelled
+    assert cancelled == ended
     assert started == sorted(started, key=lambda name: int(name[1:]))  # first come, first served
     for name in finished:
         tokens = [token for new in made[name] for token in new.token_ids]
@@ -179,13 +183,19 @@ def test_cancel(llm: LLM) -> None:
     engine.cancel("d")  # waits
     engine.cancel("c")  # in prefill
     check_pages(engine)
+    with pytest.raises(ValueError, match="id 'c' is already in the engine"):
+        engine.add_request("c", prompts[2], greedy(3), seed=0)  # its end is still to come
     outputs += engine.step()
     engine.cancel("a")  # runs
     check_pages(engine)
     assert [request.request_id for request in running.values()] == ["b"]
     outputs += drain(engine)
     check_nothing_left(engine)
-    assert {new.request_id for new in outputs} == {"a", "b"}
+    last = {new.request_id: new for new in outputs}
+    reasons = {name: new.finish_reason for name, new in last.items()}
+    assert reasons == {"a": "cancelled", "b": "length", "c": "cancelled", "d": "cancelled"}
+    assert last["a"].token_ids == [] and last["a"].metrics.generated_tokens > 0
+    assert [new.request_id for new in outputs].count("d") == 1
     tokens = [token for new in outputs if new.request_id == "b" for token in new.token_ids]
     rows = [row for new in outputs if new.request_id == "b" for row in new.top_logprobs]
     logprobs = [[row[token] for token in range(VOCAB)] for row in rows]
@@ -195,17 +205,18 @@ def test_cancel(llm: LLM) -> None:
             engine.cancel(name)
 
 
-def test_of_a_request_cancelled_in_a_stream_nothing_more_comes(llm: LLM) -> None:
+def test_of_a_request_cancelled_in_a_stream_only_its_end_comes(llm: LLM) -> None:
     """Also not what the step that is being taken brought of it."""
     engine, came = llm.engine, []
     for name, prompt in zip("ab", random_prompts(7, [6, 6]), strict=True):
         engine.add_request(name, prompt, greedy(30), seed=0)
     for new in engine.stream():
-        came.append(new.request_id)
-        if came == ["a", "a", "b", "a"]:
+        came.append(new)
+        if [new.request_id for new in came] == ["a", "a", "b", "a"]:
             engine.cancel("b")
-    assert came[:4] == ["a", "a", "b", "a"]
-    assert "b" not in came[4:]
+    ends = [new for new in came[4:] if new.request_id == "b"]
+    assert [(new.token_ids, new.finish_reason) for new in ends] == [([], "cancelled")]
+    assert len(came) > 6
     check_nothing_left(engine)
 
 

@@ -68,6 +68,7 @@ def test_a_call_inside_a_call_is_refused(llm):
     with pytest.raises(ValueError, match="still busy with another call's requests"):
         llm.generate(PROMPTS, GREEDY, on_text=nested)
     llm.engine.cancel("mine")
+    assert [new.finish_reason for new in llm.engine.stream()] == ["cancelled"]
     check_nothing_left(llm.engine)
 
 

@@ -195,6 +195,9 @@ class Run:
 
     def take(self, outputs: list[TokenOutput]) -> None:
         for new in outputs:
+            if new.finish_reason == "cancelled":
+                assert new.request_id not in self.live and new.token_ids == []
+                continue
             assert new.request_id in self.live
             self.outputs[new.request_id].append(new)
             if new.finish_reason is not None:

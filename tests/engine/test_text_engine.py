@@ -83,10 +83,21 @@ def test_cancelling_ends_all_completions(text: TextEngine) -> None:
     prompt, other = random_prompts(2, [20, 20])
     sampling = SamplingParams(n=2, max_tokens=200, ignore_eos=True)
     gone, kept = text.submit(ids(prompt), sampling), text.submit(ids(other), GREEDY)
-    text.step()
+    before = text.step() + text.step()
     text.cancel(gone)
+    with pytest.raises(ValueError, match=f"no request with id '{gone}' is waiting or running"):
+        text.cancel(gone)
     deltas = run(text)
-    assert {delta.request_id for delta in deltas} == {kept}
+    ends = [delta for delta in deltas if delta.request_id == gone]
+    assert [(d.index, d.token_ids, d.finish_reason) for d in ends] == [
+        (0, [], "cancelled"),
+        (1, [], "cancelled"),
+    ]
+    output = ends[-1].output
+    assert output is not None
+    made = [t for d in before if (d.request_id, d.index) == (gone, 0) for t in d.token_ids]
+    assert output.outputs[0].token_ids == made and made
+    assert {delta.request_id for delta in deltas} == {gone, kept}
     assert text.engine.metrics().cancelled == 2
     with pytest.raises(ValueError, match=f"no request with id '{gone}' is waiting or running"):
         text.cancel(gone)

@@ -1,0 +1,109 @@
+"""Parameters on their way into an engine: as ``convert.load`` gives them, and as it runs them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lserve_jax.model.config import ModelConfig
+from lserve_jax.model.heads import HeadPartition, permute_heads
+from lserve_jax.model.llama import Params
+from lserve_jax.model.quantise import quantise_params
+from pallas_kernels.api import Weight, WeightKind
+
+
+@dataclass(kw_only=True, eq=False)
+class Intake:
+    """Turns parameters as loaded into those that an engine runs, the first ones and later ones.
+
+    The result shares every array that need not change: those of ``dtype`` whose heads stay where
+    they are. The others are copies: heads put in order, a tied model's output projection on a CPU,
+    quantised matrices.
+    """
+
+    config: ModelConfig
+    partition: HeadPartition
+    dtype: Any  # of the arithmetic
+    weights: WeightKind | None  # what matrices are quantised to
+    weight_group: int
+    # Shape, dtype and sharding of each leaf that came first, by path.
+    _first: dict[str, jax.ShapeDtypeStruct] = field(init=False, default_factory=dict)
+
+    def first(self, params: Params) -> Params:
+        """The parameters that the engine begins with; ``check`` compares later ones with them."""
+        self._first = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+            for name, x in _leaves(params).items()
+        }
+        return self._prepare(params)
+
+    def later(self, params: Params) -> Params:
+        """Others in their place, checked before; each on the devices of the one before it."""
+
+        def place(path: Any, x: Any) -> Any:
+            sharding = self._first[jax.tree_util.keystr(path)].sharding
+            x = jnp.asarray(x)
+            same = sharding is None or x.sharding == sharding
+            return x if same else jax.device_put(x, sharding)
+
+        return self._prepare(jax.tree.map_with_path(place, params))
+
+    def check(self, params: Params) -> None:
+        """Raises ``ValueError`` naming every leaf in which ``params`` differ from the first ones.
+
+        A dtype may be that of the first ones or that of the arithmetic.
+        """
+        found = _leaves(params)
+        wrong = []
+        for name in sorted(self._first.keys() | found.keys()):
+            wanted, leaf = self._first.get(name), found.get(name)
+            if wanted is None:
+                wrong.append(f"{name} is not of the model")
+            elif name not in found:
+                wrong.append(f"{name} is missing")
+            elif not isinstance(leaf, jax.Array | np.ndarray):
+                wrong.append(f"{name} is no array but {type(leaf).__name__}")
+            elif isinstance(leaf, jax.Array) and leaf.is_deleted():
+                wrong.append(f"{name} was donated or deleted")
+            else:
+                dtypes = {jnp.dtype(wanted.dtype)}
+                if jnp.issubdtype(wanted.dtype, jnp.floating) and not _is_code(name):
+                    dtypes.add(jnp.dtype(self.dtype))
+                if leaf.shape != wanted.shape or leaf.dtype not in dtypes:
+                    expected = " or ".join(sorted(dtype.name for dtype in dtypes))
+                    wrong.append(
+                        f"{name} is {leaf.dtype} {leaf.shape}, expected {expected} {wanted.shape}"
+                    )
+        if wrong:
+            raise ValueError(
+                f"params differ from those that the engine began with in {len(wrong)} of "
+                f"{len(self._first)} leaves: {'; '.join(wrong)}"
+            )
+
+    def _prepare(self, params: Params) -> Params:
+        params = jax.tree.map(
+            lambda x: x if isinstance(x, Weight) else jnp.asarray(x, self.dtype),
+            params,
+            is_leaf=lambda x: isinstance(x, Weight),
+        )
+        if self.config.tie_word_embeddings and jax.default_backend() == "cpu":
+            # XLA's CPU matrix-vector product is five times slower on a transposed matrix, and the
+            # output projection is a fifth of a small model's weights.
+            kernel = jnp.array(params["embed_tokens"]["embedding"].T)
+            params = params | {"lm_head": {"kernel": kernel}}
+        # Before heads move, so that a model's codes do not depend on how it is attended.
+        if self.weights is not None:
+            params = quantise_params(params, self.weights, group=self.weight_group)
+        return permute_heads(self.config, params, self.partition)
+
+
+def _leaves(params: Params) -> dict[str, Any]:
+    leaves, _ = jax.tree.flatten_with_path(params)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def _is_code(name: str) -> bool:
+    """Whether a leaf is a part of a quantised matrix."""
+    return name.rpartition(".")[2] in Weight._fields
