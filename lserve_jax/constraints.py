@@ -40,11 +40,13 @@ class Constraints:
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int):
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._compiled = functools.lru_cache(_MOST_GRAMMARS)(self._compile)
+        self._words = functools.lru_cache(_MOST_GRAMMARS)(self._word_tokens)
 
     def make(self, sampling: SamplingParams) -> Constraint | None:
         """A new constraint for one completion; None where its text may be anything.
 
-        The first of a schema, expression or grammar compiles it. Any thread may call it.
+        The first of a schema, expression, grammar or list of words compiles it. Any thread may
+        call it.
 
         Raises ``ValueError`` without a tokenizer or llguidance, and for structured outputs that
         cannot be followed.
@@ -56,8 +58,7 @@ class Constraints:
             raise ValueError(f"{name}={getattr(sampling, name)!r:.200} needs a tokenizer")
         parts: list[Constraint] = []
         if sampling.bad_words:
-            words = _word_tokens(self._tokenizer, sampling.bad_words)
-            parts.append(BadWords(words, self._vocab_size))
+            parts.append(BadWords(self._words(sampling.bad_words), self._vocab_size))
         if sampling.structured_outputs is not None:
             matcher = self._compiled(sampling.structured_outputs).deep_copy()
             parts.append(Grammar(matcher, self._vocab_size))
@@ -82,6 +83,20 @@ class Constraints:
             reason = " ".join(matcher.get_error().split())
             raise ValueError(f"{name}={getattr(wanted, name)!r:.200} cannot be used: {reason:.300}")
         return matcher
+
+    def _word_tokens(self, words: tuple[str, ...]) -> list[tuple[int, ...]]:
+        """The tokens of each word, with and without a space in front: it is written either way."""
+        assert self._tokenizer is not None
+        found = {}
+        for word in words:
+            bare = word.lstrip(" ")
+            for text in {word, bare, f" {bare}"} - {""}:
+                tokens = tuple(self._tokenizer.encode(text, add_special_tokens=False))
+                if not tokens:
+                    raise ValueError(f"bad_words entry {word!r} has no tokens")
+                found[tokens] = None
+        # What ends with the tokens of another word never comes anyway.
+        return [word for word in found if not any(word[i:] in found for i in range(1, len(word)))]
 
 
 class Grammar:
@@ -171,20 +186,6 @@ def _forbid(mask: np.ndarray, token: int) -> None:
     mask[token // 32] &= ~np.uint32(1 << token % 32)
 
 
-def _word_tokens(tokenizer: Tokenizer, words: Sequence[str]) -> list[tuple[int, ...]]:
-    """The tokens of each word, with and without a space in front: it is written either way."""
-    found = {}
-    for word in words:
-        bare = word.lstrip(" ")
-        for text in {word, bare, f" {bare}"} - {""}:
-            tokens = tuple(tokenizer.encode(text, add_special_tokens=False))
-            if not tokens:
-                raise ValueError(f"bad_words entry {word!r} has no tokens")
-            found[tokens] = None
-    # What ends with the tokens of another word never comes anyway.
-    return [a for a in found if not any(a[-len(b) :] == b for b in found if len(b) < len(a))]
-
-
 def _grammar_text(guidance: Any, wanted: StructuredOutputs) -> tuple[str, str]:
     """The name of the field that is given, and its grammar as llguidance takes it."""
     if wanted.json is not None:
@@ -207,7 +208,8 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> "llguidance.LLTokenize
     """The tokenizer as llguidance sees it; takes some 0.2 s once a tokenizer."""
     known = _vocabularies.setdefault(tokenizer, {})
     if vocab_size not in known:
-        backend, ends = tokenizer.backend, [*tokenizer.eos_token_ids]
+        # A text that must hold the spelling of a control token gets it in plain tokens.
+        backend, ends = tokenizer.plain_backend, [*tokenizer.eos_token_ids]
         if not ends:  # llguidance needs one, and would take token 0
             backend = tokenizers.Tokenizer.from_str(backend.to_str())
             backend.add_special_tokens([_NO_END])

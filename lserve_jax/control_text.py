@@ -64,7 +64,7 @@ class ControlText:
     def encode(self, text: str) -> list[int]:
         """Token ids of what a template made of hidden texts; BOS and EOS are not added."""
         swapped = self._either.sub(lambda match: self._swaps[match[0]], text)
-        return self._renamed.encode(swapped, add_special_tokens=False).ids
+        return self.renamed.encode(swapped, add_special_tokens=False).ids
 
     def _hidden(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -76,7 +76,7 @@ class ControlText:
         return value
 
     @cached_property
-    def _renamed(self) -> tokenizers.Tokenizer:
+    def renamed(self) -> tokenizers.Tokenizer:
         """The tokenizer, in which control tokens have their stand-ins for names."""
         names = self._stand_ins
         data = json.loads(self._backend.to_str())

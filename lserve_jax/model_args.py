@@ -1,5 +1,6 @@
 """Options of the command lines that say which model runs, and how."""
 
+import sys
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -79,6 +80,6 @@ class ModelArgs:
             weights=self.weights,
             backend=self.backend,
             adapter=self.adapter,
-            progress=True,
+            progress=sys.stderr.isatty(),  # elsewhere a bar is lines of a log
             **options,
         )

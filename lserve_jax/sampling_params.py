@@ -183,6 +183,8 @@ class SamplingParams:
         for word in self.bad_words:
             if not isinstance(word, str) or not word:
                 raise ValueError(f"bad_words={self.bad_words!r:.200} must hold non-empty strings")
+        if (size := sum(map(len, self.bad_words))) > _MOST_CHARACTERS:
+            raise ValueError(f"bad_words have {size} characters, more than {_MOST_CHARACTERS}")
         if not isinstance(self.structured_outputs, StructuredOutputs | None):
             raise ValueError(
                 f"structured_outputs={self.structured_outputs!r:.200} must be StructuredOutputs"

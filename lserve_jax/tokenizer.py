@@ -108,6 +108,7 @@ class Tokenizer:
         continue_final_message: bool = False,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        values: Mapping[str, Any] | None = None,
     ) -> str:
         """The text of a conversation, to be encoded with ``add_special_tokens=False``.
 
@@ -116,7 +117,8 @@ class Tokenizer:
         all. ``add_generation_prompt`` appends what opens the model's answer.
         ``continue_final_message`` ends the text where the last message's content ends, so that the
         model goes on with it. ``tools`` are JSON schemas of functions that the model may call, for
-        templates that show them.
+        templates that show them. ``values`` are what else a template asks for by name, such as
+        Qwen3's ``enable_thinking``.
 
         Raises ``ValueError`` if there is no template, a message or tool is malformed, the template
         fails on the conversation (the message then names the template's line) or does not show
@@ -135,6 +137,7 @@ class Tokenizer:
             messages = _with_marked_end(messages, add_generation_prompt)
         text = template.render(
             {
+                **(values or {}),
                 "messages": [dict(message) for message in messages],
                 "add_generation_prompt": add_generation_prompt,
                 "tools": None if tools is None else [dict(tool) for tool in tools],
@@ -151,25 +154,32 @@ class Tokenizer:
         continue_final_message: bool = False,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        values: Mapping[str, Any] | None = None,
     ) -> "ChatPrompt":
         """A conversation in which only the template writes control tokens.
 
-        Where ``messages`` and ``tools`` spell one out, it stays text. Of a conversation that spells
-        out none, these are the text and the ids of ``apply_chat_template``.
+        Where the arguments spell one out, it stays text. Of a conversation that spells out none,
+        these are the text and the ids of ``apply_chat_template``.
 
         Raises ``ValueError`` as ``apply_chat_template`` does, and where messages or tools are more
         than 200 lists deep.
         """
         control = self._control_text
-        hides = control.is_in([messages, tools])
+        hides = control.is_in([messages, tools, values])
         if hides:
-            messages, tools = control.hide([messages, tools])
+            messages, tools, values = control.hide([messages, tools, values])
         text = self.apply_chat_template(
-            messages, add_generation_prompt, continue_final_message, tools=tools
+            messages, add_generation_prompt, continue_final_message, tools=tools, values=values
         )
         if hides:
             return ChatPrompt(control.spell_out(text), lambda: _encoded(text, control.encode))
         return ChatPrompt(text, lambda: self.encode(text, add_special_tokens=False))
+
+    @property
+    def plain_backend(self) -> tokenizers.Tokenizer:
+        """A copy of the tokenizer that takes the spelling of a control token for text; each has a
+        private character for its name."""
+        return self._control_text.renamed
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes Hugging Face tokenizer files; ``convert.load_tokenizer`` reads them back.

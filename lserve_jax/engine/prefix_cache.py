@@ -70,8 +70,8 @@ class PrefixCache:
         spec = self.spec
         if not self.has_room:
             raise ValueError(
-                f"{spec.max_prefixes} prefixes are held already: release one, or make room for "
-                "more (max_prefixes)"
+                f"max_prefixes={spec.max_prefixes} prefixes are held already: release one, or "
+                "make room for more"
             )
         if num_pages > len(self.pool.free):
             raise ValueError(

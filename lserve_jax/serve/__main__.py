@@ -9,6 +9,7 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it, no traceback
 
+import asyncio
 import logging
 import os
 import secrets
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Literal
 
 import tyro
@@ -33,6 +35,7 @@ from lserve_jax.serve.service import Service, ServiceOptions
 log = logging.getLogger("lserve_jax.serve")
 
 _KEY_VARIABLE = "LSERVE_API_KEY"
+_THIS_MACHINE = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +82,15 @@ def _names(args: ServeArgs) -> tuple[str, ...]:
 
 
 def _keys(args: ServeArgs) -> tuple[str, ...]:
-    keys = args.api_key or tuple(filter(None, [os.environ.get(_KEY_VARIABLE)]))
+    given = os.environ.get(_KEY_VARIABLE)
+    keys = args.api_key or (() if given is None else (given,))
     if not all(keys):
-        raise ValueError("--api-key must not be empty")
+        raise ValueError(f"--api-key and ${_KEY_VARIABLE} must not be empty")
+    for key in keys:
+        if key != key.strip() or not key.isprintable():
+            raise ValueError("an API key must not begin or end with a space or hold control codes")
+    if not keys and args.host not in _THIS_MACHINE:
+        log.warning("no API key is set: whoever reaches %s can use the service", args.host)
     return keys
 
 
@@ -103,8 +112,8 @@ def _log_to_stderr(level: str) -> None:
 
 def _main(args: ServeArgs) -> None:
     _check(args)
-    keys = _keys(args)
     _log_to_stderr(args.log_level)
+    keys = _keys(args)
     with _listener(args) as listener:
         _serve(args, keys, listener)
 
@@ -136,14 +145,31 @@ def _serve(args: ServeArgs, keys: tuple[str, ...], listener: socket.socket) -> N
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens once it does."""
+    """Says where it listens once it does, and what it waits for at its end."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         assert sockets is not None
         host, port = sockets[0].getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        log.info("serving at http://%s:%d", shown, port)
+        print(f"serving at http://{shown}:{port}", file=sys.stderr, flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal lets answers finish, the second one ends them."""
+        if self.should_exit:
+            self._loop.call_soon_threadsafe(self._end_answers)
+            return
+        super().handle_exit(sig, frame)
+        log.info(
+            "shutting down: %d requests may finish within %s s; a second signal ends them now",
+            len(self.server_state.tasks),
+            self.config.timeout_graceful_shutdown,
+        )
+
+    def _end_answers(self) -> None:
+        for task in self.server_state.tasks:
+            task.cancel()
 
 
 def _listener(args: ServeArgs) -> socket.socket:

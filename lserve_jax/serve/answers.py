@@ -3,6 +3,7 @@
 Chats and completions differ in what a choice looks like, and in nothing else.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -67,8 +68,9 @@ async def respond(request: Request, answer: Answer) -> Response:
     whole = await unless_gone(request.receive, _whole(answer))
     if whole is None:
         return Response(status_code=499)  # nobody reads it
-    log_fields(request).update(completion_tokens=whole["usage"]["completion_tokens"])
-    return JSONResponse(whole)
+    body, used = whole
+    log_fields(request).update(completion_tokens=used["completion_tokens"])
+    return Response(body, media_type="application/json")
 
 
 def _run(answer: Answer) -> AbstractAsyncContextManager[AsyncIterable[tuple[int, TextDelta]]]:
@@ -85,17 +87,25 @@ def _keep_reads(answer: Answer, output: RequestOutput) -> None:
         answer.service.reads.add(answer.id, output.prompt_token_ids, output.outputs[0])
 
 
-async def _whole(answer: Answer) -> dict[str, Any]:
+async def _whole(answer: Answer) -> tuple[bytes, dict[str, Any]]:
+    """The answer's JSON and its usage."""
     async with _run(answer) as stream:
         done = await outputs(stream)
     for output in done:
         _keep_reads(answer, output)
+    # Log probabilities of long prompts take seconds to write down.
+    return await asyncio.to_thread(_written, answer, done)
+
+
+def _written(answer: Answer, done: list[RequestOutput]) -> tuple[bytes, dict[str, Any]]:
     choices = [
         answer.choice(position, output, completion)
         for position, output in enumerate(done)
         for completion in output.outputs
     ]
-    return {**answer.head(answer.object), "choices": choices, "usage": wire.usage_of(done)}
+    usage = wire.usage_of(done)
+    whole = {**answer.head(answer.object), "choices": choices, "usage": usage}
+    return bytes(JSONResponse(whole).body), usage
 
 
 async def _events(answer: Answer, logged: dict[str, Any]) -> AsyncGenerator[bytes]:

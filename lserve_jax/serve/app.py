@@ -73,7 +73,7 @@ def create_app(service: Service) -> Starlette:
             Route("/metrics", plain(metrics), methods=["GET"]),
             Route("/version", plain(_version), methods=["GET"]),
             Route("/v1/reads/{id}", plain(_reads), methods=["GET"]),
-            Route("/v1/reads/{id}/{token:int}", plain(_reads_of_token), methods=["GET"]),
+            Route("/v1/reads/{id}/{token}", plain(_reads_of_token), methods=["GET"]),
             *page_routes(),
         ],
         middleware=middleware,

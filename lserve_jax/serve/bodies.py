@@ -21,6 +21,15 @@ HARMLESS = frozenset(
         *("priority", "cache_salt"),
     }
 )
+# Of these one value changes nothing, and clients send it; any other is refused.
+_NEUTRAL = {
+    "modalities": ["text"],
+    "use_beam_search": False,
+    "length_penalty": 1.0,
+    "detokenize": True,
+    "return_token_ids": False,
+    "echo": False,
+}
 # Fields that go to SamplingParams as they are.
 _SAMPLING = (
     *("n", "temperature", "top_p", "top_k", "min_p", "seed", "min_tokens", "stop"),
@@ -48,8 +57,8 @@ class Body(BaseModel):
 
     @model_validator(mode="after")
     def _no_unknown_fields(self) -> "Body":
-        for name in self.model_extra or ():
-            if name not in HARMLESS:
+        for name, value in (self.model_extra or {}).items():
+            if name not in HARMLESS and (name not in _NEUTRAL or value != _NEUTRAL[name]):
                 raise self.unknown(name)
         return self
 
@@ -67,6 +76,7 @@ class StreamOptions(Body):
     """What a stream tells beside its text."""
 
     include_usage: bool = False  # of all tokens, in a chunk of its own at the end
+    include_obfuscation: bool = False  # of no effect: chunks are not padded
     continuous_usage_stats: bool = False  # so far, in every chunk
 
 
@@ -142,6 +152,7 @@ class ChatBody(GenerationBody):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     add_generation_prompt: bool | None = None  # None: unless the final message is continued
     continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None  # what else the template asks for by name
     record_reads: bool = False  # GET /v1/reads/{id} tells then what each token read
 
     # ``response_format.py`` reads these too; the last two are old names of the first two.
@@ -153,7 +164,7 @@ class ChatBody(GenerationBody):
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> "ChatBody":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
         return self
 

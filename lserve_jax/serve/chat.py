@@ -73,6 +73,7 @@ async def chat_prompt(service: Service, body: ChatBody) -> tuple[CheckedPrompt, 
             add_generation_prompt=not body.continue_final_message if opens is None else opens,
             continue_final_message=body.continue_final_message,
             tools=asked.tools,
+            values=body.chat_template_kwargs,
         )
         service.engine.text.check_length(chat.text)
         return {"prompt": chat.text, "prompt_token_ids": chat.encode()}

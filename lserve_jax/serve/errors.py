@@ -24,6 +24,8 @@ _TYPES = {
     500: "server_error",
     503: "server_error",
 }
+# Fields that a prompt is made of, by route.
+_PROMPTS = ("prompt", "messages", "input")
 # Clients wait as long as this says, up to 60 or 120 s; a queue has moved on by then.
 _RETRY_AFTER_SECONDS = "1"
 
@@ -51,6 +53,12 @@ class ApiError(Exception):
                 "code": self.code,
             }
         }
+
+    @property
+    def logged(self) -> dict[str, str]:
+        """What the log says of it: no text, which could hold what is not ours."""
+        told = {"error": self.code or self.body["error"]["type"], "param": self.param}
+        return {name: value[:200] for name, value in told.items() if value is not None}
 
     def response(self) -> JSONResponse:
         headers = {"Retry-After": _RETRY_AFTER_SECONDS} if self.status in (429, 503) else None
@@ -85,6 +93,8 @@ def as_api_error(error: Exception, fields: Collection[str] = ()) -> ApiError:
         too_long = "max_model_len" in message
         named = re.match(r"\w+", message)
         param = named.group() if named and named.group() in fields else None
+        if too_long or message.startswith(("prompt ", "the prompt ")):
+            param = next((name for name in _PROMPTS if name in fields), None)
         code = "context_length_exceeded" if too_long else None
         return ApiError(message, param=param, code=code)
     return ApiError(f"internal error: {type(error).__name__}", status=500)
@@ -107,7 +117,9 @@ def _of_validation(error: ValidationError) -> ApiError:
 async def http_error(_: Request, error: Exception) -> JSONResponse:
     """Starlette's own: no such route, no such method."""
     assert isinstance(error, HTTPException)
-    return ApiError(str(error.detail), status=error.status_code).response()
+    answer = ApiError(str(error.detail), status=error.status_code).response()
+    answer.headers.update(error.headers or {})
+    return answer
 
 
 async def api_error(_: Request, error: Exception) -> JSONResponse:

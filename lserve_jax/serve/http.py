@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,6 +25,7 @@ log = logging.getLogger("lserve_jax.serve")
 BODY_SECONDS = 60.0
 # Parsing more than this would hold up the event loop, and every stream with it.
 _PARSED_AT_ONCE = 64 << 10
+SHUTTING_DOWN = ApiError("the server is shutting down", status=503, code="shutting_down")
 # What a client may call its request: anything else could forge lines of the log.
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
@@ -32,8 +33,9 @@ _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 class RequestLog:
     """Gives every request an id, its client's own if it sent one, and logs it as a line of JSON.
 
-    Handlers add fields by ``log_fields(request).update(…)``. No text of prompts, answers or keys is
-    ever logged.
+    A request that is cancelled, because the server ends and waits no longer, is told so. Handlers
+    add fields by ``log_fields(request).update(…)``. No text of prompts, answers or keys is ever
+    logged.
     """
 
     def __init__(self, app: ASGIApp):
@@ -58,6 +60,10 @@ class RequestLog:
 
         try:
             await self.app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # nobody else cancels a request's task
+            fields["error"] = SHUTTING_DOWN.code
+            if status == 499:
+                await SHUTTING_DOWN.response()(scope, receive, send_with_id)
         finally:
             line = {
                 "request_id": request_id,
@@ -67,7 +73,9 @@ class RequestLog:
                 "seconds": round(time.perf_counter() - began, 6),
                 **fields,
             }
-            log.info(json.dumps(line, ensure_ascii=True))
+            # Probes come every few seconds, for ever.
+            routine = scope["path"] in ("/health", "/metrics") and status == 200
+            log.log(logging.DEBUG if routine else logging.INFO, json.dumps(line))
 
 
 def log_fields(request: Request) -> dict[str, Any]:
@@ -89,14 +97,18 @@ class ApiKeys:
                 status=401,
                 code="invalid_api_key",
             )
-            await error.response()(scope, receive, send)
+            answer = error.response()
+            answer.headers["WWW-Authenticate"] = "Bearer"
+            await answer(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
     def _has_key(self, headers: Headers) -> bool:
         kind, _, given = headers.get("authorization", "").partition(" ")
         # All are compared, each in constant time: nothing is to be learned from how long it takes.
-        same = [hmac.compare_digest(given.strip().encode(), key) for key in self.keys]
+        # Starlette reads the bytes of headers as Latin-1.
+        raw = given.strip().encode("latin-1")
+        same = [hmac.compare_digest(raw, key) for key in self.keys]
         return kind.lower() == "bearer" and any(same)
 
 
@@ -165,20 +177,31 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await unless_gone(receive, self._send_all(send))
+        logged = scope["state"]["log"]
+        try:
+            if await unless_gone(receive, self._send_all(send, logged)) is None:
+                logged["error"] = "client_gone"
+        except asyncio.CancelledError:  # the server ends
+            await send(_body(SHUTTING_DOWN.event()))
+            await send(_body(b"", more=False))
+            raise
 
-    async def _send_all(self, send: Send) -> None:
-        def body(data: bytes, more: bool = True) -> Message:
-            return {"type": "http.response.body", "body": data, "more_body": more}
-
+    async def _send_all(self, send: Send, logged: dict[str, Any]) -> bool:
         async with contextlib.aclosing(self.events) as events:
             try:
                 async for event in events:
-                    await send(body(event))
+                    await send(_body(event))
             except Exception as error:  # whatever it is: the client must not take it for an end
                 log_error(error)
-                await send(body(as_api_error(error).event()))
-        await send(body(b"", more=False))
+                told = as_api_error(error)
+                logged.update(told.logged)
+                await send(_body(told.event()))
+        await send(_body(b"", more=False))
+        return True
+
+
+def _body(data: bytes, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": data, "more_body": more}
 
 
 def log_error(error: Exception) -> None:
@@ -197,9 +220,14 @@ def answering(fields: Collection[str] = ()) -> Callable[[Handler], Handler]:
         async def answer(request: Request) -> Response:
             try:
                 return await handler(request)
+            except ClientDisconnect:  # in the middle of its body
+                log_fields(request)["error"] = "client_gone"
+                return Response(status_code=499)
             except Exception as error:  # the server goes on, whatever one request met
                 log_error(error)
-                return as_api_error(error, fields).response()
+                told = as_api_error(error, fields)
+                log_fields(request).update(told.logged)
+                return told.response()
 
         return answer
 

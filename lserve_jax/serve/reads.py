@@ -82,11 +82,13 @@ class ReadsStore:
         described = describe_context(entry.reads, entry.prompt, entry.answer, tokenizer)
         return {"id": completion_id, **described}
 
-    def token(self, completion_id: str, token: int) -> dict[str, Any]:
+    def token(self, completion_id: str, number: str) -> dict[str, Any]:
         """See ``describe_token``; ``ApiError`` (404) for an id or a token that is not kept."""
         entry = self._find(completion_id)
-        if not 0 <= token < len(entry.answer):
-            raise ApiError(f"the answer has {len(entry.answer)} tokens, no {token=}", status=404)
+        count = len(entry.answer)
+        known = number.isascii() and number.isdecimal() and len(number) <= len(str(count))
+        if not known or (token := int(number)) >= count:
+            raise ApiError(f"the answer has {count} tokens, no token {number:.40}", status=404)
         try:
             return {"id": completion_id, **describe_token(entry.reads, token)}
         except ValueError as error:  # dropped, since there were too many

@@ -76,7 +76,7 @@ def answer_format(
         answer=answer,
     )
     return AnswerFormat(
-        constraint=StructuredOutputs(grammar=grammar),
+        constraint=_constraint("grammar", grammar, "tools"),
         source="tools",
         tools=tools,
         tool_format=form or HERMES,
@@ -116,10 +116,11 @@ def _response_schema(given: Any) -> Mapping[str, Any] | None:
         return None
     where = "response_format"
     kind = _object(given, where).get("type")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return _ANY_OBJECT
+    if kind in ("text", "json_object"):
+        for name in given:
+            if name != "type":
+                _refuse(f"{where}.{name:.100}", f"has no meaning where the type is {kind!r}")
+        return _ANY_OBJECT if kind == "json_object" else None
     if kind != "json_schema":
         _refuse(
             f"{where}.type", f"must be 'text', 'json_object' or 'json_schema', got {kind!r:.100}"

@@ -46,6 +46,7 @@ class ResponsesBody(Body):
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     stream: bool = False
+    metadata: dict[str, str] = Field(default_factory=dict)  # comes back as it is
     # What else to show: log probabilities, there is nothing more.
     include: list[str] = Field(default_factory=list)
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -89,6 +90,13 @@ class ResponsesBody(Body):
             )
         if kind == "json_schema" and not isinstance(given.get("schema"), Mapping):
             raise ApiError("text.format.schema must be an object", param="text.format.schema")
+        known = ("type", "name", "description", "schema", "strict")
+        for name in given:
+            if name not in (known if kind == "json_schema" else ("type",)):
+                raise ApiError(
+                    f"text.format.{name:.100} is not known here and could change the answer",
+                    param=f"text.format.{name:.100}",
+                )
         return given
 
     @property
@@ -121,6 +129,11 @@ def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where}.type {kind!r:.100} is not served here: only messages are", param=where
         )
     role, content = item.get("role"), item.get("content")
+    if role not in ("developer", "system", "user", "assistant"):
+        raise ApiError(
+            f"{where}.role must be 'developer', 'system', 'user' or 'assistant', got {role!r:.100}",
+            param=f"{where}.role",
+        )
     if isinstance(content, list):
         content = "\n".join(_part(p, f"{where}.content[{i}]") for i, p in enumerate(content))
     return {"role": "system" if role == "developer" else role, "content": content}
@@ -280,7 +293,7 @@ class _Reply:
             "store": False,
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
-            "metadata": (body.model_extra or {}).get("metadata", {}),
+            "metadata": body.metadata,
             **known,
         }
 

@@ -45,7 +45,7 @@ class Service:
     reads: ReadsStore = field(default_factory=ReadsStore)  # of requests that asked for it
     created: int = field(default_factory=lambda: int(time.time()))  # the service, Unix time
     metrics: Metrics = field(init=False)
-    _completions: int = 0  # that wait or run
+    _coming: int = 0  # completions on their way to the engine
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.engine.text.engine, self.model_name)
@@ -110,8 +110,11 @@ class Service:
         try:
             await asyncio.to_thread(self.engine.text.constraints.make, sampling)
         except ValueError as error:
+            said = str(error)
+            if param == "tools":  # the grammar is none that the client wrote
+                said = f"their schemas make no grammar: {said.partition(' cannot be used: ')[2]}"
             where = "" if param is None else f"{param}: "
-            raise ApiError(f"{where}{error}", param=param) from None
+            raise ApiError(f"{where}{said}", param=param) from None
 
     def max_tokens(self, prompt: CheckedPrompt, *, param: str) -> int:
         """How long an answer may be that asks for no length: what model and cache have room for.
@@ -147,22 +150,26 @@ class Service:
         capacity = self.engine.text.engine.spec.max_num_seqs + self.options.max_queue
         if wanted > capacity:
             raise ApiError(f"{wanted} completions are more than the {capacity} that can wait here")
-        if self._completions + wanted > capacity:
+        # Those that are through count no more, though a slow client may still read what they said.
+        there = len(self.engine.text.engine.unfinished) + self._coming
+        if there + wanted > capacity:
             self.metrics.refused()
             raise ApiError(
-                f"{self._completions} completions wait or run already, of at most {capacity}",
+                f"{there} completions wait or run already, of at most {capacity}",
                 status=429,
                 code="queue_full",
             )
-        self._completions += wanted
+        requests = list(zip(prompts, sampling, strict=True))
+        deadline = self.options.deadline if deadline is None else deadline
+        self._coming += wanted
         try:
-            requests = list(zip(prompts, sampling, strict=True))
-            deadline = self.options.deadline if deadline is None else deadline
-            submitted = self.engine.submit(requests, deadline=deadline, record_reads=record_reads)
-            async with await submitted as stream:
-                yield self.metrics.watched(stream)
+            submitted = await self.engine.submit(
+                requests, deadline=deadline, record_reads=record_reads
+            )
         finally:
-            self._completions -= wanted
+            self._coming -= wanted
+        async with submitted as stream:
+            yield self.metrics.watched(stream)
 
 
 async def outputs(stream: AsyncIterable[tuple[int, TextDelta]]) -> list[RequestOutput]:

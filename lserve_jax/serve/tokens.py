@@ -73,6 +73,7 @@ async def tokenize(request: Request) -> Response:
         ids = (await chat_prompt(service, body.chat()))[0].ids.ids.tolist()
     else:
         special = body.add_special_tokens is not False
+        service.engine.text.check_length(body.prompt)
         ids = await asyncio.to_thread(tokenizer.encode, body.prompt, special)
     answer: dict[str, Any] = {
         "count": len(ids),

@@ -115,11 +115,10 @@ def completion_logprobs(
 
     ``offset`` is where the tokens' text begins in the answer's text.
     """
-    texts = [token_text(tokenizer, token_id)[0] for token_id in token_ids]
     offsets = []
-    for text in texts:
+    for token_id in token_ids:
         offsets.append(offset)
-        offset += len(text)
+        offset += len(token_text(tokenizer, token_id)[0])
     chosen, likeliest = [], []
     for token_id, row in zip(token_ids, rows, strict=True):
         chosen.append(None if row is None else row[token_id])
@@ -128,11 +127,19 @@ def completion_logprobs(
             continue
         best = sorted(row.items(), key=lambda item: -item[1])[:top]
         # Two tokens can have the same text: the chosen one's own probability stays.
-        named = {token_text(tokenizer, i)[0]: logprob for i, logprob in reversed(best)}
-        likeliest.append(named | {token_text(tokenizer, token_id)[0]: row[token_id]})
+        named = {_name(tokenizer, i): logprob for i, logprob in reversed(best)}
+        likeliest.append(named | {_name(tokenizer, token_id): row[token_id]})
     return {
-        "tokens": texts,
+        "tokens": [_name(tokenizer, token_id) for token_id in token_ids],
         "token_logprobs": chosen,
         "top_logprobs": likeliest,
         "text_offset": offsets,
     }
+
+
+def _name(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token's text; of a part of a character its bytes, as OpenAI writes them: they differ."""
+    text, raw = token_text(tokenizer, token_id)
+    if "\N{REPLACEMENT CHARACTER}" not in text:
+        return text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)

@@ -6,9 +6,10 @@ from typing import Any
 
 import constraint_cases as cases
 import pytest
-from constraint_cases import VOCAB, prompts
+from constraint_cases import EOS, SPECIAL, TOKENIZER, VOCAB, prompts
 
 from lserve_jax import LLM, SamplingParams, StructuredOutputs
+from lserve_jax.constraints import Constraints
 
 [PROMPT] = prompts(0, [20])
 
@@ -33,6 +34,7 @@ def llm() -> LLM:
         ({"bad_words": [""]}, r"bad_words=\(''.*must hold non-empty strings"),
         ({"bad_words": "cat"}, "bad_words='cat' must be a sequence of strings"),
         ({"bad_words": ["a"] * 1025}, "1025 bad_words are more than 1024"),
+        ({"bad_words": ["a" * 70_000]}, "bad_words have 70000 characters, more than 65536"),
         ({"structured_outputs": {"json": {}}}, "structured_outputs=.* must be StructuredOutputs"),
         (
             {"structured_outputs": StructuredOutputs(regex="a"), "ignore_eos": True},
@@ -199,3 +201,24 @@ def test_without_llguidance(monkeypatch: pytest.MonkeyPatch) -> None:
     sampling = SamplingParams(structured_outputs=StructuredOutputs(regex="b"))
     with pytest.raises(ValueError, match=r"llguidance package: pip install lserve-jax\[serve\]"):
         llm.generate(PROMPT, sampling)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"choice": [SPECIAL]}, {"json": {"const": EOS}}, {"regex": r"a<\|end\|>x"}]
+)
+def test_a_text_may_have_to_spell_out_a_control_token(llm: LLM, asked: dict[str, Any]) -> None:
+    """In plain tokens: a grammar's text is no place for control."""
+    sampling = SamplingParams(max_tokens=60, structured_outputs=StructuredOutputs(**asked))
+    found = llm.generate(PROMPT, sampling)[0].outputs[0]
+    assert found.finish_reason == "stop"
+    assert (SPECIAL if "choice" in asked else EOS) in found.text
+    special = {TOKENIZER.backend.token_to_id(text) for text in (EOS, SPECIAL)}
+    assert special.isdisjoint(found.token_ids[:-1])
+
+
+def test_words_are_worked_out_once() -> None:
+    """However many completions ask for them: the engine's thread makes a constraint for each."""
+    constraints, sampling = Constraints(TOKENIZER, VOCAB), SamplingParams(bad_words=["ab", "tree"])
+    made = [constraints.make(sampling) for _ in range(5)]
+    assert constraints._words.cache_info().misses == 1
+    assert len(set(map(id, made))) == 5

@@ -195,7 +195,7 @@ def test_several_prefixes_at_once(build: Build) -> None:
         groups.append([(d.prefix_tokens, d.requests) for d in engine.metrics().last_step.relay])
     assert [tokens[str(i)] for i in range(len(prompts))] == [made.tokens for made in alone]
     assert [(64, 2), (64, 2), (192, 2)] in groups, groups
-    with pytest.raises(ValueError, match="3 prefixes are held already"):
+    with pytest.raises(ValueError, match="max_prefixes=3 prefixes are held already"):
         llm.prefix({"prompt_token_ids": random_prompts(13, [70])[0]})
     for prefix in prefixes:
         prefix.release()

@@ -115,7 +115,7 @@ def test_no_more_are_held_than_there_is_room_for(prefixes):
     cards = [prefixes.post(PATH, json={"prompt": [first] * 200}).json() for first in (1, 2)]
     full = prefixes.post(PATH, json={"prompt": [3] * 200})
     assert full.status_code == 400
-    assert "2 prefixes are held already" in full.json()["error"]["message"]
+    assert "max_prefixes=2 prefixes are held already" in full.json()["error"]["message"]
     prefixes.delete(f"{PATH}/{cards[0]['id']}")
     assert prefixes.post(PATH, json={"prompt": [3] * 200}).status_code == 200
 

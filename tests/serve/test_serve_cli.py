@@ -1,10 +1,11 @@
 """The program: its options, its log, and its end."""
 
+import concurrent.futures
 import json
 import logging
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
@@ -45,6 +46,52 @@ def test_it_serves_logs_and_finishes_what_runs_at_its_end(checkpoint):
     assert "Traceback" not in log
 
 
+def cut_off(url: str, ended: Callable[[], None]) -> tuple[httpx.Response, list[str]]:
+    """A whole and a streamed answer that are not through when ``ended`` has been called."""
+    body = {"prompt": "A secret", "max_tokens": 900, "ignore_eos": True}
+    path = f"{url}/v1/completions"
+    with (
+        concurrent.futures.ThreadPoolExecutor() as pool,
+        httpx.stream("POST", path, json={**body, "stream": True}, timeout=None) as stream,
+    ):
+        lines = stream.iter_lines()
+        next(lines)
+        whole = pool.submit(httpx.post, path, json={**body, "n": 3, "best_of": 3}, timeout=None)
+        while 'lserve:num_requests_running{model_name="tiny"} 4' not in metrics(url):
+            pass
+        ended()
+        rest = list(lines)
+        return whole.result(), rest
+
+
+def metrics(url: str) -> str:
+    return httpx.get(f"{url}/metrics", timeout=None).text
+
+
+@pytest.mark.parametrize("how", ["late", "second signal"])
+def test_answers_that_are_cut_end_with_an_error(checkpoint, how):
+    seconds = "0" if how == "late" else "3600"
+    with program("--model", checkpoint, "--shutdown-seconds", seconds) as (process, url):
+
+        def end() -> None:
+            process.send_signal(signal.SIGINT)
+            while "shutting down: 2 requests" not in process.stderr.readline():
+                pass
+            if how == "second signal":
+                process.send_signal(signal.SIGINT)
+
+        whole, stream = cut_off(url, end)
+        log = process.stderr.read()
+        process.wait()
+    error = whole.json()["error"]
+    assert (whole.status_code, error["code"]) == (503, "shutting_down")
+    assert stream[-3] == "event: error" and '"shutting_down"' in stream[-2]
+    assert "Traceback" not in log
+    records = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    ended = [(r["status"], r["error"]) for r in records if "completions" in r["path"]]
+    assert sorted(ended) == [(200, "shutting_down"), (503, "shutting_down")]
+
+
 @pytest.fixture
 def own_log() -> Iterator[None]:
     """Puts back what the program does to the log of its process."""
@@ -61,6 +108,7 @@ def own_log() -> Iterator[None]:
         (("--max-queue", "-1"), "--max-queue -1"),
         (("--deadline", "0"), "--deadline 0"),
         (("--api-key", ""), "--api-key"),
+        (("--api-key", " spaced"), "must not begin or end with a space"),
         (("--model", "no-such-directory/x"), "no-such-directory"),
         (("--token-budget", "64"), "--attention lserve"),
     ],

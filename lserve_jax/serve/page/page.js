@@ -39,7 +39,12 @@ async function request(path, options = {}) {
   const headers = { ...options.headers };
   if (apiKey) headers.Authorization = `Bearer ${apiKey}`;
   const response = await fetch(path, { ...options, headers });
-  if (response.status === 401) $("key-form").hidden = false;
+  if (response.status === 401) {
+    $("key-label").textContent = apiKey
+      ? "The server does not take this key"
+      : "The server asks for an API key";
+    $("key-form").hidden = false;
+  }
   if (!response.ok) throw new Error(await errorOf(response));
   return response;
 }
@@ -195,7 +200,7 @@ async function ask(question) {
     setBusy(false);
   }
   conversation = [...messages, { role: "assistant", content: answer.text }];
-  if (record && answer.finish) await offerTokens(body, answer.id).catch(showError);
+  if (record && answer.finish) await offerTokens(body, answer).catch(showError);
 }
 
 function showSpeed({ start, first, last }, { usage, finish }) {
@@ -225,7 +230,7 @@ function setBusy(busy) {
 
 // Tokens of an answer: a list of options, one of which is in the tab order.
 
-async function offerTokens(body, id) {
+async function offerTokens(body, { id, text: answer }) {
   const context = await (await request(`/v1/reads/${encodeURIComponent(id)}`)).json();
   const options = context.answer_tokens.map((text, token) => {
     const option = make("span", text || "·", "token"); // a part of a character
@@ -233,6 +238,9 @@ async function offerTokens(body, id) {
     option.tabIndex = token === 0 ? 0 : -1;
     option.ariaSelected = "false";
     option.ariaDisabled = String(token > 0 && token < context.first_known);
+    const last = token === context.answer_tokens.length - 1;
+    // The token that ended the answer is no part of its text.
+    if (last && !answer.endsWith(text)) option.classList.add("mark");
     return option;
   });
   const choose = (token) => {
