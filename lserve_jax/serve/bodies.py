@@ -5,7 +5,7 @@ are taken and left unread. ``null`` is the same as a field that is absent, as se
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -47,6 +47,7 @@ class Body(BaseModel):
     """A JSON object whose fields are all known."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    _path: ClassVar[str] = ""  # where in a request's body it stands
 
     @model_validator(mode="before")
     @classmethod
@@ -62,9 +63,10 @@ class Body(BaseModel):
                 raise self.unknown(name)
         return self
 
-    @staticmethod
-    def unknown(name: str) -> ApiError:
+    @classmethod
+    def unknown(cls, name: str) -> ApiError:
         """What is said of a field that is not known."""
+        name = cls._path + name
         return ApiError(
             f"field {name!r:.100} is not known here and could change the answer: leave it out",
             param=name,
@@ -74,6 +76,8 @@ class Body(BaseModel):
 
 class StreamOptions(Body):
     """What a stream tells beside its text."""
+
+    _path: ClassVar[str] = "stream_options."
 
     include_usage: bool = False  # of all tokens, in a chunk of its own at the end
     include_obfuscation: bool = False  # of no effect: chunks are not padded

@@ -48,7 +48,7 @@ class PrefixRegistry:
             raise ApiError(
                 f"the prefix has {len(token_ids)} tokens that are sure to stay: it shares whole "
                 f"pages of {page_size}, so at least {page_size} are needed",
-                param="prompt or messages",
+                param="prompt",
             )
         prefix = engine.add_prefix(token_ids)
         for name, (_, held) in self._held.items():

@@ -98,7 +98,7 @@ def test_after_the_engine_began_anew_none_is_held(prefixes, served):
         ({}, "prompt", "either prompt or messages"),
         ({"prompt": [1, 2, 3]}, "prompt", "at least"),
         ({"prompt": [100_000] * 100}, "prompt", "100000 is outside the vocabulary"),
-        ({"prompt": "a" * 5000}, None, "max_model_len"),
+        ({"prompt": "a" * 5000}, "prompt", "max_model_len"),
         ({"prompt": "a", "name": "b"}, "name", "'name' is not known"),
         ({"messages": []}, "messages", "messages"),
     ],

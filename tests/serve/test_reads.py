@@ -92,7 +92,7 @@ def test_only_who_asks_is_recorded(served: Served) -> None:
     completion_id = chat(served, max_tokens=4, record_reads=True, ignore_eos=True).json()["id"]
     answer = get(served, f"/v1/reads/{completion_id}/4")
     assert answer.status_code == 404
-    assert answer.json()["error"]["message"] == "the answer has 4 tokens, no token=4"
+    assert answer.json()["error"]["message"] == "the answer has 4 tokens, no token 4"
     assert get(served, f"/v1/reads/{completion_id}/-1").status_code == 404
     answer = chat(served, max_tokens=4, record_reads=True, n=2, temperature=1)
     assert answer.status_code == 400
@@ -116,6 +116,9 @@ def completion(tokens: int, selections: int) -> CompletionOutput:
         token_ids=[1] * tokens,
         cumulative_logprob=0.0,
         logprobs=None,
+        token_logprobs=np.zeros((tokens,), np.float32),
+        top_token_ids=np.zeros((tokens, 0), np.int32),
+        top_logprobs=np.zeros((tokens, 0), np.float32),
         finish_reason="length",
         stop_reason=None,
         metrics=RequestMetrics(),
