@@ -4,7 +4,7 @@
 
 Texts are random token ids, of lengths spread evenly around their mean: what the tokens are changes
 no time. The first run of each side compiles and is given by itself; the least of the others counts,
-since work of others only adds. Both sides give the same log probabilities, which is checked.
+since work of others only adds. Both sides must give the same log probabilities but for rounding.
 
 Prints a table and writes ``benchmarks/results/scores.json``.
 """
@@ -24,6 +24,9 @@ import convert
 from lserve_jax import LLM, logits
 
 HERE = Path(__file__).resolve().parent
+# Root mean square in float32. Rounding makes 1e-5, a single token may differ by 1e-3
+# (docs/rollouts.md); a key too many or too few changes most tokens by more than 1e-2.
+TOLERANCE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,16 +71,20 @@ def main(args: Args) -> None:
         predicted = jax.nn.log_softmax(logits(llm.config, params, tokens)[0])
         return jnp.take_along_axis(predicted, following[:, None], axis=1)[:, 0]
 
-    alone, gap = [], 0.0
+    alone, gaps = [], []
     for run in range(2):  # the first compiles
         begin = time.perf_counter()
         for text, new in zip(texts[: args.alone], scores, strict=False):
             padded = np.zeros(-(-len(text) // 64) * 64, np.int32)
             padded[: len(text)] = text
             given = np.asarray(judge(params, padded[None], np.roll(padded, -1)))
-            gap = max(gap, float(np.abs(given[: len(text) - 1] - new.logprobs).max()))
+            gaps.append(given[: len(text) - 1] - new.logprobs)
         alone.append(time.perf_counter() - begin)
         print(f"logits of {args.alone} texts, run {run}: {alone[-1]:.1f} s", flush=True)
+    gap = np.concatenate(gaps)
+    rms = float(np.sqrt(np.mean(gap * gap)))
+    if llm.dtype == jnp.float32 and not rms <= TOLERANCE:
+        raise ValueError(f"score and logits differ by {rms:.1e} (root mean square)")
     result = {
         **provenance(),
         "model": args.model,
@@ -90,11 +97,12 @@ def main(args: Args) -> None:
         "alone_texts": args.alone,
         "alone_tokens": int(sum(map(len, texts[: args.alone]))),
         "alone_seconds": alone[1],
-        "largest_difference": gap,
+        "largest_difference": float(np.abs(gap).max()),
+        "rms_difference": rms,
     }
     args.output.write_text(json.dumps(result, indent=2) + "\n")
     speeds = args.tokens / min(seconds[1:]), result["alone_tokens"] / alone[1]
-    print(f"{about(result)}\n{speeds[0]:.0f} and {speeds[1]:.0f} tokens a second; {gap=:.1e}")
+    print(f"{about(result)}\n{speeds[0]:.0f} and {speeds[1]:.0f} tokens a second; {rms=:.1e}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import tokenizers
 
@@ -19,6 +19,10 @@ from lserve_jax.tokenizer import Tokenizer
 _MOST_IDS = 1 << 24  # some sixty times the largest vocabulary of a published model
 
 
+@overload
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None: ...
+@overload
+def load_tokenizer(path: str | os.PathLike[str], *, required: Literal[True]) -> Tokenizer: ...
 def load_tokenizer(path: str | os.PathLike[str], *, required: bool = False) -> Tokenizer | None:
     """The tokenizer of a checkpoint: a directory with ``tokenizer.json``, or a ``.gguf`` file.
 
@@ -29,9 +33,9 @@ def load_tokenizer(path: str | os.PathLike[str], *, required: bool = False) -> T
     ``add_bos_token`` of the config counts only where that file is silent.
 
     Returns None for a directory without a tokenizer, whose model takes token ids only; with
-    ``required`` that is a ``FileNotFoundError``. Raises ``FileNotFoundError`` if ``path`` does
-    not exist, ``ValueError`` for damaged or contradictory files, ``NotImplementedError`` for a
-    kind of tokenizer that is not read.
+    ``required`` that is a ``ValueError``. Raises ``FileNotFoundError`` if ``path`` does not exist,
+    ``ValueError`` for damaged or contradictory files, ``NotImplementedError`` for a kind of
+    tokenizer that is not read.
     """
     check_path("path", path)
     path = Path(path)
@@ -48,7 +52,7 @@ def load_tokenizer(path: str | os.PathLike[str], *, required: bool = False) -> T
                 "tokenizer.json form (a fast tokenizer's save_pretrained writes it)"
             )
     if required:
-        raise FileNotFoundError(f"{path} has no tokenizer.json: its model takes token ids only")
+        raise ValueError(f"{path} has no tokenizer.json: its model takes token ids only")
     return None
 
 

@@ -4,7 +4,7 @@ Names are imported when they are first used: who reads a checkpoint or calls an 
 the engine.
 """
 
-import importlib
+from lserve_jax.lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -41,10 +41,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+__getattr__ = lazy_names(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from jaxtyping import Int, Int32
 
 from lserve_jax.chat_template import ChatTemplate
 from lserve_jax.checks import check_bool, check_path, is_integer, is_listing
@@ -303,6 +304,15 @@ class TextStream:
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.backend.decode(ids, skip_special_tokens=False)
+
+
+Text = str | Sequence[int] | Int[np.ndarray, " n"]
+
+
+def text_ids(tokenizer: Tokenizer, text: Text) -> Int32[np.ndarray, " n"]:
+    """The tokens of a text, no special ones among them; of a text that is token ids, these."""
+    ids = tokenizer.encode(text, add_special_tokens=False) if isinstance(text, str) else text
+    return np.asarray(ids, np.int32)
 
 
 def _encoded(text: str, encode: Callable[[str], list[int]]) -> list[int]:

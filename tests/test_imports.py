@@ -35,7 +35,7 @@ ALLOWED = {
 # Rooms from the bottom up: a folder, or a file that stands by itself. A module imports from its own
 # room and from rows above its own.
 ROOMS = (
-    ("pallas_kernels", "lserve_jax.checks", "lserve_jax.template_bounds"),
+    ("pallas_kernels", "lserve_jax.checks", "lserve_jax.lazy", "lserve_jax.template_bounds"),
     (
         *("lserve_jax.model", "lserve_jax.sampling_params"),
         *("lserve_jax.chat_template", "lserve_jax.control_text"),

@@ -39,19 +39,27 @@ from lserve_jax.calibrate.checkpoint import read_checkpoint, write_checkpoint
 from lserve_jax.calibrate.gates import (
     GateState,
     GateTraining,
-    StepLoss,
+    HeadGates,
+    History,
     initial_state,
     train_gates,
 )
 from lserve_jax.calibrate.layers import refuse_unlike_layers, stack_layers
 from lserve_jax.calibrate.passkeys import PasskeySamples, PasskeySettings, builtin_text
 from lserve_jax.calibrate.pictures import plot_gates, plot_head_shares
-from lserve_jax.calibrate.sensitivity import CUTS, Measurement, combine, measure, passes
+from lserve_jax.calibrate.sensitivity import (
+    Measured,
+    Measurement,
+    combine,
+    measure_heads,
+    nothing_measured,
+    passes,
+)
 from lserve_jax.calibrate.windows import measured_sequences
 from lserve_jax.cli import Switch, exit_code, flag, read_text
 from lserve_jax.engine.build import check_backend, resolve_dtype
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.head_shares import MISSED_AT, HeadSensitivity, fit_shares
+from lserve_jax.model.head_shares import HeadSensitivity, fit_shares
 from lserve_jax.tokenizer import Tokenizer
 
 CHECKPOINT = "checkpoint.npz"
@@ -178,7 +186,6 @@ def _read_inputs(args: CalibrateArgs) -> _Inputs:
     text = builtin_text() if args.text is None else read_text(args.text, "text file")
     source = convert.resolve(args.model, progress=True)
     tokenizer = load_tokenizer(source.path, required=True)
-    assert tokenizer is not None  # required
     config = convert.read_config(source)
     settings = {
         "model_name": args.model,
@@ -188,7 +195,7 @@ def _read_inputs(args: CalibrateArgs) -> _Inputs:
     return _Inputs(dtype, text, source, tokenizer, config, settings)
 
 
-def calibrate(args: CalibrateArgs) -> Float[np.ndarray, "L Hk"]:
+def calibrate(args: CalibrateArgs) -> HeadGates:
     """Runs the calibration that ``args`` describe, writes its files, and returns the gates.
 
     Raises ``ValueError`` for settings that contradict each other, the model, the text or the run
@@ -217,33 +224,31 @@ def calibrate(args: CalibrateArgs) -> Float[np.ndarray, "L Hk"]:
     _, params = convert.load(inputs.source, dtype=inputs.dtype, progress=True)
     params = stack_layers(params)  # under the same name: the layers should not exist twice
     args.output.mkdir(parents=True, exist_ok=True)
-    losses = history.tolist()
     steps = args.training.steps
 
-    with tqdm(total=steps, initial=len(losses), desc="gates", unit="step") as bar:
+    with tqdm(total=steps, initial=len(history), desc="gates", unit="step") as bar:
 
-        def on_step(done: int, state: GateState, loss: StepLoss) -> None:
-            distillation, mean_gate = float(loss.distillation), float(loss.mean_gate)
-            losses.append([distillation, mean_gate])
+        def on_step(state: GateState, history: History) -> None:
+            distillation, mean_gate = history[-1]
             bar.set_postfix(loss=f"{distillation:.3g}", mean_gate=f"{mean_gate:.3f}", refresh=False)
             bar.update()
-            if done % args.save_every == 0 or done == steps:
-                save_checkpoint(checkpoint, settings, state, np.array(losses))
+            if len(history) % args.save_every == 0 or len(history) == steps:
+                save_checkpoint(checkpoint, settings, state, np.array(history))
 
-        gates = train_gates(
+        trained = train_gates(
             config,
             params,
             samples,
             args.training,
             backend=args.backend,
-            start=len(losses),
             state=state,
+            history=history.tolist(),
             on_step=on_step,
         )
-    write_pattern(args.output, gates, settings)
+    write_pattern(args.output, trained.gates, settings)
     if not args.no_plot:
-        plot_gates(gates, np.array(losses), args.output / "gates.png")
-    return gates
+        plot_gates(trained, args.output / "gates.png")
+    return trained
 
 
 def calibrate_head_shares(
@@ -274,38 +279,34 @@ def calibrate_head_shares(
     settings = {**inputs.settings, **asdict(args.samples), **asdict(measurement)}
     for name in ("max_length", "num_lengths"):  # the measurement's are used
         del settings[name]
-    shape = (config.num_hidden_layers, config.num_key_value_heads)
-    losses = np.empty((0, CUTS, *shape), np.float32)
-    missed = np.empty((0, len(MISSED_AT), *shape), np.float32)
+    before = nothing_measured(config)
     checkpoint = args.output / SHARES_CHECKPOINT
     if checkpoint.is_file():
-        losses, missed = read_checkpoint(checkpoint, settings, ("losses", "missed"))
-        if losses.shape[2:] != shape:
+        before = Measured(*read_checkpoint(checkpoint, settings, Measured._fields))
+        if before.losses.shape[2:] != nothing_measured(config).losses.shape[2:]:
             raise ValueError(f"{checkpoint} is of a model with another number of layers or heads")
     args.output.mkdir(parents=True, exist_ok=True)
-    each = len(passes(config, args.heads_per_pass))
-    if len(losses) < len(sequences):
+    if len(before.losses) == len(sequences):  # nothing to measure, no weights to read
+        sensitivity = combine(*before, name=args.model, context=measurement.context)
+    else:
         _, params = convert.load(inputs.source, dtype=inputs.dtype, progress=True)
         params = stack_layers(params)  # under the same name: the layers should not exist twice
-        with tqdm(
-            total=each * len(sequences), initial=each * len(losses), desc="heads", unit="pass"
-        ) as bar:
-            for tokens in sequences[len(losses) :]:
-                of_window = measure(
-                    config,
-                    params,
-                    measurement,
-                    tokens,
-                    heads_per_pass=args.heads_per_pass,
-                    backend=args.backend,
-                    on_pass=bar.update,
-                )
-                losses = np.concatenate([losses, of_window[0][None]])
-                missed = np.concatenate([missed, of_window[1][None]])
-                write_checkpoint(checkpoint, settings, {"losses": losses, "missed": missed})
-
-    sensitivity = combine(losses, missed, name=args.model, context=measurement.context)
-    shares = fit_shares(sensitivity, args.budget_share, np.zeros(shape, bool))
+        each = len(passes(config, args.heads_per_pass))
+        total, initial = each * len(sequences), each * len(before.losses)
+        with tqdm(total=total, initial=initial, desc="heads", unit="pass") as bar:
+            sensitivity = measure_heads(
+                config,
+                params,
+                measurement,
+                sequences,
+                heads_per_pass=args.heads_per_pass,
+                backend=args.backend,
+                name=args.model,
+                before=before,
+                on_pass=bar.update,
+                on_sequence=lambda done: write_checkpoint(checkpoint, settings, done._asdict()),
+            )
+    shares = fit_shares(sensitivity, args.budget_share)
     record = {"budget_share": args.budget_share, **settings, **_machine()}
     save_head_shares(args.output, sensitivity, shares, record)
     if not args.no_plot:
@@ -329,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"({worth.max():.3g} of {worth.sum():.3g} nats)"
             )
             return
-        gates = calibrate(args)
+        gates = calibrate(args).gates
         print(
             f"{gates.size} KV heads: mean gate {gates.mean():.3f}, {(gates < 0.5).sum()} below "
             f"0.5; use it with --attention lserve --pattern {args.output}"

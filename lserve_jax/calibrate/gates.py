@@ -14,7 +14,7 @@ The full term is the teacher's attention output. So full attention is computed o
 differentiated, and the prefill kernel, which has no gradient, can do it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,11 +26,13 @@ import optax
 from jaxtyping import Array, Float, Int, Int32
 
 from lserve_jax.calibrate.layers import (
+    checked_tokens,
     full_attention,
     layer_weights,
     no_history,
     one_layer,
     refuse_unlike_layers,
+    stack_layers,
 )
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.linear import Stream
@@ -98,6 +100,22 @@ class GateState:
 class StepLoss(NamedTuple):
     distillation: Float[Array, ""]  # squared distance of hidden states, mean over channels, labels
     mean_gate: Float[Array, ""]  # before the step's update
+
+
+History = Sequence[Sequence[float]]  # of every step done: its loss and mean gate, as ``StepLoss``
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeadGates:
+    """Trained gates, and how the training went. KV heads are in checkpoint order."""
+
+    gates: Float[np.ndarray, "L Hk"]  # float32, in [0, 1]; 1: the head needs the whole context
+    history: Float[np.ndarray, "steps 2"]  # of every step: distillation loss, mean gate before it
+
+    def table(self) -> dict[str, np.ndarray]:
+        """One row a layer and KV head, as for a data frame: ``layer``, ``head``, ``gate``."""
+        layer, head = (x.ravel() for x in np.indices(self.gates.shape))
+        return {"layer": layer, "head": head, "gate": self.gates.ravel()}
 
 
 def learning_rate(training: GateTraining, step: Int[Array, ""]) -> Float[Array, ""]:
@@ -297,41 +315,49 @@ def train_step(
 
 def train_gates(
     config: ModelConfig,
-    stacked: Params,
+    params: Params,
     sample: Callable[[int], Sample],
     training: GateTraining,
     *,
     backend: Backend = "auto",
-    start: int = 0,
     state: GateState | None = None,
-    on_step: Callable[[int, GateState, StepLoss], None] = lambda *_: None,
-) -> Float[np.ndarray, "L Hk"]:
-    """Trains the gates and returns them, float32 in [0, 1], KV heads in checkpoint order.
+    history: History = (),
+    on_step: Callable[[GateState, History], None] = lambda *_: None,
+) -> HeadGates:
+    """Trains a gate for every KV head of a frozen model.
 
-    Args:
-      config, stacked: the frozen model, its parameters as ``stack_layers`` returns them.
-      sample: the sequence of a step, from its number. Every length is compiled once.
-      training: the recipe.
-      backend: of the teacher's attention; see ``LLM``.
-      start, state: steps already done and what they made; by default none. ``state`` is used up.
-      on_step: called after each step with the steps done, the state and the step's loss. The
-        state is valid until the call returns.
+    config, params: the model, as ``convert.load`` returns it. The layers are copied, unless they
+        come from ``stack_layers``.
+    sample: the sequence of a step, from its number: ``PasskeySamples``, or one's own. Every length
+        is compiled once.
+    training: the recipe.
+    backend: of the teacher's attention; see ``LLM``.
+    state, history: what earlier steps made; by default there are none. ``state`` is used up.
+    on_step: called after each step with the state and the history up to it. The state is valid
+        until the call returns.
 
-    Raises ``FloatingPointError`` if a loss is not finite.
+    Raises ``ValueError`` for a sample that does not fit the model or has no label,
+    ``FloatingPointError`` if a loss is not finite, and ``NotImplementedError`` for a model whose
+    layers differ.
     """
     state = initial_state(config, training) if state is None else state
-    for step in range(start, training.steps):
+    stacked, done = stack_layers(params), [list(of_step) for of_step in history]
+    for step in range(len(done), training.steps):
         tokens, first_label = sample(step)
+        tokens = checked_tokens(config, tokens)
+        if not 0 <= first_label < len(tokens):
+            raise ValueError(f"{first_label=} of step {step} must lie in [0, {len(tokens)})")
         state, loss = train_step(
             config,
             training,
             stacked,
             state,
-            jnp.asarray(tokens, jnp.int32),
+            jnp.asarray(tokens),
             jnp.int32(first_label),
             backend=backend,
         )
         if not np.isfinite(loss.distillation):
             raise FloatingPointError(f"loss is {loss.distillation} at step {step}")
-        on_step(step + 1, state, loss)
-    return np.asarray(state.gates)
+        done.append([float(loss.distillation), float(loss.mean_gate)])
+        on_step(state, done)
+    return HeadGates(gates=np.asarray(state.gates), history=np.array(done).reshape(-1, 2))

@@ -4,7 +4,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Int, Int32
 
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Llama, Params, bind
@@ -22,9 +23,29 @@ def refuse_unlike_layers(config: ModelConfig) -> None:
 
 
 def stack_layers(params: Params) -> Params:
-    """The same parameters with every leaf of ``layers`` stacked to ``[L, ...]``: a copy of them."""
+    """The same parameters with every leaf of ``layers`` stacked to ``[L, ...]``: a copy of them.
+
+    What it returned passes as it is.
+    """
+    if 0 not in params["layers"]:
+        return params
     layers = [params["layers"][i] for i in range(len(params["layers"]))]
     return params | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+
+def checked_tokens(config: ModelConfig, tokens: Int[np.ndarray, " T"]) -> Int32[np.ndarray, " T"]:
+    """``tokens`` as int32. Raises ``ValueError`` for ids outside the vocabulary, other shapes."""
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(
+            f"a sequence must be integers of shape [T], got {tokens.dtype} {tokens.shape}"
+        )
+    low, high = tokens.min(), tokens.max()
+    if low < 0 or high >= config.vocab_size:
+        raise ValueError(
+            f"token ids must lie in [0, {config.vocab_size}), got {low if low < 0 else high}"
+        )
+    return tokens.astype(np.int32)
 
 
 def one_layer(config: ModelConfig, stacked: Params, weights: Params) -> Llama:

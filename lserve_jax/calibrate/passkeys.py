@@ -14,7 +14,7 @@ from pydoc_data.topics import topics
 import numpy as np
 
 from lserve_jax.calibrate.gates import Sample
-from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.tokenizer import Text, Tokenizer, text_ids
 
 # Of the NATO spelling alphabet: common, distinct, and without a sense together.
 _NATO = (
@@ -84,16 +84,16 @@ class PasskeySamples:
     """The sample of every step, each a pure function of the settings' seed and its number.
 
     Samples have exactly the tokens of their length. Lengths take turns: all of them in a new
-    random order, and again.
+    random order, and again. ``text`` is what they are hidden in, or its token ids.
 
     Raises ``ValueError`` if the text is shorter than the longest sample needs, or the passkeys do
     not fit the shortest.
     """
 
-    def __init__(self, tokenizer: Tokenizer, text: str, settings: PasskeySettings):
+    def __init__(self, tokenizer: Tokenizer, text: Text, settings: PasskeySettings):
         self.settings = settings
         self._tokenizer = tokenizer
-        self._text = np.asarray(tokenizer.encode(text, add_special_tokens=False), np.int32)
+        self._text = text_ids(tokenizer, text)
         self._preface = tokenizer.encode(PREFACE)
         shortest, longest = settings.lengths[0], settings.lengths[-1]
         most = self._most_passkey_tokens()

@@ -7,17 +7,14 @@ import numpy as np
 from jaxtyping import Float
 
 from lserve_jax.analysis import require_matplotlib
+from lserve_jax.calibrate.gates import HeadGates
 from lserve_jax.model.head_shares import SHARES, HeadSensitivity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def plot_gates(
-    gates: Float[np.ndarray, "L Hk"],
-    history: Float[np.ndarray, "steps 2"],
-    path: Path | None = None,
-) -> "Figure":
+def plot_gates(trained: HeadGates, path: Path | None = None) -> "Figure":
     """A figure, also as a PNG at ``path``: the gates, and how loss and mean gate went.
 
     Raises ``ValueError`` if matplotlib (extra ``plot``) is not installed.
@@ -25,6 +22,7 @@ def plot_gates(
     require_matplotlib()
     from matplotlib.figure import Figure  # not at the top: an optional dependency
 
+    gates, history = trained.gates, trained.history
     figure = Figure(figsize=(11, 4), layout="constrained")
     heat, curve = figure.subplots(1, 2, width_ratios=[3, 2])
     image = heat.imshow(gates.T, aspect="auto", origin="lower", vmin=0, vmax=1, cmap="viridis")

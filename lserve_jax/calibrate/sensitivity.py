@@ -13,9 +13,10 @@ next token's distribution moves, KL(dense || cut), mean over the window. ``docs/
 the formulas, ``docs/calibration.md`` the recipe.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from lserve_jax.attention.selection import first_tail_page
-from lserve_jax.calibrate.layers import full_attention, layer_weights, no_history, one_layer
+from lserve_jax.calibrate.layers import (
+    checked_tokens,
+    full_attention,
+    layer_weights,
+    no_history,
+    one_layer,
+    refuse_unlike_layers,
+    stack_layers,
+)
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.head_shares import MEASURED_SHARE, MISSED_AT, HeadSensitivity
 from lserve_jax.model.linear import Stream
@@ -367,3 +376,76 @@ def combine(
         name=name,
         context=context,
     )
+
+
+class Measured(NamedTuple):
+    """What W sequences showed, each as ``measure`` returns it."""
+
+    losses: Float32[np.ndarray, "W 2 L Hk"]
+    missed: Float32[np.ndarray, "W n L Hk"]
+
+
+def nothing_measured(config: ModelConfig) -> Measured:
+    shape = (config.num_hidden_layers, config.num_key_value_heads)
+    return Measured(
+        losses=np.empty((0, CUTS, *shape), np.float32),
+        missed=np.empty((0, len(MISSED_AT), *shape), np.float32),
+    )
+
+
+def measure_heads(
+    config: ModelConfig,
+    params: Params,
+    measurement: Measurement,
+    sequences: Sequence[Int[np.ndarray, " T"]],
+    *,
+    heads_per_pass: int = 8,
+    backend: Backend = "auto",
+    name: str = "",
+    before: Measured | None = None,
+    on_pass: Callable[[], object] = lambda: None,
+    on_sequence: Callable[[Measured], object] = lambda _: None,
+) -> HeadSensitivity:
+    """What each KV head is worth to the output, mean over sequences.
+
+    config, params: the model, as ``convert.load`` returns it. The layers are copied, unless they
+        come from ``stack_layers``.
+    sequences: token ids, each of ``measurement.length`` tokens: ``measured_sequences``, or one's
+        own.
+    heads_per_pass: so many heads are measured together; fewer need less memory.
+    name: of the sensitivity, for messages.
+    before: what the first sequences have shown already; they are not run again.
+    on_pass: called after each of ``passes``.
+    on_sequence: called after each sequence with all that was measured so far.
+
+    Raises ``ValueError`` for a sequence that fits neither model nor measurement,
+    ``FloatingPointError`` for a loss that is not finite, and ``NotImplementedError`` for a model
+    whose layers differ.
+    """
+    refuse_unlike_layers(config)
+    if heads_per_pass < 1:
+        raise ValueError(f"{heads_per_pass=} must be at least 1")
+    if not len(sequences):
+        raise ValueError("there must be at least one sequence to measure heads on")
+    checked = [checked_tokens(config, tokens) for tokens in sequences]
+    for tokens in checked:
+        if len(tokens) != measurement.length:
+            raise ValueError(
+                f"a sequence has {len(tokens)} tokens, context={measurement.context} and "
+                f"window={measurement.window} are {measurement.length}"
+            )
+    done = nothing_measured(config) if before is None else before
+    stacked = stack_layers(params)
+    for tokens in checked[len(done.losses) :]:
+        of_one = measure(
+            config,
+            stacked,
+            measurement,
+            tokens,
+            heads_per_pass=heads_per_pass,
+            backend=backend,
+            on_pass=on_pass,
+        )
+        done = Measured(*(np.concatenate([a, b[None]]) for a, b in zip(done, of_one, strict=True)))
+        on_sequence(done)
+    return combine(*done, name=name, context=measurement.context)

@@ -4,7 +4,6 @@ import dataclasses
 from dataclasses import dataclass
 
 import convert
-from convert.tokenizers import load_tokenizer
 from lserve_jax.attention.cache import KVDtype
 from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.engine.build import resolve_dtype
@@ -32,10 +31,13 @@ class SharedOptions:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
-    name: str
     config: ModelConfig
     params: Params
     tokenizer: Tokenizer
+
+    def __post_init__(self):
+        eos = tuple(dict.fromkeys((*self.config.eos_token_ids, *self.tokenizer.eos_token_ids)))
+        object.__setattr__(self, "config", dataclasses.replace(self.config, eos_token_ids=eos))
 
     def engine(self, sparsity: SparsityConfig | None, max_len: int, options: SharedOptions) -> LLM:
         """An ``LLM`` with room for ``max_len`` tokens a sequence; None is dense attention.
@@ -58,37 +60,25 @@ class Model:
         )
 
 
-def load_eval_tokenizer(source: convert.ModelSource) -> Tokenizer:
-    """The tokenizer of a checkpoint. Raises ``ValueError`` if it has none."""
-    tokenizer = load_tokenizer(source.path)
-    if tokenizer is None:
-        raise ValueError(f"model {source.name!r} has no tokenizer, which every task needs")
-    return tokenizer
+def fit_context(config: ModelConfig, max_len: int, *, rope_extend: bool) -> ModelConfig:
+    """A config in which ``max_len`` tokens fit.
 
-
-def load_model(
-    source: convert.ModelSource,
-    tokenizer: Tokenizer,
-    *,
-    max_len: int,
-    rope_extend: bool,
-    options: SharedOptions,
-    progress: bool = False,
-) -> Model:
-    """Makes sure that ``max_len`` tokens fit, and reads the weights of ``source``.
-
-    Raises, before it reads them, ``ValueError`` for more tokens than the model's limit without
-    ``rope_extend``, and what ``extend_rope`` raises.
+    Raises ``ValueError`` for more tokens than the model's limit without ``rope_extend``, and what
+    ``extend_rope`` raises.
     """
-    config = convert.read_config(source)
     limit = config.context_length
     if max_len > limit and not rope_extend:
         raise ValueError(
             f"the prompts and their answers take up to {max_len} tokens, the model's limit is "
             f"{limit}; --rope-extend stretches it"
         )
-    if max_len > limit:
-        config = extend_rope(config, max_len)
+    return extend_rope(config, max_len) if max_len > limit else config
+
+
+def read_params(
+    source: convert.ModelSource, options: SharedOptions, *, progress: bool = False
+) -> Params:
+    """The weights of ``source``, as every setting's engine takes them."""
     _, params = convert.load(
         source,
         dtype=resolve_dtype(options.dtype),
@@ -96,9 +86,7 @@ def load_model(
         weight_group=options.weight_group,
         progress=progress,
     )
-    eos = tuple(dict.fromkeys((*config.eos_token_ids, *tokenizer.eos_token_ids)))
-    config = dataclasses.replace(config, eos_token_ids=eos)
-    return Model(name=source.name, config=config, params=params, tokenizer=tokenizer)
+    return params
 
 
 def extend_rope(config: ModelConfig, length: int) -> ModelConfig:

@@ -15,7 +15,7 @@ from pydoc_data.topics import topics
 from typing import Literal, get_args
 
 from lserve_jax.eval.stories import write_stories
-from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.tokenizer import Text, Tokenizer, text_ids
 
 TextName = Literal["documentation", "stories", "neutral"]
 
@@ -77,7 +77,15 @@ def read_text(tokenizer: Tokenizer, source: str, least: int, *, seed: int = 0) -
         text = write_stories(seed)
     else:
         text = _read_file(source)
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    return encode_text(tokenizer, source, text, least)
+
+
+def encode_text(tokenizer: Tokenizer, source: str, text: Text, least: int) -> list[int]:
+    """Token ids of a text, whose name is ``source``.
+
+    Raises ``ValueError`` for fewer than ``least`` tokens.
+    """
+    ids = text_ids(tokenizer, text).tolist()
     if len(ids) < least:
         raise ValueError(f"text {source!r} has {len(ids)} tokens, prompts this long need {least}")
     return ids

@@ -7,9 +7,14 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from lserve_jax.analysis import require_matplotlib
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
 _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
@@ -42,9 +47,9 @@ def write(directory: Path, result: Mapping[str, Any], *, plots: bool) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "results.json").write_text(_as_json(result), encoding="utf-8")
     (directory / "results.md").write_text(markdown(result), encoding="utf-8")
-    if plots and result["answers"]:
-        _plot_depths(result, directory)
-        _plot_budgets(result, directory)
+    if plots:
+        for name, figure in figures(result).items():
+            figure.savefig(directory / f"{name}.png", dpi=130)
 
 
 def read(directory: Path) -> dict[str, Any] | None:
@@ -223,10 +228,22 @@ def _flat(rows: Rows, key: str) -> list[Any]:
     return [value for row in rows for value in row[key]]
 
 
-def _plot_depths(result: Mapping[str, Any], directory: Path) -> None:
-    """One picture a task that has depths: length by depth, one panel a setting."""
+def figures(result: Mapping[str, Any]) -> dict[str, "Figure"]:
+    """The pictures of a result's answers, by name.
+
+    One a task that has depths, under the task's name: length by depth, one panel a setting. And
+    "budget": score against token budget, where settings differ in nothing else.
+
+    Raises ``ValueError`` if matplotlib (extra ``plot``) is not installed.
+    """
+    require_matplotlib()
+    return _depth_figures(result) | _budget_figure(result) if result["answers"] else {}
+
+
+def _depth_figures(result: Mapping[str, Any]) -> dict[str, "Figure"]:
     from matplotlib.figure import Figure  # not at the top: an optional dependency
 
+    found = {}
     rows = [row for row in result["answers"] if row["depth"] is not None]
     for (task,) in _distinct(rows, "task"):
         of_task = _where(rows, task=task)
@@ -258,7 +275,8 @@ def _plot_depths(result: Mapping[str, Any], directory: Path) -> None:
         figure.supxlabel("tokens")
         figure.supylabel("depth, %")
         figure.suptitle(f"{task}, {result['model']}")
-        figure.savefig(directory / f"{task}.png", dpi=130)
+        found[task] = figure
+    return found
 
 
 def _wrapped(setting: str, width: int = 34) -> str:
@@ -270,8 +288,7 @@ def _wrapped(setting: str, width: int = 34) -> str:
     return "\n".join(lines)
 
 
-def _plot_budgets(result: Mapping[str, Any], directory: Path) -> None:
-    """Score against token budget, for settings that differ in nothing else, if there are any."""
+def _budget_figure(result: Mapping[str, Any]) -> dict[str, "Figure"]:
     from matplotlib.figure import Figure
 
     families: dict[str, dict[int, str]] = {}
@@ -285,7 +302,7 @@ def _plot_budgets(result: Mapping[str, Any], directory: Path) -> None:
     curves = [dict(sorted(family.items())) for family in families.values() if len(family) > 1]
     curves = [curve for curve in curves if set(curve.values()) <= done]
     if not curves:
-        return
+        return {}
     tasks = [task for (task,) in _distinct(rows, "task")]
     figure = Figure(figsize=(1 + 4 * len(tasks), 3.8), layout="constrained")
     dense = [name for name, setting in result["settings"].items() if setting is None]
@@ -306,4 +323,4 @@ def _plot_budgets(result: Mapping[str, Any], directory: Path) -> None:
         axis.set(xlabel="token budget", ylabel="score", ylim=(-0.03, 1.03), title=task)
         axis.legend(fontsize="x-small")
     figure.suptitle(f"{result['model']}; dashed: dense")
-    figure.savefig(directory / "budget.png", dpi=130)
+    return {"budget": figure}

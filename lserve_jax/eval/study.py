@@ -1,11 +1,13 @@
 """One evaluation: tasks, settings and lengths in, rows of results out."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import random
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
@@ -17,19 +19,22 @@ import jax
 from tqdm import tqdm
 
 import convert
+from convert.tokenizers import load_tokenizer
 from lserve_jax.analysis import require_matplotlib
 from lserve_jax.engine.build import resolve_dtype
 from lserve_jax.engine.head_policy import HeadPolicy, head_policy
 from lserve_jax.engine.scoring import Score
 from lserve_jax.eval import report
 from lserve_jax.eval.answers import answer
-from lserve_jax.eval.language import Window, make_windows, predict
-from lserve_jax.eval.model import SharedOptions, load_eval_tokenizer, load_model
+from lserve_jax.eval.language import Prediction, Window, make_windows, predict
+from lserve_jax.eval.model import Model, SharedOptions, fit_context, read_params
 from lserve_jax.eval.needle import NeedleKind, needle_puzzle
-from lserve_jax.eval.prompts import Case, make_cases, read_text
+from lserve_jax.eval.prompts import Case, encode_text, make_cases, read_text
 from lserve_jax.eval.ruler import WITHOUT_TEXT, RulerTask, ruler_puzzle
 from lserve_jax.eval.settings import Setting, parse_settings, resolve_sparsity
-from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.model.config import ModelConfig
+from lserve_jax.model.llama import Params
+from lserve_jax.tokenizer import Text, Tokenizer
 
 # Fields of a study that decide its prompts and windows, but for the seed.
 _MATERIAL = (
@@ -47,12 +52,13 @@ _ROOM = 1024
 class Study:
     """What to evaluate. Raises ``ValueError`` where that can be seen without the model."""
 
-    model: str
+    model: str  # what ``convert.resolve`` takes; the name of a model that ``run_study`` is given
     tasks: Sequence[Task]
     compare: Sequence[str]  # settings, the first of which is the reference of the others
     lengths: Sequence[int]  # tokens of a prompt, or of a window of text
-    # Where haystacks and windows are taken from: names of texts, or files.
-    texts: Sequence[str] = ("documentation",)
+    # Where haystacks and windows are taken from: names of texts, or files; or a name for each text,
+    # which is a string or token ids.
+    texts: Sequence[str] | Mapping[str, Text] = ("documentation",)
     needles: Sequence[NeedleKind] = get_args(NeedleKind)
     ruler_tasks: Sequence[RulerTask] = get_args(RulerTask)
     haystacks: int = 2  # a text, task and length
@@ -62,8 +68,8 @@ class Study:
     chat: bool | None = None  # None: through the chat template if there is one
     rope_extend: bool = False
     seed: int = 0
-    output: Path
-    plot: bool = False
+    output: Path | None = None  # a directory; None: nothing is written
+    plot: bool = False  # write pictures too
     resume: bool = False  # keep what an earlier run of the same study left in ``output``
     command: str = ""  # for the record: how it was called
     options: SharedOptions = field(default_factory=SharedOptions)
@@ -86,80 +92,127 @@ class Study:
             raise ValueError("task agreement compares settings: give at least two")
         if self.resume and "agreement" in self.tasks:
             raise ValueError("task agreement cannot be resumed: distributions are not stored")
+        for name in ("plot", "resume"):
+            if getattr(self, name) and self.output is None:
+                raise ValueError(f"{name}=True needs an output directory")
         if self.plot:
             require_matplotlib()
 
 
-def run_study(study: Study, *, progress: bool = False) -> dict[str, Any]:
+def run_study(
+    study: Study,
+    *,
+    model: tuple[ModelConfig, Params, Tokenizer] | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
     """Runs every setting on the same prompts and windows; writes results after each.
 
-    Returns what ``results.json`` holds. Raises ``ValueError`` and ``NotImplementedError`` before
-    anything is generated.
+    Returns what ``results.json`` holds. Its tables are ``"answers"``, a row a prompt and setting,
+    and ``"predictions"``, a row a window and setting with lists over tokens:
+    ``pandas.DataFrame(result["answers"])``. ``report.figures`` draws them.
+
+    model: one that is loaded, in place of ``study.model``.
+
+    Raises ``ValueError`` and ``NotImplementedError`` before anything is generated.
     """
+    if model is None:
+        source = convert.resolve(study.model, progress=progress)
+        tokenizer = load_tokenizer(source.path, required=True)
+        prepared = _prepare(study, convert.read_config(source), tokenizer)
+        params = read_params(source, study.options, progress=progress)
+    else:
+        config, params, tokenizer = model
+        prepared = _prepare(study, config, tokenizer)
+    loaded = Model(config=prepared.config, params=params, tokenizer=tokenizer)
+    cases, windows, result = prepared.cases, prepared.windows, prepared.result
+    reference: list[Score] | None = None
+    with _directory(study) as directory:
+        for setting in prepared.settings:
+            if setting.name in result["seconds"]:
+                continue
+            started = time.perf_counter()
+            sparsity = resolve_sparsity(setting, directory / "patterns", study.seed)
+            llm = loaded.engine(sparsity, prepared.room, study.options)
+            number = len(cases) + len(windows)
+            with tqdm(total=number, desc=setting.name, unit="prompt", disable=not progress) as bar:
+                result["answers"] += answer(llm, setting.name, cases, progress=bar.update)
+                if windows:
+                    predictions, reference = predict(
+                        llm,
+                        windows,
+                        reference,
+                        agreement="agreement" in study.tasks,
+                        progress=bar.update,
+                    )
+                    result["predictions"] += [
+                        _prediction_row(setting, window, new)
+                        for window, new in zip(windows, predictions, strict=True)
+                    ]
+            result["seconds"][setting.name] = round(time.perf_counter() - started, 1)
+            del llm  # its cache makes room for the next one's
+            if study.output is not None:
+                report.write(study.output, result, plots=study.plot)
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """What a study runs, known before the weights are."""
+
+    settings: list[Setting]
+    cases: list[Case]
+    windows: list[Window]
+    config: ModelConfig  # stretched, if it had to be
+    room: int  # tokens of a sequence
+    result: dict[str, Any]  # without rows, or with those of an earlier run
+
+
+def _prepare(study: Study, config: ModelConfig, tokenizer: Tokenizer) -> _Prepared:
     settings = parse_settings(study.compare)
-    source = convert.resolve(study.model, progress=progress)
-    tokenizer = load_eval_tokenizer(source)
     cases, windows = make_material(study, tokenizer)
     longest = max(
         *(len(case.token_ids) + case.max_tokens for case in cases),
         *(len(window.token_ids) for window in windows),
         0,
     )
-    config = convert.read_config(source)
     # Whatever does not fit the model is said now.
     policies = {setting.name: head_policy(config, setting.sparsity) for setting in settings}
     result = _head(study, settings, policies, _digest([*cases, *windows]))
-    earlier = _earlier(study.output, result)
+    earlier = None if study.output is None else _earlier(study.output, result)
     if study.resume and earlier is not None:
         for name in ("seconds", "answers", "predictions"):
             result[name] = earlier[name]
-    model = load_model(
-        source,
-        tokenizer,
-        max_len=longest,
-        rope_extend=study.rope_extend,
-        options=study.options,
-        progress=progress,
+    config = fit_context(config, longest, rope_extend=study.rope_extend)
+    return _Prepared(
+        settings=settings,
+        cases=cases,
+        windows=windows,
+        config=config,
+        room=min(-(-longest // _ROOM) * _ROOM, config.context_length),
+        result=result,
     )
-    room = min(-(-longest // _ROOM) * _ROOM, model.config.context_length)
-    reference: list[Score] | None = None
-    for setting in settings:
-        if setting.name in result["seconds"]:
-            continue
-        started = time.perf_counter()
-        sparsity = resolve_sparsity(setting, study.output / "patterns", study.seed)
-        llm = model.engine(sparsity, room, study.options)
-        bar = tqdm(
-            total=len(cases) + len(windows), desc=setting.name, unit="prompt", disable=not progress
-        )
-        with bar:
-            result["answers"] += answer(llm, setting.name, cases, progress=bar.update)
-            if windows:
-                predictions, reference = predict(
-                    llm,
-                    windows,
-                    reference,
-                    agreement="agreement" in study.tasks,
-                    progress=bar.update,
-                )
-                result["predictions"] += [
-                    {
-                        "setting": setting.name,
-                        "source": window.source,
-                        "window": window.window,
-                        "length": window.length,
-                        "logprobs": new.logprobs.round(5).astype(float).tolist(),
-                        "divergence": None
-                        if new.divergence is None
-                        else new.divergence.round(7).tolist(),
-                        "same_token": None if new.same_token is None else new.same_token.tolist(),
-                    }
-                    for window, new in zip(windows, predictions, strict=True)
-                ]
-        result["seconds"][setting.name] = round(time.perf_counter() - started, 1)
-        del llm  # its cache makes room for the next one's
-        report.write(study.output, result, plots=study.plot)
-    return result
+
+
+@contextlib.contextmanager
+def _directory(study: Study) -> Iterator[Path]:
+    """Where gates of controls are written: the output directory, or one that ends with the run."""
+    if study.output is not None:
+        yield study.output
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        yield Path(directory)
+
+
+def _prediction_row(setting: Setting, window: Window, new: Prediction) -> dict[str, Any]:
+    return {
+        "setting": setting.name,
+        "source": window.source,
+        "window": window.window,
+        "length": window.length,
+        "logprobs": new.logprobs.round(5).astype(float).tolist(),
+        "divergence": None if new.divergence is None else new.divergence.round(7).tolist(),
+        "same_token": None if new.same_token is None else new.same_token.tolist(),
+    }
 
 
 def make_material(study: Study, tokenizer: Tokenizer) -> tuple[list[Case], list[Window]]:
@@ -173,7 +226,11 @@ def make_material(study: Study, tokenizer: Tokenizer) -> tuple[list[Case], list[
         raise ValueError("--chat needs a chat template, the checkpoint has none")
     cases, windows = [], []
     for source in study.texts:
-        text_ids = read_text(tokenizer, source, max(study.lengths), seed=study.seed)
+        least = max(study.lengths)
+        if isinstance(study.texts, Mapping):
+            text_ids = encode_text(tokenizer, source, study.texts[source], least)
+        else:
+            text_ids = read_text(tokenizer, source, least, seed=study.seed)
         cases += _make_prompts(study, tokenizer, source, text_ids, chat)
         if {"perplexity", "agreement"} & set(study.tasks):
             windows += make_windows(
@@ -196,7 +253,7 @@ def _make_prompts(
         kinds += [("needle", kind) for kind in study.needles]
     if "ruler" in study.tasks:
         kinds += [("ruler", task) for task in study.ruler_tasks]
-    if source != study.texts[0]:
+    if source != next(iter(study.texts)):
         kinds = [(family, kind) for family, kind in kinds if kind not in WITHOUT_TEXT]
     cases = []
     for family, kind in kinds:
@@ -234,7 +291,7 @@ def _head(
         "dtype": str(resolve_dtype(study.options.dtype).dtype),
         "weights": _weights(study.options),
         "seed": study.seed,
-        "study": {name: getattr(study, name) for name in _MATERIAL},
+        "study": {name: getattr(study, name) for name in _MATERIAL} | {"texts": list(study.texts)},
         "prompts": prompts,
         "settings": {setting.name: _described(setting) for setting in settings},
         # Gates and head shares come from files, which may be calibrated anew under the same name.

@@ -72,6 +72,17 @@ class HeadSensitivity:
         """One number a head: the greater of both losses."""
         return np.maximum(self.streaming, self.selecting)
 
+    def table(self) -> dict[str, np.ndarray]:
+        """One row a layer and KV head, as for a data frame.
+
+        ``layer``, ``head``, ``streaming``, ``selecting``, ``worth`` (nats), and ``missed_…`` for
+        each of MISSED_AT.
+        """
+        layer, head = (x.ravel() for x in np.indices(self.worth.shape))
+        losses = {"streaming": self.streaming, "selecting": self.selecting, "worth": self.worth}
+        missed = {f"missed_{share}": x for share, x in zip(MISSED_AT, self.missed, strict=True)}
+        return {"layer": layer, "head": head} | {k: x.ravel() for k, x in (losses | missed).items()}
+
     def most_sensitive(self, count: int) -> Bool[np.ndarray, "L Hk"]:
         """The ``count`` heads of the greatest worth; of equal ones the first.
 
@@ -115,7 +126,7 @@ class HeadSensitivity:
 def fit_shares(
     sensitivity: HeadSensitivity,
     budget: float,
-    streams: Bool[np.ndarray, "L Hk"],
+    streams: Bool[np.ndarray, "L Hk"] | None = None,
     *,
     dense: Bool[np.ndarray, "L Hk"] | None = None,
     statistics: float = 0.0,
@@ -125,7 +136,8 @@ def fit_shares(
 
     A head of share b costs b of the context and, unless it reads everything, ``statistics`` for
     the ranking; one that streams costs ``window`` and gets share 0. Those ``dense`` get 1. Greedy
-    along the lower convex hull of each head's loss, which is optimal up to the last step.
+    along the lower convex hull of each head's loss, which is optimal up to the last step. By
+    default no head streams, and none is dense by order.
 
     Every head that does not stream has the least share at least, even where ``budget`` is less.
     Raises ``ValueError`` for a budget outside (0, 1].
@@ -133,6 +145,7 @@ def fit_shares(
     if not 0.0 < budget <= 1.0:
         raise ValueError(f"budget_share={budget} must lie in (0, 1]")
     losses = sensitivity.losses()
+    streams = np.zeros(losses.shape[1:], bool) if streams is None else streams
     cost = np.array([share + (statistics if share < 1.0 else 0.0) for share in SHARES])
     chosen = np.zeros(losses.shape[1:], np.int64)
     steps: list[tuple[float, int, int, int]] = []  # worst slope first, of a head's next step

@@ -94,7 +94,7 @@ def test_named_chat_templates(directory):
 
 def test_directory_without_a_tokenizer(tmp_path):
     assert load_tokenizer(tmp_path) is None
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
         load_tokenizer(tmp_path, required=True)
 
 

@@ -231,9 +231,7 @@ def test_bad_settings_are_named(change, message):
 def test_a_loss_that_is_not_finite_ends_training(params):
     broken = params | {"norm": {"scale": params["norm"]["scale"] * jnp.nan}}
     with pytest.raises(FloatingPointError, match="loss is nan at step 0"):
-        train_gates(
-            CONFIG, stack_layers(broken), lambda step: Sample(TOKENS, FIRST_LABEL), TRAINING
-        )
+        train_gates(CONFIG, broken, lambda step: Sample(TOKENS, FIRST_LABEL), TRAINING)
 
 
 # A model in which one head is known to retrieve
@@ -304,8 +302,8 @@ def needles_and_questions(step):
 
 def test_the_planted_retrieval_head_is_found():
     training = GateTraining(steps=50, learning_rate=0.08, sink=16, recent=96)
-    params = stack_layers(planted_params())
-    gates = train_gates(PLANTED_CONFIG, params, needles_and_questions, training)
+    trained = train_gates(PLANTED_CONFIG, planted_params(), needles_and_questions, training)
+    gates = trained.gates
     others = np.delete(gates.reshape(-1), PLANTED[0] * 3 + PLANTED[1])
     assert gates[PLANTED] > 0.9
     assert others.max() < 0.1
@@ -319,6 +317,5 @@ def test_nothing_stays_open_where_nothing_is_far():
         return Sample(np.where(sample.tokens < 16, FILLERS[0], sample.tokens), sample.first_label)
 
     training = GateTraining(steps=50, learning_rate=0.08, sink=16, recent=96)
-    params = stack_layers(planted_params())
-    gates = train_gates(PLANTED_CONFIG, params, fillers_only, training)
-    assert gates.max() < 0.1
+    trained = train_gates(PLANTED_CONFIG, planted_params(), fillers_only, training)
+    assert trained.gates.max() < 0.1
