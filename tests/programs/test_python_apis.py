@@ -67,6 +67,8 @@ def test_gates_are_those_of_the_command(loaded, word_model, word_text, tmp_path)
     assert_table(table, (3, 2))
     np.testing.assert_array_equal(table["gate"], trained.gates.ravel())
     assert isinstance(plot_gates(trained), Figure)
+    convert.save_pattern(tmp_path, trained.gates, {"sink_size": 4, "recent_size": 16})
+    np.testing.assert_allclose(convert.load_pattern(tmp_path).gates, trained.gates, rtol=1e-8)
 
     args = calibrate_command.CalibrateArgs(
         model=str(word_model),
@@ -97,7 +99,7 @@ def test_samples_that_do_not_fit_are_refused(loaded, sample, message):
         train_gates(config, params, lambda step: sample, TRAINING)
 
 
-def test_heads_are_measured_on_sequences_of_ones_own(loaded, word_text):
+def test_heads_are_measured_on_sequences_of_ones_own(loaded, word_text, tmp_path):
     config, params, tokenizer = loaded
     passkeys = dataclasses.replace(PASSKEYS, passkey_words=6)
     sequences = measured_sequences(tokenizer, word_text.read_text(), passkeys, MEASUREMENT)
@@ -117,6 +119,10 @@ def test_heads_are_measured_on_sequences_of_ones_own(loaded, word_text):
     shares = fit_shares(sensitivity, 0.125)
     assert 0 < shares.mean() <= 0.125
     assert isinstance(plot_head_shares(sensitivity, shares), Figure)
+    convert.save_head_shares(tmp_path, sensitivity, shares, {})
+    written, of_file = convert.load_head_shares(tmp_path)
+    assert written is not None and written.context == 448
+    np.testing.assert_array_equal(of_file, shares)
 
 
 def test_sequences_that_do_not_fit_are_refused(loaded):
