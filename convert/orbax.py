@@ -117,8 +117,10 @@ def _errors_as(kind: type[Exception], what: str) -> Generator[None]:
             yield
         except Exception as error:
             reason = error.__cause__ or error
-            lines = str(reason).splitlines() or [""]
-            raise kind(f"{what}: {type(reason).__name__}: {lines[0][:500]}") from error
+            line = (str(reason).splitlines() or [""])[0].partition(" [tensorstore_spec=")[0]
+            if len(line) > 500:  # paths take most of it, and what went wrong stands at the end
+                line = f"{line[:200]} … {line[-300:]}"
+            raise kind(f"{what}: {type(reason).__name__}: {line}") from error
         finally:
             asyncio.new_event_loop = new_event_loop
             logger.setLevel(level)
