@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Generator, Mapping
@@ -15,13 +16,14 @@ from safetensors.numpy import save_file
 
 from convert.config_out import to_hugging_face
 from convert.names import TensorSlot, check_tensors, flatten, tensor_slots
-from convert.orbax import keep_tokenizer, require_empty
-from lserve_jax.checks import check_integer
+from convert.orbax import check_tokenizer_path, keep_tokenizer, require_empty
+from lserve_jax.checks import check_integer, is_real
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params, abstract_params
 from lserve_jax.model.lora import Adapter
 from pallas_kernels.api import Weight
 
+_DTYPES = ("float32", "bfloat16", "float16")
 _METADATA = {"format": "pt"}  # transformers refuses files without it
 
 
@@ -54,6 +56,13 @@ def export_hf(
         where="params",
     )
     dtype = str(flat["embed_tokens.embedding"].dtype)
+    for leaf, value in flat.items():
+        if str(value.dtype) not in (dtype, "float32") or dtype not in _DTYPES:
+            raise ValueError(
+                f"{leaf} is {value.dtype}: parameters must all be of one dtype of "
+                f"{', '.join(_DTYPES)}"
+            )
+    check_tokenizer_path(tokenizer_from)
     attributes = {**to_hugging_face(config), "torch_dtype": dtype}
     size = sum(value.nbytes for value in flat.values())
     with _directory(Path(path), size) as partial:
@@ -80,6 +89,8 @@ def save_adapter(
     Raises ``ValueError`` if ``path`` is not new or empty, for a leaf that is no matrix of the
     model, and for matrices of a wrong shape or of unlike ranks.
     """
+    if not is_real(alpha) or not math.isfinite(alpha):
+        raise ValueError(f"{alpha=} must be a finite number")
     kernels = {leaf: x.shape for leaf, x in flatten(abstract_params(config)).items()}
     ranks = set()
     for leaf, matrices in adapter.items():
@@ -107,7 +118,7 @@ def save_adapter(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": ranks.pop(),
-        "lora_alpha": alpha,
+        "lora_alpha": float(alpha),
         "target_modules": sorted(modules),
         "bias": "none",
     }

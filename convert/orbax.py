@@ -171,6 +171,7 @@ def write(
     """``save`` for leaves by dotted path. Empties ``flat``, so that codes can go once packed."""
     path = Path(path).absolute()
     require_empty(path)
+    check_tokenizer_path(tokenizer_from)
     check_tensors(
         {leaf: value.shape for leaf, value in flatten(abstract_params(config)).items()},
         {leaf: value.shape for leaf, value in flat.items()},
@@ -197,6 +198,15 @@ def write(
         os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_tokenizer_path(source: str | os.PathLike[str] | None) -> None:
+    """Raises ``ValueError`` unless there is such a path, before anything is written."""
+    if source is not None and not os.path.exists(source):
+        raise ValueError(
+            f"tokenizer_from={os.fspath(source)!r} does not exist; of an alias or a Hugging Face "
+            "id it is convert.resolve(model).path"
+        )
 
 
 def keep_tokenizer(source: Path, destination: Path) -> None:

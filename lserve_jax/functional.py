@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lserve_jax.attention.attend import causal_attend
 from lserve_jax.checks import INT32_MAX
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.llama import Attend, Params, bind
+from lserve_jax.model.llama import Attend, Params, bind, check_params
 from pallas_kernels import api
 
 
@@ -103,6 +103,9 @@ def hidden_states(
         raise ValueError(
             f"attend decides about positions and masks itself, so {beside[0]} must be None"
         )
+    check_params(config, params)
+    if not isinstance(tokens, jax.Array | np.ndarray):
+        raise ValueError(f"tokens must be an integer array [B, T], got {type(tokens).__name__}")
     if tokens.ndim != 2 or tokens.size == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(
             f"tokens must be an integer array [B, T], got {tokens.dtype} {tokens.shape}"
@@ -152,14 +155,15 @@ def _checked(
     """``positions`` and ``segment_ids``, the latter also for what ``attention_mask`` says."""
     positions = _integers("positions", positions, shape)
     segment_ids = _integers("segment_ids", segment_ids, shape)
-    if attention_mask is not None and attention_mask.dtype == bool:
+    if isinstance(attention_mask, jax.Array | np.ndarray) and attention_mask.dtype == bool:
         attention_mask = attention_mask.astype(jnp.int32)
     attention_mask = _integers("attention_mask", attention_mask, shape, most=1)
     if segment_ids is None:
         segment_ids = attention_mask
     elif attention_mask is not None:
-        difference = attention_mask - (segment_ids > 0).astype(jnp.int32)
-        _check_range("attention_mask - (segment_ids > 0)", difference, 0)
+        differs = (attention_mask == 0) == (segment_ids > 0)
+        name = "places where attention_mask and segment_ids differ"
+        _check_range(name, differs.astype(jnp.int32), 0)
     return positions, segment_ids
 
 
@@ -197,6 +201,8 @@ def _integers(
 ) -> Array | None:
     if x is None:
         return None
+    if not isinstance(x, jax.Array | np.ndarray):
+        raise ValueError(f"{name} must be an integer array {list(shape)}, got {type(x).__name__}")
     if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(
             f"{name} must be an integer array {list(shape)}, as tokens, got {x.dtype} {x.shape}"

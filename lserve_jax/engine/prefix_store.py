@@ -45,6 +45,7 @@ class PrefixStore:
 
     def add(self, token_ids: Sequence[int] | np.ndarray) -> Prefix:
         """See ``Engine.add_prefix``."""
+        self.runner.check_params()
         ids = self._check(token_ids)
         held = self._pin_again(ids)
         if held is not None:

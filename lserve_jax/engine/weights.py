@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.heads import HeadPartition, permute_heads
@@ -33,6 +34,7 @@ class Intake:
 
     def first(self, params: Params) -> Params:
         """The parameters that the engine begins with; ``check`` compares later ones with them."""
+        params = jax.tree.map(_on_auto_axes, params)
         self._first = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
             for name, x in _leaves(params).items()
@@ -44,7 +46,7 @@ class Intake:
 
         def place(path: Any, x: Any) -> Any:
             sharding = self._first[jax.tree_util.keystr(path)].sharding
-            x = jnp.asarray(x)
+            x = _on_auto_axes(jnp.asarray(x))
             same = sharding is None or x.sharding == sharding
             return x if same else jax.device_put(x, sharding)
 
@@ -55,6 +57,11 @@ class Intake:
 
         A dtype may be that of the first ones or that of the arithmetic.
         """
+        if not isinstance(params, dict):
+            raise ValueError(
+                f"params must be the nested dict that convert.load returns, got a "
+                f"{type(params).__name__}"
+            )
         found = _leaves(params)
         wrong = []
         for name in sorted(self._first.keys() | found.keys()):
@@ -97,6 +104,18 @@ class Intake:
         if self.weights is not None:
             params = quantise_params(params, self.weights, group=self.weight_group)
         return permute_heads(self.config, params, self.partition)
+
+
+def _on_auto_axes(x: Any) -> Any:
+    """``x`` on the same devices, cut in the same way, on a mesh of Auto axes.
+
+    The engine's programs do not say how what they compute is cut, as Explicit axes want it.
+    """
+    sharding = getattr(x, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or not sharding.mesh.are_all_axes_explicit:
+        return x
+    mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)
+    return jax.device_put(x, NamedSharding(mesh, sharding.spec))
 
 
 def _leaves(params: Params) -> dict[str, Any]:

@@ -59,8 +59,18 @@ class Attention(nnx.Module):
         q, k, v = jnp.split(qkv, [H, H + Hk], axis=2)  # [B, T, H, D], [B, T, Hk, D] twice
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        o, cache = attend(layer, q, k, v, cache)  # [B, T, H, D]
+        o, cache = _attended(attend(layer, q, k, v, cache), q.shape)
         return add_linear(x, o.reshape(B, T, H * D), self.o_proj, backend=backend), cache
+
+
+def _attended(result: Any, shape: tuple[int, ...]) -> tuple[Array, Any]:
+    """What an ``attend`` returned; raises ``ValueError`` unless it is (o of that shape, cache)."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ValueError(f"attend must return (o, cache), got {type(result).__name__}")
+    o, cache = result
+    if jnp.shape(o) != shape:
+        raise ValueError(f"attend returned o of shape {jnp.shape(o)}, expected {shape}: q's")
+    return o, cache
 
 
 class Mlp(nnx.Module):
@@ -198,14 +208,21 @@ def _shape(leaf: Any) -> tuple[int, ...]:
     return leaf.shape if isinstance(leaf, api.Weight) else jnp.shape(leaf)
 
 
+def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree.flatten_with_path(params, is_leaf=lambda x: isinstance(x, api.Weight))
+    return {jax.tree_util.keystr(path): _shape(leaf) for path, leaf in leaves}
+
+
+@functools.cache
+def _shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return _shapes(abstract_params(config))
+
+
 def check_params(config: ModelConfig, params: Params) -> None:
     """Raises ``ValueError`` unless ``params`` has the leaves and shapes of ``config``'s model."""
-
-    def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
-        leaves, _ = jax.tree.flatten_with_path(tree, is_leaf=lambda x: isinstance(x, api.Weight))
-        return {jax.tree_util.keystr(path): _shape(leaf) for path, leaf in leaves}
-
-    wanted, found = shapes(abstract_params(config)), shapes(params)
+    if config.tie_word_embeddings:  # an engine's may have a copy of the table for an output layer
+        params = {name: leaves for name, leaves in params.items() if name != "lm_head"}
+    wanted, found = _shapes_of(config), _shapes(params)
     wrong = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
     if wrong:
         name = wrong[0]

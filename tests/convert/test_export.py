@@ -18,6 +18,7 @@ from convert.names import flatten
 from lserve_jax import RopeConfig, logits
 from lserve_jax.model import lora
 from lserve_jax.model.llama import init_params
+from lserve_jax.model.quantise import quantise_params
 from pallas_kernels import api
 
 CONFORMANCE = Path(__file__).parents[1] / "data" / "conformance"
@@ -112,6 +113,10 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     (out / "file").touch()
     with pytest.raises(ValueError, match="out must be new or empty"):
         convert.export_hf(out, config, params)
+    with pytest.raises(ValueError, match="tokenizer_from='no-such' does not exist"):
+        convert.export_hf(tmp_path / "other", config, params, tokenizer_from="no-such")
+    with pytest.raises(ValueError, match="is int32: parameters must all be of one dtype"):
+        convert.export_hf(tmp_path / "other", config, jax.tree.map(jnp.int32, params))
     with pytest.raises(ValueError, match="max_shard_bytes must be an integer of at least 1, got 0"):
         convert.export_hf(tmp_path / "other", config, params, max_shard_bytes=0)
     both = dataclasses.replace(config, qk_norm=True, nope_layers=(1,))
@@ -175,7 +180,25 @@ def test_bad_adapters(tmp_path: Path) -> None:
             convert.save_adapter(tmp_path / "out", config, bad, alpha=1.0)
     with pytest.raises(ValueError, match="target 'q_proj' is unknown; known: qkv_proj, o_proj"):
         lora.init_adapter(config, rank=3, targets=("q_proj",))
-    with pytest.raises(ValueError, match="rank=0 must be at least 1"):
+    with pytest.raises(ValueError, match="rank must be an integer of at least 1, got 0"):
         lora.init_adapter(config, rank=0)
     with pytest.raises(ValueError, match=r"adapter has 'layers.9.x', which params does not have"):
         lora.merge(init_params(config), {"layers.9.x": good[leaf]}, alpha=1.0)
+    thin = good[leaf] | {"b": good[leaf]["b"][:, :1]}  # which would broadcast
+    for bad, message in (
+        ({leaf: thin}, "o_proj.kernel: a and b have shapes"),
+        ({leaf: {"a": good[leaf]["a"]}}, "o_proj.kernel: a and b have shapes"),
+        ({"norm.scale": good[leaf]}, "norm.scale: a and b have shapes"),
+        ({"layers.0.self_attn": good[leaf]}, "which params does not have"),
+        ({f"{leaf}.more": good[leaf]}, "which params does not have"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lora.merge(init_params(config), bad, alpha=1.0)
+    quantised = quantise_params(init_params(config), "int8")
+    with pytest.raises(ValueError, match=r"proj.kernel is quantised"):
+        lora.merge(quantised, good, alpha=1.0)
+    for alpha in (None, float("nan")):
+        with pytest.raises(ValueError, match=r"alpha=.* must be a finite number"):
+            convert.save_adapter(tmp_path / "out", config, good, alpha=alpha)
+    with pytest.raises(ValueError, match="targets='qkv_proj' must be a sequence"):
+        lora.init_adapter(config, rank=3, targets="qkv_proj")

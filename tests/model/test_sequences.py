@@ -187,7 +187,7 @@ BAD_VALUES = [
     ({"attention_mask": ROW + 2}, "attention_mask must lie in [0, 1], got 2 to 2"),
     (
         {"attention_mask": ONES, "segment_ids": ONES.at[0, 1].set(0)},
-        "attention_mask - (segment_ids > 0) must lie in [0, 0], got 0 to 1",
+        "places where attention_mask and segment_ids differ must lie in [0, 0], got 0 to 1",
     ),
 ]
 
@@ -223,3 +223,24 @@ def test_bad_values(bad: dict[str, jax.Array], message: str, traced: bool) -> No
 def test_bad_arguments(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         logits(CONFIG, tiny_params(CONFIG), **{"tokens": ROW} | bad)
+
+
+def test_params_and_attend_are_held_against_the_config() -> None:
+    """Neither may be clamped, broadcast or read with its axes swapped."""
+    config, params = CONFIG, tiny_params(CONFIG)
+    table = params["embed_tokens"]["embedding"]
+    few = params | {"embed_tokens": {"embedding": table[:5]}}
+    with pytest.raises(ValueError, match=r"embed_tokens.*shape"):
+        logits(config, few, ROW)
+    with pytest.raises(ValueError, match=r"norm.*shape"):
+        logits(config, params | {"norm": {"scale": jnp.ones((1,))}}, ROW)
+
+    def swapped(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: object) -> tuple:
+        return q.swapaxes(1, 2), cache
+
+    with pytest.raises(ValueError, match="attend returned o of shape"):
+        logits(config, params, ROW[:, :3], attend=swapped)
+    with pytest.raises(ValueError, match="attend must return"):
+        logits(config, params, ROW, attend=lambda layer, q, k, v, cache: q)
+    with pytest.raises(ValueError, match="tokens must be an integer array"):
+        logits(config, params, [[1, 2]])  # pyrefly: ignore

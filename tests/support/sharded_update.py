@@ -57,3 +57,14 @@ for seed, put in ((1, sharded), (0, lambda params: params), (1, lambda params: p
     assert not compiled, compiled
     for path, leaf in jax.tree.flatten_with_path(llm.engine.params)[0]:
         assert leaf.sharding == sharding(path), (path, leaf.sharding)
+
+# On Explicit axes, as jax.make_mesh makes them by default, the engine runs on Auto ones.
+EXPLICIT = jax.make_mesh((2,), ("tp",))
+cut = jax.tree.map_with_path(
+    lambda path, x: jax.device_put(x, NamedSharding(EXPLICIT, sharding(path).spec)),
+    tiny_params(CONFIG),
+)
+llm = LLM((CONFIG, cut), **options)
+assert tokens(llm) == expected[0]
+llm.update_params(jax.tree.map(lambda x: x, cut))
+assert tokens(llm) == expected[0]
