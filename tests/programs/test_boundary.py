@@ -114,7 +114,7 @@ SMALL_FILES = """
 import resource, sys
 from convert.__main__ import main
 limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-for size, name in ((3_000, "a"), (20_000, "b"), (20_000, "c"), (100_000, "d")):
+for size, name in ((3_000, "a"), (20_000, "b"), (20_000, "c"), (40_000, "d")):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit))
     assert main([sys.argv[1], f"{sys.argv[2]}/{name}"]) == 2
 """
