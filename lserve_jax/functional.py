@@ -83,14 +83,15 @@ def hidden_states(
     attention_mask: 1 (True) for a token, 0 for padding, at whichever end: ``segment_ids`` of one
         sequence a row.
     attend: attention of one's own in place of all that (``docs/pipelines.md``).
-    remat: a derivative keeps of each layer only its input and its attention's output. Takes a third
-        more time and a fraction of the memory.
+    remat: a derivative keeps of each layer only its input and its attention's output. Takes more
+        time and a fraction of the memory (``benchmarks/training.py``).
 
     Pure: works under ``jit`` (with ``config`` static), ``vmap`` and every kind of derivative, and
     over sharded arrays. Memory is O(T) for each layer that is kept.
 
-    Raises ``ValueError`` for an array that is no integers ``[B, T]`` as ``tokens``, for ``attend``
-    beside what it replaces, and for more tokens than the model's sliding window. And, where values
+    Raises ``ValueError`` for ``params`` of other shapes than the model's, for an array that is no
+    integers ``[B, T]`` as ``tokens``, for ``attend`` beside what it replaces or with an output that
+    is not of ``q``'s shape, and for more tokens than the model's sliding window. And, where values
     are known, for tokens outside the vocabulary, negative positions and segments, and for a mask
     that contradicts ``segment_ids``; in a traced call ``api.value_checks`` reports these.
     """

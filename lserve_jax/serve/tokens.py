@@ -73,8 +73,12 @@ async def tokenize(request: Request) -> Response:
         ids = (await chat_prompt(service, body.chat()))[0].ids.ids.tolist()
     else:
         special = body.add_special_tokens is not False
-        service.engine.text.check_length(body.prompt)
-        ids = await asyncio.to_thread(tokenizer.encode, body.prompt, special)
+
+        def encode(text: str) -> list[int]:
+            service.engine.text.check_length(text)
+            return tokenizer.encode(text, special)
+
+        ids = await asyncio.to_thread(encode, body.prompt)
     answer: dict[str, Any] = {
         "count": len(ids),
         "max_model_len": service.max_model_len,
