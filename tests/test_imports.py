@@ -70,16 +70,24 @@ def imports(path: Path) -> set[str]:
 
     ``from a import b`` counts as ``a.b`` where that is a module of ours, else as ``a``.
     """
+    return {
+        name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in imports_of(node)
+    }
+
+
+def imports_of(node: ast.AST) -> set[str]:
+    """The names that one statement imports; none if it is no import."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} has a relative import"
-            for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                is_module = (ROOT / f"{whole.replace('.', '/')}.py").exists()
-                names.add(whole if is_module else str(node.module))
+    if isinstance(node, ast.Import):
+        names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"{ast.unparse(node)} is a relative import"
+        for alias in node.names:
+            whole = f"{node.module}.{alias.name}"
+            is_module = (ROOT / f"{whole.replace('.', '/')}.py").exists()
+            names.add(whole if is_module else str(node.module))
     return names
 
 
@@ -157,22 +165,37 @@ def test_what_an_import_does_not_load(program, absent):
     assert done.stdout.strip() == "[]"
 
 
-def test_allowed_third_party_packages_are_declared_dependencies():
+def declared_packages(*extras: str) -> set[str]:
+    """Import names of what the project and these extras declare, not of what those need in turn."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"]
-    wanted = [
-        *project["dependencies"],
-        *extras["hub"],
-        *extras["plot"],
-        *extras["eval"],
-        *extras["serve"],
-    ]
-    declared = {re.split(r"[<>=]", name)[0] for name in wanted}
-    imported_as = {"orbax-checkpoint": "orbax", "lm-eval": "lm_eval"}
-    imported_as["prometheus-client"] = "prometheus_client"
-    declared = {imported_as.get(name, name) for name in declared}
+    wanted = [*project["dependencies"]]
+    for extra in extras:
+        wanted += project["optional-dependencies"][extra]
+    names = {re.split(r"[<>=\[]", name)[0] for name in wanted}
+    imported_as = {"orbax-checkpoint": "orbax"}
+    return {imported_as.get(name, name).replace("-", "_") for name in names}
+
+
+def test_allowed_third_party_packages_are_declared_dependencies():
     allowed = {name.split(".")[0] for names in ALLOWED.values() for name in names}
+    declared = declared_packages("hub", "plot", "eval", "serve")
     assert allowed - set(PACKAGES) == declared - {"jaxlib"}
+
+
+def test_tests_import_only_what_their_extra_declares():
+    # What some package happens to bring along may be gone with its next release.
+    tests = [*(ROOT / "tests").rglob("test_*.py"), *(ROOT / "tests" / "support").glob("*.py")]
+    ours = {path.stem for path in ROOT.rglob("*.py")} | {"shapes"} | set(PACKAGES)
+    extras = ("hub", "plot", "eval", "serve", "test", "transformers")
+    declared = declared_packages(*extras) | {"selenium"}  # by tests/browser/run
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sorted(tests)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        for name in imports_of(node)
+        if name.split(".")[0] not in {*sys.stdlib_module_names, *ours, *declared}
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def mapped_files() -> set[str]:
