@@ -47,8 +47,11 @@ def test_it_serves_logs_and_finishes_what_runs_at_its_end(checkpoint):
 
 
 def cut_off(url: str, ended: Callable[[], None]) -> tuple[httpx.Response, list[str]]:
-    """A whole and a streamed answer that are not through when ``ended`` has been called."""
-    body = {"prompt": "A secret", "max_tokens": 900, "ignore_eos": True}
+    """A whole and a streamed answer that are not through when ``ended`` has been called.
+
+    They are long enough to last until then on a machine that does other work too.
+    """
+    body = {"prompt": "A secret", "max_tokens": 100_000, "ignore_eos": True}
     path = f"{url}/v1/completions"
     with (
         concurrent.futures.ThreadPoolExecutor() as pool,
@@ -69,14 +72,16 @@ def metrics(url: str) -> str:
 
 
 @pytest.mark.parametrize("how", ["late", "second signal"])
-def test_answers_that_are_cut_end_with_an_error(checkpoint, how):
+def test_answers_that_are_cut_end_with_an_error(tmp_path, how):
+    checkpoint = write_served_model(tmp_path / "tiny", length=1 << 17)
     seconds = "0" if how == "late" else "3600"
     with program("--model", checkpoint, "--shutdown-seconds", seconds) as (process, url):
 
         def end() -> None:
             process.send_signal(signal.SIGINT)
-            while "shutting down: 2 requests" not in process.stderr.readline():
-                pass
+            # 2 requests, and that for the metrics where it is not put away yet.
+            while "shutting down: " not in (line := process.stderr.readline()):
+                assert line, "the server ended without a word"
             if how == "second signal":
                 process.send_signal(signal.SIGINT)
 
