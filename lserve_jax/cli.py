@@ -12,6 +12,7 @@ import jax
 from tyro.conf import FlagCreatePairsOff, arg
 
 from convert.artefacts import cache_directory
+from lserve_jax.engine.program_files import make_own_directory
 from lserve_jax.memory import memory_wanted
 
 # An option without a value.
@@ -23,10 +24,23 @@ def flag(metavar: str, otherwise: str) -> object:
     return arg(metavar=metavar, help_behavior_hint=f"(default: {otherwise})")
 
 
-def enable_compile_cache() -> None:
-    """Keeps compiled code between starts, so that the second one is quick."""
-    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "jit"))
+def keep_compiled(cache: bool) -> bool:
+    """Whether an ``LLM`` keeps its programs between starts: its ``compilation_cache``.
+
+    If so JAX keeps its own, those of all other functions, in a directory beside them. Neither is
+    done where others can write to that one.
+    """
+    if not cache:
+        return False
+    directory = cache_directory() / "jit"
+    try:
+        make_own_directory(directory)
+    except OSError as error:
+        print(f"nothing compiled is kept: {error}", file=sys.stderr)
+        return False
+    jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    return True
 
 
 def read_text(path: Path, what: str) -> str:

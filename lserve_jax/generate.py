@@ -31,7 +31,6 @@ from lserve_jax.batch import (
 )
 from lserve_jax.cli import (
     Switch,
-    enable_compile_cache,
     exit_code,
     flag,
     flush_stdout,
@@ -49,6 +48,7 @@ from lserve_jax.stats import (
     batch_summary,
     end_summary,
     memory_summary,
+    program_summary,
     request_summary,
 )
 from lserve_jax.text_engine import Prompt
@@ -120,7 +120,7 @@ class GenerateArgs(ModelArgs):
 _NOT_OF_A_RUN = (
     *("prompt", "prompt_file", "prompt_token_ids", "json", "stats"),
     *("prompts_file", "output", "shared_prefix_file", "skip_bad_lines"),
-    *("max_num_seqs", "kv_cache_bytes"),
+    *("max_num_seqs", "kv_cache_bytes", "cache", "warmup"),
 )
 # Options that are younger than some output files, whose headers lack them.
 _ABSENT_AS_DEFAULT = (
@@ -225,7 +225,6 @@ def _main_batch(args: GenerateArgs, prompts_file: Path, output: Path) -> None:
         if len(results.done) == prompts.num_lines:
             print(f"{output} has all {prompts.num_lines} answers already", file=sys.stderr)
             return
-        enable_compile_cache()
         llm = _load(args)
         with CompileClock() as clock:
             times = run_batch(llm, prompts, prompt_format, results)
@@ -234,6 +233,7 @@ def _main_batch(args: GenerateArgs, prompts_file: Path, output: Path) -> None:
 
 
 def _print_stats(llm: LLM, lines: list[str]) -> None:
+    lines += program_summary(llm.engine.runner.programs.times)
     lines += [end_summary(llm.engine.eos_token_ids, llm.tokenizer)]
     if llm.spec.sparsity is not None:
         policy = head_policy(llm.config, llm.spec.sparsity)
@@ -248,7 +248,6 @@ def _main(args: GenerateArgs) -> None:
         _main_batch(args, args.prompts_file, args.output)
         return
     prompt, params = _read_prompt(args), _sampling_params(args)
-    enable_compile_cache()
     llm = _load(args)
     with CompileClock() as clock:
         completion = _run(args, llm, prompt, params)

@@ -48,7 +48,7 @@ class LLM:
     tokenizer: that of a loaded pair; a checkpoint brings its own.
     adapter: directory of a PEFT LoRA adapter to merge at load.
     seed: from which requests without a seed of their own derive theirs.
-    progress: show progress bars on stderr while loading.
+    progress: show progress bars on stderr while loading and compiling.
     options: those of the engine, by name, such as ``max_model_len=4096, attention="lserve"``:
         ``engine.build.EngineOptions`` lists and explains them. Where ``sparsity`` names neither
         pattern nor head shares nor a token budget, lserve attention takes the head shares that are
@@ -116,6 +116,7 @@ class LLM:
                 params,
                 self.options,
                 eos_token_ids=() if tokenizer is None else tokenizer.eos_token_ids,
+                progress=progress,
             )
         self.text_engine = TextEngine(self.engine, tokenizer, seed=seed)
         # One call at a time steps the engine. A thread may take it again: what it calls inside a

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import OmitArgPrefixes, SuppressFixed
 
 from lserve_jax.attention.config import SparsityConfig
-from lserve_jax.cli import Switch, flag
+from lserve_jax.cli import Switch, flag, keep_compiled
 from lserve_jax.llm import LLM
 
 
@@ -51,6 +51,10 @@ class ModelArgs:
 
     backend: Literal["auto", "mosaic", "reference"] = "auto"
     """mosaic: kernels for Hopper GPUs; reference: plain JAX; auto: the kernels where they run."""
+    cache: Annotated[bool, flag("", "kept")] = True
+    """Keep compiled programs for the next start, or compile anew and keep nothing."""
+    warmup: Literal["none", "auto", "full"] = "none"
+    """Compile before anything runs: what any request needs, or for every number of slots too."""
 
     def load(self, **options: Any) -> LLM:
         """The model, with ``options`` of ``LLM`` beside these.
@@ -79,6 +83,8 @@ class ModelArgs:
             kv_dtype=self.kv_dtype,
             weights=self.weights,
             backend=self.backend,
+            compilation_cache=keep_compiled(self.cache),
+            warmup=self.warmup,
             adapter=self.adapter,
             progress=sys.stderr.isatty(),  # elsewhere a bar is lines of a log
             **options,

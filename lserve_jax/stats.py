@@ -14,6 +14,7 @@ import jax.monitoring
 
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.engine.metrics import EngineMetrics, RequestMetrics
+from lserve_jax.engine.programs import ProgramTime
 from lserve_jax.tokenizer import Tokenizer
 
 
@@ -135,6 +136,19 @@ def batch_summary(metrics: EngineMetrics, times: BatchTimes, clock: CompileClock
         + (f"; requests: {reasons}" if reasons else ""),
         f"compile   {clock.seconds():.2f} s",
     ]
+
+
+def program_summary(times: Sequence[ProgramTime]) -> list[str]:
+    """A line that says what became of the engine's programs; none where JAX alone compiled them.
+
+    What was read while the weights were costs no time but that of another core.
+    """
+    parts = []
+    for source in ("loaded", "compiled"):
+        seconds = [made.seconds for made in times if made.source == source]
+        if seconds:
+            parts.append(f"{len(seconds)} {source} in {sum(seconds):.2f} s")
+    return [f"programs  {', '.join(parts)}"] if parts else []
 
 
 def end_summary(eos_token_ids: Sequence[int], tokenizer: Tokenizer | None) -> str:

@@ -56,7 +56,7 @@ from lserve_jax.calibrate.sensitivity import (
     passes,
 )
 from lserve_jax.calibrate.windows import measured_sequences
-from lserve_jax.cli import Switch, exit_code, flag, read_text
+from lserve_jax.cli import Switch, exit_code, flag, keep_compiled, read_text
 from lserve_jax.engine.build import check_backend, resolve_dtype
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.head_shares import HeadSensitivity, fit_shares
@@ -101,6 +101,8 @@ class CalibrateArgs:
     """Type of weights and arithmetic."""
     backend: Literal["auto", "mosaic", "reference"] = "auto"
     """mosaic: kernels for Hopper GPUs; reference: plain JAX; auto: the kernels where they run."""
+    cache: Annotated[bool, flag("", "kept")] = True
+    """Keep compiled programs for the next start, or compile anew and keep nothing."""
     save_every: int = 50
     """Steps between two checkpoints of the training."""
     no_plot: Switch = False
@@ -320,6 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> None:
         prog = "python -m lserve_jax.calibrate"
         args = tyro.cli(CalibrateArgs, args=argv, prog=prog, config=(DisallowNone,))
+        keep_compiled(args.cache)
         if args.head_shares:
             sensitivity, shares = calibrate_head_shares(args)
             worth = sensitivity.worth

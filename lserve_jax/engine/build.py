@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from convert.artefacts import cache_directory
 from convert.head_shares import shipped_for
 from convert.sources import ModelSource
 from lserve_jax.attention.cache import CacheSpec, DraftSource, KVDtype, cache_bytes, make_spec
@@ -19,8 +20,11 @@ from lserve_jax.checks import INT32_MAX, check_bool, check_choice, check_integer
 from lserve_jax.engine.buckets import SMALLEST_CHUNK
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.head_policy import head_policy
+from lserve_jax.engine.program_files import ProgramFiles
+from lserve_jax.engine.programs import Programs
 from lserve_jax.engine.relay import RelayMode, check_mode
 from lserve_jax.engine.runner import ModelRunner
+from lserve_jax.engine.warmup import Warmup, warm_up
 from lserve_jax.engine.weights import Intake
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params, check_params
@@ -77,6 +81,12 @@ class EngineOptions:
         that grain.
     backend: "mosaic", the Pallas kernels for Hopper GPUs; "reference", plain JAX, runs anywhere;
         "auto" takes the kernels on such a GPU.
+    compilation_cache: directory in which compiled programs are kept, so that the next start neither
+        traces nor compiles them; True: where the command lines keep theirs. What it holds is
+        executed: a directory that others can write to is not used.
+    warmup: what is compiled before the engine is there, several programs at the same time: "none",
+        "auto", what the coming requests will surely need, or "full", for every number of slots,
+        every length of a chunk and the usual ways to sample (see ``engine/warmup.py``).
 
     Raises ``ValueError`` or ``TypeError`` for a value that an option cannot have, ``ValueError``
     for settings that contradict each other, and ``NotImplementedError`` for kernels on a device
@@ -102,6 +112,8 @@ class EngineOptions:
     prefill_chunk_size: int = 8192
     burst_steps: int = 16
     backend: Backend = "auto"
+    compilation_cache: bool | str | os.PathLike[str] = False
+    warmup: Warmup = "none"
 
     def __post_init__(self):
         for name in (*_INTEGERS, "max_model_len", "kv_cache_bytes"):
@@ -139,6 +151,11 @@ class EngineOptions:
             raise ValueError(
                 "exact=True cannot have relay='always': verification reads each row by itself"
             )
+        if not isinstance(self.compilation_cache, bool | str | os.PathLike):
+            raise TypeError(
+                f"compilation_cache={self.compilation_cache!r} must be True, False or a directory"
+            )
+        check_choice("warmup", self.warmup, get_args(Warmup))
         check_choice("draft", self.draft, get_args(DraftSource))
         if self.draft == "ngram" and not self.exact:
             raise ValueError("draft='ngram' needs exact=True: drafts are verified there")
@@ -188,6 +205,7 @@ def build_engine(
     *,
     eos_token_ids: Sequence[int] = (),
     runner_class: type[ModelRunner] = ModelRunner,
+    progress: bool = False,
 ) -> Engine:
     """An engine for ``params`` as ``convert.load`` returns them.
 
@@ -195,7 +213,8 @@ def build_engine(
     order a layer's attention weights exist twice, not those of all layers. It is called once
     options and ``config`` are found to agree.
 
-    ``eos_token_ids`` end a completion, beside the config's own.
+    ``eos_token_ids`` end a completion, beside the config's own. ``progress`` shows a bar on stderr
+    while programs are compiled ahead of time.
 
     Raises ``ValueError`` where options and model contradict each other or no page of the cache
     fits, and ``NotImplementedError`` for what the kernels cannot run.
@@ -213,6 +232,8 @@ def build_engine(
         weights=None if options.weights == "checkpoint" else options.weights,
         weight_group=options.weight_group,
     )
+    programs = Programs(_program_files(options))
+    programs.preload(f"{config}\n{dataclasses.replace(options, warmup='none')}")
     if callable(params):
         params = params()
     check_params(config, params)
@@ -239,8 +260,9 @@ def build_engine(
         dtype=dtype,
         backend=options.backend,
         chunk_size=options.prefill_chunk_size,
+        programs=programs,
     )
-    return Engine(
+    engine = Engine(
         runner,
         max_model_len=max_model_len,
         eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *eos_token_ids))),
@@ -250,6 +272,19 @@ def build_engine(
         head_order=policy.partition.order,
         intake=intake,
     )
+    warm_up(engine, options.warmup, progress=progress)
+    return engine
+
+
+def _program_files(options: EngineOptions) -> ProgramFiles | None:
+    """Where compiled programs are kept; None: nowhere.
+
+    A policy of one's own is code that no name stands for: its programs are not kept.
+    """
+    kept, sparsity = options.compilation_cache, options.sparsity
+    if kept is False or (sparsity is not None and sparsity.select is not None):
+        return None
+    return ProgramFiles(cache_directory() / "programs" if kept is True else kept)
 
 
 def _is_weight(x: object) -> bool:

@@ -19,6 +19,7 @@ from lserve_jax.attention.cache import CacheSpec, LayerCache, cache_bytes, init_
 from lserve_jax.engine.buckets import SMALLEST_CHUNK, bucket, buckets
 from lserve_jax.engine.forced_steps import score_steps
 from lserve_jax.engine.inputs import BurstInputs, Chunk, Start
+from lserve_jax.engine.programs import Call, Programs
 from lserve_jax.engine.reads import selected_pages
 from lserve_jax.engine.sampling import MAX_STOP_IDS, SamplingArrays, SamplingMode
 from lserve_jax.engine.speculate import exact_burst
@@ -54,7 +55,8 @@ class ModelRunner:
     """Runs jitted steps on parameters, caches and decode state that nobody else holds.
 
     ``params`` have their heads in the order of ``spec``: retrieval first (``model/heads.py``).
-    ``dtype`` is the compute dtype. ``chunk_size`` is the most tokens of a ``Chunk``.
+    ``dtype`` is the compute dtype. ``chunk_size`` is the most tokens of a ``Chunk``. ``programs``
+    compile the steps, or have them in files; this runner's alone.
 
     Raises ``NotImplementedError`` for a token budget that the kernels cannot select.
     """
@@ -68,6 +70,7 @@ class ModelRunner:
         dtype,
         backend: Backend = "auto",
         chunk_size: int,
+        programs: Programs | None = None,
     ):
         backend = resolve_backend(backend)
         most = max(spec.num_ranked(layer) for layer in range(config.num_hidden_layers))
@@ -80,6 +83,7 @@ class ModelRunner:
         self.config, self.params, self.spec = config, params, spec
         self.dtype, self.backend, self.chunk_size = dtype, backend, chunk_size
         self.parameter_bytes = sum(device_bytes(x) for x in jax.tree.leaves(params))
+        self.programs = Programs(None) if programs is None else programs
         self.prompt_tokens = 0  # prefilled so far, padding left out
         self._program = Program(config=config, spec=spec, backend=backend)
         self._shapes: set[tuple] = set()  # that jitted functions were called with
@@ -157,11 +161,17 @@ class ModelRunner:
         Beside them what the model thought of ``chunk.following``, padded as the chunk is.
         """
         size = self.padded(len(chunk.tokens))
-        following = None if chunk.following is None else _filled_up(chunk.following, size)
-        what = following is None, chunk.top_logprobs, chunk.keep_hidden
+        what = chunk.following is None, chunk.top_logprobs, chunk.keep_hidden
         self.count_shape("prefill_chunk", size, *what)
         self.prompt_tokens += len(chunk.tokens)
-        logits, self._caches, judged = prefill_chunk(
+        logits, self._caches, judged = self.programs.run(self.prefill_call(chunk))
+        return logits, judged
+
+    def prefill_call(self, chunk: Chunk) -> Call:
+        """What ``prefill`` runs."""
+        size = self.padded(len(chunk.tokens))
+        return Call.of(
+            prefill_chunk,
             self._program,
             self.params,
             self._caches,
@@ -170,19 +180,25 @@ class ModelRunner:
             jnp.int32(chunk.start),
             jnp.int32(len(chunk.tokens)),
             jnp.int32(chunk.prompt_length),
-            following,
+            None if chunk.following is None else _filled_up(chunk.following, size),
             top=chunk.top_logprobs,
             keep_hidden=chunk.keep_hidden,
         )
-        return logits, judged
 
     def insert(self, slot: int, logits: jax.Array, start: Start) -> Sample:
         """Gives a slot to a prefilled prompt; its first token, sampled from ``logits`` [V]."""
+        call = self.insert_call(slot, logits, start)
+        counts_no_tokens = self._state.output_counts is None
+        self.count_shape("insert", call.static["mode"], counts_no_tokens, _rules_shape(start.rules))
+        self._state, self._caches, first = self.programs.run(call)
+        return first
+
+    def insert_call(self, slot: int, logits: jax.Array, start: Start) -> Call:
+        """What ``insert`` runs."""
         prompt_mask = self._prompt_mask(start)
         sampling = self._state.sampling.with_row(slot, start.sampling_row)
-        mode = SamplingMode.of([start.sampling])
-        self.count_shape("insert", mode, prompt_mask is None, _rules_shape(start.rules))
-        self._state, self._caches, first = insert(
+        return Call.of(
+            insert,
             self._program,
             self._caches,
             dataclasses.replace(self._state, sampling=sampling),
@@ -197,9 +213,8 @@ class ModelRunner:
                 history=self._history(start),
             ),
             jax.tree.map(jnp.asarray, start.rules),
-            mode=mode,
+            mode=SamplingMode.of([start.sampling]),
         )
-        return first
 
     def _prompt_mask(self, start: Start) -> jax.Array | None:
         """The prompt's tokens, for penalties, once any request has asked for them; else None."""
@@ -225,46 +240,28 @@ class ModelRunner:
 
     def decode(self, inputs: BurstInputs) -> Burst:
         """Runs decode steps of the first B slots."""
+        call = self.decode_call(inputs)
         groups = None if inputs.groups is None else inputs.groups.page_table.shape
-        counts_no_tokens = self._state.output_counts is None
-        if inputs.drafts is not None:
-            return self._exact_burst(inputs, inputs.drafts)
-        rules = _rules_shape(inputs.rules)
-        shape = (*inputs.forced.shape, groups, inputs.mode, counts_no_tokens, rules)
-        self.count_shape("decode_burst", *shape)
-        self._state, self._caches, burst = decode_burst(
-            self._program,
-            self.params,
-            self._caches,
-            self._state,
-            _tables(inputs.page_table, inputs.sink_page, inputs.groups),
-            jnp.asarray(inputs.forced),
-            jnp.int32(inputs.steps),
-            jax.tree.map(jnp.asarray, inputs.rules),
-            mode=inputs.mode,
-        )
+        static = call.static["mode"], call.static.get("most_drafts")
+        counts_no_tokens, rules = self._state.output_counts is None, _rules_shape(inputs.rules)
+        self.count_shape(call.name, *inputs.forced.shape, groups, *static, counts_no_tokens, rules)
+        self._state, self._caches, burst = self.programs.run(call)
         return burst
 
-    def _exact_burst(self, inputs: BurstInputs, drafts: np.ndarray) -> Burst:
+    def decode_call(self, inputs: BurstInputs) -> Call:
+        """What ``decode`` runs."""
+        begin = (self._program, self.params, self._caches, self._state)
+        groups = inputs.groups if inputs.drafts is None else None
+        tables = _tables(inputs.page_table, inputs.sink_page, groups)
+        steps = jnp.asarray(inputs.forced), jnp.int32(inputs.steps)
+        rules = jax.tree.map(jnp.asarray, inputs.rules)
+        if inputs.drafts is None:
+            return Call.of(decode_burst, *begin, tables, *steps, rules, mode=inputs.mode)
         # Where nothing is drafted, a pass of one token a row is a step of dense attention.
-        most = self.spec.max_drafts if drafts.any() else 0
-        rows, counts_no_tokens = len(inputs.page_table), self._state.output_counts is None
-        rules = _rules_shape(inputs.rules)
-        self.count_shape("exact_burst", rows, inputs.mode, counts_no_tokens, most, rules)
-        self._state, self._caches, burst = exact_burst(
-            self._program,
-            self.params,
-            self._caches,
-            self._state,
-            _tables(inputs.page_table, inputs.sink_page, None),
-            jnp.asarray(inputs.forced),
-            jnp.int32(inputs.steps),
-            jnp.asarray(drafts),
-            jax.tree.map(jnp.asarray, inputs.rules),
-            mode=inputs.mode,
-            most_drafts=most,
-        )
-        return burst
+        most = self.spec.max_drafts if inputs.drafts.any() else 0
+        drafts = jnp.asarray(inputs.drafts)
+        static = {"mode": inputs.mode, "most_drafts": most}
+        return Call.of(exact_burst, *begin, tables, *steps, drafts, rules, **static)
 
     def selected_pages(self, slot: int) -> list[jax.Array]:
         """Physical pages that each layer's ranked heads chose for a slot at its last selection.
@@ -290,7 +287,8 @@ class ModelRunner:
         ``page_table`` [B, M] and ``sink_page`` [B] are int32.
         """
         self.count_shape("score_steps", forced.tokens.shape, distributions, keep_hidden)
-        scores, self._caches = score_steps(
+        call = Call.of(
+            score_steps,
             self._program,
             self.params,
             self._caches,
@@ -300,6 +298,7 @@ class ModelRunner:
             distributions=distributions,
             keep_hidden=keep_hidden,
         )
+        scores, self._caches = self.programs.run(call)
         return scores
 
     def stop(self, slot: int) -> None:

@@ -19,7 +19,7 @@ from typing import Annotated, Literal, get_args
 import tyro
 from tyro.conf import DisallowNone, arg
 
-from lserve_jax.cli import Switch, enable_compile_cache, exit_code, flag
+from lserve_jax.cli import Switch, exit_code, flag, keep_compiled
 from lserve_jax.eval.model import SharedOptions
 from lserve_jax.eval.needle import NeedleKind
 from lserve_jax.eval.report import markdown
@@ -94,6 +94,8 @@ class EvalArgs:
     """Prompts that run at the same time."""
     backend: Literal["auto", "mosaic", "reference"] = "auto"
     """mosaic: kernels for Hopper GPUs; reference: plain JAX; auto: the kernels where they run."""
+    cache: Annotated[bool, flag("", "kept")] = True
+    """Keep compiled programs for the next start, or compile anew and keep nothing."""
 
 
 def _study(args: EvalArgs, argv: Sequence[str]) -> Study:
@@ -124,6 +126,7 @@ def _study(args: EvalArgs, argv: Sequence[str]) -> Study:
             kv_cache_bytes=args.kv_cache_bytes,
             max_num_seqs=args.max_num_seqs,
             backend=args.backend,
+            compilation_cache=keep_compiled(args.cache),
         ),
     )
 
@@ -136,7 +139,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog = "python -m lserve_jax.eval"
         args = tyro.cli(EvalArgs, args=argv, prog=prog, config=(DisallowNone,))
         study = _study(args, argv)
-        enable_compile_cache()
         print(markdown(run_study(study, progress=True)))
 
     return exit_code(run, lower="--lengths, --max-num-seqs or --kv-cache-bytes")

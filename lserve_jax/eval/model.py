@@ -27,6 +27,7 @@ class SharedOptions:
     max_num_seqs: int = 8
     prefill_chunk_size: int = 4096
     backend: Backend = "auto"
+    compilation_cache: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

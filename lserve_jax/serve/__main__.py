@@ -26,7 +26,7 @@ import uvicorn
 from tyro.conf import DisallowNone, UseAppendAction
 
 from lserve_jax.async_engine import AsyncEngine
-from lserve_jax.cli import enable_compile_cache, exit_code, flag
+from lserve_jax.cli import exit_code, flag
 from lserve_jax.engine.relay import RelayMode
 from lserve_jax.model_args import ModelArgs
 from lserve_jax.serve.app import create_app
@@ -64,6 +64,8 @@ class ServeArgs(ModelArgs):
     """Whether requests with one registered prefix read it together; auto: where it pays."""
     max_prefixes: int = 8
     """Prefixes that can be registered at a time."""
+    warmup: Literal["none", "auto", "full"] = "auto"
+    """Compile before it says ready: what any request needs, or for every number of slots too."""
     deadline: Annotated[float | None, flag("SECONDS", "none")] = None
     """After so long an answer ends as it is, unless its request says otherwise."""
     max_body_bytes: int = 16 << 20
@@ -105,7 +107,7 @@ def _check(args: ServeArgs) -> None:
 
 def _log_to_stderr(level: str) -> None:
     logging.basicConfig(stream=sys.stderr, format="%(message)s", force=True)
-    log.setLevel(level.upper())
+    logging.getLogger("lserve_jax").setLevel(level.upper())
     # Of uvicorn's own lines only what goes wrong: ours say the rest.
     logging.getLogger("uvicorn").setLevel("WARNING")
 
@@ -119,7 +121,6 @@ def _main(args: ServeArgs) -> None:
 
 
 def _serve(args: ServeArgs, keys: tuple[str, ...], listener: socket.socket) -> None:
-    enable_compile_cache()
     llm = args.load(
         max_num_seqs=args.max_num_seqs,
         max_prefixes=args.max_prefixes,

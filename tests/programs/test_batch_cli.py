@@ -14,7 +14,7 @@ import pytest
 from batch_files import by_index, error_of, read_output, some_prompts, write_lines
 from tiny_checkpoints import write_chat_model
 
-from lserve_jax import LLM, SamplingParams, batch, generate
+from lserve_jax import LLM, SamplingParams, batch, generate, model_args
 from lserve_jax.batch import PromptFormat, PromptsFile, ResultsFile, run_batch
 
 ROOT = Path(generate.__file__).parent.parent
@@ -23,7 +23,7 @@ PAGE_SIZE = 64  # of dense attention
 
 @pytest.fixture(autouse=True)
 def keep_the_tests_compile_cache(monkeypatch):
-    monkeypatch.setattr(generate, "enable_compile_cache", lambda: None)
+    monkeypatch.setattr(model_args, "keep_compiled", lambda cache: False)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def command(word_model, word_text, tmp_path, capsys):
         argv = list(flags)
         for name, value in {**options, **changes}.items():
             argv += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
-        code = calibrate.main(argv)
+        code = calibrate.main([*argv, "--no-cache"])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

@@ -42,7 +42,7 @@ def command(word_model, word_text, tmp_path, capsys):
         argv = ["--head-shares", *flags]
         for name, value in {**options, **changes}.items():
             argv += [f"--{name.replace('_', '-')}", str(value)]
-        code = calibrate.main(argv)
+        code = calibrate.main([*argv, "--no-cache"])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

@@ -27,7 +27,7 @@ GATES = [[0.9, 0.1], [0.2, 0.7], [0.4, 0.6]]  # of the tiny checkpoint: 3 layers
 
 @pytest.fixture(autouse=True)
 def keep_the_tests_compile_cache(monkeypatch):
-    monkeypatch.setattr(command, "enable_compile_cache", lambda: None)
+    monkeypatch.setattr(command, "keep_compiled", lambda cache: False)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tiny_checkpoints import save_character_tokenizer
 
-from lserve_jax import generate
+from lserve_jax import generate, model_args
 from lserve_jax.cli import read_stdin, read_text
 from lserve_jax.stats import end_summary, request_summary
 
@@ -22,7 +22,7 @@ PROMPT_LENGTH = 40  # of the goldens in tests/data/conformance
 
 @pytest.fixture(autouse=True)
 def keep_the_tests_compile_cache(monkeypatch):
-    monkeypatch.setattr(generate, "enable_compile_cache", lambda: None)
+    monkeypatch.setattr(model_args, "keep_compiled", lambda cache: False)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import tokenizers
 import uvicorn
 from tiny_checkpoints import LLAMA, random_tensors, write_hf
@@ -117,12 +118,24 @@ def serve(llm: LLM, **options: Any) -> Iterator[Served]:
 def program(
     *options: str, env: dict[str, str] | None = None
 ) -> Iterator[tuple[subprocess.Popen, str]]:
-    """``python -m lserve_jax.serve`` in a process of its own, listening: (process, its URL)."""
+    """``python -m lserve_jax.serve`` in a process of its own, listening: (process, its URL).
+
+    It compiles what is asked for, with the tests' cache of compiled code.
+    """
+    cache = str(jax.config.jax_compilation_cache_dir)
     process = subprocess.Popen(
-        [sys.executable, "-m", "lserve_jax.serve", "--port", "0", *options],
+        [
+            *(sys.executable, "-m", "lserve_jax.serve", "--port", "0"),
+            *("--no-cache", "--warmup", "none", *options),
+        ],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **(env or {})},
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": cache,
+            **(env or {}),
+        },
     )
     assert process.stderr is not None
     try:

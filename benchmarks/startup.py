@@ -1,0 +1,275 @@
+"""Where a start's time goes, from the first import to the end of the first burst, by parts.
+
+    python benchmarks/startup.py                                # the default model
+    python benchmarks/startup.py --geometry 8b --rows 1 32      # a GPU: 8B, random weights
+    python benchmarks/startup.py --geometry 8b --attention lserve --rows 1 32
+
+Every start is a process of its own with an empty cache directory (cold), then with what that one
+left there (second). JAX's monitoring events tell tracing, lowering and compiling apart; they
+overlap with the steps in which they happen, and on several threads with each other. The command
+line's whole time for one token is measured from outside, with the processor seconds of the process.
+
+Prints a table and writes ``results/startup_cpu.json`` (``startup_gpu.json``) and a Markdown file
+beside it; ``--label`` adds rows to those that are there.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+HERE = Path(__file__).resolve().parent
+PROMPT = "The capital of France is"
+PARTS = {
+    "imports": "imports",
+    "weights": "weights",
+    "engine": "engine",
+    "first_token": "first token",
+    "first_burst": "first burst",
+    "total": "total",
+}
+EVENTS = {
+    "/jax/core/compile/jaxpr_trace_duration": "tracing",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowering",
+    "/jax/core/compile/backend_compile_duration": "compiling or loading",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    geometry: Literal["default", "8b"] = "default"
+    """The default model from its file, or Llama-3-8B's shapes with random weights."""
+    attention: Literal["dense", "lserve"] = "dense"
+    rows: tuple[int, ...] = (1, 32)
+    """Slots, of which all decode in the first burst."""
+    runs: int = 5
+    """Second starts of each kind; the table has their medians."""
+    label: str = "now"
+    """Names the build that is measured; rows of other labels stay in the file."""
+
+
+class Spans:
+    """Seconds of what JAX reports, by kind; what lies within another of its kind counts once."""
+
+    def __init__(self) -> None:
+        import jax.monitoring
+
+        self._spans: dict[str, list[tuple[float, float]]] = {name: [] for name in EVENTS.values()}
+        jax.monitoring.register_event_time_span_listener(self._listen)
+
+    def _listen(self, event: str, start_time: float, end_time: float, **kwargs: Any) -> None:
+        if event in EVENTS:
+            self._spans[EVENTS[event]].append((start_time, end_time))
+
+    def seconds(self) -> dict[str, float]:
+        result = {}
+        for kind, spans in self._spans.items():
+            total, reached = 0.0, 0.0
+            for start, end in sorted(spans):
+                total += max(end - max(start, reached), 0.0)
+                reached = max(reached, end)
+            result[kind] = total
+        return result
+
+
+def child(args: Args, rows: int, began: float) -> dict[str, float]:
+    """One start in this process, which began at ``began`` (``time.monotonic``): its seconds."""
+    parts: dict[str, float] = {}
+    last = began
+
+    def done(part: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        parts[part], last = now - last, now
+
+    import lserve_jax.generate  # noqa: F401  what the command line imports
+    from lserve_jax import LLM, SamplingParams
+    from lserve_jax.cli import keep_compiled
+
+    done("imports")
+    spans = Spans()
+    cache = keep_compiled(True)
+    sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    if args.geometry == "8b":
+        import jax
+        import llama_8b
+
+        params = jax.block_until_ready(llama_8b.random_params())
+        done("weights")
+        sparsity = llama_8b.LSERVE if args.attention == "lserve" else None
+        engine_options = llama_8b.options(
+            sparsity, max_num_seqs=rows, max_prefixes=0, max_model_len=16384
+        )
+        options = {
+            f.name: getattr(engine_options, f.name) for f in dataclasses.fields(engine_options)
+        }
+        llm = LLM((llama_8b.CONFIG, params), **{**options, "compilation_cache": cache})
+        prompts: Any = [{"prompt_token_ids": list(range(1, 65))}] * rows
+    else:
+        import convert
+
+        load, seconds = convert.load, []
+
+        def timed(*given: Any, **named: Any) -> Any:
+            start = time.monotonic()
+            result = load(*given, **named)
+            seconds.append(time.monotonic() - start)
+            return result
+
+        convert.load = timed
+        llm = LLM(
+            "smollm2-135m-instruct",
+            attention=args.attention,
+            max_num_seqs=rows,
+            max_prefixes=0,
+            compilation_cache=cache,
+        )
+        parts["weights"] = seconds[0]
+        last += seconds[0]
+        prompts = [PROMPT] * rows
+    done("engine")
+    llm.generate(prompts[:1], sampling)
+    done("first_token")
+    more = dataclasses.replace(sampling, max_tokens=llm.engine.burst_steps + 1)
+    llm.generate(prompts, more, shared_prefix="off")
+    done("first_burst")
+    parts["total"] = last - began
+    return {**parts, **spans.seconds()}
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """That of a start, whatever this process changed of its own."""
+    kept = {k: v for k, v in os.environ.items() if k != "XLA_PYTHON_CLIENT_PREALLOCATE"}
+    return {**kept, "XDG_CACHE_HOME": str(cache)}
+
+
+def start(args: Args, rows: int, cache: Path) -> dict[str, float]:
+    """One start in a process of its own."""
+    given = json.dumps({**dataclasses.asdict(args), "rows": [rows]})
+    command = [sys.executable, __file__, "--child", given, str(time.monotonic())]
+    done = subprocess.run(
+        command,
+        env=environment(cache),
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def command_line(cache: Path) -> dict[str, float]:
+    """``lserve_jax.generate`` for one token, from outside: seconds passed, and of the processor."""
+    command = [sys.executable, "-m", "lserve_jax.generate", "--prompt", PROMPT, "--max-tokens", "1"]
+    began = time.monotonic()
+    process = subprocess.Popen(command, env=environment(cache), stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, status
+    wall = time.monotonic() - began
+    return {"wall": wall, "user": usage.ru_utime, "system": usage.ru_stime}
+
+
+def medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: round(statistics.median(row[name] for row in rows), 3) for name in rows[0]}
+
+
+def measure(args: Args) -> list[dict[str, Any]]:
+    from convert.artefacts import SMOLLM2_135M_INSTRUCT, fetch
+
+    measured: list[dict[str, Any]] = []
+    model = fetch(SMOLLM2_135M_INSTRUCT) if args.geometry == "default" else None
+    about = {"label": args.label, "geometry": args.geometry, "attention": args.attention}
+
+    def add(what: str, rows: int | None, which: str, seconds: dict[str, float]) -> None:
+        row = {**about, "what": what, "rows": rows, "start": which, "seconds": seconds}
+        measured.append(row)
+        print(json.dumps(row), flush=True)
+
+    def cache_of(directory: str) -> Path:
+        cache = Path(directory)
+        (cache / "lserve-jax").mkdir()
+        if model is not None:
+            (cache / "lserve-jax" / model.name).symlink_to(model)
+        return cache
+
+    for rows in args.rows:
+        with tempfile.TemporaryDirectory() as directory:
+            cache = cache_of(directory)
+            add("parts", rows, "cold", medians([start(args, rows, cache)]))
+            again = [start(args, rows, cache) for _ in range(args.runs)]
+            add("parts", rows, "second", medians(again))
+    if args.geometry == "default" and args.attention == "dense":
+        with tempfile.TemporaryDirectory() as directory:
+            cache = cache_of(directory)
+            add("command", 1, "cold", medians([command_line(cache)]))
+            again = [command_line(cache) for _ in range(args.runs)]
+            add("command", 1, "second", medians(again))
+    return measured
+
+
+def markdown(result: dict[str, Any]) -> str:
+    from machine import about
+
+    lines = [
+        "Seconds, written by `benchmarks/startup.py`; medians where there were several starts."
+    ]
+    kinds = [*PARTS, *EVENTS.values()]
+    columns = ["build", "model", "attention", "rows", "start", *PARTS.values(), *EVENTS.values()]
+    lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in result["rows"]:
+        if row["what"] != "parts":
+            continue
+        model = "8B, random" if row["geometry"] == "8b" else "SmolLM2"
+        cells = [row["label"], model, row["attention"], str(row["rows"]), row["start"]]
+        cells += [f"{row['seconds'][kind]:.2f}" if kind in row["seconds"] else "" for kind in kinds]
+        lines.append(f"| {' | '.join(cells)} |")
+    commands = [row for row in result["rows"] if row["what"] == "command"]
+    if commands:
+        lines += ["", "The command line, one token, the whole process:", ""]
+        lines += ["| build | start | wall | user | system |", "|---|---|---|---|---|"]
+        for row in commands:
+            cells = [f"{row['seconds'][kind]:.2f}" for kind in ("wall", "user", "system")]
+            lines.append(f"| {row['label']} | {row['start']} | {' | '.join(cells)} |")
+    lines += ["", "Machines:", ""]
+    lines += [f"* {label}: {about(machine)}" for label, machine in result["machines"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def main(args: Args) -> None:
+    # This process looks at the device, and must leave its memory to the others.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    import jax
+    from machine import provenance
+
+    where = "cpu" if jax.default_backend() == "cpu" else "gpu"
+    output = HERE / "results" / f"startup_{where}.json"
+    result: dict[str, Any] = {"machines": {}, "rows": []}
+    if output.exists():
+        result = json.loads(output.read_text())
+    machine = provenance()
+    new = measure(args)
+    kinds = {(row["label"], row["geometry"], row["attention"], row["what"]) for row in new}
+    kept = [
+        row
+        for row in result["rows"]
+        if (row["label"], row["geometry"], row["attention"], row["what"]) not in kinds
+    ]
+    result = {"machines": {**result["machines"], args.label: machine}, "rows": kept + new}
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    output.with_suffix(".md").write_text(markdown(result))
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        given = json.loads(sys.argv[2])
+        [rows] = given["rows"]
+        print(json.dumps(child(Args(**given), rows, float(sys.argv[3]))))
+    else:
+        import tyro
+
+        main(tyro.cli(Args))

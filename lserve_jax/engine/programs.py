@@ -1,0 +1,305 @@
+"""Compiled programs of a runner: found in memory, read from their files, or compiled.
+
+A jitted function compiles when it meets new shapes, and traces before it in any case: for a large
+model that takes longer than to read the finished program from a file. So where files are kept, or
+programs were made ahead of time, the runner's calls come here. Elsewhere JAX's own caches do.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Hashable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding
+from tqdm import tqdm
+
+from lserve_jax.engine.program_files import ProgramFiles
+from lserve_jax.engine.state import Program
+
+log = logging.getLogger(__name__)
+
+MOST_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Call:
+    """A jitted function with its arguments, of which those by name and ``Program``s are static."""
+
+    function: Any
+    args: tuple[Any, ...]
+    static: dict[str, Hashable]
+
+    @classmethod
+    def of(cls, function: Any, *args: Any, **static: Hashable) -> "Call":
+        return cls(function, args, static)
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """What the compiled program takes."""
+        return tuple(arg for arg in self.args if not isinstance(arg, Program))
+
+    def plain(self) -> Any:
+        return self.function(*self.args, **self.static)
+
+    def signature(self) -> Hashable:
+        """Tells the programs of one runner apart, whose parameters stay where they are."""
+        leaves, tree = jax.tree.flatten(self.arrays)
+        kinds = tuple([(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves])
+        return self.function, tuple(self.static.items()), tree, kinds
+
+    def description(self) -> str:
+        """All that the program depends on but for the sources and the machine."""
+        leaves, tree = jax.tree.flatten(self.arrays)
+        shardings = {id(leaf.sharding): leaf.sharding for leaf in leaves}
+        described = {key: _describe_sharding(sharding) for key, sharding in shardings.items()}
+        lines = [self.function.__module__, self.name, repr(sorted(self.static.items())), str(tree)]
+        lines += [repr(arg) for arg in self.args if isinstance(arg, Program)]
+        lines += [
+            f"{leaf.shape} {leaf.dtype} {leaf.weak_type} {leaf.committed} "
+            f"{described[id(leaf.sharding)]}"
+            for leaf in leaves
+        ]
+        return "\n".join(lines)
+
+    def mesh_devices(self) -> list[jax.Device]:
+        """Those of arrays that lie on several devices, in their order; empty where none does.
+
+        Raises ``ValueError`` for arrays on several devices without a mesh, or on different meshes.
+        """
+        orders = set()
+        for leaf in jax.tree.leaves(self.arrays):
+            if len(leaf.sharding.device_set) > 1:
+                if not isinstance(leaf.sharding, NamedSharding):
+                    raise ValueError(f"its arrays lie on several devices by {leaf.sharding}")
+                orders.add(tuple(leaf.sharding.mesh.devices.flat))
+        if len(orders) > 1:
+            raise ValueError("its arrays lie on different meshes")
+        return list(orders.pop()) if orders else []
+
+
+def _describe_sharding(sharding: jax.sharding.Sharding) -> str:
+    if not isinstance(sharding, NamedSharding):
+        return repr(sharding)
+    order = [device.id for device in sharding.mesh.devices.flat]
+    return f"{sharding!r} {sharding.mesh!r} {order}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramTime:
+    """How one program came to be, and how long that took."""
+
+    name: str
+    source: Literal["compiled", "loaded"]
+    seconds: float
+
+
+class Programs:
+    """Programs of one runner. ``files`` keep them between starts; None: nothing is kept.
+
+    The jitted functions' own rules hold: what they donate is donated. JAX's settings count as
+    they are when a program is first called.
+    """
+
+    def __init__(self, files: ProgramFiles | None):
+        self.times: list[ProgramTime] = []
+        self._files = files
+        self._lock = threading.Lock()
+        self._ready: dict[Hashable, Future[Any]] = {}  # by signature
+        self._preloaded: dict[str, Future[Any]] = {}  # by key; taken when their call comes
+        self._used: list[str] = []  # keys
+        self._settings = ""
+        self._said: set[str] = set()
+
+    def run(self, call: Call) -> Any:
+        """What the call's function returns."""
+        if self._files is None and not self._ready:
+            return call.plain()
+        return self._get(call)(*call.arrays)
+
+    def preload(self, settings: str) -> None:
+        """Begins to read what the last engine of these ``settings`` used, on other threads."""
+        if self._files is None:
+            return
+        self._settings = settings
+        files, waiting = self._files, deque(self._files.last_used(settings))
+        self._preloaded = {key: Future() for key in waiting}
+
+        def work() -> None:
+            # A program that ends does not wait for what is left.
+            while threading.main_thread().is_alive():
+                try:
+                    key = waiting.popleft()
+                except IndexError:
+                    return
+                start, read = time.perf_counter(), self._preloaded[key]
+                try:
+                    read.set_result((files.read(key), time.perf_counter() - start))
+                except BaseException as error:
+                    read.set_exception(error)
+
+        for _ in range(min(len(waiting), _threads())):
+            threading.Thread(target=work, name="lserve-programs").start()
+
+    def prepare(self, calls: Sequence[Call], *, progress: bool = False) -> None:
+        """Loads or compiles the programs of ``calls``, several at the same time.
+
+        ``progress`` shows a bar on stderr.
+        """
+        bar = tqdm(total=len(calls), desc="compiling", unit="program", disable=not progress)
+        with bar, ThreadPoolExecutor(_threads(), "lserve-programs") as pool:
+            futures = []
+            for call in calls:
+                signature = call.signature()
+                if signature in self._ready:
+                    bar.update()
+                    continue
+                key = self._key(call)
+                # Tracing holds Python's lock, and JAX's settings may be this thread's own.
+                lowered = None if self._is_kept(key) else _lower(call)
+                future = pool.submit(self._make, call, key, lowered)
+                self._ready[signature] = future
+                future.add_done_callback(lambda _: bar.update())
+                futures.append((signature, future))
+            for signature, future in futures:
+                if future.exception() is not None:
+                    del self._ready[signature]
+                future.result()
+
+    def _get(self, call: Call) -> Any:
+        signature = call.signature()
+        if (ready := self._ready.get(signature)) is not None:
+            return ready.result()
+        own: Future[Any] = Future()
+        with self._lock:
+            ready = self._ready.setdefault(signature, own)
+        if ready is own:
+            try:
+                own.set_result(self._make(call, self._key(call)))
+            except BaseException as error:
+                del self._ready[signature]
+                own.set_exception(error)
+        return ready.result()
+
+    def _key(self, call: Call) -> str | None:
+        return None if self._files is None else self._files.key(call.description())
+
+    def _is_kept(self, key: str | None) -> bool:
+        if self._files is None or key is None:
+            return False
+        return key in self._preloaded or self._files.has(key)
+
+    def _make(self, call: Call, key: str | None, lowered: "_Lowered | None" = None) -> Any:
+        if self._files is None or key is None:
+            return self._compile(call, lowered)
+        program = self._load(call, key)
+        if program is None:
+            program = self._compile(call, lowered)
+            try:
+                self._files.write(key, program, call.mesh_devices())
+            except (ValueError, NotImplementedError, OSError, jax.errors.JaxRuntimeError) as error:
+                self._say_once(f"compiled programs are not kept: {error}")
+        with self._lock:
+            if key not in self._used:
+                self._used.append(key)
+            used = list(self._used)
+        try:
+            self._files.write_last_used(self._settings, used)
+        except OSError as error:
+            self._say_once(f"compiled programs are not kept: {error}")
+        return program
+
+    def _load(self, call: Call, key: str) -> Any | None:
+        assert self._files is not None
+        start = time.perf_counter()
+        preloaded = self._preloaded.pop(key, None)
+        if preloaded is None:
+            program = self._files.read(key)
+            seconds = time.perf_counter() - start
+        else:
+            program, seconds = preloaded.result()
+        if program is not None:
+            self._note(ProgramTime(name=call.name, source="loaded", seconds=seconds))
+        return program
+
+    def _compile(self, call: Call, lowered: "_Lowered | None") -> Any:
+        lowered = lowered or _lower(call)
+        start = time.perf_counter()
+        program = (
+            lowered.lowered.compile() if self._files is None else _compile_anew(lowered.lowered)
+        )
+        seconds = lowered.seconds + time.perf_counter() - start
+        self._note(ProgramTime(name=call.name, source="compiled", seconds=seconds))
+        return program
+
+    def _note(self, made: ProgramTime) -> None:
+        self.times.append(made)
+        log.info("program %s %s in %.2f s", made.name, made.source, made.seconds)
+
+    def _say_once(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            log.warning("%s", what)
+
+
+@dataclass(frozen=True)
+class _Lowered:
+    lowered: Any
+    seconds: float  # that tracing and lowering took
+
+
+def _lower(call: Call) -> _Lowered:
+    start = time.perf_counter()
+    lowered = call.function.lower(*call.args, **call.static)
+    return _Lowered(lowered, time.perf_counter() - start)
+
+
+class _JaxCacheOff:
+    """While any thread is inside, JAX neither reads nor writes its own cache of compiled code."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._was = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._was = jax.config.jax_enable_compilation_cache
+                self._switch(False)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._switch(self._was)
+
+    def _switch(self, on: bool) -> None:
+        jax.config.update("jax_enable_compilation_cache", on)
+        compilation_cache.reset_cache()  # JAX looks at the setting once, until this
+
+
+_jax_cache_off = _JaxCacheOff()
+
+
+def _compile_anew(lowered: Any) -> Any:
+    """Neither from JAX's cache on disk nor from memory, which may have it from there.
+
+    Code for a CPU that came out of that cache can be serialised, but what is read back then lacks
+    functions (``findings/jax_cpu_cached_executable.sh``).
+    """
+    with _jax_cache_off:
+        return lowered.compile(compiler_options={})  # given options, JAX does not look in memory
+
+
+def _threads() -> int:
+    return min(os.cpu_count() or 1, MOST_THREADS)

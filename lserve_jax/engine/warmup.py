@@ -1,0 +1,78 @@
+"""Programs that requests will need, compiled before the first one comes.
+
+"auto" is what any request needs: a short prompt, and bursts of one row, greedy and drawing. "full"
+is every length of a prompt's chunk and every number of slots, beside these with filters (top_k,
+top_p, min_p). What remains compiles when it is first asked for: rows that read a prefix together,
+log probabilities, penalties, restricted tokens.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from lserve_jax.engine.engine import Engine
+from lserve_jax.engine.inputs import Chunk, Start
+from lserve_jax.engine.programs import Call
+from lserve_jax.engine.sampling import SamplingMode, sampling_row
+from lserve_jax.sampling_params import SamplingParams
+
+Warmup = Literal["none", "auto", "full"]
+_USUAL = (SamplingParams(temperature=0), SamplingParams())
+_FILTERED = SamplingParams(top_p=0.9)
+
+
+def warm_up(engine: Engine, how: Warmup, *, progress: bool = False) -> None:
+    """Compiles ahead of time, or loads; nothing runs. ``progress`` shows a bar on stderr."""
+    if how == "none":
+        return
+    sizes = engine.shape_buckets()
+    chunks, slots, usual = sizes["chunk_tokens"], sizes["slots"], _USUAL
+    if how == "auto":
+        chunks, slots = chunks[:1], slots[:1]
+    else:
+        usual = (*_USUAL, _FILTERED)
+    calls = [_prefill(engine, size) for size in chunks]
+    calls += [_insert(engine, sampling) for sampling in usual]
+    calls += [
+        call for rows in slots for sampling in usual for call in _decode(engine, rows, sampling)
+    ]
+    engine.runner.programs.prepare(calls, progress=progress)
+
+
+def _prefill(engine: Engine, size: int) -> Call:
+    chunk = Chunk(
+        tokens=np.zeros((size,), np.int32),
+        page_table=np.zeros((engine.spec.pages_per_sequence,), np.int32),
+        start=0,
+        prompt_length=size,
+    )
+    return engine.runner.prefill_call(chunk)
+
+
+def _insert(engine: Engine, sampling: SamplingParams) -> Call:
+    start = Start(
+        prompt=np.zeros((1,), np.int32),
+        sampling=sampling,
+        sampling_row=sampling_row(sampling, eos_token_ids=engine.eos_token_ids, default_seed=0),
+        forced=-1,
+        own_sinks=True,
+        rules=None,
+    )
+    logits = jnp.zeros((engine.config.vocab_size,), jnp.float32)
+    return engine.runner.insert_call(0, logits, start)
+
+
+def _decode(engine: Engine, rows: int, sampling: SamplingParams) -> list[Call]:
+    """One burst; in exact mode that without drafts too."""
+    inputs = engine.scheduler.burst_inputs(engine.burst_steps, rows, None, None)
+    inputs = dataclasses.replace(inputs, mode=SamplingMode.of([sampling]))
+    if engine.spec.max_drafts is None:
+        return [engine.runner.decode_call(inputs)]
+    return [
+        engine.runner.decode_call(
+            dataclasses.replace(inputs, drafts=np.full((rows,), drafts, np.int32))
+        )
+        for drafts in (0, 1)
+    ]
