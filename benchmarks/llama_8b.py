@@ -21,7 +21,7 @@ from lserve_jax.engine.inputs import Chunk
 from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.head_shares import MISSED_AT, HeadSensitivity, fit_shares
-from lserve_jax.model.llama import Params, abstract_params
+from lserve_jax.model.params import Params, abstract_params
 from lserve_jax.sampling_params import SamplingParams
 
 PATTERN = "Llama-3-8B-Instruct-Gradient-1048k"

@@ -22,7 +22,7 @@ from lserve_jax.engine.build import EngineOptions, room_for_pages
 from lserve_jax.engine.head_policy import head_policy
 from lserve_jax.engine.runner import device_bytes
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.llama import abstract_params
+from lserve_jax.model.params import abstract_params
 from lserve_jax.model.quantise import quantise_params
 from pallas_kernels.api import Weight, WeightKind
 

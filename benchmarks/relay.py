@@ -49,7 +49,7 @@ from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.engine.build import build_engine
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.relay import RelayMode, decide
-from lserve_jax.model.llama import Params
+from lserve_jax.model.params import Params
 from pallas_kernels import api
 from pallas_kernels.api import KVPages, OwnAttention, PageList
 

@@ -26,7 +26,8 @@ import tyro
 from machine import provenance
 
 from lserve_jax import ModelConfig, logits
-from lserve_jax.model.llama import Attend, init_params
+from lserve_jax.model.llama import init_params
+from lserve_jax.model.params import Attend
 from lserve_jax.model.rope import rotary_angles
 from pallas_kernels import api
 

@@ -41,7 +41,7 @@ from convert.sources import ModelSource, resolve
 from convert.stream import Checkpoint, Placement, assemble, parse_dtype, settle_tie
 from convert.tokenizers import load_tokenizer
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.llama import Params
+from lserve_jax.model.params import Params
 from lserve_jax.model.quantise import WeightForm, check_weights
 
 __all__ = [

@@ -19,8 +19,8 @@ from convert.names import TensorSlot, check_tensors, flatten, tensor_slots
 from convert.orbax import check_tokenizer_path, keep_tokenizer, require_empty
 from lserve_jax.checks import check_integer, is_real
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.llama import Params, abstract_params
 from lserve_jax.model.lora import Adapter
+from lserve_jax.model.params import Params, abstract_params
 from pallas_kernels.api import Weight
 
 _DTYPES = ("float32", "bfloat16", "float16")

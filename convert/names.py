@@ -1,7 +1,7 @@
 """The one table of tensor names: Hugging Face, GGUF, and where each tensor lives in our tree.
 
 LoRA adapters name modules as Hugging Face does, so the same table serves them. Shapes are not in
-the table: they come from the model itself (``lserve_jax.model.llama.abstract_params``).
+the table: they come from the model itself (``lserve_jax.model.params.abstract_params``).
 
 A *leaf* is one array of the parameter tree, named by its dotted path. Query, key and value
 projections share one leaf, as do gate and up: such a tensor is a *part* of its leaf, a range of
@@ -17,7 +17,7 @@ import numpy as np
 
 from convert.json_values import shortened
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.llama import Params, abstract_params
+from lserve_jax.model.params import Params, abstract_params
 
 Naming = Literal["hf", "phi3", "gguf"]
 _Row = tuple[str, str, str, str, bool]

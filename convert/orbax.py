@@ -53,7 +53,7 @@ from convert.stream import (
 )
 from convert.tokenizers import load_tokenizer
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.llama import Params, abstract_params
+from lserve_jax.model.params import Params, abstract_params
 from lserve_jax.model.quantise import (
     CODE_DTYPES,
     WeightForm,

@@ -32,7 +32,7 @@ from convert.names import (
     unflatten,
 )
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.llama import Params
+from lserve_jax.model.params import Params
 from lserve_jax.model.quantise import CODE_DTYPES, WeightForm, check_groups, kind_of, require_fp8
 from pallas_kernels.api import Weight
 

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 import convert
 from lserve_jax import LLM, ModelConfig, RequestOutput, SamplingParams, logits
-from lserve_jax.model.llama import Params
+from lserve_jax.model.params import Params
 
 PROMPTS = (
     "Name an animal.",

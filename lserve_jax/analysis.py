@@ -35,8 +35,9 @@ from lserve_jax.checks import check_integer
 from lserve_jax.cli import exit_code, read_text
 from lserve_jax.engine.head_policy import head_policy
 from lserve_jax.llm import LLM
+from lserve_jax.model.bound import bind
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.llama import Attend, Params, bind
+from lserve_jax.model.params import Attend, Params
 from lserve_jax.model.rope import layer_angles, rotary_angles
 from lserve_jax.text_engine import Prompt
 from pallas_kernels import api

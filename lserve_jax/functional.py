@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lserve_jax.attention.attend import causal_attend
 from lserve_jax.checks import INT32_MAX
+from lserve_jax.model.bound import bind
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.llama import Attend, Params, bind, check_params
+from lserve_jax.model.params import Attend, Params, check_params
 from pallas_kernels import api
 
 

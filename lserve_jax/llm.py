@@ -27,7 +27,7 @@ from lserve_jax.engine.request import PromptIds, check_deadline
 from lserve_jax.engine.scoring import Score
 from lserve_jax.memory import memory_errors
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.llama import Params
+from lserve_jax.model.params import Params
 from lserve_jax.outputs import RequestOutput
 from lserve_jax.sampling_params import SamplingParams
 from lserve_jax.text_engine import CheckedPrompt, Prompt, TextEngine, check_tokenizer

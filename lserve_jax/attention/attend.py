@@ -26,7 +26,7 @@ from lserve_jax.attention.selection import (
     window_list,
 )
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.llama import Attend
+from lserve_jax.model.params import Attend
 from lserve_jax.model.rope import layer_angles, rotary_angles
 from pallas_kernels import api
 from pallas_kernels.api import Backend, KVPages, OwnAttention, PageList

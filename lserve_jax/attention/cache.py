@@ -329,33 +329,34 @@ def make_spec(
     )
 
 
-def init_layer_cache(config: ModelConfig, spec: CacheSpec, layer: int, dtype) -> LayerCache:
-    """An empty cache of one layer; ``dtype`` is the model's compute dtype."""
+def layer_cache_shapes(config: ModelConfig, spec: CacheSpec, layer: int, dtype) -> LayerCache:
+    """The cache of one layer as ``jax.ShapeDtypeStruct`` leaves; ``dtype`` is the compute dtype."""
     D, P = config.head_dim, spec.page_size
     Kr, Kq = spec.heads.num_retrieval[layer], spec.heads.num_ranked[layer]
     Ks = config.num_key_value_heads - Kr
+    array = jax.ShapeDtypeStruct
 
     def pages(heads: int, count: int, quantized: bool) -> KVPages:
         shape = (heads, count, P, D)
         if not quantized:
-            return KVPages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+            return KVPages(array(shape, dtype), array(shape, dtype))
         return KVPages(
-            jnp.zeros(shape, jnp.int8),
-            jnp.zeros(shape, jnp.int8),
-            jnp.zeros(shape[:3], jnp.float32),
-            jnp.zeros(shape[:3], jnp.float32),
+            array(shape, jnp.int8),
+            array(shape, jnp.int8),
+            array(shape[:3], jnp.float32),
+            array(shape[:3], jnp.float32),
         )
 
     quantized = spec.kv_dtype == "int8"
     key_stats = listed = counts = None
     if spec.lists_pages(layer):
-        listed = jnp.zeros((spec.max_num_seqs, Kr, spec.num_listed(layer)), jnp.int32)
+        listed = array((spec.max_num_seqs, Kr, spec.num_listed(layer)), jnp.int32)
     if Kq > 0:
         assert spec.sparsity is not None  # nothing is ranked in dense attention
         g = P // spec.sparsity.logical_page_size
-        key_stats = jnp.zeros((Kq, spec.num_pages, g, 2, D), dtype)
+        key_stats = array((Kq, spec.num_pages, g, 2, D), dtype)
         if spec.sparsity.select is not None:
-            counts = jnp.zeros((spec.max_num_seqs, Kq), jnp.int32)
+            counts = array((spec.max_num_seqs, Kq), jnp.int32)
     return LayerCache(
         retrieval=pages(Kr, spec.num_pages, quantized),
         key_stats=key_stats,
@@ -366,11 +367,17 @@ def init_layer_cache(config: ModelConfig, spec: CacheSpec, layer: int, dtype) ->
     )
 
 
+def init_layer_cache(config: ModelConfig, spec: CacheSpec, layer: int, dtype) -> LayerCache:
+    """An empty cache of one layer; ``dtype`` is the model's compute dtype."""
+    shapes = layer_cache_shapes(config, spec, layer, dtype)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
 def cache_bytes(config: ModelConfig, spec: CacheSpec, dtype) -> dict[str, int]:
     """Bytes of each part of a cache, all layers together."""
     totals = {"retrieval": 0, "key_stats": 0, "streaming": 0, "prefill_window": 0, "listed": 0}
     for layer in range(config.num_hidden_layers):
-        shapes = jax.eval_shape(lambda layer=layer: init_layer_cache(config, spec, layer, dtype))
+        shapes = layer_cache_shapes(config, spec, layer, dtype)
         for part in totals:
             leaves = jax.tree.leaves(getattr(shapes, part))
             totals[part] += sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from lserve_jax.attention.cache import CacheSpec, LayerCache
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.llama import Attend
+from lserve_jax.model.params import Attend
 from lserve_jax.model.rope import layer_angles, rotary_angles
 from pallas_kernels import api
 from pallas_kernels.api import Backend

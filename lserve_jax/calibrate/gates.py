@@ -36,7 +36,7 @@ from lserve_jax.calibrate.layers import (
 )
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.linear import Stream
-from lserve_jax.model.llama import Attend, Params
+from lserve_jax.model.params import Attend, Params
 from lserve_jax.model.rope import rotary_angles
 from pallas_kernels import api
 from pallas_kernels.api import Backend

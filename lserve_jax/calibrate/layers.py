@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
+from lserve_jax.model.bound import bind
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.llama import Llama, Params, bind
+from lserve_jax.model.llama import Llama
+from lserve_jax.model.params import Params
 from pallas_kernels import api
 from pallas_kernels.api import Backend, KVPages
 

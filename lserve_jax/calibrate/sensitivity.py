@@ -36,7 +36,7 @@ from lserve_jax.calibrate.layers import (
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.head_shares import MEASURED_SHARE, MISSED_AT, HeadSensitivity
 from lserve_jax.model.linear import Stream
-from lserve_jax.model.llama import Params
+from lserve_jax.model.params import Params
 from lserve_jax.model.rope import rotary_angles
 from pallas_kernels import api
 from pallas_kernels.api import Backend, KVPages

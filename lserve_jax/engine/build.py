@@ -27,7 +27,7 @@ from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.engine.warmup import Warmup, warm_up
 from lserve_jax.engine.weights import Intake
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.llama import Params, check_params
+from lserve_jax.model.params import Params, check_params
 from lserve_jax.model.quantise import WeightForm, check_weights
 from pallas_kernels.api import Backend, Weight, resolve_backend
 

@@ -38,7 +38,7 @@ from lserve_jax.engine.state import Sample
 from lserve_jax.engine.token_rules import Constraint, request_rules
 from lserve_jax.engine.weights import Intake
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.llama import Params
+from lserve_jax.model.params import Params
 from lserve_jax.sampling_params import SamplingParams
 
 

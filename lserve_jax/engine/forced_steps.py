@@ -16,7 +16,8 @@ from lserve_jax.engine.state import (
     StepScores,
 )
 from lserve_jax.engine.steps import decode_step, run_interval, verify
-from lserve_jax.model.llama import Params, bind
+from lserve_jax.model.bound import bind
+from lserve_jax.model.params import Params
 
 
 @functools.partial(

@@ -23,8 +23,9 @@ from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.prompt_logprobs import judge_tokens
 from lserve_jax.engine.scoring import Score, check_finite, check_idle, score_rollouts
 from lserve_jax.engine.state import Sample
+from lserve_jax.model.bound import bind
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.llama import Params, bind
+from lserve_jax.model.params import Params
 from lserve_jax.sampling_params import SamplingParams
 
 # Tokens of a batch of rows. A row's attention reads all of the row: short rows are cheap to read,

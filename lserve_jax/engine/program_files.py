@@ -18,12 +18,12 @@ import platform
 import re
 import stat
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 from jax.experimental import serialize_executable
 
 import lserve_jax
@@ -123,7 +123,7 @@ class ProgramFiles:
             return None
 
     @contextlib.contextmanager
-    def _opened(self):
+    def _opened(self) -> Generator[int]:
         directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
             _check_owner(os.fstat(directory), stat.S_ISDIR, str(self.directory))
@@ -185,7 +185,7 @@ def _environment() -> str:
     client, device = jax.devices()[0].client, jax.devices()[0]
     flags = {k: v for k, v in os.environ.items() if k == "XLA_FLAGS" or k.startswith("MOSAIC_")}
     parts = [
-        *(lserve_jax.__version__, jax.__version__, jaxlib.__version__, platform.python_version()),
+        *(lserve_jax.__version__, jax.__version__, version("jaxlib"), platform.python_version()),
         *(_source_digest(), platform.machine(), _processor(), _driver()),
         *(client.platform, client.platform_version, device.device_kind, str(len(jax.devices()))),
         *(str(jax.process_count()), repr(sorted(flags.items()))),

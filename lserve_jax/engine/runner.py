@@ -47,7 +47,7 @@ from lserve_jax.engine.steps import (
 )
 from lserve_jax.engine.token_rules import TokenRules
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.llama import Params
+from lserve_jax.model.params import Params
 from pallas_kernels.api import MOST_SELECTED_PAGES, Backend, resolve_backend
 
 

@@ -31,7 +31,8 @@ from lserve_jax.engine.state import (
 )
 from lserve_jax.engine.steps import BURST_OPTIONS, decode_step, sample_rows, verify
 from lserve_jax.engine.token_rules import TokenRules
-from lserve_jax.model.llama import Params, bind
+from lserve_jax.model.bound import bind
+from lserve_jax.model.params import Params
 
 
 @functools.partial(

@@ -38,7 +38,8 @@ from lserve_jax.engine.state import (
     Windows,
 )
 from lserve_jax.engine.token_rules import TokenRules
-from lserve_jax.model.llama import Params, bind
+from lserve_jax.model.bound import bind
+from lserve_jax.model.params import Params
 
 
 @functools.partial(

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.heads import HeadPartition, permute_heads
-from lserve_jax.model.llama import Params
+from lserve_jax.model.params import Params
 from lserve_jax.model.quantise import quantise_params
 from pallas_kernels.api import Weight, WeightKind
 

@@ -9,7 +9,7 @@ from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.engine.build import resolve_dtype
 from lserve_jax.llm import LLM
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.llama import Params
+from lserve_jax.model.params import Params
 from lserve_jax.model.quantise import WeightForm
 from lserve_jax.tokenizer import Tokenizer
 from pallas_kernels.api import Backend

@@ -33,7 +33,7 @@ from lserve_jax.eval.prompts import Case, encode_text, make_cases, read_text
 from lserve_jax.eval.ruler import WITHOUT_TEXT, RulerTask, ruler_puzzle
 from lserve_jax.eval.settings import Setting, parse_settings, resolve_sparsity
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.llama import Params
+from lserve_jax.model.params import Params
 from lserve_jax.tokenizer import Text, Tokenizer
 
 # Fields of a study that decide its prompts and windows, but for the seed.

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float64, Int32, Shaped
 
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.llama import Params
+from lserve_jax.model.params import Params
 from pallas_kernels.api import Weight
 
 

@@ -17,9 +17,8 @@ Covered: Llama 1-3.2 and its relatives, Mistral, Phi-3, Qwen2 (bias on q, k, v),
 q, k), SmolLM3 (layers without rotary embedding).
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,11 +29,9 @@ from jaxtyping import Array, Float, Int
 
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.linear import Linear, RMSNorm, Stream, add_linear, normed_linear
+from lserve_jax.model.params import Attend, Params
 from pallas_kernels import api
 from pallas_kernels.api import Backend
-
-Attend = Callable[[int, Array, Array, Array, Any], tuple[Array, Any]]
-Params = dict[str, Any]  # nested dict of arrays; leaves are listed in docs/architecture.md
 
 
 class Attention(nnx.Module):
@@ -173,22 +170,6 @@ def _kept(attend: Attend) -> Attend:
     return named
 
 
-@functools.cache
-def _graph(config: ModelConfig, tied: bool) -> nnx.GraphDef:
-    """The parameterless structure of the model, built once a config."""
-    config = dataclasses.replace(config, tie_word_embeddings=tied)
-    return nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))[0]
-
-
-def bind(config: ModelConfig, params: Params) -> Llama:
-    """The module holding ``params``, for use inside a traced function.
-
-    Binding inside the trace keeps NNX objects off the jit boundary, where passing them costs
-    milliseconds a call. An engine may give a tied model an output projection of its own.
-    """
-    return nnx.merge(_graph(config, config.tie_word_embeddings and "lm_head" not in params), params)
-
-
 def init_params(config: ModelConfig, seed: int = 0, dtype=jnp.float32) -> Params:
     """Random parameters, made on the default device. Same tree as ``convert.load`` returns."""
 
@@ -196,37 +177,3 @@ def init_params(config: ModelConfig, seed: int = 0, dtype=jnp.float32) -> Params
         return nnx.to_pure_dict(nnx.split(Llama(config, dtype=dtype, rngs=nnx.Rngs(seed)))[1])
 
     return jax.jit(init)()
-
-
-def abstract_params(config: ModelConfig, dtype=jnp.float32) -> Params:
-    """``init_params`` as ``jax.ShapeDtypeStruct`` leaves: the shapes a checkpoint must fill."""
-    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    return nnx.to_pure_dict(nnx.split(model)[1])
-
-
-def _shape(leaf: Any) -> tuple[int, ...]:
-    return leaf.shape if isinstance(leaf, api.Weight) else jnp.shape(leaf)
-
-
-def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
-    leaves, _ = jax.tree.flatten_with_path(params, is_leaf=lambda x: isinstance(x, api.Weight))
-    return {jax.tree_util.keystr(path): _shape(leaf) for path, leaf in leaves}
-
-
-@functools.cache
-def _shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    return _shapes(abstract_params(config))
-
-
-def check_params(config: ModelConfig, params: Params) -> None:
-    """Raises ``ValueError`` unless ``params`` has the leaves and shapes of ``config``'s model."""
-    if config.tie_word_embeddings:  # an engine's may have a copy of the table for an output layer
-        params = {name: leaves for name, leaves in params.items() if name != "lm_head"}
-    wanted, found = _shapes_of(config), _shapes(params)
-    wrong = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
-    if wrong:
-        name = wrong[0]
-        raise ValueError(
-            f"params do not fit the config in {len(wrong)} leaves, the first is {name}: "
-            f"shape {found.get(name)}, expected {wanted.get(name)} (None: there is none)"
-        )

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from lserve_jax.checks import check_integer
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.llama import Params, abstract_params
+from lserve_jax.model.params import Params, abstract_params
 from pallas_kernels import api
 
 # Dotted path of a kernel [I, O] to its "a" [I, r] and "b" [r, O].

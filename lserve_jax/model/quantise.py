@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from lserve_jax.checks import check_choice, check_integer
-from lserve_jax.model.llama import Params
+from lserve_jax.model.params import Params
 from pallas_kernels.api import (
     WEIGHT_GROUPS,
     WEIGHT_KINDS,

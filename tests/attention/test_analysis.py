@@ -9,7 +9,8 @@ import pytest
 
 from lserve_jax import LLM, ModelConfig, SparsityConfig
 from lserve_jax.analysis import main, page_recall, plot_page_recall
-from lserve_jax.model.llama import bind, init_params
+from lserve_jax.model.bound import bind
+from lserve_jax.model.llama import init_params
 from lserve_jax.model.rope import rotary_angles
 from pallas_kernels.api import apply_rotary
 

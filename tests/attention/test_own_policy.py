@@ -14,7 +14,7 @@ from lserve_jax import LLM, SamplingParams, SparsityConfig
 from lserve_jax.analysis import page_recall
 from lserve_jax.attention.policy import Candidates
 from lserve_jax.attention.selection import choose_pages
-from lserve_jax.model.llama import bind
+from lserve_jax.model.bound import bind
 from lserve_jax.model.rope import rotary_angles
 from pallas_kernels import api
 

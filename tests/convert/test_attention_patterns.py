@@ -13,7 +13,7 @@ import pytest
 from convert.attention_patterns import load_pattern, shipped_patterns
 from lserve_jax import ModelConfig, logits
 from lserve_jax.model.heads import HeadPartition, HeadPattern, partition_heads, permute_heads
-from lserve_jax.model.llama import abstract_params
+from lserve_jax.model.params import abstract_params
 
 ROOT = Path(__file__).resolve().parents[2]
 

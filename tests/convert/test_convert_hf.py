@@ -22,7 +22,7 @@ import convert
 from convert.__main__ import main
 from convert.names import flatten
 from lserve_jax import logits
-from lserve_jax.model.llama import abstract_params
+from lserve_jax.model.params import abstract_params
 
 CONFORMANCE = Path(__file__).parents[1] / "data" / "conformance"
 NAMES = sorted(path.name for path in CONFORMANCE.iterdir())

@@ -16,7 +16,7 @@ from lserve_jax import LLM, SamplingParams, SparsityConfig
 from lserve_jax.attention.attend import prefill_attend
 from lserve_jax.engine.prompt_logprobs import judge_tokens
 from lserve_jax.engine.steps import prefill_chunk
-from lserve_jax.model.llama import bind
+from lserve_jax.model.bound import bind
 
 CONFIG = tiny_config(layers=1, kv_heads=2)
 JUDGE = SamplingParams(prompt_logprobs=2, max_tokens=0)

@@ -21,7 +21,7 @@ from tiny_llm import (
 from lserve_jax import LLM, ModelConfig, RopeConfig, SamplingParams, SparsityConfig
 from lserve_jax.attention.attend import causal_attend
 from lserve_jax.engine.judging import _batches
-from lserve_jax.model.llama import bind
+from lserve_jax.model.bound import bind
 
 CONFIG = tiny_config(layers=2, kv_heads=2, group=2, max_len=4096)
 PARAMS = tiny_params(CONFIG, seed=3)

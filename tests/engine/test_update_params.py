@@ -16,7 +16,7 @@ from numpy.testing import assert_allclose
 from tiny_llm import check_nothing_left, random_prompts, tiny_config, tiny_params, write_pattern
 
 from lserve_jax import LLM, ModelConfig, SamplingParams, SparsityConfig, logits
-from lserve_jax.model.llama import Params
+from lserve_jax.model.params import Params
 
 CONFIG = tiny_config(layers=2, kv_heads=2)
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)

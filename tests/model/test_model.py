@@ -17,7 +17,8 @@ from oracle_model import Oracle
 from tiny_llm import VOCAB, generate, random_prompts, tiny_config, tiny_params
 
 from lserve_jax import LLM, ModelConfig, RopeConfig, logits
-from lserve_jax.model.llama import abstract_params, init_params
+from lserve_jax.model.llama import init_params
+from lserve_jax.model.params import abstract_params
 from lserve_jax.model.rope import rotary_angles
 
 CONFIG = tiny_config(layers=2, kv_heads=2, group=2)
@@ -61,6 +62,25 @@ def test_logits_equal_the_oracle(changes: dict[str, Any]) -> None:
     assert made.dtype == jnp.float32
     for row, prompt in zip(made, np.asarray(prompts), strict=True):
         assert_allclose(row, Oracle(config, params).prefill(prompt), **ORACLE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_key_value_heads": 1, "qk_norm": True},
+        {"tie_word_embeddings": True, "attention_bias": True},
+        {"attention_out_bias": True, "mlp_bias": True},
+    ],
+    ids=str,
+)
+def test_shapes_written_down_are_those_of_the_modules(changes: dict[str, Any]) -> None:
+    config = dataclasses.replace(CONFIG, **changes)
+    made = jax.eval_shape(lambda: init_params(config, dtype=jnp.bfloat16))
+    written = abstract_params(config, jnp.bfloat16)
+    assert jax.tree.structure(written) == jax.tree.structure(made)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), written) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), made
+    )
 
 
 def test_later_tokens_change_nothing() -> None:

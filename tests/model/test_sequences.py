@@ -15,7 +15,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from tiny_llm import VOCAB, tiny_config, tiny_params
 
 from lserve_jax import ModelConfig, RopeConfig, hidden_states, logits, unembed
-from lserve_jax.model.llama import abstract_params, bind
+from lserve_jax.model.bound import bind
+from lserve_jax.model.params import abstract_params
 from lserve_jax.model.rope import layer_angles, rotary_angles
 from pallas_kernels import api
 

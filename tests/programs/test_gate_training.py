@@ -20,8 +20,9 @@ from lserve_jax.calibrate.gates import (
     train_gates,
 )
 from lserve_jax.calibrate.layers import stack_layers
+from lserve_jax.model.bound import bind
 from lserve_jax.model.config import RopeConfig
-from lserve_jax.model.llama import bind, init_params
+from lserve_jax.model.llama import init_params
 from lserve_jax.model.rope import rotary_angles
 from pallas_kernels.api import apply_rotary
 

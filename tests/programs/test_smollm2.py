@@ -20,7 +20,7 @@ import lserve_jax
 from lserve_jax import LLM, SamplingParams, SparsityConfig
 from lserve_jax.attention.attend import prefill_attend
 from lserve_jax.attention.cache import init_layer_cache, make_spec
-from lserve_jax.model.llama import bind
+from lserve_jax.model.bound import bind
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 LONG = "smollm2-135m-instruct-32k"

@@ -18,7 +18,8 @@ from lserve_jax import LLM, ModelConfig, SamplingParams
 from lserve_jax.attention.cache import LayerCache
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.request import Request
-from lserve_jax.model.llama import Params, init_params
+from lserve_jax.model.llama import init_params
+from lserve_jax.model.params import Params
 
 VOCAB = 96
 
