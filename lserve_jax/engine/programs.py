@@ -52,11 +52,12 @@ class Call:
     def plain(self) -> Any:
         return self.function(*self.args, **self.static)
 
-    def signature(self) -> Hashable:
-        """Tells the programs of one runner apart, whose parameters stay where they are."""
+    def signature(self, *, sharded: bool) -> Hashable:
+        """Tells the programs of one runner apart; if ``sharded``, where arrays lie counts too."""
         leaves, tree = jax.tree.flatten(self.arrays)
         kinds = tuple([(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves])
-        return self.function, tuple(self.static.items()), tree, kinds
+        places = tuple([(leaf.sharding, leaf.committed) for leaf in leaves]) if sharded else ()
+        return self.function, tuple(self.static.items()), tree, kinds, places
 
     def description(self) -> str:
         """All that the program depends on but for the sources and the machine."""
@@ -108,10 +109,11 @@ class Programs:
     """Programs of one runner. ``files`` keep them between starts; None: nothing is kept.
 
     The jitted functions' own rules hold: what they donate is donated. JAX's settings count as
-    they are when a program is first called.
+    they are when a program is first called. ``sharded``: arrays lie on several devices.
     """
 
     def __init__(self, files: ProgramFiles | None):
+        self.sharded = False
         self.times: list[ProgramTime] = []
         self._files = files
         self._lock = threading.Lock()
@@ -160,7 +162,7 @@ class Programs:
         with bar, ThreadPoolExecutor(_threads(), "lserve-programs") as pool:
             futures = []
             for call in calls:
-                signature = call.signature()
+                signature = call.signature(sharded=self.sharded)
                 if signature in self._ready:
                     bar.update()
                     continue
@@ -177,7 +179,7 @@ class Programs:
                 future.result()
 
     def _get(self, call: Call) -> Any:
-        signature = call.signature()
+        signature = call.signature(sharded=self.sharded)
         if (ready := self._ready.get(signature)) is not None:
             return ready.result()
         own: Future[Any] = Future()
@@ -298,7 +300,8 @@ def _compile_anew(lowered: Any) -> Any:
     functions (``findings/jax_cpu_cached_executable.sh``).
     """
     with _jax_cache_off:
-        return lowered.compile(compiler_options={})  # given options, JAX does not look in memory
+        # The default; but with an option JAX takes what it compiled with that one only.
+        return lowered.compile(compiler_options={"xla_embed_ir_in_executable": False})
 
 
 def _threads() -> int:

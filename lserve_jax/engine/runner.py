@@ -84,6 +84,7 @@ class ModelRunner:
         self.dtype, self.backend, self.chunk_size = dtype, backend, chunk_size
         self.parameter_bytes = sum(device_bytes(x) for x in jax.tree.leaves(params))
         self.programs = Programs(None) if programs is None else programs
+        self.programs.sharded = len(_devices(params)) > 1
         self.prompt_tokens = 0  # prefilled so far, padding left out
         self._program = Program(config=config, spec=spec, backend=backend)
         self._shapes: set[tuple] = set()  # that jitted functions were called with
@@ -407,11 +408,14 @@ def _tables(
 
 def _own_device(params: Params) -> jax.Device | None:
     """The device to which parameters were bound; None where they follow, or lie on several."""
-    leaves = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
-    devices = {device for leaf in leaves for device in leaf.devices()}
+    devices, leaves = _devices(params), jax.tree.leaves(params)
     if len(devices) > 1 or not any(leaf.committed for leaf in leaves):
         return None
     return devices.pop()
+
+
+def _devices(params: Params) -> set[jax.Device]:
+    return {device for leaf in jax.tree.leaves(params) for device in leaf.devices()}
 
 
 def _empty_state(spec: CacheSpec) -> DecodeState:
