@@ -8,6 +8,8 @@ import logging
 import os
 import pickle
 import resource
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -249,3 +251,11 @@ def test_where_they_are_kept_by_default(tmp_path, monkeypatch: MonkeyPatch, expe
     assert len(programs_of(tmp_path / "lserve-jax" / "programs")) == 3
     with pytest.raises(TypeError, match="compilation_cache=3 must be True, False or a directory"):
         build(3)  # pyrefly: ignore
+
+
+def test_weights_on_other_devices_and_on_several(tmp_path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    script = root / "tests" / "support" / "sharded_programs.py"
+    arguments = [str(jax.config.jax_compilation_cache_dir), str(tmp_path / "programs")]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    subprocess.run([sys.executable, script, *arguments], check=True, cwd=root, env=environment)

@@ -1,0 +1,85 @@
+"""Programs compiled before the first request: of the requests that follow none compiles."""
+
+import pytest
+from tiny_llm import tiny_config, tiny_params
+
+from lserve_jax import LLM, SamplingParams
+
+CONFIG = tiny_config(layers=1, kv_heads=2)
+OPTIONS = {"max_model_len": 256, "max_num_seqs": 2, "prefill_chunk_size": 128}
+SHORT, LONG = {"prompt_token_ids": [3, 5] * 10}, {"prompt_token_ids": [3, 5] * 50}
+GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+DRAWN = SamplingParams(max_tokens=20, seed=1, ignore_eos=True)
+FILTERED = SamplingParams(top_k=5, max_tokens=20, seed=1, ignore_eos=True)
+
+
+def build(**options) -> LLM:
+    return LLM((CONFIG, tiny_params(CONFIG)), **{**OPTIONS, **options})
+
+
+def tokens(llm: LLM, *requests: tuple[dict, SamplingParams]) -> list[list[int]]:
+    prompts, sampling = zip(*requests, strict=True)
+    outputs = llm.generate(prompts, sampling, shared_prefix="off")
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def compiled(llm: LLM) -> int:
+    return len(llm.engine.runner.programs.times)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_after_a_full_warmup_nothing_compiles(exact: bool) -> None:
+    options = {"attention": "lserve", "exact": True, "max_draft_tokens": 2} if exact else {}
+    warm, cold = build(warmup="full", **options), build(**options)
+    # Two lengths of a chunk; three ways to sample, for one row and for two, with and without
+    # drafts in exact mode.
+    before = compiled(warm)
+    assert before == 2 + 3 + 6 * (1 + exact)
+    for requests in (
+        [(SHORT, GREEDY)],
+        [(LONG, DRAWN)],
+        [(SHORT, GREEDY), (LONG, FILTERED)],
+        [(SHORT, DRAWN), (LONG, DRAWN)],
+    ):
+        assert tokens(warm, *requests) == tokens(cold, *requests)
+    assert compiled(warm) == before
+    assert compiled(cold) == 0  # left to JAX
+
+
+def test_auto_is_for_a_short_prompt_by_itself() -> None:
+    llm = build(warmup="auto")
+    before = compiled(llm)
+    assert before == 1 + 2 + 2
+    for sampling in (GREEDY, DRAWN):
+        assert tokens(llm, (SHORT, sampling)) == tokens(build(), (SHORT, sampling))
+    assert compiled(llm) == before
+    tokens(llm, (LONG, GREEDY))
+    assert compiled(llm) == before + 1
+
+
+def test_a_warmup_of_all_slots_where_tokens_must_not_depend_on_neighbours() -> None:
+    llm = build(warmup="auto", deterministic=True, relay="never")
+    before = compiled(llm)
+    tokens(llm, (SHORT, GREEDY))
+    assert compiled(llm) == before
+
+
+def test_a_second_warmup_loads(tmp_path) -> None:
+    for source in ("compiled", "loaded"):
+        llm = build(warmup="auto", compilation_cache=tmp_path / "programs")
+        assert {made.source for made in llm.engine.runner.programs.times} == {source}
+        assert compiled(llm) == 5
+
+
+def test_a_program_that_cannot_be_compiled_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no code for this")
+
+    monkeypatch.setattr("lserve_jax.engine.programs.Programs._compile", fail)
+    with pytest.raises(RuntimeError, match="no code for this"):
+        build(warmup="auto")
+
+
+def test_what_warmup_may_be() -> None:
+    with pytest.raises(ValueError, match="warmup='all' must be 'none', 'auto' or 'full'"):
+        build(warmup="all")
