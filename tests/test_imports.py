@@ -154,6 +154,8 @@ def test_no_files_import_one_another_in_a_circle():
         # nor who names the package any of it; no one loads Pallas before a kernel is called.
         ("import lserve_jax", ("jax", "flax", "lserve_jax.model")),
         ("from lserve_jax import LLM", ("jax.experimental.pallas", "pallas_kernels.hopper")),
+        # No program loads what only tracing, training or pictures need.
+        ("import lserve_jax.generate", ("flax", "optax", "orbax", "matplotlib", "starlette")),
         ("from pallas_kernels import api", ("lserve_jax", "jax.experimental.pallas", "flax")),
     ],
 )

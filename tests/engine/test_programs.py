@@ -24,6 +24,7 @@ from tiny_llm import tiny_config, tiny_params
 from lserve_jax import LLM, SamplingParams, SparsityConfig
 from lserve_jax.engine import program_files
 from lserve_jax.engine.program_files import ProgramFiles
+from lserve_jax.engine.programs import _compile_anew
 
 CONFIG = tiny_config(layers=1, kv_heads=2)
 OPTIONS = {"max_model_len": 128, "max_num_seqs": 2, "prefill_chunk_size": 64}
@@ -221,7 +222,7 @@ def test_a_disk_that_is_full(tmp_path, expected, caplog: LogCaptureFixture) -> N
 
 
 def test_what_was_not_read_for_the_longest_time_goes_first(tmp_path) -> None:
-    program = jax.jit(lambda x: x + 1).lower(jnp.zeros(3)).compile(compiler_options={})
+    program = _compile_anew(jax.jit(lambda x: x + 1).lower(jnp.zeros(3)))
     files = ProgramFiles(tmp_path / "programs")
     keys = [files.key(name) for name in ("old", "read", "new", "newest")]
     for age, key in zip((300, 200, 100), keys, strict=False):

@@ -66,21 +66,53 @@ def test_token_ids_in_token_ids_out(capsys, checkpoint):
     assert out.split() == [str(token) for token in answer]
 
 
-def test_as_a_process_with_its_own_compile_cache(checkpoint, tmp_path):
+def test_two_processes_at_once_keep_what_a_third_one_loads(checkpoint, tmp_path):
     prompt, answer = golden_prompt_and_answer(checkpoint)
-    command = [sys.executable, "-m", "lserve_jax.generate", "--json", "--model", str(checkpoint)]
-    command += ["--max-tokens", str(len(answer)), "--prompt-token-ids", *map(str, prompt)]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", "PATH": ""},
-        cwd=Path(generate.__file__).parent.parent,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["token_ids"] == answer
-    assert list((tmp_path / "lserve-jax" / "jit").iterdir())
+    # What takes long to import, and is for tracing, training, pictures or other formats.
+    unneeded = ("flax", "optax", "orbax", "matplotlib", "lm_eval", "huggingface_hub", "starlette")
+    script = "import sys; from lserve_jax import generate; assert generate.main() == 0\n"
+    script += f"print([name for name in {unneeded} if name in sys.modules], file=sys.stderr)"
+    command = [sys.executable, "-c", script, "--json", "--model", str(checkpoint)]
+    command += ["--max-tokens", str(len(answer)), "--stats", "--prompt-token-ids"]
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen(
+            [*command, *map(str, prompt)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", "PATH": ""},
+            cwd=Path(generate.__file__).parent.parent,
+        )
+
+    def said(process: subprocess.Popen) -> tuple[str, str]:
+        """What became of its programs, and which of the modules it imported."""
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert json.loads(out)["token_ids"] == answer
+        found = re.search("^programs  (.*)$", err, re.MULTILINE)
+        assert found, err
+        return found[1], err.splitlines()[-1]
+
+    for process in (start(), start()):
+        # The quicker one's programs may be there when the other one asks for them.
+        assert re.search(r"\d (compiled|loaded) in", said(process)[0])
+    programs, imported = said(start())
+    assert re.fullmatch(r"3 loaded in \d+\.\d\d s", programs)
+    assert imported == "[]"
+    made = tmp_path / "lserve-jax"
+    assert len([path for path in (made / "programs").iterdir() if path.suffix != ".used"]) == 3
+    assert list((made / "jit").iterdir())
+
+
+def test_without_the_cache_nothing_is_kept(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()  # what keeps the tests' own cache
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    prompt, answer = golden_prompt_and_answer(checkpoint)
+    argv = ["--model", checkpoint, "--max-tokens", len(answer), "--no-cache"]
+    code, out, _ = run(capsys, *argv, "--prompt-token-ids", *prompt)
+    assert (code, out.split()) == (0, [str(token) for token in answer])
+    assert not list(tmp_path.iterdir())
 
 
 def test_json_has_text_tokens_reason_and_timings(capsys, chat_checkpoint):
