@@ -33,7 +33,7 @@ types (int4, a scale per tensor) differ only in the element type and the shape o
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -334,7 +334,7 @@ def layer_cache_shapes(config: ModelConfig, spec: CacheSpec, layer: int, dtype) 
     D, P = config.head_dim, spec.page_size
     Kr, Kq = spec.heads.num_retrieval[layer], spec.heads.num_ranked[layer]
     Ks = config.num_key_value_heads - Kr
-    array = jax.ShapeDtypeStruct
+    array: Any = jax.ShapeDtypeStruct
 
     def pages(heads: int, count: int, quantized: bool) -> KVPages:
         shape = (heads, count, P, D)

@@ -333,7 +333,7 @@ def _plan_pages(config: ModelConfig, spec: CacheSpec, dtype, options: EngineOpti
     """
     sizes = cache_bytes(config, spec, dtype)
     page_bytes = sizes["retrieval"] + sizes["key_stats"]
-    kv_cache_bytes = options.kv_cache_bytes
+    kv_cache_bytes, stats = options.kv_cache_bytes, None
     if kv_cache_bytes is None:
         stats = jax.local_devices()[0].memory_stats()  # None on the CPU
         kv_cache_bytes = CPU_CACHE_BYTES
@@ -341,10 +341,19 @@ def _plan_pages(config: ModelConfig, spec: CacheSpec, dtype, options: EngineOpti
             free = stats["bytes_limit"] - stats["bytes_in_use"]
             kv_cache_bytes = room_for_pages(sizes, spec, free, options.memory_fraction)
     pages = kv_cache_bytes // max(page_bytes, 1)
+    if stats is not None:
+        # So that a start with a little less memory finds the programs of the one before.
+        pages = rounded_pages(pages)
     if pages < 1:
         raise ValueError(f"{kv_cache_bytes=} holds no page: one takes {page_bytes} bytes")
     # Sequences of all slots, and prefixes that none of them shares.
     return min((spec.max_num_seqs + spec.max_prefixes) * spec.pages_per_sequence, pages)
+
+
+def rounded_pages(pages: int) -> int:
+    """``pages`` without what is below its seven leading bits: less than a 64th."""
+    low = max(pages.bit_length() - 7, 0)
+    return pages >> low << low
 
 
 def room_for_pages(

@@ -47,6 +47,7 @@ class ProgramFiles:
 
     def __init__(self, directory: str | os.PathLike[str], *, most_bytes: int = MOST_BYTES):
         self.directory, self.most_bytes = Path(directory), most_bytes
+        self._said: set[str] = set()
 
     def key(self, description: str) -> str:
         """Names the program of a description on this machine, by these sources and settings."""
@@ -119,7 +120,9 @@ class ProgramFiles:
         except FileNotFoundError:
             return None
         except OSError as error:
-            log.warning("%s is ignored: %s", self.directory / name, error)
+            if str(error) not in self._said:  # of a directory once, not for each of its files
+                log.warning("a compiled program is ignored: %s", error)
+            self._said.add(str(error))
             return None
 
     @contextlib.contextmanager

@@ -121,7 +121,7 @@ class Programs:
         self._preloaded: dict[str, Future[Any]] = {}  # by key; taken when their call comes
         self._used: list[str] = []  # keys
         self._settings = ""
-        self._said: set[str] = set()
+        self._said = False  # that they cannot be kept
 
     def run(self, call: Call) -> Any:
         """What the call's function returns."""
@@ -158,25 +158,26 @@ class Programs:
 
         ``progress`` shows a bar on stderr.
         """
-        bar = tqdm(total=len(calls), desc="compiling", unit="program", disable=not progress)
+        missing: dict[Hashable, Call] = {}
+        for call in calls:
+            missing.setdefault(call.signature(sharded=self.sharded), call)
+        missing = {mark: call for mark, call in missing.items() if mark not in self._ready}
+        bar = tqdm(total=len(missing), desc="programs", unit="program", disable=not progress)
         with bar, ThreadPoolExecutor(_threads(), "lserve-programs") as pool:
-            futures = []
-            for call in calls:
-                signature = call.signature(sharded=self.sharded)
-                if signature in self._ready:
-                    bar.update()
-                    continue
-                key = self._key(call)
-                # Tracing holds Python's lock, and JAX's settings may be this thread's own.
-                lowered = None if self._is_kept(key) else _lower(call)
-                future = pool.submit(self._make, call, key, lowered)
-                self._ready[signature] = future
-                future.add_done_callback(lambda _: bar.update())
-                futures.append((signature, future))
-            for signature, future in futures:
-                if future.exception() is not None:
-                    del self._ready[signature]
-                future.result()
+            made: dict[Hashable, Future[Any]] = {}
+            try:
+                for signature, call in missing.items():
+                    key = self._key(call)
+                    # Tracing holds Python's lock, and JAX's settings may be this thread's own.
+                    lowered = None if self._is_kept(key) else _lower(call)
+                    made[signature] = pool.submit(self._make, call, key, lowered)
+                    made[signature].add_done_callback(lambda _: bar.update())
+                for future in made.values():
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+            self._ready |= made
 
     def _get(self, call: Call) -> Any:
         signature = call.signature(sharded=self.sharded)
@@ -210,7 +211,7 @@ class Programs:
             try:
                 self._files.write(key, program, call.mesh_devices())
             except (ValueError, NotImplementedError, OSError, jax.errors.JaxRuntimeError) as error:
-                self._say_once(f"compiled programs are not kept: {error}")
+                self._say_once(error)
         with self._lock:
             if key not in self._used:
                 self._used.append(key)
@@ -218,7 +219,7 @@ class Programs:
         try:
             self._files.write_last_used(self._settings, used)
         except OSError as error:
-            self._say_once(f"compiled programs are not kept: {error}")
+            self._say_once(error)
         return program
 
     def _load(self, call: Call, key: str) -> Any | None:
@@ -248,10 +249,10 @@ class Programs:
         self.times.append(made)
         log.info("program %s %s in %.2f s", made.name, made.source, made.seconds)
 
-    def _say_once(self, what: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
-            log.warning("%s", what)
+    def _say_once(self, error: Exception) -> None:
+        if not self._said:
+            log.warning("compiled programs are not kept: %s", error)
+        self._said = True
 
 
 @dataclass(frozen=True)

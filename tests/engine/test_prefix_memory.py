@@ -95,7 +95,10 @@ def test_on_a_gpu_the_plan_sets_aside_what_prefixes_can_keep(
         page = pages // llm.spec.num_pages
         rest = sum(plan.values()) - plan["parameters"] - pages
         room = 0.5 * (free - rest - page - max_prefixes * plan["prefill_window"])
-        assert llm.spec.num_pages == room // page
+        # Fewer by less than a 64th: a little less memory at the next start gives as many.
+        assert (room // page) * 63 / 64 < llm.spec.num_pages <= room // page
+        leading = bin(llm.spec.num_pages)[2:9]
+        assert llm.spec.num_pages == int(leading, 2) << llm.spec.num_pages.bit_length() - 7
         plans.append(llm.spec.num_pages)
     assert plans[0] > plans[1]
 
