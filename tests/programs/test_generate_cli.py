@@ -115,6 +115,14 @@ def test_without_the_cache_nothing_is_kept(checkpoint, tmp_path, monkeypatch, ca
     assert not list(tmp_path.iterdir())
 
 
+def test_warmup_compiles_before_the_prompt_runs(capsys, checkpoint):
+    prompt, answer = golden_prompt_and_answer(checkpoint)
+    argv = ["--model", checkpoint, "--max-tokens", len(answer), "--prompt-token-ids", *prompt]
+    code, out, err = run(capsys, *argv, "--warmup", "auto", "--stats")
+    assert (code, out.split()) == (0, [str(token) for token in answer])
+    assert re.search(r"^programs  5 compiled in", err, re.MULTILINE)
+
+
 def test_json_has_text_tokens_reason_and_timings(capsys, chat_checkpoint):
     code, out, _ = run(
         capsys, "--model", chat_checkpoint, "--prompt", "Hello", "--max-tokens", 8, "--json"
