@@ -3,17 +3,20 @@
     python benchmarks/startup.py                                # the default model
     python benchmarks/startup.py --geometry 8b --rows 1 32      # a GPU: 8B, random weights
     python benchmarks/startup.py --geometry 8b --attention lserve --rows 1 32
+    python benchmarks/startup.py --rows --runs 7 --beside ../other --label now --other-label before
 
 Every start is a process of its own with an empty cache directory (cold), then with what that one
 left there (second). JAX's monitoring events tell tracing, lowering and compiling apart; they
 overlap with the steps in which they happen, and on several threads with each other. "processor" is
 what all threads of the process took, which other work on the machine disturbs least. The command
-line's whole time for one token is measured from outside, with the processor seconds of the process.
+line's whole time for one token is measured from outside, with the processor seconds of the process;
+``--beside`` another checkout of this repository in turn with it, since a machine's speed drifts.
 
 Prints a table and writes ``results/startup_cpu.json`` (``startup_gpu.json``) and a Markdown file
 beside it; ``--label`` adds rows to those that are there.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -36,6 +39,7 @@ PARTS = {
     "total": "total",
     "processor": "processor",
 }
+COMMAND = ("wall", "user", "system", "processor")
 EVENTS = {
     "/jax/core/compile/jaxpr_trace_duration": "tracing",
     "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowering",
@@ -54,6 +58,10 @@ class Args:
     """Second starts of each kind; the table has their medians."""
     label: str = "now"
     """Names the build that is measured; rows of other labels stay in the file."""
+    beside: Path | None = None
+    """Another checkout, whose command line runs in turn with this one's."""
+    other_label: str = "before"
+    """Names the build there."""
 
 
 class Spans:
@@ -154,7 +162,7 @@ def environment(cache: Path) -> dict[str, str]:
 
 def start(args: Args, rows: int, cache: Path) -> dict[str, float]:
     """One start in a process of its own."""
-    given = json.dumps({**dataclasses.asdict(args), "rows": [rows]})
+    given = json.dumps({**dataclasses.asdict(args), "rows": [rows], "beside": None})
     command = [sys.executable, __file__, "--child", given, str(time.monotonic())]
     done = subprocess.run(
         command,
@@ -165,15 +173,23 @@ def start(args: Args, rows: int, cache: Path) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def command_line(cache: Path) -> dict[str, float]:
+def command_line(cache: Path, checkout: Path) -> dict[str, float]:
     """``lserve_jax.generate`` for one token, from outside: seconds passed, and of the processor."""
     command = [sys.executable, "-m", "lserve_jax.generate", "--prompt", PROMPT, "--max-tokens", "1"]
     began = time.monotonic()
-    process = subprocess.Popen(command, env=environment(cache), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=environment(cache), cwd=checkout, stdout=subprocess.DEVNULL
+    )
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, status
     wall = time.monotonic() - began
-    return {"wall": wall, "user": usage.ru_utime, "system": usage.ru_stime}
+    processor = usage.ru_utime + usage.ru_stime
+    return {
+        "wall": wall,
+        "user": usage.ru_utime,
+        "system": usage.ru_stime,
+        "processor": processor,
+    }
 
 
 def medians(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -185,10 +201,11 @@ def measure(args: Args) -> list[dict[str, Any]]:
 
     measured: list[dict[str, Any]] = []
     model = fetch(SMOLLM2_135M_INSTRUCT) if args.geometry == "default" else None
-    about = {"label": args.label, "geometry": args.geometry, "attention": args.attention}
+    about = {"geometry": args.geometry, "attention": args.attention}
 
-    def add(what: str, rows: int | None, which: str, seconds: dict[str, float]) -> None:
-        row = {**about, "what": what, "rows": rows, "start": which, "seconds": seconds}
+    def add(what: str, rows: int, which: str, seconds: dict[str, float], label: str) -> None:
+        row = {"label": label, **about, "what": what, "rows": rows, "start": which}
+        row["seconds"] = seconds
         measured.append(row)
         print(json.dumps(row), flush=True)
 
@@ -202,15 +219,25 @@ def measure(args: Args) -> list[dict[str, Any]]:
     for rows in args.rows:
         with tempfile.TemporaryDirectory() as directory:
             cache = cache_of(directory)
-            add("parts", rows, "cold", medians([start(args, rows, cache)]))
+            add("parts", rows, "cold", medians([start(args, rows, cache)]), args.label)
             again = [start(args, rows, cache) for _ in range(args.runs)]
-            add("parts", rows, "second", medians(again))
+            add("parts", rows, "second", medians(again), args.label)
     if args.geometry == "default" and args.attention == "dense":
-        with tempfile.TemporaryDirectory() as directory:
-            cache = cache_of(directory)
-            add("command", 1, "cold", medians([command_line(cache)]))
-            again = [command_line(cache) for _ in range(args.runs)]
-            add("command", 1, "second", medians(again))
+        checkouts = {args.label: HERE.parent}
+        if args.beside is not None:
+            checkouts[args.other_label] = args.beside
+        with contextlib.ExitStack() as stack:
+            caches = {
+                label: cache_of(stack.enter_context(tempfile.TemporaryDirectory()))
+                for label in checkouts
+            }
+            for which, runs in (("cold", 1), ("second", args.runs)):
+                found: dict[str, list[dict[str, float]]] = {label: [] for label in checkouts}
+                for _ in range(runs):
+                    for label, checkout in checkouts.items():
+                        found[label].append(command_line(caches[label], checkout))
+                for label, seconds in found.items():
+                    add("command", 1, which, medians(seconds), label)
     return measured
 
 
@@ -233,9 +260,9 @@ def markdown(result: dict[str, Any]) -> str:
     commands = [row for row in result["rows"] if row["what"] == "command"]
     if commands:
         lines += ["", "The command line, one token, the whole process:", ""]
-        lines += ["| build | start | wall | user | system |", "|---|---|---|---|---|"]
+        lines += ["| build | start | wall | user | system | processor |", "|---" * 6 + "|"]
         for row in commands:
-            cells = [f"{row['seconds'][kind]:.2f}" for kind in ("wall", "user", "system")]
+            cells = [f"{row['seconds'][kind]:.2f}" for kind in COMMAND]
             lines.append(f"| {row['label']} | {row['start']} | {' | '.join(cells)} |")
     lines += ["", "Machines:", ""]
     lines += [f"* {label}: {about(machine)}" for label, machine in result["machines"].items()]
@@ -261,7 +288,10 @@ def main(args: Args) -> None:
         for row in result["rows"]
         if (row["label"], row["geometry"], row["attention"], row["what"]) not in kinds
     ]
-    result = {"machines": {**result["machines"], args.label: machine}, "rows": kept + new}
+    result = {
+        "machines": {**result["machines"], **{row["label"]: machine for row in new}},
+        "rows": kept + new,
+    }
     output.write_text(json.dumps(result, indent=1) + "\n")
     output.with_suffix(".md").write_text(markdown(result))
     print(markdown(result))

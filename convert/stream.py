@@ -200,7 +200,7 @@ def assemble(
             block = rows(start, stop)
             # Cast before the transposing store: casting through strided memory is far slower.
             with np.errstate(over="ignore"):  # found below
-                target[start:stop] = block.astype(dtype)
+                target[start:stop] = block.astype(dtype, copy=False)
         if not awaited[slot.leaf]:
             leaf = jax.device_put(unfinished.pop(slot.leaf), sharding_of(placement, slot.leaf))
             # Without waiting, queued transfers would keep every host copy alive.
