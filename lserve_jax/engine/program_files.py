@@ -189,7 +189,7 @@ def _environment() -> str:
     flags = {k: v for k, v in os.environ.items() if k == "XLA_FLAGS" or k.startswith("MOSAIC_")}
     parts = [
         *(lserve_jax.__version__, jax.__version__, version("jaxlib"), platform.python_version()),
-        *(_source_digest(), platform.machine(), _processor(), _driver()),
+        *(_source_digest(), platform.machine(), _processor(), str(os.cpu_count()), _driver()),
         *(client.platform, client.platform_version, device.device_kind, str(len(jax.devices()))),
         *(str(jax.process_count()), repr(sorted(flags.items()))),
     ]

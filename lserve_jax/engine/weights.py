@@ -98,7 +98,7 @@ class Intake:
         if self.config.tie_word_embeddings and jax.default_backend() == "cpu":
             # XLA's CPU matrix-vector product is five times slower on a transposed matrix, and the
             # output projection is a fifth of a small model's weights.
-            kernel = jnp.array(params["embed_tokens"]["embedding"].T)
+            kernel = params["embed_tokens"]["embedding"].T
             params = params | {"lm_head": {"kernel": kernel}}
         # Before heads move, so that a model's codes do not depend on how it is attended.
         if self.weights is not None:
