@@ -326,6 +326,12 @@ def _choose_longrope(config: ModelConfig, max_model_len: int) -> ModelConfig:
     return dataclasses.replace(config, rope=rope)
 
 
+def _rounded(pages: int) -> int:
+    """``pages`` without what is below its seven leading bits: less than a 64th."""
+    low = max(pages.bit_length() - 7, 0)
+    return pages >> low << low
+
+
 def _plan_pages(config: ModelConfig, spec: CacheSpec, dtype, options: EngineOptions) -> int:
     """How many retrieval pages to allocate, given a spec with one page.
 
@@ -343,17 +349,11 @@ def _plan_pages(config: ModelConfig, spec: CacheSpec, dtype, options: EngineOpti
     pages = kv_cache_bytes // max(page_bytes, 1)
     if stats is not None:
         # So that a start with a little less memory finds the programs of the one before.
-        pages = rounded_pages(pages)
+        pages = _rounded(pages)
     if pages < 1:
         raise ValueError(f"{kv_cache_bytes=} holds no page: one takes {page_bytes} bytes")
     # Sequences of all slots, and prefixes that none of them shares.
     return min((spec.max_num_seqs + spec.max_prefixes) * spec.pages_per_sequence, pages)
-
-
-def rounded_pages(pages: int) -> int:
-    """``pages`` without what is below its seven leading bits: less than a 64th."""
-    low = max(pages.bit_length() - 7, 0)
-    return pages >> low << low
 
 
 def room_for_pages(

@@ -406,16 +406,16 @@ def _tables(
     )
 
 
+def _devices(params: Params) -> set[jax.Device]:
+    return {device for leaf in jax.tree.leaves(params) for device in leaf.devices()}
+
+
 def _own_device(params: Params) -> jax.Device | None:
     """The device to which parameters were bound; None where they follow, or lie on several."""
     devices, leaves = _devices(params), jax.tree.leaves(params)
     if len(devices) > 1 or not any(leaf.committed for leaf in leaves):
         return None
     return devices.pop()
-
-
-def _devices(params: Params) -> set[jax.Device]:
-    return {device for leaf in jax.tree.leaves(params) for device in leaf.devices()}
 
 
 def _empty_state(spec: CacheSpec) -> DecodeState:

@@ -58,14 +58,14 @@ class ServeArgs(ModelArgs):
 
     max_num_seqs: int = 8
     """So many completions run at the same time."""
+    warmup: Literal["none", "auto", "full"] = "auto"
+    """Compile before it says ready: what any request needs, or for every number of slots too."""
     max_queue: int = 256
     """So many more may wait; beyond it a request is answered 429."""
     relay: RelayMode = "auto"
     """Whether requests with one registered prefix read it together; auto: where it pays."""
     max_prefixes: int = 8
     """Prefixes that can be registered at a time."""
-    warmup: Literal["none", "auto", "full"] = "auto"
-    """Compile before it says ready: what any request needs, or for every number of slots too."""
     deadline: Annotated[float | None, flag("SECONDS", "none")] = None
     """After so long an answer ends as it is, unless its request says otherwise."""
     max_body_bytes: int = 16 << 20
