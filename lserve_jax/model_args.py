@@ -38,6 +38,8 @@ class ModelArgs:
         flag("{int8,int4,fp8,checkpoint}", "as --dtype"),
     ] = None
     """Quantise weights at load, or keep a checkpoint's own codes: less memory, no kernel yet."""
+    prefix_cache: Annotated[bool, flag("", "remember")] = True
+    """Remember prompts, so that one that begins alike goes on from there, or forget them."""
     attention: Literal["dense", "lserve"] = "dense"
     """dense reads the whole context at every token; lserve reads the parts that matter."""
     exact: Switch = False
@@ -76,6 +78,7 @@ class ModelArgs:
             exact=self.exact,
             draft=self.draft,
             max_draft_tokens=self.max_draft_tokens,
+            enable_prefix_caching=self.prefix_cache,
             kv_dtype=self.kv_dtype,
             weights=self.weights,
             backend=self.backend,

@@ -101,7 +101,10 @@ class RequestCosts:
     def add(
         self, row: BurstRow, units: CacheUnits, position: int, decision: RelayDecision | None
     ) -> None:
-        """Adds a burst. ``position`` is that of its first step; None: the request has no prefix."""
+        """Adds a burst. ``position`` is that of its first step.
+
+        ``decision`` is None where nobody shares the request's beginning.
+        """
         together = decision is not None and decision.used
         self.steps += row.steps
         self.bypassed += row.bypassed
@@ -118,7 +121,7 @@ class RequestCosts:
             self.read -= row.steps * units.retrieval_heads * decision.prefix_tokens * others
         self.positions += sum(range(position + 1, position + row.steps + 1))
         self.relay_steps += row.steps * together
-        self.relay_reason = "no prefix" if decision is None else decision.reason
+        self.relay_reason = "nobody shares its beginning" if decision is None else decision.reason
 
     def metrics(
         self, metrics: RequestMetrics, units: CacheUnits, *, cached_tokens: int

@@ -139,24 +139,25 @@ class PrefixTree:
 
     # Growing.
 
-    def root(self, salt: str | None) -> Node:
-        """Where paths of a salt begin."""
-        if salt not in self._roots:
-            self._roots[salt] = Node(None, b"", -1, 0)
-        return self._roots[salt]
-
     def insert(
-        self, node: Node, tokens: np.ndarray, pages: Sequence[int], windows: Sequence[int]
+        self,
+        above: Node | None,
+        salt: str | None,
+        tokens: np.ndarray,
+        pages: Sequence[int],
+        windows: Sequence[int],
     ) -> tuple[Node, list[int]]:
-        """Adds whole pages of a prompt below ``node``, locked once more than those above.
+        """Adds pages of a prompt, at least one, below ``above``, which the caller holds locked.
 
-        ``windows`` are their window pages, -1 where there is none. The tree holds what it keeps
-        once more. Where a page is there already, the caller's hold moves to that one.
+        None: they are a prompt's first. ``windows`` are their window pages, -1 where there is none.
+        The tree holds what it keeps once more. Where a page is there already, the caller's hold
+        moves to that one.
 
-        Returns the last node, which the caller holds locked instead of ``node``, and the pages that
-        the prompt reads from now on.
+        Returns the last node, which the caller holds locked instead of ``above``, and the pages
+        that the prompt reads from now on.
         """
         size, now = self.page_size, self._tick()
+        node = above or self._roots.setdefault(salt, Node(None, b"", -1, 0))
         held: list[int] = []
         for at, (page, window) in enumerate(zip(pages, windows, strict=True)):
             key = tokens[at * size : (at + 1) * size].astype(np.int32, copy=False).tobytes()
@@ -229,29 +230,36 @@ class PrefixTree:
                 self._kept[each] = None
         self.unlock(pin.node)
 
-    def _ending(self, path: Sequence[Node]) -> list[Node]:
+    def unpinned_windows(self, path: Sequence[Node], depth: int) -> int:
+        """Window pages that a pin of ``depth`` pages, which begin with ``path``, would add."""
+        windows = self._ending([*path, *[None] * (depth - len(path))])
+        return sum(node is None or node.window_pins == 0 for node in windows)
+
+    def _ending[T](self, path: Sequence[T]) -> list[T]:
         """The sinks, and the nodes of the window at a path's end."""
         if self.window is None:
             return []
         sinks, local = self.window.sink_pages, self.window.local_pages
         return [*path[:sinks], *path[max(sinks, len(path) - local) :]]
 
-    def keep_window(self, node: Node, pages: int) -> None:
-        """The last ``pages`` window pages up to a node, and the sinks, are those used last."""
-        if self.window is None:
-            return
-        path, sinks = node.path(), self.window.sink_pages
-        for each in (*path[max(sinks, len(path) - pages) :], *path[:sinks]):
-            if each.window >= 0 and each.window_pins == 0:
-                self._loose.pop(each, None)
-                self._kept[each] = None
-                self._kept.move_to_end(each)
+    def keep_windows(self, nodes: Sequence[Node]) -> None:
+        """The window pages of some nodes are those used last; some end needs them."""
+        for node in nodes:
+            if node.window >= 0 and node.window_pins == 0:
+                self._loose.pop(node, None)
+                self._kept[node] = None
+                self._kept.move_to_end(node)
 
     # Giving up.
 
+    @property
+    def available(self) -> int:
+        """Pages that ``make_room`` can make free."""
+        return len(self.pool.free) + self.num_unlocked
+
     def make_room(self, count: int) -> bool:
         """Evicts until ``count`` pages are free, if that many can be; else nothing."""
-        if count > len(self.pool.free) + self.num_unlocked:
+        if count > self.available:
             return False
         while count > len(self.pool.free):
             self._evict_leaf()
@@ -270,6 +278,8 @@ class PrefixTree:
         self.num_unlocked -= 1
         self.evicted_pages += 1
         self._offer(node.parent)
+        if node.depth == 1 and not node.parent.children:
+            self._roots = {salt: root for salt, root in self._roots.items() if root.children}
         node.parent = None  # entries of it that are left hold no longer
 
     @staticmethod
@@ -309,7 +319,7 @@ class PrefixTree:
 
     def clear(self) -> None:
         """Forgets everything that is not locked."""
-        self.make_room(len(self.pool.free) + self.num_unlocked)
+        self.make_room(self.available)
 
     def _tick(self) -> int:
         self._clock += 1

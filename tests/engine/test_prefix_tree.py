@@ -13,9 +13,7 @@ WINDOW = StreamingWindow(sink=P, local=2 * P, page_size=P)
 
 def make(pages: int, windows: int = 0, *, grain: int = 1) -> PrefixTree:
     window = WINDOW if windows else None
-    return PrefixTree(
-        PagePool(pages), PagePool(windows), page_size=P, grain=grain, window=window
-    )
+    return PrefixTree(PagePool(pages), PagePool(windows), page_size=P, grain=grain, window=window)
 
 
 def remember(tree: PrefixTree, tokens: list[int], salt: str | None = None) -> Node:
@@ -25,10 +23,12 @@ def remember(tree: PrefixTree, tokens: list[int], salt: str | None = None) -> No
     assert tree.make_room(count)
     pages = tree.pool.take(count)
     windows = [-1] * count if tree.window is None else tree.take_windows(count)
-    node, held = tree.insert(tree.root(salt), ids, pages, windows)
+    if count == 0:
+        return Node(None, b"", -1, 0)
+    node, held = tree.insert(None, salt, ids, pages, windows)
     tree.pool.release(held)
     tree.windows.release([w for w in windows if w >= 0])
-    tree.keep_window(node, count)
+    tree.keep_windows([*node.path()[1:], node.path()[0]])
     tree.unlock(node)
     tree.check()
     return node
@@ -56,7 +56,7 @@ def test_a_match_ends_at_the_deepest_page_that_leaves_a_token() -> None:
 
 def test_what_was_used_longest_ago_goes_first_and_what_is_used_never() -> None:
     tree = make(6)
-    a, b = remember(tree, [1, 1, 2, 2, 3, 3]), remember(tree, [1, 1, 5, 5])
+    b, a = remember(tree, [1, 1, 5, 5]), remember(tree, [1, 1, 2, 2, 3, 3])
     tree.lock(b)
     tree.unlock(b)
     assert tree.make_room(3)  # two are free
@@ -77,7 +77,7 @@ def test_the_same_pages_twice_are_held_once() -> None:
     tree = make(8)
     remember(tree, [1, 2, 3, 4])
     ids, own = np.array([1, 2, 3, 4, 5, 6], np.int32), tree.pool.take(3)
-    node, held = tree.insert(tree.root(None), ids, own, [-1] * 3)
+    node, held = tree.insert(None, None, ids, own, [-1] * 3)
     assert held[2] == own[2] and not set(held[:2]) & set(own)
     assert len(tree.pool.free) == 5
     tree.check()
@@ -103,11 +103,14 @@ def test_a_match_needs_the_window_of_its_end_and_the_sinks() -> None:
         remember(tree, [base, base + 1, base + 2, base + 3])
     tree.check()
     assert matched(tree, [*long, 0]) == 6 and matched(tree, long) == 5
+    sink, *_ = tree.walk(np.array(long), None)
     assert tree.pinned_match(np.array([*long, 0]), None) == 6
     assert tree.pinned_match(np.array(long), None) == 5
     tree.unpin(pin)
     assert tree.pinned_match(np.array([*long, 0]), None) == 0
     tree.check()
+    tree._drop_window(sink)
+    assert matched(tree, [*long, 0]) == 0
 
 
 def test_a_tombstone_gets_its_window_from_who_computes_it_again() -> None:
@@ -182,6 +185,44 @@ def test_random_use_against_full_lists(seed: int) -> None:
     tree.check()
     assert tree.num_nodes == 0 and len(tree.pool.free) == 24
     assert tree.evicted_pages > 50
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_use_with_windows(seed: int) -> None:
+    """A match is the deepest end whose sink and last two pages have window pages; pins keep theirs.
+
+    There are fewer window pages than pages, and never too few for the prompt that is computed.
+    """
+    rng = np.random.default_rng(seed)
+    tree = make(40, 24)
+    pins: list[tuple[Pin, np.ndarray]] = []
+    for _ in range(300):
+        tokens = rng.integers(0, 2, rng.integers(2, 14)).tolist()
+        node = tree.match(np.array(tokens), None)
+        action = rng.integers(4)
+        if action <= 1 and tree.make_room(len(tokens) // P):
+            remember(tree, tokens)
+        elif action == 2 and node is not None and tree.num_pinned_windows < 12:
+            pins.append((tree.pin(node), np.array(tokens)))
+        elif action == 3 and pins:
+            tree.unpin(pins.pop(int(rng.integers(len(pins))))[0])
+        tree.check()
+        for pin, pinned in pins:
+            assert tree.pinned_match(pinned, None) >= pin.node.depth
+        tokens = np.array(rng.integers(0, 2, 13))
+        path = tree.walk(tokens[:-1], None)
+        ends = [
+            depth
+            for depth in range(1, len(path) + 1)
+            if all(n.window >= 0 for n in [path[0], *path[max(depth - 2, 0) : depth]])
+        ]
+        assert matched(tree, tokens.tolist()) == max(ends, default=0)
+    assert tree.evicted_windows > 50
+    for pin, _ in pins:
+        tree.unpin(pin)
+    tree.clear()
+    tree.check()
+    assert len(tree.windows.free) == 24 and len(tree.pool.free) == 40
 
 
 def _root_of(node: Node) -> Node:
