@@ -79,6 +79,11 @@ class PrefixCache:
         """Pages that nobody uses: those that hold remembered prompts too."""
         return self.tree.available
 
+    def free_beside(self, match: Node | None) -> int:
+        """Pages that can be had by a prompt that goes on from ``match``."""
+        path = [] if match is None else match.path()
+        return self.free_pages - sum(node.locks == 0 for node in path)
+
     @property
     def cached_pages(self) -> int:
         """Of these, pages that hold remembered prompts."""

@@ -159,9 +159,8 @@ class Scheduler:
         """
         cache, tree, spec = self.prefix_cache, self.prefix_cache.tree, self.spec
         num_pages, path = len(tokens) // spec.page_size, tree.walk(tokens, None)
-        there = [] if match is None else match.path()
-        free = tree.available - sum(node.locks == 0 for node in there)
-        if num_pages - len(there) > free:
+        there, free = 0 if match is None else match.depth, cache.free_beside(match)
+        if num_pages - there > free:
             raise ValueError(
                 f"the prefix needs {num_pages} pages of {spec.page_size} tokens, {free} of "
                 f"{spec.num_pages} are free"
@@ -199,10 +198,10 @@ class Scheduler:
             match = cache.tree.match(request.prompt, request.cache_salt)
         steps = max(min(self.burst_steps, request.sampling.max_tokens - 1), 0)
         needed = self.pages_for(len(request.prompt) + steps) + self._missing(self.burst_steps)
-        cache.begin(request, match)  # what it goes on from is not evicted for it
-        if needed - len(request.pages) > cache.free_pages:
-            cache.release(request)
+        there = 0 if match is None else match.depth
+        if needed - there > cache.free_beside(match):
             return None
+        cache.begin(request, match)
         self.waiting.popleft()
         self.prefilling = request
         request.slot = heapq.heappop(self.free_slots)
