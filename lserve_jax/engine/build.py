@@ -59,6 +59,8 @@ class EngineOptions:
     memory_fraction: share of the free device memory for the KV cache; the rest is for activations.
     enable_prefix_caching: whether prompts that were computed are remembered, as long as nobody
         wants their pages: a prompt that begins like one of them goes on from there.
+    host_cache_bytes: host memory to which remembered prompts go when their pages are wanted, and
+        from where they come back instead of being computed; 0: they are forgotten.
     max_prefixes: prompts, beside those that run, that there is room to remember, at most as many as
         ``kv_cache_bytes`` hold. Where heads stream, their prefill windows take memory of their own.
     relay: whether requests that begin alike read that together: "always", "never", or "auto", where
@@ -96,6 +98,7 @@ class EngineOptions:
     kv_cache_bytes: int | None = None
     memory_fraction: float = 0.8
     enable_prefix_caching: bool = True
+    host_cache_bytes: int = 0
     max_prefixes: int = 8
     relay: RelayMode = "auto"
     deterministic: bool = False
@@ -156,6 +159,8 @@ class EngineOptions:
             raise ValueError(f"memory_fraction={fraction!r} must lie in (0, 1]")
         if self.max_prefixes < 0:
             raise ValueError(f"max_prefixes={self.max_prefixes} must not be negative")
+        bytes_on_host = check_integer("host_cache_bytes", self.host_cache_bytes, 0, most=math.inf)
+        object.__setattr__(self, "host_cache_bytes", bytes_on_host)
         if self.burst_steps < 1:
             raise ValueError(f"burst_steps={self.burst_steps} must be at least 1")
         resolve_dtype(self.dtype)
@@ -249,6 +254,7 @@ def build_engine(
         eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *eos_token_ids))),
         burst_steps=options.burst_steps,
         enable_prefix_caching=options.enable_prefix_caching,
+        host_cache_bytes=options.host_cache_bytes,
         relay=options.relay,
         deterministic=options.deterministic,
         head_order=policy.partition.order,

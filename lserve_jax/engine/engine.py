@@ -25,6 +25,7 @@ from lserve_jax.checks import check_bool
 from lserve_jax.engine.buckets import bucket, shape_buckets
 from lserve_jax.engine.costs import BurstRow, CacheUnits
 from lserve_jax.engine.drafting import decide_all
+from lserve_jax.engine.host_tier import HostTier
 from lserve_jax.engine.metrics import EngineCounts, EngineMetrics, StepMetrics
 from lserve_jax.engine.prefix import Prefix
 from lserve_jax.engine.prefix_cache import PrefixCache
@@ -50,6 +51,7 @@ class Engine:
     burst_steps: decode steps between two looks at the queue, rounded up to whole selection
         intervals.
     enable_prefix_caching: whether requests leave their prompts for others to go on from.
+    host_cache_bytes: host memory for remembered prompts whose pages others were given.
     relay: whether requests with one beginning read it together: "always", "never", or "auto" by the
         rule of ``relay.py``.
     deterministic: always runs all slots, so that no request's numbers depend on how many there are.
@@ -67,6 +69,7 @@ class Engine:
         eos_token_ids: Sequence[int],
         burst_steps: int,
         enable_prefix_caching: bool = True,
+        host_cache_bytes: int = 0,
         relay: RelayMode = "auto",
         deterministic: bool = False,
         head_order: Sequence[Sequence[int]] | None = None,
@@ -83,6 +86,7 @@ class Engine:
         # Else keys depend on the length of their prompt: no prompt can go on from another's.
         fixed = runner.config.rope.rope_type != "dynamic"
         self.enable_prefix_caching = enable_prefix_caching and fixed
+        self.host_cache_bytes = host_cache_bytes
         self.relay: RelayMode = relay
         self.deterministic, self.clock, self.intake = deterministic, clock, intake
         self.units = CacheUnits.of(runner.config, spec, runner.dtype)
@@ -100,6 +104,7 @@ class Engine:
             chunk_size=self.runner.chunk_size,
             deterministic=self.deterministic,
             enabled=self.enable_prefix_caching,
+            host=self._host_tier(),
         )
         self.scheduler = Scheduler(spec, self.burst_steps, prefix_cache)
         self.prefix_store = PrefixStore(
@@ -115,6 +120,12 @@ class Engine:
         # Of prompts that are through, not yet fetched; None where none is sampled.
         self._first_tokens: list[tuple[Request, Sample | None]] = []
         self._last_step: StepMetrics | None = None
+
+    def _host_tier(self) -> HostTier | None:
+        limit = self.host_cache_bytes // self.units.remembered_page
+        if limit == 0 or not self.enable_prefix_caching:
+            return None
+        return HostTier(limit, self.runner.read_pages, self.runner.write_pages)
 
     def reset(self) -> None:
         """Begins anew with an empty cache and no requests, also after a failure on the device."""
@@ -185,6 +196,7 @@ class Engine:
             free_pages=cache.free_pages,
             cached_pages=cache.cached_pages,
             pinned_pages=cache.pinned_pages,
+            host_pages=0 if cache.host is None else len(cache.host),
             evicted_pages=cache.tree.evicted_pages,
             evicted_windows=cache.tree.evicted_windows,
             num_pages=self.spec.num_pages,
@@ -557,7 +569,7 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Forgets all prompts that no request runs on and nobody asked to keep."""
-        self.scheduler.prefix_cache.tree.clear()
+        self.scheduler.prefix_cache.clear()
 
     def add_prefix(self, token_ids: Sequence[int] | np.ndarray) -> Prefix:
         """Computes a prefix and holds it; requests that begin with it share it from then on.

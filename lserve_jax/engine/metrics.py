@@ -122,6 +122,7 @@ class EngineMetrics(EngineCounts):
     free_pages: int  # that nobody uses, those of remembered prompts included
     cached_pages: int  # of these, pages that hold remembered prompts
     pinned_pages: int  # held by prefixes until they are released
+    host_pages: int  # of remembered prompts, in host memory
     evicted_pages: int  # of remembered prompts, since the engine began or was reset
     evicted_windows: int  # pages of their windows, given up by themselves
     num_pages: int

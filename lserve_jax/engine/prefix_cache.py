@@ -17,12 +17,14 @@ another one's end; then they are the tree's, until others want them.
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from lserve_jax.attention.cache import CacheSpec
+from lserve_jax.engine.host_tier import HostPage, HostTier
 from lserve_jax.engine.pages import PagePool
-from lserve_jax.engine.prefix_tree import Node, PrefixTree
+from lserve_jax.engine.prefix_tree import Node, PrefixTree, root_digest
 
 
 @dataclass(kw_only=True, eq=False)
@@ -38,6 +40,18 @@ class PromptPages:
     prefilled: int = 0  # prompt tokens that are in the cache
 
 
+class Match(NamedTuple):
+    """What a prompt goes on from: a node, None for nothing, and pages in host memory behind it."""
+
+    node: Node | None
+    behind: list[HostPage]
+
+    @property
+    def depth(self) -> int:
+        """Pages of the node's path."""
+        return 0 if self.node is None else self.node.depth
+
+
 class PrefixCache:
     """The pages of an engine and what of prompts they hold.
 
@@ -45,6 +59,7 @@ class PrefixCache:
     chunk_size: most tokens of a chunk of a prompt.
     deterministic: whether a prompt that goes on from another must be the same bit for bit.
     enabled: whether requests leave their prompts; else only prefixes that somebody asked for stay.
+    host: where pages go that the tree gives up; None: nowhere.
     """
 
     def __init__(
@@ -55,6 +70,7 @@ class PrefixCache:
         chunk_size: int,
         deterministic: bool,
         enabled: bool,
+        host: HostTier | None = None,
     ):
         self.spec, self.enabled, self.deterministic = spec, enabled, deterministic
         self.pool, self.windows = PagePool(spec.num_pages), PagePool(spec.num_window_pages)
@@ -67,7 +83,9 @@ class PrefixCache:
             grain=math.lcm(chunk_size, P) // P if whole_chunks else 1,
             window=window if streams else None,
         )
-        self.streams = streams
+        self.streams, self.host = streams, host
+        if host is not None:
+            self.tree.spill = host.spill
         # Pages behind the newest that a prompt in prefill keeps; see ``make_spec``.
         more = spec.num_window_pages > window.num_pages
         self._kept_pages = window.local_pages * (2 if more else 1)
@@ -114,26 +132,59 @@ class PrefixCache:
 
     # A prompt on its way.
 
-    def begin(self, prompt: PromptPages, match: Node | None) -> None:
-        """Gives a prompt the pages of what it goes on from (``tree.match``)."""
-        path = [] if match is None else match.path()
-        prompt.node, prompt.pages = match, [node.page for node in path]
-        prompt.prefilled = prompt.shared_tokens = len(path) * self.spec.page_size
-        prompt.window = {}
-        if match is None:
+    def match(self, tokens: np.ndarray, salt: str | None) -> Match:
+        """Where a prompt can go on from: the deepest end that leaves it a token to compute."""
+        if self.host is None:
+            return Match(self.tree.match(tokens, salt), [])
+        tokens, P = tokens[:-1], self.spec.page_size
+        path = self.tree.walk(tokens, salt)
+        rest = tokens[len(path) * P : len(tokens) // P * P].astype(np.int32, copy=False)
+        keys = [page.tobytes() for page in rest.reshape(-1, P)]
+        behind = self.host.find(path[-1].digest if path else root_digest(salt), keys)
+        has_window = [node.window >= 0 for node in path]
+        has_window += [page.window_at >= 0 for page in behind]
+        end = self.tree.deepest_end(has_window)
+        node = path[min(end, len(path)) - 1] if end and path else None
+        return Match(node, behind[: max(end - len(path), 0)])
+
+    def begin(self, prompt: PromptPages, match: Match) -> None:
+        """Gives a prompt the pages of what it goes on from, those in the tree."""
+        path = [] if match.node is None else match.node.path()
+        prompt.node, prompt.pages = match.node, [node.page for node in path]
+        end = len(path) + len(match.behind)
+        prompt.prefilled = len(path) * self.spec.page_size
+        prompt.shared_tokens, prompt.window = end * self.spec.page_size, {}
+        if match.node is None:
             return
-        self.tree.lock(match)
+        self.tree.lock(match.node)
         self.pool.share(prompt.pages)
         if self.streams:
-            seen = self._newest(path)
+            seen = [path[n] for n in self._kept(end) if n < len(path)]
             self.tree.keep_windows(seen)
             prompt.window = {node.depth - 1: node.window for node in seen if node.window >= 0}
             self.windows.share(list(prompt.window.values()))
 
-    def _newest(self, path: list[Node]) -> list[Node]:
-        """Of a path the pages that a prompt keeps which ends there, the sinks last."""
+    def restore(self, prompt: PromptPages, match: Match) -> None:
+        """Brings pages back from host memory to those that the prompt has been given for them."""
+        if self.host is None or not match.behind:
+            return
+        begin = match.depth
+        end = begin + len(match.behind)
+        kept = set(self._kept(end)) if self.streams else set()
+        wanted = [
+            number
+            for number, page in enumerate(match.behind, start=begin)
+            if number in kept and page.window_at >= 0
+        ]
+        prompt.window |= dict(zip(wanted, self.tree.take_windows(len(wanted)), strict=True))
+        windows = [prompt.window.get(number, -1) for number in range(begin, end)]
+        self.host.restore(match.behind, prompt.pages[begin:end], windows)
+        self.computed(prompt, len(match.behind) * self.spec.page_size, remember=True)
+
+    def _kept(self, end: int) -> list[int]:
+        """Of ``end`` pages of a prompt those whose windows it keeps, the sinks last."""
         sinks = self.spec.prefill_window.sink_pages
-        return [*path[max(sinks, len(path) - self._kept_pages) :], *path[:sinks]]
+        return [*range(max(sinks, end - self._kept_pages), end), *range(min(sinks, end))]
 
     def grow(self, prompt: PromptPages, num_pages: int) -> None:
         """Gives a prompt more pages, until it has ``num_pages``; there must be as many."""
@@ -181,9 +232,16 @@ class PrefixCache:
     def finish(self, prompt: PromptPages) -> None:
         """A prompt is prefilled, or given up: its window is the tree's."""
         if prompt.node is not None and prompt.window:
-            self.tree.keep_windows(self._newest(prompt.node.path()))
+            path = prompt.node.path()
+            self.tree.keep_windows([path[n] for n in self._kept(len(path))])
         self.windows.release(list(prompt.window.values()))
         prompt.window = {}
+
+    def clear(self) -> None:
+        """Forgets everything that no prompt uses and nobody has pinned."""
+        self.tree.clear()
+        if self.host is not None:
+            self.host.clear()
 
     def release(self, prompt: PromptPages) -> None:
         """Takes all pages from a prompt; what of it is in the tree stays there."""

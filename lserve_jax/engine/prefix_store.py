@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lserve_jax.engine.prefix import Prefix, read_prefix
-from lserve_jax.engine.prefix_cache import PromptPages
+from lserve_jax.engine.prefix_cache import Match, PromptPages
 from lserve_jax.engine.prefix_tree import Node
 from lserve_jax.engine.request import PromptIds
 from lserve_jax.engine.runner import ModelRunner
@@ -149,7 +149,7 @@ class PrefixStore:
 
         self.scheduler.check_prefix(prompt.prompt, match())
         self.finish_prompt()
-        cache.begin(prompt, match())
+        cache.begin(prompt, Match(match(), []))
         try:
             cache.grow(prompt, num_pages)
             fill(prompt)

@@ -15,10 +15,11 @@ these still have their window pages. A window page can be given up by itself: it
 tombstone in which no match ends that would need it.
 """
 
+import hashlib
 import heapq
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ class Node:
     parent: "Node | None"
     key: bytes  # the page's token ids, int32
     page: int  # in the retrieval pool; -1: a root
+    digest: bytes  # of salt and tokens up to here
     depth: int  # pages from the root up to this one
     used: int = 0  # on the tree's clock
     locks: int = 0  # requests and pins at or below it
@@ -53,11 +55,29 @@ class Node:
         return nodes[::-1]
 
 
+class Evicted(NamedTuple):
+    """A page that was given up, and its window page, -1 if it had none."""
+
+    digest: bytes
+    page: int
+    window: int
+
+
 class Pin(NamedTuple):
     """What ``PrefixTree.pin`` keeps."""
 
     node: Node
     windows: list[Node]  # whose window pages it keeps
+
+
+def root_digest(salt: str | None) -> bytes:
+    """What ``Node.digest`` is at a root."""
+    return hashlib.blake2b(repr(salt).encode(), digest_size=16).digest()
+
+
+def next_digest(digest: bytes, key: bytes) -> bytes:
+    """``Node.digest`` of the page ``key`` below the node of ``digest``."""
+    return hashlib.blake2b(digest + key, digest_size=16).digest()
 
 
 class PrefixTree:
@@ -80,6 +100,8 @@ class PrefixTree:
         self.pool, self.windows = pool, windows
         self.page_size, self.grain, self.window = page_size, grain, window
         self.evicted_pages = self.evicted_windows = 0  # so far
+        # Called with what ``make_room`` evicts, before the pages are anybody else's.
+        self.spill: Callable[[list[Evicted]], None] = lambda evicted: None
         self._roots: dict[str | None, Node] = {}
         self._clock = 0
         self.num_nodes = 0
@@ -114,22 +136,21 @@ class PrefixTree:
         The last token of a prompt always runs, for its logits. None: nothing of it is there.
         """
         path = self.walk(tokens[:-1], salt)
-        deepest = self._complete(path)
+        deepest = self.deepest_end([node.window >= 0 for node in path])
         return path[deepest - 1] if deepest else None
 
     def pinned_match(self, tokens: np.ndarray, salt: str | None) -> int:
         """Pages of a prompt that are sure to be found: they are pinned, and so is the window."""
         path = itertools.takewhile(lambda n: n.pins, self.walk(tokens[:-1], salt))
-        return self._complete(list(path), pinned=True)
+        return self.deepest_end([node.window_pins > 0 for node in path])
 
-    def _complete(self, path: Sequence[Node], *, pinned: bool = False) -> int:
-        """The longest beginning of a path, whole grains, whose end has its window."""
+    def deepest_end(self, has_window: Sequence[bool]) -> int:
+        """The longest beginning of some pages, whole grains, whose end has its window."""
         if self.window is None:
-            return len(path) // self.grain * self.grain
+            return len(has_window) // self.grain * self.grain
         sinks, reach = self.window.sink_pages, self.window.local_pages - 1
-        deepest = row = 0  # ``row``: nodes one after another that have their window pages
-        for depth, node in enumerate(path, start=1):
-            there = node.window_pins > 0 if pinned else node.window >= 0
+        deepest = row = 0  # ``row``: pages one after another that have their window pages
+        for depth, there in enumerate(has_window, start=1):
             row = row + 1 if there else 0
             if depth <= sinks and not row:
                 break  # nothing deeper has the sinks
@@ -157,13 +178,13 @@ class PrefixTree:
         that the prompt reads from now on.
         """
         size, now = self.page_size, self._tick()
-        node = above or self._roots.setdefault(salt, Node(None, b"", -1, 0))
+        node = above or self._roots.setdefault(salt, Node(None, b"", -1, root_digest(salt), 0))
         held: list[int] = []
         for at, (page, window) in enumerate(zip(pages, windows, strict=True)):
             key = tokens[at * size : (at + 1) * size].astype(np.int32, copy=False).tobytes()
             child = node.children.get(key)
             if child is None:
-                child = Node(node, key, page, node.depth + 1)
+                child = Node(node, key, page, next_digest(node.digest, key), node.depth + 1)
                 node.children[key] = child
                 self.num_nodes += 1
                 self.num_unlocked += 1  # until it is locked below
@@ -261,16 +282,20 @@ class PrefixTree:
         """Evicts until ``count`` pages are free, if that many can be; else nothing."""
         if count > self.available:
             return False
+        evicted = []
         while count > len(self.pool.free):
-            self._evict_leaf()
+            evicted.append(self._evict_leaf())
+        if evicted:
+            self.spill(evicted)
         return True
 
-    def _evict_leaf(self) -> None:
+    def _evict_leaf(self) -> Evicted:
         while True:
             used, _, node = heapq.heappop(self._leaves)
             if used == node.used and self._is_idle_leaf(node):
                 break
         assert node.parent is not None
+        evicted = Evicted(node.digest, node.page, node.window)
         self._drop_window(node)
         del node.parent.children[node.key]
         self.pool.release([node.page])
@@ -281,6 +306,7 @@ class PrefixTree:
         if node.depth == 1 and not node.parent.children:
             self._roots = {salt: root for salt, root in self._roots.items() if root.children}
         node.parent = None  # entries of it that are left hold no longer
+        return evicted
 
     @staticmethod
     def _is_idle_leaf(node: Node) -> bool:
@@ -319,7 +345,8 @@ class PrefixTree:
 
     def clear(self) -> None:
         """Forgets everything that is not locked."""
-        self.make_room(self.available)
+        while self.num_unlocked:
+            self._evict_leaf()
 
     def _tick(self) -> int:
         self._clock += 1

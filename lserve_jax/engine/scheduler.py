@@ -18,7 +18,7 @@ from lserve_jax.attention.attend import PrefixGroups
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.engine.inputs import BurstInputs, Chunk, Start
 from lserve_jax.engine.metrics import DraftDecision
-from lserve_jax.engine.prefix_cache import PrefixCache, PromptPages
+from lserve_jax.engine.prefix_cache import Match, PrefixCache, PromptPages
 from lserve_jax.engine.prefix_tree import Node
 from lserve_jax.engine.request import Request
 from lserve_jax.engine.sampling import SamplingMode, rounded_top
@@ -193,13 +193,12 @@ class Scheduler:
         if self.prefilling is not None or not self.waiting or not self.free_slots:
             return None
         request, cache = self.waiting[0], self.prefix_cache
-        match = None
+        match = Match(None, [])
         if request.sampling.prompt_logprobs is None:  # else each of its tokens is to be judged
-            match = cache.tree.match(request.prompt, request.cache_salt)
+            match = cache.match(request.prompt, request.cache_salt)
         steps = max(min(self.burst_steps, request.sampling.max_tokens - 1), 0)
         needed = self.pages_for(len(request.prompt) + steps) + self._missing(self.burst_steps)
-        there = 0 if match is None else match.depth
-        if needed - there > cache.free_beside(match):
+        if needed - match.depth > cache.free_beside(match.node):
             return None
         cache.begin(request, match)
         self.waiting.popleft()
@@ -208,6 +207,7 @@ class Scheduler:
         request.scheduled, request.received = 0, 0
         request.judged = []
         self._grow(request, len(request.prompt))
+        cache.restore(request, match)
         return request
 
     def start(self, request: Request) -> Start:

@@ -54,6 +54,11 @@ _GAUGES: tuple[_Reading, ...] = (
         lambda m: m.free_pages,
     ),
     ("num_pages_cached", "Of these, pages of remembered prompts.", lambda m: m.cached_pages),
+    (
+        "num_pages_on_host",
+        "Pages of remembered prompts in host memory.",
+        lambda m: m.host_pages,
+    ),
     ("num_pages_pinned", "Pages that registered prefixes hold.", lambda m: m.pinned_pages),
 )
 _COUNTERS: tuple[_Reading, ...] = (

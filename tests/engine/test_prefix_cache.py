@@ -147,6 +147,38 @@ def test_what_runs_gets_pages_before_what_is_remembered(build: Build) -> None:
     check_nothing_left(llm.engine)
 
 
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("attention", ["dense", "lserve"])
+def test_pages_come_back_from_host_memory(attention: str, kv_dtype: str, build: Build) -> None:
+    """Bit for bit what they were, windows and statistics too; the least recently used go first."""
+    page = P if attention == "lserve" else 64
+    settings = {"deterministic": True, "kv_dtype": kv_dtype, "max_num_seqs": 2}
+    prompts = random_prompts(20, [5 * CHUNK + 9] * 4)
+    cold = run(build(attention, enable_prefix_caching=False, **settings), prompts, 8)
+    small = build(attention, kv_cache_bytes=1 << 40, host_cache_bytes=0, **settings)
+    bytes_of_page = small.engine.units.page
+    llm = build(
+        attention,
+        kv_cache_bytes=(400 // page + 1) * bytes_of_page,
+        host_cache_bytes=3 * (320 // page) * small.engine.units.remembered_page,
+        **settings,
+    )
+    for prompt in prompts:
+        assert_same(run(llm, [prompt], 8), [cold[prompts.index(prompt)]])
+    metrics = llm.engine.metrics()
+    assert metrics.evicted_pages >= 3 * (320 // page) - 400 // page
+    assert metrics.host_pages > 0
+    for number in (2, 1, 3):
+        computed = llm.engine.metrics().prompt_tokens
+        [again] = run(llm, [prompts[number]], 8)
+        assert llm.engine.metrics().prompt_tokens == computed + 9, number
+        assert again.tokens == cold[number].tokens
+        assert_array_equal(again.logprobs, cold[number].logprobs)
+        check_nothing_left(llm.engine)
+    llm.reset_prefix_cache()
+    assert llm.engine.metrics().host_pages == 0
+
+
 def test_a_cancelled_prompt_leaves_what_was_computed(build: Build) -> None:
     engine = build().engine
     [prompt] = random_prompts(10, [400])

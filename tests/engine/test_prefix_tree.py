@@ -24,7 +24,7 @@ def remember(tree: PrefixTree, tokens: list[int], salt: str | None = None) -> No
     pages = tree.pool.take(count)
     windows = [-1] * count if tree.window is None else tree.take_windows(count)
     if count == 0:
-        return Node(None, b"", -1, 0)
+        return Node(None, b"", -1, b"", 0)
     node, held = tree.insert(None, salt, ids, pages, windows)
     tree.pool.release(held)
     tree.windows.release([w for w in windows if w >= 0])

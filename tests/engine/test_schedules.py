@@ -134,7 +134,8 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Machine]:
     pattern = write_pattern(tmp_path_factory.mktemp("patterns") / "half", [[0.1, 0.9]])
     # The longest request needs 13 pages of 16 tokens, or 4 of 64.
     return {
-        "lserve": make_machine("lserve", pattern, 14),
+        # Room for some thirty pages in host memory.
+        "lserve": make_machine("lserve", pattern, 14, host_cache_bytes=1 << 17),
         "dense": make_machine("dense", pattern, 4),
     }
 
