@@ -54,7 +54,8 @@ def main(args: Args) -> None:
         export(config, jax.tree.map(np.asarray, params), Path(directory))
         del params
         peer = Peer(args.peer_python, Path(directory))
-        ours = {dtype: LLM(args.model, dtype=dtype, max_num_seqs=1) for dtype in DTYPES}
+        options = {"max_num_seqs": 1, "enable_prefix_caching": False}
+        ours = {dtype: LLM(args.model, dtype=dtype, **options) for dtype in DTYPES}
 
         def run_ours(dtype: str, num_tokens: int) -> tuple[list[int], float]:
             sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)

@@ -92,8 +92,8 @@ class UncomputedPrompts(ModelRunner):
         logits = jax.random.normal(jax.random.key(0), (self.config.vocab_size,), jnp.float32)
         self._any_logits = logits
 
-    def prefill(self, chunk: Chunk) -> jax.Array:
-        return self._any_logits
+    def prefill(self, chunk: Chunk) -> tuple[jax.Array, None]:
+        return self._any_logits, None
 
 
 NO_CHUNKS = 1 << 30  # tokens
@@ -120,8 +120,12 @@ def _random_cache(shapes: LayerCache, seed: jax.Array) -> LayerCache:
 
 
 def options(sparsity: SparsityConfig | None, **changes: Any) -> EngineOptions:
-    """Those of an engine of this geometry, bf16; ``changes`` are further ``EngineOptions``."""
+    """Those of an engine of this geometry, bf16, that computes every prompt.
+
+    ``changes`` are further ``EngineOptions``.
+    """
     attention = "dense" if sparsity is None else "lserve"
+    changes = {"enable_prefix_caching": False} | changes
     return EngineOptions(dtype="bfloat16", attention=attention, sparsity=sparsity, **changes)
 
 

@@ -138,7 +138,7 @@ def plan(config: ModelConfig, attention: Attention, directory: Path) -> tuple[Ca
 
 def longest(spec: CacheSpec, sizes: dict[str, int], free: int) -> int:
     """Tokens that one request may have where ``free`` bytes are left beside the weights."""
-    room = room_for_pages(sizes, spec, free, EngineOptions().memory_fraction)
+    room = room_for_pages(sizes, free, EngineOptions().memory_fraction)
     return room // (sizes["retrieval"] + sizes["key_stats"]) * spec.page_size
 
 

@@ -214,6 +214,7 @@ def server_options(args: Args) -> list[str]:
         *("--model", args.model, "--attention", args.attention, "--relay", args.relay, *dtype),
         *("--max-model-len", str(max_model_len(args)), "--max-num-seqs", str(args.max_num_seqs)),
         *("--max-prefixes", str(args.num_prefixes), "--max-queue", str(args.num_prompts)),
+        *(() if args.share else ("--no-prefix-cache",)),
     ]
 
 
@@ -255,6 +256,7 @@ def compare_offline(args: Args, options: Mapping[str, Any], process: int) -> dic
         max_model_len=max_model_len(args),
         max_num_seqs=args.max_num_seqs,
         max_prefixes=args.num_prefixes,
+        enable_prefix_caching=args.share,
         relay=args.relay,
         progress=True,
     )
@@ -274,9 +276,7 @@ def compare_offline(args: Args, options: Mapping[str, Any], process: int) -> dic
 
     def offline() -> dict[str, float]:
         begin, before = time.perf_counter(), time.process_time()
-        outputs = llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts], sampling, shared_prefix="off"
-        )
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling)
         seconds, cpu = time.perf_counter() - begin, time.process_time() - before
         answers["offline"] = [output.outputs[0].text for output in outputs]
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)

@@ -58,6 +58,7 @@ def main(args: Args) -> None:
         max_num_seqs=2,
         prefill_chunk_size=args.chunk,
         burst_steps=args.burst_steps,
+        enable_prefix_caching=False,
         max_model_len=args.chunk * args.prompt_chunks + 256,
     )
     rounds = [measure(llm, args, seed) for seed in range(args.rounds + 1)][1:]

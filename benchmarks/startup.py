@@ -147,7 +147,7 @@ def child(args: Args, rows: int, began: float) -> dict[str, float]:
     llm.generate(prompts[:1], sampling)
     done("first_token")
     more = dataclasses.replace(sampling, max_tokens=llm.engine.burst_steps + 1)
-    llm.generate(prompts, more, shared_prefix="off")
+    llm.generate(prompts, more)
     done("first_burst")
     parts["total"] = last - began
     parts["processor"] = time.process_time()

@@ -28,6 +28,7 @@ from report import write_throughput
 
 import convert
 from lserve_jax import LLM, SamplingParams
+from lserve_jax.engine.build import resolve_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,26 +64,29 @@ def main(args: Args) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)} must be at least 1")
     about = provenance()
-    llm = LLM(
-        args.model,
-        dtype=args.dtype,
-        max_num_seqs=args.batch_size,
-        max_model_len=args.system_tokens + args.own_tokens[1] + args.new_tokens,
-        progress=True,
+    loaded = convert.load(convert.resolve(args.model), dtype=resolve_dtype(args.dtype))
+    shares, forgets = (
+        LLM(
+            loaded,
+            dtype=args.dtype,
+            max_num_seqs=args.batch_size,
+            max_model_len=args.system_tokens + args.own_tokens[1] + args.new_tokens,
+            enable_prefix_caching=enabled,
+        )
+        for enabled in (True, False)
     )
-    dtype = llm.dtype.__name__
-    prompts = make_prompts(args, llm.config.vocab_size)
+    dtype = shares.dtype.__name__
+    prompts = make_prompts(args, shares.config.vocab_size)
     sampling = SamplingParams(temperature=0, max_tokens=args.new_tokens, ignore_eos=True)
 
-    def run(sharing: str) -> tuple[list[list[int]], float]:
+    def run(llm: LLM) -> tuple[list[list[int]], float]:
+        llm.reset_prefix_cache()
         started = time.perf_counter()
-        outputs = llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts], sampling, shared_prefix=sharing
-        )
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling)
         seconds = time.perf_counter() - started
         return [output.outputs[0].token_ids for output in outputs], seconds
 
-    sides = {"lserve-jax": lambda: run("auto"), "lserve-jax, no sharing": lambda: run("off")}
+    sides = {"lserve-jax": lambda: run(shares), "lserve-jax, no sharing": lambda: run(forgets)}
     versions = {"jax": about["jax"], "python": platform.python_version()}
     peer = None
     if args.peer_python is not None:

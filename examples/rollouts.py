@@ -146,7 +146,7 @@ def train(args: Arguments) -> list[Iteration]:
     done: list[Iteration] = []
     for number in range(args.iterations):
         begin, before = time.perf_counter(), len(compiled)
-        outputs = llm.generate(prompts, sampling, shared_prefix="off")
+        outputs = llm.generate(prompts, sampling)
         batch, mean_reward = make_batch(outputs, length)
         params, state, gap = jax.block_until_ready(step(params, state, batch))
         updating = time.perf_counter()

@@ -29,7 +29,6 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from lserve_jax import __version__
-from lserve_jax.engine.prefix import CommonPrefix
 from lserve_jax.llm import LLM, Message
 from lserve_jax.outputs import CompletionOutput, RequestOutput
 from lserve_jax.sampling_params import SamplingParams
@@ -150,21 +149,14 @@ class PromptsFile:
             if number not in self.bad and number not in without:
                 yield self._parse(number, raw)
 
-    def check(self, llm: LLM, prompt_format: PromptFormat, done: Collection[int]) -> list[int]:
-        """Finds the lines that ``llm`` cannot run; returns what the others begin with.
-
-        That is whole pages of token ids, none where there are not two prompts to share them.
-        """
-        common = CommonPrefix()
+    def check(self, llm: LLM, prompt_format: PromptFormat, done: Collection[int]) -> None:
+        """Finds the lines that ``llm`` cannot run."""
         for line in self.lines(without=done):
             try:
                 prompt = prompt_format.apply(llm, line.prompt, line.tools)
-                ids = llm.check_request(prompt, line.sampling)
+                llm.check_request(prompt, line.sampling)
             except ValueError as error:
                 self._refuse(line.number, error)
-                continue
-            common.add(ids.ids)
-        return common.whole_pages(llm.spec.page_size) if common.count > 1 else []
 
     def _raw_lines(self) -> Iterator[tuple[int, bytes]]:
         with self.path.open("rb") as file:
@@ -327,13 +319,13 @@ def run_batch(
 ) -> BatchTimes:
     """Runs every line of ``prompts`` that ``results`` lacks, with a progress bar on stderr.
 
-    What all prompts begin with is computed once. Bad lines are reported, and recorded as errors; so
-    are lines that fail while they run.
+    What prompts begin with that others began with is computed once. Bad lines are reported, and
+    recorded as errors; so are lines that fail while they run.
 
     Raises ``ValueError`` for a line that cannot be run, before any does, unless bad lines are
     skipped.
     """
-    beginning = prompts.check(llm, prompt_format, results.done)
+    prompts.check(llm, prompt_format, results.done)
     drawn: dict[int, PromptLine] = {}  # lines in the engine, by position
 
     def requests() -> Iterator[tuple[Prompt, SamplingParams]]:
@@ -349,7 +341,7 @@ def run_batch(
     with tqdm(
         desc="generating", unit="prompt", total=prompts.num_lines, initial=len(results.done)
     ) as bar:
-        for position, output in llm.stream(requests(), beginning=beginning):
+        for position, output in llm.stream(requests()):
             line = drawn.pop(position)
             if output.error is not None:
                 tqdm.write(f"line {line.number} has failed: {output.error}", file=sys.stderr)

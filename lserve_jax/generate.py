@@ -77,8 +77,8 @@ class GenerateArgs(ModelArgs):
     """Where the answers to --prompts-file go, as JSON Lines in the order in which they finish.
     The same command again continues an interrupted run."""
     shared_prefix_file: Annotated[Path | None, flag("FILE", "none")] = None
-    """Text that all of --prompts-file begin with, computed once: the system message of a chat,
-    otherwise put in front of the prompt."""
+    """Text that all of --prompts-file begin with: the system message of a chat, otherwise put in
+    front of the prompt."""
     skip_bad_lines: Switch = False
     """Run the other lines of --prompts-file where some cannot be run."""
     chat: Annotated[bool | None, flag("", "chat if the model has a template")] = None
@@ -106,8 +106,8 @@ class GenerateArgs(ModelArgs):
     max_num_seqs: int = 8
     """So many of --prompts-file run at the same time."""
     relay: RelayMode = "auto"
-    """Whether the prompts of --prompts-file read together what they all begin with; auto: where
-    it pays."""
+    """Whether prompts of --prompts-file that begin alike read that together; auto: where it
+    pays."""
 
     json: Switch = False
     """Print one JSON object (text, token_ids, finish_reason, timings) instead of the text."""
@@ -124,7 +124,7 @@ _NOT_OF_A_RUN = (
 )
 # Options that are younger than some output files, whose headers lack them.
 _ABSENT_AS_DEFAULT = (
-    *("stop_token_ids", "skip_special_tokens"),
+    *("stop_token_ids", "skip_special_tokens", "prefix_cache", "host_cache_bytes"),
     *("exact", "draft", "max_draft_tokens"),
 )
 

@@ -7,7 +7,6 @@ print(outputs[0].outputs[0].text)
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import os
 import threading
@@ -22,7 +21,7 @@ from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.checks import check_choice, check_integer, check_path, is_listing
 from lserve_jax.engine.build import EngineOptions, build_engine, resolve_dtype, with_shipped_shares
 from lserve_jax.engine.judging import embed, judge
-from lserve_jax.engine.prefix import CommonPrefix, Prefix, check_begins
+from lserve_jax.engine.prefix import Prefix, check_begins
 from lserve_jax.engine.request import PromptIds, check_deadline
 from lserve_jax.engine.scoring import Score
 from lserve_jax.memory import memory_errors
@@ -34,7 +33,6 @@ from lserve_jax.text_engine import CheckedPrompt, Prompt, TextEngine, check_toke
 from lserve_jax.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}, and what else a template reads
-SharedPrefix = Literal["auto", "off"] | Prefix
 # Called with (prompt index, completion index, new text) as text is made.
 OnText = Callable[[int, int, str], None]
 OPTIONS = tuple(field.name for field in dataclasses.fields(EngineOptions))
@@ -149,8 +147,7 @@ class LLM:
         return self.engine.max_model_len
 
     def memory_plan(self) -> dict[str, int]:
-        """Bytes of the parameters, of each part of the KV cache (see ``attention/cache.py``), and
-        of what held prefixes keep beside their pages."""
+        """Bytes of the parameters and of each part of the KV cache (see ``attention/cache.py``)."""
         return self.engine.memory_plan()
 
     def update_params(self, params: Params) -> None:
@@ -165,8 +162,8 @@ class LLM:
         other array is shared with the caller. A training step that takes ``params`` as donated
         takes them from here too: update again before the next request, which is refused until then.
 
-        Prefixes are released: they hold keys of the old weights. A call of another thread is waited
-        for.
+        Prefixes are released and remembered prompts forgotten: they hold keys of the old weights. A
+        call of another thread is waited for.
 
         Raises ``ValueError`` while requests run, for instance of an open ``stream``, and for
         ``params`` of another tree, shape or dtype: all differences are named, nothing has changed.
@@ -179,18 +176,18 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        shared_prefix: SharedPrefix = "auto",
+        shared_prefix: Prefix | None = None,
         on_text: OnText | None = None,
         deadline: float | None = None,
     ) -> list[RequestOutput]:
         """Completes prompts; results come in the order of the prompts.
 
         ``sampling_params``: one for all, or one a prompt; None is ``SamplingParams()``.
-        ``shared_prefix``: "auto" computes the longest common prefix of all prompts (whole pages of
-        tokens) once; "off" does not; a ``Prefix`` is one that all prompts must begin with. Prompts
-        that begin with a prefix that is held already share it in any case, unless their
-        ``prompt_logprobs`` are asked for: these run every token of the prompt. ``deadline`` seconds
-        from now every completion ends with what it has (``finish_reason`` "deadline").
+        What prompts begin with that was computed before, in this call or an earlier one, is not
+        computed again (docs/prefix-cache.md), unless their ``prompt_logprobs`` are asked for: these
+        run every token of the prompt. ``shared_prefix`` is one that all prompts must begin with.
+        ``deadline`` seconds from now every completion ends with what it has (``finish_reason``
+        "deadline").
 
         Several threads may call it: they take turns.
 
@@ -222,16 +219,13 @@ class LLM:
                 self.text_engine.check(prompt, sampling)
                 for prompt, sampling in zip(prompts, sampling_params, strict=True)
             ]
-            beginning: list[int] = []
             if isinstance(shared_prefix, Prefix):
                 check_begins(shared_prefix, [prompt.ids.ids for prompt in checked])
-            elif not isinstance(shared_prefix, str) or shared_prefix not in ("auto", "off"):
-                raise ValueError(f"{shared_prefix=} must be 'auto', 'off' or a Prefix")
-            elif shared_prefix == "auto":
-                beginning = self._common_beginning(checked, sampling_params)
+            elif shared_prefix is not None:
+                raise TypeError(f"{shared_prefix=} must be a Prefix or None")
             requests = zip(checked, sampling_params, strict=True)
             outputs = {}
-            stream = self._stream(requests, beginning, on_text, self._until(deadline))
+            stream = self._stream(requests, on_text, self._until(deadline))
             with contextlib.closing(stream):
                 for position, output in stream:
                     for error in (c.error for c in output.outputs if c.error is not None):
@@ -243,7 +237,6 @@ class LLM:
         self,
         requests: Iterable[tuple[Prompt | CheckedPrompt, SamplingParams]],
         *,
-        beginning: Sequence[int] | np.ndarray = (),
         on_text: OnText | None = None,
         deadline: float | None = None,
     ) -> Generator[tuple[int, RequestOutput]]:
@@ -252,7 +245,6 @@ class LLM:
         One whose logits are not finite ends with ``finish_reason`` "error"; the others go on.
 
         No more are drawn than can run and wait to run next, so there may be any number of them.
-        ``beginning``: token ids of whole pages that the prompts begin with, to be computed once.
         ``deadline``: seconds after which each request, from when it is drawn, ends with what it has
         (``finish_reason`` "deadline").
 
@@ -264,7 +256,7 @@ class LLM:
         if not is_listing(requests):
             raise TypeError(f"{requests=} must give pairs of a prompt and its SamplingParams")
         check_deadline(deadline)
-        return self._stream(requests, beginning, on_text, lambda: deadline)
+        return self._stream(requests, on_text, lambda: deadline)
 
     def _until(self, deadline: float | None) -> Callable[[], float | None]:
         """What is left of ``deadline`` seconds that begin now."""
@@ -277,7 +269,6 @@ class LLM:
     def _stream(
         self,
         requests: Iterable[tuple[Prompt | CheckedPrompt, SamplingParams]],
-        beginning: Sequence[int] | np.ndarray,
         on_text: OnText | None,
         deadline: Callable[[], float | None],
     ) -> Generator[tuple[int, RequestOutput]]:
@@ -286,7 +277,6 @@ class LLM:
         text = self.text_engine
         position_of: dict[str, int] = {}  # by request id
         drawn = enumerate(requests)
-        prefix = None
 
         def advance() -> list[tuple[int, RequestOutput]] | None:
             """One step; what has finished in it, None at the end."""
@@ -316,9 +306,6 @@ class LLM:
         try:
             with self._lock, memory_errors():
                 self._check_idle()
-                ids = PromptIds.check(beginning, self.config.vocab_size, what="beginning").ids
-                if len(ids) and self.engine.prefix_store.has_room:
-                    prefix = self.engine.add_prefix(ids)
                 done = advance()
             while done is not None:
                 yield from done  # without the lock: the caller may never ask for the next
@@ -331,21 +318,22 @@ class LLM:
                 if position_of:
                     text.abandon()
             raise
-        finally:
-            with self._lock:
-                if prefix is not None and not prefix.is_released:
-                    prefix.release()
 
     def _check_idle(self) -> None:
         if self.engine.has_unfinished_requests:
             raise ValueError("the engine is still busy with another call's requests")
 
-    def prefix(self, prompt: Prompt) -> Prefix:
-        """Computes keys and values of a prompt's beginning once, for all requests that share it.
+    def reset_prefix_cache(self) -> None:
+        """Forgets all prompts that were computed, but those that somebody holds (``prefix``)."""
+        with self._lock:
+            self.engine.reset_prefix_cache()
 
-        Requests whose token ids begin with the prefix's whole pages use it from then on, until it
-        is released. Of a text the last token is left out: it could be another one where the text
-        goes on.
+    def prefix(self, prompt: Prompt) -> Prefix:
+        """Computes keys and values of a prompt's beginning and keeps them until they are released.
+
+        Requests whose token ids begin with the prefix's whole pages share it, as they share any
+        prompt that was computed before; but this one is there for certain. Of a text the last token
+        is left out: it could be another one where the text goes on.
 
         Raises ``ValueError`` where ``Engine.add_prefix`` does, and for a text that is much longer
         than the model can read.
@@ -425,7 +413,7 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        shared_prefix: SharedPrefix = "auto",
+        shared_prefix: Prefix | None = None,
         on_text: OnText | None = None,
         deadline: float | None = None,
     ) -> list[RequestOutput]:
@@ -499,18 +487,3 @@ class LLM:
     def token_ids(self, prompt: Prompt) -> np.ndarray:
         """The prompt as the model sees it, int32. See ``TextEngine.token_ids``."""
         return self.text_engine.token_ids(prompt).ids
-
-    def _common_beginning(
-        self, prompts: Sequence[CheckedPrompt], sampling_params: Sequence[SamplingParams]
-    ) -> list[int]:
-        """Whole pages of tokens that all prompts begin with; none where that saves nothing."""
-        # A completion that judges the prompt runs all of it.
-        sharing = [s.n - (s.prompt_logprobs is not None) for s in sampling_params]
-        if sum(sharing) < 2:
-            return []
-        common = CommonPrefix()
-        for prompt in itertools.compress(prompts, sharing):
-            if self.engine.match_prefix(prompt.ids):
-                return []  # prefixes that are held already serve these prompts
-            common.add(prompt.ids.ids)
-        return common.whole_pages(self.spec.page_size)

@@ -38,6 +38,10 @@ class ModelArgs:
         flag("{int8,int4,fp8,checkpoint}", "as --dtype"),
     ] = None
     """Quantise weights at load, or keep a checkpoint's own codes: less memory, no kernel yet."""
+    prefix_cache: Annotated[bool, flag("", "remember")] = True
+    """Remember prompts, so that one that begins alike goes on from there, or forget them."""
+    host_cache_bytes: int = 0
+    """Memory of the host for remembered prompts that the KV cache has no room for any more."""
     attention: Literal["dense", "lserve"] = "dense"
     """dense reads the whole context at every token; lserve reads the parts that matter."""
     exact: Switch = False
@@ -80,6 +84,8 @@ class ModelArgs:
             exact=self.exact,
             draft=self.draft,
             max_draft_tokens=self.max_draft_tokens,
+            enable_prefix_caching=self.prefix_cache,
+            host_cache_bytes=self.host_cache_bytes,
             kv_dtype=self.kv_dtype,
             weights=self.weights,
             backend=self.backend,

@@ -56,6 +56,11 @@ class RequestOutput:
         return self.outputs[0].metrics
 
     @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompt that were not computed, since they had been before."""
+        return self.metrics.prefix_tokens
+
+    @property
     def error(self) -> str | None:
         """What went wrong with the first completion whose ``finish_reason`` is "error", if any."""
         for completion in self.outputs:

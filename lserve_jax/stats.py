@@ -113,8 +113,7 @@ def batch_summary(metrics: EngineMetrics, times: BatchTimes, clock: CompileClock
     """Lines that say what a batch cost; its speed includes compilation."""
     lines = [
         f"requests  {metrics.finished} finished, {metrics.preemptions} preemptions",
-        f"prompts   {metrics.prompt_tokens} tokens run, {metrics.prefix_tokens} taken "
-        "from the shared prefix",
+        f"prompts   {metrics.prompt_tokens} tokens run, {metrics.prefix_tokens} remembered",
         f"answers   {_speed(metrics.generated_tokens, times.total)}",
     ]
     if times.first_token:
@@ -132,7 +131,7 @@ def batch_summary(metrics: EngineMetrics, times: BatchTimes, clock: CompileClock
     reasons = "; ".join(f"{reason} ({n})" for reason, n in times.relay_reasons.most_common(3))
     return [
         *lines,
-        f"relay     {metrics.relay_bursts} bursts read the shared prefix together"
+        f"relay     {metrics.relay_bursts} bursts read a beginning together"
         + (f"; requests: {reasons}" if reasons else ""),
         f"compile   {clock.seconds():.2f} s",
     ]

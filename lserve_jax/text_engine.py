@@ -32,7 +32,8 @@ _CHARACTERS_A_TOKEN = 8
 # more where it cuts a special token or a word. That is a few; this is safe.
 _CUT_TOKENS = 128
 
-# Text, or {"prompt_token_ids": [...]}, where "prompt" may be the text that they come from.
+# Text, or {"prompt_token_ids": [...]}, where "prompt" may be the text that they come from, or
+# {"prompt": text}. "cache_salt" beside them: only prompts of one salt share what was computed.
 Prompt = str | Mapping[str, Any]
 
 
@@ -42,6 +43,7 @@ class CheckedPrompt:
 
     text: str | None  # None when it was given as token ids
     ids: PromptIds
+    cache_salt: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -107,12 +109,14 @@ class TextEngine:
             raise ValueError(f"stop={sampling.stop} needs a tokenizer; use stop_token_ids")
         constraint = self.constraints.make(sampling)
         if isinstance(prompt, CheckedPrompt):
-            self.engine.check_request(prompt.ids, sampling, constraint)
+            self.engine.check_request(prompt.ids, sampling, constraint, prompt.cache_salt)
             return prompt
-        if isinstance(prompt, str) and self.tokenizer is not None:
-            self.check_length(prompt)
-        ids = self.engine.check_request(self.token_ids(prompt), sampling, constraint)
-        return CheckedPrompt(text=prompt_text(prompt), ids=ids)
+        salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
+        text = _text_alone(prompt)
+        if text is not None and self.tokenizer is not None:
+            self.check_length(text)
+        ids = self.engine.check_request(self.token_ids(prompt), sampling, constraint, salt)
+        return CheckedPrompt(text=prompt_text(prompt), ids=ids, cache_salt=salt)
 
     def check_length(self, text: str) -> None:
         """Raises ``ValueError`` for a text that cannot fit, without tokenising all of it.
@@ -138,12 +142,13 @@ class TextEngine:
         Raises ``ValueError`` for text without a tokenizer, and ids that are not integers of the
         vocabulary.
         """
-        if isinstance(prompt, str):
+        text = _text_alone(prompt)
+        if text is not None:
             if self.tokenizer is None:
                 raise ValueError(
                     "the model has no tokenizer: give prompts as {'prompt_token_ids': [...]}"
                 )
-            ids = self.tokenizer.encode(prompt)
+            ids = self.tokenizer.encode(text)
         elif isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
             ids = prompt["prompt_token_ids"]
         else:
@@ -193,6 +198,7 @@ class TextEngine:
                     deadline=deadline,
                     constraint=self.constraints.make(sampling),
                     record_reads=record_reads,
+                    cache_salt=checked.cache_salt,
                 )
                 self._parts[part] = (request, completion)
         except BaseException:  # Ctrl-C, too: no completion runs without the others
@@ -305,6 +311,13 @@ def check_tokenizer(tokenizer: object) -> None:
 
 def _part_id(request_id: str, index: int) -> str:
     return f"{request_id}-{index}"
+
+
+def _text_alone(prompt: Prompt) -> str | None:
+    """The text of a prompt that is to be tokenised; None for one of token ids."""
+    if isinstance(prompt, Mapping) and "prompt_token_ids" not in prompt:
+        prompt = prompt.get("prompt", "") or prompt
+    return prompt if isinstance(prompt, str) else None
 
 
 def prompt_text(prompt: Prompt) -> str | None:

@@ -70,6 +70,7 @@ def prefill_attend(
     config: ModelConfig,
     spec: CacheSpec,
     page_table: Int[Array, " M"],
+    window_table: Int[Array, " M"],
     start: Int[Array, ""],
     length: Int[Array, ""],
     prompt_length: Int[Array, ""],
@@ -82,13 +83,16 @@ def prefill_attend(
     Retrieval heads attend causally, streaming heads through the lambda mask of the prefill
     window. The chunk's K and V are written after they were attended, unquantised, by the chunk
     itself; later chunks and decode read them back from the cache.
+
+    ``window_table`` has the window's pages, -1 for pages of the prompt that are not kept. Since the
+    window is read first, a page that the chunk moves out of sight may be one that it writes.
     """
     window = spec.prefill_window
     position = start + jnp.arange(chunk_size)
     cos, sin = rotary_angles(config, position[None], prompt_length[None])
-    window_table = window.index(jnp.arange(spec.pages_per_sequence))
-    kept = window.keeps(position, start + length)
-    window_page = jnp.where(kept, window.index(position // spec.page_size), -1)
+    number = jnp.minimum(position // spec.page_size, spec.pages_per_sequence - 1)
+    window_page = window_table[number]
+    window_table = jnp.maximum(window_table, 0)
 
     def attend(
         layer: int, q: Array, k: Array, v: Array, cache: LayerCache
@@ -154,7 +158,6 @@ def decode_attend(
     config: ModelConfig,
     spec: CacheSpec,
     page_table: Int[Array, "B M"],
-    sink_page: Int[Array, " B"],
     groups: PrefixGroups | None,
     position: Int[Array, " B"],
     active: Bool[Array, " B"],
@@ -166,8 +169,7 @@ def decode_attend(
     """One token for each of the first B slots, row b in slot b at ``position[b]``.
 
     With ``select`` every ranked head ranks its pages anew; without, it reuses the list kept in the
-    cache. ``tail`` is ``first_tail_page`` at that selection. ``sink_page`` is where the
-    sinks of the row's streaming heads begin.
+    cache. ``tail`` is ``first_tail_page`` at that selection.
 
     Under ``groups`` the retrieval heads of a row attend its group's prefix together with the rest
     of the group. What remains is a sequence of its own that begins after the prefix: its pages are
@@ -190,7 +192,7 @@ def decode_attend(
     streaming_page = slot * spec.decode_window.num_pages + spec.decode_window.index(position // P)
     streaming_page = jnp.where(active, streaming_page, -1)
     start = jnp.zeros((B, 1), jnp.int32)
-    local = window_list(spec, slot, sink_page, position, active)
+    local = window_list(spec, slot, position, active)
     everything = all_pages(spec, page_table)
     stops = [
         retrieval_stop(spec, layer, tail, own, active) for layer in range(config.num_hidden_layers)

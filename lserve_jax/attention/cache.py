@@ -17,17 +17,21 @@ retrieval heads the first Kq rank their pages, and the others read all of them:
                                sink, kept       (p // P - sink_pages) mod local_pages; the
                                for ever         oldest page is overwritten by the newest
 
-                     Behind them the sink pages of prefixes, X times [sink 0][sink 1]: slots whose
-                     sequences begin with a prefix read its sinks and not their own.
+    prefill window   k, v    [Ks, W, P, D]        pages of what streaming heads see while a prompt
+                                                  is read: its sinks and a larger local part, and
+                                                  those of prompts that others can go on from.
 
-    prefill window   k, v    [Ks, W, P, D]        the same with prefill's larger local part; one for
-                                                  the cache, since one prompt is prefilled at a time
+                     page 0    page 1    page 2   ...   page W-1
+                    [sink 0 ] [local 7] [ free ]        [sink 1 ]
+                         ^---------^---------------------------^---- window_table[position // P]
 
 A page id means the same page in every layer's retrieval pool, so a sequence has one page table;
-pool bytes differ between layers because Kr does. K and V are separate arrays so that updating one
-never copies the other. Keys are stored rotated, at absolute positions, so a stale key is
-recognised by its position. int8 storage adds one float32 scale per token and head; other storage
-types (int4, a scale per tensor) differ only in the element type and the shape of the scale arrays.
+pool bytes differ between layers because Kr does. So it is with the pages of prefill windows: the
+one prompt that is read at a time has a table of those that its streaming heads can see. K and V are
+separate arrays so that updating one never copies the other. Keys are stored rotated, at absolute
+positions, so a stale key is recognised by its position. int8 storage adds one float32 scale per
+token and head; other storage types (int4, a scale per tensor) differ only in the element type and
+the shape of the scale arrays.
 """
 
 import dataclasses
@@ -80,15 +84,6 @@ class StreamingWindow:
         wrapped = self.sink_pages + (page - self.sink_pages) % self.local_pages
         return jnp.where(page < self.sink_pages, page, wrapped)
 
-    def keeps(self, position: Int[Array, "..."], end: Int[Array, ""]) -> Bool[Array, "..."]:
-        """Whether a token's page is still held once the sequence is ``end`` tokens long.
-
-        All pages that there is room for, up to a page more than ``local`` tokens: a prompt equal to
-        a shared prefix runs its last page again and must see the whole window of that page.
-        """
-        oldest = (end - 1) // self.page_size - self.local_pages + 1
-        return (position < self.sink) | (position // self.page_size >= oldest)
-
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSpec:
@@ -101,11 +96,11 @@ class CacheSpec:
     num_pages: int  # N, of every retrieval pool
     pages_per_sequence: int  # M, width of the page table
     max_num_seqs: int  # S
-    max_prefixes: int  # X, shared prefixes at a time
+    num_window_pages: int  # W, of every pool of prefill windows
     heads: HeadBudgets  # retrieval heads of each layer, and what they may read
     kv_dtype: KVDtype
     decode_window: StreamingWindow  # what streaming heads keep while decoding
-    prefill_window: StreamingWindow  # what they keep while a prompt is prefilled
+    prefill_window: StreamingWindow  # what they see while a prompt is prefilled
     # None: decode attends every page (dense). Otherwise how pages are selected.
     sparsity: SparsityConfig | None
     # K: in exact mode up to so many tokens are drafted, and dense attention verifies them. None:
@@ -253,21 +248,8 @@ class CacheSpec:
 
     @property
     def num_streaming_pages(self) -> int:
-        """Q: the decode windows of all slots, then the sink pages of all prefixes."""
-        return (
-            self.max_num_seqs * self.decode_window.num_pages
-            + self.max_prefixes * self.decode_window.sink_pages
-        )
-
-    def slot_sink(self, slot: int) -> int:
-        """The streaming page where the slot's own sinks begin."""
-        return slot * self.decode_window.num_pages
-
-    def prefix_sink(self, index: int) -> int:
-        """The streaming page where the sinks of a prefix begin."""
-        return (
-            self.max_num_seqs * self.decode_window.num_pages + index * self.decode_window.sink_pages
-        )
+        """Q: the decode windows of all slots."""
+        return self.max_num_seqs * self.decode_window.num_pages
 
 
 @jax.tree_util.register_dataclass
@@ -299,7 +281,8 @@ def make_spec(
 ) -> CacheSpec:
     """Sizes of a cache for sequences of up to ``max_model_len`` tokens.
 
-    ``exact``: most drafts and where they come from, in exact mode.
+    ``max_prefixes``: prompts that others can go on from, beside the one that is read, for whose
+    windows there is room. ``exact``: most drafts and where they come from, in exact mode.
     """
     max_drafts, draft = (None, "sparse") if exact is None else exact
     page_size = SparsityConfig().page_size if sparsity is None else sparsity.page_size
@@ -313,16 +296,20 @@ def make_spec(
         )
 
     sizes = SparsityConfig() if sparsity is None else sparsity
+    prefill_window = window(sizes.prefill_sink, sizes.prefill_local)
+    num_window_pages = (1 + max_prefixes) * prefill_window.num_pages
+    if max_prefixes:  # a prompt that will be remembered keeps a second window behind its own
+        num_window_pages += prefill_window.local_pages
     return CacheSpec(
         page_size=page_size,
         num_pages=num_pages,
         pages_per_sequence=pages_per_sequence,
         max_num_seqs=max_num_seqs,
-        max_prefixes=max_prefixes,
+        num_window_pages=num_window_pages,
         heads=heads,
         kv_dtype=kv_dtype,
         decode_window=window(sizes.decode_sink, sizes.decode_local),
-        prefill_window=window(sizes.prefill_sink, sizes.prefill_local),
+        prefill_window=prefill_window,
         sparsity=sparsity,
         max_drafts=max_drafts,
         draft=draft,
@@ -361,7 +348,7 @@ def layer_cache_shapes(config: ModelConfig, spec: CacheSpec, layer: int, dtype) 
         retrieval=pages(Kr, spec.num_pages, quantized),
         key_stats=key_stats,
         streaming=pages(Ks, spec.num_streaming_pages, quantized),
-        prefill_window=pages(Ks, spec.prefill_window.num_pages, False),
+        prefill_window=pages(Ks, spec.num_window_pages, False),
         listed=listed,
         counts=counts,
     )
@@ -389,42 +376,25 @@ def fill_decode_window(
     spec: CacheSpec,
     slot: Int[Array, ""],
     length: Int[Array, ""],
-    *,
-    own_sinks: Bool[Array, ""],
+    window_table: Int[Array, " M"],
 ) -> LayerCache:
     """At the end of a prompt of ``length`` tokens: keep of the window what decode will read.
 
-    Whole pages are copied (and quantised if the cache is int8): the sinks, unless the slot reads
-    those of a prefix, and the newest pages, as many as the decode window has. Pages the sequence
-    does not have are dropped.
+    Whole pages are copied (and quantised if the cache is int8): the sinks, and the newest pages, as
+    many as the decode window has. ``window_table`` says where they lie in the prefill window. Pages
+    the sequence does not have are dropped.
     """
+    if cache.prefill_window.k.shape[0] == 0:
+        return cache
     window, newest = spec.decode_window, (length - 1) // spec.page_size
     number = jnp.concatenate(
         [jnp.arange(window.sink_pages), newest - jnp.arange(window.local_pages)]
     )  # page numbers within the sequence
     is_local = jnp.arange(window.num_pages) >= window.sink_pages
-    exists = jnp.where(is_local, number >= window.sink_pages, (number <= newest) & own_sinks)
-    target = slot * window.num_pages + window.index(jnp.maximum(number, 0))
-    return _copy_from_window(cache, spec, jnp.maximum(number, 0), target, exists)
-
-
-def keep_sinks(cache: LayerCache, spec: CacheSpec, first_page: Int[Array, ""]) -> LayerCache:
-    """Keeps the sinks of a prefix, at least as long as they are, from ``first_page`` on."""
-    number = jnp.arange(spec.decode_window.sink_pages)
-    return _copy_from_window(cache, spec, number, first_page + number, number >= 0)
-
-
-def _copy_from_window(
-    cache: LayerCache,
-    spec: CacheSpec,
-    number: Int[Array, " n"],
-    target: Int[Array, " n"],
-    exists: Bool[Array, " n"],
-) -> LayerCache:
-    """Pages ``number`` of the sequence in the window to pages ``target`` of the streaming pool."""
-    if cache.prefill_window.k.shape[0] == 0:
-        return cache
-    source = spec.prefill_window.index(number)
+    exists = jnp.where(is_local, number >= window.sink_pages, number <= newest)
+    number = jnp.maximum(number, 0)
+    source = window_table[jnp.minimum(number, window_table.shape[0] - 1)]
+    target = slot * window.num_pages + window.index(number)
     target = jnp.where(exists, target, cache.streaming.k.shape[1])  # out of range: dropped
 
     def copy(pool: Array, pages: Array) -> Array:

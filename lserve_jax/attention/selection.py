@@ -171,14 +171,12 @@ def retrieval_stop(
 def window_list(
     spec: CacheSpec,
     slot: Int[Array, " B"],
-    sink_page: Int[Array, " B"],
     position: Int[Array, " B"],
     active: Bool[Array, " B"],
 ) -> PageList:
     """Sink and local pages of each slot: positions below ``sink`` or above ``position - local``.
 
-    One list, shared by all streaming heads. ``sink_page`` is the first physical page of the row's
-    sinks: those of its slot or of its prefix.
+    One list, shared by all streaming heads.
 
     The oldest local page is usually visible only from some token on, so it comes first and
     ``start`` skips its beginning; sinks and the other local pages follow, the newest last.
@@ -201,11 +199,7 @@ def window_list(
     number = jnp.where(column(num_local > 1), oldest_first, sinks_first)
     count = num_sinks + num_local
     number = jnp.where(entry < column(count), number, 0)
-    pages = jnp.where(
-        number < sinks,
-        column(sink_page) + number,
-        column(slot) * window.num_pages + window.index(number),
-    )
+    pages = column(slot) * window.num_pages + window.index(number)
     # With a single local page the window starts at its edge (local >= P), so nothing is skipped.
     start = jnp.where(num_local > 1, jnp.maximum(first_visible - oldest * P, 0), 0)
     stop = (count - 1) * P + position % P + 1

@@ -21,11 +21,16 @@ def buckets(smallest: int, largest: int) -> list[int]:
     return sizes
 
 
+def most_groups(spec: CacheSpec) -> int:
+    """Groups of at least two requests that a batch can have."""
+    return max(spec.max_num_seqs // 2, 1)
+
+
 def shape_buckets(
     spec: CacheSpec, chunks: list[int], *, relays: bool, all_slots: bool
 ) -> dict[str, list[int]]:
     """What ``Engine.shape_buckets`` returns; ``chunks`` are the lengths of prompt chunks."""
-    slots, groups = [spec.max_num_seqs], buckets(1, 2 * spec.max_prefixes)
+    slots, groups = [spec.max_num_seqs], buckets(1, most_groups(spec))
     return {
         "chunk_tokens": chunks,
         "slots": slots if all_slots else buckets(1, spec.max_num_seqs),

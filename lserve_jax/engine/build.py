@@ -61,14 +61,18 @@ class EngineOptions:
     kv_cache_bytes: memory for the retrieval pages; None takes ``memory_fraction`` of what the
         device has free, on a CPU 2 GiB.
     memory_fraction: share of the free device memory for the KV cache; the rest is for activations.
-        What ``max_prefixes`` prefixes can keep beside their pages is set aside first.
-    max_prefixes: shared prefixes that can be held at a time.
-    relay: whether requests with a shared prefix read it together: "always", "never", or "auto",
-        where it pays (see ``relay.py``).
-    deterministic: a request's tokens do not depend on what else runs; needs relay="never" (in
-        dense attention "always" too), and costs speed while few requests run. With int8 storage
-        sharing a prefix changes them still; in exact mode how many tokens are verified together
-        can, where two tokens tie but for rounding.
+    enable_prefix_caching: whether prompts that were computed are remembered, as long as nobody
+        wants their pages: a prompt that begins like one of them goes on from there.
+    host_cache_bytes: host memory to which remembered prompts go when their pages are wanted, and
+        from where they come back instead of being computed; 0: they are forgotten.
+    max_prefixes: prompts, beside those that run, that there is room to remember, at most as many as
+        ``kv_cache_bytes`` hold. Where heads stream, their prefill windows take memory of their own.
+    relay: whether requests that begin alike read that together: "always", "never", or "auto", where
+        it pays (see ``relay.py``).
+    deterministic: a request's tokens do not depend on what else runs or ran; needs relay="never",
+        and costs speed while few requests run. Prompts then share whole chunks of
+        ``prefill_chunk_size`` tokens only, as they do with int8 storage. In exact mode how many
+        tokens are verified together can change them, where two tokens tie but for rounding.
     exact: answers are those of dense attention, of its own sampling too: sparse steps, by
         ``sparsity``, only draft tokens, which dense attention verifies. Every head keeps all pages.
         Needs attention="lserve", and no relay="always".
@@ -103,6 +107,8 @@ class EngineOptions:
     weight_group: int = 32
     kv_cache_bytes: int | None = None
     memory_fraction: float = 0.8
+    enable_prefix_caching: bool = True
+    host_cache_bytes: int = 0
     max_prefixes: int = 8
     relay: RelayMode = "auto"
     deterministic: bool = False
@@ -122,7 +128,7 @@ class EngineOptions:
             most = math.inf if name == "kv_cache_bytes" else most
             if value is not None or name in _INTEGERS:
                 object.__setattr__(self, name, check_integer(name, value, most=most))
-        for name in ("deterministic", "exact"):
+        for name in ("deterministic", "exact", "enable_prefix_caching"):
             check_bool(name, getattr(self, name))
         if not isinstance(self.sparsity, SparsityConfig | None):
             raise TypeError(f"sparsity={self.sparsity!r} must be a SparsityConfig or None")
@@ -141,7 +147,7 @@ class EngineOptions:
             raise ValueError(
                 f"prefill_chunk_size={chunk} must be a power of two of at least {SMALLEST_CHUNK}"
             )
-        check_mode(self.relay, self.deterministic, self.resolved_sparsity)
+        check_mode(self.relay, self.deterministic)
         if self.exact and self.attention != "lserve":
             raise ValueError(
                 f"exact=True needs attention='lserve', got {self.attention!r}: dense attention is "
@@ -170,6 +176,8 @@ class EngineOptions:
             raise ValueError(f"memory_fraction={fraction!r} must lie in (0, 1]")
         if self.max_prefixes < 0:
             raise ValueError(f"max_prefixes={self.max_prefixes} must not be negative")
+        bytes_on_host = check_integer("host_cache_bytes", self.host_cache_bytes, 0, most=math.inf)
+        object.__setattr__(self, "host_cache_bytes", bytes_on_host)
         if self.burst_steps < 1:
             raise ValueError(f"burst_steps={self.burst_steps} must be at least 1")
         resolve_dtype(self.dtype)
@@ -267,6 +275,8 @@ def build_engine(
         max_model_len=max_model_len,
         eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *eos_token_ids))),
         burst_steps=options.burst_steps,
+        enable_prefix_caching=options.enable_prefix_caching,
+        host_cache_bytes=options.host_cache_bytes,
         relay=options.relay,
         deterministic=options.deterministic,
         head_order=policy.partition.order,
@@ -345,27 +355,23 @@ def _plan_pages(config: ModelConfig, spec: CacheSpec, dtype, options: EngineOpti
         kv_cache_bytes = CPU_CACHE_BYTES
         if stats is not None:
             free = stats["bytes_limit"] - stats["bytes_in_use"]
-            kv_cache_bytes = room_for_pages(sizes, spec, free, options.memory_fraction)
+            kv_cache_bytes = room_for_pages(sizes, free, options.memory_fraction)
     pages = kv_cache_bytes // max(page_bytes, 1)
     if stats is not None:
         # So that a start with a little less memory finds the programs of the one before.
         pages = _rounded(pages)
     if pages < 1:
         raise ValueError(f"{kv_cache_bytes=} holds no page: one takes {page_bytes} bytes")
-    # Sequences of all slots, and prefixes that none of them shares.
-    return min((spec.max_num_seqs + spec.max_prefixes) * spec.pages_per_sequence, pages)
+    # Sequences of all slots, and prompts that none of them shares.
+    return min((spec.max_num_seqs + options.max_prefixes) * spec.pages_per_sequence, pages)
 
 
-def room_for_pages(
-    sizes: Mapping[str, int], spec: CacheSpec, free: int, memory_fraction: float
-) -> int:
+def room_for_pages(sizes: Mapping[str, int], free: int, memory_fraction: float) -> int:
     """Bytes for retrieval pages where ``free`` are left beside the parameters.
 
-    ``sizes``: ``cache_bytes`` of ``spec`` with one page.
+    ``sizes``: ``cache_bytes`` of a spec with one page.
     """
-    # Every prefix held keeps a copy of the prefill window.
-    fixed = sum(sizes.values()) + spec.max_prefixes * sizes["prefill_window"]
-    return max(int(memory_fraction * (free - fixed)), 0)
+    return max(int(memory_fraction * (free - sum(sizes.values()))), 0)
 
 
 def with_shipped_shares(options: EngineOptions, source: ModelSource) -> EngineOptions:

@@ -18,6 +18,7 @@ class CacheUnits:
 
     token: int  # keys and values of a token in one KV head, scales included
     page: int  # a retrieval page in all layers, statistics included
+    remembered_page: int  # the same and a page of the prefill window
     statistics: int  # the statistics of a page in all layers
     decode_window: int  # a sequence's window for streaming heads, in all layers
     page_size: int  # tokens
@@ -32,9 +33,11 @@ class CacheUnits:
         int8 = spec.kv_dtype == "int8"
         number, scale = (1, 4) if int8 else (jnp.dtype(dtype).itemsize, 0)
         windows = sizes["streaming"] // spec.num_streaming_pages
+        page = (sizes["retrieval"] + sizes["key_stats"]) // spec.num_pages
         return cls(
             token=2 * (config.head_dim * number + scale),
-            page=(sizes["retrieval"] + sizes["key_stats"]) // spec.num_pages,
+            page=page,
+            remembered_page=page + sizes["prefill_window"] // spec.num_window_pages,
             statistics=sizes["key_stats"] // spec.num_pages,
             decode_window=windows * spec.decode_window.num_pages,
             page_size=spec.page_size,
@@ -101,7 +104,10 @@ class RequestCosts:
     def add(
         self, row: BurstRow, units: CacheUnits, position: int, decision: RelayDecision | None
     ) -> None:
-        """Adds a burst. ``position`` is that of its first step; None: the request has no prefix."""
+        """Adds a burst. ``position`` is that of its first step.
+
+        ``decision`` is None where nobody shares the request's beginning.
+        """
         together = decision is not None and decision.used
         self.steps += row.steps
         self.bypassed += row.bypassed
@@ -118,7 +124,7 @@ class RequestCosts:
             self.read -= row.steps * units.retrieval_heads * decision.prefix_tokens * others
         self.positions += sum(range(position + 1, position + row.steps + 1))
         self.relay_steps += row.steps * together
-        self.relay_reason = "no prefix" if decision is None else decision.reason
+        self.relay_reason = "nobody shares its beginning" if decision is None else decision.reason
 
     def metrics(
         self, metrics: RequestMetrics, units: CacheUnits, *, cached_tokens: int

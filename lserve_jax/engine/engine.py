@@ -25,8 +25,10 @@ from lserve_jax.checks import check_bool
 from lserve_jax.engine.buckets import bucket, shape_buckets
 from lserve_jax.engine.costs import BurstRow, CacheUnits
 from lserve_jax.engine.drafting import decide_all
+from lserve_jax.engine.host_tier import HostTier
 from lserve_jax.engine.metrics import EngineCounts, EngineMetrics, StepMetrics
 from lserve_jax.engine.prefix import Prefix
+from lserve_jax.engine.prefix_cache import PrefixCache
 from lserve_jax.engine.prefix_store import PrefixStore
 from lserve_jax.engine.reads import PageReads, head_kinds
 from lserve_jax.engine.relay import RelayMode, check_kernel, check_mode, group_by_prefix
@@ -48,7 +50,9 @@ class Engine:
     runner: the model and its cache; this engine's alone.
     burst_steps: decode steps between two looks at the queue, rounded up to whole selection
         intervals.
-    relay: whether requests with one prefix read it together: "always", "never", or "auto" by the
+    enable_prefix_caching: whether requests leave their prompts for others to go on from.
+    host_cache_bytes: host memory for remembered prompts whose pages others were given.
+    relay: whether requests with one beginning read it together: "always", "never", or "auto" by the
         rule of ``relay.py``.
     deterministic: always runs all slots, so that no request's numbers depend on how many there are.
     head_order: of each layer, the checkpoint's number of the KV head at each place of the
@@ -64,6 +68,8 @@ class Engine:
         max_model_len: int,
         eos_token_ids: Sequence[int],
         burst_steps: int,
+        enable_prefix_caching: bool = True,
+        host_cache_bytes: int = 0,
         relay: RelayMode = "auto",
         deterministic: bool = False,
         head_order: Sequence[Sequence[int]] | None = None,
@@ -71,12 +77,16 @@ class Engine:
         intake: Intake | None = None,
     ):
         spec = runner.spec
-        check_mode(relay, deterministic, spec.sparsity)
+        check_mode(relay, deterministic)
         check_kernel(relay, spec, has_kernel=runner.has_prefix_kernel)
         self.runner, self.max_model_len = runner, max_model_len
         self.eos_token_ids = tuple(eos_token_ids)
         # A whole number of selection intervals, so that every burst begins with a selection.
         self.burst_steps = -(-burst_steps // spec.burst_unit) * spec.burst_unit
+        # Else keys depend on the length of their prompt: no prompt can go on from another's.
+        fixed = runner.config.rope.rope_type != "dynamic"
+        self.enable_prefix_caching = enable_prefix_caching and fixed
+        self.host_cache_bytes = host_cache_bytes
         self.relay: RelayMode = relay
         self.deterministic, self.clock, self.intake = deterministic, clock, intake
         self.units = CacheUnits.of(runner.config, spec, runner.dtype)
@@ -87,7 +97,16 @@ class Engine:
         self._start_empty()
 
     def _start_empty(self) -> None:
-        self.scheduler = Scheduler(self.spec, self.burst_steps)
+        heads, spec = self.config.num_key_value_heads, self.spec
+        prefix_cache = PrefixCache(
+            spec,
+            streams=any(retrieval < heads for retrieval in spec.heads.num_retrieval),
+            chunk_size=self.runner.chunk_size,
+            deterministic=self.deterministic,
+            enabled=self.enable_prefix_caching,
+            host=self._host_tier(),
+        )
+        self.scheduler = Scheduler(spec, self.burst_steps, prefix_cache)
         self.prefix_store = PrefixStore(
             self.runner,
             self.scheduler,
@@ -102,10 +121,16 @@ class Engine:
         self._first_tokens: list[tuple[Request, Sample | None]] = []
         self._last_step: StepMetrics | None = None
 
+    def _host_tier(self) -> HostTier | None:
+        limit = self.host_cache_bytes // self.units.remembered_page
+        if limit == 0 or not self.enable_prefix_caching:
+            return None
+        return HostTier(limit, self.runner.read_pages, self.runner.write_pages)
+
     def reset(self) -> None:
         """Begins anew with an empty cache and no requests, also after a failure on the device."""
         self.runner.reset()
-        self.scheduler.prefix_cache.clear()
+        self.prefix_store.forget()
         self.resets += 1
         self._start_empty()
 
@@ -119,7 +144,8 @@ class Engine:
                 "finish or cancel them first"
             )
         self.intake.check(params)
-        self.scheduler.prefix_cache.release_all()
+        self.prefix_store.release_all()
+        self.reset_prefix_cache()
         self.runner.update_params(functools.partial(self.intake.later, params))
 
     # What it is asked.
@@ -162,13 +188,17 @@ class Engine:
 
         Any thread may ask. Beside the one that steps, its numbers can be of two moments.
         """
-        scheduler = self.scheduler
+        scheduler, cache = self.scheduler, self.scheduler.prefix_cache
         waiting = len(scheduler.waiting)
         return EngineMetrics(
             waiting=waiting,
             running=max(len(self.unfinished) - waiting, 0),
-            free_pages=len(scheduler.pool.free),
-            pinned_pages=scheduler.prefix_cache.pinned_pages,
+            free_pages=cache.free_pages,
+            cached_pages=cache.cached_pages,
+            pinned_pages=cache.pinned_pages,
+            host_pages=0 if cache.host is None else len(cache.host),
+            evicted_pages=cache.tree.evicted_pages,
+            evicted_windows=cache.tree.evicted_windows,
             num_pages=self.spec.num_pages,
             prompt_tokens=self.runner.prompt_tokens,
             compilations=self.runner.compilations,
@@ -177,13 +207,8 @@ class Engine:
         )
 
     def memory_plan(self) -> dict[str, int]:
-        """Bytes of the parameters, of each part of the cache, and of what prefixes keep now.
-
-        ``prefix_windows`` are the windows of streaming heads that held prefixes keep beside their
-        pages.
-        """
-        kept = self.scheduler.prefix_cache.window_bytes
-        return {**self.runner.memory_plan(), "prefix_windows": kept}
+        """Bytes of the parameters and of each part of the cache (see ``attention/cache.py``)."""
+        return self.runner.memory_plan()
 
     def shape_buckets(self) -> dict[str, list[int]]:
         """All sizes that jitted functions run with.
@@ -194,10 +219,6 @@ class Engine:
         """
         chunks, relays = self.runner.chunk_buckets(), self.relay != "never"
         return shape_buckets(self.spec, chunks, relays=relays, all_slots=self.deterministic)
-
-    def match_prefix(self, prompt: PromptIds) -> int:
-        """Tokens of a prompt that a held prefix would save."""
-        return self.scheduler.prefix_cache.match(prompt.ids).tokens
 
     def most_new_tokens(self, prompt_tokens: int) -> int:
         """Most ``max_tokens`` of a prompt of so many tokens; below 1 where it cannot run at all."""
@@ -211,6 +232,7 @@ class Engine:
         prompt: PromptIds | Sequence[int] | np.ndarray,
         sampling: SamplingParams,
         constraint: Constraint | None = None,
+        cache_salt: str | None = None,
     ) -> PromptIds:
         """The prompt, checked; raises ``ValueError`` for a request that could never run."""
         if not isinstance(sampling, SamplingParams):
@@ -224,7 +246,9 @@ class Engine:
                 f"{len(ids) + sampling.max_tokens}, more than max_model_len={self.max_model_len}"
             )
         check_stop_ids(sampling, self.eos_token_ids, self.config.vocab_size)
-        self.scheduler.check_pages(ids.ids, sampling)
+        if not isinstance(cache_salt, str | None) or cache_salt == "":
+            raise ValueError(f"{cache_salt=} must be a text that is not empty, or None")
+        self.scheduler.check_pages(ids.ids, sampling, cache_salt)
         request_rules(sampling, constraint, self.eos_token_ids, self.config.vocab_size)
         return ids
 
@@ -239,6 +263,7 @@ class Engine:
         deadline: float | None = None,
         constraint: Constraint | None = None,
         record_reads: bool = False,
+        cache_salt: str | None = None,
     ) -> None:
         """Queues a request; ``seed`` is used where ``sampling.seed`` is None.
 
@@ -247,7 +272,9 @@ class Engine:
         it has (``finish_reason`` "deadline"). ``constraint``, this request's alone, is what
         ``bad_words`` and ``structured_outputs`` mean for tokens; ``TextEngine`` makes it.
         ``record_reads`` notes which pages each token reads (``TokenOutput.page_reads``): bursts
-        are of one selection meanwhile, tokens are the same.
+        are of one selection meanwhile, tokens are the same. ``cache_salt``: only prompts of one
+        salt share what was computed, so that nobody learns from the time to the first token what
+        others asked.
 
         Raises ``ValueError`` for a duplicate id (``TypeError`` for one that is no text) or a
         request that could never run.
@@ -259,12 +286,13 @@ class Engine:
         check_deadline(deadline)
         check_bool("record_reads", record_reads)
         self.runner.check_params()
-        ids = self.check_request(prompt, sampling, constraint)
+        ids = self.check_request(prompt, sampling, constraint, cache_salt)
         now = self.clock()
         request = Request(
             request_id=request_id,
             number=self._next_number,
             prompt=ids.ids,
+            cache_salt=cache_salt,
             sampling=sampling,
             sampling_row=sampling_row(
                 sampling,
@@ -430,7 +458,7 @@ class Engine:
         chunk = self.scheduler.next_chunk(request, self.runner.chunk_size)
         logits, judged = self.runner.prefill(chunk)
         request.judged += [] if judged is None else [judged]
-        request.prefilled += len(chunk.tokens)
+        self.scheduler.computed(request, len(chunk.tokens))
         if request.prefilled < len(request.prompt):
             return
         first = None
@@ -446,8 +474,8 @@ class Engine:
         if request is None:
             return None
         request.prefill_start = self.clock()
-        if request.prefix is not None:
-            self.runner.restore_window(self.scheduler.prefix_cache.windows[request.prefix.index])
+        if request.sampling.prompt_logprobs is None:
+            self._counts.prefix_queries += len(request.prompt)
             self._counts.prefix_tokens += request.shared_tokens
         return request
 
@@ -539,6 +567,10 @@ class Engine:
 
     # Prefixes.
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets all prompts that no request runs on and nobody asked to keep."""
+        self.scheduler.prefix_cache.clear()
+
     def add_prefix(self, token_ids: Sequence[int] | np.ndarray) -> Prefix:
         """Computes a prefix and holds it; requests that begin with it share it from then on.
 
@@ -559,6 +591,6 @@ class Engine:
         return self.prefix_store.load(path)
 
     def _finish_prompt(self) -> None:
-        """Runs what is left of the prompt in prefill: there is one prefill window."""
+        """Runs what is left of the prompt in prefill: one prompt at a time has a window."""
         while (request := self.scheduler.prefilling) is not None:
             self._next_chunk(request)

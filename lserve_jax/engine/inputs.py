@@ -16,6 +16,7 @@ class Chunk:
 
     tokens: np.ndarray  # [n] int32, not padded, at most ``chunk_size``
     page_table: np.ndarray  # [M] int32, of the sequence
+    window_table: np.ndarray  # [M] int32, of its prefill window; -1: not kept
     start: int  # position of the first token
     prompt_length: int  # tokens of the whole prompt
     # [n] int32, or one less at the prompt's end: the token after each, where log probabilities of
@@ -33,7 +34,7 @@ class Start:
     sampling: SamplingParams
     sampling_row: dict[str, np.ndarray]  # ``sampling.sampling_row`` of it
     forced: int  # first token of a request that begins anew, else -1
-    own_sinks: bool  # False: its streaming heads read the sinks of a prefix
+    window_table: np.ndarray  # [M] int32, of its prefill window; -1: not kept
     rules: TokenRules | None  # of its first token, one row; None: it may be any
 
 
@@ -43,7 +44,6 @@ class BurstInputs:
 
     steps: int  # to run, a multiple of ``CacheSpec.burst_unit`` or 1; in exact mode tokens
     page_table: np.ndarray  # [B, M] int32
-    sink_page: np.ndarray  # [B] int32
     groups: PrefixGroups | None  # with NumPy arrays
     # [most steps, B] int32, -1 where a token is sampled; fewer than ``burst_unit`` only if it is 1
     forced: np.ndarray

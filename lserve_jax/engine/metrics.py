@@ -6,7 +6,7 @@ from typing import Any, Self
 
 @dataclass(frozen=True, kw_only=True)
 class RelayDecision:
-    """Whether the requests of one prefix read it together in a burst, and why."""
+    """Whether the requests of one beginning read it together in a burst, and why."""
 
     used: bool
     reason: str
@@ -78,7 +78,8 @@ class EngineCounts:
     finished: int = 0
     cancelled: int = 0
     preemptions: int = 0
-    prefix_tokens: int = 0  # of prompts, not prefilled, since a prefix had them
+    prefix_queries: int = 0  # tokens of prompts that were looked for in the prefix tree
+    prefix_tokens: int = 0  # of these, those that it had and that were not prefilled
     generated_tokens: int = 0
     selector_runs: int = 0  # selections, summed over requests
     relay_bursts: int = 0  # bursts in which some prefix was read together
@@ -95,7 +96,7 @@ class StepMetrics:
     prefix_tokens: int  # of the prompts that it admitted, tokens that a prefix had
     decode_requests: int = 0  # requests in the burst
     decode_steps: int = 0  # its length; 0: there was no burst
-    relay: tuple[RelayDecision, ...] = ()  # for each prefix that requests of the burst have
+    relay: tuple[RelayDecision, ...] = ()  # for each beginning that requests of the burst share
     # Of the burst before, whose results it fetched:
     selector_runs: int  # selections, summed over requests
     tokens_attended: int  # summed over its steps, requests, layers and KV heads
@@ -118,8 +119,12 @@ class EngineMetrics(EngineCounts):
 
     waiting: int
     running: int  # the one whose prompt is prefilled included
-    free_pages: int
-    pinned_pages: int  # held by prefixes
+    free_pages: int  # that nobody uses, those of remembered prompts included
+    cached_pages: int  # of these, pages that hold remembered prompts
+    pinned_pages: int  # held by prefixes until they are released
+    host_pages: int  # of remembered prompts, in host memory
+    evicted_pages: int  # of remembered prompts, since the engine began or was reset
+    evicted_windows: int  # pages of their windows, given up by themselves
     num_pages: int
     prompt_tokens: int  # prefilled, preempted requests' again
     compilations: int  # different shapes that jitted functions were called with

@@ -1,12 +1,8 @@
-"""Shared prefixes: tokens whose keys and values are computed once and used by many requests.
+"""Prefixes that somebody asked to keep: pinned in the prefix tree until they are released.
 
-A prefix's whole pages stay in the retrieval pool, where requests that begin with its tokens share
-them by reference. Streaming heads need less of it: the sinks, which lie once in the streaming pool
-and are shared too, and the prefill window at the prefix's end, from which a request goes on.
-
-    prefix      | page 0 | page 1 | ...  | page n-1 | rest |
-    pool          shared   shared          shared     every request computes it with its own tokens
-    streaming     sinks, shared   ...  the last tokens, copied to each request's windows
+Requests that begin with a prefix's tokens share its whole pages by reference, as they share those
+of any prompt that the engine remembers (``prefix_tree.py``). A pinned one is never evicted, and
+neither is the window that streaming heads go on from at its end.
 
 Requests are matched by token ids, never by text: where a text is cut, its tokens can change.
 """
@@ -15,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from lserve_jax.checks import check_path
+from lserve_jax.engine.prefix_tree import Pin
 
-FORMAT = "lserve_jax prefix 2"
+FORMAT = "lserve_jax prefix 3"
 
 
 class PrefixOwner(Protocol):
@@ -50,11 +47,8 @@ class Prefix:
     token_ids: np.ndarray  # [n] int32
     page_size: int
     owner: PrefixOwner
-    # Of its whole pages; empty for a prefix that fills no page, which shares nothing.
-    pages: list[int] = field(default_factory=list)
-    index: int = -1  # among the prefixes held; -1: it holds no pages
+    pin: Pin | None = None  # None: it fills no page, or is released
     pins: int = 1  # how often it was asked for and not released
-    ref_count: int = 0  # requests in slots that share its pages
 
     def __repr__(self) -> str:
         """Without the token ids, of which there can be many."""
@@ -68,19 +62,19 @@ class Prefix:
         return self.pins == 0
 
     @property
+    def pages(self) -> list[int]:
+        """Retrieval pages, in order."""
+        return [] if self.pin is None else [node.page for node in self.pin.node.path()]
+
+    @property
+    def ref_count(self) -> int:
+        """Requests in slots that share all of its pages."""
+        return 0 if self.pin is None else self.pin.node.locks - self.pin.node.pins
+
+    @property
     def num_shared_tokens(self) -> int:
-        """Tokens on its whole pages."""
-        return len(self.pages) * self.page_size
-
-    def shared_tokens_of(self, prompt: np.ndarray) -> int:
-        """How many of a prompt's tokens need not be computed: whole pages, never all of them.
-
-        0 if the prompt does not begin with the prefix's whole pages.
-        """
-        shared = self.num_shared_tokens
-        if len(prompt) < shared or not np.array_equal(prompt[:shared], self.token_ids[:shared]):
-            return 0
-        return min(shared, (len(prompt) - 1) // self.page_size * self.page_size)
+        """Tokens on its pages."""
+        return 0 if self.pin is None else self.pin.node.depth * self.page_size
 
     def release(self) -> None:
         """Gives the pages back, once for each time that the prefix was asked for.
@@ -141,10 +135,10 @@ def read_prefix(
     try:
         with safe_open(path, framework="flax") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") == "lserve_jax prefix 1":
+            if metadata.get("format") in ("lserve_jax prefix 1", "lserve_jax prefix 2"):
                 raise ValueError(
-                    f"prefix file {str(path)!r} has format 1, whose digest of the model leaves out "
-                    "most of its weights: compute the prefix again"
+                    f"prefix file {str(path)!r} is of an older version, which kept other parts of "
+                    "the cache: compute the prefix again"
                 )
             if metadata.get("format") != FORMAT:
                 raise ValueError(
@@ -170,38 +164,6 @@ def read_prefix(
         raise ValueError(
             f"prefix file {str(path)!r} is broken: its token_ids are no JSON: {error}"
         ) from None
-
-
-class CommonPrefix:
-    """What prompts begin with that are seen one after another.
-
-    >>> common = CommonPrefix()
-    >>> for prompt in ([1, 2, 3, 4, 5], [1, 2, 3, 4, 9]):
-    ...     common.add(prompt)
-    >>> common.whole_pages(2)
-    [1, 2, 3, 4]
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._shared = np.zeros((0,), np.int32)
-        self._shortest = 0
-
-    def add(self, prompt: Sequence[int] | np.ndarray) -> None:
-        """Takes up the token ids of one more prompt."""
-        ids = np.asarray(prompt, np.int32)
-        if self.count == 0:
-            self._shared, self._shortest = ids, len(ids)
-        self.count += 1
-        beginning = ids[: len(self._shared)]
-        same = self._shared[: len(beginning)] == beginning
-        self._shared = self._shared[: len(beginning) if same.all() else int(same.argmin())]
-        self._shortest = min(self._shortest, len(ids))
-
-    def whole_pages(self, page_size: int) -> list[int]:
-        """The longest common beginning that is whole pages and leaves every prompt a token."""
-        shared = min(len(self._shared), self._shortest - 1)
-        return self._shared[: max(shared, 0) // page_size * page_size].tolist()
 
 
 def check_begins(prefix: Prefix, prompts: Sequence[np.ndarray]) -> None:

@@ -1,125 +1,252 @@
-"""Prefixes that requests can share: found by token ids, locked while a request uses them.
+"""Pages of prompts: from the prefix tree, computed, and left to it.
 
-Bookkeeping on the host. It holds pages of the pool, and beside them, unopened, what the device
-needs to continue a prefix. The verbs are those of a prefix tree (match, insert, lock, unlock), so
-that one can take this place.
+A prompt begins with what the tree has of it. What it computes enters the tree chunk by chunk, so
+that the next prompt can go on from there at once, and stays when its request ends. Only prompts do:
+a decode step's keys are not bit for bit what a prefill of the same tokens makes, and in sparse
+attention not nearly.
+
+A prompt is prefilled in chunks from its beginning, or from where a match ends. Sums of another
+chunk are rounded in another way, and with int8 pages its tokens read other keys as they were before
+they were rounded to 8 bits. Where that must not be (int8, ``deterministic``), the tree has whole
+chunks only, with the bounds that they have in every prompt, and matches end there.
+
+Streaming heads see a prompt's sinks and its last tokens. Their window pages are the prompt's while
+it is prefilled, twice as far back as it sees, so that a prompt can also go on from a bit before
+another one's end; then they are the tree's, until others want them.
 """
 
+import math
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from lserve_jax.attention.cache import CacheSpec
+from lserve_jax.engine.host_tier import HostPage, HostTier
 from lserve_jax.engine.pages import PagePool
-from lserve_jax.engine.prefix import Prefix
-from lserve_jax.engine.state import Windows
+from lserve_jax.engine.prefix_tree import Node, PrefixTree, root_digest
+
+
+@dataclass(kw_only=True, eq=False)
+class PromptPages:
+    """A prompt, and where its keys and values are, while it is prefilled and as long as it runs."""
+
+    prompt: np.ndarray  # [prompt length] int32
+    cache_salt: str | None = None  # prompts of one salt share
+    pages: list[int] = field(default_factory=list)  # in order, those of ``node`` first
+    node: Node | None = None  # the last page of it that is in the tree, locked
+    window: dict[int, int] = field(default_factory=dict)  # window page of pages of the prompt
+    shared_tokens: int = 0  # of the prompt, that were there when it began
+    prefilled: int = 0  # prompt tokens that are in the cache
 
 
 class Match(NamedTuple):
-    """The prefix that saves most of a prompt's prefill, and how many tokens it saves."""
+    """What a prompt goes on from: a node, None for nothing, and pages in host memory behind it."""
 
-    prefix: Prefix | None
-    tokens: int  # whole pages; 0 without a prefix
+    node: Node | None
+    behind: list[HostPage]
+
+    @property
+    def depth(self) -> int:
+        """Pages of the node's path."""
+        return 0 if self.node is None else self.node.depth
 
 
 class PrefixCache:
-    """At most ``spec.max_prefixes`` prefixes, whose pages come from ``pool``."""
+    """The pages of an engine and what of prompts they hold.
 
-    def __init__(self, spec: CacheSpec, pool: PagePool):
-        self.spec, self.pool = spec, pool
-        self.held: dict[int, Prefix] = {}  # by index
-        self.windows: dict[int, Windows] = {}  # by index: what ``ModelRunner.save_window`` kept
+    streams: whether some head streams.
+    chunk_size: most tokens of a chunk of a prompt.
+    deterministic: whether a prompt that goes on from another must be the same bit for bit.
+    enabled: whether requests leave their prompts; else only prefixes that somebody asked for stay.
+    host: where pages go that the tree gives up; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        *,
+        streams: bool,
+        chunk_size: int,
+        deterministic: bool,
+        enabled: bool,
+        host: HostTier | None = None,
+    ):
+        self.spec, self.enabled, self.deterministic = spec, enabled, deterministic
+        self.pool, self.windows = PagePool(spec.num_pages), PagePool(spec.num_window_pages)
+        window, P = spec.prefill_window, spec.page_size
+        whole_chunks = deterministic or spec.kv_dtype == "int8"
+        self.tree = PrefixTree(
+            self.pool,
+            self.windows,
+            page_size=P,
+            grain=math.lcm(chunk_size, P) // P if whole_chunks else 1,
+            window=window if streams else None,
+        )
+        self.streams, self.host = streams, host
+        if host is not None:
+            self.tree.spill = host.spill
+        # Pages behind the newest that a prompt in prefill keeps; see ``make_spec``.
+        more = spec.num_window_pages > window.num_pages
+        self._kept_pages = window.local_pages * (2 if more else 1)
+
+    # What is there.
 
     @property
-    def has_room(self) -> bool:
-        return len(self.held) < self.spec.max_prefixes
+    def free_pages(self) -> int:
+        """Pages that nobody uses: those that hold remembered prompts too."""
+        return self.tree.available
+
+    def free_beside(self, match: Node | None) -> int:
+        """Pages that can be had by a prompt that goes on from ``match``."""
+        path = [] if match is None else match.path()
+        return self.free_pages - sum(node.locks == 0 for node in path)
+
+    @property
+    def cached_pages(self) -> int:
+        """Of these, pages that hold remembered prompts."""
+        return self.tree.num_unlocked
 
     @property
     def pinned_pages(self) -> int:
-        """Pages that prefixes hold for good: not those kept only until their requests end."""
-        # A copy: other threads may ask while the engine's inserts or drops one.
-        return sum(len(prefix.pages) for prefix in list(self.held.values()) if prefix.pins)
+        """Pages that prefixes hold until they are released."""
+        return self.tree.num_pinned
 
     @property
-    def window_bytes(self) -> int:
-        """Bytes on the device that held prefixes keep beside their pages."""
-        kept = [array for windows in self.windows.values() for w in windows for array in (w.k, w.v)]
-        return sum(array.nbytes for array in kept)
+    def pinnable_windows(self) -> int:
+        """Window pages that may be pinned, so that a prompt in prefill always has its own."""
+        own = self.spec.prefill_window.sink_pages + self._kept_pages
+        return self.spec.num_window_pages - own
 
-    def find(self, token_ids: np.ndarray) -> Prefix | None:
-        """The pinned prefix of exactly these tokens."""
-        for prefix in self.held.values():
-            if prefix.pins and np.array_equal(prefix.token_ids, token_ids):
-                return prefix
-        return None
+    def remembers(self, judged: bool) -> bool:
+        """Whether a request leaves its prompt, whose tokens are ``judged`` one by one or are not.
 
-    def match(self, tokens: np.ndarray) -> Match:
-        """The longest pinned prefix of a prompt.
-
-        Whole pages, and never the whole prompt: its last token has to run for the logits.
+        Judging them is part of the program, and another program may round in another way.
         """
-        best = Match(None, 0)
-        for prefix in self.held.values():
-            shared = prefix.shared_tokens_of(tokens) if prefix.pins else 0
-            if shared > best.tokens:
-                best = Match(prefix, shared)
-        return best
+        return self.enabled and not (judged and self.deterministic)
 
-    def check_room(self, num_pages: int) -> None:
-        """Raises ``ValueError`` unless one more prefix can be held, on so many free pages."""
-        spec = self.spec
-        if not self.has_room:
-            raise ValueError(
-                f"max_prefixes={spec.max_prefixes} prefixes are held already: release one, or "
-                "make room for more"
-            )
-        if num_pages > len(self.pool.free):
-            raise ValueError(
-                f"the prefix needs {num_pages} pages of {spec.page_size} tokens, "
-                f"{len(self.pool.free)} of {spec.num_pages} are free"
-            )
+    def whole_pages(self, tokens: int) -> int:
+        """Pages that so many tokens of a prompt can leave to the tree."""
+        grain = self.tree.grain
+        return tokens // self.spec.page_size // grain * grain
 
-    def insert(self, prefix: Prefix, num_pages: int) -> None:
-        """Gives a prefix an index and pages; see ``check_room``."""
-        self.check_room(num_pages)
-        prefix.index = min(set(range(self.spec.max_prefixes)) - self.held.keys())
-        prefix.pages = self.pool.take(num_pages)
-        self.held[prefix.index] = prefix
+    # A prompt on its way.
 
-    def lock(self, match: Match) -> list[int]:
-        """A request uses the match from now on: the pages that it shares, held once more."""
-        if match.prefix is None:
-            return []
-        match.prefix.ref_count += 1
-        pages = match.prefix.pages[: match.tokens // self.spec.page_size]
-        self.pool.share(pages)
-        return pages
+    def match(self, tokens: np.ndarray, salt: str | None) -> Match:
+        """Where a prompt can go on from: the deepest end that leaves it a token to compute."""
+        if self.host is None:
+            return Match(self.tree.match(tokens, salt), [])
+        tokens, P = tokens[:-1], self.spec.page_size
+        path = self.tree.walk(tokens, salt)
+        rest = tokens[len(path) * P : len(tokens) // P * P].astype(np.int32, copy=False)
+        keys = [page.tobytes() for page in rest.reshape(-1, P)]
+        behind = self.host.find(path[-1].digest if path else root_digest(salt), keys)
+        has_window = [node.window >= 0 for node in path]
+        has_window += [page.window_at >= 0 for page in behind]
+        end = self.tree.deepest_end(has_window)
+        node = path[min(end, len(path)) - 1] if end and path else None
+        return Match(node, behind[: max(end - len(path), 0)])
 
-    def unlock(self, prefix: Prefix) -> None:
-        """A request uses the prefix no longer. Its hold on the pages is its own to release."""
-        prefix.ref_count -= 1
-        self._drop_unused(prefix)
+    def begin(self, prompt: PromptPages, match: Match) -> None:
+        """Gives a prompt the pages of what it goes on from, those in the tree."""
+        path = [] if match.node is None else match.node.path()
+        prompt.node, prompt.pages = match.node, [node.page for node in path]
+        end = len(path) + len(match.behind)
+        prompt.prefilled = len(path) * self.spec.page_size
+        prompt.shared_tokens, prompt.window = end * self.spec.page_size, {}
+        if match.node is None:
+            return
+        self.tree.lock(match.node)
+        self.pool.share(prompt.pages)
+        if self.streams:
+            seen = [path[n] for n in self._kept(end) if n < len(path)]
+            self.tree.keep_windows(seen)
+            prompt.window = {node.depth - 1: node.window for node in seen if node.window >= 0}
+            self.windows.share(list(prompt.window.values()))
 
-    def unpin(self, prefix: Prefix) -> None:
-        """Whoever asked for the prefix has released it, once."""
-        prefix.pins -= 1
-        self._drop_unused(prefix)
+    def restore(self, prompt: PromptPages, match: Match) -> None:
+        """Brings pages back from host memory to those that the prompt has been given for them."""
+        if self.host is None or not match.behind:
+            return
+        begin = match.depth
+        end = begin + len(match.behind)
+        kept = set(self._kept(end)) if self.streams else set()
+        wanted = [
+            number
+            for number, page in enumerate(match.behind, start=begin)
+            if number in kept and page.window_at >= 0
+        ]
+        prompt.window |= dict(zip(wanted, self.tree.take_windows(len(wanted)), strict=True))
+        windows = [prompt.window.get(number, -1) for number in range(begin, end)]
+        self.host.restore(match.behind, prompt.pages[begin:end], windows)
+        self.computed(prompt, len(match.behind) * self.spec.page_size, remember=True)
 
-    def _drop_unused(self, prefix: Prefix) -> None:
-        if prefix.pins == 0 and prefix.ref_count == 0 and prefix.index >= 0:
-            del self.held[prefix.index]
-            self.windows.pop(prefix.index, None)
-            self.pool.release(prefix.pages)
-            prefix.pages, prefix.index = [], -1
+    def _kept(self, end: int) -> list[int]:
+        """Of ``end`` pages of a prompt those whose windows it keeps, the sinks last."""
+        sinks = self.spec.prefill_window.sink_pages
+        return [*range(max(sinks, end - self._kept_pages), end), *range(min(sinks, end))]
 
-    def release_all(self) -> None:
-        """Releases every prefix, for all who hold it; no request may use one."""
-        for prefix in list(self.held.values()):
-            prefix.pins = 0
-            self._drop_unused(prefix)
+    def grow(self, prompt: PromptPages, num_pages: int) -> None:
+        """Gives a prompt more pages, until it has ``num_pages``; there must be as many."""
+        wanted = max(num_pages - len(prompt.pages), 0)
+        self.tree.make_room(wanted)
+        prompt.pages = prompt.pages + self.pool.take(wanted)
+
+    def window_table(self, prompt: PromptPages, end: int) -> np.ndarray:
+        """Where the window lies for the next chunk, which ends before position ``end``.
+
+        Window pages ``[M]`` int32, -1 for pages that are not kept. Those that the chunk reads are
+        there, and places for what of it is kept; they may be the same.
+        """
+        table = np.full((self.spec.pages_per_sequence,), -1, np.int32)
+        if not self.streams:
+            return table
+        P, sinks = self.spec.page_size, self.spec.prefill_window.sink_pages
+        newest, held = (end - 1) // P, prompt.window
+        oldest = newest - self._kept_pages + 1
+        table[list(held)] = list(held.values())
+        out_of_sight = [held.pop(n) for n in list(held) if sinks <= n < oldest]
+        self.windows.release(out_of_sight)
+        numbers = range(prompt.prefilled // P, newest + 1)
+        new = [n for n in numbers if n not in held and (n < sinks or n >= oldest)]
+        held.update(zip(new, self.tree.take_windows(len(new)), strict=True))
+        table[new] = [held[n] for n in new]
+        return table
+
+    def computed(self, prompt: PromptPages, tokens: int, *, remember: bool) -> None:
+        """The next ``tokens`` of a prompt are computed; with ``remember`` they enter the tree."""
+        prompt.prefilled += tokens
+        begin = 0 if prompt.node is None else prompt.node.depth
+        end = self.whole_pages(prompt.prefilled)
+        if not remember or end <= begin:
+            return
+        P = self.spec.page_size
+        prompt.node, prompt.pages[begin:end] = self.tree.insert(
+            prompt.node,
+            prompt.cache_salt,
+            prompt.prompt[begin * P : end * P],
+            prompt.pages[begin:end],
+            [prompt.window.get(number, -1) for number in range(begin, end)],
+        )
+
+    def finish(self, prompt: PromptPages) -> None:
+        """A prompt is prefilled, or given up: its window is the tree's."""
+        if prompt.node is not None and prompt.window:
+            path = prompt.node.path()
+            self.tree.keep_windows([path[n] for n in self._kept(len(path))])
+        self.windows.release(list(prompt.window.values()))
+        prompt.window = {}
 
     def clear(self) -> None:
-        """Every prefix is released: the pages hold nothing any more."""
-        for prefix in self.held.values():
-            prefix.pins, prefix.pages, prefix.index = 0, [], -1
-        self.held, self.windows = {}, {}
+        """Forgets everything that no prompt uses and nobody has pinned."""
+        self.tree.clear()
+        if self.host is not None:
+            self.host.clear()
+
+    def release(self, prompt: PromptPages) -> None:
+        """Takes all pages from a prompt; what of it is in the tree stays there."""
+        self.finish(prompt)
+        self.pool.release(prompt.pages)
+        if prompt.node is not None:
+            self.tree.unlock(prompt.node)
+        prompt.pages, prompt.node = [], None

@@ -1,15 +1,15 @@
-"""Prefixes on the device: computed, loaded from a file, saved to one, and released."""
+"""Prefixes that are kept: computed or loaded from a file, saved to one, and released."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lserve_jax.engine.inputs import Chunk
 from lserve_jax.engine.prefix import Prefix, read_prefix
+from lserve_jax.engine.prefix_cache import Match, PromptPages
+from lserve_jax.engine.prefix_tree import Node
 from lserve_jax.engine.request import PromptIds
 from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.engine.scheduler import Scheduler
@@ -20,7 +20,7 @@ class PrefixStore:
     """Makes prefixes on the pages that ``scheduler`` gives them, with ``runner``.
 
     ``finish_prompt`` runs what is left of the prompt in prefill. It is called before a prefix is
-    written, since there is one prefill window. ``recover`` is called after an error in between.
+    written, since its window must be there. ``recover`` is called after an error in between.
     """
 
     def __init__(
@@ -33,15 +33,7 @@ class PrefixStore:
     ):
         self.runner, self.scheduler = runner, scheduler
         self.max_model_len, self.finish_prompt, self.recover = max_model_len, finish_prompt, recover
-
-    @property
-    def has_room(self) -> bool:
-        """Whether the model's prompts can share keys, and one more prefix can be held."""
-        return self.scheduler.prefix_cache.has_room and not self._keys_depend_on_length
-
-    @property
-    def _keys_depend_on_length(self) -> bool:
-        return self.runner.config.rope.rope_type == "dynamic"
+        self.held: list[Prefix] = []  # pinned, on at least one page
 
     def add(self, token_ids: Sequence[int] | np.ndarray) -> Prefix:
         """See ``Engine.add_prefix``."""
@@ -50,10 +42,7 @@ class PrefixStore:
         held = self._pin_again(ids)
         if held is not None:
             return held
-        prefix = self._insert(ids)
-        with self._released_on_error(prefix):
-            self._compute(prefix)
-        return prefix
+        return self._keep(ids, self._compute, goes_on=True)
 
     def load(self, path: str | os.PathLike[str]) -> Prefix:
         """See ``Engine.load_prefix``."""
@@ -62,35 +51,41 @@ class PrefixStore:
         held = self._pin_again(ids)
         if held is not None:
             return held
-        prefix = self._insert(ids)
-        with self._released_on_error(prefix):
-            self._write(prefix, arrays, path)
-        return prefix
-
-    @contextmanager
-    def _released_on_error(self, prefix: Prefix) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:  # an error on the device, or Ctrl-C: its pages hold nothing of use
-            prefix.release()
-            self.recover()
-            raise
+        # On pages of its own: nobody's keys change while they are read.
+        return self._keep(ids, lambda prompt: self._write(prompt, arrays, path), goes_on=False)
 
     def release_prefix(self, prefix: Prefix) -> None:
         """See ``Prefix.release``."""
         if prefix.is_released:
             raise ValueError(f"the prefix of {len(prefix.token_ids)} tokens is released already")
-        self.scheduler.prefix_cache.unpin(prefix)
+        prefix.pins -= 1
+        if prefix.pins == 0 and prefix.pin is not None:
+            self.scheduler.prefix_cache.tree.unpin(prefix.pin)
+            prefix.pin = None
+            self.held.remove(prefix)
+
+    def release_all(self) -> None:
+        """Releases every prefix, for all who hold it."""
+        for prefix in list(self.held):
+            prefix.pins = 1
+            self.release_prefix(prefix)
+
+    def forget(self) -> None:
+        """Every prefix is released: the pages hold nothing any more."""
+        for prefix in self.held:
+            prefix.pins, prefix.pin = 0, None
+        self.held = []
 
     def prefix_arrays(self, prefix: Prefix) -> dict[str, jax.Array]:
         """What ``Prefix.save`` writes, by name."""
         if prefix.is_released:
             raise ValueError(f"the prefix of {len(prefix.token_ids)} tokens is released")
-        if not prefix.pages:
+        if prefix.pin is None:
             return {}
-        kept = self.runner.read_pages(*self._pages_of(prefix))
-        windows = self.scheduler.prefix_cache.windows[prefix.index]
-        leaves, _ = jax.tree.flatten_with_path((kept, windows))
+        path = prefix.pin.node.path()
+        windows = [path[n].window for n in self._saved_windows(len(path))]
+        kept = self.runner.read_pages(*_int32(prefix.pages, windows))
+        leaves, _ = jax.tree.flatten_with_path(kept)
         return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
     def prefix_identity(self) -> dict[str, str]:
@@ -104,6 +99,8 @@ class PrefixStore:
         return {
             "page size": f"{spec.page_size}, logical {logical}",
             "kv_dtype": f"{spec.kv_dtype}, {jnp.dtype(self.runner.dtype).name}",
+            # With whole chunks only a prefix has fewer pages.
+            "number of pages that are shared at once": str(self.scheduler.prefix_cache.tree.grain),
             "number of retrieval heads": str(spec.heads.num_retrieval),
             # Those have statistics; whether others read everything, their pages do not tell.
             "number of ranked heads": str(spec.heads.num_ranked),
@@ -123,55 +120,75 @@ class PrefixStore:
 
     def _pin_again(self, ids: np.ndarray) -> Prefix | None:
         """Pins the prefix of these tokens once more; None if there is none."""
-        prefix = self.scheduler.prefix_cache.find(ids)
-        if prefix is not None:
-            prefix.pins += 1
-        return prefix
+        for prefix in self.held:
+            if np.array_equal(prefix.token_ids, ids):
+                prefix.pins += 1
+                return prefix
+        return None
 
-    def _insert(self, ids: np.ndarray) -> Prefix:
-        if self._keys_depend_on_length:
+    def _keep(
+        self, ids: np.ndarray, fill: Callable[[PromptPages], None], *, goes_on: bool
+    ) -> Prefix:
+        """A prefix that ``fill`` makes, all of it or with ``goes_on`` what the tree lacks."""
+        if self.runner.config.rope.rope_type == "dynamic":
             raise NotImplementedError(
                 "rope_type='dynamic' rotates a key by the length of its prompt: prompts of "
                 "different lengths cannot share keys"
             )
-        page_size = self.runner.spec.page_size
-        prefix = Prefix(token_ids=ids, page_size=page_size, owner=self)
-        if len(ids) >= page_size:
-            self.finish_prompt()
-            self.scheduler.add_prefix(prefix, len(ids) // page_size)
+        cache, P = self.scheduler.prefix_cache, self.runner.spec.page_size
+        prefix = Prefix(token_ids=ids, page_size=P, owner=self)
+        num_pages = cache.whole_pages(len(ids))
+        prompt = PromptPages(prompt=ids[: num_pages * P])
+        if num_pages == 0:
+            fill(prompt)
+            return prefix
+
+        def match() -> Node | None:
+            # Of a prompt of one token more, since none of it needs to run.
+            return cache.tree.match(np.append(prompt.prompt, 0), None) if goes_on else None
+
+        self.scheduler.check_prefix(prompt.prompt, match())
+        self.finish_prompt()
+        cache.begin(prompt, Match(match(), []))
+        try:
+            cache.grow(prompt, num_pages)
+            fill(prompt)
+            assert prompt.node is not None  # at the least one page is in the tree
+            prefix.pin = cache.tree.pin(prompt.node)
+            self.held.append(prefix)
+        except BaseException:  # an error on the device, or Ctrl-C: its pages hold nothing of use
+            cache.release(prompt)
+            self.recover()
+            raise
+        cache.release(prompt)
         return prefix
 
-    def _compute(self, prefix: Prefix) -> None:
-        """Computes the prefix's pages, and keeps what its requests need of the window."""
-        if not prefix.pages:
-            return
-        runner, shared = self.runner, prefix.num_shared_tokens
-        table = np.zeros((runner.spec.pages_per_sequence,), np.int32)
-        table[: len(prefix.pages)] = prefix.pages
-        for start in range(0, shared, runner.chunk_size):
-            tokens = prefix.token_ids[start:shared][: runner.chunk_size]
-            chunk = Chunk(tokens=tokens, page_table=table, start=start, prompt_length=shared)
-            runner.prefill(chunk)
-        sink_page = runner.spec.prefix_sink(prefix.index)
-        windows = runner.save_window(sink_page, len(prefix.pages))
-        self.scheduler.prefix_cache.windows[prefix.index] = windows
+    def _compute(self, prompt: PromptPages) -> None:
+        """Computes what the tree does not have of a prefix."""
+        cache = self.scheduler.prefix_cache
+        while prompt.prefilled < len(prompt.prompt):
+            chunk = self.scheduler.chunk_of(prompt, self.runner.chunk_size)
+            self.runner.prefill(chunk)
+            cache.computed(prompt, len(chunk.tokens), remember=True)
 
     def _write(
-        self, prefix: Prefix, arrays: dict[str, jax.Array], path: str | os.PathLike[str]
+        self, prompt: PromptPages, arrays: dict[str, jax.Array], path: str | os.PathLike[str]
     ) -> None:
         """Puts a saved prefix's arrays on its pages.
 
         Raises ``ValueError`` where one is missing or another one: the digest covers no names.
         """
-        if not prefix.pages:
+        if not prompt.pages:
             if arrays:
                 raise ValueError(
-                    f"prefix file {os.fspath(path)!r} is broken: its {len(prefix.token_ids)} "
-                    f"token_ids fill no page, but it holds {min(arrays)}"
+                    f"prefix file {os.fspath(path)!r} is broken: its tokens fill no page, but it "
+                    f"holds {min(arrays)}"
                 )
             return
-        pages = self._pages_of(prefix)
-        paths, tree = jax.tree.flatten_with_path(self.runner.prefix_shapes(*pages))
+        cache, end = self.scheduler.prefix_cache, len(prompt.prompt)
+        table = cache.window_table(prompt, end)
+        pages = tuple(_int32(prompt.pages, table[self._saved_windows(len(prompt.pages))]))
+        paths, tree = jax.tree.flatten_with_path(self.runner.page_shapes(*pages))
         leaves = []
         for key, wanted in paths:
             name = jax.tree_util.keystr(key)
@@ -183,12 +200,17 @@ class PrefixStore:
                     f"{wanted.shape}, found {found}"
                 )
             leaves.append(leaf)
-        kept, windows = jax.tree.unflatten(tree, leaves)
-        self.runner.write_pages(kept, *pages)
-        self.scheduler.prefix_cache.windows[prefix.index] = windows
+        self.runner.write_pages(jax.tree.unflatten(tree, leaves), *pages)
+        cache.computed(prompt, end - prompt.prefilled, remember=True)
 
-    def _pages_of(self, prefix: Prefix) -> tuple[np.ndarray, np.ndarray]:
-        """Its retrieval pages, and the pages of its sinks in the streaming pool; int32."""
-        spec = self.runner.spec
-        sinks = spec.prefix_sink(prefix.index) + np.arange(spec.decode_window.sink_pages)
-        return np.asarray(prefix.pages, np.int32), sinks.astype(np.int32)
+    def _saved_windows(self, num_pages: int) -> list[int]:
+        """Of so many pages of a prompt those whose window pages are saved, in order."""
+        window = self.runner.spec.prefill_window
+        if not self.scheduler.prefix_cache.streams:
+            return []
+        first = max(min(window.sink_pages, num_pages), num_pages - window.local_pages + 1)
+        return [*range(min(window.sink_pages, num_pages)), *range(first, num_pages)]
+
+
+def _int32(*pages: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
+    return (np.asarray(ids, np.int32) for ids in pages)

@@ -23,11 +23,11 @@ import numpy as np
 
 from lserve_jax.attention.attend import PrefixGroups
 from lserve_jax.attention.cache import CacheSpec
-from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.checks import check_choice
-from lserve_jax.engine.buckets import bucket
+from lserve_jax.engine.buckets import bucket, most_groups
 from lserve_jax.engine.costs import CacheUnits
 from lserve_jax.engine.metrics import RelayDecision
+from lserve_jax.engine.prefix_tree import Node
 from lserve_jax.engine.request import Request
 from lserve_jax.engine.runner import ModelRunner
 
@@ -40,14 +40,13 @@ RelayMode = Literal["auto", "always", "never"]
 LEAST_SAVED_BYTES = 128 << 20
 
 
-def check_mode(relay: RelayMode, deterministic: bool, sparsity: SparsityConfig | None) -> None:
+def check_mode(relay: RelayMode, deterministic: bool) -> None:
     """Raises ``ValueError`` for a mode that does not exist, or that is not deterministic."""
     check_choice("relay", relay, ("auto", "always", "never"))
-    fixed = ("never",) if sparsity is not None else ("never", "always")
-    if deterministic and relay not in fixed:
+    if deterministic and relay != "never":
         raise ValueError(
-            f"{deterministic=} needs relay in {fixed}, got {relay=}: what a request attends would "
-            "depend on who else shares its prefix"
+            f"{deterministic=} needs relay='never', got {relay=}: how a request's sums are "
+            "rounded, in sparse attention what it attends, would depend on who else begins alike"
         )
 
 
@@ -100,46 +99,81 @@ def group_by_prefix(
     *,
     num_rows: int,
 ) -> tuple[PrefixGroups | None, dict[int, RelayDecision]]:
-    """Which requests of a burst read their prefix together, and why the others do not.
+    """Which requests of a burst read a common beginning together, and why the others do not.
 
-    ``requests`` are (slot, request), the slots below ``num_rows``. Returns the groups with NumPy
-    arrays, None where no prefix is read together, and the decision for each slot whose request has
-    a prefix.
+    ``requests`` are (slot, request), the slots below ``num_rows``. Of all that a request shares
+    with others it reads the longest beginning for which that pays, by what the prefix tree says,
+    whoever asked first. Returns the groups with NumPy arrays, None where nothing is read together,
+    and the decision for each slot that shares a beginning.
     """
-    spec = runner.spec
-    groups: dict[tuple[int, int], list[tuple[int, Request]]] = {}  # by prefix and tokens shared
-    for slot, request in requests:
-        if request.prefix is not None:
-            key = (request.prefix.index, request.shared_tokens)
-            groups.setdefault(key, []).append((slot, request))
     decisions: dict[int, RelayDecision] = {}
-    read_together = []
-    for (_, shared), members in groups.items():
-        private = sum(request.length - shared for _, request in members) // len(members)
+    spec = runner.spec
+    alone = dict(requests)  # by slot, those that read by themselves so far
+    read_together: list[tuple[int, list[int]]] = []  # pages, slots
+    for pages, slots in sorted(_common(requests), key=lambda x: -x[0]):
+        members = [slot for slot in slots if slot in alone]
+        if len(members) < 2:
+            continue
+        shared = pages * spec.page_size
         decision = decide(
             mode,
             spec,
             token_bytes=units.retrieval_token,
             prefix_tokens=shared,
-            private_tokens=private,
+            private_tokens=sum(alone[slot].length - shared for slot in members) // len(members),
             requests=len(members),
         )
         if decision.used and not runner.has_prefix_kernel:
             reason = f"no kernel for {spec.kv_dtype} pages"
             decision = dataclasses.replace(decision, used=False, reason=reason)
-        decisions |= {slot: decision for slot, _ in members}
+        decisions |= {slot: decision for slot in members}
         if decision.used:
-            read_together.append((shared, members))
+            read_together.append((pages, members))
+            for slot in members:
+                del alone[slot]
     if not read_together:
         return None, decisions
-    P = spec.page_size
-    count = bucket(len(read_together), 1, 2 * spec.max_prefixes)
-    longest = max(shared // P for shared, _ in read_together)
-    page_table = np.zeros((count, bucket(longest, 1, spec.pages_per_sequence)), np.int32)
+    requests_of = dict(requests)
+    count = bucket(len(read_together), 1, most_groups(spec))
+    longest = bucket(max(pages for pages, _ in read_together), 1, spec.pages_per_sequence)
+    page_table = np.zeros((count, longest), np.int32)
     length, group = np.zeros((count,), np.int32), np.full((num_rows,), -1, np.int32)
-    for i, (shared, members) in enumerate(read_together):
-        _, any_member = members[0]
-        length[i] = shared
-        page_table[i, : shared // P] = any_member.pages[: shared // P]
-        group[[slot for slot, _ in members]] = i
+    for i, (pages, members) in enumerate(read_together):
+        length[i] = pages * spec.page_size
+        page_table[i, :pages] = requests_of[members[0]].pages[:pages]
+        group[members] = i
     return PrefixGroups(page_table=page_table, length=length, group=group), decisions
+
+
+def _common(requests: Sequence[tuple[int, Request]]) -> list[tuple[int, list[int]]]:
+    """Beginnings that two requests or more share: how many pages, and the slots, all that share it.
+
+    Of one set of requests the longest. Paths of the tree that are one at some page are one before.
+    """
+    found = []
+    sets = [(0, [(slot, request.path) for slot, request in requests])]
+    while sets:
+        depth, paths = sets.pop()
+        branches: dict[Node, list[tuple[int, list[Node]]]] = {}
+        for slot, path in paths:
+            if len(path) > depth:
+                branches.setdefault(path[depth], []).append((slot, path))
+        for members in branches.values():
+            if len(members) < 2:
+                continue
+            pages = _longest([path for _, path in members], depth + 1)
+            found.append((pages, [slot for slot, _ in members]))
+            sets.append((pages, members))
+    return found
+
+
+def _longest(paths: Sequence[list[Node]], known: int) -> int:
+    """The length of the beginning that all paths share, at least ``known``."""
+    low, high = known, min(map(len, paths))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if all(path[middle - 1] is paths[0][middle - 1] for path in paths):
+            low = middle
+        else:
+            high = middle - 1
+    return low

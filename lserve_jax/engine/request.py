@@ -12,7 +12,8 @@ from lserve_jax.checks import is_integer, is_real
 from lserve_jax.engine.costs import BurstRow, CacheUnits, RequestCosts
 from lserve_jax.engine.inputs import BurstInputs
 from lserve_jax.engine.metrics import RelayDecision, RequestMetrics
-from lserve_jax.engine.prefix import Prefix
+from lserve_jax.engine.prefix_cache import PromptPages
+from lserve_jax.engine.prefix_tree import Node
 from lserve_jax.engine.reads import PageReads
 from lserve_jax.engine.state import Burst, Sample
 from lserve_jax.engine.token_rules import RequestRules
@@ -120,12 +121,11 @@ class InFlight:
 
 
 @dataclass(kw_only=True, eq=False)
-class Request:
+class Request(PromptPages):
     """The engine's own record of a request."""
 
     request_id: str
     number: int  # in order of arrival
-    prompt: np.ndarray  # [prompt length] int32
     sampling: SamplingParams
     sampling_row: dict[str, np.ndarray]  # its row of SamplingArrays
     rules: RequestRules | None  # which tokens it may sample next; None: any
@@ -135,10 +135,7 @@ class Request:
 
     # Where it is.
     slot: int = -1  # -1: it waits
-    pages: list[int] = field(default_factory=list)  # its prefix's first
-    prefix: Prefix | None = None
-    shared_tokens: int = 0  # of the prompt, on pages of the prefix
-    prefilled: int = 0  # prompt tokens that are in the cache
+    path: list[Node] = field(default_factory=list)  # of its prompt in the tree, while it decodes
     finished: bool = False
     error: Exception | None = None  # why it ends with "error"
 

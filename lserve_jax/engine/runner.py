@@ -33,7 +33,6 @@ from lserve_jax.engine.state import (
     Sample,
     SlotStart,
     StepScores,
-    Windows,
 )
 from lserve_jax.engine.steps import (
     deactivate,
@@ -41,8 +40,6 @@ from lserve_jax.engine.steps import (
     insert,
     prefill_chunk,
     read_pages,
-    restore_window,
-    save_window,
     write_pages,
 )
 from lserve_jax.engine.token_rules import TokenRules
@@ -178,6 +175,7 @@ class ModelRunner:
             self._caches,
             _filled_up(chunk.tokens, size),
             jnp.asarray(chunk.page_table),
+            jnp.asarray(chunk.window_table),
             jnp.int32(chunk.start),
             jnp.int32(len(chunk.tokens)),
             jnp.int32(chunk.prompt_length),
@@ -209,7 +207,7 @@ class ModelRunner:
                 prompt_length=jnp.int32(len(start.prompt)),
                 max_tokens=jnp.int32(start.sampling.max_tokens),
                 forced=jnp.int32(start.forced),
-                own_sinks=jnp.asarray(start.own_sinks),
+                window_table=jnp.asarray(start.window_table),
                 prompt_mask=prompt_mask,
                 history=self._history(start),
             ),
@@ -253,7 +251,7 @@ class ModelRunner:
         """What ``decode`` runs."""
         begin = (self._program, self.params, self._caches, self._state)
         groups = inputs.groups if inputs.drafts is None else None
-        tables = _tables(inputs.page_table, inputs.sink_page, groups)
+        tables = _tables(inputs.page_table, groups)
         steps = jnp.asarray(inputs.forced), jnp.int32(inputs.steps)
         rules = jax.tree.map(jnp.asarray, inputs.rules)
         if inputs.drafts is None:
@@ -279,13 +277,12 @@ class ModelRunner:
         first: int,
         *,
         page_table: np.ndarray,
-        sink_page: np.ndarray,
         distributions: bool,
         keep_hidden: bool,
     ) -> StepScores:
         """Judges given tokens by decode steps ``first`` on, as many as ``forced`` (NumPy) has.
 
-        ``page_table`` [B, M] and ``sink_page`` [B] are int32.
+        ``page_table`` [B, M] is int32.
         """
         self.count_shape("score_steps", forced.tokens.shape, distributions, keep_hidden)
         call = Call.of(
@@ -293,7 +290,7 @@ class ModelRunner:
             self._program,
             self.params,
             self._caches,
-            _tables(page_table, sink_page, None),
+            _tables(page_table, None),
             jax.tree.map(jnp.asarray, forced),
             jnp.int32(first),
             distributions=distributions,
@@ -308,48 +305,17 @@ class ModelRunner:
 
     # Prefixes.
 
-    def save_window(self, sink_page: int, num_pages: int) -> Windows:
-        """After a prefix of ``num_pages`` pages was prefilled: what continues it.
+    def read_pages(self, pages: np.ndarray, windows: np.ndarray) -> list[dict]:
+        """Of each layer, retrieval pages with their statistics, and pages of prefill windows."""
+        return read_pages(self._caches, jnp.asarray(pages), jnp.asarray(windows))
 
-        Its sinks are copied to the streaming pages from ``sink_page`` on.
-        """
-        kept = self._window_pages(num_pages)
-        self.count_shape("save_window", kept)
-        self._caches, windows = save_window(
-            self._program, self._caches, jnp.int32(sink_page), num_pages=kept
-        )
-        return windows
-
-    def restore_window(self, windows: Windows) -> None:
-        """The next chunk continues the prefix that ``windows`` were saved of."""
-        if any(window.k.size for window in windows):  # else no head streams
-            self.count_shape("restore_window", windows[0].k.shape)
-            self._caches = restore_window(self._caches, windows)
-
-    def _window_pages(self, num_pages: int) -> int:
-        """Pages of the prefill window that a prefix of ``num_pages`` fills, as a bucket."""
-        return bucket(num_pages, 1, self.spec.prefill_window.num_pages)
-
-    def read_pages(self, pages: np.ndarray, sink_pages: np.ndarray) -> list[dict]:
-        """Of each layer, retrieval pages with their statistics, and streaming pages."""
-        return read_pages(self._caches, jnp.asarray(pages), jnp.asarray(sink_pages))
-
-    def write_pages(self, kept: list[dict], pages: np.ndarray, sink_pages: np.ndarray) -> None:
+    def write_pages(self, kept: list[dict], pages: np.ndarray, windows: np.ndarray) -> None:
         """Puts back what ``read_pages`` read, on other pages."""
-        self._caches = write_pages(self._caches, kept, jnp.asarray(pages), jnp.asarray(sink_pages))
+        self._caches = write_pages(self._caches, kept, jnp.asarray(pages), jnp.asarray(windows))
 
-    def prefix_shapes(
-        self, pages: np.ndarray, sink_pages: np.ndarray
-    ) -> tuple[list[dict], Windows]:
-        """Shapes of what ``read_pages`` and ``save_window`` return for a prefix on these pages."""
-        kept = self._window_pages(len(pages))
-        return jax.eval_shape(
-            lambda caches: (
-                read_pages(caches, pages, sink_pages),
-                [jax.tree.map(lambda x: x[:, :kept], cache.prefill_window) for cache in caches],
-            ),
-            self._caches,
-        )
+    def page_shapes(self, pages: np.ndarray, windows: np.ndarray) -> list[dict]:
+        """Shapes of what ``read_pages`` returns for these pages."""
+        return jax.eval_shape(lambda caches: read_pages(caches, pages, windows), self._caches)
 
     def fingerprint(self) -> str:
         """A digest of architecture and weights: every number of every weight counts.
@@ -396,12 +362,9 @@ def _rules_shape(rules: TokenRules | None) -> int | None:
     return None if rules is None else rules.bias_ids.shape[1]
 
 
-def _tables(
-    page_table: np.ndarray, sink_page: np.ndarray, groups: PrefixGroups | None
-) -> DecodeTables:
+def _tables(page_table: np.ndarray, groups: PrefixGroups | None) -> DecodeTables:
     return DecodeTables(
         page_table=jnp.asarray(page_table),
-        sink_page=jnp.asarray(sink_page),
         groups=jax.tree.map(jnp.asarray, groups),
     )
 

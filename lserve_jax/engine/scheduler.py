@@ -2,7 +2,8 @@
 
 First come, first served: nobody overtakes the request at the head of the queue. A request gets
 pages as it grows. When there are none left, the newest request is preempted: it loses slot and
-pages, goes back to its place in the queue and later begins again from its prompt.
+pages, goes back to its place in the queue and later begins again from its prompt, or from what the
+prefix tree still has of it.
 """
 
 import bisect
@@ -17,9 +18,8 @@ from lserve_jax.attention.attend import PrefixGroups
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.engine.inputs import BurstInputs, Chunk, Start
 from lserve_jax.engine.metrics import DraftDecision
-from lserve_jax.engine.pages import PagePool
-from lserve_jax.engine.prefix import Prefix
-from lserve_jax.engine.prefix_cache import Match, PrefixCache
+from lserve_jax.engine.prefix_cache import Match, PrefixCache, PromptPages
+from lserve_jax.engine.prefix_tree import Node
 from lserve_jax.engine.request import Request
 from lserve_jax.engine.sampling import SamplingMode, rounded_top
 from lserve_jax.engine.token_rules import RequestRules, TokenRules
@@ -29,19 +29,17 @@ from lserve_jax.sampling_params import SamplingParams
 class Scheduler:
     """Queue, slots and pages of an engine.
 
-    A request is in one place: ``waiting``, ``prefilling`` (at most one, since the prefill window
-    is one) or ``running``. ``page_table`` ``[S, M]`` int32 holds the pages of every slot; entries
-    past a sequence's pages are 0.
+    A request is in one place: ``waiting``, ``prefilling`` (at most one, since streaming heads have
+    one prefill window at a time) or ``running``. ``page_table`` ``[S, M]`` int32 holds the pages of
+    every slot; entries past a sequence's pages are 0.
     """
 
-    def __init__(self, spec: CacheSpec, burst_steps: int):
-        self.spec, self.burst_steps = spec, burst_steps
+    def __init__(self, spec: CacheSpec, burst_steps: int, prefix_cache: PrefixCache):
+        self.spec, self.burst_steps, self.prefix_cache = spec, burst_steps, prefix_cache
         self.waiting: deque[Request] = deque()
         self.prefilling: Request | None = None
         self.running: dict[int, Request] = {}  # by slot
         self.free_slots = list(range(spec.max_num_seqs))  # a heap: low slots keep the batch small
-        self.pool = PagePool(spec.num_pages)
-        self.prefix_cache = PrefixCache(spec, self.pool)
         self.page_table = np.zeros((spec.max_num_seqs, spec.pages_per_sequence), np.int32)
 
     # What is there.
@@ -60,16 +58,35 @@ class Scheduler:
 
     def next_chunk(self, request: Request, chunk_size: int) -> Chunk:
         """The next tokens of a prompt, at most ``chunk_size``."""
-        rest, wanted = request.prompt[request.prefilled :], request.sampling.prompt_logprobs
-        return Chunk(
-            tokens=rest[:chunk_size],
-            page_table=self.page_table[request.slot].copy(),  # this one goes on changing
-            start=request.prefilled,
-            prompt_length=len(request.prompt),
-            following=None if wanted is None else rest[1:][:chunk_size],
-            top_logprobs=rounded_top(wanted or 0),
+        chunk, wanted = self.chunk_of(request, chunk_size), request.sampling.prompt_logprobs
+        if wanted is None:
+            return chunk
+        return dataclasses.replace(
+            chunk,
+            following=request.prompt[request.prefilled + 1 :][:chunk_size],
+            top_logprobs=rounded_top(wanted),
             keep_hidden=request.keeps_hidden,
         )
+
+    def chunk_of(self, prompt: PromptPages, chunk_size: int) -> Chunk:
+        """The next tokens of a prompt, which has its pages, and window pages for them."""
+        tokens = prompt.prompt[prompt.prefilled :][:chunk_size]
+        end = prompt.prefilled + len(tokens)
+        page_table = np.zeros((self.spec.pages_per_sequence,), np.int32)
+        page_table[: len(prompt.pages)] = prompt.pages
+        return Chunk(
+            tokens=tokens,
+            page_table=page_table,
+            window_table=self.prefix_cache.window_table(prompt, end),
+            start=prompt.prefilled,
+            prompt_length=len(prompt.prompt),
+        )
+
+    def computed(self, request: Request, tokens: int) -> None:
+        """The next ``tokens`` of a request's prompt are in the cache."""
+        judged = request.sampling.prompt_logprobs is not None
+        self.prefix_cache.computed(request, tokens, remember=self.prefix_cache.remembers(judged))
+        self.page_table[request.slot, : len(request.pages)] = request.pages
 
     def burst_inputs(
         self,
@@ -82,7 +99,7 @@ class Scheduler:
 
         ``drafts`` are by slot; None: not in exact mode.
         """
-        page_table, sink_page = self.tables(num_rows)
+        page_table = self.tables(num_rows)
         # A burst that is no whole interval is a program of its own: all its rows are stepwise.
         most = 1 if steps < self.spec.burst_unit else self.burst_steps
         forced = np.full((most, num_rows), -1, np.int32)
@@ -95,7 +112,6 @@ class Scheduler:
         return BurstInputs(
             steps=steps,
             page_table=page_table,
-            sink_page=sink_page,
             groups=groups,
             forced=forced,
             rules=TokenRules.of(rules),
@@ -103,38 +119,30 @@ class Scheduler:
             drafts=None if drafts is None else _by_row(drafts, num_rows),
         )
 
-    def tables(self, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """The page table ``[num_rows, M]`` and each row's first sink page ``[num_rows]``; int32."""
-        sinks = np.array([self.spec.slot_sink(slot) for slot in range(num_rows)], np.int32)
-        for slot, request in self.running.items():
-            if request.prefix is not None and self._shares_sinks(request):
-                sinks[slot] = self.spec.prefix_sink(request.prefix.index)
-        return self.page_table[:num_rows].copy(), sinks
-
-    def _shares_sinks(self, request: Request) -> bool:
-        """Whether its streaming heads read the sinks of its prefix: they all lie in it."""
-        shared = request.shared_tokens
-        return request.prefix is not None and shared >= self.spec.decode_window.sink
+    def tables(self, num_rows: int) -> np.ndarray:
+        """The page table ``[num_rows, M]`` int32."""
+        return self.page_table[:num_rows].copy()
 
     # Pages that a request or a prefix can need.
 
-    def _match(self, prompt: np.ndarray, sampling: SamplingParams) -> Match:
-        """The prefix that a request shares: none if each of its tokens is to be judged."""
-        if sampling.prompt_logprobs is not None:
-            return Match(None, 0)
-        return self.prefix_cache.match(prompt)
-
-    def most_pages(self, prompt: np.ndarray, sampling: SamplingParams) -> int:
-        """Pages that a request must be able to get: all its tokens but the last, less shared ones.
+    def most_pages(
+        self, prompt: np.ndarray, sampling: SamplingParams, cache_salt: str | None = None
+    ) -> int:
+        """Pages that a request must be able to get: all its tokens but the last, less pinned ones.
 
         The last token generated is never fed back.
         """
         total = self.pages_for(len(prompt) + max(sampling.max_tokens - 1, 0))
-        return total - self._match(prompt, sampling).tokens // self.spec.page_size
+        if sampling.prompt_logprobs is not None:
+            return total
+        return total - self.prefix_cache.tree.pinned_match(prompt, cache_salt)
 
-    def check_pages(self, prompt: np.ndarray, sampling: SamplingParams) -> None:
+    def check_pages(
+        self, prompt: np.ndarray, sampling: SamplingParams, cache_salt: str | None
+    ) -> None:
         """Raises ``ValueError`` for a request that can never have all its pages."""
-        pages, pinned = self.most_pages(prompt, sampling), self.prefix_cache.pinned_pages
+        pinned = self.prefix_cache.pinned_pages
+        pages = self.most_pages(prompt, sampling, cache_salt)
         if pages > self.spec.num_pages - pinned:
             held = f", {pinned} of them held by prefixes" if pinned else ""
             raise ValueError(
@@ -143,22 +151,36 @@ class Scheduler:
                 "for less"
             )
 
-    def add_prefix(self, prefix: Prefix, num_pages: int) -> None:
-        """Gives a prefix an index and pages.
+    def check_prefix(self, tokens: np.ndarray, match: Node | None) -> None:
+        """Raises ``ValueError`` where whole pages of tokens cannot be pinned.
 
-        Raises ``ValueError`` where there is no room, or what is left is too little for a request
-        that waits or runs.
+        There is no room for those behind ``match``, which is there, or too little would be left for
+        a request that waits or runs.
         """
-        self.prefix_cache.check_room(num_pages)
-        left = self.spec.num_pages - self.prefix_cache.pinned_pages - num_pages
+        cache, tree, spec = self.prefix_cache, self.prefix_cache.tree, self.spec
+        num_pages, path = len(tokens) // spec.page_size, tree.walk(tokens, None)
+        there, free = 0 if match is None else match.depth, cache.free_beside(match)
+        if num_pages - there > free:
+            raise ValueError(
+                f"the prefix needs {num_pages} pages of {spec.page_size} tokens, {free} of "
+                f"{spec.num_pages} are free"
+            )
+        windows = tree.num_pinned_windows + tree.unpinned_windows(path, num_pages)
+        if windows > cache.pinnable_windows:
+            raise ValueError(
+                f"the windows of held prefixes would take {windows} pages of {spec.page_size} "
+                f"tokens, {max(cache.pinnable_windows, 0)} can be held: release one, or make room "
+                "for more (max_prefixes)"
+            )
+        new = num_pages - sum(node.pins > 0 for node in path)
+        left = spec.num_pages - cache.pinned_pages - new
         for request in [*self.placed(), *self.waiting]:
-            pages = self.most_pages(request.prompt, request.sampling)
+            pages = self.most_pages(request.prompt, request.sampling, request.cache_salt)
             if pages > left:
                 raise ValueError(
                     f"the prefix needs {num_pages} pages and would leave {left}; request "
                     f"{request.request_id!r} can need {pages}"
                 )
-        self.prefix_cache.insert(prefix, num_pages)
 
     # From the queue to a slot and out again.
 
@@ -170,21 +192,22 @@ class Scheduler:
         """
         if self.prefilling is not None or not self.waiting or not self.free_slots:
             return None
-        request = self.waiting[0]
-        match = self._match(request.prompt, request.sampling)
-        shared = match.tokens
+        request, cache = self.waiting[0], self.prefix_cache
+        match = Match(None, [])
+        if request.sampling.prompt_logprobs is None:  # else each of its tokens is to be judged
+            match = cache.match(request.prompt, request.cache_salt)
         steps = max(min(self.burst_steps, request.sampling.max_tokens - 1), 0)
-        needed = self.pages_for(len(request.prompt) + steps) - shared // self.spec.page_size
-        if needed + self._missing(self.burst_steps) > len(self.pool.free):
+        needed = self.pages_for(len(request.prompt) + steps) + self._missing(self.burst_steps)
+        if needed - match.depth > cache.free_beside(match.node):
             return None
+        cache.begin(request, match)
         self.waiting.popleft()
         self.prefilling = request
         request.slot = heapq.heappop(self.free_slots)
-        request.prefix, request.shared_tokens = match.prefix, shared
-        request.prefilled, request.scheduled, request.received = shared, 0, 0
+        request.scheduled, request.received = 0, 0
         request.judged = []
-        request.pages = self.prefix_cache.lock(match)
         self._grow(request, len(request.prompt))
+        cache.restore(request, match)
         return request
 
     def start(self, request: Request) -> Start:
@@ -193,12 +216,16 @@ class Scheduler:
         self.prefilling = None
         self.running[request.slot] = request
         request.scheduled = 1
+        # All of the window that decode needs was kept for the prompt's last chunk.
+        window_table = self.prefix_cache.window_table(request, len(request.prompt))
+        self.prefix_cache.finish(request)
+        request.path = [] if request.node is None else request.node.path()
         return Start(
             prompt=request.prompt,
             sampling=request.sampling,
             sampling_row=request.sampling_row,
             forced=request.tokens[0] if request.tokens else -1,
-            own_sinks=not self._shares_sinks(request),
+            window_table=window_table,
             rules=TokenRules.of([request.rules]),
         )
 
@@ -211,17 +238,14 @@ class Scheduler:
             if request in self.waiting:
                 self.waiting.remove(request)
             return
-        slot, pages, prefix = request.slot, request.pages, request.prefix
-        request.slot, request.pages, request.prefix = -1, [], None
+        slot, request.slot, request.path = request.slot, -1, []
         if request is self.prefilling:
             self.prefilling = None
         else:
             del self.running[slot]
         heapq.heappush(self.free_slots, slot)
-        self.pool.release(pages)
+        self.prefix_cache.release(request)
         self.page_table[slot] = 0
-        if prefix is not None:
-            self.prefix_cache.unlock(prefix)
 
     # Growing.
 
@@ -248,7 +272,7 @@ class Scheduler:
         return sum(self._lacks(r, r.length + r.steps_of(steps)) for r in self.running.values())
 
     def is_short_of_pages(self, steps: int) -> bool:
-        return self._missing(steps) > len(self.pool.free)
+        return self._missing(steps) > self.prefix_cache.free_pages
 
     def reserve(self, steps: int) -> list[int]:
         """Gives running requests the pages of their next ``steps``.
@@ -259,7 +283,7 @@ class Scheduler:
         preempted = []
         for request in sorted(self.running.values(), key=lambda r: r.number):
             length = request.length + request.steps_of(steps)
-            while request.slot >= 0 and self._lacks(request, length) > len(self.pool.free):
+            while request.slot >= 0 and self._lacks(request, length) > self.prefix_cache.free_pages:
                 victim = self.placed()[-1]
                 preempted.append(victim.slot)
                 self._preempt(victim)
@@ -271,7 +295,7 @@ class Scheduler:
         return max(self.pages_for(tokens) - len(request.pages), 0)
 
     def _grow(self, request: Request, tokens: int) -> None:
-        request.pages = request.pages + self.pool.take(self._lacks(request, tokens))
+        self.prefix_cache.grow(request, self.pages_for(tokens))
         self.page_table[request.slot, : len(request.pages)] = request.pages
 
     def _preempt(self, request: Request) -> None:

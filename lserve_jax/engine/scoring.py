@@ -236,7 +236,7 @@ def _force(
     # Who has nothing to decode has no slot any more.
     slots = [slot_of.get(f"score-{number}", 0) for number in range(len(batch))]
     rows = bucket(max(slots) + 1, 1, engine.spec.max_num_seqs)
-    page_table, sink_page = engine.scheduler.tables(rows)
+    page_table = engine.scheduler.tables(rows)
     interval = engine.spec.reuse_interval
     steps = -(-_STEPS // interval) * interval
     lengths = [len(item.fed) for item in batch]
@@ -257,7 +257,6 @@ def _force(
             part,
             first,
             page_table=page_table,
-            sink_page=sink_page,
             distributions=distributions,
             keep_hidden=keep_hidden,
         )

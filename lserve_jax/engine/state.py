@@ -12,10 +12,9 @@ from lserve_jax.attention.attend import PrefixGroups
 from lserve_jax.attention.cache import CacheSpec, LayerCache
 from lserve_jax.engine.sampling import SamplingArrays
 from lserve_jax.model.config import ModelConfig
-from pallas_kernels.api import Backend, KVPages
+from pallas_kernels.api import Backend
 
 Caches = list[LayerCache]
-Windows = list[KVPages]  # of each layer, pages of the prefill window [Ks, n, P, D]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +35,7 @@ class SlotStart:
     prompt_length: Int[Array, ""]
     max_tokens: Int[Array, ""]
     forced: Int[Array, ""]  # first token of a request that begins anew, else -1
-    own_sinks: Bool[Array, ""]  # False: its streaming heads read the sinks of a prefix
+    window_table: Int[Array, " M"]  # where its pages lie in the prefill window; -1: nowhere
     # Tokens of the prompt; given exactly when the state counts tokens for penalties.
     prompt_mask: Bool[Array, " V"] | None
     history: Int[Array, " N"] | None  # the prompt, filled up; given where the state has a history
@@ -48,7 +47,6 @@ class DecodeTables:
     """Where the pages of a batch's sequences lie, as far as its steps can reach."""
 
     page_table: Int[Array, "B M"]  # retrieval page of each page of the row's sequence
-    sink_page: Int[Array, " B"]  # streaming page where the row's sinks begin
     groups: PrefixGroups | None  # which rows read their prefix together; None: no row does
 
 

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from lserve_jax.attention.attend import attended_by_choice, decode_attend, prefill_attend
-from lserve_jax.attention.cache import CacheSpec, fill_decode_window, keep_sinks
+from lserve_jax.attention.cache import CacheSpec, fill_decode_window
 from lserve_jax.attention.selection import first_tail_page
 from lserve_jax.attention.verify import verify_attend
 from lserve_jax.engine.prompt_logprobs import judge_tokens
@@ -35,7 +35,6 @@ from lserve_jax.engine.state import (
     Sample,
     SlotStart,
     StepRows,
-    Windows,
 )
 from lserve_jax.engine.token_rules import TokenRules
 from lserve_jax.model.bound import bind
@@ -51,6 +50,7 @@ def prefill_chunk(
     caches: Caches,
     tokens: Int[Array, " T"],
     page_table: Int[Array, " M"],
+    window_table: Int[Array, " M"],
     start: Int[Array, ""],
     length: Int[Array, ""],
     prompt_length: Int[Array, ""],
@@ -71,6 +71,7 @@ def prefill_chunk(
         program.config,
         program.spec,
         page_table,
+        window_table,
         start,
         length,
         prompt_length,
@@ -106,9 +107,7 @@ def insert(
     """
     slot = start.slot
     caches = [
-        fill_decode_window(
-            cache, program.spec, slot, start.prompt_length, own_sinks=start.own_sinks
-        )
+        fill_decode_window(cache, program.spec, slot, start.prompt_length, start.window_table)
         for cache in caches
     ]
     counts, mask = state.output_counts, state.prompt_mask
@@ -156,42 +155,14 @@ def deactivate(state: DecodeState, slot: Int[Array, ""]) -> DecodeState:
     return dataclasses.replace(state, active=state.active.at[slot].set(False))
 
 
-@functools.partial(jax.jit, static_argnames=("program", "num_pages"), donate_argnames=("caches",))
-def save_window(
-    program: Program, caches: Caches, sink_page: Int[Array, ""], *, num_pages: int
-) -> tuple[Caches, Windows]:
-    """After a prefix was prefilled: what its requests will need of the streaming heads.
-
-    Its sinks go to the streaming pool, from ``sink_page`` on. Returned beside the caches: the first
-    ``num_pages`` pages of each layer's prefill window, ``[Ks, num_pages, P, D]``; with fewer pages
-    than the window has, those of a prefix that fills no more.
-    """
-    caches = [keep_sinks(cache, program.spec, sink_page) for cache in caches]
-    windows = [jax.tree.map(lambda x: x[:, :num_pages], cache.prefill_window) for cache in caches]
-    return caches, windows
-
-
-@functools.partial(jax.jit, donate_argnames=("caches",))
-def restore_window(caches: Caches, windows: Windows) -> Caches:
-    """Puts back what ``save_window`` kept of a prefix: the next chunk continues the prefix."""
-
-    def put(window: Array, kept: Array) -> Array:
-        return window.at[:, : kept.shape[1]].set(kept)
-
-    return [
-        dataclasses.replace(cache, prefill_window=jax.tree.map(put, cache.prefill_window, kept))
-        for cache, kept in zip(caches, windows, strict=True)
-    ]
-
-
 @jax.jit
-def read_pages(caches: Caches, pages: Int[Array, " n"], sink_pages: Int[Array, " m"]) -> list[dict]:
-    """Of each layer, the given retrieval pages with their statistics, and streaming pages."""
+def read_pages(caches: Caches, pages: Int[Array, " n"], windows: Int[Array, " m"]) -> list[dict]:
+    """Of each layer, the given retrieval pages with their statistics, and window pages."""
     return [
         {
             "retrieval": jax.tree.map(lambda x: x[:, pages], cache.retrieval),
             "key_stats": None if cache.key_stats is None else cache.key_stats[:, pages],
-            "sinks": jax.tree.map(lambda x: x[:, sink_pages], cache.streaming),
+            "window": jax.tree.map(lambda x: x[:, windows], cache.prefill_window),
         }
         for cache in caches
     ]
@@ -199,7 +170,7 @@ def read_pages(caches: Caches, pages: Int[Array, " n"], sink_pages: Int[Array, "
 
 @functools.partial(jax.jit, donate_argnames=("caches",))
 def write_pages(
-    caches: Caches, kept: list[dict], pages: Int[Array, " n"], sink_pages: Int[Array, " m"]
+    caches: Caches, kept: list[dict], pages: Int[Array, " n"], windows: Int[Array, " m"]
 ) -> Caches:
     """Puts back what ``read_pages`` read, on other pages."""
 
@@ -211,7 +182,7 @@ def write_pages(
             cache,
             retrieval=jax.tree.map(put(pages), cache.retrieval, part["retrieval"]),
             key_stats=jax.tree.map(put(pages), cache.key_stats, part["key_stats"]),
-            streaming=jax.tree.map(put(sink_pages), cache.streaming, part["sinks"]),
+            prefill_window=jax.tree.map(put(windows), cache.prefill_window, part["window"]),
         )
         for cache, part in zip(caches, kept, strict=True)
     ]
@@ -261,7 +232,6 @@ def decode_step(
         program.config,
         spec,
         tables.page_table,
-        tables.sink_page,
         tables.groups,
         rows.position,
         rows.active,

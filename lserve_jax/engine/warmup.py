@@ -45,6 +45,7 @@ def _prefill(engine: Engine, size: int) -> Call:
     chunk = Chunk(
         tokens=np.zeros((size,), np.int32),
         page_table=np.zeros((engine.spec.pages_per_sequence,), np.int32),
+        window_table=np.zeros((engine.spec.pages_per_sequence,), np.int32),
         start=0,
         prompt_length=size,
     )
@@ -57,7 +58,7 @@ def _insert(engine: Engine, sampling: SamplingParams) -> Call:
         sampling=sampling,
         sampling_row=sampling_row(sampling, eos_token_ids=engine.eos_token_ids, default_seed=0),
         forced=-1,
-        own_sinks=True,
+        window_table=np.zeros((engine.spec.pages_per_sequence,), np.int32),
         rules=None,
     )
     logits = jnp.zeros((engine.config.vocab_size,), jnp.float32)

@@ -1,25 +1,14 @@
-"""Greedy answers to prompts, several haystacks at a time, so that few slots are idle."""
+"""Greedy answers to prompts, haystack by haystack: what prompts have in common is read once."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lserve_jax.engine.metrics import RequestMetrics
-from lserve_jax.engine.prefix import CommonPrefix
 from lserve_jax.eval.prompts import Case, share_found
 from lserve_jax.llm import LLM
 from lserve_jax.outputs import RequestOutput
 from lserve_jax.sampling_params import SamplingParams
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Haystack:
-    """The prompts of one haystack."""
-
-    cases: list[Case]
-    beginning: list[int]  # whole pages of tokens that they have in common; to be read once
-    pages: int  # that all of it takes in the KV cache
 
 
 def answer(
@@ -27,52 +16,19 @@ def answer(
 ) -> list[dict[str, Any]]:
     """The rows of results, in the order of ``cases``.
 
-    Each haystack is read once. As many are held as there is room for, and all their prompts run
-    together. ``progress`` is called with the number of prompts done since the last call.
+    Prompts of one haystack run one after another, so that the engine remembers what they have in
+    common. ``progress`` is called with the number of prompts done since the last call.
 
     Raises ``ValueError`` and ``FloatingPointError`` where ``LLM.stream`` and its requests do.
     """
-    rows = []
-    for batch in _batches(llm, _haystacks(llm, cases)):
-        together = [case for haystack in batch for case in haystack.cases]
-        with contextlib.ExitStack() as held:
-            for haystack in batch:
-                if haystack.beginning:
-                    prefix = llm.prefix({"prompt_token_ids": haystack.beginning})
-                    held.callback(prefix.release)
-            outputs = _outputs(llm, together, progress)
-        rows += [_row(setting, case, outputs[i]) for i, case in enumerate(together)]
-    return rows
-
-
-def _haystacks(llm: LLM, cases: Sequence[Case]) -> list[_Haystack]:
-    groups: dict[tuple, list[Case]] = {}
-    for case in cases:
-        groups.setdefault((case.source, case.task, case.length, case.haystack), []).append(case)
-    page_size, shares = llm.spec.page_size, llm.engine.prefix_store.has_room
-    haystacks = []
-    for group in groups.values():
-        common = CommonPrefix()
-        for case in group:
-            common.add(case.token_ids)
-        beginning = common.whole_pages(page_size) if shares and len(group) > 1 else []
-        shared = len(beginning) // page_size
-        own = sum(-(-(case.length + case.max_tokens) // page_size) - shared for case in group)
-        haystacks.append(_Haystack(cases=group, beginning=beginning, pages=shared + own))
-    return haystacks
-
-
-def _batches(llm: LLM, haystacks: Sequence[_Haystack]) -> Iterator[list[_Haystack]]:
-    """As many haystacks as the cache can hold with all their prompts, at least one."""
-    batch: list[_Haystack] = []
-    for haystack in haystacks:
-        pages = sum(other.pages for other in batch) + haystack.pages
-        if batch and (len(batch) == llm.spec.max_prefixes or pages > llm.spec.num_pages):
-            yield batch
-            batch = []
-        batch.append(haystack)
-    if batch:
-        yield batch
+    by_haystack: dict[tuple, list[int]] = {}
+    for i, case in enumerate(cases):
+        key = (case.source, case.task, case.length, case.haystack)
+        by_haystack.setdefault(key, []).append(i)
+    order = [i for group in by_haystack.values() for i in group]
+    outputs = _outputs(llm, [cases[i] for i in order], progress)
+    rows = {i: _row(setting, cases[i], outputs[at]) for at, i in enumerate(order)}
+    return [rows[i] for i in range(len(cases))]
 
 
 def _outputs(

@@ -25,7 +25,7 @@ class SharedOptions:
     weight_group: int = 32
     kv_cache_bytes: int | None = None
     max_num_seqs: int = 8
-    prefill_chunk_size: int = 4096
+    prefill_chunk_size: int = 1024  # prompts of one haystack share whole chunks
     backend: Backend = "auto"
     compilation_cache: bool = False
 
@@ -43,8 +43,8 @@ class Model:
     def engine(self, sparsity: SparsityConfig | None, max_len: int, options: SharedOptions) -> LLM:
         """An ``LLM`` with room for ``max_len`` tokens a sequence; None is dense attention.
 
-        Prompts of one haystack share its pages, but never read it together: relay attends the
-        whole prefix, so a setting would seem better than it is for a request by itself.
+        Prompts of one haystack share its chunks, but never read it together: relay attends all of
+        it, so a setting would seem better than it is for a request by itself.
 
         It always runs all slots: an answer does not depend on what else runs, and decode compiles
         for one number of slots instead of every power of two.

@@ -63,9 +63,9 @@ class ServeArgs(ModelArgs):
     max_queue: int = 256
     """So many more may wait; beyond it a request is answered 429."""
     relay: RelayMode = "auto"
-    """Whether requests with one registered prefix read it together; auto: where it pays."""
+    """Whether requests that begin alike read that together; auto: where it pays."""
     max_prefixes: int = 8
-    """Prefixes that can be registered at a time."""
+    """Prompts, beside those that run, that there is room to remember or to register."""
     deadline: Annotated[float | None, flag("SECONDS", "none")] = None
     """After so long an answer ends as it is, unless its request says otherwise."""
     max_body_bytes: int = 16 << 20

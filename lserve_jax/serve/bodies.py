@@ -18,7 +18,7 @@ HARMLESS = frozenset(
     {
         *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
         *("prompt_cache_retention", "reasoning_effort", "verbosity", "prediction", "request_id"),
-        *("priority", "cache_salt"),
+        "priority",
     }
 )
 # Of these one value changes nothing, and clients send it; any other is refused.
@@ -112,6 +112,8 @@ class GenerationBody(Body):
     bad_words: list[str] = []
 
     deadline: Annotated[float, Field(gt=0)] | None = None  # seconds; then it ends as it is
+    # Only prompts of one salt share what was computed.
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None
 
     # What the answer must be; ``response_format.py`` reads these.
     response_format: Any = None

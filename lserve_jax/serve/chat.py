@@ -78,7 +78,7 @@ async def chat_prompt(service: Service, body: ChatBody) -> tuple[CheckedPrompt, 
         service.engine.text.check_length(chat.text)
         return {"prompt": chat.text, "prompt_token_ids": chat.encode()}
 
-    return await service.prompt(make), asked
+    return await service.prompt(make, body.cache_salt), asked
 
 
 class _Choices:

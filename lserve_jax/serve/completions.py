@@ -35,7 +35,7 @@ async def completions(request: Request) -> Response:
     prompts = []
     for given in body.prompt:
         as_prompt = given if isinstance(given, str) else {"prompt_token_ids": given}
-        prompts.append(await service.prompt(lambda as_prompt=as_prompt: as_prompt))
+        prompts.append(await service.prompt(lambda as_prompt=as_prompt: as_prompt, body.cache_salt))
     max_tokens = _MAX_TOKENS if body.max_tokens is None else body.max_tokens
     scored = body.echo and (body.logprobs is not None or max_tokens == 0)
     fields = {name: getattr(body, name) for name in FORMAT_FIELDS}

@@ -48,25 +48,45 @@ _GAUGES: tuple[_Reading, ...] = (
         lambda m: 1 - m.free_pages / m.num_pages,
     ),
     ("num_pages", "Pages of the KV cache.", lambda m: m.num_pages),
-    ("num_pages_free", "Pages that nobody holds.", lambda m: m.free_pages),
+    (
+        "num_pages_free",
+        "Pages that nobody uses, those of remembered prompts included.",
+        lambda m: m.free_pages,
+    ),
+    ("num_pages_cached", "Of these, pages of remembered prompts.", lambda m: m.cached_pages),
+    (
+        "num_pages_on_host",
+        "Pages of remembered prompts in host memory.",
+        lambda m: m.host_pages,
+    ),
     ("num_pages_pinned", "Pages that registered prefixes hold.", lambda m: m.pinned_pages),
 )
 _COUNTERS: tuple[_Reading, ...] = (
     (
         "prompt_tokens",
-        "Tokens of prompts and prefixes, computed or found in a prefix.",
+        "Tokens of prompts and prefixes, computed or remembered.",
         lambda m: m.prompt_tokens + m.prefix_tokens,
     ),
     ("generation_tokens", "Generated tokens.", lambda m: m.generated_tokens),
     (
         "prefix_cache_queries",
-        "Tokens that were looked for in prefixes.",
-        lambda m: m.prompt_tokens + m.prefix_tokens,
+        "Tokens of prompts that were looked for among remembered ones.",
+        lambda m: m.prefix_queries,
     ),
-    ("prefix_cache_hits", "Tokens that a prefix had.", lambda m: m.prefix_tokens),
+    ("prefix_cache_hits", "Tokens of these that were there.", lambda m: m.prefix_tokens),
+    (
+        "prefix_cache_evicted_pages",
+        "Pages of remembered prompts that others were given.",
+        lambda m: m.evicted_pages,
+    ),
+    (
+        "prefix_cache_evicted_window_pages",
+        "Pages of their prefill windows that others were given.",
+        lambda m: m.evicted_windows,
+    ),
     ("num_preemptions", "Completions that gave their pages to others.", lambda m: m.preemptions),
     ("engine_steps", "Steps of the engine.", lambda m: m.steps),
-    ("relay_bursts", "Bursts in which a prefix was read together.", lambda m: m.relay_bursts),
+    ("relay_bursts", "Bursts in which a beginning was read together.", lambda m: m.relay_bursts),
     ("compilations", "Shapes that jitted functions were compiled for.", lambda m: m.compilations),
 )
 
@@ -118,7 +138,7 @@ class Metrics:
         )
         self._decode_steps = counter("decode_steps", "Decode steps, summed over completions.")
         self._relay_steps = counter(
-            "relay_steps", "Decode steps that read a prefix together with other completions."
+            "relay_steps", "Decode steps that read a beginning together with other completions."
         )
         self._bytes_read = counter("kv_read_bytes", "Keys, values and statistics that were read.")
         self._dense_bytes = counter(

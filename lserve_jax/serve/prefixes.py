@@ -1,13 +1,13 @@
 """/v1/prefixes: beginnings that many requests share, computed once and kept until released.
 
-A request that begins with a registered prefix's tokens takes its whole pages from there, whatever
-route it comes by; ``usage.prompt_tokens_details.cached_tokens`` says how many tokens that saved.
+Every prompt is remembered as long as nobody wants its pages; a registered prefix is there for
+certain. ``usage.prompt_tokens_details.cached_tokens`` says how many tokens either saved.
 
     POST   /v1/prefixes            {"prompt": text or token ids} or {"messages": [...]}
     GET    /v1/prefixes            all that are held
     GET    /v1/prefixes/ID
     POST   /v1/prefixes/ID/pin     one more release is needed
-    DELETE /v1/prefixes/ID         releases it once; its pages go with the last time
+    DELETE /v1/prefixes/ID         releases it once; the last time it is a prompt like any other
 """
 
 from collections.abc import Callable

@@ -28,7 +28,7 @@ AS_IN_CHATS = frozenset(
         *("temperature", "top_p", "top_k", "min_p", "seed", "min_tokens", "stop", "stop_token_ids"),
         *("ignore_eos", "repetition_penalty", "presence_penalty", "frequency_penalty"),
         *("skip_special_tokens", "include_stop_str_in_output", "deadline", "logit_bias"),
-        *("allowed_token_ids", "bad_words"),
+        *("allowed_token_ids", "bad_words", "cache_salt"),
     }
 )
 # They steer what no model here has, or how events are padded.

@@ -86,7 +86,9 @@ class Service:
                 code="model_not_found",
             )
 
-    async def prompt(self, make: Callable[[], Prompt]) -> CheckedPrompt:
+    async def prompt(
+        self, make: Callable[[], Prompt], cache_salt: str | None = None
+    ) -> CheckedPrompt:
         """A prompt as token ids; ``make`` and the tokenizer run beside the event loop."""
         text = self.engine.text
 
@@ -94,8 +96,9 @@ class Service:
             prompt = make()
             if isinstance(prompt, str):
                 text.check_length(prompt)
-                return CheckedPrompt(text=prompt, ids=text.token_ids(prompt))
-            return CheckedPrompt(text=prompt.get("prompt"), ids=text.token_ids(prompt))
+                return CheckedPrompt(text=prompt, ids=text.token_ids(prompt), cache_salt=cache_salt)
+            ids = text.token_ids(prompt)
+            return CheckedPrompt(text=prompt.get("prompt"), ids=ids, cache_salt=cache_salt)
 
         return await asyncio.to_thread(checked)
 

@@ -37,7 +37,7 @@ def stop_reason(reason: str | None, stopped_by: int | str | None) -> int | str |
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> dict[str, Any]:
-    """Counts of tokens; ``cached_tokens`` are those of the prompt that a prefix had."""
+    """Counts of tokens; ``cached_tokens`` are those of the prompt that were there."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,

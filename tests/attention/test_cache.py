@@ -69,12 +69,9 @@ def test_ring_addresses(sink: int, local: int) -> None:
     assert np.all((index[sink:] >= sink) & (index[sink:] < window.num_pages))
     assert window.num_pages == sink + local + 1
     positions = np.arange(700)
-    every = jax.vmap(window.keeps, (None, 0))(jnp.asarray(positions), jnp.arange(701))
-    for end, kept in enumerate(np.asarray(every)):
-        newest_pages = positions // 16 > (end - 1) // 16 - (local + 1)
-        assert_array_equal(kept, (positions < window.sink) | newest_pages)
-        assert np.all(kept[max(end - window.local, 0) : end])
-        pages = np.unique(positions[:end][kept[:end]] // 16)
+    for end in range(1, 701):
+        seen = (positions < window.sink) | (positions >= end - window.local)
+        pages = np.unique(positions[:end][seen[:end]] // 16)
         assert len(np.unique(index[pages])) == len(pages)
 
 
@@ -90,6 +87,24 @@ SMALL = SparsityConfig(
 )
 # LServe's own sizes, but for the prefill window.
 LARGE = SparsityConfig(token_budget=512, prefill_local=1024)
+
+
+def ring_table(spec: CacheSpec, start: int, end: int) -> jax.Array:
+    """Places for the prefill window of a chunk, the least there can be: a ring.
+
+    Pages before the chunk lie where they were written; what it writes may overwrite those that it
+    moves out of sight.
+    """
+    window, P = spec.prefill_window, spec.page_size
+    number = np.arange(spec.pages_per_sequence)
+
+    def newest(end: int) -> np.ndarray:
+        last = (end - 1) // P
+        kept = (number > last - window.local_pages) & (number <= last)
+        return kept | ((number < window.sink_pages) & (number <= last))
+
+    kept = np.where(number < start // P, newest(start), newest(end))
+    return jnp.asarray(np.where(kept, np.asarray(window.index(jnp.asarray(number))), -1))
 
 
 class Sequence:
@@ -110,13 +125,21 @@ class Sequence:
             select: jax.jit(functools.partial(self._decode_step, select=select), donate_argnums=0)
             for select in (True, False)
         }
-        finish = functools.partial(fill_decode_window, spec=self.spec, own_sinks=jnp.bool(True))
+        finish = functools.partial(fill_decode_window, spec=self.spec)
         self.finish = jax.jit(finish, donate_argnums=0)
 
-    def _prefill_chunk(self, cache, values, start, length, total):
+    def _prefill_chunk(self, cache, values, window_table, start, length, total):
         table = jnp.asarray(self.table, jnp.int32)
         attend = prefill_attend(
-            CONFIG, self.spec, table, start, length, total, self.chunk, backend="reference"
+            CONFIG,
+            self.spec,
+            table,
+            window_table,
+            start,
+            length,
+            total,
+            self.chunk,
+            backend="reference",
         )
         out, cache = attend(0, self.zeros, self.zeros, values, cache)
         return out[0], cache
@@ -130,7 +153,6 @@ class Sequence:
             CONFIG,
             self.spec,
             table,
-            jnp.arange(2) * self.spec.decode_window.num_pages,
             None,
             positions,
             active,
@@ -149,11 +171,14 @@ class Sequence:
             length = min(self.chunk, total - start)
             values = np.repeat(self.codes[None, start : start + self.chunk, None], 2, axis=2)
             values[:, length:] = np.nan  # padding
+            table = ring_table(self.spec, start, start + length)
             out, cache = self._prefill(
-                cache, values, *(jnp.int32(x) for x in (start, length, total))
+                cache, values, table, *(jnp.int32(x) for x in (start, length, total))
             )
             outs.append(np.asarray(out)[:length])
-        return np.concatenate(outs), self.finish(cache, slot=jnp.int32(1), length=jnp.int32(total))
+        return np.concatenate(outs), self.finish(
+            cache, slot=jnp.int32(1), length=jnp.int32(total), window_table=table
+        )
 
     def mean(self, seen: np.ndarray) -> np.ndarray:
         return self.codes[: len(seen)][seen].astype(np.float64).mean(axis=0)
@@ -234,6 +259,7 @@ def test_fill_decode_window(kv_dtype: str) -> None:
     codes = rng.standard_normal((9 * 16, 2, D), np.float32)  # [position, k or v, D]
     move = jax.jit(functools.partial(fill_decode_window, spec=spec))
     for length in range(1, len(codes) + 1):
+        table = ring_table(spec, 0, length)
         held = np.full((2, 1, prefill_window.num_pages, 16, D), np.nan, np.float32)
         for position in range(length):
             page, offset = divmod(position, 16)
@@ -251,7 +277,7 @@ def test_fill_decode_window(kv_dtype: str) -> None:
             ),
             slot=jnp.int32(2),
             length=jnp.int32(length),
-            own_sinks=jnp.bool(True),
+            window_table=table,
         ).streaming
         for part in range(2):
             pool, untouched = np.asarray(moved[part][0]), np.asarray(before[part][0])
@@ -272,7 +298,8 @@ def test_fill_decode_window(kv_dtype: str) -> None:
 def test_fill_decode_window_without_streaming_heads() -> None:
     spec = make(SMALL)
     cache = poisoned(spec, layer=1)
-    moved = fill_decode_window(cache, spec, jnp.int32(0), jnp.int32(5), own_sinks=jnp.bool(True))
+    table = jnp.full((spec.pages_per_sequence,), -1, jnp.int32)
+    moved = fill_decode_window(cache, spec, jnp.int32(0), jnp.int32(5), table)
     assert moved.streaming.k.shape == (0, 3 * 4, 16, D)
 
 
@@ -309,3 +336,9 @@ def test_windows_are_no_longer_than_a_sequence() -> None:
     assert (spec.decode_window.sink, spec.decode_window.local) == (128, 256)
     assert (spec.prefill_window.sink, spec.prefill_window.local) == (128, 256)
     assert make(SparsityConfig()).prefill_window.local == 4096
+
+
+def test_there_is_room_for_windows_of_remembered_prompts() -> None:
+    """For that of the prompt in prefill, a second one behind it, and one for each remembered."""
+    for max_prefixes, pages in ((0, 8), (1, 8 + 6 + 8), (3, 8 + 6 + 3 * 8)):
+        assert make(SMALL, max_prefixes=max_prefixes).num_window_pages == pages

@@ -31,9 +31,8 @@ def test_kv_bytes_held(kv_dtype: str, tmp_path: Path) -> None:
         assert output.metrics.kv_bytes_held == pages * P * per_token + ring
     plan = llm.memory_plan()
     assert plan["retrieval"] + plan["key_stats"] == llm.spec.num_pages * P * per_token
-    # Of the ring's four pages one is a sink, which every prefix has too.
     caches = [llm.engine.runner.read_cache(i) for i in range(llm.config.num_hidden_layers)]
-    rings = 4 * ring + llm.spec.max_prefixes * ring // 4
+    rings = 4 * ring
     assert plan["streaming"] == rings
     held = jax.tree.leaves([[c.retrieval, c.key_stats, c.streaming] for c in caches])
     assert sum(x.nbytes for x in held) == rings + llm.spec.num_pages * P * per_token

@@ -151,9 +151,8 @@ def test_ring_list(page_size: int, listed: int, sink: int, local: int) -> None:
     positions = jnp.arange(2001, dtype=jnp.int32)
     slot = jnp.full_like(positions, 3)
     pages = sink + local + 1
-    own_sinks = slot * pages
     make_list = jax.jit(window_list, static_argnums=0)
-    lists = make_list(spec, slot, own_sinks, positions, jnp.ones_like(positions, bool))
+    lists = make_list(spec, slot, positions, jnp.ones_like(positions, bool))
     held: dict[tuple[int, int], int] = {}  # (physical page, offset): position of its token
     for position in range(2001):
         page, offset = divmod(position, page_size)
@@ -168,7 +167,7 @@ def test_ring_list(page_size: int, listed: int, sink: int, local: int) -> None:
 def test_ring_list_of_inactive_rows() -> None:
     spec = of_ring(16, 32, 16, 16)
     position = jnp.array([100, 100], jnp.int32)
-    lists = window_list(spec, jnp.arange(2), jnp.array([0, 4]), position, jnp.array([False, True]))
+    lists = window_list(spec, jnp.arange(2), position, jnp.array([False, True]))
     assert slots(lists, 0, 0, 16) == []
     assert len(slots(lists, 1, 0, 16)) == 48
 

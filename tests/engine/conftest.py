@@ -37,8 +37,6 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
             "max_prefixes": 3,
             "relay": "never",
         } | settings
-        # All slots at every step, so one program to compile, where relay is not what is tested.
-        settings = {"deterministic": settings["relay"] == "never"} | settings
         sparsity = None
         if attention == "lserve":
             sparsity = SparsityConfig(pattern=pattern, streaming_fraction=0.5, **relay_cases.SIZES)

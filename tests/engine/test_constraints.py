@@ -246,7 +246,7 @@ def test_preempted_requests_go_on_where_they_were(pattern: str) -> None:
     llm = cases.build(pattern)
     alone = [llm.generate(prompt, sampling)[0].outputs[0].token_ids for prompt in asked]
     before = llm.engine.metrics().preemptions
-    outputs = llm.generate(asked, sampling, shared_prefix="off")
+    outputs = llm.generate(asked, sampling)
     assert llm.engine.metrics().preemptions > before
     assert [output.outputs[0].token_ids for output in outputs] == alone
     assert all(re.fullmatch("([ab]{5}c){15}", output.outputs[0].text) for output in outputs)
@@ -282,7 +282,7 @@ def test_masks_are_no_part_of_a_program(pattern: str) -> None:
         """Programs that the requests compiled, and new shapes that the engine counted."""
         before, shapes = len(compiled), llm.engine.metrics().compilations
         sampling = [SamplingParams(max_tokens=30, seed=0, **given) for given in restrictions]
-        llm.generate([PROMPT] * len(sampling), sampling, shared_prefix="off")
+        llm.generate([PROMPT] * len(sampling), sampling)
         return len(compiled) - before, llm.engine.metrics().compilations - shapes
 
     person = {"structured_outputs": StructuredOutputs(json=PERSON)}

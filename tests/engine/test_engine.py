@@ -314,7 +314,9 @@ def test_requests_are_checked_before_anything_runs(llm: LLM) -> None:
         ({"prompt_token_ids": [1, VOCAB]}, rf"token id {VOCAB} is outside .* \[0, {VOCAB}\)"),
         ({"prompt_token_ids": [-1]}, "token id -1 is outside"),
         ({"prompt_token_ids": [1] * 250}, "250 tokens and max_tokens=7 make 257, .*=256"),
-        ({"prompt": "text"}, r"'prompt_token_ids', got \{'prompt': 'text'\}"),
+        ({"prompt": 5}, r"'prompt_token_ids', got \{'prompt': 5\}"),
+        ({"prompt": "text"}, "no tokenizer"),
+        (good | {"cache_salt": ""}, "cache_salt='' must be a text that is not empty"),
         ("text", "no tokenizer"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -33,6 +33,7 @@ for options in ({}, {"attention": "lserve", "sparsity": SparsityConfig(token_bud
             before, shapes = compiled, llm.engine.metrics().compilations
             [output] = llm.generate({"prompt_token_ids": [3, 5] * 40}, sampling)
             tokens.append(output.outputs[0].token_ids)
+            llm.reset_prefix_cache()  # the rest of a remembered prompt is a shorter chunk
             if call == 1:
                 assert compiled == before, "the second call compiled"
                 assert llm.engine.metrics().compilations == shapes

@@ -205,7 +205,7 @@ def test_a_prefix_that_is_read_together(build: BuildRelay) -> None:
     How many tokens these are is what the device counted while it attended.
     """
     prefix, *_ = random_prompts(24, [320])
-    llm = build(relay="always")
+    llm = build(relay="always", prefill_chunk_size=1024)  # all begin in one step
     prompts = prompts_with(prefix, 25, [10, 140, 60])
     held = llm.engine.add_prefix(prefix)
     answers = run(llm.engine, prompts, [40, 40, 40], {0, 1})

@@ -1,4 +1,4 @@
-"""What held prefixes cost beside their pages, and what a saved one says of its model."""
+"""What remembered prompts cost beside their pages, and what a saved one says of its model."""
 
 import dataclasses
 import gc
@@ -36,26 +36,27 @@ def build(sparsity: SparsityConfig | None, params=None, **settings) -> LLM:
     return LLM((CONFIG, params), attention=attention, sparsity=sparsity, **settings)
 
 
-def test_the_plan_has_what_held_prefixes_keep(sparsity: SparsityConfig) -> None:
-    llm = build(sparsity, kv_cache_bytes=1 << 20)
-    assert llm.memory_plan()["prefix_windows"] == 0
-    prompts = random_prompts(0, [200, 200])
-    held = [llm.prefix({"prompt_token_ids": prompt}) for prompt in prompts]
-    # Two layers with a streaming head of 16 channels each; sink, local and one more page of 16
-    # tokens; K and V in float32; for two prefixes.
-    window = 2 * (16 + 64 + 16) * 16 * 2 * 4
-    assert llm.memory_plan()["prefix_windows"] == 2 * window
-    assert llm.memory_plan()["prefill_window"] == window
+def test_the_plan_has_the_windows_of_remembered_prompts(sparsity: SparsityConfig) -> None:
+    """They are a pool like any other; what is remembered or held takes nothing beside the plan."""
+    llm = build(sparsity, kv_cache_bytes=1 << 20, max_prefixes=2)
+    # Two layers with a streaming head of 16 channels each, K and V in float32. Of pages of 16
+    # tokens: sink, local and one more, for the prompt that is read and two others; and as much of
+    # local again.
+    pages = 3 * (1 + 4 + 1) + (4 + 1)
+    plan = llm.memory_plan()
+    assert plan["prefill_window"] == 2 * pages * 16 * 16 * 2 * 4
+    arrays = len(jax.live_arrays())
+    held = [llm.prefix({"prompt_token_ids": prompt}) for prompt in random_prompts(0, [200, 200])]
+    assert llm.memory_plan() == plan
+    assert len(jax.live_arrays()) == arrays
+    with pytest.raises(ValueError, match=r"would take 18 pages of 16 tokens, 12 can be held"):
+        llm.prefix({"prompt_token_ids": random_prompts(1, [200])[0]})
     held[0].release()
-    assert llm.memory_plan()["prefix_windows"] == window
-    llm.engine.reset()
-    assert llm.memory_plan()["prefix_windows"] == 0
-    dense = build(None)
-    dense.prefix({"prompt_token_ids": prompts[0]})
-    assert dense.memory_plan()["prefix_windows"] == 0  # no head streams
+    llm.prefix({"prompt_token_ids": random_prompts(1, [200])[0]})
+    assert build(None).memory_plan()["prefill_window"] == 0  # no head streams
 
 
-def test_a_prefix_of_llama_3_8b_keeps_549_megabytes() -> None:
+def test_a_window_of_llama_3_8b_takes_549_megabytes() -> None:
     """Half of its heads stream, with the default windows, in bf16."""
     config = ModelConfig(
         vocab_size=128256,
@@ -74,13 +75,13 @@ def test_a_prefix_of_llama_3_8b_keeps_549_megabytes() -> None:
         max_model_len=131072,
         max_num_seqs=1,
         num_pages=1,
-        max_prefixes=1,
+        max_prefixes=0,
         kv_dtype="auto",
     )
     assert cache_bytes(config, spec, jnp.bfloat16)["prefill_window"] == 549_453_824
 
 
-def test_on_a_gpu_the_plan_sets_aside_what_prefixes_can_keep(
+def test_on_a_gpu_windows_are_planned_before_pages(
     sparsity: SparsityConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = 3_000_000  # bytes
@@ -94,7 +95,7 @@ def test_on_a_gpu_the_plan_sets_aside_what_prefixes_can_keep(
         pages = plan["retrieval"] + plan["key_stats"]
         page = pages // llm.spec.num_pages
         rest = sum(plan.values()) - plan["parameters"] - pages
-        room = 0.5 * (free - rest - page - max_prefixes * plan["prefill_window"])
+        room = 0.5 * (free - rest - page)
         # Fewer by less than a 64th: a little less memory at the next start gives as many.
         assert (room // page) * 63 / 64 < llm.spec.num_pages <= room // page
         leading = bin(llm.spec.num_pages)[2:9]
@@ -183,6 +184,7 @@ def test_after_a_failure_in_a_prefix_the_engine_goes_on(
     prompt = {"prompt_token_ids": random_prompts(5, [100])[0]}
     greedy = SamplingParams(temperature=0, max_tokens=4)
     expected = llm.generate(prompt, greedy)[0].outputs[0].token_ids
+    llm.reset_prefix_cache()
     real = runner_module.prefill_chunk
 
     def fail(*args, **settings):
@@ -196,11 +198,14 @@ def test_after_a_failure_in_a_prefix_the_engine_goes_on(
     assert llm.generate(prompt, greedy)[0].outputs[0].token_ids == expected
 
 
-def test_a_file_of_the_first_format_is_refused_with_a_reason(
+def test_a_file_of_an_older_format_is_refused_with_a_reason(
     sparsity: SparsityConfig, tmp_path: Path
 ) -> None:
     path = tmp_path / "old.safetensors"
     arrays = {"x": jnp.zeros(1)}
-    safetensors.flax.save_file(arrays, path, {"format": "lserve_jax prefix 1"})
-    with pytest.raises(ValueError, match=r"has format 1, .* compute the prefix again"):
-        build(sparsity).load_prefix(path)
+    for old in (1, 2):
+        safetensors.flax.save_file(arrays, path, {"format": f"lserve_jax prefix {old}"})
+        with pytest.raises(
+            ValueError, match=r"is of an older version, .* compute the prefix again"
+        ):
+            build(sparsity).load_prefix(path)

@@ -46,13 +46,14 @@ def test_who_does_not_ask_runs_what_ran_before(
     lowered: list[str] = []
 
     def plain_chunk(
-        program, params, caches, tokens, page_table, start, length, prompt_length
+        program, params, caches, tokens, page_table, window_table, start, length, prompt_length
     ) -> tuple:
         model = bind(program.config, params)
         attend = prefill_attend(
             program.config,
             program.spec,
             page_table,
+            window_table,
             start,
             length,
             prompt_length,

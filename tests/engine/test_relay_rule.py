@@ -109,7 +109,7 @@ def test_auto_says_why_not(build: Build, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("lserve_jax.engine.relay.LEAST_SAVED_BYTES", 900 * token_bytes)
     [ids] = random_prompts(23, [320])
     prompts = prompts_with(ids, 24, [5, 6, 7])
-    llm = build("dense", relay="auto", prefill_chunk_size=512)  # all begin in one step
+    llm = build("dense", relay="auto", prefill_chunk_size=1024)  # all begin in one step
     outputs = llm.generate(
         [{"prompt_token_ids": p} for p in prompts], SamplingParams(temperature=0, max_tokens=6)
     )
@@ -122,17 +122,16 @@ def test_auto_says_why_not(build: Build, monkeypatch: pytest.MonkeyPatch) -> Non
     )
     assert outputs[0].metrics.relay_steps == 5
     [alone] = llm.generate({"prompt_token_ids": prompts[0]}, SamplingParams(max_tokens=3))
-    assert alone.metrics.relay_reason == "no prefix"
+    assert alone.metrics.relay_reason == "nobody shares its beginning"
 
 
 def test_settings_that_contradict_each_other() -> None:
     model = (CONFIG, tiny_params(CONFIG))
     with pytest.raises(ValueError, match="relay='sometimes' must be"):
         LLM(model, relay="sometimes")
-    with pytest.raises(ValueError, match=r"=True needs relay in \('never', 'always'\)"):
-        LLM(model, deterministic=True)
-    with pytest.raises(ValueError, match=r"deterministic=True needs relay in \('never',\)"):
-        LLM(model, deterministic=True, relay="always", attention="lserve")
+    for relay in ("auto", "always"):
+        with pytest.raises(ValueError, match=f"=True needs relay='never', got relay='{relay}'"):
+            LLM(model, deterministic=True, relay=relay)
     with pytest.raises(ValueError, match="max_prefixes=-1 must not be negative"):
         LLM("no-such-model", max_prefixes=-1)
     with pytest.raises(ValueError, match=r"memory_fraction=1\.5 must lie in \(0, 1\]"):

@@ -1,4 +1,4 @@
-"""Prefixes in files, prefixes that are refused, and what prompts begin with."""
+"""Prefixes in files, and prefixes that are refused."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from tiny_llm import (
 )
 
 from lserve_jax import SamplingParams
-from lserve_jax.engine.prefix import CommonPrefix, _digest
+from lserve_jax.engine.prefix import _digest
 
 # Saved prefixes.
 
@@ -72,7 +72,7 @@ def test_files_that_do_not_fit(build: Build, tmp_path: Path) -> None:
     llm.prefix({"prompt_token_ids": random_prompts(22, [130])[0]}).save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    free = len(llm.engine.scheduler.pool.free)
+    free = llm.engine.metrics().free_pages
     with pytest.raises(ValueError, match=r"prefix\.safetensors' is broken"):
         llm.load_prefix(path)
     flipped = bytearray(whole)
@@ -85,7 +85,7 @@ def test_files_that_do_not_fit(build: Build, tmp_path: Path) -> None:
         llm.load_prefix(path)
     with pytest.raises(ValueError, match="does not exist"):
         llm.load_prefix(tmp_path / "none")
-    assert len(llm.engine.scheduler.pool.free) == free
+    assert llm.engine.metrics().free_pages == free
     path.write_bytes(whole)
     other = build()
     other.engine.runner.params = tiny_params(CONFIG, seed=1)
@@ -133,7 +133,7 @@ def test_a_file_with_other_arrays_or_ids_is_broken(build: Build, tmp_path: Path)
         (f"[{10**30}]", f"prefix token id {10**30} is outside the vocabulary"),
         ("[" * 100_000, "is broken: its token_ids are no JSON"),
         ("[1", "is broken: its token_ids are no JSON"),
-        ("[]", r"is broken: its 0 token_ids fill no page, but it holds \["),
+        ("[]", r"is broken: its tokens fill no page, but it holds \["),
     ):
         refused(message, arrays, token_ids)
 
@@ -157,22 +157,6 @@ def test_prefixes_that_are_refused(build: Build) -> None:
     with pytest.raises(ValueError, match=r"prompt 1 does not begin with the prefix.*at token 2"):
         prompts = [{"prompt_token_ids": [2] * 100}, {"prompt_token_ids": [2, 2, 3]}]
         llm.generate(prompts, shared_prefix=held)
-    with pytest.raises(ValueError, match="shared_prefix='on' must be 'auto', 'off' or a Prefix"):
+    with pytest.raises(TypeError, match="shared_prefix='on' must be a Prefix or None"):
         llm.generate({"prompt_token_ids": [1]}, shared_prefix="on")
     check_pages(llm.engine)
-
-
-def test_common_prefix() -> None:
-    for prompts, page_size, shared in (
-        ([[1, 2, 3, 4, 5], [1, 2, 3, 4, 9]], 2, [1, 2, 3, 4]),
-        ([[1, 2, 3], [1, 2, 4], [1, 2, 3]], 1, [1, 2]),
-        ([[1, 2, 3], [1, 2]], 2, []),  # the second would have nothing left to run
-        ([[1, 2, 3], [2, 2, 3]], 2, []),
-        ([[1, 2, 3]], 1, [1, 2]),
-        ([[1, 2, 3], []], 1, []),
-    ):
-        common = CommonPrefix()
-        for prompt in prompts:
-            common.add(prompt)
-        assert common.whole_pages(page_size) == shared
-        assert common.count == len(prompts)

@@ -98,7 +98,7 @@ def test_sparse_scores_are_those_of_the_rollout(pattern: str, return_hidden: boo
     prompts = [ids(prompt) for prompt in random_prompts(5, [300, 41, 1, 130, 77])]
     lengths = [40, 7, 33, 1, 70]
     sampling = [SamplingParams(seed=n, max_tokens=n, ignore_eos=True) for n in lengths]
-    outputs = llm.generate(prompts, sampling, shared_prefix="off")
+    outputs = llm.generate(prompts, sampling)
     answers = [output.outputs[0] for output in outputs]
     scores = llm.score(prompts, [a.token_ids for a in answers], return_hidden=return_hidden)
     dense = LLM((CONFIG, PARAMS)).score(prompts, [answer.token_ids for answer in answers])

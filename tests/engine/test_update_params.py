@@ -114,7 +114,8 @@ def test_prefixes_of_the_old_weights_are_gone() -> None:
     before = [tokens(llm)]
     llm.update_params(tiny_params(CONFIG, 1))
     assert prefix.is_released
-    assert llm.engine.metrics().pinned_pages == 0
+    metrics = llm.engine.metrics()
+    assert metrics.pinned_pages == metrics.cached_pages == 0
     prompt = {"prompt_token_ids": [*ids, 3]}
     [new] = llm.generate(prompt, GREEDY)
     [alone] = LLM((CONFIG, tiny_params(CONFIG, 1)), max_model_len=512).generate(prompt, GREEDY)

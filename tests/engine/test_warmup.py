@@ -19,7 +19,7 @@ def build(**options) -> LLM:
 
 def tokens(llm: LLM, *requests: tuple[dict, SamplingParams]) -> list[list[int]]:
     prompts, sampling = zip(*requests, strict=True)
-    outputs = llm.generate(prompts, sampling, shared_prefix="off")
+    outputs = llm.generate(prompts, sampling)
     return [output.outputs[0].token_ids for output in outputs]
 
 

@@ -426,8 +426,8 @@ def test_what_all_prompts_begin_with_is_computed_once(run, tmp_path):
     assert code == 0, err
     assert by_index(tmp_path / "out.jsonl") == alone
     ran, saved = prompt_tokens(err)
-    assert saved == 12 * whole_pages
-    assert ran == whole_pages + sum(map(len, texts)) - saved
+    assert saved == 11 * whole_pages  # the first one computes them
+    assert ran == sum(map(len, texts)) - saved
     assert "relay     0 bursts" not in err
 
 
@@ -442,7 +442,7 @@ def test_the_shared_prefix_of_chats_is_their_system_message(run, tmp_path):
     for index, text in ((1, "Hello"), (2, "Hi")):
         whole = f"[system] {'S' * 100} [user] {text} [answer]"
         assert answers[index]["prompt_tokens"] == len(whole)
-    assert prompt_tokens(err)[1] == 2 * PAGE_SIZE
+    assert prompt_tokens(err)[1] == PAGE_SIZE  # of the second
 
 
 @pytest.mark.parametrize(

@@ -293,7 +293,7 @@ def wait_until_idle(served) -> None:
     async def run():
         while await served.service.engine.call(lambda: engine.has_unfinished_requests):
             await asyncio.sleep(0.01)
-        return await served.service.engine.call(lambda: len(engine.scheduler.pool.free))
+        return await served.service.engine.call(lambda: engine.metrics().free_pages)
 
     assert asyncio.run(run()) == engine.spec.num_pages
 

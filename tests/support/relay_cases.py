@@ -35,7 +35,9 @@ def prompts_with(prefix: list[int], seed: int, lengths: list[int]) -> list[list[
     return [prefix + own for own in random_prompts(seed, lengths)]
 
 
-def run(llm: LLM, prompts: list[list[int]], tokens: int, shared_prefix: Any) -> list[Generation]:
+def run(
+    llm: LLM, prompts: list[list[int]], tokens: int, shared_prefix: Any = None
+) -> list[Generation]:
     sampling = SamplingParams(temperature=0, max_tokens=tokens, logprobs=VOCAB)
     outputs = llm.generate(
         [{"prompt_token_ids": p} for p in prompts], sampling, shared_prefix=shared_prefix

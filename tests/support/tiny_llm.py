@@ -79,7 +79,11 @@ def random_prompts(seed: int, lengths: Sequence[int]) -> list[list[int]]:
 
 
 def poison(llm: LLM) -> None:
-    """Overwrites all that the cache holds with values that spoil any result they get into."""
+    """Overwrites all that the cache holds with values that spoil any result they get into.
+
+    No request may run; what the engine remembers is forgotten first.
+    """
+    llm.reset_prefix_cache()
 
     def spoil(x: jax.ShapeDtypeStruct) -> jax.Array:
         if jnp.issubdtype(x.dtype, jnp.floating):
@@ -134,22 +138,45 @@ def record_ends(llm: LLM) -> list[tuple[list[int], LayerCache]]:
 def check_pages(engine: Engine) -> None:
     """Every page is held as often as it is named, every slot is free or has one request."""
     scheduler, spec = engine.scheduler, engine.spec
-    prefixes = scheduler.prefix_cache.held.values()
-    placed = scheduler.placed()
+    cache, placed, prefixes = scheduler.prefix_cache, scheduler.placed(), engine.prefix_store.held
+    tree, nodes = cache.tree, list(cache.tree.nodes())
+    tree.check()
+    shared = {node.page for node in nodes}
     held = np.zeros((spec.num_pages,), int)
-    for pages in [r.pages for r in placed] + [p.pages for p in prefixes]:
+    for pages in [r.pages for r in placed] + [list(shared)]:
         assert len(set(pages)) == len(pages)
         held[pages] += 1
-    assert_array_equal(scheduler.pool.references, held)
-    assert sorted(scheduler.pool.free) == np.flatnonzero(held == 0).tolist()
-    # Nobody writes to a page that somebody else reads: what is shared belongs to a prefix.
-    shared = {page for prefix in prefixes for page in prefix.pages}
+    assert_array_equal(cache.pool.references, held)
+    assert sorted(cache.pool.free) == np.flatnonzero(held == 0).tolist()
+    # Nobody writes to a page that somebody else reads: what is shared belongs to the tree.
     assert set(np.flatnonzero(held > 1)) <= shared
+    windows = np.zeros((spec.num_window_pages,), int)
+    windows[[node.window for node in nodes if node.window >= 0]] += 1
+    for request in placed:
+        assert not request.window or request is scheduler.prefilling
+        pages = list(request.window.values())
+        assert len(set(pages)) == len(pages)
+        windows[pages] += 1
+    assert_array_equal(cache.windows.references, windows)
+    assert sorted(cache.windows.free) == np.flatnonzero(windows == 0).tolist()
+    # Each node is locked by those whose prompt it belongs to, and by pins.
+    locks = dict.fromkeys(nodes, 0)
+    paths = [r.node.path() for r in placed if r.node] + [p.pin.node.path() for p in prefixes]
+    for path in paths:
+        for node in path:
+            locks[node] += 1
+    assert all(node.locks == count for node, count in locks.items())
+    assert tree.num_pinned == len({page for prefix in prefixes for page in prefix.pages})
+    for request in scheduler.waiting:
+        assert not request.pages and not request.window and request.node is None
     slots = [request.slot for request in placed] + scheduler.free_slots
     assert sorted(slots) == list(range(spec.max_num_seqs))
     for request in placed:
-        owned = request.shared_tokens // spec.page_size
-        assert not shared & set(request.pages[owned:])
+        path = [] if request.node is None else request.node.path()
+        assert [node.page for node in path] == request.pages[: len(path)]
+        assert not shared & set(request.pages[len(path) :])
+        tokens = np.frombuffer(b"".join(node.key for node in path), np.int32)
+        assert_array_equal(tokens, request.prompt[: len(tokens)])
         table = scheduler.page_table[request.slot]
         assert table[: len(request.pages)].tolist() == request.pages
         assert not request.finished
@@ -157,8 +184,7 @@ def check_pages(engine: Engine) -> None:
     for slot in scheduler.free_slots:
         assert not scheduler.page_table[slot].any()
     for prefix in prefixes:
-        assert prefix.ref_count == sum(request.prefix is prefix for request in placed)
-        assert prefix.pins or prefix.ref_count
+        assert prefix.pins > 0 and prefix.ref_count >= 0
     numbers = [request.number for request in scheduler.waiting]
     assert numbers == sorted(numbers)
     known = {r.request_id for r in [*placed, *scheduler.waiting]}
@@ -169,3 +195,5 @@ def check_nothing_left(engine: Engine) -> None:
     check_pages(engine)
     assert not engine.has_unfinished_requests
     assert not engine.scheduler.waiting and not engine.scheduler.placed()
+    metrics = engine.metrics()
+    assert metrics.free_pages + metrics.pinned_pages == metrics.num_pages

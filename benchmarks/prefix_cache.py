@@ -1,0 +1,202 @@
+"""What remembered prompts save: time to the first token, prompt tokens, throughput.
+
+    python benchmarks/prefix_cache.py [--workloads questions chat documents]
+        [--geometry llama-3-8b --document 32768 --chunk 8192] [--attention lserve]
+
+    questions   one document, one question after another: seconds to the first token of each
+    chat        one conversation, turn by turn: of each turn the tokens computed and the seconds
+    documents   several documents, requests about them mixed: tokens a second, remembered and read
+                together, remembered, and with nothing remembered
+
+Prompts are random token ids. ``--geometry model`` is a checkpoint, ``llama-3-8b`` has that model's
+sizes and random weights. Every shape is compiled by prompts of other tokens first. Writes
+``benchmarks/results/prefix_cache.json``.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from llama_8b import CONFIG, LSERVE, random_params
+from machine import provenance
+
+import convert
+from lserve_jax import SamplingParams
+from lserve_jax.engine.build import EngineOptions, build_engine, resolve_dtype, with_shipped_shares
+from lserve_jax.engine.engine import Engine
+from lserve_jax.engine.metrics import RequestMetrics
+from lserve_jax.model.config import ModelConfig
+from lserve_jax.model.llama import Params
+
+Workload = Literal["questions", "chat", "documents"]
+Prompts = list[np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    geometry: Literal["model", "llama-3-8b"] = "model"
+    model: str = "smollm2-135m-instruct"
+    attention: Literal["dense", "lserve"] = "dense"
+    workloads: tuple[Workload, ...] = ("questions", "chat", "documents")
+    document: int = 4096
+    """Tokens of a document."""
+    question: int = 32
+    """Tokens of a question, and of what a user says in a turn."""
+    answer: int = 16
+    """New tokens of a request."""
+    questions: int = 3
+    turns: int = 4
+    documents: int = 2
+    requests: int = 8
+    """About all documents together."""
+    max_num_seqs: int = 4
+    chunk: int = 1024
+    """Most tokens of a chunk of a prompt."""
+    output: Path = Path(__file__).parent / "results" / "prefix_cache.json"
+
+
+def load(args: Args) -> tuple[ModelConfig, Params, EngineOptions]:
+    """The model and its options but for what differs between runs."""
+    extra = args.turns * (args.question + args.answer)
+    sizes = {
+        "max_num_seqs": args.max_num_seqs,
+        "max_model_len": args.document + extra,
+        "max_prefixes": args.documents,
+        "prefill_chunk_size": args.chunk,
+    }
+    if args.geometry == "llama-3-8b":
+        sparsity = LSERVE if args.attention == "lserve" else None
+        sizes |= {"dtype": "bfloat16", "sparsity": sparsity}
+        return CONFIG, random_params(), EngineOptions(attention=args.attention, **sizes)
+    source = convert.resolve(args.model)
+    options = with_shipped_shares(EngineOptions(attention=args.attention, **sizes), source)
+    config, params = convert.load(source, dtype=resolve_dtype(options.dtype))
+    return config, params, options
+
+
+class Runs:
+    """Engines of one model, and prompts of its vocabulary."""
+
+    def __init__(self, args: Args):
+        self.args = args
+        self.config, self.params, self.options = load(args)
+        self._rng = np.random.default_rng(0)
+
+    def engine(self, **changes: Any) -> Engine:
+        """One at a time: its cache takes most of a GPU."""
+        options = {name: getattr(self.options, name) for name in self.options.__dict__}
+        return build_engine(self.config, self.params, EngineOptions(**options | changes))
+
+    def random(self, tokens: int) -> np.ndarray:
+        return self._rng.integers(0, self.config.vocab_size, tokens)
+
+    def document_and(self, questions: int) -> Prompts:
+        document = self.random(self.args.document)
+        own = [self.random(self.args.question) for _ in range(questions)]
+        return [np.concatenate([document, question]) for question in own]
+
+    def answer(self, engine: Engine, prompts: Prompts) -> list[tuple[list[int], RequestMetrics]]:
+        """Runs requests together; their tokens and what they cost."""
+        sampling = SamplingParams(temperature=0, max_tokens=self.args.answer, ignore_eos=True)
+        for i, prompt in enumerate(prompts):
+            engine.add_request(str(i), prompt, sampling, seed=0)
+        tokens: list[list[int]] = [[] for _ in prompts]
+        ends: dict[int, RequestMetrics] = {}
+        for new in engine.stream():
+            tokens[int(new.request_id)] += new.token_ids
+            ends[int(new.request_id)] = new.metrics
+        return [(tokens[i], ends[i]) for i in range(len(prompts))]
+
+
+def questions(runs: Runs) -> dict[str, Any]:
+    engine = runs.engine()
+    for prompt in runs.document_and(2):  # compiles what a first and a later question run
+        runs.answer(engine, [prompt])
+    engine.reset_prefix_cache()
+    seconds, cached = [], []
+    for prompt in runs.document_and(runs.args.questions):
+        [(_, metrics)] = runs.answer(engine, [prompt])
+        seconds.append(metrics.first_token_seconds)
+        cached.append(metrics.prefix_tokens)
+    return {
+        "first_token_seconds": seconds,
+        "cached_tokens": cached,
+        "later_by_first": median(seconds[1:]) / seconds[0],
+    }
+
+
+def chat(runs: Runs) -> dict[str, Any]:
+    rows = {}
+    for name, enabled in (("remembered", True), ("nothing remembered", False)):
+        engine = runs.engine(enable_prefix_caching=enabled)
+        for timed in (False, True):
+            engine.reset_prefix_cache()
+            [prompt] = runs.document_and(1)
+            turns = []
+            for _ in range(runs.args.turns):
+                before = engine.metrics().prompt_tokens
+                [(answer, metrics)] = runs.answer(engine, [prompt])
+                computed = engine.metrics().prompt_tokens - before
+                turns.append({"computed": computed, "seconds": metrics.first_token_seconds})
+                prompt = np.concatenate([prompt, answer, runs.random(runs.args.question)])
+            if timed:
+                rows[name] = turns
+    return rows
+
+
+def documents(runs: Runs) -> dict[str, Any]:
+    args, rows = runs.args, {}
+
+    def mixed() -> Prompts:
+        each = -(-args.requests // args.documents)
+        groups = [runs.document_and(each) for _ in range(args.documents)]
+        return [prompt for group in zip(*groups, strict=True) for prompt in group][: args.requests]
+
+    ways: dict[str, dict[str, Any]] = {
+        "read together": {"relay": "auto"},
+        "remembered": {"relay": "never"},
+        "nothing remembered": {"relay": "never", "enable_prefix_caching": False},
+    }
+    prompts = mixed()
+    for name, changes in ways.items():
+        engine = runs.engine(**changes)
+        runs.answer(engine, mixed())
+        engine.reset_prefix_cache()
+        before, began = engine.metrics(), time.perf_counter()
+        runs.answer(engine, prompts)
+        seconds, after = time.perf_counter() - began, engine.metrics()
+        rows[name] = {
+            "tokens_per_second": args.requests * args.answer / seconds,
+            "computed": after.prompt_tokens - before.prompt_tokens,
+            "cached_tokens": after.prefix_tokens - before.prefix_tokens,
+            "relay_bursts": after.relay_bursts - before.relay_bursts,
+            "preemptions": after.preemptions - before.preemptions,
+        }
+    return rows
+
+
+WORKLOADS: dict[Workload, Callable[[Runs], dict[str, Any]]] = {
+    "questions": questions,
+    "chat": chat,
+    "documents": documents,
+}
+
+
+def main(args: Args) -> None:
+    runs = Runs(args)
+    given = {name: value for name, value in vars(args).items() if name != "output"}
+    result: dict[str, Any] = {**provenance(), "settings": given}
+    for workload in args.workloads:
+        result[workload] = WORKLOADS[workload](runs)
+        print(workload, json.dumps(result[workload], indent=2), flush=True)
+        args.output.write_text(json.dumps(result, indent=2, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
