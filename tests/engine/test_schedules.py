@@ -309,6 +309,7 @@ def test_deadlines(machines: dict[str, Machine]) -> None:
     """A request that waits, one in prefill and one that decodes end with what they have."""
     machine = machines["lserve"]
     engine, clock = machine.engine, machine.clock
+    engine.reset_prefix_cache()  # else nothing is left to prefill
     for name, number in (("runs", 0), ("prefills", 3), ("waits", 2), ("stays", 1)):
         kind = KINDS[number]
         deadline = None if name == "stays" else 5.0
