@@ -7,9 +7,9 @@ of decode steps with Llama-3-8B's geometry as ``benchmarks/decode.py`` runs it, 
 with the kernels for Hopper GPUs; ``prefill`` is a chunk of 8192 tokens of the same. ``cpu`` is what
 the default model needs on a CPU for the first tokens: a chunk of 64 tokens and a burst, dense.
 
-Each row runs in a process of its own, so that none profits from another's caches. *Kernels* are the
-different Mosaic kernels of the module, *calls* how often it names one. Writes
-``benchmarks/results/lowering.json``.
+Each row runs in a process of its own, so that none profits from another's caches; its seconds are
+CPU time, which other programs on the machine change little. *Kernels* are the different Mosaic
+kernels of the module, *calls* how often it names one. Writes ``benchmarks/results/lowering.json``.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from lserve_jax.engine.sampling import SamplingMode
 from lserve_jax.engine.state import DecodeState, DecodeTables, Program
 from lserve_jax.engine.steps import decode_burst, prefill_chunk
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.llama import abstract_params
+from lserve_jax.model.params import abstract_params
 
 Case = Literal["dense", "lserve", "shares", "prefill", "cpu"]
 
@@ -73,7 +73,6 @@ def traced_burst(program: Program, rows: int, steps: int, dtype) -> jax.stages.T
     state = jax.eval_shape(lambda: DecodeState.empty(program.spec))
     tables = DecodeTables(
         page_table=array(rows, program.spec.pages_per_sequence),
-        sink_page=array(rows),
         groups=None,
     )
     return decode_burst.trace(
@@ -94,6 +93,7 @@ def traced_chunk(program: Program, tokens: int, dtype) -> jax.stages.Traced:
         abstract_params(program.config, dtype),
         abstract_caches(program, dtype),
         array(tokens),
+        array(program.spec.pages_per_sequence),
         array(program.spec.pages_per_sequence),
         array(),
         array(),
@@ -128,11 +128,11 @@ def measure(case: Case, rows: int) -> list[dict[str, Any]]:
 
 
 def timed(trace, platform: str, **what: Any) -> dict[str, Any]:
-    begin = time.perf_counter()
+    begin = time.process_time()
     traced = trace()
-    middle = time.perf_counter()
+    middle = time.process_time()
     lowered = traced.lower(lowering_platforms=(platform,))
-    end = time.perf_counter()
+    end = time.process_time()
     text = lowered.as_text()
     kernels = re.findall(r'@mosaic_gpu_v2.*?module = "(.*?)"', text)
     return {
@@ -154,7 +154,7 @@ def main(args: Args) -> None:
             for result in json.loads(done.stdout):
                 results.append(result)
                 print(result, flush=True)
-    args.output.write_text(json.dumps({"about": about, "rows": results}, indent=2) + "\n")
+    args.output.write_text(json.dumps({**about, "rows": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
