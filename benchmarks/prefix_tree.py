@@ -50,7 +50,8 @@ def prompts(args: Args, rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def milliseconds(seconds: list[float]) -> dict[str, float]:
-    return {"median": 1e3 * median(seconds), "least": 1e3 * min(seconds), "most": 1e3 * max(seconds)}
+    found = {"median": median(seconds), "least": min(seconds), "most": max(seconds)}
+    return {name: 1e3 * value for name, value in found.items()}
 
 
 def main(args: Args) -> None:
