@@ -240,8 +240,9 @@ def build_engine(
         weights=None if options.weights == "checkpoint" else options.weights,
         weight_group=options.weight_group,
     )
-    programs = Programs(_program_files(options))
-    programs.preload(f"{config}\n{dataclasses.replace(options, warmup='none')}")
+    settings = f"{config}\n{dataclasses.replace(options, warmup='none')}"
+    programs = Programs(_program_files(options), settings)
+    programs.preload()
     if callable(params):
         params = params()
     check_params(config, params)

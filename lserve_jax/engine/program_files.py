@@ -18,6 +18,7 @@ import platform
 import re
 import stat
 import threading
+import time
 from collections.abc import Generator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 MOST_BYTES = 4 << 30
 _MAGIC = b"lserve-jax program 1\n"
 _KEY = re.compile(r"[0-9a-f]{64}")
+_OWN = re.compile(rf"({_KEY.pattern})(\.used)?(\.\d+-\d+)?")  # the last: not whole yet
+# Whoever still writes a file does not take as long: what is older was left by a killed process.
+_LEFT_SECONDS = 3600
 # Settings of JAX that say where it writes and what it prints, not what it computes.
 _NO_MATTER = re.compile(r"cache|_log_|logging|traceback|pprint|dump")
 
@@ -42,7 +46,7 @@ class ProgramFiles:
     """Files of compiled programs in ``directory``, which is made when the first one is written.
 
     More than ``most_bytes`` are not kept: those that were not read for the longest time go first.
-    Any number of processes may use one directory.
+    Files of other names are left alone. Any number of processes may use one directory.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, most_bytes: int = MOST_BYTES):
@@ -57,7 +61,7 @@ class ProgramFiles:
 
     def has(self, key: str) -> bool:
         """Whether there is a file of that key; it may be of no use."""
-        return (self.directory / key).exists()
+        return os.path.exists(self.directory / key)  # a Path's own raises where one may not look
 
     def read(self, key: str) -> Any | None:
         """The program, a ``jax.stages.Compiled``; None where there is none that can be used."""
@@ -83,8 +87,12 @@ class ProgramFiles:
         """Keeps a program; ``mesh_devices`` are those that it runs on if there are several.
 
         Raises ``OSError`` where it cannot be written, ``ValueError``, ``NotImplementedError`` or
-        ``JaxRuntimeError`` where JAX cannot serialise it.
+        ``JaxRuntimeError`` where JAX cannot serialise it, and ``ValueError`` where its key names
+        sources that are no longer those on disk.
         """
+        if _source_digest() != _SOURCES:
+            # What was imported after the edit is not what the key says.
+            raise ValueError("sources of this package were changed after they were imported")
         devices = list(mesh_devices)
         if not devices:
             [device] = jax.tree.leaves(program.output_shardings)[0].device_set
@@ -95,17 +103,14 @@ class ProgramFiles:
         self._write(key, content + hashlib.sha256(content).digest())
         self._prune(key)
 
-    def last_used(self, settings: str) -> list[str]:
+    def last_used(self, settings_key: str) -> list[str]:
         """Keys of the programs that the last engine of such settings used, in their order."""
-        content = self._content(self._list_name(settings)) or b""
+        content = self._content(f"{settings_key}.used") or b""
         return _KEY.findall(content.decode("ascii", "replace"))
 
-    def write_last_used(self, settings: str, keys: Sequence[str]) -> None:
+    def write_last_used(self, settings_key: str, keys: Sequence[str]) -> None:
         """Raises ``OSError`` where that cannot be written."""
-        self._write(self._list_name(settings), "\n".join(keys).encode())
-
-    def _list_name(self, settings: str) -> str:
-        return f"{self.key(settings)}.used"
+        self._write(f"{settings_key}.used", "\n".join(keys).encode())
 
     def _content(self, name: str) -> bytes | None:
         """The bytes of a file that this user alone can have written; marks it as read now."""
@@ -144,19 +149,28 @@ class ProgramFiles:
                 with open(os.open(part, flags, 0o600, dir_fd=directory), "wb") as stream:
                     stream.write(content)
                 os.replace(part, name, src_dir_fd=directory, dst_dir_fd=directory)
-            except OSError:
+            except BaseException:  # Ctrl-C, too
                 with contextlib.suppress(OSError):
                     os.unlink(part, dir_fd=directory)
                 raise
 
     def _prune(self, newest: str) -> None:
-        """Removes what was not read for the longest time, until the rest is small enough."""
+        """Removes what was not read for the longest time, until the rest is small enough.
+
+        And what a killed process left behind.
+        """
+        now = time.time()
         with self._opened() as directory:
             found = []
             for entry in os.scandir(directory):
+                if (name := _OWN.fullmatch(entry.name)) is None:
+                    continue
                 with contextlib.suppress(FileNotFoundError):  # another process removed it
                     info = entry.stat(follow_symlinks=False)
-                    found.append((info.st_mtime_ns, info.st_size, entry.name))
+                    if name[3] is not None and info.st_mtime < now - _LEFT_SECONDS:
+                        os.unlink(entry.name, dir_fd=directory)
+                    else:
+                        found.append((info.st_mtime_ns, info.st_size, entry.name))
             left = sum(size for _, size, _ in found)
             for _, size, name in sorted(found):
                 if left <= self.most_bytes:
@@ -189,7 +203,7 @@ def _environment() -> str:
     flags = {k: v for k, v in os.environ.items() if k == "XLA_FLAGS" or k.startswith("MOSAIC_")}
     parts = [
         *(lserve_jax.__version__, jax.__version__, version("jaxlib"), platform.python_version()),
-        *(_source_digest(), platform.machine(), _processor(), str(os.cpu_count()), _driver()),
+        *(_SOURCES, platform.machine(), _processor(), str(os.cpu_count()), _driver()),
         *(client.platform, client.platform_version, device.device_kind, str(len(jax.devices()))),
         *(str(jax.process_count()), repr(sorted(flags.items()))),
     ]
@@ -217,6 +231,10 @@ def _source_digest() -> str:
             digest.update(f"{path.relative_to(root)}\n".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+# As they were imported: an edit while the process runs must not name what it compiles.
+_SOURCES = _source_digest()
 
 
 def _processor() -> str:

@@ -108,11 +108,13 @@ class ProgramTime:
 class Programs:
     """Programs of one runner. ``files`` keep them between starts; None: nothing is kept.
 
+    Engines of the same ``settings`` will need the same programs, most of the time.
+
     The jitted functions' own rules hold: what they donate is donated. JAX's settings count as
     they are when a program is first called. ``sharded``: arrays lie on several devices.
     """
 
-    def __init__(self, files: ProgramFiles | None):
+    def __init__(self, files: ProgramFiles | None, settings: str = ""):
         self.sharded = False
         self.times: list[ProgramTime] = []
         self._files = files
@@ -120,31 +122,34 @@ class Programs:
         self._ready: dict[Hashable, Future[Any]] = {}  # by signature
         self._preloaded: dict[str, Future[Any]] = {}  # by key; taken when their call comes
         self._used: list[str] = []  # keys
-        self._settings = ""
+        # Named now: JAX's settings may be this thread's own.
+        self._list = None if files is None else files.key(settings)
         self._said = False  # that they cannot be kept
 
     def run(self, call: Call) -> Any:
         """What the call's function returns."""
-        if self._files is None and not self._ready:
+        if (self._files is None and not self._ready) or _looked_into():
             return call.plain()
         return self._get(call)(*call.arrays)
 
-    def preload(self, settings: str) -> None:
-        """Begins to read what the last engine of these ``settings`` used, on other threads."""
-        if self._files is None:
+    def preload(self) -> None:
+        """Begins to read what the last engine of these settings used, on other threads."""
+        if self._files is None or self._list is None:
             return
-        self._settings = settings
-        files, waiting = self._files, deque(self._files.last_used(settings))
-        self._preloaded = {key: Future() for key in waiting}
+        files = self._files
+        self._preloaded = {key: Future() for key in files.last_used(self._list)}
+        waiting = deque(self._preloaded.items())
 
         def work() -> None:
             # A program that ends does not wait for what is left.
             while threading.main_thread().is_alive():
                 try:
-                    key = waiting.popleft()
+                    key, read = waiting.popleft()
                 except IndexError:
                     return
-                start, read = time.perf_counter(), self._preloaded[key]
+                if not read.set_running_or_notify_cancel():
+                    continue  # its call came first, and reads it
+                start = time.perf_counter()
                 try:
                     read.set_result((files.read(key), time.perf_counter() - start))
                 except BaseException as error:
@@ -164,20 +169,35 @@ class Programs:
         missing = {mark: call for mark, call in missing.items() if mark not in self._ready}
         bar = tqdm(total=len(missing), desc="programs", unit="program", disable=not progress)
         with bar, ThreadPoolExecutor(_threads(), "lserve-programs") as pool:
-            made: dict[Hashable, Future[Any]] = {}
             try:
-                for signature, call in missing.items():
-                    key = self._key(call)
-                    # Tracing holds Python's lock, and JAX's settings may be this thread's own.
-                    lowered = None if self._is_kept(key) else _lower(call)
-                    made[signature] = pool.submit(self._make, call, key, lowered)
-                    made[signature].add_done_callback(lambda _: bar.update())
-                for future in made.values():
-                    future.result()
+                self._ready |= self._prepare(missing, pool, bar)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-            self._ready |= made
+
+    def _prepare(
+        self, missing: dict[Hashable, Call], pool: ThreadPoolExecutor, bar: tqdm
+    ) -> dict[Hashable, Future[Any]]:
+        """Their programs, finished. Files are read and code is compiled in ``pool``.
+
+        Keys and traces are made here: JAX's settings may be this thread's own. Tracing holds
+        Python's lock anyway.
+        """
+        keys = {signature: self._key(call) for signature, call in missing.items()}
+        made: dict[Hashable, Future[Any]] = {}
+        kept = [signature for signature in missing if self._is_kept(keys[signature])]
+        for signature in kept:
+            made[signature] = pool.submit(self._load, missing[signature], keys[signature])
+        for signature in [signature for signature in missing if signature not in made] + kept:
+            if signature not in made or made[signature].result() is None:
+                call = missing[signature]
+                made[signature] = pool.submit(
+                    self._compile_and_keep, call, keys[signature], _lower(call)
+                )
+            made[signature].add_done_callback(lambda _: bar.update())
+        for future in made.values():
+            future.result()
+        return made
 
     def _get(self, call: Call) -> Any:
         signature = call.signature(sharded=self.sharded)
@@ -202,41 +222,48 @@ class Programs:
             return False
         return key in self._preloaded or self._files.has(key)
 
-    def _make(self, call: Call, key: str | None, lowered: "_Lowered | None" = None) -> Any:
-        if self._files is None or key is None:
-            return self._compile(call, lowered)
+    def _make(self, call: Call, key: str | None) -> Any:
         program = self._load(call, key)
-        if program is None:
-            program = self._compile(call, lowered)
-            try:
-                self._files.write(key, program, call.mesh_devices())
-            except (ValueError, NotImplementedError, OSError, jax.errors.JaxRuntimeError) as error:
-                self._say_once(error)
-        with self._lock:
-            if key not in self._used:
-                self._used.append(key)
-            used = list(self._used)
-        try:
-            self._files.write_last_used(self._settings, used)
-        except OSError as error:
-            self._say_once(error)
-        return program
+        return self._compile_and_keep(call, key, _lower(call)) if program is None else program
 
-    def _load(self, call: Call, key: str) -> Any | None:
-        assert self._files is not None
+    def _load(self, call: Call, key: str | None) -> Any | None:
+        if self._files is None or key is None:
+            return None
         start = time.perf_counter()
         preloaded = self._preloaded.pop(key, None)
-        if preloaded is None:
+        if preloaded is None or preloaded.cancel():  # nobody reads it yet
             program = self._files.read(key)
             seconds = time.perf_counter() - start
         else:
             program, seconds = preloaded.result()
         if program is not None:
             self._note(ProgramTime(name=call.name, source="loaded", seconds=seconds))
+            self._remember(key)
         return program
 
-    def _compile(self, call: Call, lowered: "_Lowered | None") -> Any:
-        lowered = lowered or _lower(call)
+    def _compile_and_keep(self, call: Call, key: str | None, lowered: "_Lowered") -> Any:
+        program = self._compile(call, lowered)
+        if self._files is not None and key is not None:
+            try:
+                self._files.write(key, program, call.mesh_devices())
+            except (ValueError, NotImplementedError, OSError, jax.errors.JaxRuntimeError) as error:
+                self._say_once(error)
+            self._remember(key)
+        return program
+
+    def _remember(self, key: str) -> None:
+        """That it was used, for the next engine's ``preload``."""
+        assert self._files is not None and self._list is not None
+        with self._lock:  # while it is written, too: the last list is the longest
+            if key in self._used:
+                return
+            self._used.append(key)
+            try:
+                self._files.write_last_used(self._list, self._used)
+            except OSError as error:
+                self._say_once(error)
+
+    def _compile(self, call: Call, lowered: "_Lowered") -> Any:
         start = time.perf_counter()
         program = (
             lowered.lowered.compile() if self._files is None else _compile_anew(lowered.lowered)
@@ -303,6 +330,12 @@ def _compile_anew(lowered: Any) -> Any:
     with _jax_cache_off:
         # The default; but with an option JAX takes what it compiled with that one only.
         return lowered.compile(compiler_options={"xla_embed_ir_in_executable": False})
+
+
+def _looked_into() -> bool:
+    """Whether JAX is to run functions step by step, if only to name the one that made a NaN."""
+    config = jax.config
+    return config.jax_debug_nans or config.jax_debug_infs or config.jax_disable_jit
 
 
 def _threads() -> int:

@@ -125,6 +125,53 @@ def test_what_a_program_depends_on_is_in_its_name(
     assert sources(llm) == {"compiled": 3}
 
 
+def test_an_edit_after_the_import_is_not_taken_for_what_runs(
+    tmp_path, expected, caplog: LogCaptureFixture, monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program_files, "_source_digest", lambda: "edited")
+    llm = build(tmp_path / "programs")
+    assert tokens(llm) == expected
+    said = [record.getMessage() for record in caplog.records]
+    assert len([line for line in said if "changed after they were imported" in line]) == 1
+    assert not (tmp_path / "programs").exists() or not programs_of(tmp_path / "programs")
+
+
+def test_a_program_that_is_wanted_before_its_turn(
+    directory, expected, monkeypatch: MonkeyPatch
+) -> None:
+    """The only thread that preloads is stuck in the last program: the others do not wait."""
+    [used] = directory.glob("*.used")
+    used.write_text("\n".join(reversed(used.read_text().split())))
+    read, asked, others_read = ProgramFiles.read, [], threading.Event()
+
+    def slow(files: ProgramFiles, key: str) -> object:
+        if threading.current_thread().name == "lserve-programs":
+            others_read.wait(60)
+        else:
+            asked.append(key)
+            if len(asked) == 2:
+                others_read.set()
+        return read(files, key)
+
+    monkeypatch.setattr(ProgramFiles, "read", slow)
+    monkeypatch.setattr("lserve_jax.engine.programs.MOST_THREADS", 1)
+    llm, made = build(directory), []
+    # In a thread, so that the test can end where it waits for ever.
+    asking = threading.Thread(target=lambda: made.append(tokens(llm)), daemon=True)
+    asking.start()
+    asking.join(120)
+    assert made == [expected]
+    assert sources(llm) == {"loaded": 3}
+
+
+def test_a_nan_is_looked_for_in_the_function_itself(directory) -> None:
+    zeros = jax.tree.map(jnp.zeros_like, tiny_params(CONFIG))
+    broken = jax.tree.map(lambda x: x.at[:].set(jnp.nan), zeros)
+    llm = LLM((CONFIG, broken), **OPTIONS, compilation_cache=directory)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="invalid value"):
+        tokens(llm)
+
+
 class Executed:
     """Unpickling it leaves a trace."""
 
@@ -196,6 +243,19 @@ def test_a_directory_that_cannot_be_made(tmp_path, expected, caplog: LogCaptureF
     assert len([line for line in said if "compiled programs are not kept" in line]) == 1
 
 
+@needs_root
+def test_a_directory_where_one_may_not_look(tmp_path) -> None:
+    files = ProgramFiles(tmp_path / "programs")
+    key = files.key("any")
+    tmp_path.chmod(0o700)
+    os.seteuid(12345)
+    try:
+        assert not files.has(key)
+        assert files.read(key) is None
+    finally:
+        os.seteuid(0)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_directory_that_is_read_only(directory, expected) -> None:
     directory.chmod(0o500)
@@ -221,8 +281,12 @@ def test_a_disk_that_is_full(tmp_path, expected, caplog: LogCaptureFixture) -> N
     assert [line for line in said if "File too large" in line]
 
 
-def test_what_was_not_read_for_the_longest_time_goes_first(tmp_path) -> None:
-    program = _compile_anew(jax.jit(lambda x: x + 1).lower(jnp.zeros(3)))
+@pytest.fixture(scope="module")
+def program() -> jax.stages.Compiled:
+    return _compile_anew(jax.jit(lambda x: x + 1).lower(jnp.zeros(3)))
+
+
+def test_what_was_not_read_for_the_longest_time_goes_first(tmp_path, program) -> None:
     files = ProgramFiles(tmp_path / "programs")
     keys = [files.key(name) for name in ("old", "read", "new", "newest")]
     for age, key in zip((300, 200, 100), keys, strict=False):
@@ -234,6 +298,34 @@ def test_what_was_not_read_for_the_longest_time_goes_first(tmp_path) -> None:
     files.most_bytes = 3 * size + size // 2
     files.write(keys[3], program, [])
     assert [files.has(key) for key in keys] == [True, False, True, True]
+
+
+def test_files_of_others_stay_and_those_of_a_killed_process_go(tmp_path, program) -> None:
+    files = ProgramFiles(tmp_path)
+    tmp_path.chmod(0o700)
+    tmp_path.joinpath("folder").mkdir()
+    key = files.key("any")
+    kept, removed = ["weights.safetensors", f"{key}.12-34"], [f"{key}.5-6", f"{key}.used.5-6"]
+    for name in kept + removed:
+        tmp_path.joinpath(name).write_bytes(bytes(1000))
+    for name in ["weights.safetensors", "folder", *removed]:
+        os.utime(tmp_path / name, (0, 0))
+    files.write(key, program, [])
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "folder", key}
+    files.most_bytes = 100
+    files.write(key, program, [])
+    assert {path.name for path in tmp_path.iterdir()} == {"weights.safetensors", "folder", key}
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, program, monkeypatch: MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    files = ProgramFiles(tmp_path / "programs")
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        files.write(files.key("any"), program, [])
+    assert not list(files.directory.iterdir())
 
 
 def test_a_policy_of_ones_own_is_code_without_a_name(tmp_path) -> None:

@@ -1,9 +1,12 @@
 """Programs compiled before the first request: of the requests that follow none compiles."""
 
+import jax
 import pytest
 from tiny_llm import tiny_config, tiny_params
 
 from lserve_jax import LLM, SamplingParams
+from lserve_jax.engine import programs
+from lserve_jax.engine.programs import Call, _lower
 
 CONFIG = tiny_config(layers=1, kv_heads=2)
 OPTIONS = {"max_model_len": 256, "max_num_seqs": 2, "prefill_chunk_size": 128}
@@ -27,14 +30,10 @@ def compiled(llm: LLM) -> int:
     return len(llm.engine.runner.programs.times)
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_after_a_full_warmup_nothing_compiles(exact: bool) -> None:
-    options = {"attention": "lserve", "exact": True, "max_draft_tokens": 2} if exact else {}
-    warm, cold = build(warmup="full", **options), build(**options)
-    # Two lengths of a chunk; three ways to sample, for one row and for two, with and without
-    # drafts in exact mode.
+def test_after_a_full_warmup_nothing_compiles() -> None:
+    warm, cold = build(warmup="full"), build()
     before = compiled(warm)
-    assert before == 2 + 3 + 6 * (1 + exact)
+    assert before == 2 + 3 + 6  # lengths of a chunk; ways to sample, alone and for 1 or 2 rows
     for requests in (
         [(SHORT, GREEDY)],
         [(LONG, DRAWN)],
@@ -44,6 +43,16 @@ def test_after_a_full_warmup_nothing_compiles(exact: bool) -> None:
         assert tokens(warm, *requests) == tokens(cold, *requests)
     assert compiled(warm) == before
     assert compiled(cold) == 0  # left to JAX
+
+
+def test_after_a_warmup_nothing_compiles_with_and_without_drafts() -> None:
+    exact = {"attention": "lserve", "exact": True, "max_draft_tokens": 1}
+    warm, cold = build(warmup="auto", **exact), build(**exact)
+    before = compiled(warm)
+    assert before == 1 + 2 + 2 * 2
+    for sampling in (GREEDY, DRAWN):
+        assert tokens(warm, (SHORT, sampling)) == tokens(cold, (SHORT, sampling))
+    assert compiled(warm) == before
 
 
 def test_auto_is_for_a_short_prompt_by_itself() -> None:
@@ -69,6 +78,26 @@ def test_a_second_warmup_loads(tmp_path) -> None:
         llm = build(warmup="auto", compilation_cache=tmp_path / "programs")
         assert {made.source for made in llm.engine.runner.programs.times} == {source}
         assert compiled(llm) == 5
+
+
+def test_in_place_of_a_broken_file_this_threads_settings_are_traced(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, traced = tmp_path / "programs", []
+
+    def lower(call: Call) -> object:
+        traced.append(jax.config.jax_default_matmul_precision)
+        return _lower(call)
+
+    monkeypatch.setattr(programs, "_lower", lower)
+    with jax.default_matmul_precision("highest"):
+        build(warmup="auto", compilation_cache=directory)
+        for path in directory.iterdir():
+            if path.suffix != ".used":
+                path.write_bytes(b"")
+        build(warmup="auto", compilation_cache=directory)
+    assert traced == ["highest"] * 10
+    assert len(list(directory.glob("*.used"))) == 1
 
 
 def test_a_program_that_cannot_be_compiled_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
