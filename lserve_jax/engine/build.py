@@ -240,8 +240,8 @@ def build_engine(
         weights=None if options.weights == "checkpoint" else options.weights,
         weight_group=options.weight_group,
     )
-    settings = f"{config}\n{dataclasses.replace(options, warmup='none')}"
-    programs = Programs(_program_files(options), settings)
+    alike = dataclasses.replace(options, warmup="none", compilation_cache=False)
+    programs = Programs(_program_files(options), f"{config}\n{alike}")
     programs.preload()
     if callable(params):
         params = params()

@@ -146,7 +146,7 @@ def test_a_program_that_is_wanted_before_its_turn(
 
     def slow(files: ProgramFiles, key: str) -> object:
         if threading.current_thread().name == "lserve-programs":
-            others_read.wait(60)
+            others_read.wait(20)
         else:
             asked.append(key)
             if len(asked) == 2:
@@ -159,8 +159,9 @@ def test_a_program_that_is_wanted_before_its_turn(
     # In a thread, so that the test can end where it waits for ever.
     asking = threading.Thread(target=lambda: made.append(tokens(llm)), daemon=True)
     asking.start()
-    asking.join(120)
+    asking.join(60)
     assert made == [expected]
+    assert len(asked) == 2  # the third was preloaded
     assert sources(llm) == {"loaded": 3}
 
 
