@@ -24,7 +24,7 @@ from tiny_llm import tiny_config, tiny_params
 from lserve_jax import LLM, SamplingParams, SparsityConfig
 from lserve_jax.engine import program_files
 from lserve_jax.engine.program_files import ProgramFiles
-from lserve_jax.engine.programs import _compile_anew
+from lserve_jax.engine.programs import Call, Programs, _compile_anew
 
 CONFIG = tiny_config(layers=1, kv_heads=2)
 OPTIONS = {"max_model_len": 128, "max_num_seqs": 2, "prefill_chunk_size": 64}
@@ -115,25 +115,13 @@ def test_what_a_program_depends_on_is_in_its_name(
     llm = build(directory, burst_steps=8)
     assert tokens(llm) == expected
     assert sources(llm) == {"loaded": 2, "compiled": 1}  # of the burst's own size
+    files = ProgramFiles(directory)
+    names = {files.key("any"), files.key("other")}
     with jax.default_matmul_precision("highest"):
-        llm = build(directory)
-        assert tokens(llm) == expected
-        assert sources(llm) == {"compiled": 3}
+        names.add(files.key("any"))
     monkeypatch.setattr(program_files, "_environment", lambda: "other sources, other driver")
-    llm = build(directory)
-    assert tokens(llm) == expected
-    assert sources(llm) == {"compiled": 3}
-
-
-def test_an_edit_after_the_import_is_not_taken_for_what_runs(
-    tmp_path, expected, caplog: LogCaptureFixture, monkeypatch: MonkeyPatch
-) -> None:
-    monkeypatch.setattr(program_files, "_source_digest", lambda: "edited")
-    llm = build(tmp_path / "programs")
-    assert tokens(llm) == expected
-    said = [record.getMessage() for record in caplog.records]
-    assert len([line for line in said if "changed after they were imported" in line]) == 1
-    assert not (tmp_path / "programs").exists() or not programs_of(tmp_path / "programs")
+    names.add(files.key("any"))
+    assert len(names) == 4
 
 
 def test_a_program_that_is_wanted_before_its_turn(
@@ -316,6 +304,38 @@ def test_files_of_others_stay_and_those_of_a_killed_process_go(tmp_path, program
     files.most_bytes = 100
     files.write(key, program, [])
     assert {path.name for path in tmp_path.iterdir()} == {"weights.safetensors", "folder", key}
+
+
+def test_in_place_of_a_broken_file_this_threads_settings_are_traced(tmp_path) -> None:
+    traced = []
+
+    @jax.jit
+    def function(x: jax.Array) -> jax.Array:
+        traced.append(jax.config.jax_default_matmul_precision)
+        return x + 1
+
+    call = Call.of(function, jnp.zeros(3))
+    with jax.default_matmul_precision("highest"):
+        for _ in range(2):
+            jax.clear_caches()
+            programs = Programs(ProgramFiles(tmp_path / "programs"), "settings")
+            programs.prepare([call])
+            [kept] = programs_of(tmp_path / "programs")
+            kept.write_bytes(b"")
+            assert [made.source for made in programs.times] == ["compiled"]
+            assert programs.run(call).tolist() == [1, 1, 1]
+    assert traced == ["highest"] * 2
+    assert len(list((tmp_path / "programs").glob("*.used"))) == 1
+
+
+def test_an_edit_after_the_import_is_not_taken_for_what_runs(
+    tmp_path, program, monkeypatch: MonkeyPatch
+) -> None:
+    files = ProgramFiles(tmp_path / "programs")
+    monkeypatch.setattr(program_files, "_source_digest", lambda: "edited")
+    with pytest.raises(ValueError, match="changed after they were imported"):
+        files.write(files.key("any"), program, [])
+    assert not files.has(files.key("any"))
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, program, monkeypatch: MonkeyPatch) -> None:

@@ -1,12 +1,9 @@
 """Programs compiled before the first request: of the requests that follow none compiles."""
 
-import jax
 import pytest
 from tiny_llm import tiny_config, tiny_params
 
 from lserve_jax import LLM, SamplingParams
-from lserve_jax.engine import programs
-from lserve_jax.engine.programs import Call, _lower
 
 CONFIG = tiny_config(layers=1, kv_heads=2)
 OPTIONS = {"max_model_len": 256, "max_num_seqs": 2, "prefill_chunk_size": 128}
@@ -78,26 +75,6 @@ def test_a_second_warmup_loads(tmp_path) -> None:
         llm = build(warmup="auto", compilation_cache=tmp_path / "programs")
         assert {made.source for made in llm.engine.runner.programs.times} == {source}
         assert compiled(llm) == 5
-
-
-def test_in_place_of_a_broken_file_this_threads_settings_are_traced(
-    tmp_path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory, traced = tmp_path / "programs", []
-
-    def lower(call: Call) -> object:
-        traced.append(jax.config.jax_default_matmul_precision)
-        return _lower(call)
-
-    monkeypatch.setattr(programs, "_lower", lower)
-    with jax.default_matmul_precision("highest"):
-        build(warmup="auto", compilation_cache=directory)
-        for path in directory.iterdir():
-            if path.suffix != ".used":
-                path.write_bytes(b"")
-        build(warmup="auto", compilation_cache=directory)
-    assert traced == ["highest"] * 10
-    assert len(list(directory.glob("*.used"))) == 1
 
 
 def test_a_program_that_cannot_be_compiled_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
