@@ -116,6 +116,25 @@ def test_each_turn_of_a_chat_computes_what_is_new(build: Build) -> None:
         prompt = prompt + output.outputs[0].token_ids + random_prompts(turn, [25])[0]
 
 
+def test_with_nothing_remembered_a_released_prefix_is_gone(build: Build) -> None:
+    """Also where a request still reads it when it is released."""
+    llm = build("dense", enable_prefix_caching=False)
+    [document] = random_prompts(8, [130])
+    prompt = [*document, 1, 2, 3]
+    prefix = llm.prefix(ids(document))
+    llm.engine.add_request("0", prompt, SamplingParams(temperature=0, max_tokens=40), seed=0)
+    llm.engine.step()
+    prefix.release()
+    check_pages(llm.engine)
+    assert llm.engine.unfinished["0"].node is not None
+    for _ in llm.engine.stream():
+        pass
+    assert llm.engine.metrics().cached_pages == 0
+    [output] = llm.generate(ids(prompt), GREEDY)
+    assert output.num_cached_tokens == 0
+    check_nothing_left(llm.engine)
+
+
 def test_prompts_of_another_salt_are_not_found(build: Build) -> None:
     llm = build("dense")
     [prompt] = random_prompts(8, [200])
