@@ -143,7 +143,7 @@ class PrefixCache:
         keys = [page.tobytes() for page in rest.reshape(-1, P)]
         behind = self.host.find(path[-1].digest if path else root_digest(salt), keys)
         has_window = [node.window >= 0 for node in path]
-        has_window += [page.window_at >= 0 for page in behind]
+        has_window += [page.has_window for page in behind]
         end = self.tree.deepest_end(has_window)
         node = path[min(end, len(path)) - 1] if end and path else None
         return Match(node, behind[: max(end - len(path), 0)])
@@ -175,7 +175,7 @@ class PrefixCache:
         wanted = [
             number
             for number, page in enumerate(match.behind, start=begin)
-            if number in kept and page.window_at >= 0
+            if number in kept and page.has_window
         ]
         self.add_windows(prompt, wanted)
         windows = [prompt.window.get(number, -1) for number in range(begin, end)]
