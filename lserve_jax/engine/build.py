@@ -260,7 +260,11 @@ def build_engine(
         kv_dtype=options.kv_dtype,
         exact=(options.max_draft_tokens, options.draft) if options.exact else None,
     )
-    spec = dataclasses.replace(spec, num_pages=_plan_pages(config, spec, dtype, options))
+    num_pages, window = _plan_pages(config, spec, dtype, options), spec.prefill_window
+    # A remembered page has one window page, and a prompt in prefill some of its own.
+    most = num_pages + window.num_pages + window.local_pages
+    num_window_pages = min(spec.num_window_pages, most)
+    spec = dataclasses.replace(spec, num_pages=num_pages, num_window_pages=num_window_pages)
     runner = runner_class(
         config,
         params,

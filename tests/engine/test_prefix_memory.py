@@ -59,6 +59,18 @@ def test_the_plan_has_the_windows_of_remembered_prompts(sparsity: SparsityConfig
     assert build(None).memory_plan()["prefill_window"] == 0  # no head streams
 
 
+def test_there_are_no_windows_of_pages_that_there_are_not(sparsity: SparsityConfig) -> None:
+    """Ten pages can have ten window pages, beside the 6 + 5 of a prompt in prefill."""
+    page = build(sparsity).engine.units.page
+    llm = build(sparsity, kv_cache_bytes=10 * page)
+    assert llm.spec.num_pages == 10
+    assert llm.spec.num_window_pages == 10 + 6 + 5
+    prompts = random_prompts(2, [150, 100, 150])
+    for prompt in [*prompts, *prompts]:
+        llm.generate({"prompt_token_ids": prompt}, SamplingParams(temperature=0, max_tokens=2))
+    assert llm.engine.metrics().evicted_windows == 0 < llm.engine.metrics().evicted_pages
+
+
 def test_a_window_of_llama_3_8b_takes_549_megabytes() -> None:
     """Half of its heads stream, with the default windows, in bf16."""
     config = ModelConfig(
