@@ -220,12 +220,13 @@ class Engine:
         chunks, relays = self.runner.chunk_buckets(), self.relay != "never"
         return shape_buckets(self.spec, chunks, relays=relays, all_slots=self.deterministic)
 
-    def most_new_tokens(self, prompt_tokens: int) -> int:
-        """Most ``max_tokens`` of a prompt of so many tokens; below 1 where it cannot run at all."""
-        free = self.spec.num_pages - self.scheduler.prefix_cache.pinned_pages
+    def most_new_tokens(self, prompt: PromptIds, cache_salt: str | None = None) -> int:
+        """Most ``max_tokens`` of a prompt; below 1 where it cannot run at all."""
+        cache = self.scheduler.prefix_cache
+        held_by_others = cache.pinned_pages - cache.tree.pinned_match(prompt.ids, cache_salt)
         # The last token is never fed back.
-        cached = free * self.spec.page_size + 1
-        return min(self.max_model_len, cached) - prompt_tokens
+        cached = (self.spec.num_pages - held_by_others) * self.spec.page_size + 1
+        return min(self.max_model_len, cached) - len(prompt.ids)
 
     def check_request(
         self,

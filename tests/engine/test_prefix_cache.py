@@ -12,6 +12,7 @@ from relay_cases import CONFIG, Build, P, assert_same, prompts_with, run
 from tiny_llm import check_nothing_left, check_pages, random_prompts, tiny_params
 
 from lserve_jax import LLM, SamplingParams
+from lserve_jax.engine.request import PromptIds
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 CHUNK = 64
@@ -133,6 +134,20 @@ def test_with_nothing_remembered_a_released_prefix_is_gone(build: Build) -> None
     [output] = llm.generate(ids(prompt), GREEDY)
     assert output.num_cached_tokens == 0
     check_nothing_left(llm.engine)
+
+
+def test_a_held_prefix_takes_no_room_from_prompts_that_begin_with_it(build: Build) -> None:
+    """Of thirteen pages it has eight; with their salt others cannot read it."""
+    llm = build("dense", kv_cache_bytes=13 * 64 * 2 * 2 * 2 * 16 * 4, max_model_len=1024)
+    [document] = random_prompts(10, [8 * 64])
+    llm.prefix(ids(document))
+    prompt = PromptIds.check([*document, 1, 2, 3], CONFIG.vocab_size)
+    room = llm.engine.most_new_tokens(prompt)
+    assert room == 13 * 64 + 1 - len(prompt)
+    llm.engine.check_request(prompt, SamplingParams(max_tokens=room))
+    with pytest.raises(ValueError, match="the request needs 6 pages of 64 tokens"):
+        llm.engine.check_request(prompt, SamplingParams(max_tokens=room + 1))
+    assert llm.engine.most_new_tokens(prompt, "salt") == 5 * 64 + 1 - len(prompt)
 
 
 def test_prompts_of_another_salt_are_not_found(build: Build) -> None:
