@@ -178,6 +178,11 @@ class EngineOptions:
             raise ValueError(f"max_prefixes={self.max_prefixes} must not be negative")
         bytes_on_host = check_integer("host_cache_bytes", self.host_cache_bytes, 0, most=math.inf)
         object.__setattr__(self, "host_cache_bytes", bytes_on_host)
+        if bytes_on_host and not self.enable_prefix_caching:
+            raise ValueError(
+                f"host_cache_bytes={bytes_on_host} needs enable_prefix_caching=True: else nothing "
+                "is remembered"
+            )
         if self.burst_steps < 1:
             raise ValueError(f"burst_steps={self.burst_steps} must be at least 1")
         resolve_dtype(self.dtype)

@@ -122,9 +122,14 @@ class Engine:
         self._last_step: StepMetrics | None = None
 
     def _host_tier(self) -> HostTier | None:
-        limit = self.host_cache_bytes // self.units.remembered_page
-        if limit == 0 or not self.enable_prefix_caching:
+        if self.host_cache_bytes == 0 or not self.enable_prefix_caching:
             return None
+        limit = self.host_cache_bytes // self.units.remembered_page
+        if limit == 0:
+            raise ValueError(
+                f"host_cache_bytes={self.host_cache_bytes} holds no page: one takes "
+                f"{self.units.remembered_page} bytes"
+            )
         return HostTier(limit, self.runner.read_pages, self.runner.write_pages)
 
     def reset(self) -> None:
