@@ -480,7 +480,7 @@ class Engine:
         if request is None:
             return None
         request.prefill_start = self.clock()
-        if request.sampling.prompt_logprobs is None:
+        if request.sampling.prompt_logprobs is None and request.metrics.preemptions == 0:
             self._counts.prefix_queries += len(request.prompt)
             self._counts.prefix_tokens += request.shared_tokens
         return request

@@ -181,6 +181,17 @@ def test_what_runs_gets_pages_before_what_is_remembered(build: Build) -> None:
     check_nothing_left(llm.engine)
 
 
+def test_what_a_preempted_request_finds_of_itself_does_not_count(build: Build) -> None:
+    """Two of 300 and 150 tokens need sixteen pages of thirteen."""
+    llm = build("dense", max_num_seqs=2, kv_cache_bytes=13 * 64 * 2 * 2 * 2 * 16 * 4)
+    sampling = SamplingParams(temperature=0, max_tokens=150)
+    outputs = llm.generate([ids(prompt) for prompt in random_prompts(11, [300, 300])], sampling)
+    metrics = llm.engine.metrics()
+    assert metrics.preemptions > 0
+    assert (metrics.prefix_queries, metrics.prefix_tokens) == (600, 0)
+    assert [output.num_cached_tokens for output in outputs] == [0, 0]
+
+
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("attention", ["dense", "lserve"])
 def test_pages_come_back_from_host_memory(attention: str, kv_dtype: str, build: Build) -> None:
