@@ -71,6 +71,18 @@ def test_there_are_no_windows_of_pages_that_there_are_not(sparsity: SparsityConf
     assert llm.engine.metrics().evicted_windows == 0 < llm.engine.metrics().evicted_pages
 
 
+def test_on_a_cpu_windows_take_half_of_what_pages_do_unless_asked_for(
+    sparsity: SparsityConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But have room for the prompt in prefill, two windows less a sink, and another one."""
+    window_page = 2 * 16 * 16 * 2 * 4  # two layers with a streaming head, as above
+    for room, pages in ((40, 40), (10, 6 + 5 + 6), (1000, 9 * 6 + 5)):
+        monkeypatch.setattr(build_module, "CPU_CACHE_BYTES", 2 * room * window_page)
+        assert build(sparsity, max_model_len=512).spec.num_window_pages == pages
+    asked = build(sparsity, max_model_len=512, kv_cache_bytes=1 << 20)
+    assert asked.spec.num_window_pages == 9 * 6 + 5
+
+
 def test_a_window_of_llama_3_8b_takes_549_megabytes() -> None:
     """Half of its heads stream, with the default windows, in bf16."""
     config = ModelConfig(
