@@ -38,7 +38,8 @@ _INTEGERS = (
 )
 # A verification is one pass of at most 16 tokens a row.
 MOST_DRAFTS = 15
-# The CPU has no reported limit; more than this is taken only when asked for.
+# The CPU has no reported limit; more than this, and half of it for the windows of remembered
+# prompts, is taken only when asked for.
 CPU_CACHE_BYTES = 2 << 30
 
 
@@ -59,7 +60,7 @@ class EngineOptions:
         memory. There is no kernel for them yet: on a GPU a step takes longer than in bfloat16.
     weight_group: inputs of a group of "int4": 32, 64 or 128. It must divide those of every matrix.
     kv_cache_bytes: memory for the retrieval pages; None takes ``memory_fraction`` of what the
-        device has free, on a CPU 2 GiB.
+        device has free, on a CPU 2 GiB, and at most 1 GiB for the windows of ``max_prefixes``.
     memory_fraction: share of the free device memory for the KV cache; the rest is for activations.
     enable_prefix_caching: whether prompts that were computed are remembered, as long as nobody
         wants their pages: a prompt that begins like one of them goes on from there.
@@ -178,6 +179,11 @@ class EngineOptions:
             raise ValueError(f"max_prefixes={self.max_prefixes} must not be negative")
         bytes_on_host = check_integer("host_cache_bytes", self.host_cache_bytes, 0, most=math.inf)
         object.__setattr__(self, "host_cache_bytes", bytes_on_host)
+        if bytes_on_host and not self.enable_prefix_caching:
+            raise ValueError(
+                f"host_cache_bytes={bytes_on_host} needs enable_prefix_caching=True: else nothing "
+                "is remembered"
+            )
         if self.burst_steps < 1:
             raise ValueError(f"burst_steps={self.burst_steps} must be at least 1")
         resolve_dtype(self.dtype)
@@ -262,6 +268,8 @@ def build_engine(
         exact=(options.max_draft_tokens, options.draft) if options.exact else None,
     )
     spec = dataclasses.replace(spec, num_pages=_plan_pages(config, spec, dtype, options))
+    num_window_pages = _plan_windows(config, spec, dtype, options)
+    spec = dataclasses.replace(spec, num_window_pages=num_window_pages)
     runner = runner_class(
         config,
         params,
@@ -365,6 +373,19 @@ def _plan_pages(config: ModelConfig, spec: CacheSpec, dtype, options: EngineOpti
         raise ValueError(f"{kv_cache_bytes=} holds no page: one takes {page_bytes} bytes")
     # Sequences of all slots, and prompts that none of them shares.
     return min((spec.max_num_seqs + options.max_prefixes) * spec.pages_per_sequence, pages)
+
+
+def _plan_windows(config: ModelConfig, spec: CacheSpec, dtype, options: EngineOptions) -> int:
+    """How many pages of prefill windows to allocate: of those in ``spec`` what can be used."""
+    window = spec.prefill_window
+    own = window.num_pages + window.local_pages  # of a prompt in prefill
+    most = spec.num_pages + own  # a page that is remembered has one
+    if options.kv_cache_bytes is None and jax.local_devices()[0].memory_stats() is None:
+        page_bytes = cache_bytes(config, spec, dtype)["prefill_window"] // spec.num_window_pages
+        # Beside the prompt in prefill at least one is remembered.
+        room = max(CPU_CACHE_BYTES // 2 // max(page_bytes, 1), own + window.num_pages)
+        most = min(most, room)
+    return min(spec.num_window_pages, most)
 
 
 def room_for_pages(sizes: Mapping[str, int], free: int, memory_fraction: float) -> int:

@@ -122,9 +122,14 @@ class Engine:
         self._last_step: StepMetrics | None = None
 
     def _host_tier(self) -> HostTier | None:
-        limit = self.host_cache_bytes // self.units.remembered_page
-        if limit == 0 or not self.enable_prefix_caching:
+        if self.host_cache_bytes == 0 or not self.enable_prefix_caching:
             return None
+        limit = self.host_cache_bytes // self.units.remembered_page
+        if limit == 0:
+            raise ValueError(
+                f"host_cache_bytes={self.host_cache_bytes} holds no page: one takes "
+                f"{self.units.remembered_page} bytes"
+            )
         return HostTier(limit, self.runner.read_pages, self.runner.write_pages)
 
     def reset(self) -> None:
@@ -220,12 +225,13 @@ class Engine:
         chunks, relays = self.runner.chunk_buckets(), self.relay != "never"
         return shape_buckets(self.spec, chunks, relays=relays, all_slots=self.deterministic)
 
-    def most_new_tokens(self, prompt_tokens: int) -> int:
-        """Most ``max_tokens`` of a prompt of so many tokens; below 1 where it cannot run at all."""
-        free = self.spec.num_pages - self.scheduler.prefix_cache.pinned_pages
+    def most_new_tokens(self, prompt: PromptIds, cache_salt: str | None = None) -> int:
+        """Most ``max_tokens`` of a prompt; below 1 where it cannot run at all."""
+        cache = self.scheduler.prefix_cache
+        held_by_others = cache.pinned_pages - cache.tree.pinned_match(prompt.ids, cache_salt)
         # The last token is never fed back.
-        cached = free * self.spec.page_size + 1
-        return min(self.max_model_len, cached) - prompt_tokens
+        cached = (self.spec.num_pages - held_by_others) * self.spec.page_size + 1
+        return min(self.max_model_len, cached) - len(prompt.ids)
 
     def check_request(
         self,
@@ -474,7 +480,7 @@ class Engine:
         if request is None:
             return None
         request.prefill_start = self.clock()
-        if request.sampling.prompt_logprobs is None:
+        if request.sampling.prompt_logprobs is None and request.metrics.preemptions == 0:
             self._counts.prefix_queries += len(request.prompt)
             self._counts.prefix_tokens += request.shared_tokens
         return request

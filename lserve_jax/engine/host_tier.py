@@ -24,18 +24,14 @@ MOST_COMING = 4
 
 @dataclass(frozen=True, eq=False, slots=True)
 class HostPage:
-    """A page of a prompt in one of the copies that were made, and its window page."""
+    """A page of a prompt, and its window page if it had one, in memory of their own."""
 
-    copy: Pages
-    at: int
-    window_at: int  # -1: there is none
+    parts: Pages  # its arrays; of a window page that is not there ``[heads, 0, ...]``
+    has_window: bool
 
 
 class HostTier:
-    """Up to ``limit`` pages; ``read`` and ``write`` are those of the runner.
-
-    Memory of a copy is free once all of its pages, at most ``MOST_AT_ONCE``, are.
-    """
+    """Up to ``limit`` pages; ``read`` and ``write`` are those of the runner."""
 
     def __init__(
         self,
@@ -72,10 +68,11 @@ class HostTier:
         for evicted, copy in self._coming:
             copy, windows = jax.device_get(copy), 0
             for at, page in enumerate(evicted):
-                window_at = windows if page.window >= 0 else -1
-                windows += page.window >= 0
+                has_window = page.window >= 0
+                parts = _cut(copy, slice(at, at + 1), slice(windows, windows + has_window))
+                windows += has_window
                 self._pages.pop(page.digest, None)
-                self._pages[page.digest] = HostPage(copy, at, window_at)
+                self._pages[page.digest] = HostPage(parts, has_window)
         self._coming = []
         while len(self._pages) > self.limit:
             self._pages.popitem(last=False)
@@ -86,14 +83,16 @@ class HostTier:
         ``keys`` are the token ids of each.
         """
         self._settle()
-        found = []
+        found, digests = [], []
         for key in keys:
             digest = next_digest(digest, key)
             page = self._pages.get(digest)
             if page is None:
                 break
-            self._pages.move_to_end(digest)
             found.append(page)
+            digests.append(digest)
+        for digest in reversed(digests):  # a page is of use only with all before it
+            self._pages.move_to_end(digest)
         return found
 
     def restore(
@@ -106,16 +105,18 @@ class HostTier:
             wanted = [at for at, window in enumerate(windows[first:last]) if window >= 0]
             targets = _padded(pages[first:last])
             window_targets = _padded([windows[first + at] for at in wanted])
-            places = [(page.copy, page.at) for page in part]
-            window_places = [(part[at].copy, part[at].window_at) for at in wanted]
+            pages_of = [page.parts for page in part]
+            windows_of = [part[at].parts for at in wanted]
             kept = []
-            for layer, names in enumerate(part[0].copy):
+            for layer, names in enumerate(pages_of[0]):
                 parts = {
-                    name: _side_by_side(places, layer, name) for name in names if name != "window"
+                    name: _side_by_side([page[layer][name] for page in pages_of])
+                    for name in names
+                    if name != "window"
                 }
                 nothing = jax.tree.map(lambda x: x[:, :0], names["window"])
-                windows_of_layer = _side_by_side(window_places, layer, "window") or nothing
-                kept.append({**parts, "window": windows_of_layer})
+                window = _side_by_side([page[layer]["window"] for page in windows_of]) or nothing
+                kept.append({**parts, "window": window})
             self._write(kept, targets, window_targets)
 
 
@@ -127,10 +128,22 @@ def _padded(pages: Sequence[int]) -> np.ndarray:
     return np.array([*pages, *[pages[-1]] * (size - len(pages))], np.int32)
 
 
-def _side_by_side(places: Sequence[tuple[Pages, int]], layer: int, name: str) -> Any:
+def _cut(copy: Pages, pages: slice, windows: slice) -> Pages:
+    """Some pages of a copy, whose memory they do not hold."""
+    return [
+        {
+            name: jax.tree.map(
+                lambda x, at=windows if name == "window" else pages: x[:, at].copy(), part
+            )
+            for name, part in parts.items()
+        }
+        for parts in copy
+    ]
+
+
+def _side_by_side(parts: Sequence[Any]) -> Any:
     """A part of several pages, filled up as ``_padded`` does; None of none."""
-    if not places:
+    if not parts:
         return None
-    filled = [places[i] for i in _padded(range(len(places)))]
-    trees = [jax.tree.map(lambda x, at=at: x[:, at], copy[layer][name]) for copy, at in filled]
-    return jax.tree.map(lambda *parts: np.stack(parts, axis=1), *trees)
+    filled = [parts[i] for i in _padded(range(len(parts)))]
+    return jax.tree.map(lambda *pages: np.concatenate(pages, axis=1), *filled)

@@ -16,6 +16,7 @@ another one's end; then they are the tree's, until others want them.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ import numpy as np
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.engine.host_tier import HostPage, HostTier
 from lserve_jax.engine.pages import PagePool
-from lserve_jax.engine.prefix_tree import Node, PrefixTree, root_digest
+from lserve_jax.engine.prefix_tree import Node, Pin, PrefixTree, root_digest
 
 
 @dataclass(kw_only=True, eq=False)
@@ -142,7 +143,7 @@ class PrefixCache:
         keys = [page.tobytes() for page in rest.reshape(-1, P)]
         behind = self.host.find(path[-1].digest if path else root_digest(salt), keys)
         has_window = [node.window >= 0 for node in path]
-        has_window += [page.window_at >= 0 for page in behind]
+        has_window += [page.has_window for page in behind]
         end = self.tree.deepest_end(has_window)
         node = path[min(end, len(path)) - 1] if end and path else None
         return Match(node, behind[: max(end - len(path), 0)])
@@ -174,9 +175,9 @@ class PrefixCache:
         wanted = [
             number
             for number, page in enumerate(match.behind, start=begin)
-            if number in kept and page.window_at >= 0
+            if number in kept and page.has_window
         ]
-        prompt.window |= dict(zip(wanted, self.tree.take_windows(len(wanted)), strict=True))
+        self.add_windows(prompt, wanted)
         windows = [prompt.window.get(number, -1) for number in range(begin, end)]
         self.host.restore(match.behind, prompt.pages[begin:end], windows)
         self.computed(prompt, len(match.behind) * self.spec.page_size, remember=True)
@@ -191,6 +192,11 @@ class PrefixCache:
         wanted = max(num_pages - len(prompt.pages), 0)
         self.tree.make_room(wanted)
         prompt.pages = prompt.pages + self.pool.take(wanted)
+
+    def add_windows(self, prompt: PromptPages, numbers: Sequence[int]) -> None:
+        """Gives window pages to some pages of a prompt, which will be written."""
+        taken = self.tree.take_windows(len(numbers))
+        prompt.window.update(zip(numbers, taken, strict=True))
 
     def window_table(self, prompt: PromptPages, end: int) -> np.ndarray:
         """Where the window lies for the next chunk, which ends before position ``end``.
@@ -209,7 +215,7 @@ class PrefixCache:
         self.windows.release(out_of_sight)
         numbers = range(prompt.prefilled // P, newest + 1)
         new = [n for n in numbers if n not in held and (n < sinks or n >= oldest)]
-        held.update(zip(new, self.tree.take_windows(len(new)), strict=True))
+        self.add_windows(prompt, new)
         table[new] = [held[n] for n in new]
         return table
 
@@ -249,4 +255,14 @@ class PrefixCache:
         self.pool.release(prompt.pages)
         if prompt.node is not None:
             self.tree.unlock(prompt.node)
+            self._forget_unasked()
         prompt.pages, prompt.node = [], None
+
+    def unpin(self, pin: Pin) -> None:
+        """Nobody asks for a prefix any more."""
+        self.tree.unpin(pin)
+        self._forget_unasked()
+
+    def _forget_unasked(self) -> None:
+        if not self.enabled:
+            self.tree.clear()

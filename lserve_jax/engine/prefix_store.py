@@ -60,7 +60,7 @@ class PrefixStore:
             raise ValueError(f"the prefix of {len(prefix.token_ids)} tokens is released already")
         prefix.pins -= 1
         if prefix.pins == 0 and prefix.pin is not None:
-            self.scheduler.prefix_cache.tree.unpin(prefix.pin)
+            self.scheduler.prefix_cache.unpin(prefix.pin)
             prefix.pin = None
             self.held.remove(prefix)
 
@@ -186,8 +186,9 @@ class PrefixStore:
                 )
             return
         cache, end = self.scheduler.prefix_cache, len(prompt.prompt)
-        table = cache.window_table(prompt, end)
-        pages = tuple(_int32(prompt.pages, table[self._saved_windows(len(prompt.pages))]))
+        saved = self._saved_windows(len(prompt.pages))
+        cache.add_windows(prompt, saved)  # of no other page: what the file lacks is not there
+        pages = tuple(_int32(prompt.pages, [prompt.window[number] for number in saved]))
         paths, tree = jax.tree.flatten_with_path(self.runner.page_shapes(*pages))
         leaves = []
         for key, wanted in paths:

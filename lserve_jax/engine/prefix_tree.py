@@ -102,7 +102,7 @@ class PrefixTree:
         self.evicted_pages = self.evicted_windows = 0  # so far
         # Called with what ``make_room`` evicts, before the pages are anybody else's.
         self.spill: Callable[[list[Evicted]], None] = lambda evicted: None
-        self._roots: dict[str | None, Node] = {}
+        self._roots: dict[bytes, Node] = {}  # by digest
         self._clock = 0
         self.num_nodes = 0
         self.num_unlocked = 0  # nodes that could be evicted, one after another
@@ -118,7 +118,7 @@ class PrefixTree:
 
     def walk(self, tokens: np.ndarray, salt: str | None) -> list[Node]:
         """The nodes that a prompt's whole pages have in the tree, from the first page on."""
-        node = self._roots.get(salt)
+        node = self._roots.get(root_digest(salt))
         found: list[Node] = []
         if node is None:
             return found
@@ -178,7 +178,8 @@ class PrefixTree:
         that the prompt reads from now on.
         """
         size, now = self.page_size, self._tick()
-        node = above or self._roots.setdefault(salt, Node(None, b"", -1, root_digest(salt), 0))
+        root = root_digest(salt)
+        node = above or self._roots.setdefault(root, Node(None, b"", -1, root, 0))
         held: list[int] = []
         for at, (page, window) in enumerate(zip(pages, windows, strict=True)):
             key = tokens[at * size : (at + 1) * size].astype(np.int32, copy=False).tobytes()
@@ -304,7 +305,7 @@ class PrefixTree:
         self.evicted_pages += 1
         self._offer(node.parent)
         if node.depth == 1 and not node.parent.children:
-            self._roots = {salt: root for salt, root in self._roots.items() if root.children}
+            del self._roots[node.parent.digest]
         node.parent = None  # entries of it that are left hold no longer
         return evicted
 

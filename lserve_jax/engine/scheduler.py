@@ -170,7 +170,7 @@ class Scheduler:
             raise ValueError(
                 f"the windows of held prefixes would take {windows} pages of {spec.page_size} "
                 f"tokens, {max(cache.pinnable_windows, 0)} can be held: release one, or make room "
-                "for more (max_prefixes)"
+                "for more (max_prefixes, kv_cache_bytes)"
             )
         new = num_pages - sum(node.pins > 0 for node in path)
         left = spec.num_pages - cache.pinned_pages - new

@@ -124,7 +124,7 @@ class Service:
 
         Raises ``ApiError`` for a prompt that leaves no room.
         """
-        room = self.engine.text.engine.most_new_tokens(len(prompt.ids))
+        room = self.engine.text.engine.most_new_tokens(prompt.ids, prompt.cache_salt)
         if room < 1:
             raise ApiError(
                 f"the prompt's {len(prompt.ids)} tokens leave no room for an answer: the model "

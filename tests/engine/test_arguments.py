@@ -55,6 +55,11 @@ def llm() -> LLM:
         ({"max_num_seqs": None}, "max_num_seqs must be an integer, got None"),
         ({"max_prefixes": 1.0}, "max_prefixes must be an integer, got 1.0"),
         ({"host_cache_bytes": -1}, "host_cache_bytes must be an integer of at least 0, got -1"),
+        ({"host_cache_bytes": 9}, "host_cache_bytes=9 holds no page: one takes [0-9]+ bytes"),
+        (
+            {"host_cache_bytes": 1 << 20, "enable_prefix_caching": False},
+            "host_cache_bytes=1048576 needs enable_prefix_caching=True",
+        ),
         ({"enable_prefix_caching": 1}, "enable_prefix_caching=1 must be True or False"),
         ({"prefill_chunk_size": 128.0}, "prefill_chunk_size must be an integer, got 128.0"),
         ({"burst_steps": [4]}, r"burst_steps must be an integer, got \[4\]"),

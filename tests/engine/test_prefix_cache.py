@@ -12,6 +12,7 @@ from relay_cases import CONFIG, Build, P, assert_same, prompts_with, run
 from tiny_llm import check_nothing_left, check_pages, random_prompts, tiny_params
 
 from lserve_jax import LLM, SamplingParams
+from lserve_jax.engine.request import PromptIds
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 CHUNK = 64
@@ -116,6 +117,39 @@ def test_each_turn_of_a_chat_computes_what_is_new(build: Build) -> None:
         prompt = prompt + output.outputs[0].token_ids + random_prompts(turn, [25])[0]
 
 
+def test_with_nothing_remembered_a_released_prefix_is_gone(build: Build) -> None:
+    """Also where a request still reads it when it is released."""
+    llm = build("dense", enable_prefix_caching=False)
+    [document] = random_prompts(8, [130])
+    prompt = [*document, 1, 2, 3]
+    prefix = llm.prefix(ids(document))
+    llm.engine.add_request("0", prompt, SamplingParams(temperature=0, max_tokens=40), seed=0)
+    llm.engine.step()
+    prefix.release()
+    check_pages(llm.engine)
+    assert llm.engine.unfinished["0"].node is not None
+    for _ in llm.engine.stream():
+        pass
+    assert llm.engine.metrics().cached_pages == 0
+    [output] = llm.generate(ids(prompt), GREEDY)
+    assert output.num_cached_tokens == 0
+    check_nothing_left(llm.engine)
+
+
+def test_a_held_prefix_takes_no_room_from_prompts_that_begin_with_it(build: Build) -> None:
+    """Of thirteen pages it has eight; with their salt others cannot read it."""
+    llm = build("dense", kv_cache_bytes=13 * 64 * 2 * 2 * 2 * 16 * 4, max_model_len=1024)
+    [document] = random_prompts(10, [8 * 64])
+    llm.prefix(ids(document))
+    prompt = PromptIds.check([*document, 1, 2, 3], CONFIG.vocab_size)
+    room = llm.engine.most_new_tokens(prompt)
+    assert room == 13 * 64 + 1 - len(prompt)
+    llm.engine.check_request(prompt, SamplingParams(max_tokens=room))
+    with pytest.raises(ValueError, match="the request needs 6 pages of 64 tokens"):
+        llm.engine.check_request(prompt, SamplingParams(max_tokens=room + 1))
+    assert llm.engine.most_new_tokens(prompt, "salt") == 5 * 64 + 1 - len(prompt)
+
+
 def test_prompts_of_another_salt_are_not_found(build: Build) -> None:
     llm = build("dense")
     [prompt] = random_prompts(8, [200])
@@ -145,6 +179,17 @@ def test_what_runs_gets_pages_before_what_is_remembered(build: Build) -> None:
     [oldest] = llm.generate(ids(prompts[0]), GREEDY)
     assert (newest.num_cached_tokens, oldest.num_cached_tokens) == (256, 0)
     check_nothing_left(llm.engine)
+
+
+def test_what_a_preempted_request_finds_of_itself_does_not_count(build: Build) -> None:
+    """Two of 300 and 150 tokens need sixteen pages of thirteen."""
+    llm = build("dense", max_num_seqs=2, kv_cache_bytes=13 * 64 * 2 * 2 * 2 * 16 * 4)
+    sampling = SamplingParams(temperature=0, max_tokens=150)
+    outputs = llm.generate([ids(prompt) for prompt in random_prompts(11, [300, 300])], sampling)
+    metrics = llm.engine.metrics()
+    assert metrics.preemptions > 0
+    assert (metrics.prefix_queries, metrics.prefix_tokens) == (600, 0)
+    assert [output.num_cached_tokens for output in outputs] == [0, 0]
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])

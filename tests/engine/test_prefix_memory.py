@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import safetensors.flax
 from budgets import budgets_of
@@ -17,6 +18,8 @@ from lserve_jax import LLM, ModelConfig, SamplingParams, SparsityConfig
 from lserve_jax.attention.cache import cache_bytes, make_spec
 from lserve_jax.engine import build as build_module
 from lserve_jax.engine import runner as runner_module
+from lserve_jax.engine.host_tier import HostTier
+from lserve_jax.engine.prefix_tree import Evicted, next_digest, root_digest
 
 CONFIG = tiny_config(layers=2, kv_heads=2, group=2, max_len=1024)
 SIZES = {"page_size": 16, "token_budget": 96, "decode_sink": 16, "decode_local": 32}
@@ -54,6 +57,30 @@ def test_the_plan_has_the_windows_of_remembered_prompts(sparsity: SparsityConfig
     held[0].release()
     llm.prefix({"prompt_token_ids": random_prompts(1, [200])[0]})
     assert build(None).memory_plan()["prefill_window"] == 0  # no head streams
+
+
+def test_there_are_no_windows_of_pages_that_there_are_not(sparsity: SparsityConfig) -> None:
+    """Ten pages can have ten window pages, beside the 6 + 5 of a prompt in prefill."""
+    page = build(sparsity).engine.units.page
+    llm = build(sparsity, kv_cache_bytes=10 * page)
+    assert llm.spec.num_pages == 10
+    assert llm.spec.num_window_pages == 10 + 6 + 5
+    prompts = random_prompts(2, [150, 100, 150])
+    for prompt in [*prompts, *prompts]:
+        llm.generate({"prompt_token_ids": prompt}, SamplingParams(temperature=0, max_tokens=2))
+    assert llm.engine.metrics().evicted_windows == 0 < llm.engine.metrics().evicted_pages
+
+
+def test_on_a_cpu_windows_take_half_of_what_pages_do_unless_asked_for(
+    sparsity: SparsityConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But have room for the prompt in prefill, two windows less a sink, and another one."""
+    window_page = 2 * 16 * 16 * 2 * 4  # two layers with a streaming head, as above
+    for room, pages in ((40, 40), (10, 6 + 5 + 6), (1000, 9 * 6 + 5)):
+        monkeypatch.setattr(build_module, "CPU_CACHE_BYTES", 2 * room * window_page)
+        assert build(sparsity, max_model_len=512).spec.num_window_pages == pages
+    asked = build(sparsity, max_model_len=512, kv_cache_bytes=1 << 20)
+    assert asked.spec.num_window_pages == 9 * 6 + 5
 
 
 def test_a_window_of_llama_3_8b_takes_549_megabytes() -> None:
@@ -209,3 +236,44 @@ def test_a_file_of_an_older_format_is_refused_with_a_reason(
             ValueError, match=r"is of an older version, .* compute the prefix again"
         ):
             build(sparsity).load_prefix(path)
+
+
+# Host memory.
+
+
+def host_tier(limit: int) -> HostTier:
+    """Of pages with nothing in them but one number."""
+
+    def read(pages: np.ndarray, windows: np.ndarray) -> list[dict]:
+        return [{"retrieval": jnp.zeros((1, len(pages))), "window": jnp.zeros((1, len(windows)))}]
+
+    return HostTier(limit, read, lambda kept, pages, windows: None)
+
+
+def spilled(tier: HostTier, keys: list[bytes]) -> None:
+    """As the tree gives up a prompt: its last page first."""
+    digests = [root_digest(None)]
+    for key in keys:
+        digests.append(next_digest(digests[-1], key))
+    tier.spill([Evicted(digest, 0, 0) for digest in digests[:0:-1]])
+
+
+def test_host_memory_is_what_its_pages_take() -> None:
+    """Whatever they were copied with: 33 pages are read as 64."""
+    tier = host_tier(100)
+    for n in range(8):
+        keys = [b"%d %d" % (n, i) for i in range(33)]
+        spilled(tier, keys)
+        for page in tier.find(root_digest(None), keys):
+            for array in jax.tree.leaves(page.parts):
+                assert array.base is None and array.size == 1
+    assert len(tier) == 100
+
+
+def test_of_a_prompt_that_is_looked_for_in_host_memory_the_end_goes_first() -> None:
+    tier = host_tier(10)
+    keys = [b"a%d" % i for i in range(6)]
+    spilled(tier, keys)
+    assert len(tier.find(root_digest(None), keys)) == 6
+    spilled(tier, [b"b%d" % i for i in range(6)])
+    assert len(tier.find(root_digest(None), keys)) == 4

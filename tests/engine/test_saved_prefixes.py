@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
-from relay_cases import CONFIG, Build, P, prompts_with, run
+from relay_cases import CONFIG, Build, P, assert_same, prompts_with, run
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from tiny_llm import (
@@ -43,6 +43,19 @@ def test_save_and_load(attention: str, kv_dtype: str, build: Build, tmp_path: Pa
     for one, other in zip(run(second, prompts, 12, loaded), wanted, strict=True):
         assert one.tokens == other.tokens
         assert_array_equal(one.logprobs, other.logprobs)
+
+
+def test_of_a_loaded_prefix_only_windows_that_were_saved_are_there(
+    build: Build, tmp_path: Path
+) -> None:
+    """A prompt that leaves it before its end finds no window there, and computes one."""
+    [ids] = random_prompts(22, [20 * P])
+    first, second = build(), build()
+    first.prefix({"prompt_token_ids": ids}).save(tmp_path / "prefix")
+    second.load_prefix(tmp_path / "prefix")
+    prompts = prompts_with(ids[: 15 * P], 23, [20])
+    assert_same(run(second, prompts, 4), run(first, prompts, 4))
+    check_pages(second.engine)
 
 
 def test_a_saved_prefix_without_a_page_and_one_loaded_twice(build: Build, tmp_path: Path) -> None:
