@@ -12,7 +12,10 @@ def memory_wanted(error: BaseException | None) -> str | None:
     """How much was wanted, in the words of what refused it; None for an error of another kind."""
     if isinstance(error, MemoryError):
         return str(error) or "on the host"
-    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+    # A function that JAX ran before, in the same shapes, says it by a ValueError.
+    if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and (
+        "RESOURCE_EXHAUSTED" in str(error)
+    ):
         said = str(error).splitlines()[0]
         return (said.partition("RESOURCE_EXHAUSTED: ")[2] or said).rstrip(".")
     return None
@@ -23,7 +26,7 @@ def memory_errors() -> Generator[None]:
     """Running out of memory as a ``MemoryError`` that also says which options to lower."""
     try:
         yield
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    except (MemoryError, ValueError, jax.errors.JaxRuntimeError) as error:
         wanted = memory_wanted(error)
         if wanted is None:
             raise

@@ -216,6 +216,26 @@ def test_out_of_memory_of_the_api_names_the_programs_options(capsys) -> None:
     assert capsys.readouterr().err == said
 
 
+def test_out_of_memory_in_a_function_that_ran_before() -> None:
+    """JAX says it by a ValueError then."""
+
+    def fill() -> None:
+        with memory_errors():
+            while True:
+                kept.append(jnp.zeros(2**23, jnp.float32))  # 32 MiB
+
+    kept = [jnp.zeros(2**23, jnp.float32) for _ in range(2)]
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    room = pages * resource.getpagesize() + (256 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (room, before[1]))
+    try:
+        with pytest.raises(MemoryError, match="memory: Out of memory allocating 33554432 bytes;"):
+            fill()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 @contextlib.contextmanager
 def small_disk():
     """Files cannot grow beyond 20,000 bytes."""
