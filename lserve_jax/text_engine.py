@@ -35,6 +35,7 @@ _CUT_TOKENS = 128
 # Text, or {"prompt_token_ids": [...]}, where "prompt" may be the text that they come from, or
 # {"prompt": text}. "cache_salt" beside them: only prompts of one salt share what was computed.
 Prompt = str | Mapping[str, Any]
+_PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +112,10 @@ class TextEngine:
         if isinstance(prompt, CheckedPrompt):
             self.engine.check_request(prompt.ids, sampling, constraint, prompt.cache_salt)
             return prompt
+        if isinstance(prompt, Mapping) and (
+            unknown := [k for k in prompt if k not in _PROMPT_KEYS]
+        ):
+            raise ValueError(f"a prompt has {', '.join(_PROMPT_KEYS)}, and no {unknown[0]!r}")
         salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
         text = _text_alone(prompt)
         if text is not None and self.tokenizer is not None:

@@ -195,13 +195,16 @@ class Engine:
         """
         scheduler, cache = self.scheduler, self.scheduler.prefix_cache
         waiting = len(scheduler.waiting)
+        host_pages = 0 if cache.host is None else len(cache.host)
         return EngineMetrics(
             waiting=waiting,
             running=max(len(self.unfinished) - waiting, 0),
             free_pages=cache.free_pages,
             cached_pages=cache.cached_pages,
             pinned_pages=cache.pinned_pages,
-            host_pages=0 if cache.host is None else len(cache.host),
+            cached_bytes=cache.cached_pages * self.units.page,
+            host_pages=host_pages,
+            host_bytes=host_pages * self.units.remembered_page,
             evicted_pages=cache.tree.evicted_pages,
             evicted_windows=cache.tree.evicted_windows,
             num_pages=self.spec.num_pages,

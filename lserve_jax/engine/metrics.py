@@ -121,8 +121,10 @@ class EngineMetrics(EngineCounts):
     running: int  # the one whose prompt is prefilled included
     free_pages: int  # that nobody uses, those of remembered prompts included
     cached_pages: int  # of these, pages that hold remembered prompts
+    cached_bytes: int  # of these; their prefill windows are a part of ``memory_plan``
     pinned_pages: int  # held by prefixes until they are released
     host_pages: int  # of remembered prompts, in host memory
+    host_bytes: int  # that these take with their windows, as ``host_cache_bytes`` counts
     evicted_pages: int  # of remembered prompts, since the engine began or was reset
     evicted_windows: int  # pages of their windows, given up by themselves
     num_pages: int

@@ -59,6 +59,16 @@ _GAUGES: tuple[_Reading, ...] = (
         "Pages of remembered prompts in host memory.",
         lambda m: m.host_pages,
     ),
+    (
+        "prefix_cache_device_bytes",
+        "Bytes of remembered prompts in the KV cache.",
+        lambda m: m.cached_bytes,
+    ),
+    (
+        "prefix_cache_host_bytes",
+        "Bytes of remembered prompts in host memory.",
+        lambda m: m.host_bytes,
+    ),
     ("num_pages_pinned", "Pages that registered prefixes hold.", lambda m: m.pinned_pages),
 )
 _COUNTERS: tuple[_Reading, ...] = (

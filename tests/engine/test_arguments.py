@@ -176,6 +176,7 @@ def test_sampling(settings: dict[str, Any], message: str) -> None:
         (5, None, "prompts must be a prompt or a list of them, got 5"),
         ([5], None, "a prompt must be text or hold 'prompt_token_ids', got 5"),
         ([1, 2], None, "a prompt must be text or hold 'prompt_token_ids', got 1"),
+        ({**IDS, "cache_slat": "a"}, None, "prompt_token_ids, cache_salt, and no 'cache_slat'"),
         ({"prompt_token_ids": [1.0]}, None, "token id 1.0 must be an integer"),
         ({"prompt_token_ids": np.array([1.5])}, None, "token id .*1.5.* must be an integer"),
         ({"prompt_token_ids": None}, None, "token ids must be a list of integers, got None"),

@@ -213,6 +213,8 @@ def test_pages_come_back_from_host_memory(attention: str, kv_dtype: str, build: 
     metrics = llm.engine.metrics()
     assert metrics.evicted_pages >= 3 * (320 // page) - 400 // page
     assert metrics.host_pages > 0
+    assert metrics.host_bytes == metrics.host_pages * llm.engine.units.remembered_page
+    assert metrics.host_bytes <= 3 * (320 // page) * llm.engine.units.remembered_page
     for number in (2, 1, 3):
         computed = llm.engine.metrics().prompt_tokens
         [again] = run(llm, [prompts[number]], 8)
