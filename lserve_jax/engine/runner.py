@@ -20,7 +20,7 @@ from lserve_jax.engine.buckets import SMALLEST_CHUNK, bucket, buckets
 from lserve_jax.engine.forced_steps import score_steps
 from lserve_jax.engine.inputs import BurstInputs, Chunk, Start
 from lserve_jax.engine.reads import selected_pages
-from lserve_jax.engine.sampling import MAX_STOP_IDS, SamplingArrays, SamplingMode
+from lserve_jax.engine.sampling import SamplingMode
 from lserve_jax.engine.speculate import exact_burst
 from lserve_jax.engine.state import (
     Burst,
@@ -97,7 +97,7 @@ class ModelRunner:
                 init_layer_cache(self.config, self.spec, layer, self.dtype)
                 for layer in range(self.config.num_hidden_layers)
             ]
-            self._state = _empty_state(self.spec)
+            self._state = DecodeState.empty(self.spec)
         if device is not None:
             # As every step returns them. Bound to a device and not bound are two programs.
             self._caches, self._state = jax.device_put((self._caches, self._state), device)
@@ -413,26 +413,6 @@ def _own_device(params: Params) -> jax.Device | None:
     if len(devices) > 1 or not any(leaf.committed for leaf in leaves):
         return None
     return devices.pop()
-
-
-def _empty_state(spec: CacheSpec) -> DecodeState:
-    max_num_seqs, positions = spec.max_num_seqs, spec.pages_per_sequence * spec.page_size
-
-    def zeros() -> jax.Array:  # one buffer a field: donated buffers must not be shared
-        return jnp.zeros((max_num_seqs,), jnp.int32)
-
-    return DecodeState(
-        token=zeros(),
-        position=zeros(),
-        active=jnp.zeros((max_num_seqs,), bool),
-        generated=zeros(),
-        max_tokens=zeros(),
-        tail=zeros(),
-        sampling=SamplingArrays.empty(max_num_seqs, MAX_STOP_IDS),
-        output_counts=None,
-        prompt_mask=None,
-        history=jnp.zeros((max_num_seqs, positions), jnp.int32) if spec.draft == "ngram" else None,
-    )
 
 
 def device_bytes(x: Array | jax.ShapeDtypeStruct) -> int:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lserve_jax.attention.attend import PrefixGroups
 from lserve_jax.attention.cache import CacheSpec, LayerCache
-from lserve_jax.engine.sampling import SamplingArrays
+from lserve_jax.engine.sampling import MAX_STOP_IDS, SamplingArrays
 from lserve_jax.model.config import ModelConfig
 from pallas_kernels.api import Backend, KVPages
 
@@ -103,6 +103,29 @@ class DecodeState:
     prompt_mask: Bool[Array, "S V"] | None
     # Tokens by position up to the newest one, where drafts are looked up; else None.
     history: Int[Array, "S N"] | None
+
+    @classmethod
+    def empty(cls, spec: CacheSpec) -> Self:
+        """Every slot is free."""
+        max_num_seqs, positions = spec.max_num_seqs, spec.pages_per_sequence * spec.page_size
+
+        def zeros() -> Array:  # one buffer a field: donated buffers must not be shared
+            return jnp.zeros((max_num_seqs,), jnp.int32)
+
+        return cls(
+            token=zeros(),
+            position=zeros(),
+            active=jnp.zeros((max_num_seqs,), bool),
+            generated=zeros(),
+            max_tokens=zeros(),
+            tail=zeros(),
+            sampling=SamplingArrays.empty(max_num_seqs, MAX_STOP_IDS),
+            output_counts=None,
+            prompt_mask=None,
+            history=jnp.zeros((max_num_seqs, positions), jnp.int32)
+            if spec.draft == "ngram"
+            else None,
+        )
 
 
 @jax.tree_util.register_dataclass
