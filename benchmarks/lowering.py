@@ -7,9 +7,9 @@ of decode steps with Llama-3-8B's geometry as ``benchmarks/decode.py`` runs it, 
 with the kernels for Hopper GPUs; ``prefill`` is a chunk of 8192 tokens of the same. ``cpu`` is what
 the default model needs on a CPU for the first tokens: a chunk of 64 tokens and a burst, dense.
 
-Each row runs in a process of its own, so that none profits from another's caches. *Kernels* are the
-different Mosaic kernels of the module, *calls* how often it names one. Writes
-``benchmarks/results/lowering.json``.
+Each row runs in a process of its own, so that none profits from another's caches; its seconds are
+CPU time, which other programs on the machine change little. *Kernels* are the different Mosaic
+kernels of the module, *calls* how often it names one. Writes ``benchmarks/results/lowering.json``.
 """
 
 import dataclasses
@@ -128,11 +128,11 @@ def measure(case: Case, rows: int) -> list[dict[str, Any]]:
 
 
 def timed(trace, platform: str, **what: Any) -> dict[str, Any]:
-    begin = time.perf_counter()
+    begin = time.process_time()
     traced = trace()
-    middle = time.perf_counter()
+    middle = time.process_time()
     lowered = traced.lower(lowering_platforms=(platform,))
-    end = time.perf_counter()
+    end = time.process_time()
     text = lowered.as_text()
     kernels = re.findall(r'@mosaic_gpu_v2.*?module = "(.*?)"', text)
     return {
