@@ -192,9 +192,9 @@ def decode_attend(
     start = jnp.zeros((B, 1), jnp.int32)
     local = window_list(spec, slot, sink_page, position, active)
     everything = all_pages(spec, page_table)
-    stops = [
-        retrieval_stop(spec, layer, tail, own, active) for layer in range(config.num_hidden_layers)
-    ]
+    like = [spec.heads.first_like(layer) for layer in range(config.num_hidden_layers)]
+    stop_of = {layer: retrieval_stop(spec, layer, tail, own, active) for layer in sorted(set(like))}
+    stops = [stop_of[layer] for layer in like]  # traced once for layers that are alike
     num_retrieval = sum(spec.heads.num_retrieval)
     num_streaming = config.num_hidden_layers * config.num_key_value_heads - num_retrieval
     # What heads chose by a policy of one's own is known only once they have.

@@ -62,3 +62,13 @@ class HeadBudgets:
         """Ranked heads of each layer."""
         counts = zip(self.num_retrieval, self.num_dense, self.num_windowed, strict=True)
         return tuple(every - dense - windowed for every, dense, windowed in counts)
+
+    def first_like(self, layer: int) -> int:
+        """The first layer whose retrieval heads may read what this one's may."""
+
+        def kinds(other: int) -> tuple:
+            shares = None if self.shares is None else self.shares[other]
+            counts = self.num_retrieval[other], self.num_dense[other], self.num_windowed[other]
+            return *counts, shares
+
+        return next(other for other in range(layer + 1) if kinds(other) == kinds(layer))
