@@ -38,10 +38,12 @@ class Call:
 
     @classmethod
     def of(cls, function: Any, *args: Any, **static: Hashable) -> "Call":
+        """``function(*args, **static)``, not called yet."""
         return cls(function, args, static)
 
     @property
     def name(self) -> str:
+        """The function's."""
         return self.function.__name__
 
     @property
@@ -50,6 +52,7 @@ class Call:
         return tuple(arg for arg in self.args if not isinstance(arg, Program))
 
     def plain(self) -> Any:
+        """What the function returns where JAX's own caches are used."""
         return self.function(*self.args, **self.static)
 
     def signature(self, *, sharded: bool) -> Hashable:

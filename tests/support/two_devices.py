@@ -1,0 +1,39 @@
+"""Two CPU devices, and how a tiny model's weights lie on both.
+
+For scripts: the number of devices is set before JAX starts. Their first argument is the directory
+of JAX's compilation cache.
+"""
+
+import sys
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+from tiny_llm import tiny_config
+
+from lserve_jax import LLM, SamplingParams
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+CONFIG = tiny_config(layers=1, kv_heads=2)
+MESH = jax.make_mesh((2,), ("tp",), axis_types=(AxisType.Auto,))
+
+
+def sharding(path: Any) -> NamedSharding:
+    name = jax.tree_util.keystr(path)
+    spec = Spec(None, "tp") if "qkv_proj" in name else Spec("tp") if "o_proj" in name else Spec()
+    return NamedSharding(MESH, spec)
+
+
+def sharded(params: dict) -> dict:
+    return jax.tree.map_with_path(lambda path, x: jax.device_put(x, sharding(path)), params)
+
+
+def tokens(llm: LLM, count: int) -> list[int]:
+    sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+    return llm.generate({"prompt_token_ids": [3] * 20}, sampling)[0].outputs[0].token_ids
