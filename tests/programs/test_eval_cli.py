@@ -80,7 +80,7 @@ def test_needles_perplexity_and_agreement_end_to_end(
     argv = ["--model", chat_checkpoint, *SMALL, "--output", tmp_path, "--plot"]
     argv += ["--tasks", "needle", "perplexity", "agreement", "--windows", 2]
     argv += ["--scored-tokens", 9, "--max-num-seqs", 2]
-    argv += ["--compare", "dense", sparse, sparse.replace("64", "48")]
+    argv += ["--compare", "dense", sparse, sparse.replace("budget=64", "budget=48")]
     code, out, err = run(capsys, *argv)
     assert code == 0, err
     result = json.loads((tmp_path / "results.json").read_text())

@@ -161,7 +161,7 @@ def test_a_study_of_what_is_loaded(characters, tmp_path, monkeypatch):
     study = Study(
         model="mine",
         tasks=("needle", "agreement"),
-        compare=("dense", sparse, sparse.replace("64", "48")),
+        compare=("dense", sparse, sparse.replace("budget=64", "budget=48")),
         lengths=(300,),
         texts={"topics": builtin_text()[:4000], "tokens": np.arange(4000) % 90},
         needles=("passkey",),

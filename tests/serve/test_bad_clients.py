@@ -5,8 +5,10 @@ import contextlib
 import json
 import os
 import socket
+import statistics
 
 import httpx
+import numpy as np
 import pytest
 from served import serve, tiny_llm
 
@@ -102,7 +104,8 @@ def _resident() -> int:
 @pytest.mark.slow
 def test_two_thousand_requests_leave_nothing_behind():
     """Mixed kinds, a third of the streams cut. The growth allowed is 4 KB a request: what one
-    request holds while it runs is more."""
+    request holds while it runs is more. The median of the rounds is held against it: allocators
+    take some megabytes at once now and then, a leak grows in every round."""
     with serve(tiny_llm(max_num_seqs=8)) as served:
 
         async def one(client, i):
@@ -122,8 +125,10 @@ def test_two_thousand_requests_leave_nothing_behind():
 
         asyncio.run(many(0, 250))
         asyncio.run(many(250, 250))
-        before, compiled = _resident(), served.llm.engine.metrics().compilations
+        compiled = served.llm.engine.metrics().compilations
+        resident = [_resident()]
         for first in range(500, 2500, 250):
             asyncio.run(many(first, 250))
-        assert _resident() - before < 2000 * 4096
+            resident.append(_resident())
+        assert statistics.median(np.diff(resident)) < 250 * 4096
         assert served.llm.engine.metrics().compilations == compiled
