@@ -1,5 +1,8 @@
 """Joins the splits of decode attention, the second kernel of a call (see ``decode_attention``)."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -7,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.hopper.decode_splits import splits_of_head
+from pallas_kernels.hopper.decode_splits import head_table
 from pallas_kernels.hopper.decode_tiles import query_tile_start
 from pallas_kernels.hopper.mosaic import (
     LN_2,
@@ -15,10 +18,23 @@ from pallas_kernels.hopper.mosaic import (
     MATRIX,
     MATRIX_TRANSPOSED,
     PER_COLUMN,
+    cdiv,
     full,
     spread_columns,
     store_unoptimised,
 )
+from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
+
+
+class _Settings(NamedTuple):
+    """What a kernel is lowered for, beside the shapes of its arrays."""
+
+    rows: int  # B
+    heads: int  # K
+    group: int  # G
+    head_dim: int  # D
+    columns: int  # N
+    parts_at_once: int
 
 
 def combine_parts(
@@ -40,19 +56,34 @@ def combine_parts(
     """
     B, _, D, N = parts.shape
     K = len(splits)
-    H = B * K * G
-    at_once = min(parts_at_once, max(splits))
+    settings = _Settings(B, K, G, D, N, parts_at_once)
+    operands = parts, lses, jnp.asarray(head_table(splits))
+    shapes = ((B * K * G, D), dtype), ((B, K, N), jnp.float32)
+    return call_shared(
+        _make_kernel,
+        settings,
+        operands,
+        tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes),
+        longest=(None,) * 3,
+        longest_results=(None,) * 2,
+    )
+
+
+def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
+    B, K, G, D, N, at_once = settings
+    H, dtype = B * K * G, results[0].dtype
 
     def combine_splits(
         parts_gmem,  # [B, S, D, N] float32
         lses_gmem,  # [B, S, N] float32
+        table_gmem,  # [K, 2] int32, see ``head_table``
         out_gmem,  # [B * H, D]
         lse_gmem,  # [B, K, N] float32
         out_smem,  # [N, 64]
     ):
         b, k, d = (lax.axis_index(name) for name in ("row", "head", "half"))
         channels = pl.ds(d * 64, 64)
-        first, count = splits_of_head(k, splits)
+        first, count = table_gmem[k, 0], table_gmem[k, 1]
 
         def join(step, carry):
             acc, peak, total = carry  # [64, N], [N], [N]
@@ -66,10 +97,8 @@ def combine_parts(
                 plgpu.load(parts_gmem.at[b, i, channels], layout=MATRIX, optimized=False)
                 for i in inside
             ]
-            if any(count % at_once for count in splits):  # the last step repeats the last split
-                lse = [
-                    x + jnp.where(i < count, 0.0, -jnp.inf) for x, i in zip(lse, index, strict=True)
-                ]
+            # The last step repeats the last split.
+            lse = [x + jnp.where(i < count, 0.0, -jnp.inf) for x, i in zip(lse, index, strict=True)]
             new_peak = peak
             for x in lse:
                 new_peak = jnp.maximum(new_peak, x)
@@ -85,7 +114,7 @@ def combine_parts(
 
         acc, peak, total = lax.fori_loop(
             0,
-            pl.cdiv(count, at_once),
+            cdiv(count, at_once),
             join,
             (
                 full((64, N), 0.0, MATRIX),
@@ -111,12 +140,9 @@ def combine_parts(
 
     return plgpu.kernel(
         combine_splits,
-        out_type=(
-            jax.ShapeDtypeStruct((H, D), dtype),
-            jax.ShapeDtypeStruct((B, K, N), jnp.float32),
-        ),
+        out_type=results,
         grid=(B, K, D // 64),
         grid_names=("row", "head", "half"),
         scratch_types=[plgpu.SMEM((N, 64), dtype)],
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(parts, lses)
+    )
