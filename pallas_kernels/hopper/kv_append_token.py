@@ -15,6 +15,7 @@ What must move: a few KB. It is bound by latency: the launch, the page id, the o
 it points to, the stores.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from pallas_kernels.hopper.kv_append import (
     unsupported,
 )
 from pallas_kernels.hopper.mosaic import refuse, spread_columns, store_unoptimised
+from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
 from pallas_kernels.types import KVPages
 
 
@@ -57,7 +59,9 @@ def choose_config(query_heads: int, *kv_heads: int) -> Config:
         # A head a warp. Fewer leave warps that repeat another's work, which costs no time.
         return next(n for n in (4, 2, 1) if all(count % n == 0 for count in counts))
 
-    return Config(query_heads=most(query_heads), kv_heads=most(*kv_heads))
+    # Where some heads stream, how many differs between layers: one kernel for all of them.
+    shared = all(kv_heads[1:])
+    return Config(query_heads=most(query_heads), kv_heads=1 if shared else most(*kv_heads))
 
 
 @partial(jax.jit, static_argnames=("config",))
@@ -90,8 +94,41 @@ def append_kv(
     # Slices of one projection, as a model has them, XLA joins for nothing. Each as an input of its
     # own would be a launch that copies it, if there is more than one row.
     vectors = jnp.concatenate([x[:, None] for x in (q, k, v)], axis=2)[:, 0]
+    sizes = jnp.array([Kr, Kq], jnp.int32)
+    inputs = vectors, cos, sin, page, streaming_page, offset, sizes
+    caches = retrieval if Kr else None, streaming if Ks else None, key_stats if Kq else None
+    leaves, tree = jax.tree.flatten(caches)
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, *leaves)]
+    rotated, *leaves = call_shared(
+        _make_kernel,
+        _Settings(config, B, H, Hk, D),
+        (*inputs, *caches),
+        tuple(results),
+        longest=(*[None] * len(inputs), *[Hk] * len(caches)),
+        longest_results=(None, *[Hk] * len(leaves)),
+    )
+    new = jax.tree.unflatten(tree, leaves)
+    kept = (
+        was if now is None else now
+        for was, now in zip((retrieval, streaming, key_stats), new, strict=True)
+    )
+    return rotated, *kept
+
+
+class _Settings(NamedTuple):
+    """What a kernel is lowered for, beside the shapes of its arrays."""
+
+    config: Config
+    rows: int  # B
+    query_heads: int  # H
+    kv_heads: int  # Hk
+    head_dim: int  # D
+
+
+def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
+    config, B, H, Hk, D = settings
     query_heads, kv_heads = config.query_heads, config.kv_heads  # of a part
-    retrieval_parts, kv_parts = Kr // kv_heads, Hk // kv_heads
+    kv_parts = Hk // kv_heads
 
     def append_token(
         vectors_gmem,  # [B, H + 2 * Hk, D] bf16: q, k, v
@@ -100,12 +137,15 @@ def append_kv(
         page_gmem,  # [B] int32
         streaming_page_gmem,  # [B] int32
         offset_gmem,  # [B] int32
+        sizes_gmem,  # [2] int32: Kr, Kq
         retrieval_gmem,  # k, v [Kr, N, P, D], scales [Kr, N, P] float32; updated
         streaming_gmem,  # k, v [Ks, N, P, D], scales [Ks, N, P] float32; updated
         stats_gmem,  # [Kq, N, g, 2, D], updated
         rotated_gmem,  # [B, H, D] bf16, output
     ):
         b, part = lax.axis_index("row"), lax.axis_index("part")
+        first_streaming, ranked = sizes_gmem[0], sizes_gmem[1]
+        kv_head = part * kv_heads
 
         def load(head, heads: int) -> list:
             return _load_halves(vectors_gmem, b, head, heads)
@@ -122,23 +162,22 @@ def append_kv(
             @pl.when((place.page >= 0) & (place.page < pool.k.shape[1]))
             def _():
                 if stats is not None:
-                    pl.when(pool_head < Kq)(
+                    pl.when(pool_head < ranked)(
                         lambda: _widen_statistics(stats, place, keys, page_size=pool.k.shape[2])
                     )
                 _write(pool.k, pool.k_scale, place, keys)
                 _write(pool.v, pool.v_scale, place, values)
 
-        @pl.when(part < retrieval_parts)
+        @pl.when((part < kv_parts) & (kv_head < first_streaming))
         def _():
             if retrieval_gmem is not None:
-                head = part * kv_heads
-                append(retrieval_gmem, page_gmem, stats_gmem, head, head)
+                append(retrieval_gmem, page_gmem, stats_gmem, kv_head, kv_head)
 
-        @pl.when((part >= retrieval_parts) & (part < kv_parts))
+        @pl.when((part < kv_parts) & (kv_head >= first_streaming))
         def _():
             if streaming_gmem is not None:
-                head = part * kv_heads
-                append(streaming_gmem, streaming_page_gmem, None, head - Kr, head)
+                pool_head = kv_head - first_streaming
+                append(streaming_gmem, streaming_page_gmem, None, pool_head, kv_head)
 
         @pl.when(part >= kv_parts)
         def _():
@@ -148,15 +187,19 @@ def append_kv(
 
     kernel = plgpu.kernel(
         append_token,
-        out_type=jax.ShapeDtypeStruct((B, H, D), q.dtype),
+        out_type=results[0],
         grid=(B, kv_parts + H // query_heads),
         grid_names=("row", "part"),
         # No warp reads what another writes, or if it does (fewer heads than warps), both write the
         # same, whether the other has written before or not.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )
-    inputs = vectors, cos, sin, page, streaming_page, offset
-    return call_in_place(kernel, inputs, retrieval, streaming, key_stats)
+
+    def call(*operands) -> tuple:
+        *inputs, retrieval, streaming, key_stats = operands
+        return call_in_place(kernel, tuple(inputs), retrieval, streaming, key_stats)
+
+    return call
 
 
 class _Place(NamedTuple):
