@@ -35,7 +35,7 @@ from pallas_kernels.hopper.kv_append import (
     unsupported,
 )
 from pallas_kernels.hopper.mosaic import refuse, spread_columns, store_unoptimised
-from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
+from pallas_kernels.hopper.shared_kernel import Shapes, call_shared, sizes
 from pallas_kernels.types import KVPages
 
 
@@ -94,8 +94,7 @@ def append_kv(
     # Slices of one projection, as a model has them, XLA joins for nothing. Each as an input of its
     # own would be a launch that copies it, if there is more than one row.
     vectors = jnp.concatenate([x[:, None] for x in (q, k, v)], axis=2)[:, 0]
-    sizes = jnp.array([Kr, Kq], jnp.int32)
-    inputs = vectors, cos, sin, page, streaming_page, offset, sizes
+    inputs = vectors, cos, sin, page, streaming_page, offset, sizes(Kr, Kq)
     caches = retrieval if Kr else None, streaming if Ks else None, key_stats if Kq else None
     leaves, tree = jax.tree.flatten(caches)
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, *leaves)]
@@ -137,7 +136,7 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         page_gmem,  # [B] int32
         streaming_page_gmem,  # [B] int32
         offset_gmem,  # [B] int32
-        sizes_gmem,  # [2] int32: Kr, Kq
+        sizes_gmem,  # int32: Kr, Kq
         retrieval_gmem,  # k, v [Kr, N, P, D], scales [Kr, N, P] float32; updated
         streaming_gmem,  # k, v [Ks, N, P, D], scales [Ks, N, P] float32; updated
         stats_gmem,  # [Kq, N, g, 2, D], updated

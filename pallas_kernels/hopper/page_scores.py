@@ -46,7 +46,7 @@ from pallas_kernels.hopper.mosaic import (
     store_unoptimised,
     tile_transforms,
 )
-from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
+from pallas_kernels.hopper.shared_kernel import Shapes, call_shared, sizes
 
 ROWS = 64  # rows of a tile: wgmma's M
 SQUARE = (64, 64)
@@ -135,7 +135,7 @@ def page_scores(
             key_stats.reshape(Kr, N, g, 2 * D),
             page_table,
             length,
-            jnp.array([Kr, last_tile], jnp.int32),
+            sizes(Kr, last_tile),
         ),
         (jax.ShapeDtypeStruct((B * Kr, width), jnp.float32),),
         longest=(max(most_queries, columns), most_heads, None, None, None),
@@ -162,7 +162,7 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         stats_gmem,  # [Kr, N, g, 2 D] bf16
         table_gmem,  # [B, M] int32
         length_gmem,  # [B] int32
-        sizes_gmem,  # [2] int32: Kr, first row of the last tile of queries
+        sizes_gmem,  # int32: Kr, first row of the last tile of queries
         scores_gmem,  # [B * Kr, chunks * tiles * tile_scores] float32, output
         page_smem,  # [stages, 64, 2 D] bf16, pages as fetched
         tile_smem,  # [64, 2 D] bf16

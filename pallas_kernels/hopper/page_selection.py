@@ -43,7 +43,7 @@ from pallas_kernels.hopper.mosaic import (
     store_unoptimised,
     tile_transforms,
 )
-from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
+from pallas_kernels.hopper.shared_kernel import Shapes, call_shared, sizes
 
 STRIP = 64  # scores in a row of the matrix that compaction works on
 SQUARE = (64, 64)
@@ -169,7 +169,7 @@ def _select_in_cta(
         of_heads.reshape(B * K, size // STRIP, STRIP),
         num_candidates,
         wanted.reshape(B * K),
-        jnp.array([K], jnp.int32),
+        sizes(K),
     )
     settings = _Settings(B, most_heads, M, num_pages, sink_pages)
     tiles_of_share, shares = _shares(settings)
@@ -207,12 +207,12 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         scores_gmem,  # [B * Kq, size / 64, 64] float32, the same
         candidates_gmem,  # [B] int32
         wanted_gmem,  # [B * Kq] int32
-        heads_gmem,  # [1] int32, Kq
+        sizes_gmem,  # int32: Kq
         selected_gmem,  # [B * Kq, entries] int32, output
         buffers,  # see _Buffers
     ):
         b, k, share = (lax.axis_index(name) for name in ("row", "head", "share"))
-        heads, candidates = heads_gmem[0], jnp.clip(candidates_gmem[b], 0, M)
+        heads, candidates = sizes_gmem[0], jnp.clip(candidates_gmem[b], 0, M)
 
         @pl.when(k < heads)
         def _():

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.extend.mlir import ir
 from jax.interpreters import batching, mlir
@@ -58,6 +59,14 @@ def call_shared(
     lengths = [n for x, n in zip(operands, longest, strict=True) for _ in jax.tree.leaves(x)]
     shapes = _of_length(flat, lengths), _of_length(results, longest_results)
     return tuple(lowered_once(_Kernel(make, settings, tree), flat, results, shapes))
+
+
+def sizes(*numbers: int) -> jax.Array:
+    """What a kernel reads of the sizes of its arrays, int32, and -1 behind them.
+
+    Without an element that differs XLA would not keep them but make them anew in every step.
+    """
+    return jnp.array([*numbers, -1], jnp.int32)
 
 
 def lowered_once(
