@@ -28,14 +28,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.hopper.kv_append import (
-    call_in_place,
+    append_in_place,
     load_unoptimised,
     quantize,
     row_per_warp,
     unsupported,
 )
 from pallas_kernels.hopper.mosaic import refuse, spread_columns, store_unoptimised
-from pallas_kernels.hopper.shared_kernel import Shapes, call_shared, sizes
+from pallas_kernels.hopper.shared_kernel import Shapes
 from pallas_kernels.types import KVPages
 
 
@@ -94,24 +94,15 @@ def append_kv(
     # Slices of one projection, as a model has them, XLA joins for nothing. Each as an input of its
     # own would be a launch that copies it, if there is more than one row.
     vectors = jnp.concatenate([x[:, None] for x in (q, k, v)], axis=2)[:, 0]
-    inputs = vectors, cos, sin, page, streaming_page, offset, sizes(Kr, Kq)
-    caches = retrieval if Kr else None, streaming if Ks else None, key_stats if Kq else None
-    leaves, tree = jax.tree.flatten(caches)
-    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, *leaves)]
-    rotated, *leaves = call_shared(
+    return append_in_place(
         _make_kernel,
         _Settings(config, B, H, Hk, D),
-        (*inputs, *caches),
-        tuple(results),
-        longest=(*[None] * len(inputs), *[Hk] * len(caches)),
-        longest_results=(None, *[Hk] * len(leaves)),
+        (vectors, cos, sin, page, streaming_page, offset),
+        retrieval,
+        streaming,
+        key_stats,
+        out=(jax.ShapeDtypeStruct((B, H, D), q.dtype),),
     )
-    new = jax.tree.unflatten(tree, leaves)
-    kept = (
-        was if now is None else now
-        for was, now in zip((retrieval, streaming, key_stats), new, strict=True)
-    )
-    return rotated, *kept
 
 
 class _Settings(NamedTuple):
@@ -184,7 +175,7 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
             for half, channels in zip(rotated(head, query_heads), _halves(D), strict=True):
                 store_unoptimised(rotated_gmem.at[b, pl.ds(head, query_heads), channels], half)
 
-    kernel = plgpu.kernel(
+    return plgpu.kernel(
         append_token,
         out_type=results[0],
         grid=(B, kv_parts + H // query_heads),
@@ -193,12 +184,6 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         # same, whether the other has written before or not.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )
-
-    def call(*operands) -> tuple:
-        *inputs, retrieval, streaming, key_stats = operands
-        return call_in_place(kernel, tuple(inputs), retrieval, streaming, key_stats)
-
-    return call
 
 
 class _Place(NamedTuple):

@@ -203,6 +203,7 @@ PREFILL_CASES = {
     "prefill, dense, 64 tokens": {"tokens": 64, "streaming": 0},
     "prefill, streaming, pages of 128": {"retrieval": 0, "page_size": 128},
     "prefill, int8, pages of 16": {"int8": True, "page_size": 16},
+    "prefill, 4 retrieval and 4 streaming heads": {"retrieval": 4, "streaming": 4},
     "prefill, D 64, group 3, pages of 16": {"head_dim": 64, "group": 3, "page_size": 16},
 }
 

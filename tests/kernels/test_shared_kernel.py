@@ -7,12 +7,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from compile_offline import append_arguments, decode_arguments
+from compile_offline import append_arguments, decode_arguments, prefill_arguments
 
 from pallas_kernels.hopper.decode_attention import paged_attention
+from pallas_kernels.hopper.kv_append_chunk import append_kv_chunk
 from pallas_kernels.hopper.kv_append_token import append_kv
 from pallas_kernels.hopper.page_scores import page_scores
 from pallas_kernels.hopper.page_selection import select_pages
+from pallas_kernels.hopper.prefill_attention import prefill_attention
 from pallas_kernels.hopper.shared_kernel import call_shared
 
 
@@ -26,6 +28,11 @@ def arrays_as_long_as_they_are() -> None:
     """Kernels are lowered as they are for a GPU."""
 
 
+@pytest.fixture(autouse=True)
+def wgmma_from_registers() -> None:
+    """They are."""
+
+
 def attend(retrieval: int) -> tuple[Callable, tuple]:
     most_tokens = (4096,) * retrieval + (320,) * (8 - retrieval)
     arguments = decode_arguments(rows=2, retrieval=retrieval, streaming=8 - retrieval)
@@ -36,6 +43,17 @@ def append(retrieval: int) -> tuple[Callable, tuple]:
     case = {"retrieval": retrieval, "streaming": 8 - retrieval, "ranked": (retrieval + 1) // 2}
     caches, tokens, places, _ = append_arguments(**case)
     return append_kv, (*tokens, *caches, *places)
+
+
+def append_chunk(retrieval: int) -> tuple[Callable, tuple]:
+    case = {"retrieval": retrieval, "streaming": 8 - retrieval, "ranked": (retrieval + 1) // 2}
+    caches, tokens, places = append_arguments(tokens=128, **case)
+    return append_kv_chunk, (*tokens, *caches, *places)
+
+
+def prefill(retrieval: int) -> tuple[Callable, tuple]:
+    arguments = prefill_arguments(256, retrieval=retrieval, streaming=8 - retrieval)
+    return partial(prefill_attention, sink=128, local=256), arguments
 
 
 def score(heads: int) -> tuple[Callable, tuple]:
@@ -59,7 +77,10 @@ def kernels(op: Callable, arguments: tuple) -> list[str]:
     return re.findall(r'kernel_hash = "(.*?)", module', text)
 
 
-@pytest.mark.parametrize(("of_heads", "count"), [(attend, 2), (append, 1), (score, 1), (select, 1)])
+@pytest.mark.parametrize(
+    ("of_heads", "count"),
+    [(attend, 2), (append, 1), (append_chunk, 1), (prefill, 1), (score, 1), (select, 1)],
+)
 def test_the_kernel_is_the_same(of_heads: Callable, count: int) -> None:
     few, many = (kernels(*of_heads(heads)) for heads in (1, 5))
     assert few == many and len(few) == count
