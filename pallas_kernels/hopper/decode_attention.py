@@ -235,7 +235,7 @@ def _attend_splits(
     table = split_table(config.splits, list(zip(heads, lists, strict=True)), S)
     page_size, dtype = pools[0].k.shape[2], pools[0].k.dtype
     settings = _Settings(B, K, G, D, S, config.stages, tokens, page_size, dtype)
-    return call_shared(
+    parts, lses = call_shared(
         _make_kernel,
         settings,
         (q, jax.tree.map(jnp.ravel, lists), pools, jnp.asarray(table)),
@@ -246,6 +246,7 @@ def _attend_splits(
         longest=(None, FLAT, K, None),
         longest_results=(None, None),
     )
+    return parts, lses
 
 
 class _Settings(NamedTuple):

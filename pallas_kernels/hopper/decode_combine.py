@@ -59,7 +59,7 @@ def combine_parts(
     settings = _Settings(B, K, G, D, N, parts_at_once)
     operands = parts, lses, jnp.asarray(head_table(splits))
     shapes = ((B * K * G, D), dtype), ((B, K, N), jnp.float32)
-    return call_shared(
+    out, lse = call_shared(
         _make_kernel,
         settings,
         operands,
@@ -67,6 +67,7 @@ def combine_parts(
         longest=(None,) * 3,
         longest_results=(None,) * 2,
     )
+    return out, lse
 
 
 def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:

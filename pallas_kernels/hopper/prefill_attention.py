@@ -169,7 +169,7 @@ def _attend_chunk(
     # Of small pages the role that copies holds so many ids that a number more does not fit.
     known = None if BLOCK // P <= MOST_PAGES_SHARED else split
     settings = _Settings(T, H, Hk, known, D, P, window, config.stages)
-    return call_shared(
+    out, lse = call_shared(
         _make_kernel,
         settings,
         (q, k, v, tables, bounds, pools),
@@ -177,6 +177,7 @@ def _attend_chunk(
         longest=(*[None] * 5, Hk),
         longest_results=(None, None),
     )
+    return out, lse
 
 
 class _Settings(NamedTuple):

@@ -112,6 +112,7 @@ def _custom_call(kernel: _Kernel, operands: Shapes, results: Shapes) -> dict[str
     """Attributes of the call of the kernel lowered for such shapes; its code is one of them."""
     run = jax.jit(functools.partial(kernel.run, results))
     module = run.trace(*operands).lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+    assert module is not None
     [function] = module.body.operations
     call, *others, end = function.entry_block.operations
     passed_on = list(call.operands), list(end.operands)
