@@ -87,7 +87,7 @@ VERIFY_CASES = {
 
 def append_arguments(rows=2, tokens=None, logical_page_size=16, ranked=None, **case):
     """What both appending ops take, the caches first: then what they need besides."""
-    q, retrieval, streaming, *lists = decode_arguments(rows=rows, pages=4096, **case)
+    q, retrieval, streaming, *lists = decode_arguments(rows=rows, pages=1 << 15, **case)
     array, heads = jax.ShapeDtypeStruct, (retrieval.k.shape[0], streaming.k.shape[0])
     _, pages, page_size, head_dim = retrieval.k.shape
     g = page_size // logical_page_size
