@@ -1,12 +1,15 @@
 """What remembered prompts save: time to the first token, prompt tokens, throughput.
 
-    python benchmarks/prefix_cache.py [--workloads questions chat documents]
+    python benchmarks/prefix_cache.py [--workloads questions chat documents restored unshared]
         [--geometry llama-3-8b --document 32768 --chunk 8192] [--attention lserve]
 
     questions   one document, one question after another: seconds to the first token of each
     chat        one conversation, turn by turn: of each turn the tokens computed and the seconds
     documents   several documents, requests about them mixed: tokens a second, remembered and read
                 together, remembered, and with nothing remembered
+    restored    a document whose pages went to host memory for another's: seconds to the first
+                token of a question about it, beside those of computing it
+    unshared    prompts that share nothing, with and without remembering, in turns: what it costs
 
 Prompts are random token ids. ``--geometry model`` is a checkpoint, ``llama-3-8b`` has that model's
 sizes and random weights. Every shape is compiled by prompts of other tokens first. Writes
@@ -34,7 +37,7 @@ from lserve_jax.engine.metrics import RequestMetrics
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params
 
-Workload = Literal["questions", "chat", "documents"]
+Workload = Literal["questions", "chat", "documents", "restored", "unshared"]
 Prompts = list[np.ndarray]
 
 
@@ -43,7 +46,7 @@ class Args:
     geometry: Literal["model", "llama-3-8b"] = "model"
     model: str = "smollm2-135m-instruct"
     attention: Literal["dense", "lserve"] = "dense"
-    workloads: tuple[Workload, ...] = ("questions", "chat", "documents")
+    workloads: tuple[Workload, ...] = ("questions", "chat", "documents", "restored", "unshared")
     document: int = 4096
     """Tokens of a document."""
     question: int = 32
@@ -55,6 +58,8 @@ class Args:
     documents: int = 2
     requests: int = 8
     """About all documents together."""
+    pairs: int = 5
+    """Runs of each kind, where two kinds run in turns."""
     max_num_seqs: int = 4
     chunk: int = 1024
     """Most tokens of a chunk of a prompt."""
@@ -181,10 +186,53 @@ def documents(runs: Runs) -> dict[str, Any]:
     return rows
 
 
+def restored(runs: Runs) -> dict[str, Any]:
+    # Room for one document: the next one's pages are those of the one before.
+    engine = runs.engine(max_num_seqs=1, max_prefixes=0, host_cache_bytes=64 << 30)
+    for prompt in runs.document_and(1) + runs.document_and(1):  # compiles the way to the host too
+        for _ in range(2):
+            runs.answer(engine, [prompt])
+    rows = []
+    for _ in range(runs.args.pairs):
+        first, second = runs.document_and(2)
+        [(_, computed)] = runs.answer(engine, [first])
+        runs.answer(engine, runs.document_and(1))
+        before = engine.metrics()
+        [(_, back)] = runs.answer(engine, [second])
+        row = {
+            "computed_seconds": computed.first_token_seconds,
+            "restored_seconds": back.first_token_seconds,
+            "cached_tokens": back.prefix_tokens,
+            "pages_in_host_memory": before.host_pages,
+        }
+        rows.append(row)
+    ratio = median(row["restored_seconds"] / row["computed_seconds"] for row in rows)
+    return {"rows": rows, "restored_by_computed": ratio}
+
+
+def unshared(runs: Runs) -> dict[str, Any]:
+    engines = {
+        name: runs.engine(max_prefixes=0, enable_prefix_caching=enabled)
+        for name, enabled in (("remembered", True), ("nothing remembered", False))
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for pair in range(runs.args.pairs + 1):  # the first compiles
+        prompts = [runs.document_and(1)[0] for _ in range(runs.args.max_num_seqs)]
+        for name, engine in engines.items():
+            began = time.perf_counter()
+            runs.answer(engine, prompts)
+            if pair > 0:
+                seconds[name].append(time.perf_counter() - began)
+    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
+    return {"seconds": seconds, "ratio": median(ratios)}
+
+
 WORKLOADS: dict[Workload, Callable[[Runs], dict[str, Any]]] = {
     "questions": questions,
     "chat": chat,
     "documents": documents,
+    "restored": restored,
+    "unshared": unshared,
 }
 
 
