@@ -5,8 +5,7 @@
 
     questions   one document, one question after another: seconds to the first token of each
     chat        one conversation, turn by turn: of each turn the tokens computed and the seconds
-    documents   several documents, requests about them mixed: tokens a second, remembered and read
-                together, remembered, and with nothing remembered
+    documents   several documents, requests about them mixed: tokens a second, by ``--ways``
     restored    a document whose pages went to host memory for another's: seconds to the first
                 token of a question about it, beside those of computing it
     unshared    prompts that share nothing, with and without remembering, in turns: what it costs
@@ -31,6 +30,7 @@ from machine import provenance
 
 import convert
 from lserve_jax import SamplingParams
+from lserve_jax.cli import keep_compiled
 from lserve_jax.engine.build import EngineOptions, build_engine, resolve_dtype, with_shipped_shares
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.metrics import RequestMetrics
@@ -39,6 +39,12 @@ from lserve_jax.model.llama import Params
 
 Workload = Literal["questions", "chat", "documents", "restored", "unshared"]
 Prompts = list[np.ndarray]
+# Of the workload documents: options of their engines.
+WAYS: dict[str, dict[str, Any]] = {
+    "together": {"relay": "auto"},
+    "remembered": {"relay": "never"},
+    "nothing": {"relay": "never", "enable_prefix_caching": False},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +64,9 @@ class Args:
     documents: int = 2
     requests: int = 8
     """About all documents together."""
+    ways: tuple[Literal["together", "remembered", "nothing"], ...] = tuple(WAYS)
+    """How requests about documents run: they read together what is remembered, they do not, or
+    nothing is remembered."""
     pairs: int = 5
     """Runs of each kind, where two kinds run in turns."""
     max_num_seqs: int = 4
@@ -74,6 +83,7 @@ def load(args: Args) -> tuple[ModelConfig, Params, EngineOptions]:
         "max_model_len": args.document + extra,
         "max_prefixes": args.documents,
         "prefill_chunk_size": args.chunk,
+        "compilation_cache": keep_compiled(True),  # engines of one kind are made several times
     }
     if args.geometry == "llama-3-8b":
         sparsity = LSERVE if args.attention == "lserve" else None
@@ -163,20 +173,15 @@ def documents(runs: Runs) -> dict[str, Any]:
         groups = [runs.document_and(each) for _ in range(args.documents)]
         return [prompt for group in zip(*groups, strict=True) for prompt in group][: args.requests]
 
-    ways: dict[str, dict[str, Any]] = {
-        "read together": {"relay": "auto"},
-        "remembered": {"relay": "never"},
-        "nothing remembered": {"relay": "never", "enable_prefix_caching": False},
-    }
     prompts = mixed()
-    for name, changes in ways.items():
-        engine = runs.engine(**changes)
+    for way in args.ways:
+        engine = runs.engine(**WAYS[way])
         runs.answer(engine, mixed())
         engine.reset_prefix_cache()
         before, began = engine.metrics(), time.perf_counter()
         runs.answer(engine, prompts)
         seconds, after = time.perf_counter() - began, engine.metrics()
-        rows[name] = {
+        rows[way] = {
             "tokens_per_second": args.requests * args.answer / seconds,
             "computed": after.prompt_tokens - before.prompt_tokens,
             "cached_tokens": after.prefix_tokens - before.prefix_tokens,

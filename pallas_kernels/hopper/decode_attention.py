@@ -51,7 +51,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.hopper.decode_combine import combine_parts
-from pallas_kernels.hopper.decode_splits import deal_splits, most_splits, split_table
+from pallas_kernels.hopper.decode_splits import (
+    Alike,
+    deal_splits,
+    most_splits,
+    place_alike,
+    split_table,
+)
 from pallas_kernels.hopper.decode_tiles import (
     KEYS,
     VALUES,
@@ -213,40 +219,44 @@ def attend_lists(
     first_row = G * np.arange(B * K)
     shift = first_row - np.minimum(first_row, len(rows) - N)  # see query_tile_start
 
-    parts, lses = _attend_splits(rows, B, classes, G, config, tokens)
-    out, lse = combine_parts(parts, lses, config.splits, G, q.dtype, config.parts)
-    column = N * np.arange(B * K)[:, None] + shift[:, None] + np.arange(G)
-    return out.reshape(q.shape), lse.reshape(-1)[column].reshape(B, K, G)
-
-
-def _attend_splits(
-    q: Float[Array, "rows D"],
-    B: int,
-    classes: list[tuple[KVPages, PageList]],
-    G: int,
-    config: Config,
-    tokens: int,
-) -> tuple[Float[Array, "B S D N"], Float[Array, "B S N"]]:
-    """Attention of every split on its own; lse is base 2, and -inf for a split without tiles."""
-    D = q.shape[1]
     pools, lists = zip(*classes, strict=True)
-    heads = [pool.k.shape[0] for pool in pools]
-    S, K, N = max(config.numbers, sum(config.splits)), sum(heads), _columns(G)
-    table = split_table(config.splits, list(zip(heads, lists, strict=True)), S)
-    page_size, dtype = pools[0].k.shape[2], pools[0].k.dtype
-    settings = _Settings(B, K, G, D, S, config.stages, tokens, page_size, dtype)
+    alike = len(pools) == 1 and len(set(config.splits)) == 1
+    numbers, table = sum(config.splits), None
+    if not alike:
+        numbers = max(config.numbers, numbers)
+        of_pools = [(pool.k.shape[0], of_pool) for pool, of_pool in classes]
+        table = jnp.asarray(split_table(config.splits, of_pools, numbers))
+    settings = _Settings(
+        rows=B,
+        heads=K,
+        group=G,
+        head_dim=D,
+        numbers=numbers,
+        stages=config.stages,
+        tokens=tokens,
+        page_size=pools[0].k.shape[2],
+        dtype=pools[0].k.dtype,
+        alike=Alike(config.splits[0], jax.tree.map(_shape, lists[0])) if alike else None,
+    )
     parts, lses = call_shared(
         _make_kernel,
         settings,
-        (q, jax.tree.map(jnp.ravel, lists), pools, jnp.asarray(table)),
+        (rows, jax.tree.map(jnp.ravel, lists), pools, table),
         (
-            jax.ShapeDtypeStruct((B, S, D, N), jnp.float32),
-            jax.ShapeDtypeStruct((B, S, N), jnp.float32),
+            jax.ShapeDtypeStruct((B, numbers, D, N), jnp.float32),
+            jax.ShapeDtypeStruct((B, numbers, N), jnp.float32),
         ),
         longest=(None, FLAT, K, None),
         longest_results=(None, None),
     )
-    return parts, lses
+    splits = config.splits[0] if alike else None
+    out, lse = combine_parts(parts, lses, table, K, splits, G, q.dtype, config.parts)
+    column = N * np.arange(B * K)[:, None] + shift[:, None] + np.arange(G)
+    return out.reshape(q.shape), lse.reshape(-1)[column].reshape(B, K, G)
+
+
+def _shape(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 class _Settings(NamedTuple):
@@ -261,10 +271,11 @@ class _Settings(NamedTuple):
     tokens: int
     page_size: int  # P
     dtype: Any  # of pages
+    alike: Alike | None  # None where heads differ: their splits are in a table
 
 
 def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
-    B, K, G, D, S, stages, tokens, page_size, dtype = settings
+    B, K, G, D, S, stages, tokens, page_size, dtype, alike = settings
     N, boxes = _columns(G), Boxes(page_size)
     query_rows = max(B * K * G, N)
 
@@ -272,13 +283,13 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         q_gmem,  # [rows, D] bf16
         lists_gmem,  # for each class: page_ids, start and stop, flat int32
         pools_gmem,  # for each class: k, v [Kc, N, P, D]; scales [Kc, N, P] float32
-        table_gmem,  # [S, columns] int32, see ``split_table``
+        table_gmem,  # [S, columns] int32, see ``split_table``; None if all are alike
         parts_gmem,  # [B, S, D, N] float32, output
         lses_gmem,  # [B, S, N] float32, output
         buffers,  # see Buffers
     ):
         b, number = lax.axis_index("row"), lax.axis_index("split")
-        place = read_place(table_gmem, number)
+        place = read_place(table_gmem, number) if alike is None else place_alike(number, alike)
         k, split = place.head, plan_split(lists_gmem, pools_gmem, buffers, b, place)
 
         @pl.when(split.steps == 0)

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.hopper.decode_splits import head_table
 from pallas_kernels.hopper.decode_tiles import query_tile_start
 from pallas_kernels.hopper.mosaic import (
     LN_2,
@@ -35,12 +34,15 @@ class _Settings(NamedTuple):
     head_dim: int  # D
     columns: int  # N
     parts_at_once: int
+    splits: int | None  # of each head, None where heads differ
 
 
 def combine_parts(
     parts: Float[Array, "B S D N"],
     lses: Float[Array, "B S N"],
-    splits: tuple[int, ...],
+    table: Int[Array, "S columns"] | None,
+    heads: int,
+    splits: int | None,
     G: int,
     dtype: jax.typing.DTypeLike,
     parts_at_once: int,
@@ -48,17 +50,16 @@ def combine_parts(
     """Joins the splits as ``merge_attention`` does: out in ``dtype``, lse float32.
 
     ``lses`` are base 2, -inf for a split without tiles, whose part may hold anything; the lse
-    returned is natural and keeps the query tile's N columns. ``splits`` are those of each KV head,
-    S in all. G is the number of query heads of a KV head, ``parts_at_once`` how many parts a CTA
-    loads together.
+    returned is natural and keeps the query tile's N columns. ``splits`` are those of each of the
+    KV heads; where they differ ``table`` has them, see ``split_table``. G is the number of query
+    heads of a KV head, ``parts_at_once`` how many parts a CTA loads together.
 
     Index map: grid (row b, KV head k, half d of the head dimension), 64 channels a CTA.
     """
     B, _, D, N = parts.shape
-    K = len(splits)
-    settings = _Settings(B, K, G, D, N, parts_at_once)
-    operands = parts, lses, jnp.asarray(head_table(splits))
-    shapes = ((B * K * G, D), dtype), ((B, K, N), jnp.float32)
+    settings = _Settings(B, heads, G, D, N, parts_at_once, splits)
+    operands = parts, lses, table
+    shapes = ((B * heads * G, D), dtype), ((B, heads, N), jnp.float32)
     out, lse = call_shared(
         _make_kernel,
         settings,
@@ -71,20 +72,24 @@ def combine_parts(
 
 
 def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
-    B, K, G, D, N, at_once = settings
+    B, K, G, D, N, at_once, splits = settings
     H, dtype = B * K * G, results[0].dtype
 
     def combine_splits(
         parts_gmem,  # [B, S, D, N] float32
         lses_gmem,  # [B, S, N] float32
-        table_gmem,  # [K, 2] int32, see ``head_table``
+        table_gmem,  # [S, columns] int32, see ``split_table``; None if ``splits`` are known
         out_gmem,  # [B * H, D]
         lse_gmem,  # [B, K, N] float32
         out_smem,  # [N, 64]
     ):
         b, k, d = (lax.axis_index(name) for name in ("row", "head", "half"))
         channels = pl.ds(d * 64, 64)
-        first, count = table_gmem[k, 0], table_gmem[k, 1]
+        if splits is None:
+            columns = table_gmem.shape[1]
+            first, count = table_gmem[k, columns - 2], table_gmem[k, columns - 1]
+        else:
+            first, count = k * splits, splits
 
         def join(step, carry):
             acc, peak, total = carry  # [64, N], [N], [N]
@@ -98,8 +103,10 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
                 plgpu.load(parts_gmem.at[b, i, channels], layout=MATRIX, optimized=False)
                 for i in inside
             ]
-            # The last step repeats the last split.
-            lse = [x + jnp.where(i < count, 0.0, -jnp.inf) for x, i in zip(lse, index, strict=True)]
+            if splits is None or splits % at_once:  # the last step repeats the last split
+                lse = [
+                    x + jnp.where(i < count, 0.0, -jnp.inf) for x, i in zip(lse, index, strict=True)
+                ]
             new_peak = peak
             for x in lse:
                 new_peak = jnp.maximum(new_peak, x)
@@ -115,7 +122,7 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
 
         acc, peak, total = lax.fori_loop(
             0,
-            cdiv(count, at_once),
+            cdiv(count, at_once) if splits is None else pl.cdiv(splits, at_once),
             join,
             (
                 full((64, N), 0.0, MATRIX),

@@ -122,7 +122,7 @@ class Place(NamedTuple):
 
 def read_place(table, number) -> Place:
     """Row ``number`` of a table in device memory."""
-    columns = [table[number, i] for i in range(table.shape[1])]
+    columns = [table[number, i] for i in range(_PLACE.num_leaves)]
     return jax.tree.unflatten(_PLACE, columns)
 
 

@@ -143,10 +143,9 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         def rotated(head, heads: int) -> list:
             return _rotate(load(head, heads), _load_angles(cos_gmem, sin_gmem, b, heads))
 
-        def append(pool, ids_gmem, stats, pool_head, head):
-            """Writes KV heads ``head`` on of the token as heads ``pool_head`` on of a pool."""
-            place = _Place(pl.ds(pool_head, kv_heads), ids_gmem[b], offset_gmem[b])
-            keys, values = rotated(H + head, kv_heads), load(H + Hk + head, kv_heads)
+        def append(pool, stats, pool_head, page, keys, values):
+            """Writes KV heads of the token as heads ``pool_head`` on of a pool."""
+            place = _Place(pl.ds(pool_head, kv_heads), page, offset_gmem[b])
 
             # A page outside the pool is written nowhere, as in the reference.
             @pl.when((place.page >= 0) & (place.page < pool.k.shape[1]))
@@ -158,16 +157,22 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
                 _write(pool.k, pool.k_scale, place, keys)
                 _write(pool.v, pool.v_scale, place, values)
 
-        @pl.when((part < kv_parts) & (kv_head < first_streaming))
+        @pl.when(part < kv_parts)
         def _():
-            if retrieval_gmem is not None:
-                append(retrieval_gmem, page_gmem, stats_gmem, kv_head, kv_head)
+            # Loaded before it is known which pool's head it is: all loads wait together.
+            page, streaming_page = page_gmem[b], streaming_page_gmem[b]
+            keys, values = rotated(H + kv_head, kv_heads), load(H + Hk + kv_head, kv_heads)
 
-        @pl.when((part < kv_parts) & (kv_head >= first_streaming))
-        def _():
-            if streaming_gmem is not None:
-                pool_head = kv_head - first_streaming
-                append(streaming_gmem, streaming_page_gmem, None, pool_head, kv_head)
+            @pl.when(kv_head < first_streaming)
+            def _():
+                if retrieval_gmem is not None:
+                    append(retrieval_gmem, stats_gmem, kv_head, page, keys, values)
+
+            @pl.when(kv_head >= first_streaming)
+            def _():
+                if streaming_gmem is not None:
+                    head = kv_head - first_streaming
+                    append(streaming_gmem, None, head, streaming_page, keys, values)
 
         @pl.when(part >= kv_parts)
         def _():

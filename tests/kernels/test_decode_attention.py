@@ -16,7 +16,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 from pallas_kernels import reference
 from pallas_kernels.hopper import decode_attention
 from pallas_kernels.hopper.decode_attention import Config, choose_config, paged_attention
-from pallas_kernels.hopper.decode_splits import deal_splits, head_table, most_splits, split_table
+from pallas_kernels.hopper.decode_splits import (
+    Alike,
+    deal_splits,
+    most_splits,
+    place_alike,
+    split_table,
+)
 from pallas_kernels.hopper.decode_tiles import read_place
 from pallas_kernels.reference import quantize_kv
 from pallas_kernels.types import KVPages, PageList
@@ -199,14 +205,11 @@ def test_splits_are_numbered_through() -> None:
     table = split_table(splits, [(4, own), (2, shared)], 20)
     for number, row in enumerate(table.tolist()):
         place = read_place(table, number)
-        assert jax.tree.leaves(place) == row
+        assert jax.tree.leaves(place) == row[:-2]
         if number >= sum(splits):
             assert place.splits == 0
             continue
-        assert head_table(splits)[place.head].tolist() == [
-            number - place.split,
-            splits[place.head],
-        ]
+        assert table[place.head, -2:].tolist() == [number - place.split, splits[place.head]]
         assert 0 <= place.split < place.splits == splits[place.head]
         if place.head < 4:
             assert (place.of_second, place.pool_head) == (0, place.head)
@@ -215,6 +218,15 @@ def test_splits_are_numbered_through() -> None:
         else:
             assert (place.of_second, place.pool_head) == (1, place.head - 4)
             assert (place.page_ids, place.stop, place.last_entry) == ((5, 0), (1, 0), 4)
+
+
+@pytest.mark.parametrize("of_lists", [1, 4])
+def test_heads_that_are_alike_need_no_table(of_lists: int) -> None:
+    lists = PageList(*(np.zeros(x, np.int32) for x in ((2, of_lists, 7), (2, of_lists), (2, 1))))
+    table = split_table((3,) * 4, [(4, lists)], 12)
+    for number, row in enumerate(table.tolist()):
+        place = jax.tree.map(int, place_alike(jnp.int32(number), Alike(3, lists)))
+        assert jax.tree.leaves(place) == row[:-2]
 
 
 @given(
