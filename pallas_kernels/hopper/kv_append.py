@@ -36,7 +36,7 @@ def unsupported(
 
 
 def append_in_place(
-    make: Callable[[Any, Shapes], Callable[..., Any]],
+    make: Callable[[Any, tuple[int, int] | None, Shapes], Callable[..., Any]],
     settings: Hashable,
     inputs: tuple[Any, ...],
     retrieval: KVPages,
@@ -47,21 +47,24 @@ def append_in_place(
 ) -> tuple[Any, ...]:
     """Calls a kernel with ``inputs`` and with references to both pools and to the statistics.
 
-    ``make(settings, out)`` makes it, one for all layers (see ``shared_kernel``). Between inputs and
-    references it gets ``sizes``: retrieval and ranked heads. Returns what it gives out, of the
-    shapes ``out``, and what the references hold then. There are no references to arrays without
-    elements: None stands for an empty pool and for statistics of no heads.
+    ``make(settings, heads, out)`` makes it. Where heads stream, it is one kernel for all layers
+    (see ``shared_kernel``): ``heads`` is None, and between inputs and references it gets ``sizes``,
+    of retrieval and ranked heads. Else ``heads`` are these, and there is nothing to read, which
+    would be a trip to memory. Returns what it gives out, of the shapes ``out``, and what the
+    references hold then. There are no references to arrays without elements: None stands for an
+    empty pool and for statistics of no heads.
     """
     caches = retrieval, streaming, key_stats
     heads = retrieval.k.shape[0], 0 if key_stats is None else key_stats.shape[0]
+    known = streaming.k.shape[0] == 0
     most_heads = heads[0] + streaming.k.shape[0]
     held = [None if any(x.shape[0] == 0 for x in jax.tree.leaves(x)) else x for x in caches]
     leaves, tree = jax.tree.flatten(held)
     results = *out, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
     new = call_shared(
         _make_in_place,
-        (make, settings, len(out)),
-        (*inputs, sizes(*heads), *held),
+        (make, settings, heads if known else None, len(out)),
+        (*inputs, None if known else sizes(*heads), *held),
         results,
         longest=(*(None,) * (len(inputs) + 1), *(most_heads,) * 3),
         longest_results=(*(None,) * len(out), *(most_heads,) * len(leaves)),
@@ -71,9 +74,9 @@ def append_in_place(
     return *new[: len(out)], *kept
 
 
-def _make_in_place(settings: tuple[Any, Any, int], results: Shapes) -> Callable[..., Any]:
-    make, inner, count = settings
-    kernel = make(inner, results[:count])
+def _make_in_place(settings: tuple[Any, Any, Any, int], results: Shapes) -> Callable[..., Any]:
+    make, inner, heads, count = settings
+    kernel = make(inner, heads, results[:count])
 
     def call(*operands) -> tuple:
         *inputs, retrieval, streaming, key_stats = operands

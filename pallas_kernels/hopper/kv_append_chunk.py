@@ -178,12 +178,14 @@ class _Settings(NamedTuple):
     int8: bool  # whether a pool is
 
 
-def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
+def _make_kernel(
+    settings: _Settings, heads: tuple[int, int] | None, results: Shapes
+) -> Callable[..., Any]:
     T, Hk, D, P, M, pages, int8 = settings
 
     def append_page(
         chunk_gmem,  # see _Chunk
-        sizes_gmem,  # int32: Kr, Kq
+        sizes_gmem,  # int32: Kr, Kq; None if ``heads`` are these
         retrieval_gmem,  # k, v [Kr, N, P, D], scales [Kr, N, P] float32; updated
         streaming_gmem,  # k, v [Ks, N, P, D], scales [Ks, N, P] float32; updated
         stats_gmem,  # [Kq, N, g, 2, D], updated
@@ -193,7 +195,7 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         i = pages - 1 - lax.axis_index("page")
         part, h = lax.axis_index("part"), lax.axis_index("head")
         start, length = chunk_gmem.start[0], chunk_gmem.length[0]
-        first_streaming, ranked = sizes_gmem[0], sizes_gmem[1]
+        first_streaming, ranked = heads or (sizes_gmem[0], sizes_gmem[1])
         number = lax.div(start, jnp.int32(P)) + i  # of the page in its sequence
         first = number * P - start
         begin, end = jnp.maximum(-first, 0), jnp.minimum(length - first, P)

@@ -115,7 +115,9 @@ class _Settings(NamedTuple):
     head_dim: int  # D
 
 
-def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
+def _make_kernel(
+    settings: _Settings, heads: tuple[int, int] | None, results: Shapes
+) -> Callable[..., Any]:
     config, B, H, Hk, D = settings
     query_heads, kv_heads = config.query_heads, config.kv_heads  # of a part
     kv_parts = Hk // kv_heads
@@ -127,14 +129,14 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         page_gmem,  # [B] int32
         streaming_page_gmem,  # [B] int32
         offset_gmem,  # [B] int32
-        sizes_gmem,  # int32: Kr, Kq
+        sizes_gmem,  # int32: Kr, Kq; None if ``heads`` are these
         retrieval_gmem,  # k, v [Kr, N, P, D], scales [Kr, N, P] float32; updated
         streaming_gmem,  # k, v [Ks, N, P, D], scales [Ks, N, P] float32; updated
         stats_gmem,  # [Kq, N, g, 2, D], updated
         rotated_gmem,  # [B, H, D] bf16, output
     ):
         b, part = lax.axis_index("row"), lax.axis_index("part")
-        first_streaming, ranked = sizes_gmem[0], sizes_gmem[1]
+        first_streaming, ranked = heads or (sizes_gmem[0], sizes_gmem[1])
         kv_head = part * kv_heads
 
         def load(head, heads: int) -> list:
