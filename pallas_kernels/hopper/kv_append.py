@@ -4,7 +4,7 @@ The pools and the statistics go into a kernel as references and come out as the 
 the caller donates them, or carries them through a loop, XLA copies none of them.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +13,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.hopper.mosaic import spread_rows
-from pallas_kernels.hopper.shared_kernel import Shapes, call_shared, sizes
 from pallas_kernels.types import KVPages
 
 
@@ -35,55 +34,26 @@ def unsupported(
     return reasons
 
 
-def append_in_place(
-    make: Callable[[Any, tuple[int, int] | None, Shapes], Callable[..., Any]],
-    settings: Hashable,
-    inputs: tuple[Any, ...],
-    retrieval: KVPages,
-    streaming: KVPages,
-    key_stats: Array | None,
-    *,
-    out: Shapes = (),
-) -> tuple[Any, ...]:
-    """Calls a kernel with ``inputs`` and with references to both pools and to the statistics.
+def call_in_place(
+    kernel: Callable, inputs: tuple[Any, ...], retrieval: KVPages, streaming: KVPages, key_stats
+) -> tuple[Any, KVPages, KVPages, Array | None]:
+    """Calls ``kernel`` with ``inputs`` and with references to both pools and to the statistics.
 
-    ``make(settings, heads, out)`` makes it. Where heads stream, it is one kernel for all layers
-    (see ``shared_kernel``): ``heads`` is None, and between inputs and references it gets ``sizes``,
-    of retrieval and ranked heads. Else ``heads`` are these, and there is nothing to read, which
-    would be a trip to memory. Returns what it gives out, of the shapes ``out``, and what the
-    references hold then. There are no references to arrays without elements: None stands for an
-    empty pool and for statistics of no heads.
+    Returns what it gives out, and what the references hold then. There are no references to arrays
+    without elements: None stands for an empty pool and for statistics of no heads.
     """
+
+    def refer(cache):
+        empty = any(x.shape[0] == 0 for x in jax.tree.leaves(cache))
+        return None if empty else jax.tree.map(jax.new_ref, cache)
+
+    def content(cache, ref):
+        return cache if ref is None else jax.tree.map(jax.freeze, ref)
+
     caches = retrieval, streaming, key_stats
-    heads = retrieval.k.shape[0], 0 if key_stats is None else key_stats.shape[0]
-    known = streaming.k.shape[0] == 0
-    most_heads = heads[0] + streaming.k.shape[0]
-    held = [None if any(x.shape[0] == 0 for x in jax.tree.leaves(x)) else x for x in caches]
-    leaves, tree = jax.tree.flatten(held)
-    results = *out, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
-    new = call_shared(
-        _make_in_place,
-        (make, settings, heads if known else None, len(out)),
-        (*inputs, None if known else sizes(*heads), *held),
-        results,
-        longest=(*(None,) * (len(inputs) + 1), *(most_heads,) * 3),
-        longest_results=(*(None,) * len(out), *(most_heads,) * len(leaves)),
-    )
-    kept = jax.tree.unflatten(tree, new[len(out) :])
-    kept = [was if now is None else now for was, now in zip(caches, kept, strict=True)]
-    return *new[: len(out)], *kept
-
-
-def _make_in_place(settings: tuple[Any, Any, Any, int], results: Shapes) -> Callable[..., Any]:
-    make, inner, heads, count = settings
-    kernel = make(inner, heads, results[:count])
-
-    def call(*operands) -> tuple:
-        *inputs, retrieval, streaming, key_stats = operands
-        refs = jax.tree.map(jax.new_ref, (retrieval, streaming, key_stats))
-        return kernel(*inputs, *refs), jax.tree.map(jax.freeze, refs)
-
-    return call
+    refs = [refer(cache) for cache in caches]
+    out = kernel(*inputs, *refs)
+    return out, *(content(cache, ref) for cache, ref in zip(caches, refs, strict=True))
 
 
 def row_per_warp(rows: int, columns: int):

@@ -33,14 +33,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.hopper.kv_append import (
-    append_in_place,
+    call_in_place,
     load_unoptimised,
     quantize,
     row_per_warp,
     unsupported,
 )
 from pallas_kernels.hopper.mosaic import cdiv, refuse, store_unoptimised
-from pallas_kernels.hopper.shared_kernel import Shapes
+from pallas_kernels.hopper.shared_kernel import Shapes, call_shared, sizes
 from pallas_kernels.types import KVPages
 
 # Rows of a tile that are in registers at once: 16 x 128 float32 are 16 registers a thread.
@@ -162,8 +162,24 @@ def _append_pages(
     T, Hk, D = chunk.k.shape
     P, M, pages = retrieval.k.shape[2], chunk.page_table.shape[0], chunk.ring_page.shape[0]
     int8 = jnp.int8 in (retrieval.k.dtype, streaming.k.dtype)
-    settings = _Settings(T, Hk, D, P, M, pages, int8)
-    return append_in_place(_make_kernel, settings, (chunk,), retrieval, streaming, key_stats)
+    caches = retrieval, streaming, key_stats
+    held = [None if any(x.shape[0] == 0 for x in jax.tree.leaves(x)) else x for x in caches]
+    leaves, tree = jax.tree.flatten(held)
+    heads = retrieval.k.shape[0], 0 if key_stats is None else key_stats.shape[0]
+    new = call_shared(
+        _make_kernel,
+        _Settings(T, Hk, D, P, M, pages, int8),
+        (chunk, sizes(*heads), *held),
+        tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves),
+        longest=(None, None, Hk, Hk, Hk),
+        longest_results=(Hk,) * len(leaves),
+    )
+    kept: list[Any] = jax.tree.unflatten(tree, new)
+    return (
+        retrieval if kept[0] is None else kept[0],
+        streaming if kept[1] is None else kept[1],
+        key_stats if kept[2] is None else kept[2],
+    )
 
 
 class _Settings(NamedTuple):
@@ -178,14 +194,12 @@ class _Settings(NamedTuple):
     int8: bool  # whether a pool is
 
 
-def _make_kernel(
-    settings: _Settings, heads: tuple[int, int] | None, results: Shapes
-) -> Callable[..., Any]:
+def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
     T, Hk, D, P, M, pages, int8 = settings
 
     def append_page(
         chunk_gmem,  # see _Chunk
-        sizes_gmem,  # int32: Kr, Kq; None if ``heads`` are these
+        sizes_gmem,  # int32: Kr, Kq
         retrieval_gmem,  # k, v [Kr, N, P, D], scales [Kr, N, P] float32; updated
         streaming_gmem,  # k, v [Ks, N, P, D], scales [Ks, N, P] float32; updated
         stats_gmem,  # [Kq, N, g, 2, D], updated
@@ -195,7 +209,7 @@ def _make_kernel(
         i = pages - 1 - lax.axis_index("page")
         part, h = lax.axis_index("part"), lax.axis_index("head")
         start, length = chunk_gmem.start[0], chunk_gmem.length[0]
-        first_streaming, ranked = heads or (sizes_gmem[0], sizes_gmem[1])
+        first_streaming, ranked = sizes_gmem[0], sizes_gmem[1]
         number = lax.div(start, jnp.int32(P)) + i  # of the page in its sequence
         first = number * P - start
         begin, end = jnp.maximum(-first, 0), jnp.minimum(length - first, P)
@@ -233,7 +247,7 @@ def _make_kernel(
         tile = tile._replace(
             codes=plgpu.SMEM((P, D), jnp.int8), scales=plgpu.SMEM((P,), jnp.float32)
         )
-    return plgpu.kernel(
+    kernel = plgpu.kernel(
         append_page,
         out_type=(),
         # Neighbouring CTAs read the heads of the same tokens, which lie side by side.
@@ -241,6 +255,11 @@ def _make_kernel(
         grid_names=("page", "part", "head"),
         scratch_types=[tile],
     )
+
+    def append(chunk: _Chunk, sizes: jax.Array, *caches: Any) -> tuple:
+        return call_in_place(kernel, (chunk, sizes), *caches)
+
+    return append
 
 
 def _write_page(target: _Target, span: _Span, tile: _Tile) -> None:

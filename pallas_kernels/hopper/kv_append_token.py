@@ -15,7 +15,6 @@ What must move: a few KB. It is bound by latency: the launch, the page id, the o
 it points to, the stores.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,14 +27,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.hopper.kv_append import (
-    append_in_place,
+    call_in_place,
     load_unoptimised,
     quantize,
     row_per_warp,
     unsupported,
 )
 from pallas_kernels.hopper.mosaic import refuse, spread_columns, store_unoptimised
-from pallas_kernels.hopper.shared_kernel import Shapes
 from pallas_kernels.types import KVPages
 
 
@@ -59,9 +57,7 @@ def choose_config(query_heads: int, *kv_heads: int) -> Config:
         # A head a warp. Fewer leave warps that repeat another's work, which costs no time.
         return next(n for n in (4, 2, 1) if all(count % n == 0 for count in counts))
 
-    # Where some heads stream, how many differs between layers: one kernel for all of them.
-    shared = all(kv_heads[1:])
-    return Config(query_heads=most(query_heads), kv_heads=1 if shared else most(*kv_heads))
+    return Config(query_heads=most(query_heads), kv_heads=most(*kv_heads))
 
 
 @partial(jax.jit, static_argnames=("config",))
@@ -94,33 +90,8 @@ def append_kv(
     # Slices of one projection, as a model has them, XLA joins for nothing. Each as an input of its
     # own would be a launch that copies it, if there is more than one row.
     vectors = jnp.concatenate([x[:, None] for x in (q, k, v)], axis=2)[:, 0]
-    return append_in_place(
-        _make_kernel,
-        _Settings(config, B, H, Hk, D),
-        (vectors, cos, sin, page, streaming_page, offset),
-        retrieval,
-        streaming,
-        key_stats,
-        out=(jax.ShapeDtypeStruct((B, H, D), q.dtype),),
-    )
-
-
-class _Settings(NamedTuple):
-    """What a kernel is lowered for, beside the shapes of its arrays."""
-
-    config: Config
-    rows: int  # B
-    query_heads: int  # H
-    kv_heads: int  # Hk
-    head_dim: int  # D
-
-
-def _make_kernel(
-    settings: _Settings, heads: tuple[int, int] | None, results: Shapes
-) -> Callable[..., Any]:
-    config, B, H, Hk, D = settings
     query_heads, kv_heads = config.query_heads, config.kv_heads  # of a part
-    kv_parts = Hk // kv_heads
+    retrieval_parts, kv_parts = Kr // kv_heads, Hk // kv_heads
 
     def append_token(
         vectors_gmem,  # [B, H + 2 * Hk, D] bf16: q, k, v
@@ -129,15 +100,12 @@ def _make_kernel(
         page_gmem,  # [B] int32
         streaming_page_gmem,  # [B] int32
         offset_gmem,  # [B] int32
-        sizes_gmem,  # int32: Kr, Kq; None if ``heads`` are these
         retrieval_gmem,  # k, v [Kr, N, P, D], scales [Kr, N, P] float32; updated
         streaming_gmem,  # k, v [Ks, N, P, D], scales [Ks, N, P] float32; updated
         stats_gmem,  # [Kq, N, g, 2, D], updated
         rotated_gmem,  # [B, H, D] bf16, output
     ):
         b, part = lax.axis_index("row"), lax.axis_index("part")
-        first_streaming, ranked = heads or (sizes_gmem[0], sizes_gmem[1])
-        kv_head = part * kv_heads
 
         def load(head, heads: int) -> list:
             return _load_halves(vectors_gmem, b, head, heads)
@@ -145,36 +113,32 @@ def _make_kernel(
         def rotated(head, heads: int) -> list:
             return _rotate(load(head, heads), _load_angles(cos_gmem, sin_gmem, b, heads))
 
-        def append(pool, stats, pool_head, page, keys, values):
-            """Writes KV heads of the token as heads ``pool_head`` on of a pool."""
-            place = _Place(pl.ds(pool_head, kv_heads), page, offset_gmem[b])
+        def append(pool, ids_gmem, stats, pool_head, head):
+            """Writes KV heads ``head`` on of the token as heads ``pool_head`` on of a pool."""
+            place = _Place(pl.ds(pool_head, kv_heads), ids_gmem[b], offset_gmem[b])
+            keys, values = rotated(H + head, kv_heads), load(H + Hk + head, kv_heads)
 
             # A page outside the pool is written nowhere, as in the reference.
             @pl.when((place.page >= 0) & (place.page < pool.k.shape[1]))
             def _():
                 if stats is not None:
-                    pl.when(pool_head < ranked)(
+                    pl.when(pool_head < Kq)(
                         lambda: _widen_statistics(stats, place, keys, page_size=pool.k.shape[2])
                     )
                 _write(pool.k, pool.k_scale, place, keys)
                 _write(pool.v, pool.v_scale, place, values)
 
-        @pl.when(part < kv_parts)
+        @pl.when(part < retrieval_parts)
         def _():
-            # Loaded before it is known which pool's head it is: all loads wait together.
-            page, streaming_page = page_gmem[b], streaming_page_gmem[b]
-            keys, values = rotated(H + kv_head, kv_heads), load(H + Hk + kv_head, kv_heads)
+            if retrieval_gmem is not None:
+                head = part * kv_heads
+                append(retrieval_gmem, page_gmem, stats_gmem, head, head)
 
-            @pl.when(kv_head < first_streaming)
-            def _():
-                if retrieval_gmem is not None:
-                    append(retrieval_gmem, stats_gmem, kv_head, page, keys, values)
-
-            @pl.when(kv_head >= first_streaming)
-            def _():
-                if streaming_gmem is not None:
-                    head = kv_head - first_streaming
-                    append(streaming_gmem, None, head, streaming_page, keys, values)
+        @pl.when((part >= retrieval_parts) & (part < kv_parts))
+        def _():
+            if streaming_gmem is not None:
+                head = part * kv_heads
+                append(streaming_gmem, streaming_page_gmem, None, head - Kr, head)
 
         @pl.when(part >= kv_parts)
         def _():
@@ -182,15 +146,17 @@ def _make_kernel(
             for half, channels in zip(rotated(head, query_heads), _halves(D), strict=True):
                 store_unoptimised(rotated_gmem.at[b, pl.ds(head, query_heads), channels], half)
 
-    return plgpu.kernel(
+    kernel = plgpu.kernel(
         append_token,
-        out_type=results[0],
+        out_type=jax.ShapeDtypeStruct((B, H, D), q.dtype),
         grid=(B, kv_parts + H // query_heads),
         grid_names=("row", "part"),
         # No warp reads what another writes, or if it does (fewer heads than warps), both write the
         # same, whether the other has written before or not.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )
+    inputs = vectors, cos, sin, page, streaming_page, offset
+    return call_in_place(kernel, inputs, retrieval, streaming, key_stats)
 
 
 class _Place(NamedTuple):

@@ -11,7 +11,6 @@ from compile_offline import append_arguments, decode_arguments, prefill_argument
 
 from pallas_kernels.hopper.decode_attention import paged_attention
 from pallas_kernels.hopper.kv_append_chunk import append_kv_chunk
-from pallas_kernels.hopper.kv_append_token import append_kv
 from pallas_kernels.hopper.page_scores import page_scores
 from pallas_kernels.hopper.page_selection import select_pages
 from pallas_kernels.hopper.prefill_attention import prefill_attention
@@ -37,12 +36,6 @@ def attend(retrieval: int) -> tuple[Callable, tuple]:
     most_tokens = (4096,) * retrieval + (320,) * (8 - retrieval)
     arguments = decode_arguments(rows=2, retrieval=retrieval, streaming=8 - retrieval)
     return partial(paged_attention, most_tokens=most_tokens), arguments
-
-
-def append(retrieval: int) -> tuple[Callable, tuple]:
-    case = {"retrieval": retrieval, "streaming": 8 - retrieval, "ranked": (retrieval + 1) // 2}
-    caches, tokens, places, _ = append_arguments(**case)
-    return append_kv, (*tokens, *caches, *places)
 
 
 def append_chunk(retrieval: int) -> tuple[Callable, tuple]:
@@ -79,7 +72,7 @@ def kernels(op: Callable, arguments: tuple) -> list[str]:
 
 @pytest.mark.parametrize(
     ("of_heads", "count"),
-    [(attend, 2), (append, 1), (append_chunk, 1), (prefill, 1), (score, 1), (select, 1)],
+    [(attend, 2), (append_chunk, 1), (prefill, 1), (score, 1), (select, 1)],
 )
 def test_the_kernel_is_the_same(of_heads: Callable, count: int) -> None:
     few, many = (kernels(*of_heads(heads)) for heads in (1, 5))
