@@ -188,6 +188,7 @@ def time_selection(shape: SelectionShape, op: str, how: Literal["kernel", "XLA"]
             page_size=shape.page_size,
             selected_page_size=shape.selected_page_size,
             lower_bound_weight=0.5,
+            most_heads=shape.most_heads,
         )
         moved, flops = shape.bytes_moved, shape.flops
 
@@ -200,6 +201,7 @@ def time_selection(shape: SelectionShape, op: str, how: Literal["kernel", "XLA"]
             select_pages if how == "kernel" else reference.select_pages,
             num_pages=shape.selected,
             sink_pages=1,
+            most_heads=shape.most_heads,
         )
         wanted = jnp.full((shape.rows, shape.retrieval_heads), shape.selected)
         wanted = wanted.at[:, ::2].set(shape.selected // shape.uneven)

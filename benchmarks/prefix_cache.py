@@ -1,12 +1,14 @@
 """What remembered prompts save: time to the first token, prompt tokens, throughput.
 
-    python benchmarks/prefix_cache.py [--workloads questions chat documents]
+    python benchmarks/prefix_cache.py [--workloads questions chat documents restored unshared]
         [--geometry llama-3-8b --document 32768 --chunk 8192] [--attention lserve]
 
     questions   one document, one question after another: seconds to the first token of each
     chat        one conversation, turn by turn: of each turn the tokens computed and the seconds
-    documents   several documents, requests about them mixed: tokens a second, remembered and read
-                together, remembered, and with nothing remembered
+    documents   several documents, requests about them mixed: tokens a second, by ``--ways``
+    restored    a document whose pages went to host memory for another's: seconds to the first
+                token of a question about it, beside those of computing it
+    unshared    prompts that share nothing, with and without remembering, in turns: what it costs
 
 Prompts are random token ids. ``--geometry model`` is a checkpoint, ``llama-3-8b`` has that model's
 sizes and random weights. Every shape is compiled by prompts of other tokens first. Writes
@@ -28,14 +30,21 @@ from machine import provenance
 
 import convert
 from lserve_jax import SamplingParams
+from lserve_jax.cli import keep_compiled
 from lserve_jax.engine.build import EngineOptions, build_engine, resolve_dtype, with_shipped_shares
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.metrics import RequestMetrics
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params
 
-Workload = Literal["questions", "chat", "documents"]
+Workload = Literal["questions", "chat", "documents", "restored", "unshared"]
 Prompts = list[np.ndarray]
+# Of the workload documents: options of their engines.
+WAYS: dict[str, dict[str, Any]] = {
+    "together": {"relay": "auto"},
+    "remembered": {"relay": "never"},
+    "nothing": {"relay": "never", "enable_prefix_caching": False},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +52,7 @@ class Args:
     geometry: Literal["model", "llama-3-8b"] = "model"
     model: str = "smollm2-135m-instruct"
     attention: Literal["dense", "lserve"] = "dense"
-    workloads: tuple[Workload, ...] = ("questions", "chat", "documents")
+    workloads: tuple[Workload, ...] = ("questions", "chat", "documents", "restored", "unshared")
     document: int = 4096
     """Tokens of a document."""
     question: int = 32
@@ -55,6 +64,11 @@ class Args:
     documents: int = 2
     requests: int = 8
     """About all documents together."""
+    ways: tuple[Literal["together", "remembered", "nothing"], ...] = tuple(WAYS)
+    """How requests about documents run: they read together what is remembered, they do not, or
+    nothing is remembered."""
+    pairs: int = 5
+    """Runs of each kind, where two kinds run in turns."""
     max_num_seqs: int = 4
     chunk: int = 1024
     """Most tokens of a chunk of a prompt."""
@@ -69,6 +83,7 @@ def load(args: Args) -> tuple[ModelConfig, Params, EngineOptions]:
         "max_model_len": args.document + extra,
         "max_prefixes": args.documents,
         "prefill_chunk_size": args.chunk,
+        "compilation_cache": keep_compiled(True),  # engines of one kind are made several times
     }
     if args.geometry == "llama-3-8b":
         sparsity = LSERVE if args.attention == "lserve" else None
@@ -158,20 +173,15 @@ def documents(runs: Runs) -> dict[str, Any]:
         groups = [runs.document_and(each) for _ in range(args.documents)]
         return [prompt for group in zip(*groups, strict=True) for prompt in group][: args.requests]
 
-    ways: dict[str, dict[str, Any]] = {
-        "read together": {"relay": "auto"},
-        "remembered": {"relay": "never"},
-        "nothing remembered": {"relay": "never", "enable_prefix_caching": False},
-    }
     prompts = mixed()
-    for name, changes in ways.items():
-        engine = runs.engine(**changes)
+    for way in args.ways:
+        engine = runs.engine(**WAYS[way])
         runs.answer(engine, mixed())
         engine.reset_prefix_cache()
         before, began = engine.metrics(), time.perf_counter()
         runs.answer(engine, prompts)
         seconds, after = time.perf_counter() - began, engine.metrics()
-        rows[name] = {
+        rows[way] = {
             "tokens_per_second": args.requests * args.answer / seconds,
             "computed": after.prompt_tokens - before.prompt_tokens,
             "cached_tokens": after.prefix_tokens - before.prefix_tokens,
@@ -181,10 +191,52 @@ def documents(runs: Runs) -> dict[str, Any]:
     return rows
 
 
+def restored(runs: Runs) -> dict[str, Any]:
+    # Room for two documents: the third one's pages are those of the first.
+    engine = runs.engine(max_num_seqs=1, max_prefixes=1, host_cache_bytes=64 << 30)
+    rows = []
+    for pair in range(runs.args.pairs + 1):  # the first compiles
+        first, second = runs.document_and(2)
+        [(_, computed)] = runs.answer(engine, [first])
+        for _ in range(2):
+            runs.answer(engine, runs.document_and(1))
+        before = engine.metrics()
+        [(_, back)] = runs.answer(engine, [second])
+        row = {
+            "computed_seconds": computed.first_token_seconds,
+            "restored_seconds": back.first_token_seconds,
+            "cached_tokens": back.prefix_tokens,
+            "pages_in_host_memory": before.host_pages,
+        }
+        if pair > 0:
+            rows.append(row)
+    ratio = median(row["restored_seconds"] / row["computed_seconds"] for row in rows)
+    return {"rows": rows, "restored_by_computed": ratio}
+
+
+def unshared(runs: Runs) -> dict[str, Any]:
+    engines = {
+        name: runs.engine(max_prefixes=0, enable_prefix_caching=enabled)
+        for name, enabled in (("remembered", True), ("nothing remembered", False))
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for pair in range(runs.args.pairs + 1):  # the first compiles
+        prompts = [runs.document_and(1)[0] for _ in range(runs.args.max_num_seqs)]
+        for name, engine in engines.items():
+            began = time.perf_counter()
+            runs.answer(engine, prompts)
+            if pair > 0:
+                seconds[name].append(time.perf_counter() - began)
+    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
+    return {"seconds": seconds, "ratio": median(ratios)}
+
+
 WORKLOADS: dict[Workload, Callable[[Runs], dict[str, Any]]] = {
     "questions": questions,
     "chat": chat,
     "documents": documents,
+    "restored": restored,
+    "unshared": unshared,
 }
 
 

@@ -17,6 +17,7 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,8 @@ class Arguments:
     # Tokens of an answer.
     max_tokens: int = 32
     learning_rate: float = 3e-6
+    # Of parameters, activations and the engine.
+    dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
 
 
@@ -112,12 +115,12 @@ def loss(config: ModelConfig, params: Params, batch: Batch) -> tuple[Array, Arra
 
 def train(args: Arguments) -> list[Iteration]:
     """Runs the loop; prints and returns what each iteration was like."""
-    config, params = convert.load(args.model, dtype=jnp.float32)
+    config, params = convert.load(args.model, dtype=args.dtype)
     tokenizer = convert.load_tokenizer(convert.resolve(args.model).path)
     llm = LLM(
         (config, params),
         tokenizer=tokenizer,
-        dtype="float32",
+        dtype=args.dtype,
         max_num_seqs=len(PROMPTS) * args.answers,
         kv_cache_bytes=1 << 28,
         seed=args.seed,

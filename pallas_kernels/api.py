@@ -36,6 +36,7 @@ from pallas_kernels.checks import (
     expect_groups,
     expect_int32,
     expect_list,
+    expect_most_heads,
     expect_most_tokens,
     expect_own,
     expect_page_sizes,
@@ -417,6 +418,7 @@ def page_scores(
     page_size: int,
     selected_page_size: int,
     lower_bound_weight: float = 0.0,
+    most_heads: int | None = None,
     backend: Backend = "auto",
 ) -> Float[Array, "B Kq M*m"]:
     """How much a selected page can matter to each ranked KV head (LServe, hierarchical paging).
@@ -432,6 +434,9 @@ def page_scores(
     sequence's first ``length`` tokens scores -inf. Raises ``ValueError`` for a weight outside
     [0, 1] and for sizes of logical, selected and whole pages that do not divide one another.
 
+    ``most_heads``, None: Kq, is the most ranked heads of any layer. The result does not depend on
+    it: layers that agree on it share one kernel.
+
     >>> import jax.numpy as jnp
     >>> args = jnp.ones((1, 2, 8)), jnp.ones((1, 4, 2, 2, 8)), jnp.array([[3, 1]]), jnp.array([10])
     >>> page_scores(*args, page_size=32, selected_page_size=32).tolist()
@@ -439,6 +444,7 @@ def page_scores(
     >>> page_scores(*args, page_size=32, selected_page_size=16).tolist()
     [[[8.0, -inf, -inf, -inf]]]
     """
+    expect_most_heads(most_heads, key_stats.shape[0])
     if not 0.0 <= lower_bound_weight <= 1.0:
         raise ValueError(f"{lower_bound_weight=} must lie in [0, 1]")
     expect_shape("q", q, (None, None, None))
@@ -461,6 +467,7 @@ def page_scores(
         page_size=page_size,
         selected_page_size=selected_page_size,
         lower_bound_weight=lower_bound_weight,
+        most_heads=most_heads,
     )
 
 
@@ -471,6 +478,7 @@ def select_pages(
     *,
     num_pages: int,
     sink_pages: int,
+    most_heads: int | None = None,
     backend: Backend = "auto",
 ) -> Int[Array, "B Kq R"]:
     """The ``wanted`` highest-scoring of each row's first ``num_candidates`` selected pages.
@@ -480,7 +488,7 @@ def select_pages(
     lower number wins. Returns numbers within the sequence in ascending order (attention does not
     ask for the best first), then -1 from min(wanted, num_candidates) on. R = min(num_pages, M), and
     no head may want more than ``num_pages``. With num_candidates <= wanted everything is selected:
-    the exact, dense case.
+    the exact, dense case. ``most_heads`` is as in ``page_scores``.
 
     >>> import jax.numpy as jnp
     >>> scores = jnp.array([[[0.0, 5.0, 1.0, 9.0], [3.0, 1.0, 2.0, 0.0]]])
@@ -489,6 +497,7 @@ def select_pages(
     [[[0, 1, -1], [0, 1, 2]]]
     """
     expect_shape("scores", scores, (None, None, None))
+    expect_most_heads(most_heads, scores.shape[1])
     expect_int32(scores.shape[:1], num_candidates=num_candidates)
     expect_int32(scores.shape[:2], wanted=wanted)
     if not 0 <= sink_pages <= num_pages:
@@ -498,9 +507,8 @@ def select_pages(
     num_pages = min(num_pages, scores.shape[-1])
     if scores.shape[1] == 0:
         return jnp.zeros((*scores.shape[:2], num_pages), jnp.int32)
-    return implementation("select_pages", backend)(
-        scores, num_candidates, wanted, num_pages=num_pages, sink_pages=sink_pages
-    )
+    how = {"num_pages": num_pages, "sink_pages": sink_pages, "most_heads": most_heads}
+    return implementation("select_pages", backend)(scores, num_candidates, wanted, **how)
 
 
 def fused_linear(

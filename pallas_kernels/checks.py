@@ -222,6 +222,11 @@ def check_list(
         check_range(f"{name}.stop", lists.stop[:rows], tokens)
 
 
+def expect_most_heads(most_heads: int | None, heads: int) -> None:
+    if most_heads is not None and most_heads < heads:
+        raise ValueError(f"{most_heads=} must be at least the {heads} heads that there are")
+
+
 def expect_most_tokens(most_tokens: tuple[int, ...] | None, heads: int) -> None:
     if most_tokens is None:
         return

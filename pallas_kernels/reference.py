@@ -452,7 +452,10 @@ def _pool_statistics(
     return key_stats.at[:, target, logical % g].set(new, mode="drop")
 
 
-@partial(jax.jit, static_argnames=("page_size", "selected_page_size", "lower_bound_weight"))
+@partial(
+    jax.jit,
+    static_argnames=("page_size", "selected_page_size", "lower_bound_weight", "most_heads"),
+)
 def page_scores(
     q: Float[Array, "B Hr D"],
     key_stats: Float[Array, "Kq N g 2 D"],
@@ -462,7 +465,9 @@ def page_scores(
     page_size: int,
     selected_page_size: int,
     lower_bound_weight: float = 0.0,
+    most_heads: int | None = None,
 ) -> Float[Array, "B Kq M*m"]:
+    del most_heads  # the shapes say how many there are
     B, Hr, D = q.shape
     Kq, _, g = key_stats.shape[:3]
     M, logical_page_size = page_table.shape[1], page_size // key_stats.shape[2]
@@ -480,7 +485,7 @@ def page_scores(
     return scores.reshape(B, Kq, Hr // Kq, -1, together).max(axis=(2, 4))
 
 
-@partial(jax.jit, static_argnames=("num_pages", "sink_pages"))
+@partial(jax.jit, static_argnames=("num_pages", "sink_pages", "most_heads"))
 def select_pages(
     scores: Float[Array, "B Kq M"],
     num_candidates: Int[Array, " B"],
@@ -488,7 +493,9 @@ def select_pages(
     *,
     num_pages: int,
     sink_pages: int,
+    most_heads: int | None = None,
 ) -> Int[Array, "B Kq R"]:
+    del most_heads  # the shapes say how many there are
     number = jnp.arange(scores.shape[-1])[None, None]  # of a selected page in its sequence
     scores = jnp.where(scores == 0.0, 0.0, scores)  # top_k would rank -0.0 below 0.0
     ranked = jnp.where(number < sink_pages, jnp.inf, scores)

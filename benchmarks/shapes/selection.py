@@ -14,6 +14,7 @@ class SelectionShape:
     name: str
     rows: int = 1
     retrieval_heads: int = 4
+    most_heads: int = 8  # of any layer of the model
     pages: int  # pages a row has
     selected: int = 255  # selected pages
     uneven: int = 1  # every second head wants so many times fewer
@@ -65,6 +66,7 @@ SELECTION = (
     SelectionShape(
         name="select, SmolLM2 32K",
         retrieval_heads=2,
+        most_heads=3,
         pages=2048,
         selected=127,
         group=3,

@@ -239,6 +239,7 @@ def decode_attend(
                     page_size=P,
                     selected_page_size=spec.selected_page_size,
                     lower_bound_weight=spec.lower_bound_weight,
+                    most_heads=max(spec.heads.num_ranked),
                     backend=backend,
                 )
                 if own_select is None:
@@ -248,6 +249,7 @@ def decode_attend(
                         spec.wanted_pages(layer, tail),
                         num_pages=spec.num_ranked(layer),
                         sink_pages=spec.forced_sink_pages,
+                        most_heads=max(spec.heads.num_ranked),
                         backend=backend,
                     )
                 else:

@@ -11,6 +11,7 @@ A file that cannot be used is ignored with a word in the log, and one that canno
 import contextlib
 import functools
 import hashlib
+import importlib
 import logging
 import os
 import pickle
@@ -74,6 +75,7 @@ class ProgramFiles:
             log.warning("%s is ignored: it is broken", self.directory / key)
             return None
         try:
+            _find_kernel_runtime()
             ids, serialized, in_tree, out_tree = pickle.loads(payload)
             by_id = {device.id: device for device in jax.devices()}
             return serialize_executable.deserialize_and_load(
@@ -221,6 +223,16 @@ def _settings() -> str:
             if not _NO_MATTER.search(name)
         ]
     )
+
+
+def _find_kernel_runtime() -> None:
+    """Tells this process where the library is that kernels of a read program call.
+
+    JAX does so when Mosaic GPU is imported, which nothing else needs once programs are kept. A
+    program that is read before has kernels that cannot be launched.
+    """
+    if jax.default_backend() == "gpu":
+        importlib.import_module("jax.experimental.mosaic.gpu")
 
 
 def _source_digest() -> str:

@@ -37,8 +37,10 @@ a weight of zero does not silence a NaN.
 ``decode_tiles`` fetches and multiplies tiles, ``decode_combine`` is the second kernel.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +51,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.hopper.decode_combine import combine_parts
-from pallas_kernels.hopper.decode_splits import deal_splits, find_split
+from pallas_kernels.hopper.decode_splits import (
+    Alike,
+    deal_splits,
+    most_splits,
+    place_alike,
+    split_table,
+)
 from pallas_kernels.hopper.decode_tiles import (
     KEYS,
     VALUES,
@@ -60,6 +68,7 @@ from pallas_kernels.hopper.decode_tiles import (
     load_query,
     plan_split,
     query_tile_start,
+    read_place,
     scales,
     scores,
     values,
@@ -76,6 +85,7 @@ from pallas_kernels.hopper.mosaic import (
     spread_columns,
     store_unoptimised,
 )
+from pallas_kernels.hopper.shared_kernel import FLAT, Shapes, call_shared
 from pallas_kernels.reference import cut_pages
 from pallas_kernels.types import KVPages, PageList
 
@@ -84,7 +94,8 @@ from pallas_kernels.types import KVPages, PageList
 class Config:
     """Tuning of one call; ``choose_config`` gives a good one."""
 
-    splits: tuple[int, ...]  # S, parts that each KV head of a row is cut into
+    splits: tuple[int, ...]  # parts that each KV head of a row is cut into
+    numbers: int = 0  # S, splits of a row that there is room for, if more than ``splits`` are
     stages: int = 2  # tiles of K and V in flight a split
     parts: int = 33  # parts the combining kernel loads at once
 
@@ -111,7 +122,11 @@ def choose_config(
     ctas = (4 if dtype == jnp.int8 and queries <= 16 else 2) * SM_COUNT
     # As many parts at once as registers hold, of which 8 columns take four.
     parts = 33 if queries <= 16 else 264 // _columns(queries)
-    return Config(splits=deal_splits(rows, most_tokens, ctas), parts=parts)
+    splits = deal_splits(rows, most_tokens, ctas)
+    numbers = most_splits(rows, len(most_tokens), ctas)
+    # Where heads differ, the same for all layers: few heads have twice as many as all on average.
+    usual = splits[0] if len(set(splits)) == 1 else 2 * numbers // len(splits)
+    return Config(splits=splits, numbers=numbers, parts=min(parts, usual))
 
 
 def _columns(queries: int) -> int:
@@ -204,38 +219,78 @@ def attend_lists(
     first_row = G * np.arange(B * K)
     shift = first_row - np.minimum(first_row, len(rows) - N)  # see query_tile_start
 
-    parts, lses = _attend_splits(rows, B, classes, G, config, tokens)
-    out, lse = combine_parts(parts, lses, config.splits, G, q.dtype, config.parts)
+    pools, lists = zip(*classes, strict=True)
+    alike = len(pools) == 1 and len(set(config.splits)) == 1
+    numbers, table = sum(config.splits), None
+    if not alike:
+        numbers = max(config.numbers, numbers)
+        of_pools = [(pool.k.shape[0], of_pool) for pool, of_pool in classes]
+        table = jnp.asarray(split_table(config.splits, of_pools, numbers))
+    settings = _Settings(
+        rows=B,
+        heads=K,
+        group=G,
+        head_dim=D,
+        numbers=numbers,
+        stages=config.stages,
+        tokens=tokens,
+        page_size=pools[0].k.shape[2],
+        dtype=pools[0].k.dtype,
+        alike=Alike(config.splits[0], jax.tree.map(_shape, lists[0])) if alike else None,
+    )
+    parts, lses = call_shared(
+        _make_kernel,
+        settings,
+        (rows, jax.tree.map(jnp.ravel, lists), pools, table),
+        (
+            jax.ShapeDtypeStruct((B, numbers, D, N), jnp.float32),
+            jax.ShapeDtypeStruct((B, numbers, N), jnp.float32),
+        ),
+        longest=(None, FLAT, K, None),
+        longest_results=(None, None),
+    )
+    splits = config.splits[0] if alike else None
+    out, lse = combine_parts(parts, lses, table, K, splits, G, q.dtype, config.parts)
     column = N * np.arange(B * K)[:, None] + shift[:, None] + np.arange(G)
     return out.reshape(q.shape), lse.reshape(-1)[column].reshape(B, K, G)
 
 
-def _attend_splits(
-    q: Float[Array, "rows D"],
-    B: int,
-    classes: list[tuple[KVPages, PageList]],
-    G: int,
-    config: Config,
-    tokens: int,
-) -> tuple[Float[Array, "B S D N"], Float[Array, "B S N"]]:
-    """Attention of every split on its own; lse is base 2, and -inf for a split without tiles."""
-    rows, D = q.shape
-    pools, lists = zip(*classes, strict=True)
-    K, S = sum(pool.k.shape[0] for pool in pools), sum(config.splits)
-    N = _columns(G)
-    boxes = Boxes(pools[0].k.shape[2])
+def _shape(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+class _Settings(NamedTuple):
+    """What a kernel is lowered for, beside the shapes of its arrays."""
+
+    rows: int  # B
+    heads: int  # K
+    group: int  # G
+    head_dim: int  # D
+    numbers: int  # S
+    stages: int
+    tokens: int
+    page_size: int  # P
+    dtype: Any  # of pages
+    alike: Alike | None  # None where heads differ: their splits are in a table
+
+
+def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
+    B, K, G, D, S, stages, tokens, page_size, dtype, alike = settings
+    N, boxes = _columns(G), Boxes(page_size)
+    query_rows = max(B * K * G, N)
 
     def attend_split(
         q_gmem,  # [rows, D] bf16
-        lists_gmem,  # for each class: page_ids [B, Kc or 1, L], start and stop [B, Kc or 1] int32
+        lists_gmem,  # for each class: page_ids, start and stop, flat int32
         pools_gmem,  # for each class: k, v [Kc, N, P, D]; scales [Kc, N, P] float32
+        table_gmem,  # [S, columns] int32, see ``split_table``; None if all are alike
         parts_gmem,  # [B, S, D, N] float32, output
         lses_gmem,  # [B, S, N] float32, output
         buffers,  # see Buffers
     ):
         b, number = lax.axis_index("row"), lax.axis_index("split")
-        k, s, splits = find_split(number, config.splits)
-        split = plan_split(lists_gmem, pools_gmem, buffers, b, k, s, splits)
+        place = read_place(table_gmem, number) if alike is None else place_alike(number, alike)
+        k, split = place.head, plan_split(lists_gmem, pools_gmem, buffers, b, place)
 
         @pl.when(split.steps == 0)
         def _():
@@ -243,14 +298,14 @@ def _attend_splits(
 
         @pl.when(split.steps > 0)
         def _():
-            for step in range(config.stages):
+            for step in range(stages):
 
                 @pl.when(step < split.steps)
                 def _(step=step):
                     split.fetch(KEYS, step, split.first_page_ids[step])
                     split.fetch(VALUES, step, split.first_page_ids[step])
 
-            first_row = query_tile_start(b * K + k, G, N, rows)
+            first_row = query_tile_start(b * K + k, G, N, query_rows)
             query_scale = load_query(q_gmem.at[pl.ds(first_row, N)], buffers.query)
             stops = None
             if tokens > 1:
@@ -267,15 +322,12 @@ def _attend_splits(
 
     return plgpu.kernel(
         attend_split,
-        out_type=(
-            jax.ShapeDtypeStruct((B, S, D, N), jnp.float32),
-            jax.ShapeDtypeStruct((B, S, N), jnp.float32),
-        ),
+        out_type=results,
         grid=(B, S),
         grid_names=("row", "split"),
-        scratch_types=[allocate_buffers(D, N, boxes, config.stages, pools[0].k.dtype)],
+        scratch_types=[allocate_buffers(D, N, boxes, stages, dtype)],
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, lists, pools)
+    )
 
 
 def _attend_tiles(split: Split, buffers: Buffers, boxes: Boxes, query_scale, stops):

@@ -105,6 +105,30 @@ def allocate_buffers(
     )
 
 
+class Place(NamedTuple):
+    """Whose split a number is, and where that head's list lies in flat arrays: a row of a table."""
+
+    head: Any  # KV head k
+    split: Any  # which of the head's splits
+    splits: Any  # how many the head has; 0: the number is nobody's
+    of_second: Any  # 0: the head is in the first pool, 1: in the second
+    pool_head: Any  # which head it is there
+    last_entry: Any  # of the head's list
+    # Of each field of the list: elements of a row, and those before the head's in it.
+    page_ids: tuple[Any, Any]
+    start: tuple[Any, Any]
+    stop: tuple[Any, Any]
+
+
+def read_place(table, number) -> Place:
+    """Row ``number`` of a table in device memory."""
+    columns = [table[number, i] for i in range(_PLACE.num_leaves)]
+    return jax.tree.unflatten(_PLACE, columns)
+
+
+_PLACE = jax.tree.structure(Place(0, 0, 0, 0, 0, 0, (0, 0), (0, 0), (0, 0)))
+
+
 class Split(NamedTuple):
     """What one CTA has to do: tiles s, s + S, ... of the list of one (row, KV head)."""
 
@@ -127,39 +151,39 @@ class Split(NamedTuple):
 
 
 def plan_split(
-    lists: tuple[PageList, ...],  # in device memory, as the pools; of the pools that have heads
+    lists: tuple[PageList, ...],  # in device memory, as the pools; flat; of the pools with heads
     pools: tuple[KVPages, ...],
     buffers: Buffers,
     b,  # row
-    k,  # KV head, those of the first pool first
-    s,  # number of the split
-    splits,  # of the head
+    place: Place,
 ) -> Split:
     """The work of a CTA. All that does not depend on ``stop`` is loaded before it."""
     stages, boxes = buffers.k.shape[0], Boxes(pools[0].k.shape[2])
-    first_heads = pools[0].k.shape[0]  # heads of the first class
+    s, splits = place.split, place.splits
 
-    def of_head(field: str, *index):
-        """Element ``index`` of a field of this head's list."""
-        values = []
-        for first, page_list in zip((0, first_heads), lists, strict=False):
-            x = getattr(page_list, field)
-            head = jnp.clip(k - first, 0, x.shape[1] - 1)  # a shared list has one head
-            values.append(x[b, head, *(jnp.minimum(i, x.shape[2] - 1) for i in index)])
-        return values[0] if len(values) == 1 else jnp.where(k < first_heads, *values)
+    def of_head(field: str, entry=0):
+        """Element ``entry`` of a field of this head's list."""
+        a_row, before = getattr(place, field)
+        index, values = b * a_row + before + entry, []
+        for number, page_list in enumerate(lists):
+            # The other pool's list is shorter, maybe: its first element stands in.
+            own = index if len(lists) == 1 else jnp.where(place.of_second == number, index, 0)
+            values.append(getattr(page_list, field)[own])
+        return values[0] if len(values) == 1 else jnp.where(place.of_second == 0, *values)
 
     def tile_of(step):
         return s + step * splits
 
     def page_ids(step):
         entry = lax.div(tile_of(step), jnp.int32(boxes.tiles_per_page)) * boxes.count
-        return [of_head("page_ids", entry + j) for j in range(boxes.count)]
+        entries = [jnp.minimum(entry + j, place.last_entry) for j in range(boxes.count)]
+        return [of_head("page_ids", entry) for entry in entries]
 
     # Loaded before anything that depends on ``stop``: one trip to memory instead of two.
     first_page_ids = [page_ids(step) for step in range(stages + 1)]
     start, stop = of_head("start"), of_head("stop")
-    tiles = jnp.where(stop > start, cdiv(stop, TILE), 0)
-    steps = cdiv(jnp.maximum(tiles - s, 0), splits)
+    tiles = jnp.where((stop > start) & (splits > 0), cdiv(stop, TILE), 0)
+    steps = lax.div(jnp.maximum(tiles - s, 0) + splits - 1, jnp.maximum(splits, 1))
 
     def fetch(part, step, ids):
         stage = lax.rem(step, jnp.int32(stages))
@@ -188,10 +212,11 @@ def plan_split(
                     )
 
         if len(pools) == 1:
-            copy(pools[0], k)
+            copy(pools[0], place.pool_head)
         else:
-            pl.when(k < first_heads)(lambda: copy(pools[0], k))
-            pl.when(k >= first_heads)(lambda: copy(pools[1], k - first_heads))
+            for number, pool in enumerate(pools):
+                of_pool = place.of_second == number
+                pl.when(of_pool)(lambda pool=pool: copy(pool, place.pool_head))
 
     return Split(steps, start, stop, tile_of, page_ids, first_page_ids, fetch)
 

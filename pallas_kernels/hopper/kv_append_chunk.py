@@ -40,6 +40,7 @@ from pallas_kernels.hopper.kv_append import (
     unsupported,
 )
 from pallas_kernels.hopper.mosaic import cdiv, refuse, store_unoptimised
+from pallas_kernels.hopper.shared_kernel import Shapes, call_shared, sizes
 from pallas_kernels.types import KVPages
 
 # Rows of a tile that are in registers at once: 16 x 128 float32 are 16 registers a thread.
@@ -128,6 +129,7 @@ class _Target(NamedTuple):
     pages: Any  # [K, N, P, D] bf16 or int8
     scales: Any  # [K, N, P] float32, or None
     stats: Any  # [Kq, N, g, 2, D], or None; of the first heads
+    ranked: Any  # Kq
     head: Any
     page: Any  # physical id for all tokens, NO_PAGE or MANY_PAGES
     page_of_token: Callable[[Any], Any]  # the page of each token, for MANY_PAGES and edges
@@ -158,11 +160,46 @@ def _append_pages(
     chunk: _Chunk, retrieval: KVPages, streaming: KVPages, key_stats: Array | None
 ) -> tuple[KVPages, KVPages, Array | None]:
     T, Hk, D = chunk.k.shape
-    Kr, P, M = retrieval.k.shape[0], retrieval.k.shape[2], chunk.page_table.shape[0]
-    pages = chunk.ring_page.shape[0]
+    P, M, pages = retrieval.k.shape[2], chunk.page_table.shape[0], chunk.ring_page.shape[0]
+    int8 = jnp.int8 in (retrieval.k.dtype, streaming.k.dtype)
+    caches = retrieval, streaming, key_stats
+    held = [None if any(x.shape[0] == 0 for x in jax.tree.leaves(x)) else x for x in caches]
+    leaves, tree = jax.tree.flatten(held)
+    heads = retrieval.k.shape[0], 0 if key_stats is None else key_stats.shape[0]
+    new = call_shared(
+        _make_kernel,
+        _Settings(T, Hk, D, P, M, pages, int8),
+        (chunk, sizes(*heads), *held),
+        tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves),
+        longest=(None, None, Hk, Hk, Hk),
+        longest_results=(Hk,) * len(leaves),
+    )
+    kept: list[Any] = jax.tree.unflatten(tree, new)
+    return (
+        retrieval if kept[0] is None else kept[0],
+        streaming if kept[1] is None else kept[1],
+        key_stats if kept[2] is None else kept[2],
+    )
+
+
+class _Settings(NamedTuple):
+    """What a kernel is lowered for, beside the shapes of its arrays."""
+
+    tokens: int  # T
+    heads: int  # Hk
+    head_dim: int  # D
+    page_size: int  # P
+    table: int  # M
+    pages: int  # that the chunk can touch
+    int8: bool  # whether a pool is
+
+
+def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
+    T, Hk, D, P, M, pages, int8 = settings
 
     def append_page(
         chunk_gmem,  # see _Chunk
+        sizes_gmem,  # int32: Kr, Kq
         retrieval_gmem,  # k, v [Kr, N, P, D], scales [Kr, N, P] float32; updated
         streaming_gmem,  # k, v [Ks, N, P, D], scales [Ks, N, P] float32; updated
         stats_gmem,  # [Kq, N, g, 2, D], updated
@@ -172,6 +209,7 @@ def _append_pages(
         i = pages - 1 - lax.axis_index("page")
         part, h = lax.axis_index("part"), lax.axis_index("head")
         start, length = chunk_gmem.start[0], chunk_gmem.length[0]
+        first_streaming, ranked = sizes_gmem[0], sizes_gmem[1]
         number = lax.div(start, jnp.int32(P)) + i  # of the page in its sequence
         first = number * P - start
         begin, end = jnp.maximum(-first, 0), jnp.minimum(length - first, P)
@@ -180,7 +218,7 @@ def _append_pages(
 
         def append(pool, stats, head, page, page_of_token):
             """Writes head h of the chunk as head ``head`` of a pool: its keys or its values."""
-            source, to = pl.ds(top, P), (head, page, page_of_token)
+            source, to = pl.ds(top, P), (ranked, head, page, page_of_token)
 
             @pl.when(part == 0)
             def _():
@@ -192,22 +230,20 @@ def _append_pages(
                 values = chunk_gmem.v.at[source, h]
                 _write_page(_Target(values, pool.v, pool.v_scale, None, *to), span, tile)
 
-        @pl.when(h < Kr)
+        @pl.when(h < first_streaming)
         def _():
             if retrieval_gmem is not None:
-                page = _inside(chunk_gmem.page_table[jnp.minimum(number, M - 1)], retrieval)
+                page = _inside(chunk_gmem.page_table[jnp.minimum(number, M - 1)], retrieval_gmem)
                 append(retrieval_gmem, stats_gmem, h, page, lambda token: page)
 
-        @pl.when(h >= Kr)
+        @pl.when(h >= first_streaming)
         def _():
             if streaming_gmem is not None:
-                page = chunk_gmem.ring_page[i]
-                append(
-                    streaming_gmem, None, h - Kr, page, lambda token: chunk_gmem.token_page[token]
-                )
+                head, page = h - first_streaming, chunk_gmem.ring_page[i]
+                append(streaming_gmem, None, head, page, lambda token: chunk_gmem.token_page[token])
 
     tile = _Tile(plgpu.SMEM((P, D), jnp.bfloat16), plgpu.Barrier())
-    if jnp.int8 in (retrieval.k.dtype, streaming.k.dtype):
+    if int8:
         tile = tile._replace(
             codes=plgpu.SMEM((P, D), jnp.int8), scales=plgpu.SMEM((P,), jnp.float32)
         )
@@ -219,7 +255,11 @@ def _append_pages(
         grid_names=("page", "part", "head"),
         scratch_types=[tile],
     )
-    return call_in_place(kernel, (chunk,), retrieval, streaming, key_stats)[1:]
+
+    def append(chunk: _Chunk, sizes: jax.Array, *caches: Any) -> tuple:
+        return call_in_place(kernel, (chunk, sizes), *caches)
+
+    return append
 
 
 def _write_page(target: _Target, span: _Span, tile: _Tile) -> None:
@@ -246,9 +286,7 @@ def _write_whole(target: _Target, tile: _Tile) -> None:
         plgpu.copy_smem_to_gmem(tile.scales, target.scales.at[at])
     if target.stats is not None:
         # Heads beyond those of the statistics are not ranked.
-        pl.when(target.head < target.stats.shape[0])(
-            lambda: _assign_statistics(target.stats.at[at], tile)
-        )
+        pl.when(target.head < target.ranked)(lambda: _assign_statistics(target.stats.at[at], tile))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -290,7 +328,7 @@ def _write_in_part(target: _Target, span: _Span, tile: _Tile) -> None:
 
     lax.fori_loop(lax.div(span.begin, jnp.int32(size)), cdiv(span.end, size), write_rows, None)
     if target.stats is not None:
-        pl.when(target.head < target.stats.shape[0])(
+        pl.when(target.head < target.ranked)(
             lambda: _widen_statistics(target.stats.at[target.head, target.page], span, tile)
         )
 

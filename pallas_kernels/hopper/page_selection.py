@@ -18,6 +18,7 @@ of every part.
 What must move: 4 bytes a score, from L2. The time is that of a chain of dependent steps.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ from pallas_kernels.hopper.mosaic import (
     store_unoptimised,
     tile_transforms,
 )
+from pallas_kernels.hopper.shared_kernel import Shapes, call_shared, sizes
 
 STRIP = 64  # scores in a row of the matrix that compaction works on
 SQUARE = (64, 64)
@@ -88,7 +90,7 @@ def _flags(condition):
     return plgpu.layout_cast(jnp.where(condition, 1.0, 0.0), MATRIX)
 
 
-@partial(jax.jit, static_argnames=("num_pages", "sink_pages"))
+@partial(jax.jit, static_argnames=("num_pages", "sink_pages", "most_heads"))
 def select_pages(
     scores: Float[Array, "B Kq M"],
     num_candidates: Int[Array, " B"],
@@ -96,6 +98,7 @@ def select_pages(
     *,
     num_pages: int,
     sink_pages: int,
+    most_heads: int | None = None,
 ) -> Int[Array, "B Kq R"]:
     """``pallas_kernels.api.select_pages`` on a Hopper GPU (or under Mosaic GPU's interpreter).
 
@@ -103,8 +106,9 @@ def select_pages(
     """
     _refuse_unsupported(scores, num_pages)
     B, K, M = scores.shape
+    how = {"num_pages": num_pages, "most_heads": K if most_heads is None else most_heads}
     if M <= PART:
-        return _select_in_cta(scores, num_candidates, wanted, num_pages, sink_pages)
+        return _select_in_cta(scores, num_candidates, wanted, sink_pages=sink_pages, **how)
     num_candidates = jnp.clip(num_candidates, 0, M)
     # The best of every part, which are among the best of their part; then the best of those. Both
     # steps keep the order of the sequence, so the lower number wins a tie in the second one too. A
@@ -121,25 +125,37 @@ def select_pages(
         scores.reshape(B * parts, K, size),
         of_part.reshape(-1),
         jnp.full((B * parts, K), num_pages),
-        num_pages,
         sink_pages=0,
+        **how,
     ).reshape(B, parts, K, num_pages)
     best = jnp.take_along_axis(scores, jnp.maximum(selected, 0), axis=3)
     # Only the last parts can have too few, and then there are enough before them.
     best = jnp.where(selected >= 0, best, -jnp.inf).swapaxes(1, 2).reshape(B, K, -1)
     number = (selected + first[:, :, None, None]).swapaxes(1, 2).reshape(B, K, -1)
     of_best = jnp.minimum(num_candidates, parts * num_pages)
-    chosen = select_pages(best, of_best, wanted, num_pages=num_pages, sink_pages=0)
+    chosen = select_pages(best, of_best, wanted, sink_pages=0, **how)
     number = jnp.take_along_axis(number, jnp.maximum(chosen, 0), axis=2)
     return jnp.where(chosen >= 0, number, -1)
+
+
+class _Settings(NamedTuple):
+    """What a kernel is lowered for, beside the shapes of its arrays."""
+
+    rows: int
+    most_heads: int
+    candidates: int  # M
+    num_pages: int
+    sink_pages: int
 
 
 def _select_in_cta(
     scores: Float[Array, "B Kq M"],
     num_candidates: Int[Array, " B"],
     wanted: Int[Array, "B Kq"],
+    *,
     num_pages: int,
     sink_pages: int,
+    most_heads: int,
 ) -> Int[Array, "B Kq R"]:
     """``select_pages`` for lists of up to ``PART`` candidates."""
     B, K, M = scores.shape
@@ -147,57 +163,93 @@ def _select_in_cta(
     if padding:
         scores = jnp.pad(scores, ((0, 0), (0, 0), (0, padding)))
     size = M + padding
-    blocks = pl.cdiv(size, 64 * STRIP)  # of 64 strips
-    entry_tiles = pl.cdiv(num_pages, 64)
+    of_heads = scores.reshape(B * K, size)
+    operands = (
+        of_heads,
+        of_heads.reshape(B * K, size // STRIP, STRIP),
+        num_candidates,
+        wanted.reshape(B * K),
+        sizes(K),
+    )
+    settings = _Settings(B, most_heads, M, num_pages, sink_pages)
+    tiles_of_share, shares = _shares(settings)
+    entries, most = 64 * tiles_of_share * shares, B * most_heads
+    (selected,) = call_shared(
+        _make_kernel,
+        settings,
+        operands,
+        (jax.ShapeDtypeStruct((B * K, entries), jnp.int32),),
+        longest=(most, most, None, most, None),
+        longest_results=(most,),
+    )
+    return selected.reshape(B, K, entries)[:, :, :num_pages]
+
+
+def _shares(settings: _Settings) -> tuple[int, int]:
+    """Tiles of 64 entries that a share has, and shares of a head."""
+    tiles = pl.cdiv(settings.num_pages, 64)
     # Every share finds the threshold anew: worth it while there are SMs for all of them.
-    tiles_of_share = pl.cdiv(entry_tiles, max(SM_COUNT // (B * K), 1))
-    shares = pl.cdiv(entry_tiles, tiles_of_share)
+    ctas = max(SM_COUNT // (settings.rows * settings.most_heads), 1)
+    tiles_of_share = pl.cdiv(tiles, ctas)
+    return tiles_of_share, pl.cdiv(tiles, tiles_of_share)
+
+
+def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
+    M, num_pages = settings.candidates, settings.num_pages
+    size = 128 * pl.cdiv(M, 128)
+    blocks = pl.cdiv(size, 64 * STRIP)  # of 64 strips
+    tiles_of_share, shares = _shares(settings)
     vector = next(n for n in (4, 2, 1) if size % (128 * n) == 0)
     flat = plgpu.Layout.WG_STRIDED((size,), vec_size=vector)
 
     def select(
-        flat_gmem,  # [B, K, size] float32
-        scores_gmem,  # [B, K, size / 64, 64] float32, the same
+        flat_gmem,  # [B * Kq, size] float32
+        scores_gmem,  # [B * Kq, size / 64, 64] float32, the same
         candidates_gmem,  # [B] int32
-        wanted_gmem,  # [B, K] int32
-        selected_gmem,  # [B, K, entries] int32, output
+        wanted_gmem,  # [B * Kq] int32
+        sizes_gmem,  # int32: Kq
+        selected_gmem,  # [B * Kq, entries] int32, output
         buffers,  # see _Buffers
     ):
         b, k, share = (lax.axis_index(name) for name in ("row", "head", "share"))
-        strips = pl.ds(0, size // STRIP)
-        plgpu.copy_gmem_to_smem(
-            scores_gmem.at[b, k], buffers.scores.at[strips], buffers.scores_ready
-        )
-        candidates = jnp.clip(candidates_gmem[b], 0, M)
-        total = jnp.minimum(jnp.clip(wanted_gmem[b, k], 0, num_pages), candidates)
-        sinks = jnp.minimum(sink_pages, total)
+        heads, candidates = sizes_gmem[0], jnp.clip(candidates_gmem[b], 0, M)
 
-        # Lowest for sinks and what is no candidate.
-        number = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=flat)
-        key = plgpu.load(flat_gmem.at[b, k], layout=flat, optimized=False)
-        key = jnp.where(
-            (number >= sinks) & (number < candidates), _order_preserving(key), LOWEST_KEY
-        )
-        chosen = _choose(key, number, total - sinks, sinks, candidates)
-        row, column = (
-            plgpu.broadcasted_iota(jnp.int32, SQUARE, axis, layout=MATRIX) for axis in (0, 1)
-        )
-        _mark_chosen(chosen, row, column, buffers, blocks)
-
-        def write_tile(i, _):
-            tile = share * tiles_of_share + i
-            # A head that wants little has tiles without entries, which need no search.
-            found = _find_chosen(
-                tile, row, column, buffers, jnp.where(tile * 64 < total, blocks, 0)
+        @pl.when(k < heads)
+        def _():
+            pair = b * heads + k
+            strips = pl.ds(0, size // STRIP)
+            plgpu.copy_gmem_to_smem(
+                scores_gmem.at[pair], buffers.scores.at[strips], buffers.scores_ready
             )
-            entry = plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=PER_ROW) + tile * 64
-            found = jnp.where(entry < total, found, -1)
-            store_unoptimised(selected_gmem.at[b, k, pl.ds(tile * 64, 64)], found)
-            return ()
+            total = jnp.minimum(jnp.clip(wanted_gmem[pair], 0, num_pages), candidates)
+            sinks = jnp.minimum(settings.sink_pages, total)
 
-        lax.fori_loop(0, tiles_of_share, write_tile, ())
+            # Lowest for sinks and what is no candidate.
+            number = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=flat)
+            key = plgpu.load(flat_gmem.at[pair], layout=flat, optimized=False)
+            key = jnp.where(
+                (number >= sinks) & (number < candidates), _order_preserving(key), LOWEST_KEY
+            )
+            chosen = _choose(key, number, total - sinks, sinks, candidates)
+            row, column = (
+                plgpu.broadcasted_iota(jnp.int32, SQUARE, axis, layout=MATRIX) for axis in (0, 1)
+            )
+            _mark_chosen(chosen, row, column, buffers, blocks)
 
-    strips, entries = 64 * blocks, 64 * tiles_of_share * shares
+            def write_tile(i, _):
+                tile = share * tiles_of_share + i
+                # A head that wants little has tiles without entries, which need no search.
+                found = _find_chosen(
+                    tile, row, column, buffers, jnp.where(tile * 64 < total, blocks, 0)
+                )
+                entry = plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=PER_ROW) + tile * 64
+                found = jnp.where(entry < total, found, -1)
+                store_unoptimised(selected_gmem.at[pair, pl.ds(tile * 64, 64)], found)
+                return ()
+
+            lax.fori_loop(0, tiles_of_share, write_tile, ())
+
+    strips = 64 * blocks
     transforms = tile_transforms(64, jnp.bfloat16)
     square = plgpu.SMEM(SQUARE, jnp.bfloat16, transforms=transforms)
     buffers = _Buffers(
@@ -209,14 +261,13 @@ def _select_in_cta(
         count=plgpu.SMEM((strips,), jnp.float32),
         scores_ready=plgpu.Barrier(),
     )
-    selected = plgpu.kernel(
+    return plgpu.kernel(
         select,
-        out_type=jax.ShapeDtypeStruct((B, K, entries), jnp.int32),
-        grid=(B, K, shares),
+        out_type=results[0],
+        grid=(settings.rows, settings.most_heads, shares),
         grid_names=("row", "head", "share"),
         scratch_types=[buffers],
-    )(scores, scores.reshape(B, K, size // STRIP, STRIP), num_candidates, wanted)
-    return selected[:, :, :num_pages]
+    )
 
 
 def _choose(key, number, wanted, sinks, candidates) -> _Chosen:

@@ -11,7 +11,7 @@ from pages through the table, then those of the chunk, read from ``k`` and ``v``
       streaming tile   x     (gap: never visited)  \\    x     x     \\             sink, local
                        sink                           local
 
-      program          kv_head * tiles * G + (tiles - 1 - tile) * G + query head in the group
+      program          (tiles - 1 - tile) * G + query head in the group, of each KV head in turn
 
 Tiles of a head are launched from the last, which sees most, to the first; the tiles that run
 together read the same KV head at about the same place, so that K and V come from L2. Streaming
@@ -28,8 +28,10 @@ What must not be read: V rows of keys that no query of the chunk sees are zeroed
 (ragged ends; edges of the window in the history), their scores are replaced.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +52,11 @@ from pallas_kernels.hopper.query_tiles import (
     tile_scratch,
     zero_rows,
 )
+from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
 from pallas_kernels.types import KVPages
 
+# Pages of a block up to which layers that split their heads differently share a kernel.
+MOST_PAGES_SHARED = 4
 # The window of a retrieval head: longer than any sequence.
 EVERYTHING = 1 << 30
 
@@ -110,7 +115,7 @@ def prefill_attention(
         v,
         [pool for pool, _ in classes],
         jnp.stack([table for _, table in classes]),
-        jnp.stack([start, length]),
+        jnp.stack([start, length, jnp.int32(retrieval.k.shape[0])]),
         retrieval.k.shape[0],
         (sink, min(local, EVERYTHING)),
         choose_config(D) if config is None else config,
@@ -154,22 +159,54 @@ def _attend_chunk(
     v: Float[Array, "T Hk D"],
     pools: list[KVPages],  # bf16, of the classes that have heads
     tables: Int[Array, "classes M"],
-    bounds: Int[Array, " 2"],  # start, length
+    bounds: Int[Array, " 3"],  # start, length, split
     split: int,  # retrieval KV heads
     window: tuple[int, int],  # sink, local
     config: Config,
 ) -> tuple[Float[Array, "T H D"], Float[Array, "H T"]]:
     """T is a multiple of 128."""
-    T, H, D = q.shape
-    P = pools[0].k.shape[2]
+    (T, H, D), P, Hk = q.shape, pools[0].k.shape[2], k.shape[1]
+    # Of small pages the role that copies holds so many ids that a number more does not fit.
+    known = None if BLOCK // P <= MOST_PAGES_SHARED else split
+    settings = _Settings(T, H, Hk, known, D, P, window, config.stages)
+    out, lse = call_shared(
+        _make_kernel,
+        settings,
+        (q, k, v, tables, bounds, pools),
+        (jax.ShapeDtypeStruct((T, H, D), q.dtype), jax.ShapeDtypeStruct((H, T), jnp.float32)),
+        longest=(*[None] * 5, Hk),
+        longest_results=(None, None),
+    )
+    return out, lse
 
-    def attend_chunk(q_gmem, k_gmem, v_gmem, tables_gmem, bounds_gmem, *refs):
-        # q, k, v, tables, bounds as above
-        pools_gmem = [
-            KVPages(*refs[i : i + 2])  # k, v [Kp, N, P, D]
-            for i in range(0, 2 * len(pools), 2)
-        ]
-        out_gmem, lse_gmem, tile = refs[2 * len(pools) :]  # [T, H, D], [H, T] float32; a Tile
+
+class _Settings(NamedTuple):
+    """What a kernel is lowered for, beside the shapes of its arrays."""
+
+    tokens: int  # T
+    heads: int  # H
+    kv_heads: int  # Hk
+    split: int | None  # retrieval KV heads; None: the third of the bounds says it
+    head_dim: int  # D
+    page_size: int  # P
+    window: tuple[int, int]  # sink, local
+    stages: int
+
+
+def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
+    T, H, kv_heads, split, D, P, window, stages = settings
+
+    def attend_chunk(
+        q_gmem,  # q, k, v, tables, bounds as above
+        k_gmem,
+        v_gmem,
+        tables_gmem,
+        bounds_gmem,
+        pools_gmem,  # k, v [Kp, N, P, D]
+        out_gmem,  # [T, H, D]
+        lse_gmem,  # [H, T] float32
+        tile,  # a Tile
+    ):
         plan = partial(
             _plan,
             (q_gmem, out_gmem, lse_gmem),
@@ -184,17 +221,14 @@ def _attend_chunk(
 
     return plgpu.kernel(
         attend_chunk,
-        out_type=(
-            jax.ShapeDtypeStruct((T, H, D), q.dtype),
-            jax.ShapeDtypeStruct((H, T), jnp.float32),
-        ),
-        grid=(T // ROWS * H,),
-        grid_names=("program",),
+        out_type=results,
+        grid=(kv_heads, T // ROWS * (H // kv_heads)),
+        grid_names=("kv_head", "program"),
         num_threads=WARPGROUPS,
         thread_name="warpgroup",
-        scratch_types=[tile_scratch(D, q.dtype, config.stages, BLOCK // P)],
+        scratch_types=[tile_scratch(D, jnp.bfloat16, stages, BLOCK // P)],
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, k, v, tables, bounds, *(x for pool in pools for x in (pool.k, pool.v)))
+    )
 
 
 def _plan(
@@ -202,8 +236,8 @@ def _plan(
     chunk_gmem: tuple,  # k, v [T, Hk, D]
     pools_gmem: list[KVPages],  # k, v [Kp, N, P, D]
     tables_gmem,  # [classes, M]
-    bounds_gmem,  # [2]
-    split: int,
+    bounds_gmem,  # [3]
+    split: int | None,
     window: tuple[int, int],
 ) -> Work:
     """Which blocks the tile of this program attends, and how."""
@@ -213,12 +247,12 @@ def _plan(
     G, tiles, pages_per_block = H // chunk_gmem[0].shape[1], T // ROWS, BLOCK // P
     sink, local = window
 
-    program = lax.axis_index("program")
-    kv_head = lax.div(program, jnp.int32(tiles * G))
-    program = lax.rem(program, jnp.int32(tiles * G))
+    kv_head, program = lax.axis_index("kv_head"), lax.axis_index("program")
     first = (tiles - 1 - lax.div(program, jnp.int32(G))) * ROWS  # of the tile's queries
     head = kv_head * G + lax.rem(program, jnp.int32(G))
     start, length = bounds_gmem[0], bounds_gmem[1]
+    if split is None:
+        split = bounds_gmem[2]
     near = jnp.where(kv_head < split, EVERYTHING, local)
 
     def visited(total, sink_end, local_begin):

@@ -289,6 +289,20 @@ def test_what_was_not_read_for_the_longest_time_goes_first(tmp_path, program) ->
     assert [files.has(key) for key in keys] == [True, False, True, True]
 
 
+@pytest.mark.parametrize(("backend", "found"), [("cpu", 0), ("gpu", 1)])
+def test_kernels_of_a_kept_program_find_their_library(
+    tmp_path, program, monkeypatch: MonkeyPatch, backend: str, found: int
+) -> None:
+    """JAX names it when Mosaic GPU is imported, which on a CPU nobody needs."""
+    imported: list[str] = []
+    monkeypatch.setattr(program_files.importlib, "import_module", imported.append)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    files = ProgramFiles(tmp_path / "programs")
+    files.write(files.key("any"), program, [])
+    assert files.read(files.key("any")) is not None
+    assert imported == ["jax.experimental.mosaic.gpu"] * found
+
+
 def test_files_of_others_stay_and_those_of_a_killed_process_go(tmp_path, program) -> None:
     files = ProgramFiles(tmp_path)
     tmp_path.chmod(0o700)

@@ -87,7 +87,7 @@ VERIFY_CASES = {
 
 def append_arguments(rows=2, tokens=None, logical_page_size=16, ranked=None, **case):
     """What both appending ops take, the caches first: then what they need besides."""
-    q, retrieval, streaming, *lists = decode_arguments(rows=rows, pages=4096, **case)
+    q, retrieval, streaming, *lists = decode_arguments(rows=rows, pages=1 << 15, **case)
     array, heads = jax.ShapeDtypeStruct, (retrieval.k.shape[0], streaming.k.shape[0])
     _, pages, page_size, head_dim = retrieval.k.shape
     g = page_size // logical_page_size
@@ -203,6 +203,7 @@ PREFILL_CASES = {
     "prefill, dense, 64 tokens": {"tokens": 64, "streaming": 0},
     "prefill, streaming, pages of 128": {"retrieval": 0, "page_size": 128},
     "prefill, int8, pages of 16": {"int8": True, "page_size": 16},
+    "prefill, 4 retrieval and 4 streaming heads": {"retrieval": 4, "streaming": 4},
     "prefill, D 64, group 3, pages of 16": {"head_dim": 64, "group": 3, "page_size": 16},
 }
 

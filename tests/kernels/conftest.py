@@ -8,7 +8,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import query_tiles
+from pallas_kernels.hopper import query_tiles, shared_kernel
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +24,13 @@ def interpreter() -> Iterator[None]:
     found = state._races is not None and state._races.races_found
     state.reset_gpu_interpret_mode_state()
     assert not found, "the interpreter found a data race"
+
+
+@pytest.fixture(autouse=True)
+def arrays_as_long_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs a kernel where it is traced, and checks every access's bounds."""
+    if jax.default_backend() == "cpu":
+        monkeypatch.setattr(shared_kernel, "lowered_once", shared_kernel.lowered_by_itself)
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from pallas_kernels import reference
 from pallas_kernels.hopper import decode_attention
 from pallas_kernels.hopper.decode_attention import Config, choose_config, paged_attention
-from pallas_kernels.hopper.decode_splits import find_split, splits_of_head
+from pallas_kernels.hopper.decode_splits import (
+    Alike,
+    deal_splits,
+    most_splits,
+    place_alike,
+    split_table,
+)
+from pallas_kernels.hopper.decode_tiles import read_place
 from pallas_kernels.reference import quantize_kv
 from pallas_kernels.types import KVPages, PageList
 
@@ -103,7 +112,7 @@ def test_matches_reference(
 def test_any_number_of_splits(count: int) -> None:
     """Also more splits than tiles."""
     args = problem(1, 1, 1, 1, 64, 64, 4, jnp.bfloat16, seed=1)
-    check(args, Config(splits=splits(args, count), stages=3))
+    check(args, Config(splits=splits(args, count), stages=3, parts=count))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +151,7 @@ def test_most_tokens_deals_out_the_splits(monkeypatch: pytest.MonkeyPatch) -> No
 def test_start_beyond_the_first_tiles() -> None:
     *args, retrieval_list, empty = problem(1, 1, 1, 4, 64, 16, 16, jnp.bfloat16, seed=2)
     lists = PageList(retrieval_list.page_ids, jnp.array([[150]]), jnp.array([[256]]))
-    check((*args, lists, empty), Config(splits=(2, 2)))
+    check((*args, lists, empty), Config(splits=(2, 2), parts=2))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
@@ -152,7 +161,7 @@ def test_lists_name_parts_of_pages(dtype: str) -> None:
     pools = [
         jax.tree.map(lambda x: x.reshape(x.shape[0], -1, 64, *x.shape[3:]), pool) for pool in pools
     ]
-    check((q, *pools, retrieval_list, ring), Config(splits=(2, 2)), selected_page_size=16)
+    check((q, *pools, retrieval_list, ring), Config(splits=(2, 2), parts=2), selected_page_size=16)
 
 
 def test_heads_share_a_list() -> None:
@@ -163,7 +172,7 @@ def test_heads_share_a_list() -> None:
     shared = shared._replace(stop=shared.stop.at[1].set(0))
     bounds = own._replace(start=own.start[:, :1] * 0, stop=own.stop[:, :1] * 0 + 70)
     whole = KVPages(*(jnp.nan_to_num(x) for x in retrieval[:2]))
-    check((q, whole, valid, bounds, shared), Config(splits=(2,) * 5))
+    check((q, whole, valid, bounds, shared), Config(splits=(2,) * 5, parts=2))
 
 
 def test_choice_of_config() -> None:
@@ -188,16 +197,46 @@ def test_choice_of_config() -> None:
 
 def test_splits_are_numbered_through() -> None:
     """Every number is one split of one head, in order, and the combining kernel finds them."""
-    for of_heads in ((3,), (2, 2, 2), (3, 3, 8, 1), (1, 2, 1, 1, 5)):
-        numbers = iter(range(sum(of_heads)))
-        for head, count in enumerate(of_heads):
-            first, found = splits_of_head(jnp.int32(head), of_heads)
-            assert int(found) == count
-            for split in range(count):
-                number = next(numbers)
-                assert number == int(first) + split
-                place = find_split(jnp.int32(number), of_heads)
-                assert tuple(map(int, place)) == (head, split, count)
+    own, shared = (
+        PageList(*(np.zeros(shape, np.int32) for shape in ((1, heads, width), (1, heads), (1, 1))))
+        for heads, width in ((4, 7), (1, 5))
+    )
+    splits = (3, 1, 2, 2, 4, 4)
+    table = split_table(splits, [(4, own), (2, shared)], 20)
+    for number, row in enumerate(table.tolist()):
+        place = read_place(table, number)
+        assert jax.tree.leaves(place) == row[:-2]
+        if number >= sum(splits):
+            assert place.splits == 0
+            continue
+        assert table[place.head, -2:].tolist() == [number - place.split, splits[place.head]]
+        assert 0 <= place.split < place.splits == splits[place.head]
+        if place.head < 4:
+            assert (place.of_second, place.pool_head) == (0, place.head)
+            assert (place.page_ids, place.start) == ((28, 7 * place.head), (4, place.head))
+            assert (place.stop, place.last_entry) == ((1, 0), 6)
+        else:
+            assert (place.of_second, place.pool_head) == (1, place.head - 4)
+            assert (place.page_ids, place.stop, place.last_entry) == ((5, 0), (1, 0), 4)
+
+
+@pytest.mark.parametrize("of_lists", [1, 4])
+def test_heads_that_are_alike_need_no_table(of_lists: int) -> None:
+    lists = PageList(*(np.zeros(x, np.int32) for x in ((2, of_lists, 7), (2, of_lists), (2, 1))))
+    table = split_table((3,) * 4, [(4, lists)], 12)
+    for number, row in enumerate(table.tolist()):
+        place = jax.tree.map(int, place_alike(jnp.int32(number), Alike(3, lists)))
+        assert jax.tree.leaves(place) == row[:-2]
+
+
+@given(
+    st.sampled_from([1, 2, 3, 8, 32, 100, 300]),
+    st.lists(st.integers(1, 1 << 18), min_size=1, max_size=8),
+    st.sampled_from([264, 528]),
+)
+def test_no_deal_needs_more_numbers(rows: int, most_tokens: list[int], ctas: int) -> None:
+    splits = deal_splits(rows, tuple(most_tokens), ctas)
+    assert sum(splits) <= most_splits(rows, len(most_tokens), ctas)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def test_page_scores(shape: SelectionShape, weight: float) -> None:
         "page_size": shape.page_size,
         "selected_page_size": shape.selected_page_size,
         "lower_bound_weight": weight,
+        "most_heads": shape.most_heads,
     }
     scores = np.asarray(jax.jit(partial(page_scores, **how))(*args))
     truth = np.asarray(reference.page_scores(*args, **how))
@@ -51,7 +52,7 @@ def test_select_pages(shape: SelectionShape, kind: str) -> None:
     wanted = rng.integers(0, shape.selected + 1, size[:2])
     wanted[0, 0] = shape.selected
     args = jnp.asarray(scores, jnp.float32), jnp.asarray(candidates), jnp.asarray(wanted, jnp.int32)
-    how = {"num_pages": shape.selected, "sink_pages": 1}
+    how = {"num_pages": shape.selected, "sink_pages": 1, "most_heads": shape.most_heads}
     assert_array_equal(
         jax.jit(partial(select_pages, **how))(*args), reference.select_pages(*args, **how)
     )

@@ -43,10 +43,16 @@ def problem(rows, heads, group, head_dim, logical_pages, page_size, width, *, se
 
 
 def check_scores(
-    args, page_size: int, config: Config | None = None, weight: float = 0.5, together: int = 1
+    args,
+    page_size: int,
+    config: Config | None = None,
+    weight: float = 0.5,
+    together: int = 1,
+    most_heads: int | None = None,
 ) -> None:
     """``together`` logical pages have one score."""
     how = {
+        "most_heads": most_heads,
         "page_size": page_size,
         "selected_page_size": together * (page_size // args[1].shape[2]),
         "lower_bound_weight": weight,
@@ -111,6 +117,10 @@ def test_choice_of_config() -> None:
     assert choose_config(1, 4, 128) == Config(tiles=2, stages=2)  # two CTAs an SM
     assert choose_config(1, 4, 16).tiles == 1  # fewer tiles than SMs
     assert choose_config(8, 8, 2048).tiles == 8  # several waves
+
+
+def test_scores_of_fewer_heads_than_other_layers_have() -> None:
+    check_scores(problem(2, 3, 2, 64, 4, 64, 9), 64, most_heads=5)
 
 
 @pytest.mark.parametrize(
@@ -238,3 +248,12 @@ def test_selection_refuses_by_name(width: int, num_pages: int, dtype: str, reaso
             num_pages=num_pages,
             sink_pages=0,
         )
+
+
+def test_selection_of_fewer_heads_than_other_layers_have() -> None:
+    rng = np.random.default_rng(0)
+    args = rng.normal(size=(2, 3, 300)).astype(np.float32), np.array([300, 90], np.int32)
+    args = *args, rng.integers(1, 70, (2, 3)).astype(np.int32)
+    how = {"num_pages": 70, "sink_pages": 1}
+    selected = jax.jit(lambda *xs: select_pages(*xs, **how, most_heads=5))(*args)
+    assert_array_equal(selected, reference.select_pages(*args, **how))

@@ -317,3 +317,13 @@ def test_most_tokens_is_refused_by_name(most_tokens: tuple[int, ...], words: str
     arguments = {name: x for name, x in arguments.items() if name != "selected_page_size"}
     with pytest.raises(ValueError, match=re.escape(words)):
         jax.eval_shape(partial(api.paged_attention, most_tokens=most_tokens), **arguments)
+
+
+@pytest.mark.parametrize("op", ["page_scores", "select_pages"])
+def test_fewer_heads_than_there_are_is_refused(op: str) -> None:
+    arguments, _ = ACCEPTED[op]
+    static = {name: x for name, x in arguments.items() if isinstance(x, int | float)}
+    arrays = {name: x for name, x in arguments.items() if name not in static}
+    call = partial(getattr(api, op), most_heads=0, **static)
+    with pytest.raises(ValueError, match="most_heads=0 must be at least the 1 heads that there"):
+        jax.eval_shape(call, **arrays)
