@@ -1,0 +1,107 @@
+"""The linear layer with packed weights, interpreted on a CPU, against float64.
+
+The interpreter cannot run the products, which are PTX: plain arithmetic stands in for them, on the
+same words and tiles. What it says of bits: a word as the packed order has it, so that a wrong place
+of a scale, a zero point or a piece of x is seen.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from packed_cases import KINDS, normal, numbers, random_weight
+
+from pallas_kernels import reference
+from pallas_kernels.hopper import quant_operands
+from pallas_kernels.hopper.quant_linear import packed_linear, packed_product
+from pallas_kernels.hopper.quant_plan import Config
+from pallas_kernels.packed import pack_weight, unpack_weight
+from pallas_kernels.types import PackedWeight, Weight
+
+PLAIN = {"bias": None, "norm_scale": None, "square_sums": None, "residual": None}
+
+
+def block_codes(words: jax.Array, codes: str) -> jax.Array:
+    """[64, 128] float32, less what is taken off, of the words [rows, 64] of a block."""
+    packed = PackedWeight(
+        words=words[None, None],
+        channel_scale=jnp.ones((1, 64)),
+        codes=codes,
+        groups=1,
+        zeros="none",
+        paired=False,
+    )
+    offset = quant_operands.CODE_OFFSET[codes]
+    return unpack_weight(packed).codes.astype(jnp.float32).T - offset
+
+
+def rows_of(x: jax.Array) -> jax.Array:
+    """[N, 128] float32 of the tile [4, N, 32]."""
+    return x.astype(jnp.float32).swapaxes(0, 1).reshape(x.shape[1], 128)
+
+
+@pytest.fixture(autouse=True)
+def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    def multiply(words, x, *, codes, part, parts):
+        own = slice(part * 128 // parts, (part + 1) * 128 // parts)
+        products = block_codes(words, codes)[:, own] @ rows_of(x)[:, own].T
+        return products.astype(jnp.float32)
+
+    def row_totals(x, *, part, parts):
+        own = slice(part * 128 // parts, (part + 1) * 128 // parts)
+        return rows_of(x)[:, own].sum(axis=1)
+
+    def split_pairs(y):
+        pairs = y.reshape(4, 2, 8, -1)
+        return tuple(pairs[:, half].reshape(32, -1) for half in range(2))
+
+    if jax.default_backend() == "cpu":
+        for stand_in in (multiply, row_totals, split_pairs):
+            monkeypatch.setattr(quant_operands, stand_in.__name__, stand_in)
+        for name in ("griddepcontrol_wait", "griddepcontrol_launch_dependents"):
+            monkeypatch.setattr(plgpu, name, lambda: None)
+
+
+def compare(
+    x: jax.Array, weight: Weight, config: Config | None = None, *, gated: bool = False, **changes
+):
+    """Against unfused layers in bf16 around a product in float64; returns out and square sums."""
+    operands = PLAIN | changes
+    packed = pack_weight(weight, paired=gated)
+    out, sums = packed_linear(x, packed, **operands, gated=gated, epsilon=1e-5, config=config)
+    whole = jnp.asarray(numbers(weight), jnp.float32)
+    wanted, _ = reference.fused_linear(x, whole, **operands, gated=gated, epsilon=1e-5)
+    assert out.dtype == jnp.bfloat16 and out.shape == wanted.shape
+    out, wanted = (np.asarray(y, np.float32) for y in (out, wanted))
+    # One rounding to bf16 may go the other way, and a gate or residual multiplies the difference.
+    np.testing.assert_allclose(out, wanted, rtol=2**-7, atol=2**-7 * np.abs(wanted).max())
+    return out, sums
+
+
+def config(warpgroups=1, splits=1, stages=2, blocks=1) -> Config:
+    return Config(warpgroups=warpgroups, splits=splits, stages=stages, blocks=blocks)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_product_of_every_kind(kind: str) -> None:
+    x, weight = normal(0, 3, 256), random_weight(kind, 256, 128)
+    got = packed_product(x, pack_weight(weight), config=config(warpgroups=2))
+    wanted = np.asarray(x, np.float64) @ numbers(weight)
+    # Sums in float32 of products that are exact; the zero points' part is a difference of two.
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        config(warpgroups=3),
+        config(splits=2, blocks=2),
+        config(warpgroups=3, splits=4, stages=4),
+        config(stages=1, blocks=4),
+    ],
+)
+@pytest.mark.parametrize("kind", ["int8", "int4, group 64"])
+def test_configurations(kind: str, how: Config) -> None:
+    compare(normal(0, 2, 512), random_weight(kind, 512, 192), how)
