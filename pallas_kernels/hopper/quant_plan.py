@@ -28,7 +28,7 @@ class Config:
 _MEASURED = {
     (4096, 6144, 4): {8: (1, 8, 4, 2)},
     (4096, 4096, 4): {8: (1, 16, 2, 2)},
-    (4096, 28672, 4): {8: (4, 1, 4, 2), 16: (4, 1, 2, 2), 32: (7, 2, 2, 1)},
+    (4096, 28672, 4): {8: (4, 1, 4, 2), 16: (4, 1, 2, 2), 32: (4, 2, 2, 2)},
     (14336, 4096, 4): {8: (1, 8, 4, 2), 16: (4, 8, 3, 2), 32: (4, 8, 2, 2)},
     (4096, 128256, 4): {8: (4, 1, 4, 2)},
     (4096, 6144, 8): {8: (3, 4, 4, 1)},
@@ -62,11 +62,14 @@ def shared_bytes(packed: PackedWeight, padded_rows: int, config: Config) -> int:
 
 
 def _fitted(packed: PackedWeight, padded_rows: int, config: Config) -> Config:
-    """With as many of the stages as there is room for."""
-    stages = config.stages
-    while stages > 1 and shared_bytes(packed, padded_rows, config) > _SHARED_BYTES:
-        stages -= 1
-        config = dataclasses.replace(config, stages=stages)
+    """With as much in flight as there is room for: rather short steps than a single one."""
+    while shared_bytes(packed, padded_rows, config) > _SHARED_BYTES:
+        if config.stages > 2 or (config.stages == 2 and config.blocks == 1):
+            config = dataclasses.replace(config, stages=config.stages - 1)
+        elif config.blocks > 1:
+            config = dataclasses.replace(config, stages=4, blocks=1)
+        else:
+            break
     return config
 
 

@@ -79,8 +79,6 @@ def compare(
     return out, sums
 
 
-# At most two warpgroups: three that wait for one another want three threads of XLA's pool, which has
-# one a core.
 def config(warpgroups=1, splits=1, stages=2, blocks=1) -> Config:
     return Config(warpgroups=warpgroups, splits=splits, stages=stages, blocks=blocks)
 
