@@ -88,9 +88,7 @@ def _order(axes: str, wanted: str) -> list[int]:
 
 
 @partial(jax.jit, static_argnames=("zeros", "paired"))
-def _pack(
-    weight: Weight, *, zeros: Literal["none", "byte", "word"], paired: bool
-) -> PackedWeight:
+def _pack(weight: Weight, *, zeros: Literal["none", "byte", "word"], paired: bool) -> PackedWeight:
     (K, out), groups = weight.shape, weight.scale.shape[0]
     bits, channels = BITS[weight.codes.dtype.name], _CHANNEL_AXES[paired]
     codes = weight.codes.astype(jnp.uint8) if bits == 4 else _bitcast(weight.codes, jnp.uint8)
@@ -124,9 +122,7 @@ def _pack(
     elif weight.zero is not None:
         behind.append(block_rows(_bitcast(weight.zero, jnp.uint32)))
     words = _bitcast(jnp.concatenate([words, *behind], axis=2), jnp.int32)
-    return PackedWeight(
-        words=words.reshape(*words.shape[:2], -1, ROWS), channel_scale=None, **how
-    )
+    return PackedWeight(words=words.reshape(*words.shape[:2], -1, ROWS), channel_scale=None, **how)
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""A linear layer for a few rows with quantised weights, with what is around it: Hopper (Mosaic GPU).
+"""A linear layer for a few rows with quantised weights, and what is around it: Hopper (Mosaic).
 
 What ``fused_linear`` is for bf16, for codes of 4 or 8 bits. Weights are operand A of mma.sync, from
 registers, where codes become bf16 exactly; x^T is operand B, from shared memory.
@@ -165,7 +165,7 @@ def _multiply(
     after: list[Array],
     finish,
 ) -> list[Array]:
-    """The first kernel. Its sums go to ``finish``, with ``after`` and the outputs, or as they are."""
+    """The first kernel. Its sums go to ``finish``, with ``after`` and outputs, or as they are."""
     (B, K), (blocks, _, rows, _) = x.shape, packed.words.shape
     N, W, S = 8 * pl.cdiv(B, 8), config.warpgroups, config.splits
     length = K // S  # of x in a CTA

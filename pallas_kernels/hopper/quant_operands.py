@@ -10,6 +10,8 @@ operands of mma.sync by themselves. bf16 holds every code exactly:
 The interpreter cannot run them. Tests put plain arithmetic in their place.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jax._src.lib.mlir import ir
@@ -18,11 +20,12 @@ from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.mosaic import MATRIX, PER_COLUMN
-from pallas_kernels.packed import BITS, INPUTS, ROWS
+from pallas_kernels.packed import BITS, ROWS
 
 # What is taken off codes of 4 bits, and so off their zero points.
 CODE_OFFSET = {"uint4": 8, "int8": 0, "float8_e4m3fn": 0}
 _PRODUCTS = 8  # m16n8k16 a block, warp and 8 columns
+_FLOAT32 = jnp.dtype(jnp.float32)
 
 
 def words_layout(codes: str):
@@ -35,6 +38,7 @@ def words_layout(codes: str):
 X_TILE = plgpu.Layout.TILED(
     fa.Tiling(((8, 32), (8,))), warp_dims=(fa.Replicated(4),), lane_dims=(-3, -2), vector_dim=-1
 )
+
 
 def row_layout(inputs: int):
     """[inputs / 32, 32] bf16, of one row of x, spread over all threads."""
@@ -63,13 +67,13 @@ def multiply(words, x, *, codes: str, part: int, parts: int):
         operands = _operands_a(codes, words)
         return _array(MATRIX, (64, N), _products(operands, x, part, parts, N))
 
-    result = plgpu.ShapeDtypeStruct((64, N), jnp.float32, layout=MATRIX)
+    result = plgpu.ShapeDtypeStruct((64, N), _FLOAT32, layout=MATRIX)
     layouts = words_layout(codes), X_TILE
     return plgpu.inline_mgpu(arg_types=layouts, return_type=result)(product)(words, x)
 
 
 def row_totals(x, *, part: int, parts: int):
-    """[N] float32: each row's sum over the inputs of one of ``parts`` groups; by products with 1."""
+    """[N] float32: each row's sum over the inputs of one of ``parts`` groups: products with 1."""
     N = x.shape[1]
 
     def product(_, x):
@@ -78,7 +82,7 @@ def row_totals(x, *, part: int, parts: int):
         sums = _products([ones] * (4 * _PRODUCTS), x, part, parts, N)
         return _array(PER_COLUMN, (N,), sums[::2])  # all rows are the same
 
-    result = plgpu.ShapeDtypeStruct((N,), jnp.float32, layout=PER_COLUMN)
+    result = plgpu.ShapeDtypeStruct((N,), _FLOAT32, layout=PER_COLUMN)
     return plgpu.inline_mgpu(arg_types=(X_TILE,), return_type=result)(product)(x)
 
 
@@ -90,7 +94,7 @@ def split_pairs(y):
         registers = y.registers.reshape(N // 8, 2)
         return tuple(_array(HALF, (32, N), registers[:, half]) for half in range(2))
 
-    result = plgpu.ShapeDtypeStruct((32, N), jnp.float32, layout=HALF)
+    result = plgpu.ShapeDtypeStruct((32, N), _FLOAT32, layout=HALF)
     return plgpu.inline_mgpu(arg_types=(MATRIX,), return_type=(result, result))(split)(y)
 
 
@@ -101,7 +105,7 @@ def _array(layout, shape: tuple[int, ...], values) -> fa.FragmentedArray:
     return fa.FragmentedArray(_registers=array, _layout=layout, _is_signed=None)
 
 
-def _asm(text: str, *operands: ir.Value) -> ir.Value:
+def _asm(text: str, *operands: ir.Value) -> Any:
     i32 = ir.IntegerType.get_signless(32)
     constraints = ",".join(["=r"] + ["r"] * len(operands))
     text = "{ .reg .b32 a, b, c; " + text + " }"
@@ -149,7 +153,7 @@ def _products(
         for k in range(part * each, (part + 1) * each):
             inputs = vector.bitcast(ir.VectorType.get((4,), i32), b[k // 2, j])
             pair = [vector.extract(inputs, [], [2 * (k % 2) + i]) for i in range(2)]
-            result = llvm.inline_asm(
+            result: Any = llvm.inline_asm(
                 llvm.StructType.get_literal([f32] * 4),
                 [*operands[4 * k : 4 * k + 4], *pair, *sums],
                 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3},"

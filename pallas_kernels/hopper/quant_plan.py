@@ -1,4 +1,4 @@
-"""How a quantised linear layer is cut for a Hopper GPU: warpgroups, splits of K, bytes in flight."""
+"""How a quantised linear layer is cut for a Hopper GPU: warpgroups, splits of K, stages."""
 
 import dataclasses
 from dataclasses import dataclass

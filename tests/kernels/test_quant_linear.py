@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from packed_cases import KINDS, normal, numbers, random_weight
 
