@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from packed_cases import KINDS, normal, numbers, random_weight
 
-from pallas_kernels import reference
+from pallas_kernels import api, reference
 from pallas_kernels.hopper import quant_operands
 from pallas_kernels.hopper.quant_linear import packed_linear, packed_product
 from pallas_kernels.hopper.quant_plan import Config
@@ -152,3 +152,36 @@ def test_refuses_by_name(changes, reason: str) -> None:
     packed = pack_weight(random_weight("int8", 128, 64))
     with pytest.raises(NotImplementedError, match=reason):
         packed_linear(x, packed, **PLAIN, gated=how["gated"], epsilon=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, api.MOST_PACKED_ROWS, api.MOST_PACKED_ROWS + 1])
+def test_ops_choose_by_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more rows than the kernel has, a matrix is unpacked; so it is without kernels."""
+    runs = []
+    stand_in = quant_operands.multiply
+    monkeypatch.setattr(
+        quant_operands, "multiply", lambda *args, **how: (runs.append(1), stand_in(*args, **how))[1]
+    )
+    x, weight = normal(0, rows, 128), random_weight("int8", 128, 64)
+    packed = pack_weight(weight)
+    jax.clear_caches()  # what is counted is traced
+    for backend in ("mosaic", "reference"):
+        out, _ = api.fused_linear(x, packed, backend=backend)
+        logits = api.product(x[None], packed, backend=backend)
+        has_kernel = backend == "mosaic" and rows <= api.MOST_PACKED_ROWS
+        assert bool(runs) == has_kernel
+        runs.clear()
+        wanted = np.asarray(x, np.float64) @ numbers(weight)
+        assert logits.shape == (1, rows, 64) and logits.dtype == jnp.float32
+        np.testing.assert_allclose(logits[0], wanted, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(out.astype(jnp.float32), wanted, rtol=2**-8, atol=1e-5)
+
+
+def test_ops_refuse_another_size() -> None:
+    packed = pack_weight(random_weight("int8", 128, 64))
+    with pytest.raises(
+        ValueError, match=r"kernel is packed of shape \(128, 64\), expected \[256, "
+    ):
+        api.fused_linear(normal(0, 1, 256), packed)
+    with pytest.raises(ValueError, match=r"x has shape \(1, 256\), expected \[1, 128\]"):
+        api.product(normal(0, 1, 256), packed)
