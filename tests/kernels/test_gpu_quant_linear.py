@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from jax import lax
 from shapes.linear import LINEAR, Kind, LinearShape, random_weight
-
 from tiny_llm import random_prompts, tiny_config, tiny_params
 
 from lserve_jax import LLM, SamplingParams
