@@ -37,7 +37,7 @@ class ModelArgs:
         Literal["int8", "int4", "fp8", "checkpoint"] | None,
         flag("{int8,int4,fp8,checkpoint}", "as --dtype"),
     ] = None
-    """Quantise weights at load, or keep a checkpoint's own codes: less memory, no kernel yet."""
+    """Quantise weights at load, or keep a checkpoint's own codes: less memory."""
     prefix_cache: Annotated[bool, flag("", "remember")] = True
     """Remember prompts, so that one that begins alike goes on from there, or forget them."""
     host_cache_bytes: int = 0

@@ -45,11 +45,11 @@ from pallas_kernels.checks import (
     expect_shape,
     expect_stats,
     expect_table,
-    expect_weight,
     value_checks,
 )
 from pallas_kernels.device import (
     MOST_LINEAR_ROWS,
+    MOST_PACKED_ROWS,
     MOST_SELECTED_PAGES,
     Backend,
     has_fp8,
@@ -57,6 +57,8 @@ from pallas_kernels.device import (
     resolve_backend,
 )
 from pallas_kernels.forward_mode import forward_only
+from pallas_kernels.linear_ops import fused_linear, product
+from pallas_kernels.packed import pack_weight, unpack_weight, unpackable
 from pallas_kernels.plain_ops import (
     apply_rotary,
     causal_attention,
@@ -64,24 +66,25 @@ from pallas_kernels.plain_ops import (
     merge_attention,
     quantize_kv,
 )
-from pallas_kernels.types import KVPages, OwnAttention, PageList, Weight
+from pallas_kernels.types import KVPages, OwnAttention, PackedWeight, PageList, Weight
 from pallas_kernels.weights import (
     WEIGHT_GROUPS,
     WEIGHT_KINDS,
     WeightKind,
     dequantize_weight,
-    product,
     quantize_weight,
 )
 
 __all__ = [
     "MOST_LINEAR_ROWS",
+    "MOST_PACKED_ROWS",
     "MOST_SELECTED_PAGES",
     "WEIGHT_GROUPS",
     "WEIGHT_KINDS",
     "Backend",
     "KVPages",
     "OwnAttention",
+    "PackedWeight",
     "PageList",
     "Weight",
     "WeightKind",
@@ -96,6 +99,7 @@ __all__ = [
     "fused_linear",
     "has_fp8",
     "merge_attention",
+    "pack_weight",
     "page_scores",
     "paged_attention",
     "prefill_attention",
@@ -105,6 +109,8 @@ __all__ = [
     "quantize_weight",
     "resolve_backend",
     "select_pages",
+    "unpack_weight",
+    "unpackable",
     "value_checks",
     "verify_attention",
 ]
@@ -509,58 +515,3 @@ def select_pages(
         return jnp.zeros((*scores.shape[:2], num_pages), jnp.int32)
     how = {"num_pages": num_pages, "sink_pages": sink_pages, "most_heads": most_heads}
     return implementation("select_pages", backend)(scores, num_candidates, wanted, **how)
-
-
-def fused_linear(
-    x: Float[Array, "R K"],
-    kernel: Float[Array, "K out"] | Weight,
-    *,
-    bias: Float[Array, " out"] | None = None,
-    norm_scale: Float[Array, " K"] | None = None,
-    epsilon: float = 0.0,
-    square_sums: Array | None = None,
-    residual: Float[Array, "R out"] | None = None,
-    gated: bool = False,
-    backend: Backend = "auto",
-) -> tuple[Float[Array, "R out"], Array | None]:
-    """``residual + gate(norm(x) @ kernel + bias)``, each part if it is given.
-
-    norm is RMSNorm: ``x / sqrt(mean(x^2) + epsilon)``, in x's dtype, times ``norm_scale``. gated:
-    SiLU of the first half of the columns times the second half, so that out is half as wide.
-
-    With a residual, also returns what the norm of the next layer needs to know of ``out``, to be
-    handed to it as ``square_sums``; None if the kernel did not run.
-
-    The kernel is for decode: it reads the weights once and is one launch. With more than
-    ``MOST_LINEAR_ROWS`` rows XLA's matrix product was measured to be faster, so the reference
-    implementation runs whatever the backend; so it does for a quantised matrix.
-
-    >>> import jax.numpy as jnp
-    >>> out, _ = fused_linear(jnp.ones((1, 4)), jnp.ones((4, 2)), residual=jnp.ones((1, 2)))
-    >>> out.tolist()
-    [[5.0, 5.0]]
-    """
-    expect_shape("x", x, (None, None))
-    R, K = x.shape
-    if isinstance(kernel, Weight):
-        expect_weight("kernel", kernel, K)
-    else:
-        expect_shape("kernel", kernel, (K, None))
-    width = kernel.shape[1]
-    if gated and width % 2:
-        raise ValueError(f"a gated kernel needs an even number of columns, got {width}")
-    if bias is not None:
-        expect_shape("bias", bias, (width,))
-    if norm_scale is not None:
-        expect_shape("norm_scale", norm_scale, (K,))
-    if square_sums is not None and norm_scale is None:
-        raise ValueError("square_sums are for a norm, and norm_scale is None")
-    if residual is not None:
-        expect_shape("residual", residual, (R, width // 2 if gated else width))
-    backend = resolve_backend(backend)
-    # In this order: R is no int in a program exported for any batch.
-    if backend == "mosaic" and (isinstance(kernel, Weight) or R > MOST_LINEAR_ROWS):
-        backend = "reference"
-    return implementation("fused_linear", backend)(
-        x, kernel, bias, norm_scale, square_sums, residual, gated=gated, epsilon=epsilon
-    )

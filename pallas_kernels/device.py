@@ -21,6 +21,8 @@ KERNELS: dict[str, dict[str, str]] = {
         "append_kv": "pallas_kernels.hopper.kv_append_token",
         "append_kv_chunk": "pallas_kernels.hopper.kv_append_chunk",
         "fused_linear": "pallas_kernels.hopper.fused_linear",
+        "packed_linear": "pallas_kernels.hopper.quant_linear",
+        "packed_product": "pallas_kernels.hopper.quant_linear",
         "page_scores": "pallas_kernels.hopper.page_scores",
         "paged_attention": "pallas_kernels.hopper.decode_attention",
         "prefill_attention": "pallas_kernels.hopper.prefill_attention",
@@ -35,6 +37,9 @@ MOST_SELECTED_PAGES = 4096
 
 # Rows up to which ``fused_linear`` runs its kernel. With more, XLA's matrix product is faster.
 MOST_LINEAR_ROWS = 4
+
+# The same for packed weights. With more rows they are unpacked first; see ``linear_ops.py``.
+MOST_PACKED_ROWS = 32
 
 
 def is_hopper(device: jax.Device) -> bool:

@@ -1,8 +1,10 @@
 """What ops take and return beside plain arrays: pages and their lists, quantised matrices."""
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
-from jaxtyping import Array, Bool, Float, Int
+import jax
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 
 class KVPages(NamedTuple):
@@ -34,6 +36,31 @@ class Weight(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """Of the matrix that it stands for."""
         return self.codes.shape
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class PackedWeight:
+    """A ``Weight`` in the order in which Hopper's tensor cores take it; see ``packed.py``.
+
+    Blocks of 64 output channels by 128 inputs, each contiguous: codes in words of 32 bits, then a
+    word a channel for each of its scales, then for each of its zero points that has a word of its
+    own.
+    """
+
+    words: Int32[Array, "blocks K/128 rows 64"]
+    channel_scale: Float[Array, "blocks 64"] | None  # float32, where a channel has one scale
+    codes: str = field(metadata={"static": True})  # dtype: int8, uint4 or float8_e4m3fn
+    groups: int = field(metadata={"static": True})  # scales along K, as the ``Weight`` had them
+    # Where the zero points are: nowhere, in the low byte of each scale, or in words of their own.
+    zeros: Literal["none", "byte", "word"] = field(metadata={"static": True})
+    # Whether the first half of the channels alternates with the second, eight by eight.
+    paired: bool = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[K, out] of the matrix that it stands for."""
+        return self.words.shape[1] * 128, self.words.shape[0] * 64
 
 
 class PageList(NamedTuple):

@@ -8,6 +8,9 @@ from pathlib import Path
 # The float64 oracle multiplies small matrices: more threads only wait for each other, at full
 # speed. Read when NumPy is imported, so xdist's workers must inherit it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# XLA's pool of threads: one for each warpgroup that an interpreted kernel lets wait for others,
+# however few cores there are. Read when JAX makes its first array.
+os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
 
 import jax
 import pytest

@@ -164,8 +164,8 @@ class Engine:
     def params(self) -> Params:
         """The parameters as they run, of the same function as those that came in.
 
-        Heads may be in another order and matrices quantised; on a CPU a tied model has an output
-        projection of its own.
+        Heads may be in another order, matrices quantised, or packed for kernels; on a CPU a tied
+        model has an output projection of its own.
         """
         return self.runner.params
 

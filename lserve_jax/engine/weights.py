@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.heads import HeadPartition, permute_heads
 from lserve_jax.model.params import Params
-from lserve_jax.model.quantise import quantise_params
+from lserve_jax.model.quantise import pack_params, quantise_params
 from pallas_kernels.api import Weight, WeightKind
 
 
@@ -21,7 +21,7 @@ class Intake:
 
     The result shares every array that need not change: those of ``dtype`` whose heads stay where
     they are. The others are copies: heads put in order, a tied model's output projection on a CPU,
-    quantised matrices.
+    matrices that are quantised, or packed for kernels.
     """
 
     config: ModelConfig
@@ -29,6 +29,7 @@ class Intake:
     dtype: Any  # of the arithmetic
     weights: WeightKind | None  # what matrices are quantised to
     weight_group: int
+    packed: bool  # whether quantised matrices go into the order of the kernels
     # Shape, dtype and sharding of each leaf that came first, by path.
     _first: dict[str, jax.ShapeDtypeStruct] = field(init=False, default_factory=dict)
 
@@ -103,7 +104,8 @@ class Intake:
         # Before heads move, so that a model's codes do not depend on how it is attended.
         if self.weights is not None:
             params = quantise_params(params, self.weights, group=self.weight_group)
-        return permute_heads(self.config, params, self.partition)
+        params = permute_heads(self.config, params, self.partition)
+        return pack_params(params) if self.packed else params
 
 
 def _on_auto_axes(x: Any) -> Any:

@@ -18,7 +18,7 @@ from pallas_kernels.api import Backend
 class Linear(nnx.Module):
     """Parameters of ``x @ kernel (+ bias)``. ``kernel`` is ``[in, out]``, ``bias`` is ``[out]``.
 
-    The value of ``kernel`` may be an ``api.Weight``, a quantised matrix.
+    The value of ``kernel`` may be an ``api.Weight``, a quantised matrix, or one that is packed.
     """
 
     def __init__(self, in_size: int, out_size: int, *, bias: bool, dtype, rngs: nnx.Rngs):

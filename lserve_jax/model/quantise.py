@@ -14,10 +14,13 @@ from lserve_jax.model.params import Params
 from pallas_kernels.api import (
     WEIGHT_GROUPS,
     WEIGHT_KINDS,
+    PackedWeight,
     Weight,
     WeightKind,
     has_fp8,
+    pack_weight,
     quantize_weight,
+    unpackable,
 )
 
 # How matrices are held: rounded to a kind, or as the codes of a quantised checkpoint.
@@ -99,9 +102,14 @@ def expect_kind(
 
 def code_types(params: Params) -> str:
     """Types of the codes in a tree, such as "int8, uint4"; "none" where all of it is floats."""
-    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Weight))
+    leaves = jax.tree.leaves(params, is_leaf=_is_quantised)
     found = {str(np.dtype(x.codes.dtype)) for x in leaves if isinstance(x, Weight)}
+    found |= {x.codes for x in leaves if isinstance(x, PackedWeight)}
     return ", ".join(sorted(found)) or "none"
+
+
+def _is_quantised(x: object) -> bool:
+    return isinstance(x, Weight | PackedWeight)
 
 
 def quantise_params(params: Params, kind: WeightKind, *, group: int = 32) -> Params:
@@ -127,3 +135,20 @@ def quantise_params(params: Params, kind: WeightKind, *, group: int = 32) -> Par
         return jax.block_until_ready(quantize_weight(tree, kind=to, group=group))
 
     return visit(params, [])
+
+
+def pack_params(params: Params) -> Params:
+    """The same tree with the quantised matrices in the order of the kernels, as far as that goes.
+
+    A ``Weight`` stays one, and XLA multiplies it, where ``unpackable`` has a reason or it lies on
+    several devices. The tree given is left as it is.
+    """
+
+    def pack(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, Weight) or len(leaf.codes.devices()) > 1 or unpackable(leaf):
+            return leaf
+        paired = "gate_up_proj" in jax.tree_util.keystr(path)
+        # One after the other, as in ``quantise_params``.
+        return jax.block_until_ready(pack_weight(leaf, paired=paired))
+
+    return jax.tree.map_with_path(pack, params, is_leaf=_is_quantised)

@@ -28,6 +28,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.hopper.linear_tiles import (
+    COLUMNS,
+    first_square_sums,
+    gather_columns,
+    inverse_rms,
+    square_sums_type,
+    store_columns,
+)
 from pallas_kernels.hopper.mosaic import (
     MATRIX,
     MATRIX_TRANSPOSED,
@@ -41,8 +49,6 @@ from pallas_kernels.hopper.mosaic import (
     store_unoptimised,
     tile_transforms,
 )
-
-COLUMNS = 64  # C, the least that wgmma multiplies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +113,7 @@ def fused_linear(
     halves = 2 if gated else 1
     summed = K // COLUMNS  # rows of square_sums that count
     if norm_scale is not None and square_sums is None:
-        square_sums, summed = _square_sums(x, N), 1
+        square_sums, summed = first_square_sums(x, N), 1
 
     def multiply(x_gmem, kernel_gmem, *refs):  # [B, K], [K, out]
         refs = list(refs)
@@ -141,24 +147,12 @@ def fused_linear(
             if scale_gmem is not None:
                 plgpu.copy_gmem_to_smem(scale_gmem.at[k], scale_smem[0].at[stage], ready.at[stage])
 
-        def as_columns(load, length):
-            """[length, N] float32 whose column b is ``load(b)``, for the B rows; else zero."""
-            column = plgpu.broadcasted_iota(jnp.int32, (length, N), 1, layout=MATRIX)
-            matrix = full((length, N), 0.0, MATRIX)
-            for row in range(B):
-                matrix = jnp.where(column == row, spread_rows(load(row), matrix), matrix)
-            return matrix
-
         for step in range(min(stages, steps)):
             fetch(jnp.int32(step))
 
-        inverse_rms = None
+        scales = None
         if sums_gmem is not None:
-            tiles = sums_gmem.shape[0]
-            sums = plgpu.load(sums_gmem, layout=MATRIX, optimized=False)
-            tile = plgpu.broadcasted_iota(jnp.int32, (tiles, N), 0, layout=MATRIX)
-            sums = jnp.where(tile < summed, sums, 0.0)
-            inverse_rms = lax.rsqrt(sums.sum(axis=0) * (1.0 / K) + epsilon)  # [N]
+            scales = inverse_rms(sums_gmem, summed, K, epsilon)
 
         def multiply_tile(step, accs):
             stage = lax.rem(step, jnp.int32(stages))
@@ -167,9 +161,9 @@ def fused_linear(
             def load_row(row):
                 return plgpu.load(rows_smem.at[stage, row], layout=PER_ROW).astype(jnp.float32)
 
-            x = as_columns(load_row, T)
-            if inverse_rms is not None:
-                x = (x * spread_columns(inverse_rms, x)).astype(jnp.bfloat16).astype(jnp.float32)
+            x = gather_columns(load_row, B, (T, N))
+            if scales is not None:
+                x = (x * spread_columns(scales, x)).astype(jnp.bfloat16).astype(jnp.float32)
                 scale = plgpu.load(scale_smem[0].at[stage], layout=PER_ROW).astype(jnp.float32)
                 x = x * spread_rows(scale, x)
             x_smem.transpose((1, 0))[...] = plgpu.layout_cast(
@@ -210,21 +204,15 @@ def fused_linear(
                 own_row = residual_gmem.at[row, own]
                 return plgpu.load(own_row, layout=PER_ROW, optimized=False).astype(jnp.float32)
 
-            y = y + as_columns(load_residual, COLUMNS)
+            y = y + gather_columns(load_residual, B, (COLUMNS, N))
         y = y.astype(jnp.bfloat16).astype(jnp.float32)
         if out_sums_gmem is not None:
             store_unoptimised(out_sums_gmem.at[c], (y * y).sum(axis=0))
-        column = plgpu.broadcasted_iota(jnp.int32, y.shape, 1, layout=MATRIX)
-        for row in range(B):
-            # The only element that counts in a sum over columns: a column without a gather.
-            values = jnp.where(column == row, y, 0.0).sum(axis=1)
-            store_unoptimised(out_gmem.at[row, own], values.astype(jnp.bfloat16))
+        store_columns(out_gmem, y, B, own)
 
     out_type = [jax.ShapeDtypeStruct((B, width), x.dtype)]
     if residual is not None:
-        # As many rows as a warpgroup loads at once.
-        tiles = 64 * pl.cdiv(width // COLUMNS, 64)
-        out_type.append(jax.ShapeDtypeStruct((tiles, N), jnp.float32))
+        out_type.append(square_sums_type(width, N))
     kernel_tile = plgpu.SMEM(
         (stages, halves, T, COLUMNS),
         kernel.dtype,
@@ -248,10 +236,3 @@ def fused_linear(
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(x, kernel, *(y for y in operands if y is not None))
     return out, sums[0] if sums else None
-
-
-def _square_sums(x: Float[Array, "B K"], N: int) -> Float[Array, "64 N"]:
-    """For an x that no layer made: the whole sum in row 0."""
-    x = x.astype(jnp.float32)
-    sums = (x * x).sum(axis=1)
-    return jnp.zeros((64, N), jnp.float32).at[0, : len(sums)].set(sums)

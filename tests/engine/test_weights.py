@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from lserve_cases import CASES
 from numpy.testing import assert_allclose
@@ -11,7 +12,8 @@ from tiny_llm import random_prompts, tiny_config, tiny_params
 
 from lserve_jax import LLM, SamplingParams
 from lserve_jax.engine.scoring import score
-from lserve_jax.model.quantise import quantise_params
+from lserve_jax.functional import logits
+from lserve_jax.model.quantise import code_types, pack_params, quantise_params
 from pallas_kernels import api
 
 CONFIG = tiny_config(layers=2, kv_heads=4, group=1, hidden_size=64)
@@ -127,3 +129,19 @@ def test_refusals() -> None:
     int4 = quantise_params(params, "int4")
     with pytest.raises(ValueError, match="already, as uint4 with 32 inputs to a scale and zero"):
         quantise_params(int4, "int4", group=64)
+
+
+@pytest.mark.parametrize("kind", api.WEIGHT_KINDS)
+def test_packed_matrices_give_the_same_answers(kind) -> None:
+    """Those that have the size for it. Without their kernel they are unpacked."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "tie_word_embeddings": False}
+    config = dataclasses.replace(CONFIG, **sizes)
+    plain = quantise_params(tiny_params(config), kind)
+    packed = pack_params(plain)
+    leaves = jax.tree.leaves(packed, is_leaf=lambda x: isinstance(x, api.PackedWeight))
+    sized = [x for x in leaves if isinstance(x, api.PackedWeight)]
+    assert len(sized) > 2 * 2 and {x.paired for x in sized} == {True, False}
+    assert code_types(packed) == code_types(plain)
+    tokens = np.array(random_prompts(1, [12]))
+    got, wanted = (logits(config, tree, tokens) for tree in (packed, plain))
+    np.testing.assert_array_equal(got, wanted)

@@ -21,8 +21,10 @@ from pallas_kernels.hopper.page_scores import page_scores
 from pallas_kernels.hopper.page_selection import select_pages
 from pallas_kernels.hopper.prefill_attention import prefill_attention
 from pallas_kernels.hopper.prefix_attention import prefix_attention
+from pallas_kernels.hopper.quant_linear import packed_linear, packed_product
 from pallas_kernels.hopper.verify_attention import verify_attention
-from pallas_kernels.types import KVPages, OwnAttention, PageList
+from pallas_kernels.packed import BITS
+from pallas_kernels.types import KVPages, OwnAttention, PackedWeight, PageList
 
 
 def decode_arguments(
@@ -244,6 +246,50 @@ LINEAR_CASES = {
 GATED_CASES = {"linear, gated": {"norm": True, "out": 28672, "gated": True}}
 
 
+def packed_weight(codes: str, K: int, out: int, group: int | None, paired: bool) -> PackedWeight:
+    """One whose zero points, if it has 4 bits, are no integers."""
+    array, zeros = jax.ShapeDtypeStruct, "word" if codes == "uint4" else "none"
+    behind = 0 if group is None else 128 // group * (2 if zeros == "word" else 1)
+    return PackedWeight(
+        words=array((out // 64, K // 128, 4 * BITS[codes] + behind, 64), jnp.int32),
+        channel_scale=array((out // 64, 64), jnp.float32) if group is None else None,
+        codes=codes,
+        groups=1 if group is None else K // group,
+        zeros=zeros,
+        paired=paired,
+    )
+
+
+def packed_arguments(codes="int8", group=None, gated=False, **case):
+    x, kernel, *around = linear_arguments(gated=gated, **case)
+    return x, packed_weight(codes, *kernel.shape, group, gated), *around
+
+
+INT4 = {"codes": "uint4", "group": 128}
+PACKED_CASES = {
+    "int8 linear, norm": {"norm": True, "out": 6144},
+    "int8 linear, residual, 8 rows": {"residual": True, "K": 14336, "rows": 8},
+    "fp8 linear, residual, 32 rows": {"codes": "float8_e4m3fn", "residual": True, "rows": 32},
+    "int4 linear, norm": INT4 | {"norm": True, "out": 6144},
+    "int4 linear, residual, 32 rows": INT4 | {"residual": True, "K": 14336, "rows": 32},
+    "int4 linear, SmolLM2, groups of 32": INT4 | {"group": 32, "K": 1536, "out": 576},
+}
+WIDE = {"norm": True, "out": 28672, "gated": True}
+GATED_PACKED_CASES = {
+    "int8 linear, gated, 16 rows": WIDE | {"rows": 16},
+    "int4 linear, gated": INT4 | WIDE,
+    "int4 linear, gated, groups of 32, 16 rows": INT4 | WIDE | {"group": 32, "rows": 16},
+    "int4 linear, gated, groups of 64, 32 rows": INT4 | WIDE | {"group": 64, "rows": 32},
+}
+
+
+def lm_head_arguments(**case):
+    return packed_arguments(out=128256, **case)[:2]
+
+
+LM_HEAD_CASES = {"int8 lm_head, 8 rows": {"rows": 8}, "int4 lm_head": INT4}
+
+
 def main() -> None:
     target = Path(__file__).with_name("h200_target.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
@@ -263,7 +309,7 @@ def main() -> None:
         print(f"caches {sum(caches)} bytes, updated in place {memory.alias_size_in_bytes}")
         print(f"smallest cache {min(x for x in caches if x)} bytes", end=", ")
         print(f"temporary {memory.temp_size_in_bytes}", flush=True)
-    linear = partial(fused_linear, epsilon=1e-5)
+    linear, packed = (partial(op, epsilon=1e-5) for op in (fused_linear, packed_linear))
     families = [
         (paged_attention, decode_arguments, CASES),
         (verify_attention, verify_arguments, VERIFY_CASES),
@@ -271,6 +317,9 @@ def main() -> None:
         (prefix_attention, prefix_arguments, PREFIX_CASES),
         (partial(linear, gated=False), linear_arguments, LINEAR_CASES),
         (partial(linear, gated=True), linear_arguments, GATED_CASES),
+        (partial(packed, gated=False), packed_arguments, PACKED_CASES),
+        (partial(packed, gated=True), packed_arguments, GATED_PACKED_CASES),
+        (packed_product, lm_head_arguments, LM_HEAD_CASES),
     ]
     compilations = [
         (name, op, build(**case)) for op, build, cases in families for name, case in cases.items()

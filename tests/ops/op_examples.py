@@ -15,7 +15,7 @@ from jax import Array
 from jax import ShapeDtypeStruct as Struct
 
 from pallas_kernels import api
-from pallas_kernels.api import KVPages, OwnAttention, PageList, Weight
+from pallas_kernels.api import KVPages, OwnAttention, PackedWeight, PageList, Weight
 
 B, T, H, HK, D = 2, 24, 6, 3, 8
 KR, KS, N, P, M, L, LOGICAL = 1, 2, 5, 16, 4, 3, 2
@@ -54,6 +54,15 @@ LISTS = {"retrieval_list": lists(B, KR, L), "streaming_list": lists(B, 1, L)}
 STATS = {"key_stats": f32(KR, N, LOGICAL, 2, D)}
 
 INT8_WEIGHT = Weight(Struct((64, 10), jnp.int8), f32(1, 10))
+WHOLE_BLOCK = Weight(Struct((128, 64), jnp.int8), f32(1, 64))
+PACKED_BLOCK = PackedWeight(
+    words=i32(1, 1, 32, 64),
+    channel_scale=f32(1, 64),
+    codes="int8",
+    groups=1,
+    zeros="none",
+    paired=False,
+)
 
 # Arguments that every op accepts, and the shapes and dtypes that it returns for them.
 ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
@@ -177,6 +186,8 @@ ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
     "quantize_kv": ({"x": f32(B, H, D)}, (Struct((B, H, D), jnp.int8), f32(B, H))),
     "product": ({"x": f32(B, 64), "kernel": INT8_WEIGHT}, f32(B, 10)),
     "quantize_weight": ({"kernel": f32(64, 10), "kind": "int8"}, INT8_WEIGHT),
+    "pack_weight": ({"weight": WHOLE_BLOCK}, PACKED_BLOCK),
+    "unpack_weight": ({"packed": PACKED_BLOCK}, WHOLE_BLOCK),
     "dequantize_weight": ({"weight": INT8_WEIGHT}, f32(64, 10)),
     "dequantize_kv": (
         {"codes": Struct((B, H, D), jnp.int8), "scale": f32(B, H)},

@@ -23,10 +23,12 @@ def test_shapes_and_dtypes_of_results(op: str) -> None:
 
 
 def test_the_table_of_accepted_arguments_covers_every_op() -> None:
-    types = {"Backend", "KVPages", "OwnAttention", "PageList", "Weight", "WeightKind"}
-    limits = {"MOST_LINEAR_ROWS", "MOST_SELECTED_PAGES", "WEIGHT_GROUPS", "WEIGHT_KINDS"}
+    types = {"Backend", "KVPages", "OwnAttention", "PackedWeight", "PageList", "Weight"}
+    types |= {"WeightKind"}
+    limits = {"MOST_LINEAR_ROWS", "MOST_PACKED_ROWS", "MOST_SELECTED_PAGES"}
+    limits |= {"WEIGHT_GROUPS", "WEIGHT_KINDS"}
     others = types | limits | {"check_range", "check_selection", "has_fp8"}
-    others |= {"resolve_backend", "value_checks"}
+    others |= {"resolve_backend", "unpackable", "value_checks"}
     assert set(ACCEPTED) | others == set(api.__all__)
 
 

@@ -1,0 +1,92 @@
+"""How a quantised linear layer is cut for a Hopper GPU: warpgroups, splits of K, stages."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from jax.experimental import pallas as pl
+
+from pallas_kernels.hopper.mosaic import SM_COUNT
+from pallas_kernels.packed import BITS, INPUTS, ROWS, group_size
+from pallas_kernels.types import PackedWeight
+
+_SHARED_BYTES = 220 << 10  # of the 227 KB that a CTA can have
+_ENOUGH_BITS = 2048  # of codes that warpgroups of all CTAs hold: 256 of 8 bits, 512 of 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tuning of one call; ``choose_config`` gives a good one."""
+
+    warpgroups: int  # a CTA; each has 64 output channels
+    splits: int  # of K, a CTA each
+    stages: int  # steps in flight a warpgroup
+    blocks: int  # of 128 inputs a step
+
+
+# What was fastest on one H200 for Llama-3-8B's layers, by K, out and bits of a code, up to a number
+# of rows: (warpgroups, splits, stages, blocks).
+_MEASURED = {
+    (4096, 6144, 4): {8: (1, 8, 4, 2)},
+    (4096, 4096, 4): {8: (1, 16, 2, 2)},
+    (4096, 28672, 4): {8: (4, 1, 4, 2), 16: (4, 1, 2, 2), 32: (4, 2, 2, 2)},
+    (14336, 4096, 4): {8: (1, 8, 4, 2), 16: (4, 8, 3, 2), 32: (4, 8, 2, 2)},
+    (4096, 128256, 4): {8: (4, 1, 4, 2)},
+    (4096, 6144, 8): {8: (3, 4, 4, 1)},
+    (4096, 4096, 8): {8: (2, 4, 4, 1)},
+    (4096, 28672, 8): {8: (4, 1, 4, 1), 16: (4, 1, 2, 1), 32: (4, 2, 2, 1)},
+    (14336, 4096, 8): {8: (2, 4, 4, 1), 16: (4, 8, 3, 1), 32: (4, 8, 3, 1)},
+    (4096, 128256, 8): {8: (4, 1, 4, 1)},
+}
+
+
+def choose_config(packed: PackedWeight, rows: int) -> Config:
+    """The configuration for ``rows`` rows."""
+    (K, out), bits = packed.shape, BITS[packed.codes]
+    measured = _MEASURED.get((K, out, bits), {})
+    padded = 8 * pl.cdiv(rows, 8)
+    most = min((n for n in measured if padded <= n), default=None)
+    if most is None:
+        return _by_rule(packed, padded)
+    warpgroups, splits, stages, blocks = measured[most]
+    config = Config(warpgroups=warpgroups, splits=splits, stages=stages, blocks=blocks)
+    return _fitted(packed, padded, config)
+
+
+def shared_bytes(packed: PackedWeight, padded_rows: int, config: Config) -> int:
+    """Shared memory of a CTA: x, its sums by group, and the ring of words."""
+    of_split = packed.shape[0] // config.splits
+    group = group_size(packed)
+    totals = 4 * padded_rows * (of_split // group) if group is not None else 0
+    ring = config.warpgroups * config.stages * config.blocks * 4 * ROWS * packed.words.shape[2]
+    return 2 * padded_rows * of_split + totals + ring
+
+
+def _fitted(packed: PackedWeight, padded_rows: int, config: Config) -> Config:
+    """With as much in flight as there is room for: rather short steps than a single one."""
+    while shared_bytes(packed, padded_rows, config) > _SHARED_BYTES:
+        if config.stages > 2 or (config.stages == 2 and config.blocks == 1):
+            config = dataclasses.replace(config, stages=config.stages - 1)
+        elif config.blocks > 1:
+            config = dataclasses.replace(config, stages=4, blocks=1)
+        else:
+            break
+    return config
+
+
+def _by_rule(packed: PackedWeight, padded_rows: int) -> Config:
+    """Enough splits to fill the GPU, no more; several warpgroups share an x if enough CTAs stay."""
+    tiles, bits, steps = packed.words.shape[0], BITS[packed.codes], packed.shape[0] // INPUTS
+    config = None
+    for splits in (n for n in range(1, steps + 1) if steps % n == 0):
+        if config is not None and (splits > 16 or tiles * config.splits * bits >= _ENOUGH_BITS):
+            break
+        blocks = 2 if bits == 4 and steps // splits % 2 == 0 else 1
+        shared = [n for n in (4, 3, 2) if tiles % n == 0 and tiles // n * splits >= SM_COUNT]
+        for warpgroups in (*shared, 1):
+            wanted = Config(warpgroups=warpgroups, splits=splits, stages=4, blocks=blocks)
+            wanted = _fitted(packed, padded_rows, wanted)
+            if shared_bytes(packed, padded_rows, wanted) <= _SHARED_BYTES and wanted.stages > 1:
+                config = wanted
+                break
+    assert config is not None  # as many splits as blocks always fit
+    return config

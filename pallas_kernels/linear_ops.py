@@ -1,0 +1,117 @@
+"""Linear layers: which of their implementations runs. ``api`` has the ops beside the others."""
+
+import math
+
+from jaxtyping import Array, Float
+
+from pallas_kernels import weights
+from pallas_kernels.checks import expect_shape, expect_weight
+from pallas_kernels.device import (
+    MOST_LINEAR_ROWS,
+    MOST_PACKED_ROWS,
+    Backend,
+    implementation,
+    resolve_backend,
+)
+from pallas_kernels.packed import unpack_weight
+from pallas_kernels.types import PackedWeight, Weight
+
+
+def _runs_packed(rows: int, backend: Backend) -> bool:
+    """Whether a packed matrix is multiplied as it is; else it is unpacked first."""
+    return backend == "mosaic" and rows <= MOST_PACKED_ROWS
+
+
+def _expect_kernel(kernel: Array | Weight | PackedWeight, K: int) -> None:
+    if isinstance(kernel, Weight):
+        expect_weight("kernel", kernel, K)
+    elif not isinstance(kernel, PackedWeight):
+        expect_shape("kernel", kernel, (K, None))
+    elif kernel.shape[0] != K:
+        raise ValueError(f"kernel is packed of shape {kernel.shape}, expected [{K}, any]")
+
+
+def fused_linear(
+    x: Float[Array, "R K"],
+    kernel: Float[Array, "K out"] | Weight | PackedWeight,
+    *,
+    bias: Float[Array, " out"] | None = None,
+    norm_scale: Float[Array, " K"] | None = None,
+    epsilon: float = 0.0,
+    square_sums: Array | None = None,
+    residual: Float[Array, "R out"] | None = None,
+    gated: bool = False,
+    backend: Backend = "auto",
+) -> tuple[Float[Array, "R out"], Array | None]:
+    """``residual + gate(norm(x) @ kernel + bias)``, each part if it is given.
+
+    norm is RMSNorm: ``x / sqrt(mean(x^2) + epsilon)``, in x's dtype, times ``norm_scale``. gated:
+    SiLU of the first half of the columns times the second half, so that out is half as wide.
+
+    With a residual, also returns what the norm of the next layer needs to know of ``out``, to be
+    handed to it as ``square_sums``; None if the kernel did not run.
+
+    The kernels are for decode: they read the weights once, in one or two launches. With more than
+    ``MOST_LINEAR_ROWS`` rows XLA's matrix product was measured to be faster, so the reference
+    implementation runs whatever the backend. A quantised matrix has a kernel if it is packed, for
+    up to ``MOST_PACKED_ROWS`` rows; with more it is unpacked first. A gated layer's is packed
+    ``paired``.
+
+    >>> import jax.numpy as jnp
+    >>> out, _ = fused_linear(jnp.ones((1, 4)), jnp.ones((4, 2)), residual=jnp.ones((1, 2)))
+    >>> out.tolist()
+    [[5.0, 5.0]]
+    """
+    expect_shape("x", x, (None, None))
+    R, K = x.shape
+    _expect_kernel(kernel, K)
+    width = kernel.shape[1]
+    if gated and width % 2:
+        raise ValueError(f"a gated kernel needs an even number of columns, got {width}")
+    if bias is not None:
+        expect_shape("bias", bias, (width,))
+    if norm_scale is not None:
+        expect_shape("norm_scale", norm_scale, (K,))
+    if square_sums is not None and norm_scale is None:
+        raise ValueError("square_sums are for a norm, and norm_scale is None")
+    if residual is not None:
+        expect_shape("residual", residual, (R, width // 2 if gated else width))
+    backend = resolve_backend(backend)
+    around = bias, norm_scale, square_sums, residual
+    how = {"gated": gated, "epsilon": epsilon}
+    if isinstance(kernel, PackedWeight):
+        if _runs_packed(R, backend):
+            return implementation("packed_linear", backend)(x, kernel, *around, **how)
+        kernel, backend = unpack_weight(kernel), "reference"
+    # In this order: R is no int in a program exported for any batch.
+    elif backend == "mosaic" and (isinstance(kernel, Weight) or R > MOST_LINEAR_ROWS):
+        backend = "reference"
+    return implementation("fused_linear", backend)(x, kernel, *around, **how)
+
+
+def product(
+    x: Float[Array, "... K"],
+    kernel: Float[Array, "K out"] | Weight | PackedWeight,
+    *,
+    backend: Backend = "auto",
+) -> Float[Array, "... out"]:
+    """``x @ kernel``, summed and returned in float32.
+
+    Codes are exact in x's dtype, so that a quantised matrix is multiplied as it is and scales are
+    applied to sums. Only 4 bits for many rows become a matrix of x's dtype first. There is a kernel
+    for packed matrices and up to ``MOST_PACKED_ROWS`` rows.
+
+    >>> import jax.numpy as jnp
+    >>> weight = Weight(jnp.array([[3], [1]], jnp.int8), jnp.array([[0.5]]))
+    >>> product(jnp.array([[1.0, 2.0]]), weight).tolist()
+    [[2.5]]
+    """
+    if not isinstance(kernel, PackedWeight):
+        return weights.product(x, kernel)
+    K, out = kernel.shape
+    expect_shape("x", x, (*x.shape[:-1], K))
+    rows, backend = math.prod(x.shape[:-1]), resolve_backend(backend)
+    if not _runs_packed(rows, backend):
+        return weights.product(x, unpack_weight(kernel))
+    y = implementation("packed_product", backend)(x.reshape(rows, K), kernel)
+    return y.reshape(*x.shape[:-1], out)

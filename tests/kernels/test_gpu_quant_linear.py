@@ -1,0 +1,149 @@
+"""Linear layers with packed weights on a Hopper GPU, at Llama-3-8B's shapes.
+
+    python -m pytest -m gpu tests/kernels/test_gpu_quant_linear.py
+
+Products against float32 ones of the dequantised matrix; whole layers against unfused ones.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from shapes.linear import LINEAR, Kind, LinearShape, random_weight
+from tiny_llm import random_prompts, tiny_config, tiny_params
+
+from lserve_jax import LLM, SamplingParams
+from pallas_kernels import api, reference
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = {shape.name: shape for shape in LINEAR}
+FORMS: dict[str, tuple[Kind, int]] = {
+    "int8": ("int8", 128),
+    "fp8": ("fp8", 128),
+    "int4, groups of 32": ("int4", 32),
+    "int4, groups of 64": ("int4", 64),
+    "int4, groups of 128": ("int4", 128),
+}
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+
+def weight_of(shape: LinearShape, form: str, seed: int = 0) -> api.Weight:
+    kind, group = FORMS[form]
+    weight = random_weight(shape, kind, seed, group)
+    assert isinstance(weight, api.Weight)
+    return weight
+
+
+@pytest.mark.parametrize("rows", [1, 11, 32])
+@pytest.mark.parametrize("form", FORMS)
+def test_products(form: str, rows: int, name: str = "down") -> None:
+    shape = SHAPES[name]
+    x, weight = normal(1, rows, shape.K), weight_of(shape, form)
+    got = jax.jit(api.product)(x, api.pack_weight(weight))
+    with jax.default_matmul_precision("highest"):
+        wanted = x.astype(jnp.float32) @ api.dequantize_weight(weight)
+    # Both are float32 sums of up to 14,336 products, of size 1, in different orders: each addition
+    # rounds by 2^-24 of the sum so far, which makes less than 1e-5 of it for 5 standard deviations.
+    # With zero points a sum is the difference of two of about its size.
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4, groups of 128"])
+def test_output_layer(form: str) -> None:
+    test_products(form, 1, "lm_head")
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize("name", ["qkv", "o", "gate_up", "down"])
+@pytest.mark.parametrize("form", ["int8", "int4, groups of 128"])
+def test_layers(form: str, name: str, rows: int) -> None:
+    """With the norm in front, gate or residual that they have in the model."""
+    shape = SHAPES[name]
+    x, weight = normal(1, rows, shape.K), weight_of(shape, form)
+    how: dict = {"epsilon": 1e-5, "gated": shape.gated}
+    if shape.around == "residual":
+        how["residual"] = normal(2, rows, shape.out)
+    else:
+        how["norm_scale"] = normal(3, shape.K)
+    got, sums = api.fused_linear(x, api.pack_weight(weight, paired=shape.gated), **how)
+    wanted, _ = api.fused_linear(x, weight, backend="reference", **how)
+    got, wanted = (np.asarray(y, np.float32) for y in (got, wanted))
+    # Both round to bf16 at the same places; a sum in another order may move one rounding, by 2^-8
+    # of the value, and a residual or a gate multiplies the difference.
+    np.testing.assert_allclose(got, wanted, rtol=2**-7, atol=2**-7 * np.abs(wanted).max())
+    assert shape.gated or np.mean(got == wanted) > 0.9
+    if shape.around == "residual":
+        counted = np.asarray(sums)[: shape.out // 64, :rows].sum(axis=0)
+        np.testing.assert_allclose(counted, (got.astype(np.float64) ** 2).sum(axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_chains_of_layers_are_as_their_calls(rows: int) -> None:
+    """A kernel begins before the one ahead has ended: results must be those of one at a time."""
+    names = ("o", "gate_up", "down")
+    packed = {
+        name: api.pack_weight(weight_of(SHAPES[name], form), paired=name == "gate_up")
+        for name, form in zip(names, ("int4, groups of 128", "int8", "fp8"), strict=True)
+    }
+    scale = normal(3, 4096)
+
+    def layers(x, wait=lambda y: y):
+        y, sums = wait(api.fused_linear(x, packed["o"], residual=x))
+        norm = {"norm_scale": scale, "epsilon": 1e-5, "square_sums": sums}
+        z, _ = wait(api.fused_linear(y, packed["gate_up"], gated=True, **norm))
+        return wait(api.fused_linear(z, packed["down"], residual=y))[0] * jnp.bfloat16(0.5)
+
+    x = normal(1, rows, 4096)
+    together = jax.jit(lambda x: lax.fori_loop(0, 20, lambda _, x: layers(x), x))(x)
+    alone = x
+    for _ in range(20):
+        alone = layers(alone, jax.block_until_ready)
+    assert np.isfinite(np.asarray(alone, np.float32)).all()
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_unpacked_for_many_rows() -> None:
+    """The way of prompts: the reference's numbers, bit by bit."""
+    shape, rows = SHAPES["o"], api.MOST_PACKED_ROWS + 1
+    x, weight = normal(1, rows, shape.K), weight_of(shape, "int4, groups of 128")
+    got, _ = jax.jit(api.fused_linear)(x, api.pack_weight(weight))
+    around = (None,) * 4
+    wanted, _ = jax.jit(
+        lambda x, weight: reference.fused_linear(x, weight, *around, gated=False, epsilon=0.0)
+    )(x, weight)
+    np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("kind", api.WEIGHT_KINDS)
+def test_an_engine_packs_and_answers_as_the_reference_does(kind) -> None:
+    """Greedy, up to a tie: where two tokens are as likely but for bf16's rounding, paths part.
+
+    This model's bf16 log probabilities are up to 0.3 from float32's, in plain JAX on a CPU.
+    """
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    config = tiny_config(layers=2, kv_heads=2, group=2, tie_word_embeddings=False, **sizes)
+    params = tiny_params(config)
+    prompts = [{"prompt_token_ids": ids} for ids in random_prompts(4, [70, 40, 200, 9, 130, 64])]
+    sampling = SamplingParams(max_tokens=20, temperature=0.0, logprobs=8)
+    runs = []
+    for backend in ("mosaic", "reference"):
+        llm = LLM((config, params), weights=kind, dtype="bfloat16", backend=backend)
+        kernel = llm.engine.params["layers"][0]["mlp"]["down_proj"]["kernel"]
+        assert isinstance(kernel, api.PackedWeight) == (backend == "mosaic")
+        runs.append([x.outputs[0] for x in llm.generate(prompts, sampling)])
+    compared = 0
+    for got, wanted in zip(*runs, strict=True):
+        for token, other, ours, theirs in zip(
+            got.token_ids, wanted.token_ids, got.logprobs, wanted.logprobs, strict=True
+        ):
+            if token != other:
+                assert theirs[other] - theirs.get(token, -np.inf) < 0.3
+                break
+            assert abs(ours[token] - theirs[token]) < 0.3
+            compared += 1
+    assert compared > 2 * len(prompts)  # the first token of each is prefill's

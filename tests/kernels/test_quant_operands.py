@@ -1,0 +1,190 @@
+"""What 128 threads compute from packed words, by PTX's own definitions, against plain products.
+
+The functions that emit PTX run with NumPy in MLIR's place: a value is an array with a row for each
+thread. Instructions are interpreted as the PTX manual defines them.
+"""
+
+import re
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+from packed_cases import KINDS, normal, random_weight
+
+from pallas_kernels.hopper import quant_operands
+from pallas_kernels.packed import group_size, pack_weight
+
+THREADS = np.arange(128)
+WARP, G, T = THREADS // 32, THREADS % 32 // 4, THREADS % 4
+
+
+def as_bf16(x: np.ndarray) -> np.ndarray:
+    """[threads, 2] float32 of registers of two bf16 each, the low half first."""
+    return x[:, None].view(np.uint32).view(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def from_bf16(x: np.ndarray) -> np.ndarray:
+    rounded = x.astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(rounded.astype(np.float32), x)  # codes are exact
+    return rounded.view(np.uint32)[:, 0]
+
+
+def lut(a, b, c, table: int) -> np.ndarray:
+    found = np.zeros_like(a)
+    for i in range(8):
+        if table >> i & 1:
+            masks = (y if i >> bit & 1 else ~y for y, bit in ((a, 2), (b, 1), (c, 0)))
+            found |= np.bitwise_and.reduce(list(masks))
+    return found
+
+
+def select_bytes(a, b, selector: int) -> np.ndarray:
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    result = np.zeros_like(a)
+    for byte in range(4):
+        index = selector >> 4 * byte & 0xF
+        assert index < 8  # no copies of the sign
+        result |= (both >> np.uint64(8 * index) & np.uint64(0xFF)).astype(np.uint32) << 8 * byte
+    return result
+
+
+def run_ptx(text: str, *operands: np.ndarray) -> np.ndarray:
+    registers = {f"${i + 1}": x for i, x in enumerate(operands)}
+
+    def value(name: str) -> np.ndarray:
+        return registers[name] if name in registers else np.full(128, int(name, 0), np.uint32)
+
+    for line in filter(None, (part.strip() for part in text.split(";"))):
+        op, to, *names = re.split(r",?\s+", line)
+        match op:
+            case "mov.b32":
+                result = value(names[0])
+            case "shr.b32":
+                result = value(names[0]) >> int(names[1])
+            case "and.b32":
+                result = value(names[0]) & value(names[1])
+            case "lop3.b32":
+                result = lut(*map(value, names[:3]), int(names[3], 16))
+            case "prmt.b32":
+                result = select_bytes(value(names[0]), value(names[1]), int(names[2], 16))
+            case "sub.bf16x2":
+                result = from_bf16(as_bf16(value(names[0])) - as_bf16(value(names[1])))
+            case "mul.bf16x2":
+                result = from_bf16(as_bf16(value(names[0])) * as_bf16(value(names[1])))
+            case _:
+                raise AssertionError(f"{op} is not known here")
+        registers[to] = result
+    return registers["$0"]
+
+
+def mma(_, operands: list[np.ndarray], text: str, constraints: str) -> list[np.ndarray]:
+    """m16n8k16, by the manual's tables of which thread has which element."""
+    assert "m16n8k16.row.col.f32.bf16.bf16.f32" in text and constraints.count("r") == 6
+    a, b = np.zeros((4, 16, 16)), np.zeros((4, 16, 8))  # of each warp
+    for i, register in enumerate(operands[:4]):
+        for half, x in enumerate(as_bf16(register).T):
+            a[WARP, G + 8 * (i % 2), 2 * T + half + 8 * (i // 2)] = x
+    for i, register in enumerate(operands[4:6]):
+        for half, x in enumerate(as_bf16(register).T):
+            b[WARP, 2 * T + half + 8 * i, G] = x
+    c = a @ b
+    places = ((0, 0), (0, 1), (8, 0), (8, 1))
+    return [
+        s + c[WARP, G + row, 2 * T + column]
+        for s, (row, column) in zip(operands[6:], places, strict=True)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def numpy_for_mlir(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = SimpleNamespace(get=lambda *_: None, get_signless=lambda _: None)
+    literal = SimpleNamespace(get=lambda _, value: value)
+    fakes = {
+        "ir": SimpleNamespace(
+            F32Type=kind, IntegerType=kind, VectorType=kind, FloatAttr=literal, IntegerAttr=literal
+        ),
+        "arith": SimpleNamespace(
+            constant=lambda _, value: np.full(
+                128, value, np.float64 if isinstance(value, float) else np.uint32
+            )
+        ),
+        "vector": SimpleNamespace(
+            extract=lambda x, _, index: x[:, index[0]],
+            bitcast=lambda _, x: x.view(np.uint32),
+            from_elements=lambda _, values: np.stack(values, axis=1),
+        ),
+        "llvm": SimpleNamespace(
+            StructType=SimpleNamespace(get_literal=lambda _: None),
+            inline_asm=mma,
+            extractvalue=lambda _, x, index: x[index[0]],
+        ),
+        "_asm": run_ptx,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(quant_operands, name, fake)
+
+
+def registers(values: list[np.ndarray], *shape: int) -> SimpleNamespace:
+    array = np.empty(len(values), object)
+    array[:] = values
+    return SimpleNamespace(registers=array.reshape(shape) if shape else array)
+
+
+def loaded_words(block: np.ndarray, code_rows: int) -> SimpleNamespace:
+    """As a warpgroup loads a block: thread t has 16 bytes of each 2048."""
+    loads = block[:code_rows].astype(np.int32).reshape(-1, 128, 4).view(np.uint32)
+    return registers(list(loads))
+
+
+def loaded_x(x: np.ndarray) -> SimpleNamespace:
+    """x bf16 [N, 128]: of each 32 inputs and 8 rows thread 4 g + t has 8 inputs of row g."""
+    tiles = [
+        x[8 * j + G[:, None], 32 * c + 8 * T[:, None] + np.arange(8)]
+        for c in range(4)
+        for j in range(len(x) // 8)
+    ]
+    return registers(tiles, 4, len(x) // 8)
+
+
+def matrix(values: list[np.ndarray], N: int) -> np.ndarray:
+    """[64, N] of what threads hold in the layout of wgmma's accumulators."""
+    result = np.full((64, N), np.nan)
+    for i, pair in enumerate(values):
+        j, half = divmod(i, 2)
+        for e in range(2):
+            result[16 * WARP + 8 * half + G, 8 * j + 2 * T + e] = pair[:, e]
+    return result
+
+
+@pytest.mark.parametrize("rows", [8, 16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_of_a_block(kind: str, rows: int) -> None:
+    weight, x = random_weight(kind, 256, 128), np.asarray(normal(0, rows, 256))
+    packed = pack_weight(weight)
+    group = group_size(packed)
+    parts = 1 if group is None else 128 // group
+    # As if each code stood for itself, less what the operands take off.
+    codes = np.asarray(weight.codes).astype(np.float64)
+    codes -= quant_operands.CODE_OFFSET[packed.codes]
+    code_rows = 32 if packed.codes != "uint4" else 16
+    for block in range(2):
+        for k in range(2):
+            words = loaded_words(np.asarray(packed.words[block, k]), code_rows)
+            tile = loaded_x(x[:, 128 * k : 128 * (k + 1)])
+            operands = quant_operands._operands_a(packed.codes, words)
+            for part in range(parts):
+                own = slice(128 * k + part * 128 // parts, 128 * k + (part + 1) * 128 // parts)
+                got = quant_operands._products(operands, tile, part, parts, rows)
+                wanted = codes[own, 64 * block : 64 * block + 64].T @ x[:, own].T.astype(np.float64)
+                np.testing.assert_allclose(matrix(got, rows), wanted, rtol=0, atol=1e-9)
+
+
+def test_sums_of_x() -> None:
+    """``row_totals`` multiplies with ones."""
+    x = np.asarray(normal(0, 8, 128))
+    ones = [np.full(128, 0x3F803F80, np.uint32)] * 32
+    for part in range(4):
+        got = matrix(quant_operands._products(ones, loaded_x(x), part, 4, 8), 8)
+        wanted = x[:, 32 * part : 32 * part + 32].astype(np.float64).sum(axis=1)
+        np.testing.assert_allclose(got, np.broadcast_to(wanted, (64, 8)), rtol=0, atol=1e-9)

@@ -1,0 +1,55 @@
+"""Packed matrices: the way back gives every bit again, and what does not pack is said."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from packed_cases import KINDS, random_weight
+
+from pallas_kernels import api
+from pallas_kernels.packed import group_size
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_packed_comes_back(kind: str, paired: bool) -> None:
+    weight = random_weight(kind, 384, 192)
+    packed = api.pack_weight(weight, paired=paired)
+    assert packed.shape == weight.shape and packed.paired == paired
+    _, group, zeros = KINDS[kind]
+    assert (group_size(packed), packed.zeros) == (group, zeros or "none")
+    for got, wanted in zip(api.unpack_weight(packed), weight, strict=True):
+        if wanted is None:
+            assert got is None
+        else:
+            assert got.dtype == wanted.dtype
+            as_bytes = (np.asarray(x).view(np.uint8) for x in (got, wanted))
+            np.testing.assert_array_equal(*as_bytes)
+
+
+def test_groups_of_several_blocks() -> None:
+    """Their scales are repeated, block by block."""
+    weight = random_weight("int4, group 128", 512, 64)
+    weight = weight._replace(scale=weight.scale[::2], zero=weight.zero[::2])
+    again = api.unpack_weight(api.pack_weight(weight))
+    for got, wanted in zip(again, weight, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kind", "reason"),
+    [
+        ((192, 64), "int8", "K=192 and out=64 must be multiples of 128 and 64"),
+        ((128, 96), "int8", "K=128 and out=96 must be multiples of 128 and 64"),
+        ((128, 64), "int4", "codes of 4 bits need zero points"),
+        ((128, 64), "int8 in groups of 16", "groups of 16 inputs must be multiples of 32"),
+    ],
+)
+def test_what_does_not_pack(sizes: tuple[int, int], kind: str, reason: str) -> None:
+    weight = api.quantize_weight(jnp.ones(sizes), kind="int4" if kind == "int4" else "int8")
+    if kind == "int4":
+        weight = weight._replace(zero=None)
+    if "groups" in kind:
+        weight = weight._replace(scale=jnp.ones((8, 64)))
+    assert api.unpackable(weight) == reason
+    with pytest.raises(ValueError, match=f"the matrix cannot be packed: {reason}"):
+        api.pack_weight(weight)

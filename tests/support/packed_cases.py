@@ -1,0 +1,55 @@
+"""Random quantised matrices of every kind that packs, and what they stand for in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.types import Weight
+
+# Codes, inputs of a group (None: one scale a channel), and zero points: of what float format the
+# scales are, so that integer ones fit beside them ("byte") or not ("word").
+KINDS = {
+    "int8": ("int8", None, None),
+    "fp8": ("float8_e4m3fn", None, None),
+    "int4, group 32": ("uint4", 32, "word"),
+    "int4, group 64": ("uint4", 64, "word"),
+    "int4, group 128": ("uint4", 128, "word"),
+    "int4, group 32, integer zeros": ("uint4", 32, "byte"),
+    "int4, group 128, integer zeros": ("uint4", 128, "byte"),
+    "int8, group 32": ("int8", 32, None),  # as GGUF's Q8_0
+    "fp8, blocks of 128": ("float8_e4m3fn", 128, None),
+}
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.bfloat16)
+
+
+def random_weight(kind: str, K: int, out: int, seed: int = 0) -> Weight:
+    """Every code there is but e4m3's NaN; products of size 1 with normal x."""
+    codes, group, zeros = KINDS[kind]
+    rng = np.random.default_rng(seed)
+    shape = 1 if group is None else K // group, out
+    size = {"int8": 74.0, "uint4": 4.6, "float8_e4m3fn": 100.0}[codes] * K**0.5
+    scale = rng.uniform(0.5, 1.5, shape) / size
+    zero = None
+    if codes == "uint4":
+        values = jnp.asarray(rng.integers(0, 16, (K, out)), jnp.uint4)
+        zero = rng.integers(0, 17, shape) if zeros == "byte" else rng.uniform(-1, 16, shape)
+        zero = jnp.asarray(zero, jnp.float32)
+    elif codes == "int8":
+        values = jnp.asarray(rng.integers(-128, 128, (K, out)), jnp.int8)
+    else:
+        bits = rng.integers(0, 127, (K, out)) + 128 * rng.integers(0, 2, (K, out))
+        values = lax.bitcast_convert_type(jnp.asarray(bits, jnp.uint8), jnp.float8_e4m3fn)
+    scale = scale.astype(np.float16) if zeros == "byte" else scale
+    return Weight(values, jnp.asarray(scale, jnp.float32), zero)
+
+
+def numbers(weight: Weight) -> np.ndarray:
+    """What a weight stands for, in float64, by its definition."""
+    codes, scale = (np.asarray(x).astype(np.float64) for x in (weight.codes, weight.scale))
+    each = len(codes) // len(scale)
+    zero = 0.0 if weight.zero is None else np.repeat(np.asarray(weight.zero, float), each, axis=0)
+    return (codes - zero) * np.repeat(scale, each, axis=0)
