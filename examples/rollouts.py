@@ -121,6 +121,7 @@ def train(args: Arguments) -> list[Iteration]:
         (config, params),
         tokenizer=tokenizer,
         dtype=args.dtype,
+        backend="reference" if args.dtype == "float32" else "auto",  # kernels are for bfloat16
         max_num_seqs=len(PROMPTS) * args.answers,
         kv_cache_bytes=1 << 28,
         seed=args.seed,

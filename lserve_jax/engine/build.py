@@ -235,6 +235,12 @@ def build_engine(
     fits, and ``NotImplementedError`` for what the kernels cannot run.
     """
     dtype, sparsity = resolve_dtype(options.dtype), options.resolved_sparsity
+    kernels = resolve_backend(options.backend) == "mosaic"
+    if kernels and dtype != jnp.bfloat16:
+        raise NotImplementedError(
+            f"dtype={jnp.dtype(dtype).name!r} needs backend='reference' on a Hopper GPU: its kernels "
+            "compute in bfloat16"
+        )
     max_model_len = _check_length(config, options.max_model_len)
     config = _choose_longrope(config, max_model_len)
     if options.draft == "ngram":
@@ -246,7 +252,7 @@ def build_engine(
         dtype=dtype,
         weights=None if options.weights == "checkpoint" else options.weights,
         weight_group=options.weight_group,
-        packed=resolve_backend(options.backend) == "mosaic" and dtype == jnp.bfloat16,
+        packed=kernels,
     )
     alike = dataclasses.replace(options, warmup="none", compilation_cache=False)
     programs = Programs(_program_files(options), f"{config}\n{alike}")

@@ -18,6 +18,7 @@ from tiny_llm import (
 )
 
 from lserve_jax import LLM, SamplingParams, SparsityConfig
+from lserve_jax.engine import build as engine_build
 from lserve_jax.tokenizer import Tokenizer
 
 # Text.
@@ -213,6 +214,13 @@ def test_backend_is_checked_before_the_model_is_loaded() -> None:
     with pytest.raises(ValueError, match=r"backend='cuda' is unknown; known: .*'auto', 'mosaic'"):
         LLM("no-such-model", backend="cuda")
     assert build(None).engine.runner.backend == "reference"
+
+
+def test_kernels_are_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Hopper GPU, without one."""
+    monkeypatch.setattr(engine_build, "resolve_backend", lambda backend: "mosaic")
+    with pytest.raises(NotImplementedError, match="dtype='float32' needs backend='reference'"):
+        LLM((CONFIG, tiny_params(CONFIG)), dtype="float32")
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
