@@ -193,7 +193,7 @@ def documents(runs: Runs) -> dict[str, Any]:
 
 def restored(runs: Runs) -> dict[str, Any]:
     # Room for two documents: the third one's pages are those of the first.
-    engine = runs.engine(max_num_seqs=1, max_prefixes=1, host_cache_bytes=64 << 30)
+    engine = runs.engine(max_num_seqs=1, max_prefixes=1, host_cache_bytes=48 << 30)
     rows = []
     for pair in range(runs.args.pairs + 1):  # the first compiles
         first, second = runs.document_and(2)

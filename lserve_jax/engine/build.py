@@ -238,8 +238,8 @@ def build_engine(
     kernels = resolve_backend(options.backend) == "mosaic"
     if kernels and dtype != jnp.bfloat16:
         raise NotImplementedError(
-            f"dtype={jnp.dtype(dtype).name!r} needs backend='reference' on a Hopper GPU: its kernels "
-            "compute in bfloat16"
+            f"dtype={jnp.dtype(dtype).name!r} needs backend='reference' on a Hopper GPU: "
+            "its kernels compute in bfloat16"
         )
     max_model_len = _check_length(config, options.max_model_len)
     config = _choose_longrope(config, max_model_len)

@@ -25,7 +25,7 @@ from lserve_jax.checks import check_bool
 from lserve_jax.engine.buckets import bucket, shape_buckets
 from lserve_jax.engine.costs import BurstRow, CacheUnits
 from lserve_jax.engine.drafting import decide_all
-from lserve_jax.engine.host_tier import HostTier
+from lserve_jax.engine.host_tier import HostTier, check_pinned_memory
 from lserve_jax.engine.metrics import EngineCounts, EngineMetrics, StepMetrics
 from lserve_jax.engine.prefix import Prefix
 from lserve_jax.engine.prefix_cache import PrefixCache
@@ -124,6 +124,7 @@ class Engine:
     def _host_tier(self) -> HostTier | None:
         if self.host_cache_bytes == 0 or not self.enable_prefix_caching:
             return None
+        check_pinned_memory(self.host_cache_bytes)
         limit = self.host_cache_bytes // self.units.remembered_page
         if limit == 0:
             raise ValueError(

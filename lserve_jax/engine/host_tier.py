@@ -1,13 +1,16 @@
 """Remembered prompts in host memory: where pages go that the prefix tree gives up.
 
-A second place to look, behind the tree: what is evicted is read off the device, and a prompt that
-wants it later has it written back instead of computing it. Least recently used pages go first. The
-host waits for a copy when somebody looks for pages, or when several are under way.
+A second place to look, behind the tree: what is evicted is copied to the host, and a prompt that
+wants it later has it copied back instead of computing it. Pages that are given up together form a
+block, which is copied as it was read and comes back as a whole: each array is one transfer, into
+memory that the GPU writes and reads by itself (``pinned_host``). Least recently used blocks go
+first. Nobody waits for a transfer, but for the oldest when several are under way.
 """
 
-from collections import OrderedDict
+import os
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -17,21 +20,42 @@ from lserve_jax.engine.buckets import bucket
 from lserve_jax.engine.prefix_tree import Evicted, next_digest
 
 Pages = list[dict[str, Any]]  # of each layer, as ``ModelRunner.read_pages`` returns them
-MOST_AT_ONCE = 64  # pages that are read or written in one call
-# Copies that may be under way: until they have arrived they take memory of the device.
+MOST_AT_ONCE = 64  # pages of a block
+FEWEST_BLOCKS = 4  # for which there is room, so that a new one does not end all others
+# Blocks that may be on their way: until they have arrived they take memory of the device.
 MOST_COMING = 4
+LIMIT_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+NOWHERE = np.iinfo(np.int32).max  # a page that is written to no page
+
+
+@dataclass(eq=False, slots=True)
+class Block:
+    """Pages in host memory that went there together."""
+
+    pages: Pages  # arrays ``[heads, n, ...]``, of windows ``[heads, m, ...]``
+    places: int  # n
+    window_places: int  # m
+    live: set[bytes] = field(default_factory=set)  # digests that no later block has
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class HostPage:
-    """A page of a prompt, and its window page if it had one, in memory of their own."""
+    """Where a page of a prompt lies, and its window page if it had one."""
 
-    parts: Pages  # its arrays; of a window page that is not there ``[heads, 0, ...]``
-    has_window: bool
+    block: Block
+    place: int
+    window_place: int  # -1: there is none
+
+    @property
+    def has_window(self) -> bool:
+        return self.window_place >= 0
 
 
 class HostTier:
-    """Up to ``limit`` pages; ``read`` and ``write`` are those of the runner."""
+    """Up to ``limit`` pages; ``read`` and ``write`` are those of the runner.
+
+    ``write`` leaves out what goes to page ``NOWHERE``.
+    """
 
     def __init__(
         self,
@@ -40,84 +64,139 @@ class HostTier:
         write: Callable[[Pages, np.ndarray, np.ndarray], None],
     ):
         self.limit, self._read, self._write = limit, read, write
-        self._pages: OrderedDict[bytes, HostPage] = OrderedDict()
-        self._coming: list[tuple[list[Evicted], Pages]] = []
+        self._most_at_once = min(MOST_AT_ONCE, _power_of_two(max(limit // FEWEST_BLOCKS, 1)))
+        self._pages: dict[bytes, HostPage] = {}
+        self._blocks: OrderedDict[Block, None] = OrderedDict()  # the last used at the end
+        self._coming: deque[Block] = deque()
+        self._held = 0
 
     def __len__(self) -> int:
-        return len(self._pages) + sum(len(evicted) for evicted, _ in self._coming)
+        """Pages for which memory is held."""
+        return self._held
 
     def clear(self) -> None:
         """Forgets everything."""
         self._pages.clear()
-        self._coming = []
+        self._blocks.clear()
+        self._coming.clear()
+        self._held = 0
 
     def spill(self, evicted: Sequence[Evicted]) -> None:
         """Takes pages that the tree gives up, before anybody writes to them."""
-        evicted = evicted[-self.limit :] if self.limit else []
-        for first in range(0, len(evicted), MOST_AT_ONCE):
-            if len(self._coming) == MOST_COMING:
-                self._settle()
-            part = list(evicted[first : first + MOST_AT_ONCE])
-            windows = [e.window for e in part if e.window >= 0]
-            copy = self._read(_padded([e.page for e in part]), _padded(windows))
-            for leaf in jax.tree.leaves(copy):
-                leaf.copy_to_host_async()
-            self._coming.append((part, copy))
+        new = [page for page in evicted if not self._has(page)]
+        new = new[len(new) - min(len(new), self.limit) :]
+        first = 0
+        while first < len(new):
+            # Exactly as many as fill a block: what is held is what was asked to be kept.
+            size = min(_power_of_two(len(new) - first), self._most_at_once)
+            self._take(new[first : first + size])
+            first += size
 
-    def _settle(self) -> None:
-        for evicted, copy in self._coming:
-            copy, windows = jax.device_get(copy), 0
-            for at, page in enumerate(evicted):
-                has_window = page.window >= 0
-                parts = _cut(copy, slice(at, at + 1), slice(windows, windows + has_window))
-                windows += has_window
-                self._pages.pop(page.digest, None)
-                self._pages[page.digest] = HostPage(parts, has_window)
-        self._coming = []
-        while len(self._pages) > self.limit:
-            self._pages.popitem(last=False)
+    def _has(self, evicted: Evicted) -> bool:
+        """Whether the same page is here already, as one that came back is."""
+        page = self._pages.get(evicted.digest)
+        return page is not None and (page.has_window or evicted.window < 0)
+
+    def _take(self, evicted: Sequence[Evicted]) -> None:
+        while len(self._coming) >= MOST_COMING:
+            jax.block_until_ready(self._coming.popleft().pages)
+        while self._held + len(evicted) > self.limit:
+            self._drop(next(iter(self._blocks)))
+        windows = [page.window for page in evicted if page.window >= 0]
+        read = self._read(_int32([page.page for page in evicted]), _padded(windows))
+        host = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), read)
+        block = Block(jax.device_put(read, host), len(evicted), len(_padded(windows)))
+        self._coming.append(block)
+        self._blocks[block] = None
+        self._held += block.places
+        window_place = 0
+        for place, page in enumerate(evicted):
+            has_window = page.window >= 0
+            self._forget(page.digest)
+            self._pages[page.digest] = HostPage(block, place, window_place if has_window else -1)
+            block.live.add(page.digest)
+            window_place += has_window
+
+    def _forget(self, digest: bytes) -> None:
+        """A later block has the page."""
+        page = self._pages.pop(digest, None)
+        if page is not None:
+            page.block.live.remove(digest)
+            if not page.block.live:
+                self._drop(page.block)
+
+    def _drop(self, block: Block) -> None:
+        for digest in block.live:
+            del self._pages[digest]
+        block.live.clear()
+        del self._blocks[block]
+        if block in self._coming:
+            self._coming.remove(block)
+        self._held -= block.places
 
     def find(self, digest: bytes, keys: Sequence[bytes]) -> list[HostPage]:
         """Pages that follow the one of ``digest``, as far as they are here.
 
         ``keys`` are the token ids of each.
         """
-        self._settle()
-        found, digests = [], []
+        found: list[HostPage] = []
         for key in keys:
             digest = next_digest(digest, key)
             page = self._pages.get(digest)
             if page is None:
                 break
             found.append(page)
-            digests.append(digest)
-        for digest in reversed(digests):  # a page is of use only with all before it
-            self._pages.move_to_end(digest)
+        for page in reversed(found):  # a page is of use only with all before it
+            self._blocks.move_to_end(page.block)
         return found
 
     def restore(
         self, found: Sequence[HostPage], pages: Sequence[int], windows: Sequence[int]
     ) -> None:
-        """Writes pages back to ``pages`` of the device; ``windows`` has -1 where none is wanted."""
-        for first in range(0, len(found), MOST_AT_ONCE):
-            last = first + MOST_AT_ONCE
-            part = found[first:last]
-            wanted = [at for at, window in enumerate(windows[first:last]) if window >= 0]
-            targets = _padded(pages[first:last])
-            window_targets = _padded([windows[first + at] for at in wanted])
-            pages_of = [page.parts for page in part]
-            windows_of = [part[at].parts for at in wanted]
-            kept = []
-            for layer, names in enumerate(pages_of[0]):
-                parts = {
-                    name: _side_by_side([page[layer][name] for page in pages_of])
-                    for name in names
-                    if name != "window"
-                }
-                nothing = jax.tree.map(lambda x: x[:, :0], names["window"])
-                window = _side_by_side([page[layer]["window"] for page in windows_of]) or nothing
-                kept.append({**parts, "window": window})
-            self._write(kept, targets, window_targets)
+        """Writes pages back to ``pages`` of the device; ``windows`` has -1 where none is wanted.
+
+        The next block is on its way to the device while one is written there.
+        """
+        targets: dict[Block, tuple[np.ndarray, np.ndarray]] = {}
+        for page, to, window in zip(found, pages, windows, strict=True):
+            block = page.block
+            if block not in targets:
+                targets[block] = _nowhere(block.places), _nowhere(block.window_places)
+            targets[block][0][page.place] = to
+            if window >= 0:
+                targets[block][1][page.window_place] = window
+        last = None
+        for block, at in targets.items():
+            device = jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), block.pages)
+            arriving = jax.device_put(block.pages, device), *at
+            if last is not None:
+                self._write(*last)
+            last = arriving
+        if last is not None:
+            self._write(*last)
+
+
+def check_pinned_memory(wanted: int) -> None:
+    """Raises ``ValueError`` for more bytes than XLA gives out of memory that a GPU reaches."""
+    limit = int(os.environ.get(LIMIT_VARIABLE, "64"))
+    if jax.default_backend() == "gpu" and wanted > limit << 30:
+        raise ValueError(
+            f"host_cache_bytes={wanted} is more than the {limit} GiB of pinned memory that XLA "
+            f"gives out; {LIMIT_VARIABLE} says how many these are"
+        )
+
+
+def _power_of_two(number: int) -> int:
+    """The greatest up to ``number``."""
+    return 1 << (number.bit_length() - 1)
+
+
+def _nowhere(places: int) -> np.ndarray:
+    return np.full(places, NOWHERE, np.int32)
+
+
+def _int32(numbers: Sequence[int]) -> np.ndarray:
+    return np.array(numbers, np.int32)
 
 
 def _padded(pages: Sequence[int]) -> np.ndarray:
@@ -125,25 +204,4 @@ def _padded(pages: Sequence[int]) -> np.ndarray:
     if not pages:
         return np.zeros((0,), np.int32)
     size = bucket(len(pages), 1, MOST_AT_ONCE)
-    return np.array([*pages, *[pages[-1]] * (size - len(pages))], np.int32)
-
-
-def _cut(copy: Pages, pages: slice, windows: slice) -> Pages:
-    """Some pages of a copy, whose memory they do not hold."""
-    return [
-        {
-            name: jax.tree.map(
-                lambda x, at=windows if name == "window" else pages: x[:, at].copy(), part
-            )
-            for name, part in parts.items()
-        }
-        for parts in copy
-    ]
-
-
-def _side_by_side(parts: Sequence[Any]) -> Any:
-    """A part of several pages, filled up as ``_padded`` does; None of none."""
-    if not parts:
-        return None
-    filled = [parts[i] for i in _padded(range(len(parts)))]
-    return jax.tree.map(lambda *pages: np.concatenate(pages, axis=1), *filled)
+    return _int32([*pages, *[pages[-1]] * (size - len(pages))])

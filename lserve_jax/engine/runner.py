@@ -310,7 +310,7 @@ class ModelRunner:
         return read_pages(self._caches, jnp.asarray(pages), jnp.asarray(windows))
 
     def write_pages(self, kept: list[dict], pages: np.ndarray, windows: np.ndarray) -> None:
-        """Puts back what ``read_pages`` read, on other pages."""
+        """Puts back what ``read_pages`` read, on other pages; on none beyond those of a pool."""
         self._caches = write_pages(self._caches, kept, jnp.asarray(pages), jnp.asarray(windows))
 
     def page_shapes(self, pages: np.ndarray, windows: np.ndarray) -> list[dict]:

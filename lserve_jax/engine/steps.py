@@ -172,10 +172,10 @@ def read_pages(caches: Caches, pages: Int[Array, " n"], windows: Int[Array, " m"
 def write_pages(
     caches: Caches, kept: list[dict], pages: Int[Array, " n"], windows: Int[Array, " m"]
 ) -> Caches:
-    """Puts back what ``read_pages`` read, on other pages."""
+    """Puts back what ``read_pages`` read, on other pages; on none where a pool has no such page."""
 
     def put(ids: Array) -> Callable[[Array, Array], Array]:
-        return lambda pool, part: pool.at[:, ids].set(part)
+        return lambda pool, part: pool.at[:, ids].set(part, mode="drop")
 
     return [
         dataclasses.replace(

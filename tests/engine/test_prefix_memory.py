@@ -18,7 +18,7 @@ from lserve_jax import LLM, ModelConfig, SamplingParams, SparsityConfig
 from lserve_jax.attention.cache import cache_bytes, make_spec
 from lserve_jax.engine import build as build_module
 from lserve_jax.engine import runner as runner_module
-from lserve_jax.engine.host_tier import HostTier
+from lserve_jax.engine.host_tier import HostTier, check_pinned_memory
 from lserve_jax.engine.prefix_tree import Evicted, next_digest, root_digest
 
 CONFIG = tiny_config(layers=2, kv_heads=2, group=2, max_len=1024)
@@ -259,15 +259,42 @@ def spilled(tier: HostTier, keys: list[bytes]) -> None:
 
 
 def test_host_memory_is_what_its_pages_take() -> None:
-    """Whatever they were copied with: 33 pages are read as 64."""
-    tier = host_tier(100)
+    """Pages beyond a block's are no padding, and all memory is one that a GPU can reach."""
+    tier, blocks = host_tier(100), {}
     for n in range(8):
         keys = [b"%d %d" % (n, i) for i in range(33)]
         spilled(tier, keys)
-        for page in tier.find(root_digest(None), keys):
-            for array in jax.tree.leaves(page.parts):
-                assert array.base is None and array.size == 1
-    assert len(tier) == 100
+        blocks |= {page.block: page for page in tier.find(root_digest(None), keys)}
+        live = [block for block in blocks if block.live]
+        arrays = [array for block in live for array in jax.tree.leaves(block.pages)]
+        assert {array.sharding.memory_kind for array in arrays} == {"pinned_host"}
+        assert sum(array.size for array in arrays) == 2 * len(tier) <= 200
+    assert len(tier) > 100 - 16  # what gives room is a block
+
+
+def test_no_more_than_the_pinned_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_pinned_memory(1 << 50)  # a CPU has no such limit
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    check_pinned_memory(64 << 30)
+    with pytest.raises(ValueError, match="is more than the 64 GiB of pinned memory"):
+        check_pinned_memory((64 << 30) + 1)
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "100")
+    check_pinned_memory(100 << 30)
+
+
+def test_a_page_that_came_back_is_not_copied_again() -> None:
+    tier, copied = host_tier(10), []
+    read = tier._read
+    tier._read = lambda pages, windows: copied.append(len(pages)) or read(pages, windows)
+    spilled(tier, [b"a"] * 4)
+    spilled(tier, [b"a"] * 5)
+    assert copied == [2, 2, 1]
+    # One that now has a window is, and takes the place of the other.
+    digest = next_digest(root_digest(None), b"b")
+    for window in (-1, 7, -1):
+        tier.spill([Evicted(digest, 3, window)])
+        [page] = tier.find(root_digest(None), [b"b"])
+    assert copied == [2, 2, 1, 1, 1] and len(tier) == 6 and page.has_window
 
 
 def test_of_a_prompt_that_is_looked_for_in_host_memory_the_end_goes_first() -> None:
