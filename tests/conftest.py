@@ -1,6 +1,7 @@
 """JAX settings for every test, and the default model's file for those that need it."""
 
 import fcntl
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,18 +20,30 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 
 
+def set_for_processes(name: str, value: str | bool | int) -> None:
+    """A setting of JAX's, here and in every process that a test starts."""
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Runs before any test module is imported, so no array exists yet."""
     wants_gpu = "gpu" in config.getoption("markexpr").replace("not gpu", "")
     if not wants_gpu:
-        jax.config.update("jax_platforms", "cpu")
+        set_for_processes("jax_platforms", "cpu")
         # Tiny models run once or twice: optimising their programs takes longer than it saves.
-        jax.config.update("jax_disable_most_optimizations", True)
+        set_for_processes("jax_disable_most_optimizations", True)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     # Most of the suite's time is compilation: keep it, also between the workers of one run.
-    jax.config.update("jax_compilation_cache_dir", str(CACHE / "jit"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    set_for_processes("jax_compilation_cache_dir", str(CACHE / "jit"))
+    set_for_processes("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay: no collection needs to look at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

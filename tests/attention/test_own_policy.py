@@ -105,9 +105,13 @@ def test_what_is_chosen_is_what_is_attended() -> None:
         weights = jax.nn.softmax(jnp.where(jnp.asarray(seen)[None, :, None], scores, -jnp.inf))
         return jnp.einsum("bkgqt,btkd->bqkgd", weights, v).reshape(1, len(text), 4, -1), None
 
-    model = bind(CONFIG, PARAMS)
-    hidden, _ = model(jnp.asarray([text]), attend, [None, None])
-    logprobs = np.asarray(jax.nn.log_softmax(model.unembed(hidden[0])))
+    @jax.jit
+    def of_the_text(params):
+        model = bind(CONFIG, params)
+        hidden, _ = model(jnp.asarray([text]), attend, [None, None])
+        return jax.nn.log_softmax(model.unembed(hidden[0]))
+
+    logprobs = np.asarray(of_the_text(PARAMS))
     expected = logprobs[np.arange(n - 1, len(text) - 1), answer.token_ids]
     assert_allclose(answer.token_logprobs, expected, atol=3e-5)
     dense = LLM((CONFIG, PARAMS)).score({"prompt_token_ids": PROMPT}, [answer.token_ids])

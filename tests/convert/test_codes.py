@@ -211,6 +211,4 @@ def test_bad_files(tmp_path, floats, edit, words):
 def test_parts_lie_together_on_several_devices(tmp_path):
     support = Path(__file__).parents[1] / "support"
     script = (support / "sharded_codes.py").read_text()
-    run_script(
-        script, tmp_path, jax.config.jax_compilation_cache_dir, PYTHONPATH=f"{ROOT}:{support}"
-    )
+    run_script(script, tmp_path, PYTHONPATH=f"{ROOT}:{support}")

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import jax
 from tiny_checkpoints import run_script
 
 SCRIPT = """
@@ -12,7 +11,6 @@ import convert
 from lserve_jax import LLM, SamplingParams, SparsityConfig
 
 jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_disable_most_optimizations", True)
 compiled = 0
 
 
@@ -43,6 +41,5 @@ print("ok")
 
 
 def test_it_compiles_once_and_gives_the_same_tokens(conformance: Path) -> None:
-    cache = str(jax.config.jax_compilation_cache_dir)
     model = conformance / "llama3-gqa-ropellama3"
-    assert run_script(SCRIPT, model, JAX_COMPILATION_CACHE_DIR=cache) == "ok\n"
+    assert run_script(SCRIPT, model) == "ok\n"

@@ -384,6 +384,6 @@ def test_where_they_are_kept_by_default(tmp_path, monkeypatch: MonkeyPatch, expe
 def test_weights_on_other_devices_and_on_several(tmp_path) -> None:
     root = Path(__file__).resolve().parents[2]
     script = root / "tests" / "support" / "sharded_programs.py"
-    arguments = [str(jax.config.jax_compilation_cache_dir), str(tmp_path / "programs")]
+    command = [sys.executable, script, tmp_path / "programs"]
     environment = os.environ | {"PYTHONPATH": str(root)}
-    subprocess.run([sys.executable, script, *arguments], check=True, cwd=root, env=environment)
+    subprocess.run(command, check=True, cwd=root, env=environment)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import engine_cases
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -94,8 +95,8 @@ def whole(found: Logprobs) -> NDArray[np.float64]:
 
 def plain(prompt: Sequence[int]) -> NDArray[np.float64]:
     """The same of the model without an engine."""
-    found = np.asarray(logits(CONFIG, PARAMS, jnp.asarray([prompt])), np.float64)
-    return log_softmax(found[0, :-1])
+    found = jax.jit(logits, static_argnums=0)(CONFIG, PARAMS, jnp.asarray([prompt]))
+    return log_softmax(np.asarray(found[0, :-1], np.float64))
 
 
 def oracle(prompt: Sequence[int], *, sparse: bool) -> NDArray[np.float64]:

@@ -1,6 +1,7 @@
 """``LLM.score`` and ``LLM.embed``: against the plain model, and against the rollouts themselves."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -22,6 +23,7 @@ from lserve_jax import LLM, ModelConfig, RopeConfig, SamplingParams, SparsityCon
 from lserve_jax.attention.attend import causal_attend
 from lserve_jax.engine.judging import _batches
 from lserve_jax.model.bound import bind
+from lserve_jax.model.params import Params
 
 CONFIG = tiny_config(layers=2, kv_heads=2, group=2, max_len=4096)
 PARAMS = tiny_params(CONFIG, seed=3)
@@ -43,12 +45,23 @@ def ids(tokens: list[int]) -> dict:
     return {"prompt_token_ids": tokens}
 
 
-def plain(config: ModelConfig, text: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Log probabilities [T, V] and hidden states [T, E] of the whole text, by itself."""
-    model, positions = bind(config, PARAMS), jnp.arange(len(text))[None]
+@functools.partial(jax.jit, static_argnums=0)
+def run_plain(config: ModelConfig, params: Params, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    model, positions = bind(config, params), jnp.arange(ids.shape[1])[None]
     attend = causal_attend(config, positions)
-    hidden, _ = model(jnp.asarray([text]), attend, [None] * config.num_hidden_layers)
-    return np.asarray(jax.nn.log_softmax(model.unembed(hidden[0]))), np.asarray(hidden[0])
+    hidden, _ = model(ids, attend, [None] * config.num_hidden_layers)
+    return jax.nn.log_softmax(model.unembed(hidden[0])), hidden[0]
+
+
+def plain(config: ModelConfig, text: list[int], room: int) -> tuple[np.ndarray, np.ndarray]:
+    """Log probabilities [T, V] and hidden states [T, E] of the whole text, by itself.
+
+    It is padded to ``room``, one shape for several texts: the model is causal.
+    """
+    row = np.zeros((1, room), np.int32)
+    row[0, : len(text)] = text
+    logprobs, hidden = run_plain(config, PARAMS, jnp.asarray(row))
+    return np.asarray(logprobs)[: len(text)], np.asarray(hidden)[: len(text)]
 
 
 @pytest.fixture
@@ -69,7 +82,7 @@ def test_dense_scores_and_hidden_states_are_the_models() -> None:
     texts = random_prompts(1, [3, 70, 600, 20, 1, 400, 2, 2500])
     scores = llm.score([ids(text) for text in texts], return_hidden=True)
     for text, new in zip(texts, scores, strict=True):
-        logprobs, hidden = plain(CONFIG, text)
+        logprobs, hidden = plain(CONFIG, text, 600 if len(text) <= 600 else 2500)
         assert_allclose(new.logprobs, logprobs[np.arange(len(text) - 1), text[1:]], **CLOSE)
         assert_array_equal(new.likeliest, logprobs[:-1].argmax(axis=1))
         assert_allclose(new.hidden, hidden, atol=1e-4)
@@ -87,7 +100,7 @@ def test_keys_that_depend_on_the_length_share_a_row() -> None:
     llm = LLM((config, PARAMS), max_model_len=256)
     texts = random_prompts(2, [200, 100, 50])
     for text, new in zip(texts, llm.score([ids(text) for text in texts]), strict=True):
-        expected = plain(config, text)[0][np.arange(len(text) - 1), text[1:]]
+        expected = plain(config, text, len(text))[0][np.arange(len(text) - 1), text[1:]]
         assert_allclose(new.logprobs, expected, **CLOSE)
 
 
@@ -133,7 +146,7 @@ def test_exact_mode_is_judged_by_dense_attention(pattern: str) -> None:
     llm = sparse(pattern, exact=True)
     [text] = random_prompts(7, [300])
     [new] = llm.score(ids(text))
-    assert_allclose(new.logprobs, plain(CONFIG, text)[0][np.arange(299), text[1:]], **CLOSE)
+    assert_allclose(new.logprobs, plain(CONFIG, text, 300)[0][np.arange(299), text[1:]], **CLOSE)
 
 
 @pytest.mark.parametrize("attention", ["dense", "lserve"])
@@ -144,7 +157,7 @@ def test_embeddings(pattern: str, attention: str) -> None:
     last = llm.embed([ids(text) for text in texts], pooling="last")
     assert mean.dtype == last.dtype == np.float32
     for i, text in enumerate(texts):
-        hidden = plain(CONFIG, text)[1]
+        hidden = plain(CONFIG, text, 50)[1]
         assert_allclose(mean[i], hidden.mean(axis=0), atol=1e-4)
         assert_allclose(last[i], hidden[-1], atol=1e-4)
     assert llm.embed([]).shape == (0, CONFIG.hidden_size)

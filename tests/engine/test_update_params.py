@@ -201,6 +201,5 @@ def test_memory_that_runs_out_in_an_update_is_said_until_the_next(
 def test_sharded_weights_keep_their_sharding() -> None:
     root = Path(__file__).resolve().parents[2]
     script = root / "tests" / "support" / "sharded_update.py"
-    cache = root / ".cache" / "jit"
     environment = os.environ | {"PYTHONPATH": str(root)}
-    subprocess.run([sys.executable, script, cache], check=True, cwd=root, env=environment)
+    subprocess.run([sys.executable, script], check=True, cwd=root, env=environment)

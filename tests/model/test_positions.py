@@ -22,6 +22,7 @@ from lserve_jax.model.rope import rotary_angles
 
 # Both sides compute in float32: sums of some dozens of terms in another order.
 CLOSE = {"atol": 2e-4, "rtol": 0}
+jit_logits = jax.jit(logits, static_argnums=0)
 
 
 def greedy(llm: LLM, prompts: np.ndarray, count: int) -> np.ndarray:
@@ -53,7 +54,7 @@ def test_dynamic_scaling_of_a_prompt_in_chunks() -> None:
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, (1, 150))
     llm = LLM((config, params), max_num_seqs=1, prefill_chunk_size=64)
     assert llm.max_model_len == 256
-    found = logits(config, params, jnp.asarray(prompt))
+    found = jit_logits(config, params, jnp.asarray(prompt))
     assert greedy(llm, prompt, 1)[0, 0] == found[0, -1].argmax()
 
 
@@ -61,7 +62,7 @@ def test_longrope_takes_its_frequencies_by_length(conformance: Path) -> None:
     golden = np.load(conformance / "llama-longrope" / "golden.npz")
     config, params = convert.load(conformance / "llama-longrope", dtype=jnp.float32)
     short = golden["input_ids"][:, :32]
-    found = logits(config, params, jnp.asarray(short))
+    found = jit_logits(config, params, jnp.asarray(short))
     assert_allclose(found, golden["short_logits"], **CLOSE)
     # The engine takes one set for all its requests: the short one if none can be longer.
     llm = LLM((config, params), max_num_seqs=2, max_model_len=32)
@@ -102,7 +103,7 @@ def test_longrope_of_an_engine_is_one_for_all_lengths() -> None:
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, (1, 50))
     made = greedy(LLM((config, params), max_num_seqs=1), prompt, 40)
     whole = jnp.asarray(np.concatenate([prompt, made], axis=1)[:, :-1])
-    assert_array_equal(made[0], logits(long, params, whole)[0, 49:].argmax(axis=-1))
+    assert_array_equal(made[0], jit_logits(long, params, whole)[0, 49:].argmax(axis=-1))
 
 
 def test_max_model_len_beyond_the_limit_warns_and_runs() -> None:
@@ -111,7 +112,7 @@ def test_max_model_len_beyond_the_limit_warns_and_runs() -> None:
     with pytest.warns(UserWarning, match=r"max_model_len=100 exceeds 64, the tokens that"):
         llm = LLM((config, params), max_num_seqs=1, max_model_len=100)
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, (1, 90))
-    found = jax.jit(logits, static_argnums=0)(config, params, jnp.asarray(prompt))
+    found = jit_logits(config, params, jnp.asarray(prompt))
     assert greedy(llm, prompt, 1)[0, 0] == found[0, -1].argmax()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -128,7 +129,7 @@ def test_a_length_that_is_none_is_refused(length: object) -> None:
 def test_no_sequence_outgrows_a_sliding_window() -> None:
     config = tiny_config(layers=1, kv_heads=2, max_len=16, sliding_window=24)
     params, prompt = tiny_params(config), jnp.zeros((1, 25), jnp.int32)
-    assert logits(config, params, prompt[:, :24]).shape == (1, 24, config.vocab_size)
+    assert jit_logits(config, params, prompt[:, :24]).shape == (1, 24, config.vocab_size)
     with pytest.raises(ValueError, match=r"25 tokens exceed the model's sliding_window=24"):
         logits(config, params, prompt)
     with pytest.raises(ValueError, match=r"max_model_len=25 must not exceed .*sliding_window=24"):

@@ -4,6 +4,7 @@ Every sequence must get the numbers that it gets alone: the same sums, in anothe
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -97,7 +98,7 @@ def test_positions_within_segments() -> None:
 def test_hidden_states_and_unembed_are_logits() -> None:
     (row,) = sequences(10)
     params = tiny_params(CONFIG)
-    hidden = hidden_states(CONFIG, params, jnp.asarray(row[None]))
+    hidden = jax.jit(hidden_states, static_argnums=0)(CONFIG, params, jnp.asarray(row[None]))
     assert hidden.shape == (1, 10, CONFIG.hidden_size)
     assert_allclose(unembed(CONFIG, params, hidden)[0], alone(CONFIG, row), **SAME)
 
@@ -157,6 +158,7 @@ def test_attention_of_ones_own(remat: bool) -> None:
     tokens, params = jnp.asarray(row[None]), tiny_params(CONFIG)
     positions = jnp.arange(12)[None]
 
+    @functools.partial(jax.jit, static_argnums=1)
     def run(params: dict, window: int) -> jax.Array:
         attend = window_attend(CONFIG, positions, window)
         return logits(CONFIG, params, tokens, attend=attend, remat=remat)[0]
@@ -165,7 +167,7 @@ def test_attention_of_ones_own(remat: bool) -> None:
     narrow = run(params, 3)
     assert_allclose(narrow[:3], alone(CONFIG, row)[:3], **SAME)
     assert np.abs(narrow[3:] - alone(CONFIG, row)[3:]).max() > 0.1
-    gradient = jax.grad(lambda params: run(params, 3).sum())(params)
+    gradient = jax.jit(jax.grad(lambda params: run(params, 3).sum()))(params)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
 
 

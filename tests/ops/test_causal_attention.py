@@ -39,12 +39,13 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.
 def test_every_query_sees_its_segment(T: int) -> None:
     q, k, v, segments = inputs(T, T)
     out, lse = attend(q, k, v, segments)
+    q, k, v, segments, out, lse = map(np.asarray, (q, k, v, segments, out, lse))
     for b, t, h in np.random.default_rng(0).integers(0, (2, T, 6), (60, 3)):
-        seen = np.flatnonzero(np.asarray(segments[b, : t + 1]) == segments[b, t])
+        seen = np.flatnonzero(segments[b, : t + 1] == segments[b, t])
         if segments[b, t] == 0:
             seen = seen[:0]
-        keys, values = (np.asarray(x[b, seen, h // 3], float) for x in (k, v))
-        wanted, wanted_lse = oracle.softmax_attention(np.asarray(q[b, t, h], float), keys, values)
+        keys, values = (x[b, seen, h // 3].astype(float) for x in (k, v))
+        wanted, wanted_lse = oracle.softmax_attention(q[b, t, h].astype(float), keys, values)
         assert_allclose(out[b, t, h], wanted, atol=TOLERANCE, rtol=0)
         assert_allclose(lse[b, t, h], wanted_lse, atol=TOLERANCE, rtol=0)
 

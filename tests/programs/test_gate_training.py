@@ -1,5 +1,7 @@
 """Gate training: its attention against explicit masks, its gradient, and what it finds."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +61,7 @@ def masked_attention(q, k, v, mask):
 )
 def test_streaming_attention_sees_sinks_and_window(T, sink, recent):
     q, k, v = random_qkv(T, 4, 2, 8)
-    out = streaming_attention(q, k, v, sink=sink, recent=recent)
+    out = jax.jit(partial(streaming_attention, sink=sink, recent=recent))(q, k, v)
     arrays = (np.asarray(x[0], np.float64) for x in (q, k, v))
     expected = masked_attention(*arrays, oracle.lambda_mask(np.arange(T), T, sink, recent))
     np.testing.assert_allclose(out[0], expected, atol=2e-6)  # float32 sums of up to 48 terms

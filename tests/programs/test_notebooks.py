@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-import jax
 import pytest
 from tiny_checkpoints import write_chat_model
 
@@ -33,10 +32,6 @@ def test_it_runs(path, tmp_path, monkeypatch):
     first.source = "\n".join(f"{name} = {value!r}" for name, value in constants.items())
     environment = {
         "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "IPYTHONDIR": str(tmp_path / "ipython"),
     }
     for name, value in environment.items():

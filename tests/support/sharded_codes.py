@@ -1,7 +1,7 @@
 """Quantised trees placed over four CPU devices, from every kind of file; then heads are moved.
 
-A script, run by test_codes.py: the number of devices is set before JAX starts. Its arguments are a
-directory to write to and that of the compilation cache.
+A script, run by test_codes.py: the number of devices is set before JAX starts. Its argument is a
+directory to write to.
 """
 
 import sys
@@ -20,10 +20,7 @@ import lserve_jax
 from lserve_jax.model.heads import HeadPartition, permute_heads
 from pallas_kernels.api import WEIGHT_KINDS, Weight
 
-jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
-jax.config.update("jax_compilation_cache_dir", sys.argv[2])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 MESH = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
 RAW = LLAMA | {

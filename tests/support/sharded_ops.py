@@ -1,10 +1,8 @@
 """Every op under shard_map over KV heads, on two CPU devices, equals the op on one device.
 
-A script, run by test_ops_contract.py: the number of devices is set before JAX starts. Its only
-argument is the directory of the compilation cache.
+A script, run by test_ops_contract.py: the number of devices is set before JAX starts.
 """
 
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -17,12 +15,9 @@ from numpy.testing import assert_allclose
 from pallas_kernels import api
 from pallas_kernels.api import KVPages, PageList
 
-jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", sys.argv[1])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 TOKENS = Spec(None, "heads")  # tokens, queries and lists have heads on their second axis,
 POOL = Spec("heads")  # pools and statistics on their first

@@ -1,7 +1,6 @@
 """Kept programs of engines whose weights lie on a second CPU device, or on two.
 
-A script, run by test_programs.py. Its arguments are the directories of JAX's compilation cache and
-of the programs.
+A script, run by test_programs.py. Its argument is the directory of the programs.
 """
 
 import sys
@@ -21,7 +20,7 @@ for placed in (
 ):
     made = {}
     for source in ("compiled", "loaded"):
-        llm = LLM((CONFIG, placed), **options, compilation_cache=sys.argv[2])
+        llm = LLM((CONFIG, placed), **options, compilation_cache=sys.argv[1])
         assert [tokens(llm, 40) for _ in range(2)] == [expected] * 2
         made[source] = [program.name for program in llm.engine.runner.programs.times]
         assert {program.source for program in llm.engine.runner.programs.times} == {source}

@@ -1,6 +1,6 @@
 """New weights for an engine whose weights are sharded over two CPU devices.
 
-A script, run by test_update_params.py. Its only argument is the directory of the compilation cache.
+A script, run by test_update_params.py.
 """
 
 import jax

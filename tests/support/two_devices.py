@@ -1,10 +1,8 @@
 """Two CPU devices, and how a tiny model's weights lie on both.
 
-For scripts: the number of devices is set before JAX starts. Their first argument is the directory
-of JAX's compilation cache.
+For scripts: the number of devices is set before JAX starts.
 """
 
-import sys
 from typing import Any
 
 import jax
@@ -14,11 +12,7 @@ from tiny_llm import tiny_config
 
 from lserve_jax import LLM, SamplingParams
 
-jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update("jax_compilation_cache_dir", sys.argv[1])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 CONFIG = tiny_config(layers=1, kv_heads=2)
 MESH = jax.make_mesh((2,), ("tp",), axis_types=(AxisType.Auto,))
