@@ -32,6 +32,8 @@ pytestmark = pytest.mark.skipif(
 
 # What the allocator keeps of what was freed is none of ours.
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+# Programs as users have them, and compiled before what is measured.
+PROGRAMS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "JAX_ENABLE_COMPILATION_CACHE": "0"}
 
 MEMORY = """
 import ctypes
@@ -51,6 +53,12 @@ params = convert.load(sys.argv[2], weights=weights)[1]
 used = (kilobytes("VmHWM") - before) * 1024
 print(used, sum(leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(params)))
 """
+
+
+def measure(*arguments: object, **environment: str) -> tuple[int, int]:
+    """Bytes that loading took at its peak, and those of the parameters."""
+    used, params = map(int, run_script(MEMORY, *arguments, **PROGRAMS, **environment).split())
+    return used, params
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +87,7 @@ def largest(directory: Path) -> int:
 def test_shards_of_bfloat16(shards):
     directory, total = shards
     shard = largest(directory)
-    used, params = map(int, run_script(MEMORY, CONFORMANCE / "llama-tied", directory).split())
+    used, params = measure(CONFORMANCE / "llama-tied", directory)
     assert params == total
     # 65 MB a shard, 200 MB in all: a second copy of the parameters would be found out.
     assert used < params + 1.3 * shard
@@ -92,7 +100,7 @@ def test_rounded(tmp_path, shards, weights):
     # The same sizes: what their programs take is allocated once.
     config = {**json.loads((directory / "config.json").read_text()), "num_hidden_layers": 1}
     one = write_hf(tmp_path / "one", config, random_tensors(config, jnp.bfloat16))
-    used, params = map(int, run_script(MEMORY, one, directory, weights, **ALLOCATOR).split())
+    used, params = measure(one, directory, weights, **ALLOCATOR)
     assert params < (0.52 if weights == "int8" else 0.38) * total
     assert used < params + 1.3 * largest(directory)
 
@@ -114,7 +122,7 @@ def test_codes_that_are_kept(tmp_path):
     for path, layers in ((few, 4), (directory, 32)):
         path.mkdir()
         load_memory.write(path, dataclasses.replace(config, num_hidden_layers=layers))
-    used, params = map(int, run_script(MEMORY, few, directory, "checkpoint", **ALLOCATOR).split())
+    used, params = measure(few, directory, "checkpoint", **ALLOCATOR)
     # 15.7 million codes a layer, half a byte each; for 128 of them a scale and a zero point.
     assert params == pytest.approx(32 * 15.73e6 * (1 / 2 + 8 / 128), rel=0.01)
     assert used < params + 1.3 * largest(directory)
@@ -135,6 +143,6 @@ def test_quantised_gguf(tmp_path):
         writer.add_tensor("token_embd.weight", blocks, raw_dtype=kind)
 
     path = write_gguf(tmp_path / "m.gguf", model_config(config), tensors, metadata=embedding)
-    used, params = map(int, run_script(MEMORY, CONFORMANCE / "llama-tied", path).split())
+    used, params = measure(CONFORMANCE / "llama-tied", path)
     # The table takes 128 MB, its file 71 MB; dequantised at once it would take 256 MB more.
     assert used < params + 1.3 * path.stat().st_size

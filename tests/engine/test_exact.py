@@ -4,6 +4,7 @@ Heads rank, stream in drafts or read everything (``lserve_cases``), budgets are 
 context, and caches begin full of NaN, so that drafts are often wrong and nothing stale may count.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ CASE = lserve_cases.CASES["shares"]
 # Two computations of the same float32 sums, of a token alone and of several.
 SAME = {"atol": 2e-5, "rtol": 0}
 LENGTHS = [700, 300, 65, 500, 128, 900]
+# One decode program a way to sample, in place of one for every number of slots.
+ALL_SLOTS = {"deterministic": True, "relay": "never"}
 
 
 def build(directory: Path | None, case=CASE, **settings: Any) -> LLM:
@@ -40,24 +43,35 @@ def answers(llm: LLM, prompts: list[list[int]], params: Any) -> list:
     return [completion for output in outputs for completion in output.outputs]
 
 
+# All with logprobs, and few ways to sample where those are not the question: each combination of
+# ways in a batch is a program.
+GREEDY = SamplingParams(max_tokens=40, temperature=0.0, logprobs=3)
+DRAWN = SamplingParams(max_tokens=33, temperature=0.7, seed=5, top_p=0.9, logprobs=3)
+STOPPED = dataclasses.replace(GREEDY, stop_token_ids=list(range(0, 96, 11)))
 MIXED = [
-    SamplingParams(max_tokens=40, temperature=0.0),
-    SamplingParams(max_tokens=33, temperature=0.7, seed=5, top_p=0.9, logprobs=3),
-    SamplingParams(max_tokens=9, temperature=1.0, seed=6, top_k=8, min_tokens=4),
-    SamplingParams(max_tokens=40, temperature=0.0, repetition_penalty=1.3),
-    SamplingParams(max_tokens=25, temperature=0.8, seed=7, n=2, frequency_penalty=0.5),
-    SamplingParams(max_tokens=40, temperature=0.0, stop_token_ids=list(range(0, 96, 11))),
+    GREEDY,
+    DRAWN,
+    SamplingParams(max_tokens=9, temperature=1.0, seed=6, top_k=8, min_tokens=4, logprobs=3),
+    dataclasses.replace(GREEDY, repetition_penalty=1.3),
+    SamplingParams(max_tokens=25, temperature=0.8, seed=7, n=2, frequency_penalty=0.5, logprobs=3),
+    STOPPED,
 ]
+TWO_WAYS = [GREEDY, DRAWN, dataclasses.replace(GREEDY, max_tokens=9), GREEDY, DRAWN, STOPPED]
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
-def test_answers_are_those_of_dense_attention(tmp_path: Path, kv_dtype: Any) -> None:
+@pytest.mark.parametrize(("kv_dtype", "params"), [("auto", MIXED), ("int8", TWO_WAYS)])
+def test_answers_are_those_of_dense_attention(
+    tmp_path: Path, kv_dtype: Any, params: list[SamplingParams]
+) -> None:
     """Greedy and drawn, with filters, penalties, several completions and stop tokens, in a batch
-    of mixed lengths that is longer than there are slots."""
+    of mixed lengths that is longer than there are slots.
+
+    With int8 storage all slots at every step, which are fewer programs."""
+    settings = {"kv_dtype": kv_dtype, **({} if kv_dtype == "auto" else ALL_SLOTS)}
     prompts = random_prompts(1, LENGTHS)
-    dense = answers(build(None, kv_dtype=kv_dtype), prompts, MIXED)
-    llm = build(tmp_path, kv_dtype=kv_dtype)
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], MIXED)
+    dense = answers(build(None, **settings), prompts, params)
+    llm = build(tmp_path, **settings)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
     exact = [completion for output in outputs for completion in output.outputs]
     for wanted, got in zip(dense, exact, strict=True):
         assert got.token_ids == wanted.token_ids
@@ -87,11 +101,11 @@ def test_looked_up_drafts(tmp_path: Path) -> None:
     params = [
         SamplingParams(max_tokens=60, temperature=0.0),
         SamplingParams(max_tokens=40, temperature=0.3, seed=5),
-        SamplingParams(max_tokens=60, temperature=0.0, repetition_penalty=1.1),
+        SamplingParams(max_tokens=60, temperature=0.0),
         SamplingParams(max_tokens=60, temperature=0.0),
     ]
-    wanted = answers(build(None), prompts, params)
-    llm = build(None, attention="lserve", exact=True, draft="ngram")
+    wanted = answers(build(None, **ALL_SLOTS), prompts, params)
+    llm = build(None, attention="lserve", exact=True, draft="ngram", **ALL_SLOTS)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
     assert [o.outputs[0].token_ids for o in outputs] == [x.token_ids for x in wanted]
     assert sum(o.metrics.confirmed_tokens for o in outputs) > 0
@@ -130,8 +144,8 @@ def test_prefixes_preemption_and_replay(tmp_path: Path) -> None:
     prompts = [prefix + rest[0], prefix + rest[1], rest[2], prefix + rest[3]]
     params = SamplingParams(max_tokens=60, temperature=0.9, seed=3)
     page_bytes = 2 * 4 * 3 * 64 * 16 * 4 + 5 * 4 * 2 * 16 * 4
-    small = {"kv_cache_bytes": 15 * page_bytes, "burst_steps": 8}
-    wanted = answers(build(None), prompts, params)
+    small = {"kv_cache_bytes": 10 * page_bytes, "burst_steps": 8, "max_num_seqs": 2}
+    wanted = answers(build(None, max_num_seqs=2), prompts, params)
     llm = build(tmp_path, **small)
     held = llm.prefix({"prompt_token_ids": prefix})
     got = answers(llm, prompts, params)
@@ -145,8 +159,9 @@ def test_up_to_the_last_position(tmp_path: Path) -> None:
     max_len = 448  # whole pages: the place behind them is another sequence's
     prompts = random_prompts(5, [400, 440, 447, 433])
     params = [SamplingParams(max_tokens=max_len - len(p), temperature=0.0) for p in prompts]
-    wanted = answers(build(None, max_model_len=max_len), prompts, params)
-    got = answers(build(tmp_path, max_model_len=max_len), prompts, params)
+    settings = {"max_model_len": max_len, **ALL_SLOTS}
+    wanted = answers(build(None, **settings), prompts, params)
+    got = answers(build(tmp_path, **settings), prompts, params)
     assert [x.token_ids for x in got] == [x.token_ids for x in wanted]
 
 
