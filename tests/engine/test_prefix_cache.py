@@ -199,17 +199,14 @@ def test_pages_come_back_from_host_memory(attention: str, kv_dtype: str, build: 
     page = P if attention == "lserve" else 64
     settings = {"deterministic": True, "kv_dtype": kv_dtype, "max_num_seqs": 2}
     prompts = random_prompts(20, [5 * CHUNK + 9] * 4)
-    cold = run(build(attention, enable_prefix_caching=False, **settings), prompts, 8)
-    small = build(attention, kv_cache_bytes=1 << 40, host_cache_bytes=0, **settings)
-    bytes_of_page = small.engine.units.page
-    llm = build(
-        attention,
-        kv_cache_bytes=(400 // page + 1) * bytes_of_page,
-        host_cache_bytes=3 * (320 // page) * small.engine.units.remembered_page,
-        **settings,
-    )
-    for prompt in prompts:
-        assert_same(run(llm, [prompt], 8), [cold[prompts.index(prompt)]])
+    units = build(attention, **settings).engine.units
+    settings["kv_cache_bytes"] = (400 // page + 1) * units.page
+    forgets = build(attention, enable_prefix_caching=False, **settings)
+    cold = [run(forgets, [prompt], 8)[0] for prompt in prompts]
+    room = 3 * (320 // page) * units.remembered_page
+    llm = build(attention, host_cache_bytes=room, **settings)
+    for prompt, made in zip(prompts, cold, strict=True):
+        assert_same(run(llm, [prompt], 8), [made])
     metrics = llm.engine.metrics()
     assert metrics.evicted_pages >= 3 * (320 // page) - 400 // page
     assert metrics.host_pages > 0
