@@ -21,7 +21,8 @@ def build(value: float = math.nan, **options) -> LLM:
     embedding = params["embed_tokens"]["embedding"]
     params["embed_tokens"]["embedding"] = embedding.at[BAD].set(value)
     options = {"max_num_seqs": 2, "max_model_len": 256, "burst_steps": 4, **options}
-    return LLM((CONFIG, params), **options)
+    # Both slots at every step: one program for each way to sample.
+    return LLM((CONFIG, params), deterministic=True, relay="never", **options)
 
 
 def good_prompts(count: int) -> list[dict]:
