@@ -20,24 +20,18 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 
 
-def set_for_processes(name: str, value: str | bool | int) -> None:
-    """A setting of JAX's, here and in every process that a test starts."""
-    jax.config.update(name, value)
-    os.environ[name.upper()] = str(value)
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """Runs before any test module is imported, so no array exists yet."""
     wants_gpu = "gpu" in config.getoption("markexpr").replace("not gpu", "")
     if not wants_gpu:
-        set_for_processes("jax_platforms", "cpu")
+        jax.config.update("jax_platforms", "cpu")
         # Tiny models run once or twice: optimising their programs takes longer than it saves.
-        set_for_processes("jax_disable_most_optimizations", True)
+        jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     # Most of the suite's time is compilation: keep it, also between the workers of one run.
-    set_for_processes("jax_compilation_cache_dir", str(CACHE / "jit"))
-    set_for_processes("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_compilation_cache_dir", str(CACHE / "jit"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def pytest_collection_finish() -> None:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from pytest import LogCaptureFixture, MonkeyPatch
+from tiny_checkpoints import process_environment
 from tiny_llm import tiny_config, tiny_params
 
 from lserve_jax import LLM, SamplingParams, SparsityConfig
@@ -385,5 +386,5 @@ def test_weights_on_other_devices_and_on_several(tmp_path) -> None:
     root = Path(__file__).resolve().parents[2]
     script = root / "tests" / "support" / "sharded_programs.py"
     command = [sys.executable, script, tmp_path / "programs"]
-    environment = os.environ | {"PYTHONPATH": str(root)}
+    environment = process_environment(PYTHONPATH=str(root))
     subprocess.run(command, check=True, cwd=root, env=environment)

@@ -1,7 +1,6 @@
 """Other weights in a running engine: what it says then, what it shares, and what it refuses."""
 
 import dataclasses
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
+from tiny_checkpoints import process_environment
 from tiny_llm import check_nothing_left, random_prompts, tiny_config, tiny_params, write_pattern
 
 from lserve_jax import LLM, ModelConfig, SamplingParams, SparsityConfig, logits
@@ -201,5 +201,5 @@ def test_memory_that_runs_out_in_an_update_is_said_until_the_next(
 def test_sharded_weights_keep_their_sharding() -> None:
     root = Path(__file__).resolve().parents[2]
     script = root / "tests" / "support" / "sharded_update.py"
-    environment = os.environ | {"PYTHONPATH": str(root)}
+    environment = process_environment(PYTHONPATH=str(root))
     subprocess.run([sys.executable, script], check=True, cwd=root, env=environment)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 from op_examples import ACCEPTED, T, evaluate, example, jitted
+from tiny_checkpoints import process_environment
 
 from pallas_kernels import api
 
@@ -108,5 +109,6 @@ def test_donated_pools_are_updated_in_place(op: str) -> None:
 
 def test_ops_under_shard_map_equal_the_ops_on_one_device() -> None:
     command = [sys.executable, "-W", "error", "-m", "tests.support.sharded_ops"]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = process_environment()
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr

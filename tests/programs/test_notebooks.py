@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny_checkpoints import write_chat_model
+from tiny_checkpoints import process_environment, write_chat_model
 
 nbformat = pytest.importorskip("nbformat", reason="extra notebooks")
 nbclient = pytest.importorskip("nbclient", reason="extra notebooks")
@@ -30,10 +30,7 @@ def test_it_runs(path, tmp_path, monkeypatch):
     names = {line.split(" = ")[0] for line in first.source.splitlines()}
     assert names == constants.keys()
     first.source = "\n".join(f"{name} = {value!r}" for name, value in constants.items())
-    environment = {
-        "PYTHONPATH": str(ROOT),
-        "IPYTHONDIR": str(tmp_path / "ipython"),
-    }
+    environment = process_environment(PYTHONPATH=str(ROOT), IPYTHONDIR=str(tmp_path / "ipython"))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     client = nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3")

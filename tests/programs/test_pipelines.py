@@ -1,13 +1,12 @@
 """Every program of docs/pipelines.md runs, in order, on a tiny model and four CPU devices."""
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tiny_checkpoints import write_chat_model
+from tiny_checkpoints import process_environment, write_chat_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,10 +24,11 @@ def test_the_programs_of_the_page(tmp_path: Path) -> None:
         lines[start : start + program.count("\n")] = program.splitlines()
     (tmp_path / "pipelines.py").write_text("\n".join(lines))
     environment = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)}
+    environment["JAX_NUM_CPU_DEVICES"] = "4"
     done = subprocess.run(
         [sys.executable, "pipelines.py"],
         cwd=tmp_path,
-        env={**os.environ, **environment, "JAX_NUM_CPU_DEVICES": "4"},
+        env=process_environment(**environment),
         capture_output=True,
         text=True,
     )

@@ -1,13 +1,12 @@
 """The LoRA example on a tiny model: the loss falls, and what it wrote changes the model."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_checkpoints import write_chat_model
+from tiny_checkpoints import process_environment, write_chat_model
 
 import convert
 from convert.names import flatten
@@ -24,7 +23,7 @@ def test_it_learns(tmp_path: Path) -> None:
     command += ["--model", str(model), "--steps", "6", "--length", "24", "--learning-rate", "0.01"]
     done = subprocess.run(
         command,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)},
+        env=process_environment(PYTHONPATH=str(ROOT), PATH="", HOME=str(tmp_path)),
         capture_output=True,
         text=True,
     )

@@ -1,7 +1,6 @@
 """A tiny model behind a real HTTP server on a free port, and its tokenizer with a chat template."""
 
 import contextlib
-import os
 import socket
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 import tokenizers
 import uvicorn
-from tiny_checkpoints import LLAMA, random_tensors, write_hf
+from tiny_checkpoints import LLAMA, process_environment, random_tensors, write_hf
 from tiny_llm import tiny_config, tiny_params
 
 from lserve_jax import LLM
@@ -128,7 +127,7 @@ def program(
         ],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **(env or {})},
+        env=process_environment(**(env or {})),
     )
     assert process.stderr is not None
     try:

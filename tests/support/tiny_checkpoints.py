@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import jax
 import numpy as np
 import tokenizers
 from gguf import GGMLQuantizationType as Kind
@@ -237,12 +238,23 @@ def model_config(raw: dict[str, Any] = LLAMA, **changes: Any) -> ModelConfig:
     return ModelConfig(**{**fields, "eos_token_ids": (2,), **changes})
 
 
+def process_environment(**more: str) -> dict[str, str]:
+    """Variables of a Python that a test starts: this one's, the CPU, the tests' JAX settings."""
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(jax.config.read("jax_disable_most_optimizations")),
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return {**os.environ, **settings, **more}
+
+
 def run_script(script: str, *arguments: object, **environment: str) -> str:
     """What ``script`` prints, run by a Python of its own on the CPU."""
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root), **environment},
+        env=process_environment(**{"PYTHONPATH": str(root), **environment}),
         capture_output=True,
         text=True,
         check=False,
