@@ -200,9 +200,9 @@ def test_requests_of_several_kinds_beside_one_another(
     llm = request.getfixturevalue(attention)
     asked = prompts(2, [10, 40, 80, 20, 5, 30, 15])
     for seed in range(3):
-        # All that draw with top_p: each combination of ways to sample is a program.
-        common = {"max_tokens": 100, "seed": seed, "top_p": 0.95}
-        sampling = [SamplingParams(**common | changes) for changes, _ in BATCH]
+        sampling = [
+            SamplingParams(**{"max_tokens": 100, "seed": seed} | changes) for changes, _ in BATCH
+        ]
         outputs = llm.generate(asked, sampling)
         for prompt, params, output, (_, check) in zip(asked, sampling, outputs, BATCH, strict=True):
             [alone] = llm.generate(prompt, params)
