@@ -29,6 +29,17 @@ for seed, put in ((1, sharded), (0, lambda params: params), (1, lambda params: p
     for path, leaf in jax.tree.flatten_with_path(llm.engine.params)[0]:
         assert leaf.sharding == sharding(path), (path, leaf.sharding)
 
+# Prompts are remembered, and go to host memory and back: there is room for one of these.
+documents = [[number] * 200 for number in (5, 7)]
+room: dict = {"max_num_seqs": 1, "max_model_len": 256, "max_prefixes": 0, "relay": "never"}
+alone = LLM((CONFIG, tiny_params(CONFIG)), enable_prefix_caching=False, **room)
+answers = [tokens(alone, 4, document) for document in documents]
+remembering = LLM((CONFIG, sharded(tiny_params(CONFIG))), host_cache_bytes=1 << 24, **room)
+for number in (0, 0, 1, 0):
+    assert tokens(remembering, 4, documents[number]) == answers[number]
+metrics = remembering.engine.metrics()
+assert metrics.prefix_tokens == 2 * 192 and metrics.host_pages > 0, metrics
+
 # On Explicit axes, as jax.make_mesh makes them by default, the engine runs on Auto ones.
 EXPLICIT = jax.make_mesh((2,), ("tp",))
 cut = jax.tree.map_with_path(

@@ -3,6 +3,7 @@
 For scripts: the number of devices is set before JAX starts.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,6 +29,6 @@ def sharded(params: dict) -> dict:
     return jax.tree.map_with_path(lambda path, x: jax.device_put(x, sharding(path)), params)
 
 
-def tokens(llm: LLM, count: int) -> list[int]:
+def tokens(llm: LLM, count: int, prompt: Sequence[int] = (3,) * 20) -> list[int]:
     sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-    return llm.generate({"prompt_token_ids": [3] * 20}, sampling)[0].outputs[0].token_ids
+    return llm.generate({"prompt_token_ids": list(prompt)}, sampling)[0].outputs[0].token_ids
