@@ -18,7 +18,7 @@ from jaxtyping import Array, UInt4, UInt8
 from numpy.typing import DTypeLike
 
 from lserve_jax.model.quantise import CODE_DTYPES
-from pallas_kernels.api import Weight, WeightKind, quantize_weight
+from pallas_kernels.api import PackedWeight, Weight, WeightKind, quantize_weight, unpack_weight
 
 # Outputs read at once: few, because rounding makes several copies in float32.
 _BLOCK_ROWS = 64
@@ -169,7 +169,7 @@ def weight_shardings(
 # In our own checkpoints.
 
 
-def stored(flat: dict[str, Array | Weight]) -> Iterator[tuple[str, Array]]:
+def stored(flat: dict[str, Array | Weight | PackedWeight]) -> Iterator[tuple[str, Array]]:
     """The arrays that a checkpoint holds for leaves, by name.
 
     Empties ``flat``, so that codes do not exist twice if nobody else holds them. Raises
@@ -177,6 +177,8 @@ def stored(flat: dict[str, Array | Weight]) -> Iterator[tuple[str, Array]]:
     """
     for leaf in list(flat):
         value = flat.pop(leaf)
+        if isinstance(value, PackedWeight):  # an engine's
+            value = unpack_weight(value)
         if not isinstance(value, Weight):
             yield leaf, value
             continue

@@ -20,8 +20,7 @@ from convert.orbax import check_tokenizer_path, keep_tokenizer, require_empty
 from lserve_jax.checks import check_integer, is_real
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.lora import Adapter
-from lserve_jax.model.params import Params, abstract_params
-from pallas_kernels.api import Weight
+from lserve_jax.model.params import Params, abstract_params, is_quantised
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _METADATA = {"format": "pt"}  # transformers refuses files without it
@@ -48,7 +47,7 @@ def export_hf(
     """
     check_integer("max_shard_bytes", max_shard_bytes, 1, float("inf"))
     flat = flatten(params)
-    if any(isinstance(value, Weight) for value in flat.values()):
+    if any(is_quantised(value) for value in flat.values()):
         raise NotImplementedError("quantised weights cannot be exported; load them as floats")
     check_tensors(
         {leaf: value.shape for leaf, value in flatten(abstract_params(config)).items()},

@@ -62,7 +62,7 @@ from lserve_jax.model.quantise import (
     kind_of,
     require_fp8,
 )
-from pallas_kernels.api import Weight, WeightKind, quantize_weight
+from pallas_kernels.api import PackedWeight, Weight, WeightKind, quantize_weight
 
 _PARAMS = "params"
 _FILES = "files.json"
@@ -164,7 +164,7 @@ def save(
 def write(
     path: str | os.PathLike[str],
     config: ModelConfig,
-    flat: dict[str, Array | Weight],
+    flat: dict[str, Array | Weight | PackedWeight],
     *,
     tokenizer_from: str | os.PathLike[str] | None = None,
 ) -> None:

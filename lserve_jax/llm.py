@@ -158,9 +158,11 @@ class LLM:
             the first one did is copied to where that one lay, any other stays where it is.
 
         Nothing is compiled, and nothing copied but what was copied at the beginning: heads that
-        change places, casts, quantised matrices, on a CPU a tied model's output projection. Every
-        other array is shared with the caller. A training step that takes ``params`` as donated
-        takes them from here too: update again before the next request, which is refused until then.
+        change places, casts, matrices that are quantised or packed, on a CPU a tied model's output
+        projection. (One exception: where kernels run codes whose zero points were integers below
+        256, others that are not make programs anew.) Every other array is shared with the caller. A
+        training step that takes ``params`` as donated takes them from here too: update again before
+        the next request, which is refused until then.
 
         Prefixes are released and remembered prompts forgotten: they hold keys of the old weights. A
         call of another thread is waited for.

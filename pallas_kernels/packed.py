@@ -62,11 +62,13 @@ def group_size(packed: PackedWeight) -> int | None:
     return math.gcd(packed.shape[0] // packed.groups, INPUTS)
 
 
-def pack_weight(weight: Weight, *, paired: bool = False) -> PackedWeight:
+def pack_weight(weight: Weight, *, paired: bool = False, in_words: bool = False) -> PackedWeight:
     """The same numbers, in kernel order. Not for use under ``jit``: it looks at the zero points.
 
     ``paired`` is for a gated layer, whose channel i of the first half (gate) is multiplied with
-    that of the second (up). Raises ``ValueError`` for what ``unpackable`` names.
+    that of the second (up). ``in_words`` gives zero points words of their own even if they fit
+    beside the scales: so matrices that differ in their numbers alone are packed alike. Raises
+    ``ValueError`` for what ``unpackable`` names.
 
     >>> import jax.numpy as jnp
     >>> codes, scale = jnp.ones((256, 128), jnp.int8), jnp.full((1, 128), 0.5)
@@ -81,14 +83,16 @@ def pack_weight(weight: Weight, *, paired: bool = False) -> PackedWeight:
         raise ValueError(f"the matrix cannot be packed: {reason}")
     zeros: Literal["none", "byte", "word"] = "none"
     if weight.zero is not None:
-        zeros = "byte" if _fit_bytes(weight.scale, weight.zero) else "word"
+        fit = not in_words and _fit_bytes(weight.scale, weight.zero)
+        zeros = "byte" if fit else "word"
     return _pack(weight, zeros=zeros, paired=paired)
 
 
 @jax.jit
 def _fit_bytes(scale: Float[Array, "g out"], zero: Float[Array, "g out"]) -> Array:
     low = lax.bitcast_convert_type(scale, jnp.uint32) & 0xFF
-    return jnp.all((low == 0) & (zero == jnp.round(zero)) & (zero >= 0) & (zero < 256))
+    whole = (zero == jnp.round(zero)) & (zero < 256) & ~jnp.signbit(zero)  # no -0.0
+    return jnp.all((low == 0) & whole)
 
 
 def _sizes(K: int, out: int, axes: str) -> list[int]:

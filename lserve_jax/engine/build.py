@@ -27,9 +27,9 @@ from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.engine.warmup import Warmup, warm_up
 from lserve_jax.engine.weights import Intake
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.params import Params, check_params
+from lserve_jax.model.params import Params, check_params, is_quantised
 from lserve_jax.model.quantise import WeightForm, check_weights
-from pallas_kernels.api import Backend, Weight, resolve_backend
+from pallas_kernels.api import Backend, resolve_backend
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _INTEGERS = (
@@ -224,9 +224,9 @@ def build_engine(
 ) -> Engine:
     """An engine for ``params`` as ``convert.load`` returns them.
 
-    Given a function that makes them, nobody but the engine holds them: while heads are put in
-    order a layer's attention weights exist twice, not those of all layers. It is called once
-    options and ``config`` are found to agree.
+    Given a function that makes them, nobody but the engine holds them: quantised matrices are
+    packed one by one, each freed before the next. It is called once options and ``config`` are
+    found to agree.
 
     ``eos_token_ids`` end a completion, beside the config's own. ``progress`` shows a bar on stderr
     while programs are compiled ahead of time.
@@ -257,13 +257,18 @@ def build_engine(
     alike = dataclasses.replace(options, warmup="none", compilation_cache=False)
     programs = Programs(_program_files(options), f"{config}\n{alike}")
     programs.preload()
-    if callable(params):
-        params = params()
-    check_params(config, params)
-    coded = any(isinstance(x, Weight) for x in jax.tree.leaves(params, is_leaf=_is_weight))
-    if options.weights == "checkpoint" and not coded:
-        raise ValueError("weights='checkpoint' needs quantised weights; all of these are floats")
-    params = intake.first(params)
+
+    def make() -> Params:
+        made = params() if callable(params) else params
+        check_params(config, made)
+        coded = any(is_quantised(x) for x in jax.tree.leaves(made, is_leaf=is_quantised))
+        if options.weights == "checkpoint" and not coded:
+            raise ValueError(
+                "weights='checkpoint' needs quantised weights; all of these are floats"
+            )
+        return made
+
+    prepared = intake.first(make)
     spec = make_spec(
         config,
         sparsity=sparsity,
@@ -280,7 +285,7 @@ def build_engine(
     spec = dataclasses.replace(spec, num_window_pages=num_window_pages)
     runner = runner_class(
         config,
-        params,
+        prepared,
         spec,
         dtype=dtype,
         backend=options.backend,
@@ -312,10 +317,6 @@ def _program_files(options: EngineOptions) -> ProgramFiles | None:
     if kept is False or (sparsity is not None and sparsity.select is not None):
         return None
     return ProgramFiles(cache_directory() / "programs" if kept is True else kept)
-
-
-def _is_weight(x: object) -> bool:
-    return isinstance(x, Weight)
 
 
 def _check_length(config: ModelConfig, max_model_len: int | None) -> int:

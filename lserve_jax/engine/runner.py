@@ -8,6 +8,7 @@ that the device works while the host goes on.
 import dataclasses
 import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,8 @@ from lserve_jax.engine.steps import (
 )
 from lserve_jax.engine.token_rules import TokenRules
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.params import Params
+from lserve_jax.model.params import Params, is_quantised
+from lserve_jax.model.quantise import unpack_params
 from pallas_kernels.api import MOST_SELECTED_PAGES, Backend, resolve_backend
 
 
@@ -320,14 +322,16 @@ class ModelRunner:
     def fingerprint(self) -> str:
         """A digest of architecture and weights: every number of every weight counts.
 
-        Names, shapes and dtypes count too, and so does the order of heads.
+        Names, shapes and dtypes count too, and so does the order of heads. Whether matrices are
+        packed does not.
         """
         digest = hashlib.sha256(repr(self.config).encode())
-        paths, _ = jax.tree.flatten_with_path(self.params)
+        paths, _ = jax.tree.flatten_with_path(jax.eval_shape(unpack_params, self.params))
         for path, leaf in paths:
             name = f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}"
             digest.update(name.encode())
-        for checksum in jax.device_get(_checksums(jax.tree.leaves(self.params))):
+        leaves = jax.tree.leaves(self.params, is_leaf=is_quantised)
+        for checksum in jax.tree.leaves(jax.device_get([_checksums(leaf) for leaf in leaves])):
             digest.update(checksum.tobytes())
         return digest.hexdigest()[:32]
 
@@ -389,11 +393,12 @@ def device_bytes(x: Array | jax.ShapeDtypeStruct) -> int:
 
 
 @jax.jit
-def _checksums(weights: list[Array]) -> list[UInt32[Array, " 2"]]:
-    """Two sums of each weight's bits, modulo 2^32, every number times an odd one of its place.
+def _checksums(leaf: Any) -> list[UInt32[Array, " 2"]]:
+    """Of each array of a leaf two sums of its bits, every number times an odd one of its place.
 
-    So one changed number changes both, and numbers that trade places do too. A sum runs where the
-    weight lies; nothing of a weight's size is made or fetched.
+    Modulo 2^32. So one changed number changes both, and numbers that trade places do too. A sum
+    runs where the array lies; nothing is fetched, and nothing of its size made but for what is
+    packed, one after the other.
     """
 
     def checksum(x: Array) -> Array:
@@ -405,4 +410,4 @@ def _checksums(weights: list[Array]) -> list[UInt32[Array, " 2"]]:
         factors = [(place * jnp.uint32(m)) | jnp.uint32(1) for m in (2654435761, 2246822519)]
         return jnp.stack([jnp.sum(bits * factor, dtype=jnp.uint32) for factor in factors])
 
-    return [checksum(x) for x in weights]
+    return [checksum(x) for x in jax.tree.leaves(unpack_params({"": leaf}))]

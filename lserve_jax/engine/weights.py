@@ -1,5 +1,6 @@
 """Parameters on their way into an engine: as ``convert.load`` gives them, and as it runs them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.heads import HeadPartition, permute_heads
-from lserve_jax.model.params import Params
-from lserve_jax.model.quantise import pack_params, quantise_params
+from lserve_jax.model.params import Params, is_quantised
+from lserve_jax.model.quantise import pack_params, quantise_params, unpack_params
 from pallas_kernels.api import Weight, WeightKind
 
 
@@ -32,15 +33,16 @@ class Intake:
     packed: bool  # whether quantised matrices go into the order of the kernels
     # Shape, dtype and sharding of each leaf that came first, by path.
     _first: dict[str, jax.ShapeDtypeStruct] = field(init=False, default_factory=dict)
+    # Packed matrices, by path, whose zero points take words of their own.
+    _in_words: set[str] = field(init=False, default_factory=set)
 
-    def first(self, params: Params) -> Params:
-        """The parameters that the engine begins with; ``check`` compares later ones with them."""
-        params = jax.tree.map(_on_auto_axes, params)
-        self._first = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
-            for name, x in _leaves(params).items()
-        }
-        return self._prepare(params)
+    def first(self, make: Callable[[], Params]) -> Params:
+        """The parameters that the engine begins with; ``check`` compares later ones with them.
+
+        Nobody here holds what ``make`` returns: a matrix that is packed is freed at once, unless
+        the caller has it.
+        """
+        return self._packed(self._prepare(self._remembered(unpack_params(make()))))
 
     def later(self, params: Params) -> Params:
         """Others in their place, checked before; each on the devices of the one before it."""
@@ -51,7 +53,7 @@ class Intake:
             same = sharding is None or x.sharding == sharding
             return x if same else jax.device_put(x, sharding)
 
-        return self._prepare(jax.tree.map_with_path(place, params))
+        return self._packed(self._prepare(jax.tree.map_with_path(place, params)))
 
     def check(self, params: Params) -> None:
         """Raises ``ValueError`` naming every leaf in which ``params`` differ from the first ones.
@@ -90,12 +92,17 @@ class Intake:
                 f"{len(self._first)} leaves: {'; '.join(wrong)}"
             )
 
+    def _remembered(self, params: Params) -> Params:
+        params = jax.tree.map(_on_auto_axes, params)
+        self._first = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+            for name, x in _leaves(params).items()
+        }
+        return params
+
     def _prepare(self, params: Params) -> Params:
-        params = jax.tree.map(
-            lambda x: x if isinstance(x, Weight) else jnp.asarray(x, self.dtype),
-            params,
-            is_leaf=lambda x: isinstance(x, Weight),
-        )
+        """In dicts of its own."""
+        params = jax.tree.map(self._array, params, is_leaf=is_quantised)
         if self.config.tie_word_embeddings and jax.default_backend() == "cpu":
             # XLA's CPU matrix-vector product is five times slower on a transposed matrix, and the
             # output projection is a fifth of a small model's weights.
@@ -104,8 +111,25 @@ class Intake:
         # Before heads move, so that a model's codes do not depend on how it is attended.
         if self.weights is not None:
             params = quantise_params(params, self.weights, group=self.weight_group)
-        params = permute_heads(self.config, params, self.partition)
-        return pack_params(params) if self.packed else params
+        return permute_heads(self.config, params, self.partition)
+
+    def _array(self, x: Any) -> Any:
+        """A leaf on a device. Codes, scales and zero points keep their types."""
+        dtype = None if is_quantised(x) else self.dtype
+        return jax.tree.map(lambda array: jnp.asarray(array, dtype), x)
+
+    def _packed(self, params: Params) -> Params:
+        """The dicts that ``_prepare`` made, with packed matrices in them."""
+        if not self.packed:
+            return params
+        if self.weights is not None:
+            # Rounded zero points fit into bytes by chance, such as those of a matrix of zeros.
+            self._in_words |= {
+                ".".join(str(key.key) for key in path)
+                for path, x in jax.tree.flatten_with_path(params, is_leaf=is_quantised)[0]
+            }
+        pack_params(params, self._in_words)
+        return params
 
 
 def _on_auto_axes(x: Any) -> Any:

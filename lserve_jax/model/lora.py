@@ -16,8 +16,7 @@ from jaxtyping import Array
 
 from lserve_jax.checks import check_integer
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.params import Params, abstract_params
-from pallas_kernels import api
+from lserve_jax.model.params import Params, abstract_params, is_quantised
 
 # Dotted path of a kernel [I, O] to its "a" [I, r] and "b" [r, O].
 Adapter = dict[str, dict[str, Array]]
@@ -94,7 +93,7 @@ def _kernel(path: str, kernel: Any, matrices: Mapping[str, Array]) -> Array:
     """The kernel at a path, if the matrices fit it."""
     if kernel is None or isinstance(kernel, dict):
         raise ValueError(f"adapter has {path!r}, which params does not have")
-    if isinstance(kernel, api.Weight):
+    if is_quantised(kernel):
         raise ValueError(f"{path} is quantised: an adapter is merged into floats")
     a, b = (jnp.shape(matrices[name]) if name in matrices else None for name in ("a", "b"))
     rank = a[-1] if a else None

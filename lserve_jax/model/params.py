@@ -59,16 +59,17 @@ def abstract_params(config: ModelConfig, dtype=jnp.float32) -> Params:
     return params if config.tie_word_embeddings else params | {"lm_head": linear(E, V)}
 
 
-def _is_quantised(leaf: Any) -> bool:
+def is_quantised(leaf: Any) -> bool:
+    """Whether a leaf is a quantised matrix, packed or not."""
     return isinstance(leaf, api.Weight | api.PackedWeight)
 
 
 def _shape(leaf: Any) -> tuple[int, ...]:
-    return leaf.shape if _is_quantised(leaf) else jnp.shape(leaf)
+    return leaf.shape if is_quantised(leaf) else jnp.shape(leaf)
 
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
-    leaves, _ = jax.tree.flatten_with_path(params, is_leaf=_is_quantised)
+    leaves, _ = jax.tree.flatten_with_path(params, is_leaf=is_quantised)
     return {jax.tree_util.keystr(path): _shape(leaf) for path, leaf in leaves}
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from lserve_jax.checks import check_choice, check_integer
-from lserve_jax.model.params import Params
+from lserve_jax.model.params import Params, is_quantised
 from pallas_kernels.api import (
     WEIGHT_GROUPS,
     WEIGHT_KINDS,
@@ -20,6 +20,7 @@ from pallas_kernels.api import (
     has_fp8,
     pack_weight,
     quantize_weight,
+    unpack_weight,
     unpackable,
 )
 
@@ -102,14 +103,10 @@ def expect_kind(
 
 def code_types(params: Params) -> str:
     """Types of the codes in a tree, such as "int8, uint4"; "none" where all of it is floats."""
-    leaves = jax.tree.leaves(params, is_leaf=_is_quantised)
+    leaves = jax.tree.leaves(params, is_leaf=is_quantised)
     found = {str(np.dtype(x.codes.dtype)) for x in leaves if isinstance(x, Weight)}
     found |= {x.codes for x in leaves if isinstance(x, PackedWeight)}
     return ", ".join(sorted(found)) or "none"
-
-
-def _is_quantised(x: object) -> bool:
-    return isinstance(x, Weight | PackedWeight)
 
 
 def quantise_params(params: Params, kind: WeightKind, *, group: int = 32) -> Params:
@@ -137,18 +134,37 @@ def quantise_params(params: Params, kind: WeightKind, *, group: int = 32) -> Par
     return visit(params, [])
 
 
-def pack_params(params: Params) -> Params:
-    """The same tree with the quantised matrices in the order of the kernels, as far as that goes.
+def pack_params(params: Params, in_words: set[str], path: tuple[str, ...] = ()) -> None:
+    """Puts quantised matrices into the order of the kernels, as far as that goes, in place.
 
-    A ``Weight`` stays one, and XLA multiplies it, where ``unpackable`` has a reason or it lies on
-    several devices. The tree given is left as it is.
+    So, one at a time is there twice, unless somebody else holds them. A ``Weight`` stays one, and
+    XLA multiplies it, where ``unpackable`` has a reason or it lies on several devices.
+
+    in_words: matrices, by dotted path, whose zero points are not to lie in the bytes of scales even
+        if they fit. Those that do not fit are added: other numbers in their place are packed alike.
+    path: where in the parameters the tree is.
     """
+    for key in params:
+        leaf = (*path, str(key))
+        if isinstance(params[key], dict):
+            pack_params(params[key], in_words, leaf)
+        elif isinstance(params[key], Weight) and _packs(params[key]):
+            name = ".".join(leaf)
+            how = {"paired": "gate_up_proj" in leaf, "in_words": name in in_words}
+            # One after the other, as in ``quantise_params``.
+            params[key] = jax.block_until_ready(pack_weight(params[key], **how))
+            if params[key].zeros == "word":
+                in_words.add(name)
 
-    def pack(path: Any, leaf: Any) -> Any:
-        if not isinstance(leaf, Weight) or len(leaf.codes.devices()) > 1 or unpackable(leaf):
-            return leaf
-        paired = "gate_up_proj" in jax.tree_util.keystr(path)
-        # One after the other, as in ``quantise_params``.
-        return jax.block_until_ready(pack_weight(leaf, paired=paired))
 
-    return jax.tree.map_with_path(pack, params, is_leaf=_is_quantised)
+def _packs(weight: Weight) -> bool:
+    return len(weight.codes.devices()) == 1 and unpackable(weight) is None
+
+
+def unpack_params(params: Params) -> Params:
+    """The same tree with a ``Weight`` for each packed matrix. The tree given is left as it is."""
+    return jax.tree.map(
+        lambda x: unpack_weight(x) if isinstance(x, PackedWeight) else x,
+        params,
+        is_leaf=is_quantised,
+    )
