@@ -93,3 +93,12 @@ def test_more_than_one_kernel_is_refused() -> None:
     how = {"longest": (8,), "longest_results": (8,)}
     with pytest.raises(AssertionError, match="must call one kernel and do nothing else"):
         kernels(lambda x: call_shared(make, None, (x,), (shape,), **how), (shape,))
+
+
+def test_a_call_outside_of_jit_is_compiled() -> None:
+    """As under ``jax.disable_jit``: it gets as far as to a device that has no such kernel."""
+    scores = jnp.zeros((2, 3, 128))
+    with jax.disable_jit(), pytest.raises(NotImplementedError, match="found for platform cpu"):
+        select_pages(
+            scores, jnp.array([9, 9]), jnp.full((2, 3), 4), num_pages=4, sink_pages=1, most_heads=8
+        )
