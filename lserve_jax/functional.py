@@ -57,7 +57,7 @@ def unembed(
     split = None if set(jax.tree.leaves(spec)) & set(taken) else spec
 
     def run(params: Params, hidden: Array) -> Array:
-        return bind(config, params).unembed(hidden)
+        return bind(config, params).unembed(hidden, backend="reference")
 
     return _as_auto(run, PartitionSpec(*tokens, split), params, hidden)
 

@@ -148,13 +148,15 @@ class Llama(nnx.Module):
             new_caches.append(cache)
         return self.norm(x.value), new_caches
 
-    def unembed(self, hidden: Float[Array, "... E"]) -> Float[Array, "... V"]:
+    def unembed(
+        self, hidden: Float[Array, "... E"], *, backend: Backend = "auto"
+    ) -> Float[Array, "... V"]:
         """Logits in float32: bf16 weights are multiplied exactly and summed in float32."""
         if self.lm_head is None:
             kernel = self.embed_tokens.embedding[...].T
         else:
             kernel = self.lm_head.kernel.get_value()
-        return api.product(hidden, kernel)
+        return api.product(hidden, kernel, backend=backend)
 
 
 _KEPT = "attention"

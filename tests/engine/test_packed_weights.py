@@ -24,7 +24,7 @@ from lserve_jax.model import quantise
 from lserve_jax.model.lora import init_adapter, merge
 from lserve_jax.model.params import Params
 from lserve_jax.model.quantise import quantise_params
-from pallas_kernels import api
+from pallas_kernels import api, linear_ops
 
 CONFIG = tiny_config(
     layers=2,
@@ -192,6 +192,27 @@ def test_what_an_engine_runs_goes_elsewhere(packing, tmp_path: Path) -> None:
         convert.export_hf(tmp_path / "hf", CONFIG, params)
     with pytest.raises(ValueError, match=r"qkv_proj\.kernel is quantised: an adapter is merged"):
         merge(params, init_adapter(CONFIG, rank=2), alpha=1.0)
+
+
+def test_logits_have_derivatives_also_on_a_gpu(packing, monkeypatch) -> None:
+    """No kernel has one, so none runs there, however few rows there are."""
+    llm = LLM((CONFIG, made(5)), weights="int8", **OPTIONS)
+    resolve = linear_ops.resolve_backend
+    monkeypatch.setattr(
+        linear_ops, "resolve_backend", lambda name: "mosaic" if name == "auto" else resolve(name)
+    )
+    tokens = np.array([[3, 1, 4]])
+
+    def loss(embedding: jax.Array, params: Params) -> jax.Array:
+        params = params | {"embed_tokens": {"embedding": embedding}}
+        return logits(CONFIG, params, tokens)[0, -1, 7]
+
+    got, wanted = (
+        jax.grad(loss)(params["embed_tokens"]["embedding"], params)
+        for params in (llm.engine.params, made(5, "int8"))
+    )
+    assert np.asarray(got, np.float32).any()
+    np.testing.assert_array_equal(got, wanted)
 
 
 def test_a_prefix_is_of_the_weights_packed_or_not(packing, tmp_path: Path) -> None:
