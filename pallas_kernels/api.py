@@ -58,7 +58,7 @@ from pallas_kernels.device import (
 )
 from pallas_kernels.forward_mode import forward_only
 from pallas_kernels.linear_ops import fused_linear, product
-from pallas_kernels.packed import pack_weight, unpack_weight, unpackable
+from pallas_kernels.packed import cannot_pack, pack_weight, unpack_weight
 from pallas_kernels.plain_ops import (
     apply_rotary,
     causal_attention,
@@ -91,6 +91,7 @@ __all__ = [
     "append_kv",
     "append_kv_chunk",
     "apply_rotary",
+    "cannot_pack",
     "causal_attention",
     "check_range",
     "check_selection",
@@ -110,7 +111,6 @@ __all__ = [
     "resolve_backend",
     "select_pages",
     "unpack_weight",
-    "unpackable",
     "value_checks",
     "verify_attention",
 ]

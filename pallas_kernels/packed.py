@@ -38,11 +38,11 @@ _CHANNEL_AXES = {False: "owhg", True: "howg"}
 _WORD_AXES = {4: "oGjwgtis" + "ebh", 8: "oGjiwgtsb" + "he"}  # words, then the codes in a word
 
 
-def unpackable(weight: Weight) -> str | None:
+def cannot_pack(weight: Weight) -> str | None:
     """Why a matrix cannot be packed; None if it can.
 
     >>> import jax.numpy as jnp
-    >>> unpackable(Weight(jnp.ones((100, 64), jnp.int8), jnp.ones((1, 64)), None))
+    >>> cannot_pack(Weight(jnp.ones((100, 64), jnp.int8), jnp.ones((1, 64)), None))
     'K=100 and out=64 must be multiples of 128 and 64'
     """
     (K, out), groups = weight.shape, weight.scale.shape[0]
@@ -68,7 +68,7 @@ def pack_weight(weight: Weight, *, paired: bool = False, in_words: bool = False)
     ``paired`` is for a gated layer, whose channel i of the first half (gate) is multiplied with
     that of the second (up). ``in_words`` gives zero points words of their own even if they fit
     beside the scales: so matrices that differ in their numbers alone are packed alike. Raises
-    ``ValueError`` for what ``unpackable`` names.
+    ``ValueError`` for what ``cannot_pack`` names.
 
     >>> import jax.numpy as jnp
     >>> codes, scale = jnp.ones((256, 128), jnp.int8), jnp.full((1, 128), 0.5)
@@ -78,7 +78,7 @@ def pack_weight(weight: Weight, *, paired: bool = False, in_words: bool = False)
     >>> bool((unpack_weight(packed).codes == codes).all())
     True
     """
-    reason = unpackable(weight)
+    reason = cannot_pack(weight)
     if reason is not None:
         raise ValueError(f"the matrix cannot be packed: {reason}")
     zeros: Literal["none", "byte", "word"] = "none"

@@ -17,11 +17,11 @@ from pallas_kernels.api import (
     PackedWeight,
     Weight,
     WeightKind,
+    cannot_pack,
     has_fp8,
     pack_weight,
     quantize_weight,
     unpack_weight,
-    unpackable,
 )
 
 # How matrices are held: rounded to a kind, or as the codes of a quantised checkpoint.
@@ -138,7 +138,7 @@ def pack_params(params: Params, in_words: set[str], path: tuple[str, ...] = ()) 
     """Puts quantised matrices into the order of the kernels, as far as that goes, in place.
 
     So, one at a time is there twice, unless somebody else holds them. A ``Weight`` stays one, and
-    XLA multiplies it, where ``unpackable`` has a reason or it lies on several devices.
+    XLA multiplies it, where ``cannot_pack`` has a reason or it lies on several devices.
 
     in_words: matrices, by dotted path, whose zero points are not to lie in the bytes of scales even
         if they fit. Those that do not fit are added: other numbers in their place are packed alike.
@@ -158,7 +158,7 @@ def pack_params(params: Params, in_words: set[str], path: tuple[str, ...] = ()) 
 
 
 def _packs(weight: Weight) -> bool:
-    return len(weight.codes.devices()) == 1 and unpackable(weight) is None
+    return len(weight.codes.devices()) == 1 and cannot_pack(weight) is None
 
 
 def unpack_params(params: Params) -> Params:

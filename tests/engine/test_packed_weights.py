@@ -181,7 +181,12 @@ def test_what_an_engine_runs_goes_elsewhere(packing, tmp_path: Path) -> None:
     wanted = answers(llm)
     for on in (True, False):
         packing(on)
-        assert answers(LLM((CONFIG, params), weights="checkpoint", **OPTIONS)) == wanted
+        other = LLM((CONFIG, params), weights="checkpoint", **OPTIONS)
+        assert answers(other) == wanted
+        prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
+        for got, scored in zip(other.score(prompts), llm.score(prompts), strict=True):
+            np.testing.assert_array_equal(got.logprobs, scored.logprobs)
+        np.testing.assert_array_equal(other.embed(prompts), llm.embed(prompts))
 
     convert.save(tmp_path / "saved", CONFIG, params)
     saved = convert.load(tmp_path / "saved", weights="checkpoint")[1]

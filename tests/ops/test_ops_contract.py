@@ -29,7 +29,7 @@ def test_the_table_of_accepted_arguments_covers_every_op() -> None:
     limits = {"MOST_LINEAR_ROWS", "MOST_PACKED_ROWS", "MOST_SELECTED_PAGES"}
     limits |= {"WEIGHT_GROUPS", "WEIGHT_KINDS"}
     others = types | limits | {"check_range", "check_selection", "has_fp8"}
-    others |= {"resolve_backend", "unpackable", "value_checks"}
+    others |= {"resolve_backend", "cannot_pack", "value_checks"}
     assert set(ACCEPTED) | others == set(api.__all__)
 
 

@@ -50,6 +50,6 @@ def test_what_does_not_pack(sizes: tuple[int, int], kind: str, reason: str) -> N
         weight = weight._replace(zero=None)
     if "groups" in kind:
         weight = weight._replace(scale=jnp.ones((8, 64)))
-    assert api.unpackable(weight) == reason
+    assert api.cannot_pack(weight) == reason
     with pytest.raises(ValueError, match=f"the matrix cannot be packed: {reason}"):
         api.pack_weight(weight)
