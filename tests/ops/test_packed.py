@@ -35,6 +35,21 @@ def test_groups_of_several_blocks() -> None:
         np.testing.assert_array_equal(got, wanted)
 
 
+def test_zero_points_that_no_byte_holds() -> None:
+    """Or that are to have words of their own, so that all numbers are packed alike."""
+    weight = random_weight("int4, group 32, integer zeros", 128, 64)
+    assert api.pack_weight(weight).zeros == "byte"
+    assert api.pack_weight(weight, in_words=True).zeros == "word"
+    assert weight.zero is not None
+    for other in (-0.0, -1.0, 0.5, 256.0, jnp.nan):
+        changed = weight._replace(zero=weight.zero.at[1, 7].set(other))
+        packed = api.pack_weight(changed)
+        assert packed.zeros == "word"
+        for got, wanted in zip(api.unpack_weight(packed), changed, strict=True):
+            as_bytes = (np.asarray(x).view(np.uint8) for x in (got, wanted))
+            np.testing.assert_array_equal(*as_bytes)
+
+
 @pytest.mark.parametrize(
     ("sizes", "kind", "reason"),
     [
