@@ -210,10 +210,11 @@ def max_model_len(args: Args) -> int:
 
 def server_options(args: Args) -> list[str]:
     dtype = [] if args.dtype is None else ["--dtype", args.dtype]
+    # The server may count a request of the run before after its client has had the end of it.
     return [
         *("--model", args.model, "--attention", args.attention, "--relay", args.relay, *dtype),
         *("--max-model-len", str(max_model_len(args)), "--max-num-seqs", str(args.max_num_seqs)),
-        *("--max-prefixes", str(args.num_prefixes), "--max-queue", str(args.num_prompts)),
+        *("--max-prefixes", str(args.num_prefixes), "--max-queue", str(2 * args.num_prompts)),
         *(() if args.share else ("--no-prefix-cache",)),
     ]
 
