@@ -10,7 +10,7 @@ multiprocessors busy. The splits of a row are numbered through, which is an axis
 
 Where some heads stream, layers deal differently. Their kernels have as many numbers, and read in a
 table whose split one is: so all layers have the same kernels (see ``shared_kernel``). Reading it is
-a trip to memory in front of all others, 0.5 to 1 us. Where all heads are alike a number says it.
+a trip to memory in front of all others. Where all heads are alike a number says it.
 """
 
 import itertools
