@@ -27,11 +27,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.checks import (
+    check_blocks,
     check_list,
     check_range,
     check_selection,
     check_table,
     check_targets,
+    expect_blocks,
     expect_dtype,
     expect_groups,
     expect_int32,
@@ -66,7 +68,16 @@ from pallas_kernels.plain_ops import (
     merge_attention,
     quantize_kv,
 )
-from pallas_kernels.types import KVPages, OwnAttention, PackedWeight, PageList, Weight
+from pallas_kernels.types import (
+    BLOCK_KEYS,
+    TILE_QUERIES,
+    BlockList,
+    KVPages,
+    OwnAttention,
+    PackedWeight,
+    PageList,
+    Weight,
+)
 from pallas_kernels.weights import (
     WEIGHT_GROUPS,
     WEIGHT_KINDS,
@@ -76,12 +87,15 @@ from pallas_kernels.weights import (
 )
 
 __all__ = [
+    "BLOCK_KEYS",
     "MOST_LINEAR_ROWS",
     "MOST_PACKED_ROWS",
     "MOST_SELECTED_PAGES",
+    "TILE_QUERIES",
     "WEIGHT_GROUPS",
     "WEIGHT_KINDS",
     "Backend",
+    "BlockList",
     "KVPages",
     "OwnAttention",
     "PackedWeight",
@@ -224,13 +238,16 @@ def prefill_attention(
     *,
     sink: int,
     local: int,
+    blocks: BlockList | None = None,
     backend: Backend = "auto",
 ) -> tuple[Float[Array, "T H D"], Float[Array, "T H"]]:
     """A chunk of one sequence attends its cached history and itself (LServe, prefilling stage).
 
     Query t stands at position ``start + t``; q and k are already rotated. The history (positions
     below ``start``) is read from pages through the tables, the chunk's own keys from ``k``/``v``;
-    nothing is written. Retrieval heads are causal. A streaming head at position i sees position
+    nothing is written. Retrieval heads are causal; with ``blocks`` they see of that only the blocks
+    of keys that a query's tile lists, and no others are read. A query whose tile lists none that it
+    sees gives out 0, lse -inf. A streaming head at position i sees position
     j <= i if ``j < sink`` or ``j > i - local``, token-exact; its table may point to pages that
     have been overwritten, as long as those hold no position visible to the chunk.
 
@@ -247,6 +264,16 @@ def prefill_attention(
     ... )
     >>> out.shape, lse.shape
     ((32, 2, 8), (32, 2))
+
+    The 16 keys of the history are block 0, those of the chunk block 1, which alone is listed:
+
+    >>> blocks = BlockList(ids=jnp.array([[[1]]]), counts=jnp.array([[1]]))
+    >>> out, lse = prefill_attention(
+    ...     0 * x, x, x, pool(1), pool(1), table, table, jnp.int32(16), jnp.int32(30), sink=4,
+    ...     local=8, blocks=blocks
+    ... )
+    >>> jnp.exp(lse[:3]).round().tolist()  # keys that each query attends
+    [[1.0, 12.0], [2.0, 12.0], [3.0, 12.0]]
     """
     expect_shape("q", q, (None, None, None))
     T, H, D = q.shape
@@ -259,12 +286,16 @@ def prefill_attention(
     expect_int32((), start=start, length=length)
     if sink < 0 or local < 1:
         raise ValueError(f"need sink >= 0 and local >= 1, got {sink=} {local=}")
+    if blocks is not None:
+        expect_blocks(blocks, retrieval.k.shape[0], T)
     check_range("length", length, T)
     check_table("page_table", page_table, retrieval, start)
     check_table("streaming_table", streaming_table, streaming, start)
-    tables = page_table, streaming_table
+    if blocks is not None:
+        check_blocks(blocks, start, length)
+    args = q, k, v, retrieval, streaming, page_table, streaming_table, start, length
     attend = implementation("prefill_attention", backend)
-    results = attend(q, k, v, retrieval, streaming, *tables, start, length, sink=sink, local=local)
+    results = attend(*args, sink=sink, local=local, blocks=blocks)
     return forward_only("prefill_attention", results)
 
 

@@ -12,7 +12,15 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array
 
-from pallas_kernels.types import KVPages, OwnAttention, PageList, Weight
+from pallas_kernels.types import (
+    BLOCK_KEYS,
+    TILE_QUERIES,
+    BlockList,
+    KVPages,
+    OwnAttention,
+    PageList,
+    Weight,
+)
 
 INT32_MAX = 2**31 - 1
 
@@ -220,6 +228,37 @@ def check_list(
         check_range(f"{name}.page_ids", lists.page_ids[:rows], N * (P // selected_page_size) - 1)
         check_range(f"{name}.start", lists.start[:rows], tokens)
         check_range(f"{name}.stop", lists.stop[:rows], tokens)
+
+
+def expect_blocks(blocks: BlockList, heads: int, tokens: int) -> None:
+    tiles = -(-tokens // TILE_QUERIES)
+    expect_int32((heads, tiles, None), **{"blocks.ids": blocks.ids})
+    expect_int32((heads, tiles), **{"blocks.counts": blocks.counts})
+    if blocks.ids.shape[2] == 0:
+        raise ValueError(f"blocks.ids has shape {blocks.ids.shape}, needs an entry")
+
+
+def check_blocks(blocks: BlockList, start: Array, length: Array) -> None:
+    """Under ``value_checks``: tiles with a token list blocks that there are, in ascending order."""
+    if not _checks_values.get() or blocks.ids.size == 0:
+        return
+    _, tiles, N = blocks.ids.shape
+    exists = jnp.arange(tiles) * TILE_QUERIES < length
+    counts = jnp.where(exists[None], blocks.counts, 0)
+    check_range("blocks.counts", counts, N)
+    listed = jnp.arange(N)[None, None] < counts[..., None]
+    last = sum(-(-n // BLOCK_KEYS) for n in (start, length)) - 1
+    ids = jnp.where(listed, blocks.ids, last)
+    before = jnp.pad(ids[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=-1)
+    wrong = listed & ((ids <= before) | (ids > last))
+    at = jnp.argmax(wrong)
+    checkify.debug_check(
+        ~wrong.any(),
+        "blocks.ids must ascend and lie in [0, {last}], got {found} after {before}",
+        last=last,
+        found=ids.ravel()[at],
+        before=before.ravel()[at],
+    )
 
 
 def expect_most_heads(most_heads: int | None, heads: int) -> None:

@@ -17,18 +17,21 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.listed_attention import (
+    BLOCK_TOKENS,
+    attend_blocks,
+    attend_page_list,
+    gather_pages,
+)
 from pallas_kernels.online_softmax import (
     Softmax,
     softmax_finish,
     softmax_start,
     softmax_step,
 )
-from pallas_kernels.types import KVPages, OwnAttention, PageList, Weight
+from pallas_kernels.types import BlockList, KVPages, OwnAttention, PageList, Weight
 from pallas_kernels.weights import product
 
-# Keys per step of the online softmax. Large enough to amortise a loop step, small enough that
-# scores of one block stay in cache on a CPU.
-BLOCK_TOKENS = 512
 # Query tokens per tile in prefill: bounds the score block to tile x BLOCK_TOKENS per head.
 QUERY_TILE = 256
 
@@ -79,51 +82,6 @@ def quantize_kv(x: Float[Array, "... D"]) -> tuple[Array, Array]:
     return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
-def _gather(pages: KVPages, ids: Int[Array, "*batch K n"]) -> tuple[Array, Array]:
-    """K and V of the listed pages, float32 ``[..., K, n * P, D]``."""
-    heads = jnp.arange(pages.k.shape[0])[:, None]
-
-    def read(x: Array, scale: Array | None) -> Array:
-        tokens = x[heads, ids].astype(jnp.float32)  # [..., K, n, P, D]
-        if scale is not None:
-            tokens = tokens * scale[heads, ids][..., None]
-        return tokens.reshape(*ids.shape[:-1], -1, x.shape[-1])
-
-    return read(pages.k, pages.k_scale), read(pages.v, pages.v_scale)
-
-
-def cut_pages(pages: KVPages, page_size: int) -> KVPages:
-    """The pool with smaller pages, of ``page_size`` tokens; a view, nothing moves."""
-
-    def cut(pool: Array) -> Array:
-        heads, count, P, *channels = pool.shape
-        return pool.reshape(heads, count * (P // page_size), page_size, *channels)
-
-    return jax.tree.map(cut, pages)
-
-
-def _attend_page_list(
-    q: Float[Array, "B K G D"], pages: KVPages, lists: PageList, page_size: int
-) -> tuple[Float[Array, "B K G D"], Float[Array, "B K G"]]:
-    """Unlike the api's, the lists' ``start`` and ``stop`` are [B, K, G], or 1 for an axis."""
-    per_step = min(max(BLOCK_TOKENS // page_size, 1), lists.page_ids.shape[-1])
-    padding = -lists.page_ids.shape[-1] % per_step
-    ids = jnp.pad(lists.page_ids, ((0, 0), (0, 0), (0, padding)))
-    q = q.astype(jnp.float32)
-    block = per_step * page_size
-
-    def step(i: Array, state: Softmax) -> Softmax:
-        # Cut inside of the loop: XLA copies a pool for a loop that reads a view of it.
-        of_step = lax.dynamic_slice_in_dim(ids, i * per_step, per_step, axis=2)
-        k, v = _gather(cut_pages(pages, page_size), of_step)
-        token = (i * block + jnp.arange(block))[None, None, None]
-        visible = (token >= lists.start[..., None]) & (token < lists.stop[..., None])
-        return softmax_step(state, q, k, v, visible)
-
-    steps = (jnp.max(lists.stop) + block - 1) // block
-    return softmax_finish(lax.fori_loop(0, steps, step, softmax_start(q)))
-
-
 @partial(jax.jit, static_argnames=("selected_page_size", "most_tokens"))
 def paged_attention(
     q: Float[Array, "B H D"],
@@ -150,7 +108,7 @@ def paged_attention(
             every = PageList(*(jnp.broadcast_to(x[:B], (B, heads, *x.shape[2:])) for x in lists))
             page_size = selected_page_size or pages.k.shape[2]
             every = every._replace(start=every.start[..., None], stop=every.stop[..., None])
-            out, lse = _attend_page_list(grouped[:, part], pages, every, page_size)
+            out, lse = attend_page_list(grouped[:, part], pages, every, page_size)
             outs.append(out)
             lses.append(lse)
     out, lse = jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
@@ -214,7 +172,7 @@ def _prefill_one_class(
         def history_step(i: Array, state: Softmax) -> Softmax:
             b = jnp.where(i < history_sinks, i, i + history_gap)
             ids = lax.dynamic_slice_in_dim(table, b * per_step, per_step)
-            k_block, v_block = _gather(pages, jnp.broadcast_to(ids, (K, per_step)))
+            k_block, v_block = gather_pages(pages, jnp.broadcast_to(ids, (K, per_step)))
             seen = visible(b * block + jnp.arange(block)[None], start)
             return softmax_step(state, q_tile, k_block, v_block, seen[None])
 
@@ -251,6 +209,7 @@ def prefill_attention(
     *,
     sink: int,
     local: int,
+    blocks: BlockList | None = None,
 ) -> tuple[Float[Array, "T H D"], Float[Array, "T H"]]:
     T, H, D = q.shape
     Hk, split = k.shape[1], retrieval.k.shape[0]
@@ -261,9 +220,11 @@ def prefill_attention(
         (streaming, streaming_table, (sink, local), slice(split, None)),
     ):
         if pages.k.shape[0] > 0:
-            out, lse = _prefill_one_class(
-                grouped[:, part], k[:, part], v[:, part], pages, table, start, length, window
-            )
+            args = grouped[:, part], k[:, part], v[:, part], pages, table, start, length
+            if window is None and blocks is not None:
+                out, lse = attend_blocks(*args, blocks)
+            else:
+                out, lse = _prefill_one_class(*args, window)
             outs.append(out)
             lses.append(lse)
     out, lse = jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
@@ -285,7 +246,7 @@ def prefix_attention(
     ids = jnp.broadcast_to(page_table, (1, K, page_table.shape[0]))
     stop = jnp.broadcast_to(length, (1, K, 1))
     lists = PageList(ids, jnp.zeros_like(stop), stop)
-    out, lse = _attend_page_list(grouped, pages, lists, pages.k.shape[2])
+    out, lse = attend_page_list(grouped, pages, lists, pages.k.shape[2])
     out = out.reshape(K, B, H // K, D).swapaxes(0, 1).reshape(B, H, D).astype(q.dtype)
     lse = lse.reshape(K, B, H // K).swapaxes(0, 1).reshape(B, H)
     if own is None:
@@ -309,7 +270,7 @@ def verify_attention(
     stop = jnp.maximum(position[:, None] + jnp.arange(1, T + 1)[None], 0)
     stop = jnp.repeat(stop, H // K, axis=1)[:, None]  # [B, 1, T * G]
     lists = PageList(ids, jnp.zeros_like(stop), stop)
-    out, lse = _attend_page_list(grouped, pages, lists, pages.k.shape[2])
+    out, lse = attend_page_list(grouped, pages, lists, pages.k.shape[2])
     out = out.reshape(B, K, T, H // K, D).swapaxes(1, 2).reshape(B, T, H, D).astype(q.dtype)
     return out, lse.reshape(B, K, T, H // K).swapaxes(1, 2).reshape(B, T, H)
 

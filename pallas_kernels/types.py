@@ -6,6 +6,10 @@ from typing import Literal, NamedTuple
 import jax
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+# A tile of queries lists blocks of keys (``BlockList``); both are as large as the kernels' tiles.
+TILE_QUERIES = 128
+BLOCK_KEYS = 128
+
 
 class KVPages(NamedTuple):
     """Pages of keys and values of one class of heads in one layer.
@@ -78,6 +82,22 @@ class PageList(NamedTuple):
     page_ids: Int[Array, "B K L"]  # physical page ids
     start: Int[Array, "B K"]  # first attended token of the row
     stop: Int[Array, "B K"]  # one past the last, at most L * U; start == stop attends nothing
+
+
+class BlockList(NamedTuple):
+    """For each retrieval KV head and tile of queries of a chunk, which blocks of keys to attend.
+
+    Tile i has the queries ``128 * i`` to ``128 * i + 127`` of the chunk (``TILE_QUERIES``). Blocks
+    of 128 keys (``BLOCK_KEYS``) are numbered through the history, whose last block ends with it,
+    and then through the chunk: with ``h = ceil(start / 128)``, block b < h begins at position
+    ``128 * b`` and block h + c at ``start + 128 * c``. Ids ascend. All query heads of a KV head
+    share its lists.
+
+    Of a listed block a query sees the keys up to its own position, as it would without lists.
+    """
+
+    ids: Int[Array, "Kr tiles N"]  # those from ``counts`` on mean nothing
+    counts: Int[Array, "Kr tiles"]  # how many blocks the tile lists; 0: it attends nothing
 
 
 class OwnAttention(NamedTuple):

@@ -86,7 +86,7 @@ from pallas_kernels.hopper.mosaic import (
     store_unoptimised,
 )
 from pallas_kernels.hopper.shared_kernel import FLAT, Shapes, call_shared
-from pallas_kernels.reference import cut_pages
+from pallas_kernels.listed_attention import cut_pages
 from pallas_kernels.types import KVPages, PageList
 
 

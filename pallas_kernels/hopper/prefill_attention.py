@@ -53,7 +53,7 @@ from pallas_kernels.hopper.query_tiles import (
     zero_rows,
 )
 from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
-from pallas_kernels.types import KVPages
+from pallas_kernels.types import BlockList, KVPages
 
 # Pages of a block up to which layers that split their heads differently share a kernel.
 MOST_PAGES_SHARED = 4
@@ -93,6 +93,7 @@ def prefill_attention(
     *,
     sink: int,
     local: int,
+    blocks: BlockList | None = None,
     config: Config | None = None,
 ) -> tuple[Float[Array, "T H D"], Float[Array, "T H"]]:
     """``pallas_kernels.api.prefill_attention`` on a Hopper GPU (or under Mosaic GPU's interpreter).
@@ -102,6 +103,8 @@ def prefill_attention(
     has checked. Raises ``NotImplementedError`` for anything else.
     """
     _refuse_unsupported(q, k, v, retrieval, streaming)
+    if blocks is not None:
+        refuse("prefill_attention", ["blocks must be None"])
     T, D = q.shape[0], q.shape[2]
     classes = [
         _as_bfloat16(pool, table)

@@ -15,7 +15,7 @@ from jax import Array
 from jax import ShapeDtypeStruct as Struct
 
 from pallas_kernels import api
-from pallas_kernels.api import KVPages, OwnAttention, PackedWeight, PageList, Weight
+from pallas_kernels.api import BlockList, KVPages, OwnAttention, PackedWeight, PageList, Weight
 
 B, T, H, HK, D = 2, 24, 6, 3, 8
 KR, KS, N, P, M, L, LOGICAL = 1, 2, 5, 16, 4, 3, 2
@@ -82,6 +82,7 @@ ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
             "length": i32(),
             "sink": 4,
             "local": 8,
+            "blocks": BlockList(i32(KR, 1, L), i32(KR, 1)),
         },
         (f32(T, H, D), f32(T, H)),
     ),
@@ -227,6 +228,8 @@ def example(op: str) -> dict[str, Any]:
                 traced[name] = PageList(pages, start, start + 37)
         case "prefill_attention" | "append_kv_chunk":
             traced |= {"start": jnp.int32(21), "length": jnp.int32(T)}
+            if "blocks" in traced:  # the history and the chunk; the third is not listed
+                traced["blocks"] = BlockList(jnp.array([[[0, 1, 7]]]), jnp.array([[2]]))
             if "page_table" in traced:
                 traced["page_table"] = jnp.array([3, 0, 4, 1])
             if "streaming_page" in traced:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from pallas_kernels import api
-from pallas_kernels.api import KVPages, PageList
+from pallas_kernels.api import BlockList, KVPages, PageList
 
 prefill = jax.jit(api.prefill_attention, static_argnames=("sink", "local"))
 paged = jax.jit(api.paged_attention, static_argnames="selected_page_size")
@@ -80,6 +80,32 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------- prefill
 
 
+def random_lists(
+    rng: np.random.Generator, heads: int, start: int, length: int, share: float
+) -> list[list[list[int]]]:
+    """[head][tile]: blocks in ascending order. The first tile of the first head lists none."""
+    tiles, count = -(-length // 128), -(-start // 128) + -(-length // 128)
+    lists = [
+        [np.flatnonzero(rng.random(count) < share).tolist() for _ in range(tiles)]
+        for _ in range(heads)
+    ]
+    lists[0][0] = []
+    return lists
+
+
+def block_list(rng: np.random.Generator, lists: list[list[list[int]]], chunk: int) -> BlockList:
+    """As arrays: anything stands behind a list, and in tiles of padding."""
+    tiles = -(-chunk // 128)
+    width = max(1, *(len(ids) for of_head in lists for ids in of_head))
+    ids = rng.integers(-5, 1000, (len(lists), tiles, width)).astype(np.int32)
+    counts = np.full(ids.shape[:2], width, np.int32)
+    for head, of_head in enumerate(lists):
+        for tile, blocks in enumerate(of_head):
+            ids[head, tile, : len(blocks)] = blocks
+            counts[head, tile] = len(blocks)
+    return BlockList(jnp.asarray(ids), jnp.asarray(counts))
+
+
 def check_prefill(
     *,
     start: int,
@@ -92,7 +118,9 @@ def check_prefill(
     group: int = 1,
     int8: bool = False,
     seed: int = 0,
+    listed: float | None = None,
 ) -> None:
+    """``listed``: share of the blocks that each tile lists, at random; None: no lists."""
     rng = np.random.default_rng([seed, start, length])
     sink, local = window
     Kr, Ks = heads
@@ -119,6 +147,7 @@ def check_prefill(
         places = (pages[kept // page_size], kept % page_size)
         pool.put(places, k[kept, part], v[kept, part])
         k[kept, part], v[kept, part] = pool.get(places)  # int8 pages hold rounded values
+    lists = None if listed is None else random_lists(rng, Kr, start, length, listed)
     out, lse = prefill(
         jnp.asarray(q),
         jnp.asarray(k[start:]),
@@ -131,6 +160,7 @@ def check_prefill(
         jnp.int32(length),
         sink=sink,
         local=local,
+        blocks=None if lists is None else block_list(rng, lists, chunk),
     )
     true_out, true_lse = oracle.prefill_attention(
         q[:length].astype(float),
@@ -140,6 +170,7 @@ def check_prefill(
         Kr,
         sink,
         local,
+        lists,
     )
     assert_allclose(np.asarray(out)[:length], true_out, atol=TOLERANCE, rtol=0)
     assert_allclose(np.asarray(lse)[:length], true_lse, atol=TOLERANCE, rtol=0)
@@ -201,6 +232,32 @@ def test_prefill_any_chunk(
         group=group,
         int8=int8,
         seed=seed,
+    )
+
+
+# Blocks listed at random, all of them (causal), and none at all; more than are read in a step.
+@pytest.mark.parametrize(
+    ("start", "length", "heads", "group", "page_size", "int8", "share"),
+    [
+        (0, 300, (2, 0), 1, 16, False, 0.5),
+        (1000, 300, (2, 1), 2, 64, False, 0.5),
+        (777, 257, (1, 1), 3, 48, True, 0.7),
+        (128, 129, (1, 0), 1, 256, False, 1.0),
+        (100, 128, (2, 0), 2, 16, False, 0.0),
+    ],
+)
+def test_prefill_of_listed_blocks(start, length, heads, group, page_size, int8, share) -> None:
+    check_prefill(
+        start=start,
+        length=length,
+        window=(20, 70),
+        chunk=450,
+        table_pages=-(-1450 // page_size),
+        page_size=page_size,
+        heads=heads,
+        group=group,
+        int8=int8,
+        listed=share,
     )
 
 

@@ -52,6 +52,26 @@ VIOLATIONS = [
         rf"streaming_table must lie in \[0, {N - 1}\], got -1 to 0",
     ),
     ("prefill_attention", {"length": jnp.int32(T + 1)}, rf"length must lie in \[0, {T}\]"),
+    (
+        "prefill_attention",
+        changed("prefill_attention", "blocks", counts=jnp.array([[L + 1]])),
+        rf"blocks.counts must lie in \[0, {L}\], got {L + 1}",
+    ),
+    (
+        "prefill_attention",
+        changed("prefill_attention", "blocks", ids=jnp.array([[[0, 2, 7]]])),
+        r"blocks.ids must ascend and lie in \[0, 1\], got 2 after 0",
+    ),
+    (
+        "prefill_attention",
+        changed("prefill_attention", "blocks", ids=jnp.array([[[1, 1, 7]]])),
+        r"blocks.ids must ascend and lie in \[0, 1\], got 1 after 1",
+    ),
+    (
+        "prefill_attention",
+        changed("prefill_attention", "blocks", ids=jnp.array([[[-1, 1, 7]]])),
+        r"blocks.ids must ascend and lie in \[0, 1\], got -1 after -1",
+    ),
     ("prefix_attention", {"length": jnp.int32(M * P + 1)}, "tokens cached through page_table"),
     (
         "verify_attention",

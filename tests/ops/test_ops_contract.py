@@ -24,10 +24,18 @@ def test_shapes_and_dtypes_of_results(op: str) -> None:
 
 
 def test_the_table_of_accepted_arguments_covers_every_op() -> None:
-    types = {"Backend", "KVPages", "OwnAttention", "PackedWeight", "PageList", "Weight"}
-    types |= {"WeightKind"}
+    types = {
+        "Backend",
+        "BlockList",
+        "KVPages",
+        "OwnAttention",
+        "PackedWeight",
+        "PageList",
+        "Weight",
+    }
+    types |= {"BlockList", "WeightKind"}
     limits = {"MOST_LINEAR_ROWS", "MOST_PACKED_ROWS", "MOST_SELECTED_PAGES"}
-    limits |= {"WEIGHT_GROUPS", "WEIGHT_KINDS"}
+    limits |= {"WEIGHT_GROUPS", "WEIGHT_KINDS", "BLOCK_KEYS", "TILE_QUERIES"}
     others = types | limits | {"check_range", "check_selection", "has_fp8"}
     others |= {"resolve_backend", "cannot_pack", "value_checks"}
     assert set(ACCEPTED) | others == set(api.__all__)

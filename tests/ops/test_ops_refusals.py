@@ -33,7 +33,7 @@ from op_examples import (
 )
 
 from pallas_kernels import api
-from pallas_kernels.api import OwnAttention
+from pallas_kernels.api import BlockList, OwnAttention
 
 
 @pytest.mark.parametrize(
@@ -272,6 +272,26 @@ from pallas_kernels.api import OwnAttention
         ("dequantize_kv", {"scale": f32(B)}, "scale has shape (2,), expected [2, 6]"),
         ("dequantize_kv", {"codes": f32(B, H, D)}, "codes has dtype float32, expected int8"),
         ("dequantize_kv", {"scale": bf16(B, H)}, "scale has dtype bfloat16, expected float32"),
+        (
+            "prefill_attention",
+            {"blocks": BlockList(i32(KR, 2, L), i32(KR, 1))},
+            "blocks.ids has shape (1, 2, 3), expected [1, 1, any]",
+        ),
+        (
+            "prefill_attention",
+            {"blocks": BlockList(i32(KR, 1, L), i32(KR + 1, 1))},
+            "blocks.counts has shape (2, 1), expected [1, 1]",
+        ),
+        (
+            "prefill_attention",
+            {"blocks": BlockList(f32(KR, 1, L), i32(KR, 1))},
+            "blocks.ids has dtype float32, expected int32",
+        ),
+        (
+            "prefill_attention",
+            {"blocks": BlockList(i32(KR, 1, 0), i32(KR, 1))},
+            "blocks.ids has shape (1, 1, 0), needs an entry",
+        ),
         ("merge_attention", {"lses": bf16(2, B, H)}, "lses has dtype bfloat16, expected float32"),
         ("append_kv", {"cos": bf16(B, D // 2)}, "cos has dtype bfloat16, expected float32"),
         ("apply_rotary", {"sin": bf16(1, T, 4)}, "sin has dtype bfloat16, expected float32"),

@@ -37,20 +37,49 @@ def lambda_mask(query_positions: ArrayLike, keys: int, sink: int, local: int) ->
 
 
 def prefill_attention(
-    q: F64, k: F64, v: F64, start: int, retrieval_heads: int, sink: int, local: int
+    q: F64,
+    k: F64,
+    v: F64,
+    start: int,
+    retrieval_heads: int,
+    sink: int,
+    local: int,
+    blocks: list[list[list[int]]] | None = None,
 ) -> tuple[F64, F64]:
-    """Queries [T, H, D] at positions ``start`` on; k, v [start + T, Hk, D] from position 0 on."""
+    """Queries [T, H, D] at positions ``start`` on; k, v [start + T, Hk, D] from position 0 on.
+
+    ``blocks`` [retrieval head][tile]: what a tile of 128 queries attends (``block_mask``).
+    """
     T, H, _ = q.shape
     positions, n = start + np.arange(T), len(k)
-    causal, window = causal_mask(positions, n), lambda_mask(positions, n, sink, local)
+    window = lambda_mask(positions, n, sink, local)
+    causal = np.broadcast_to(causal_mask(positions, n), (retrieval_heads, T, n))
+    if blocks is not None:
+        causal = block_mask(start, T, blocks)
     out, lse = np.zeros(q.shape), np.zeros((T, H))
     for h in range(H):
         head = h // (H // k.shape[1])
-        visible = causal if head < retrieval_heads else window
+        visible = causal[head] if head < retrieval_heads else window
         for t in range(T):
             keys = visible[t]
             out[t, h], lse[t, h] = softmax_attention(q[t, h], k[keys, head], v[keys, head])
     return out, lse
+
+
+def block_mask(start: int, length: int, blocks: list[list[list[int]]]) -> NDArray[np.bool_]:
+    """[heads, length, start + length]: what queries see of the blocks of 128 keys that are listed
+    for their head and tile of 128 queries; blocks are counted through the history, then anew from
+    ``start`` on."""
+    history = [range(first, min(first + 128, start)) for first in range(0, start, 128)]
+    end = start + length
+    chunk = [range(first, min(first + 128, end)) for first in range(start, end, 128)]
+    seen = np.zeros((len(blocks), length, end), bool)
+    for head, tiles in enumerate(blocks):
+        for t in range(length):
+            for block in tiles[t // 128]:
+                keys = (history + chunk)[block]
+                seen[head, t, keys.start : keys.stop] = True
+    return seen & causal_mask(start + np.arange(length), end)
 
 
 def paged_attention(

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as Spec
 from numpy.testing import assert_allclose
 
 from pallas_kernels import api
-from pallas_kernels.api import KVPages, PageList
+from pallas_kernels.api import BlockList, KVPages, PageList
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -90,10 +90,14 @@ def causal_attention() -> None:
 def prefill_attention() -> None:
     q, k, v = normal(T, 8, D), normal(T, 4, D), normal(T, 4, D)
     where = (integers(4, 1, 0), integers(2, 5, 2), np.int32(20), np.int32(T))
-    prefill = partial(api.prefill_attention, sink=4, local=9)
-    op = sharded(prefill, (TOKENS, TOKENS, TOKENS, POOL, POOL, ALL, ALL, ALL, ALL), TOKENS)
-    out = op(queries(q), kv(k), kv(v), retrieval, streaming, *where)
-    alone = jax.jit(prefill)(q, k, v, retrieval, streaming, *where)
+    blocks = BlockList(np.array([[[0, 1]], [[1, 9]]], np.int32), np.array([[2], [1]], np.int32))
+
+    def prefill(*args):
+        return api.prefill_attention(*args[:-1], sink=4, local=9, blocks=args[-1])
+
+    op = sharded(prefill, (TOKENS, TOKENS, TOKENS, POOL, POOL, ALL, ALL, ALL, ALL, POOL), TOKENS)
+    out = op(queries(q), kv(k), kv(v), retrieval, streaming, *where, blocks)
+    alone = jax.jit(prefill)(q, k, v, retrieval, streaming, *where, blocks)
     same(out, tuple(map(queries, alone)))
 
 
