@@ -26,6 +26,7 @@ undefined, though reads stay inside the pools; ``value_checks`` has them reporte
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.block_choice import choose_blocks
 from pallas_kernels.checks import (
     check_blocks,
     check_list,
@@ -109,6 +110,7 @@ __all__ = [
     "causal_attention",
     "check_range",
     "check_selection",
+    "choose_blocks",
     "dequantize_kv",
     "dequantize_weight",
     "fused_linear",

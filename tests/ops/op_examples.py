@@ -86,6 +86,18 @@ ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
         },
         (f32(T, H, D), f32(T, H)),
     ),
+    "choose_blocks": (
+        {
+            "q": f32(T, 2, D),
+            "k": f32(T, KR, D),
+            "pages": pages(KR),
+            "page_table": i32(M),
+            "start": i32(),
+            "length": i32(),
+            "threshold": 0.9,
+        },
+        BlockList(i32(KR, 1, 2), i32(KR, 1)),
+    ),
     "prefix_attention": (
         {
             "q": f32(B, 2, D),
@@ -226,7 +238,7 @@ def example(op: str) -> dict[str, Any]:
             for name in LISTS:
                 pages, start, _ = traced[name]
                 traced[name] = PageList(pages, start, start + 37)
-        case "prefill_attention" | "append_kv_chunk":
+        case "prefill_attention" | "append_kv_chunk" | "choose_blocks":
             traced |= {"start": jnp.int32(21), "length": jnp.int32(T)}
             if "blocks" in traced:  # the history and the chunk; the third is not listed
                 traced["blocks"] = BlockList(jnp.array([[[0, 1, 7]]]), jnp.array([[2]]))

@@ -82,6 +82,53 @@ def block_mask(start: int, length: int, blocks: list[list[list[int]]]) -> NDArra
     return seen & causal_mask(start + np.arange(length), end)
 
 
+def block_shares(q: F64, k: F64, start: int) -> F64:
+    """[Hk, tiles, blocks]: what XAttention thinks of blocks numbered as in ``block_mask``.
+
+    q [T, H, D] at positions ``start`` on, k [start + T, Hk, D]. Groups of 16 queries and of 16
+    keys, counted from position 0 and from ``start``, score the sum of products along the
+    antidiagonal; tokens that are not there count 0.
+    """
+    (T, H, D), Hk = q.shape, k.shape[1]
+    groups = [range(a, min(a + 16, start)) for a in range(0, start, 16)]
+    of_history = len(groups)
+    groups += [range(a, min(a + 16, start + T)) for a in range(start, start + T, 16)]
+    blocks = [g // 8 for g in range(of_history)]
+    first = -(-start // 128)
+    blocks += [first + g // 8 for g in range(len(groups) - of_history)]
+    shares = np.zeros((Hk, -(-T // 128), blocks[-1] + 1))
+    for h in range(H):
+        for i in range(-(-T // 16)):
+            scores = np.full(len(groups), -np.inf)
+            for j, group in enumerate(groups[: of_history + i + 1]):
+                pairs = [(16 * i + 15 - s, key) for s, key in enumerate(group)]
+                products = [q[a, h] @ k[b, h // (H // Hk)] for a, b in pairs if a < T]
+                scores[j] = sum(products) / (16 * math.sqrt(D))
+            weights = np.exp(scores - scores.max())
+            for j, block in enumerate(blocks):
+                shares[h // (H // Hk), i // 8, block] += weights[j] / weights.sum()
+    return shares / shares.sum(axis=2, keepdims=True)
+
+
+def fewest_blocks(shares: F64, start: int, threshold: float) -> list[list[list[int]]]:
+    """[head][tile]: the blocks always attended, and the best others up to the threshold."""
+    history = -(-start // 128)
+    lists = []
+    for head in shares:
+        lists.append([])
+        for tile, row in enumerate(head):
+            own = history + tile
+            chosen = {0, own, max(own - 1, 0)}
+            if tile == 0 and start % 128:
+                chosen.add(max(own - 2, 0))
+            for block in sorted(range(own + 1), key=lambda b: -row[b]):
+                if sum(row[b] for b in chosen) >= threshold:
+                    break
+                chosen.add(block)
+            lists[-1].append(sorted(chosen))
+    return lists
+
+
 def paged_attention(
     q: F64, k_pool: F64, v_pool: F64, pages: ArrayLike, start: int, stop: int
 ) -> tuple[F64, float]:

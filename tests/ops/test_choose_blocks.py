@@ -1,0 +1,145 @@
+"""Blocks of keys for block-sparse prefill: estimated shares and lists, against float64 loops."""
+
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from numpy.testing import assert_allclose
+
+from pallas_kernels import api, block_choice
+from pallas_kernels.api import KVPages
+
+K, G, D, P = 2, 2, 8, 32
+
+
+def case(start: int, length: int, *, int8: bool = False, rows: int = 0):
+    """Arguments of ``choose_blocks``, and q and k of the whole sequence in float64.
+
+    Keys that must not count, in the pages behind ``start`` and the chunk behind ``length``, are
+    large. ``rows``: of the chunk, padding included.
+    """
+    rng, rows = np.random.default_rng(start + length), max(rows, length)
+    M = -(-(start + length) // P) + 3
+    q, k = (rng.standard_normal((start + rows, n, D)) * 3 for n in (K * G, K))
+    table = rng.permutation(M + 2)[:M]
+    pool = np.full((K, M + 2, P, D), 50.0)
+    for t in range(start):
+        pool[:, table[t // P], t % P] = k[t]
+    pool = jnp.asarray(pool, jnp.float32)
+    pages = KVPages(pool, pool)
+    if int8:
+        codes, scale = api.quantize_kv(pool)
+        pages = KVPages(codes, codes, scale, scale)
+        read = np.asarray(api.dequantize_kv(codes, scale), np.float64)
+        for t in range(start):
+            k[t] = read[:, table[t // P], t % P]
+    end = start + length
+    new_q, new_k = q[start:].copy(), k[start:].copy()
+    new_q[length:], new_k[length:] = 50.0, 50.0
+    args = (jnp.asarray(new_q, jnp.float32), jnp.asarray(new_k, jnp.float32), pages)
+    where = jnp.asarray(table, jnp.int32), jnp.int32(start), jnp.int32(length)
+    return (*args, *where), q[start:end], k[:end]
+
+
+def in_order(shares: np.ndarray, start: int, tiles: int) -> np.ndarray:
+    """Shares by block, without those that the history does not have."""
+    most = shares.shape[2] - tiles
+    return np.concatenate([shares[:, :, : -(-start // 128)], shares[:, :, most:]], axis=2)
+
+
+CASES = {
+    "first chunk": {"start": 0, "length": 300, "rows": 512},
+    "history of whole blocks": {"start": 256, "length": 256},
+    "history that ends within a group": {"start": 331, "length": 150, "rows": 256},
+    "int8": {"start": 200, "length": 140, "int8": True, "rows": 256},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shares_and_lists_against_the_oracle(name: str) -> None:
+    args, q, k = case(**CASES[name])
+    start = CASES[name]["start"]
+    exact = oracle.block_shares(q, k, start)
+    tiles = -(-len(args[0]) // 128)
+    real = exact.shape[1]  # tiles with a token
+    shares = in_order(np.asarray(block_choice.attention_shares(*args)), start, tiles)
+    # Sums of at most 2,048 products of numbers up to 50 in float32.
+    assert_allclose(shares[:, :real, : exact.shape[2]], exact, atol=1e-4, rtol=0)
+    assert not shares[:, real:].any()
+    for threshold in (0.5, 0.9):
+        blocks = api.choose_blocks(*args, threshold=threshold)
+        lists = listed(blocks)
+        assert [tiles[:real] for tiles in lists] == oracle.fewest_blocks(exact, start, threshold)
+        assert not any(any(tiles[real:]) for tiles in lists)
+    everything = listed(api.choose_blocks(*args, threshold=1.0))
+    history = -(-start // 128)
+    whole = [list(range(history + tile + 1)) for tile in range(real)]
+    assert [tiles[:real] for tiles in everything] == [whole] * K
+
+
+def listed(blocks: api.BlockList) -> list[list[list[int]]]:
+    """By head and tile."""
+    ids, counts = np.asarray(blocks.ids), np.asarray(blocks.counts)
+    return [
+        [row[:count].tolist() for row, count in zip(head, n, strict=True)]
+        for head, n in zip(ids, counts, strict=True)
+    ]
+
+
+def test_a_density_lists_the_best_blocks() -> None:
+    args, q, k = case(start=640, length=256)
+    exact = oracle.block_shares(q, k, 640)
+    for density, count in ((0.5, 4), (0.9, 7), (0.01, 3)):  # of seven blocks and of eight
+        lists = listed(api.choose_blocks(*args, density=density))
+        for head in range(K):
+            for tile in (0, 1):
+                own = 5 + tile
+                always = {0, own, own - 1}
+                wanted = max(int(np.ceil(density * (own + 1) - 1e-9)), len(always))
+                others = sorted(set(range(own + 1)) - always, key=lambda b: -exact[head, tile, b])
+                best = always | set(others[: wanted - len(always)])
+                assert lists[head][tile] == sorted(best)
+        assert len(lists[0][1]) in (count, count + 1)
+
+
+def test_spans_of_queries_and_keys_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a chunk, or its history, is longer than what is scored at a time."""
+    args, _, _ = case(start=331, length=500, rows=512)
+    whole = block_choice.attention_shares.__wrapped__(*args)
+    monkeypatch.setattr(block_choice, "_SPAN", 128)
+    cut = block_choice.attention_shares.__wrapped__(*args)
+    assert_allclose(cut, whole, atol=1e-6, rtol=0)  # the same sums in another order
+
+
+def test_attention_over_the_lists_of_threshold_one_is_causal() -> None:
+    args, _, _ = case(start=200, length=140, rows=256)
+    q, k, pages, table, start, length = args
+    no_pages = KVPages(*[jnp.zeros((0, 1, P, D))] * 2)
+    blocks = api.choose_blocks(*args, threshold=1.0)
+    rest = (q, k, k, pages, no_pages, table, table, start, length)
+    sparse = api.prefill_attention(*rest, sink=0, local=P, blocks=blocks)
+    dense = api.prefill_attention(*rest, sink=0, local=P)
+    for x, y in zip(sparse, dense, strict=True):
+        assert_allclose(x[:140], y[:140], atol=2e-5, rtol=0)  # other sums of float32
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({}, "give one of threshold=None and density=None"),
+        ({"threshold": 0.5, "density": 0.5}, "give one of"),
+        ({"threshold": 0.0}, r"threshold=0.0 must lie in \(0, 1\]"),
+        ({"density": 1.5}, r"density=1.5 must lie in \(0, 1\]"),
+    ],
+)
+def test_refusals(how: dict[str, float], message: str) -> None:
+    args, _, _ = case(start=0, length=16)
+    with pytest.raises(ValueError, match=message):
+        api.choose_blocks(*args, **how)
+
+
+def test_pages_must_hold_whole_groups() -> None:
+    args, _, _ = case(start=0, length=16)
+    small = KVPages(*[jnp.zeros((K, 4, 8, D))] * 2)
+    with pytest.raises(ValueError, match="pages of 8 tokens must be a multiple of 16"):
+        api.choose_blocks(args[0], args[1], small, *args[3:], threshold=0.9)
