@@ -41,9 +41,9 @@ class FirstChunk(ModelRunner):
         super().reset()
         self.began: list[float] = []
 
-    def prefill(self, chunk: Chunk) -> jax.Array:
+    def prefill(self, chunk: Chunk) -> tuple[jax.Array, None, None]:
         self.began.append(time.perf_counter())
-        return jnp.zeros((self.config.vocab_size,))
+        return jnp.zeros((self.config.vocab_size,)), None, None
 
 
 def main(args: Args) -> None:

@@ -100,6 +100,11 @@ def request_summary(metrics: RequestMetrics, clock: CompileClock, sparse: bool) 
             f"{_share(metrics):.1%} of the {_size(metrics.dense_kv_bytes_read_per_step)} of dense "
             "attention",
         ]
+        if metrics.prefill_density < 1:
+            lines.append(
+                f"blocks    {metrics.prefill_density:.0%} of those that retrieval heads would "
+                "have attended causally while the prompt was read"
+            )
         if metrics.verifications:  # in exact mode
             lines.append(
                 f"drafts    {metrics.drafted_tokens}, {metrics.acceptance:.0%} confirmed, "
@@ -127,6 +132,12 @@ def batch_summary(metrics: EngineMetrics, times: BatchTimes, clock: CompileClock
             f"pages     {statistics.median(times.pages):.1f} read a step, of --page-size tokens "
             "each (mean over layers and KV heads, median over requests), "
             f"{metrics.selector_runs} selections"
+        )
+    if metrics.causal_prefill_blocks:
+        density = metrics.prefill_blocks / metrics.causal_prefill_blocks
+        lines.append(
+            f"blocks    {density:.0%} of those that retrieval heads would have attended causally "
+            "while long prompts were read"
         )
     reasons = "; ".join(f"{reason} ({n})" for reason, n in times.relay_reasons.most_common(3))
     return [

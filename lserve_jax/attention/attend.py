@@ -76,16 +76,20 @@ def prefill_attend(
     prompt_length: Int[Array, ""],
     chunk_size: int,
     *,
+    block_sparse: bool = False,
     backend: Backend,
 ) -> Attend:
     """One chunk of one prompt: positions ``start`` to ``start + length - 1``.
 
-    Retrieval heads attend causally, streaming heads through the lambda mask of the prefill
-    window. The chunk's K and V are written after they were attended, unquantised, by the chunk
+    Retrieval heads attend causally, if ``block_sparse`` only the blocks of keys that each tile of
+    queries chooses; streaming heads attend through the lambda mask of the prefill window. The chunk's K and V are written after they were attended, unquantised, by the chunk
     itself; later chunks and decode read them back from the cache.
 
     ``window_table`` has the window's pages, -1 for pages of the prompt that are not kept. Since the
     window is read first, a page that the chunk moves out of sight may be one that it writes.
+
+    If ``block_sparse``, what stands for a layer's cache behind it is a pair: the cache, and how
+    many blocks its tiles attended, summed over retrieval KV heads.
     """
     window = spec.prefill_window
     position = start + jnp.arange(chunk_size)
@@ -96,9 +100,20 @@ def prefill_attend(
 
     def attend(
         layer: int, q: Array, k: Array, v: Array, cache: LayerCache
-    ) -> tuple[Array, LayerCache]:
+    ) -> tuple[Array, LayerCache | tuple[LayerCache, Array]]:
         angles = layer_angles(config, layer, cos, sin)
         q, k = api.apply_rotary(q, *angles)[0], api.apply_rotary(k, *angles)[0]
+        blocks, Kr = None, cache.retrieval.k.shape[0]
+        if block_sparse and Kr > 0:
+            blocks = api.choose_blocks(
+                q[:, : Kr * config.group_size],
+                k[:, :Kr],
+                cache.retrieval,
+                page_table,
+                start,
+                length,
+                **chosen_by(spec),
+            )
         out, _ = api.prefill_attention(
             q,
             k,
@@ -111,6 +126,7 @@ def prefill_attend(
             length,
             sink=window.sink,
             local=window.local,
+            blocks=blocks,
             backend=backend,
         )
         # The pools are written after they were read. Without this order XLA copies them whole.
@@ -132,9 +148,26 @@ def prefill_attend(
         cache = dataclasses.replace(
             cache, retrieval=retrieval, prefill_window=kept_window, key_stats=key_stats
         )
-        return out[None], cache
+        if not block_sparse:
+            return out[None], cache
+        return out[None], (cache, jnp.int32(0) if blocks is None else blocks.counts.sum())
 
     return attend
+
+
+def chosen_by(spec: CacheSpec) -> dict[str, float]:
+    """How many blocks ``api.choose_blocks`` is to take."""
+    assert spec.sparsity is not None  # else nothing is block-sparse
+    if spec.sparsity.prefill_density is not None:
+        return {"density": spec.sparsity.prefill_density}
+    return {"threshold": spec.sparsity.prefill_threshold}
+
+
+def causal_blocks(start: int, length: int) -> int:
+    """Blocks that the tiles of a chunk see, one retrieval head's: what ``block_sparse`` chooses
+    from."""
+    history, tiles = -(-start // api.BLOCK_KEYS), -(-length // api.TILE_QUERIES)
+    return tiles * history + tiles * (tiles + 1) // 2
 
 
 @jax.tree_util.register_dataclass

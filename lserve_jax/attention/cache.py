@@ -234,6 +234,12 @@ class CacheSpec:
         window = self.decode_window.num_pages * self.page_size
         return (*(n * self.selected_page_size for n in pages), *(window,) * num_streaming)
 
+    def is_block_sparse(self, prompt_length: int) -> bool:
+        """Whether retrieval heads read a prompt of so many tokens by blocks that are chosen."""
+        if self.sparsity is None or self.sparsity.prefill == "causal":
+            return False
+        return prompt_length >= self.sparsity.prefill_min_tokens
+
     @property
     def reuse_interval(self) -> int:
         """Steps from one selection to the next. In exact mode there is one for each draft."""

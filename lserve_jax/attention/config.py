@@ -2,13 +2,16 @@
 
 import os
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from lserve_jax.attention.policy import Select
-from lserve_jax.checks import check_integer, check_path, is_real
+from lserve_jax.checks import check_choice, check_integer, check_path, is_real
+
+Prefill = Literal["causal", "block_sparse"]
 
 _INTEGERS = (
     *("page_size", "logical_page_size", "reuse_interval", "forced_sink_pages", "dense_heads"),
-    *("prefill_sink", "prefill_local", "decode_sink", "decode_local"),
+    *("prefill_sink", "prefill_local", "decode_sink", "decode_local", "prefill_min_tokens"),
 )
 # Steps without a look at the queue: nobody is admitted or cancelled meanwhile, results of all of
 # them take memory, and pages for all must be free. Many seconds of a large model already.
@@ -56,6 +59,16 @@ class SparsityConfig:
     lower_bound_weight: float = 0.5
     # Decode steps between two page selections; they run as one burst, so at most 1,024.
     reuse_interval: int = 4
+    # What retrieval heads attend while a prompt is read: "causal", everything before a token, or
+    # "block_sparse": every 128 queries choose blocks of 128 keys by estimate, the first and the
+    # newest always among them (XAttention, arXiv 2503.16428).
+    prefill: Prefill = "causal"
+    # Blocks are the fewest that hold this share of the attention, by estimate; 1: all of them.
+    prefill_threshold: float = 0.9
+    # Instead: this share of the blocks, whatever they hold.
+    prefill_density: float | None = None
+    # Prompts of fewer tokens are read causally.
+    prefill_min_tokens: int = 8192
     # Without a pattern no head streams, and these four do nothing.
     # While a prompt is read, streaming heads see its first `prefill_sink` tokens
     prefill_sink: int = 128
@@ -138,6 +151,18 @@ class SparsityConfig:
         if not 1 <= self.reuse_interval <= MOST_BURST_STEPS:
             bounds = f"at least 1 and at most {MOST_BURST_STEPS}"
             raise ValueError(f"reuse_interval={self.reuse_interval} must be {bounds}")
+        check_choice("prefill", self.prefill, get_args(Prefill))
+        threshold, density = self.prefill_threshold, self.prefill_density
+        if not (is_real(threshold) and 0.0 < threshold <= 1.0):
+            raise ValueError(f"prefill_threshold={threshold!r} must lie in (0, 1]")
+        if density is not None and not (is_real(density) and 0.0 < density <= 1.0):
+            raise ValueError(f"prefill_density={density!r} must lie in (0, 1]")
+        if density is not None and self.prefill != "block_sparse":
+            raise ValueError(
+                f"prefill_density={density} needs prefill='block_sparse', got {self.prefill!r}"
+            )
+        if self.prefill_min_tokens < 1:
+            raise ValueError(f"prefill_min_tokens={self.prefill_min_tokens} must be at least 1")
         if self.forced_sink_pages < 0:
             raise ValueError(f"forced_sink_pages={self.forced_sink_pages} must not be negative")
         if self.token_budget is not None:

@@ -155,6 +155,11 @@ class EngineOptions:
                 f"exact=True needs attention='lserve', got {self.attention!r}: dense attention is "
                 "exact already"
             )
+        if self.exact and self.sparsity is not None and self.sparsity.prefill != "causal":
+            raise ValueError(
+                f"exact=True needs prefill='causal', got prefill={self.sparsity.prefill!r}: dense "
+                "attention reads all of a prompt"
+            )
         if self.exact and self.relay == "always":
             raise ValueError(
                 "exact=True cannot have relay='always': verification reads each row by itself"

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import jax
 import numpy as np
 
+from lserve_jax.attention.attend import causal_blocks
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.checks import check_bool
 from lserve_jax.engine.buckets import bucket, shape_buckets
@@ -232,7 +233,8 @@ class Engine:
     def most_new_tokens(self, prompt: PromptIds, cache_salt: str | None = None) -> int:
         """Most ``max_tokens`` of a prompt; below 1 where it cannot run at all."""
         cache = self.scheduler.prefix_cache
-        held_by_others = cache.pinned_pages - cache.tree.pinned_match(prompt.ids, cache_salt)
+        found = self.scheduler.pinned_match(prompt.ids, cache_salt)
+        held_by_others = cache.pinned_pages - found
         # The last token is never fed back.
         cached = (self.spec.num_pages - held_by_others) * self.spec.page_size + 1
         return min(self.max_model_len, cached) - len(prompt.ids)
@@ -303,6 +305,7 @@ class Engine:
             number=self._next_number,
             prompt=ids.ids,
             cache_salt=cache_salt,
+            block_sparse=self.spec.is_block_sparse(len(ids)),
             sampling=sampling,
             sampling_row=sampling_row(
                 sampling,
@@ -466,8 +469,12 @@ class Engine:
     def _next_chunk(self, request: Request) -> None:
         """Prefills the request's next chunk, and samples its first token if that was the last."""
         chunk = self.scheduler.next_chunk(request, self.runner.chunk_size)
-        logits, judged = self.runner.prefill(chunk)
+        logits, judged, attended = self.runner.prefill(chunk)
         request.judged += [] if judged is None else [judged]
+        if attended is not None:
+            request.attended_blocks.append(attended)
+            blocks = causal_blocks(chunk.start, len(chunk.tokens))
+            request.causal_blocks += blocks * sum(self.spec.heads.num_retrieval)
         self.scheduler.computed(request, len(chunk.tokens))
         if request.prefilled < len(request.prompt):
             return
@@ -493,11 +500,15 @@ class Engine:
         """Fetches those that are not yet fetched."""
         outputs: list[TokenOutput] = []
         for request, first in self.take_first_samples():
-            first, judged = jax.device_get((first, request.judged))
+            fetched = jax.device_get((first, request.judged, request.attended_blocks))
+            first, judged, attended = fetched
+            attended = int(sum(attended))
+            self._counts.prefill_blocks += attended
+            self._counts.causal_prefill_blocks += request.causal_blocks
             if first is None:  # of the prompt's own tokens none is new
                 first = jax.tree.map(lambda x: x[:0], judged[0])
             if not request.finished:
-                request.begin(self.clock(), judged)
+                request.begin(self.clock(), judged, attended)
                 outputs += self._emit(request, first)
         return outputs
 

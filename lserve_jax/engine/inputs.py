@@ -24,6 +24,7 @@ class Chunk:
     following: np.ndarray | None = None
     top_logprobs: int = 0  # beside those, of so many likeliest tokens
     keep_hidden: bool = False  # beside those, hidden states
+    block_sparse: bool = False  # whether retrieval heads choose what they attend
 
 
 @dataclass(frozen=True, kw_only=True)

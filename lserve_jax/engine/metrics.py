@@ -32,6 +32,9 @@ class RequestMetrics:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     prefix_tokens: int = 0  # of the prompt, those whose keys and values were there already
+    # Of the blocks of keys that retrieval heads would attend causally while the prompt is read,
+    # those that they did; a prefix's left out.
+    prefill_density: float = 1.0
     queue_seconds: float = 0.0  # from arrival to the start of its prefill
     prefill_seconds: float = 0.0  # from then to its first token, other requests' steps included
     first_token_seconds: float = 0.0  # from arrival to the first token (TTFT)
@@ -85,6 +88,9 @@ class EngineCounts:
     relay_bursts: int = 0  # bursts in which some prefix was read together
     steps: int = 0  # of the engine
     tokens_attended: int = 0  # summed over decode steps, requests, layers and KV heads
+    # Of prompts that are read block-sparsely, summed over tiles of queries, layers and KV heads:
+    prefill_blocks: int = 0  # that retrieval heads attended
+    causal_prefill_blocks: int = 0  # that they would have attended causally
 
 
 @dataclass(frozen=True, kw_only=True)

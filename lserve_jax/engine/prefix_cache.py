@@ -10,6 +10,10 @@ chunk are rounded in another way, and with int8 pages its tokens read other keys
 they were rounded to 8 bits. Where that must not be (int8, ``deterministic``), the tree has whole
 chunks only, with the bounds that they have in every prompt, and matches end there.
 
+So it always has whole chunks only of prompts that are read block-sparsely: which queries choose
+blocks together follows from where their chunk begins. Prompts that are read causally have other
+keys, and the two kinds share nothing.
+
 Streaming heads see a prompt's sinks and its last tokens. Their window pages are the prompt's while
 it is prefilled, twice as far back as it sees, so that a prompt can also go on from a bit before
 another one's end; then they are the tree's, until others want them.
@@ -34,6 +38,7 @@ class PromptPages:
 
     prompt: np.ndarray  # [prompt length] int32
     cache_salt: str | None = None  # prompts of one salt share
+    block_sparse: bool = False  # how it is read; prompts of one kind share
     pages: list[int] = field(default_factory=list)  # in order, those of ``node`` first
     node: Node | None = None  # the last page of it that is in the tree, locked
     window: dict[int, int] = field(default_factory=dict)  # window page of pages of the prompt
@@ -76,12 +81,13 @@ class PrefixCache:
         self.spec, self.enabled, self.deterministic = spec, enabled, deterministic
         self.pool, self.windows = PagePool(spec.num_pages), PagePool(spec.num_window_pages)
         window, P = spec.prefill_window, spec.page_size
-        whole_chunks = deterministic or spec.kv_dtype == "int8"
+        chunk = math.lcm(chunk_size, P) // P
         self.tree = PrefixTree(
             self.pool,
             self.windows,
             page_size=P,
-            grain=math.lcm(chunk_size, P) // P if whole_chunks else 1,
+            grain=chunk if deterministic or spec.kv_dtype == "int8" else 1,
+            block_grain=chunk,
             window=window if streams else None,
         )
         self.streams, self.host = streams, host
@@ -126,25 +132,26 @@ class PrefixCache:
         """
         return self.enabled and not (judged and self.deterministic)
 
-    def whole_pages(self, tokens: int) -> int:
+    def whole_pages(self, tokens: int, block_sparse: bool) -> int:
         """Pages that so many tokens of a prompt can leave to the tree."""
-        grain = self.tree.grain
+        grain = self.tree.block_grain if block_sparse else self.tree.grain
         return tokens // self.spec.page_size // grain * grain
 
     # A prompt on its way.
 
-    def match(self, tokens: np.ndarray, salt: str | None) -> Match:
+    def match(self, prompt: PromptPages) -> Match:
         """Where a prompt can go on from: the deepest end that leaves it a token to compute."""
+        tokens, kind = prompt.prompt, (prompt.cache_salt, prompt.block_sparse)
         if self.host is None:
-            return Match(self.tree.match(tokens, salt), [])
+            return Match(self.tree.match(tokens, *kind), [])
         tokens, P = tokens[:-1], self.spec.page_size
-        path = self.tree.walk(tokens, salt)
+        path = self.tree.walk(tokens, *kind)
         rest = tokens[len(path) * P : len(tokens) // P * P].astype(np.int32, copy=False)
         keys = [page.tobytes() for page in rest.reshape(-1, P)]
-        behind = self.host.find(path[-1].digest if path else root_digest(salt), keys)
+        behind = self.host.find(path[-1].digest if path else root_digest(*kind), keys)
         has_window = [node.window >= 0 for node in path]
         has_window += [page.has_window for page in behind]
-        end = self.tree.deepest_end(has_window)
+        end = self.tree.deepest_end(has_window, prompt.block_sparse)
         node = path[min(end, len(path)) - 1] if end and path else None
         return Match(node, behind[: max(end - len(path), 0)])
 
@@ -223,7 +230,7 @@ class PrefixCache:
         """The next ``tokens`` of a prompt are computed; with ``remember`` they enter the tree."""
         prompt.prefilled += tokens
         begin = 0 if prompt.node is None else prompt.node.depth
-        end = self.whole_pages(prompt.prefilled)
+        end = self.whole_pages(prompt.prefilled, prompt.block_sparse)
         if not remember or end <= begin:
             return
         P = self.spec.page_size
@@ -233,6 +240,7 @@ class PrefixCache:
             prompt.prompt[begin * P : end * P],
             prompt.pages[begin:end],
             [prompt.window.get(number, -1) for number in range(begin, end)],
+            prompt.block_sparse,
         )
 
     def finish(self, prompt: PromptPages) -> None:

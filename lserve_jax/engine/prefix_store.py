@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lserve_jax.attention.attend import chosen_by
 from lserve_jax.engine.prefix import Prefix, read_prefix
 from lserve_jax.engine.prefix_cache import Match, PromptPages
 from lserve_jax.engine.prefix_tree import Node
@@ -96,6 +97,12 @@ class PrefixStore:
             f"{name} {window.sink} + {window.local}"
             for name, window in (("decode", spec.decode_window), ("prefill", spec.prefill_window))
         ]
+        if spec.sparsity is not None and spec.sparsity.prefill == "block_sparse":
+            chosen = ", ".join(f"{name} {value}" for name, value in chosen_by(spec).items())
+            sizes.append(
+                f"block-sparse from {spec.sparsity.prefill_min_tokens} tokens on in chunks of "
+                f"{self.runner.chunk_size}, {chosen}"
+            )
         return {
             "page size": f"{spec.page_size}, logical {logical}",
             "kv_dtype": f"{spec.kv_dtype}, {jnp.dtype(self.runner.dtype).name}",
@@ -137,17 +144,21 @@ class PrefixStore:
             )
         cache, P = self.scheduler.prefix_cache, self.runner.spec.page_size
         prefix = Prefix(token_ids=ids, page_size=P, owner=self)
-        num_pages = cache.whole_pages(len(ids))
-        prompt = PromptPages(prompt=ids[: num_pages * P])
+        # Prompts that begin with it are at least as long.
+        block_sparse = self.runner.spec.is_block_sparse(len(ids))
+        num_pages = cache.whole_pages(len(ids), block_sparse)
+        prompt = PromptPages(prompt=ids[: num_pages * P], block_sparse=block_sparse)
         if num_pages == 0:
             fill(prompt)
             return prefix
 
         def match() -> Node | None:
             # Of a prompt of one token more, since none of it needs to run.
-            return cache.tree.match(np.append(prompt.prompt, 0), None) if goes_on else None
+            if not goes_on:
+                return None
+            return cache.tree.match(np.append(prompt.prompt, 0), None, block_sparse)
 
-        self.scheduler.check_prefix(prompt.prompt, match())
+        self.scheduler.check_prefix(prompt, match())
         self.finish_prompt()
         cache.begin(prompt, Match(match(), []))
         try:

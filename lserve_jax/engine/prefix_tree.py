@@ -2,7 +2,8 @@
 
 Bookkeeping on the host. A node is one page of a prompt: its tokens, the retrieval page that holds
 their keys and values, and, for streaming heads, a page of the prefill window, as long as there is
-one. A path from a root is a prompt's beginning; there is a root for each ``salt``.
+one. A path from a root is a prompt's beginning; there is a root for each ``salt``, and
+one more for prompts that are read block-sparsely: they have other keys, and may end elsewhere.
 
     root -- "You are ..." -- "... helpful" -- "What is ..."
                                           \\- "How do ..."
@@ -70,9 +71,10 @@ class Pin(NamedTuple):
     windows: list[Node]  # whose window pages it keeps
 
 
-def root_digest(salt: str | None) -> bytes:
+def root_digest(salt: str | None, block_sparse: bool = False) -> bytes:
     """What ``Node.digest`` is at a root."""
-    return hashlib.blake2b(repr(salt).encode(), digest_size=16).digest()
+    root = (salt, "block_sparse") if block_sparse else salt
+    return hashlib.blake2b(repr(root).encode(), digest_size=16).digest()
 
 
 def next_digest(digest: bytes, key: bytes) -> bytes:
@@ -85,6 +87,7 @@ class PrefixTree:
 
     page_size: tokens of a page.
     grain: pages; paths grow, and matches end, at multiples of it.
+    block_grain: the same for prompts that are read block-sparsely.
     window: what streaming heads need to go on; None: no head streams.
     """
 
@@ -95,10 +98,12 @@ class PrefixTree:
         *,
         page_size: int,
         grain: int,
+        block_grain: int = 1,
         window: StreamingWindow | None,
     ):
         self.pool, self.windows = pool, windows
         self.page_size, self.grain, self.window = page_size, grain, window
+        self.block_grain = block_grain
         self.evicted_pages = self.evicted_windows = 0  # so far
         # Called with what ``make_room`` evicts, before the pages are anybody else's.
         self.spill: Callable[[list[Evicted]], None] = lambda evicted: None
@@ -116,9 +121,9 @@ class PrefixTree:
 
     # Finding.
 
-    def walk(self, tokens: np.ndarray, salt: str | None) -> list[Node]:
+    def walk(self, tokens: np.ndarray, salt: str | None, block_sparse: bool = False) -> list[Node]:
         """The nodes that a prompt's whole pages have in the tree, from the first page on."""
-        node = self._roots.get(root_digest(salt))
+        node = self._roots.get(root_digest(salt, block_sparse))
         found: list[Node] = []
         if node is None:
             return found
@@ -130,31 +135,35 @@ class PrefixTree:
             found.append(node)
         return found
 
-    def match(self, tokens: np.ndarray, salt: str | None) -> Node | None:
+    def match(
+        self, tokens: np.ndarray, salt: str | None, block_sparse: bool = False
+    ) -> Node | None:
         """Where a prompt can go on from: the deepest node that leaves it a token to compute.
 
         The last token of a prompt always runs, for its logits. None: nothing of it is there.
         """
-        path = self.walk(tokens[:-1], salt)
-        deepest = self.deepest_end([node.window >= 0 for node in path])
+        path = self.walk(tokens[:-1], salt, block_sparse)
+        deepest = self.deepest_end([node.window >= 0 for node in path], block_sparse)
         return path[deepest - 1] if deepest else None
 
-    def pinned_match(self, tokens: np.ndarray, salt: str | None) -> int:
+    def pinned_match(self, tokens: np.ndarray, salt: str | None, block_sparse: bool = False) -> int:
         """Pages of a prompt that are sure to be found: they are pinned, and so is the window."""
-        path = itertools.takewhile(lambda n: n.pins, self.walk(tokens[:-1], salt))
-        return self.deepest_end([node.window_pins > 0 for node in path])
+        walked = self.walk(tokens[:-1], salt, block_sparse)
+        path = itertools.takewhile(lambda n: n.pins, walked)
+        return self.deepest_end([node.window_pins > 0 for node in path], block_sparse)
 
-    def deepest_end(self, has_window: Sequence[bool]) -> int:
+    def deepest_end(self, has_window: Sequence[bool], block_sparse: bool = False) -> int:
         """The longest beginning of some pages, whole grains, whose end has its window."""
+        grain = self.block_grain if block_sparse else self.grain
         if self.window is None:
-            return len(has_window) // self.grain * self.grain
+            return len(has_window) // grain * grain
         sinks, reach = self.window.sink_pages, self.window.local_pages - 1
         deepest = row = 0  # ``row``: pages one after another that have their window pages
         for depth, there in enumerate(has_window, start=1):
             row = row + 1 if there else 0
             if depth <= sinks and not row:
                 break  # nothing deeper has the sinks
-            if depth % self.grain == 0 and row >= min(depth, reach):
+            if depth % grain == 0 and row >= min(depth, reach):
                 deepest = depth
         return deepest
 
@@ -167,6 +176,7 @@ class PrefixTree:
         tokens: np.ndarray,
         pages: Sequence[int],
         windows: Sequence[int],
+        block_sparse: bool = False,
     ) -> tuple[Node, list[int]]:
         """Adds pages of a prompt, at least one, below ``above``, which the caller holds locked.
 
@@ -178,7 +188,7 @@ class PrefixTree:
         that the prompt reads from now on.
         """
         size, now = self.page_size, self._tick()
-        root = root_digest(salt)
+        root = root_digest(salt, block_sparse)
         node = above or self._roots.setdefault(root, Node(None, b"", -1, root, 0))
         held: list[int] = []
         for at, (page, window) in enumerate(zip(pages, windows, strict=True)):

@@ -139,6 +139,10 @@ class Request(PromptPages):
     finished: bool = False
     error: Exception | None = None  # why it ends with "error"
 
+    # Of its prompt's chunks, if they are block-sparse:
+    attended_blocks: list[jax.Array] = field(default_factory=list)  # not yet fetched
+    causal_blocks: int = 0  # over layers and retrieval heads, of all chunks so far
+
     # What the model thinks of its prompt's tokens, where asked for.
     judged: list[Sample] = field(default_factory=list)  # of each chunk so far, not yet fetched
     keeps_hidden: bool = False  # their hidden states beside it
@@ -180,12 +184,12 @@ class Request(PromptPages):
 
     # What comes back from the device.
 
-    def begin(self, now: float, judged: Sequence[Sample]) -> None:
+    def begin(self, now: float, judged: Sequence[Sample], attended_blocks: int) -> None:
         """The first token is there; what is known of the time before it goes to the metrics.
 
         ``judged`` was fetched; what the model thinks of the prompt goes out with the next output.
         """
-        self.judged = []
+        self.judged, self.attended_blocks = [], []
         if self.first_token is not None:  # it began before it was preempted
             return
         self.first_token = now
@@ -198,6 +202,7 @@ class Request(PromptPages):
             queue_seconds=self.prefill_start - self.arrival,
             prefill_seconds=now - self.prefill_start,
             first_token_seconds=now - self.arrival,
+            prefill_density=attended_blocks / self.causal_blocks if self.causal_blocks else 1.0,
         )
 
     def _take_prompt(self, judged: Sequence[Sample]) -> None:

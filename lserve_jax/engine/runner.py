@@ -155,17 +155,19 @@ class ModelRunner:
 
     # Requests.
 
-    def prefill(self, chunk: Chunk) -> tuple[jax.Array, Sample | None]:
+    def prefill(self, chunk: Chunk) -> tuple[jax.Array, Sample | None, jax.Array | None]:
         """Runs a chunk; returns the logits ``[V]`` (float32) after its last token.
 
-        Beside them what the model thought of ``chunk.following``, padded as the chunk is.
+        Beside them what the model thought of ``chunk.following``, padded as the chunk is, and of a
+        block-sparse chunk the blocks that were attended, summed over layers and retrieval heads.
         """
         size = self.padded(len(chunk.tokens))
-        what = chunk.following is None, chunk.top_logprobs, chunk.keep_hidden
+        what = chunk.following is None, chunk.top_logprobs, chunk.keep_hidden, chunk.block_sparse
         self.count_shape("prefill_chunk", size, *what)
         self.prompt_tokens += len(chunk.tokens)
-        logits, self._caches, judged = self.programs.run(self.prefill_call(chunk))
-        return logits, judged
+        call = self.prefill_call(chunk)
+        logits, self._caches, judged, attended = self.programs.run(call)
+        return logits, judged, attended
 
     def prefill_call(self, chunk: Chunk) -> Call:
         """What ``prefill`` runs."""
@@ -182,6 +184,7 @@ class ModelRunner:
             jnp.int32(len(chunk.tokens)),
             jnp.int32(chunk.prompt_length),
             None if chunk.following is None else _filled_up(chunk.following, size),
+            block_sparse=chunk.block_sparse,
             top=chunk.top_logprobs,
             keep_hidden=chunk.keep_hidden,
         )

@@ -80,6 +80,7 @@ class Scheduler:
             window_table=self.prefix_cache.window_table(prompt, end),
             start=prompt.prefilled,
             prompt_length=len(prompt.prompt),
+            block_sparse=prompt.block_sparse,
         )
 
     def computed(self, request: Request, tokens: int) -> None:
@@ -135,7 +136,12 @@ class Scheduler:
         total = self.pages_for(len(prompt) + max(sampling.max_tokens - 1, 0))
         if sampling.prompt_logprobs is not None:
             return total
-        return total - self.prefix_cache.tree.pinned_match(prompt, cache_salt)
+        return total - self.pinned_match(prompt, cache_salt)
+
+    def pinned_match(self, prompt: np.ndarray, cache_salt: str | None) -> int:
+        """Pages of a prompt that are sure to be found."""
+        block_sparse = self.spec.is_block_sparse(len(prompt))
+        return self.prefix_cache.tree.pinned_match(prompt, cache_salt, block_sparse)
 
     def check_pages(
         self, prompt: np.ndarray, sampling: SamplingParams, cache_salt: str | None
@@ -151,14 +157,15 @@ class Scheduler:
                 "for less"
             )
 
-    def check_prefix(self, tokens: np.ndarray, match: Node | None) -> None:
+    def check_prefix(self, prefix: PromptPages, match: Node | None) -> None:
         """Raises ``ValueError`` where whole pages of tokens cannot be pinned.
 
         There is no room for those behind ``match``, which is there, or too little would be left for
         a request that waits or runs.
         """
         cache, tree, spec = self.prefix_cache, self.prefix_cache.tree, self.spec
-        num_pages, path = len(tokens) // spec.page_size, tree.walk(tokens, None)
+        num_pages = len(prefix.prompt) // spec.page_size
+        path = tree.walk(prefix.prompt, None, prefix.block_sparse)
         there, free = 0 if match is None else match.depth, cache.free_beside(match)
         if num_pages - there > free:
             raise ValueError(
@@ -195,7 +202,7 @@ class Scheduler:
         request, cache = self.waiting[0], self.prefix_cache
         match = Match(None, [])
         if request.sampling.prompt_logprobs is None:  # else each of its tokens is to be judged
-            match = cache.match(request.prompt, request.cache_salt)
+            match = cache.match(request)
         steps = max(min(self.burst_steps, request.sampling.max_tokens - 1), 0)
         needed = self.pages_for(len(request.prompt) + steps) + self._missing(self.burst_steps)
         if needed - match.depth > cache.free_beside(match.node):
@@ -205,7 +212,7 @@ class Scheduler:
         self.prefilling = request
         request.slot = heapq.heappop(self.free_slots)
         request.scheduled, request.received = 0, 0
-        request.judged = []
+        request.judged, request.attended_blocks, request.causal_blocks = [], [], 0
         self._grow(request, len(request.prompt))
         cache.restore(request, match)
         return request

@@ -42,7 +42,9 @@ from lserve_jax.model.params import Params
 
 
 @functools.partial(
-    jax.jit, static_argnames=("program", "top", "keep_hidden"), donate_argnames=("caches",)
+    jax.jit,
+    static_argnames=("program", "block_sparse", "top", "keep_hidden"),
+    donate_argnames=("caches",),
 )
 def prefill_chunk(
     program: Program,
@@ -56,15 +58,17 @@ def prefill_chunk(
     prompt_length: Int[Array, ""],
     following: Int[Array, " T"] | None,
     *,
+    block_sparse: bool = False,
     top: int,
     keep_hidden: bool = False,
-) -> tuple[Float[Array, " V"], Caches, Sample | None]:
+) -> tuple[Float[Array, " V"], Caches, Sample | None, Int[Array, ""] | None]:
     """Runs one chunk of a prompt: tokens at positions ``start`` to ``start + length - 1``.
 
     ``tokens`` is padded to its bucket T; padding is neither cached nor attended. Returns the logits
     after the chunk's last token (float32), the caches, and what the model thought of ``following``,
     the token after each (T rows, with the ``top`` likeliest tokens beside it and, with
-    ``keep_hidden``, the hidden states); None is for None.
+    ``keep_hidden``, the hidden states); None is for None. Last, if ``block_sparse``, the blocks
+    that tiles of queries attended, summed over layers and retrieval heads.
     """
     model = bind(program.config, params)
     attend = prefill_attend(
@@ -76,15 +80,19 @@ def prefill_chunk(
         length,
         prompt_length,
         tokens.shape[0],
+        block_sparse=block_sparse,
         backend=program.backend,
     )
     hidden, caches = model(tokens[None], attend, caches)
-    judged = None
+    judged = attended = None
+    if block_sparse:
+        caches, counts = ([pair[i] for pair in caches] for i in (0, 1))
+        attended = jnp.stack(counts).sum()
     if following is not None:
         judged = judge_tokens(model.unembed, hidden[0], following, top, program.config.vocab_size)
         if keep_hidden:
             judged = dataclasses.replace(judged, hidden=hidden[0])
-    return model.unembed(hidden[0, length - 1]), caches, judged
+    return model.unembed(hidden[0, length - 1]), caches, judged, attended
 
 
 @functools.partial(

@@ -1,9 +1,9 @@
 """Programs that requests will need, compiled before the first one comes.
 
 "auto" is what any request needs: a short prompt, and bursts of one row, greedy and drawing. "full"
-is every length of a prompt's chunk and every number of slots, beside these with filters (top_k,
-top_p, min_p). What remains compiles when it is first asked for: rows that read a prefix together,
-log probabilities, penalties, restricted tokens.
+is every length of a prompt's chunk, read causally or block-sparsely, and every number of slots,
+beside these with filters (top_k, top_p, min_p). What remains compiles when it is first asked for:
+rows that read a prefix together, log probabilities, penalties, restricted tokens.
 """
 
 import dataclasses
@@ -33,7 +33,9 @@ def warm_up(engine: Engine, how: Warmup, *, progress: bool = False) -> None:
         chunks, slots = chunks[:1], slots[:1]
     else:
         usual = (*_USUAL, _FILTERED)
-    calls = [_prefill(engine, size) for size in chunks]
+    shortest, longest = (engine.spec.is_block_sparse(n) for n in (1, engine.max_model_len))
+    kinds = sorted({shortest} if how == "auto" else {shortest, longest})
+    calls = [_prefill(engine, size, kind) for kind in kinds for size in chunks]
     calls += [_insert(engine, sampling) for sampling in usual]
     calls += [
         call for rows in slots for sampling in usual for call in _decode(engine, rows, sampling)
@@ -41,13 +43,14 @@ def warm_up(engine: Engine, how: Warmup, *, progress: bool = False) -> None:
     engine.runner.programs.prepare(calls, progress=progress)
 
 
-def _prefill(engine: Engine, size: int) -> Call:
+def _prefill(engine: Engine, size: int, block_sparse: bool) -> Call:
     chunk = Chunk(
         tokens=np.zeros((size,), np.int32),
         page_table=np.zeros((engine.spec.pages_per_sequence,), np.int32),
         window_table=np.zeros((engine.spec.pages_per_sequence,), np.int32),
         start=0,
         prompt_length=size,
+        block_sparse=block_sparse,
     )
     return engine.runner.prefill_call(chunk)
 

@@ -94,6 +94,16 @@ _COUNTERS: tuple[_Reading, ...] = (
         "Pages of their prefill windows that others were given.",
         lambda m: m.evicted_windows,
     ),
+    (
+        "prefill_blocks",
+        "Blocks of keys that retrieval heads attended in prompts read block-sparsely.",
+        lambda m: m.prefill_blocks,
+    ),
+    (
+        "prefill_blocks_causal",
+        "Blocks that they would have attended causally.",
+        lambda m: m.causal_prefill_blocks,
+    ),
     ("num_preemptions", "Completions that gave their pages to others.", lambda m: m.preemptions),
     ("engine_steps", "Steps of the engine.", lambda m: m.steps),
     ("relay_bursts", "Bursts in which a beginning was read together.", lambda m: m.relay_bursts),
