@@ -82,8 +82,9 @@ def prefill_attend(
     """One chunk of one prompt: positions ``start`` to ``start + length - 1``.
 
     Retrieval heads attend causally, if ``block_sparse`` only the blocks of keys that each tile of
-    queries chooses; streaming heads attend through the lambda mask of the prefill window. The chunk's K and V are written after they were attended, unquantised, by the chunk
-    itself; later chunks and decode read them back from the cache.
+    queries chooses; streaming heads attend through the lambda mask of the prefill window. The
+    chunk's K and V are written after they were attended, unquantised, by the chunk itself; later
+    chunks and decode read them back from the cache.
 
     ``window_table`` has the window's pages, -1 for pages of the prompt that are not kept. Since the
     window is read first, a page that the chunk moves out of sight may be one that it writes.
