@@ -1,0 +1,252 @@
+"""Block-sparse prefill in the engine: against the oracle, and what of it prompts share.
+
+Chunks are of 256 tokens, and prompts of 400 or more are read block-sparsely. Caches hold NaN first.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from oracle_model import Mask, Oracle, log_softmax, streaming_heads
+from tiny_llm import (
+    VOCAB,
+    check_nothing_left,
+    poison,
+    random_prompts,
+    tiny_config,
+    tiny_params,
+    write_pattern,
+)
+
+from lserve_jax import LLM, SamplingParams, SparsityConfig
+from lserve_jax.engine.build import EngineOptions
+from lserve_jax.engine.engine import Engine
+from lserve_jax.engine.programs import Call, Programs
+from lserve_jax.engine.warmup import Warmup, warm_up
+
+CONFIG = tiny_config(layers=2, kv_heads=2, group=2)
+GATES = [[0.2, 0.9], [0.8, 0.7]]
+CHUNK, LEAST = 256, 400
+SPARSITY = SparsityConfig(
+    head_shares=None,
+    token_budget=1024,  # decode reads everything
+    page_size=16,
+    prefill="block_sparse",
+    prefill_threshold=0.6,
+    prefill_min_tokens=LEAST,
+    decode_sink=16,
+    decode_local=32,
+    prefill_sink=32,
+    prefill_local=64,
+)
+FIRST = SamplingParams(temperature=0, max_tokens=1, logprobs=VOCAB)
+# Those who share 512 tokens, 300, and 100 with the first; and one that is read causally.
+LONG, SHORT = random_prompts(1, [700])[0], 390
+
+
+@pytest.fixture(scope="module")
+def pattern(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_pattern(tmp_path_factory.mktemp("patterns") / "p", GATES)
+
+
+def make(pattern: str, changes: dict[str, Any] | None = None, **settings: Any) -> LLM:
+    sparsity = dataclasses.replace(
+        SPARSITY, pattern=pattern, streaming_fraction=0.25, **(changes or {})
+    )
+    settings = {"max_num_seqs": 2, "prefill_chunk_size": CHUNK, "relay": "never"} | settings
+    llm = LLM((CONFIG, tiny_params(CONFIG)), attention="lserve", sparsity=sparsity, **settings)
+    poison(llm)
+    return llm
+
+
+@pytest.fixture(scope="module")
+def llm(pattern: str) -> LLM:
+    return make(pattern)
+
+
+class Run:
+    """The first token's distribution, and what the request says of itself."""
+
+    def __init__(self, llm: LLM, prompt: list[int], **sampling: Any):
+        given = {"prompt_token_ids": prompt}
+        [self.output] = llm.generate(given, dataclasses.replace(FIRST, **sampling))
+        [row] = self.output.outputs[0].logprobs
+        self.logprobs = np.array([row[t] for t in range(VOCAB)])
+        self.metrics = self.output.metrics
+
+
+class BlockSparse(Oracle):
+    """Reads prompts in chunks, of which each tile's blocks are chosen by the oracle of the op."""
+
+    def __init__(self, threshold: float):
+        streaming = streaming_heads(GATES, 0.25)
+        super().__init__(CONFIG, tiny_params(CONFIG), sparsity=SPARSITY, streaming=streaming)
+        self.threshold, self.blocks, self.causal = threshold, 0, 0
+
+    def _prompt_mask(self, layer: int, head: int, queries: oracle.F64) -> Mask:
+        mask = super()._prompt_mask(layer, head, queries)
+        if self.streaming[layer][head]:
+            return mask
+        for start in range(0, self.length, CHUNK):
+            end = min(start + CHUNK, self.length)
+            keys = self.keys[layer][:end, head : head + 1]
+            shares = oracle.block_shares(queries[start:end], keys, start)
+            lists = oracle.fewest_blocks(shares, start, self.threshold)
+            mask[start:end, :end] = oracle.block_mask(start, end - start, lists)[0]
+            self.blocks += sum(map(len, lists[0]))
+            self.causal += sum(range(start // 128 + 1, -(-end // 128) + 1))
+        return mask
+
+
+@functools.cache
+def expected() -> tuple[np.ndarray, float]:
+    """Log probabilities after ``LONG``, and the density."""
+    model = BlockSparse(SPARSITY.prefill_threshold)
+    return log_softmax(model.prefill(LONG)[-1]), model.blocks / model.causal
+
+
+def test_a_long_prompt_is_read_as_the_oracle_reads_it(llm: LLM, pattern: str) -> None:
+    logprobs, density = expected()
+    before = llm.engine.metrics()
+    made = Run(llm, LONG)
+    # float32 against float64 over two layers, as for every model here.
+    assert_allclose(made.logprobs, logprobs, atol=2e-4, rtol=0)
+    assert made.metrics.prefill_density == pytest.approx(density, abs=1e-6)
+    assert 0.5 < density < 0.95
+    after = llm.engine.metrics()
+    blocks, causal = (
+        getattr(after, name) - getattr(before, name)
+        for name in ("prefill_blocks", "causal_prefill_blocks")
+    )
+    assert blocks / causal == pytest.approx(density)
+    causal = Run(make(pattern, {"prefill": "causal"}), LONG)
+    assert abs(causal.logprobs - logprobs).max() > 1e-2  # that it matters which blocks are read
+    assert causal.metrics.prefill_density == 1.0
+
+
+def test_threshold_one_is_causal(pattern: str) -> None:
+    made = Run(make(pattern, {"prefill_threshold": 1.0}), LONG)
+    causal = Run(make(pattern, {"prefill": "causal"}), LONG)
+    assert_allclose(made.logprobs, causal.logprobs, atol=1e-5, rtol=0)  # sums in another order
+    assert made.metrics.prefill_density == 1.0
+
+
+def test_a_short_prompt_is_causal_to_the_bit(llm: LLM, pattern: str) -> None:
+    causal = make(pattern, {"prefill": "causal"})
+    made = Run(llm, LONG[:SHORT])
+    assert_array_equal(made.logprobs, Run(causal, LONG[:SHORT]).logprobs)
+    assert made.metrics.prefill_density == 1.0
+
+
+def test_a_density_says_how_many(pattern: str) -> None:
+    made = Run(make(pattern, {"prefill_density": 0.5}), LONG)
+    # Of one, two, three, ... six blocks, with three always: 1, 2, 3, 3, 3, 3.
+    assert made.metrics.prefill_density == pytest.approx((1 + 2 + 3 + 3 + 3 + 3) / 21)
+
+
+@pytest.mark.parametrize("settings", [{}, {"deterministic": True}, {"kv_dtype": "int8"}])
+def test_cold_is_warm_bit_for_bit(settings: dict[str, Any], pattern: str) -> None:
+    """Whatever was read before, and whoever read it: a short prompt, a long one, a prefix."""
+    cold = make(pattern, enable_prefix_caching=False, **settings)
+    own = random_prompts(2, [150])[0]
+    prompts = [LONG[:SHORT], LONG, LONG[:600] + own, LONG[:500] + own, LONG[:300] + own, LONG]
+    wanted = [Run(cold, prompt).logprobs for prompt in prompts]
+    llm = make(pattern, **settings)
+    for order in (prompts, prompts[::-1]):
+        llm.reset_prefix_cache()
+        for prompt in order:
+            made = Run(llm, prompt)
+            assert_array_equal(made.logprobs, wanted[prompts.index(prompt)])
+    llm.reset_prefix_cache()
+    found = [Run(llm, prompt).output.num_cached_tokens for prompt in prompts]
+    assert found == [0, 0, 512, 256, 256, 512]  # a prompt of 390 tokens leaves nothing to them
+    # Of a causal prompt whole pages are shared, as ever, but where chunks must agree.
+    again = Run(llm, LONG[: SHORT - 4]).output.num_cached_tokens
+    assert again == (256 if settings else 384)
+    check_nothing_left(llm.engine)
+
+
+def test_a_prefix_is_read_as_those_that_begin_with_it(pattern: str, tmp_path: Path) -> None:
+    llm = make(pattern)
+    logprobs = Run(llm, LONG).logprobs
+    llm.reset_prefix_cache()
+    file = tmp_path / "prefix.safetensors"
+    prefix = llm.prefix({"prompt_token_ids": LONG[:LEAST]})
+    assert prefix.num_shared_tokens == CHUNK
+    prefix.save(file)
+    made = Run(llm, LONG)
+    assert made.output.num_cached_tokens == CHUNK
+    assert_array_equal(made.logprobs, logprobs)
+    prefix.release()
+    shorter = llm.prefix({"prompt_token_ids": LONG[: LEAST - 1]})  # is read causally
+    assert shorter.num_shared_tokens == Run(llm, LONG[:SHORT]).output.num_cached_tokens == 384
+    shorter.release()
+    llm.reset_prefix_cache()
+    llm.load_prefix(file)
+    made = Run(llm, LONG)
+    assert made.output.num_cached_tokens == CHUNK
+    assert_array_equal(made.logprobs, logprobs)
+    for other in ({"prefill": "causal"}, {"prefill_threshold": 0.7}):
+        with pytest.raises(ValueError, match="block-sparse from 400 tokens on in chunks of 256"):
+            make(pattern, other).load_prefix(file)
+
+
+def test_judged_prompts_are_read_in_the_same_way(llm: LLM) -> None:
+    judged = Run(llm, LONG, prompt_logprobs=1)
+    assert_allclose(judged.logprobs, Run(llm, LONG).logprobs, atol=1e-5, rtol=0)
+    assert judged.metrics.prefill_density == pytest.approx(expected()[1], abs=1e-6)
+
+
+def test_a_full_warmup_has_both_ways_to_read(
+    llm: LLM, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Call] = []
+    monkeypatch.setattr(Programs, "prepare", lambda self, new, *, progress: calls.extend(new))
+
+    def prefills(engine: Engine, how: Warmup) -> list[tuple[int, bool]]:
+        calls.clear()
+        warm_up(engine, how)
+        of_chunks = [call for call in calls if call.name == "prefill_chunk"]
+        return [(call.args[3].shape[0], call.static["block_sparse"]) for call in of_chunks]
+
+    sizes = (64, 128, 256)
+    both = [(size, kind) for kind in (False, True) for size in sizes]
+    assert prefills(llm.engine, "full") == both
+    assert prefills(llm.engine, "auto") == both[:1]
+    too_short = make(pattern, max_model_len=LEAST - 1).engine
+    assert prefills(too_short, "full") == both[:3]
+    never_causal = make(pattern, {"prefill_min_tokens": 1}).engine
+    assert prefills(never_causal, "full") == both[3:]
+    assert prefills(never_causal, "auto") == both[3:4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prefill": "sparse"}, "prefill='sparse' must be 'causal' or 'block_sparse'"),
+        ({"prefill_threshold": 0}, r"prefill_threshold=0 must lie in \(0, 1\]"),
+        ({"prefill_threshold": 1.01}, r"prefill_threshold=1.01 must lie in \(0, 1\]"),
+        ({"prefill_threshold": "0.9"}, r"prefill_threshold='0.9' must lie in \(0, 1\]"),
+        ({"prefill_density": float("nan")}, r"prefill_density=nan must lie in \(0, 1\]"),
+        ({"prefill_min_tokens": 0}, "prefill_min_tokens=0 must be at least 1"),
+        ({"prefill_min_tokens": 1.5}, "prefill_min_tokens must be an integer, got 1.5"),
+    ],
+)
+def test_what_the_settings_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        SparsityConfig(**{"prefill": "block_sparse", **settings})
+
+
+def test_what_settings_need_of_each_other() -> None:
+    with pytest.raises(ValueError, match=r"prefill_density=0.5 needs prefill='block_sparse'"):
+        SparsityConfig(prefill_density=0.5)
+    sparsity = SparsityConfig(prefill="block_sparse")
+    with pytest.raises(ValueError, match=r"exact=True needs prefill='causal'"):
+        EngineOptions(attention="lserve", sparsity=sparsity, exact=True)
+    with pytest.raises(ValueError, match=r"prefill='block_sparse'.* needs attention='lserve'"):
+        EngineOptions(sparsity=sparsity)
