@@ -59,11 +59,10 @@ class SparsityConfig:
     lower_bound_weight: float = 0.5
     # Decode steps between two page selections; they run as one burst, so at most 1,024.
     reuse_interval: int = 4
-    # What retrieval heads attend while a prompt is read: "causal", everything before a token, or
-    # "block_sparse": every 128 queries choose blocks of 128 keys by estimate, the first and the
-    # newest always among them (XAttention, arXiv 2503.16428).
+    # What retrieval heads attend while a prompt is read: everything, or blocks of 128 keys that
+    # each 128 queries choose, the first and the newest always (XAttention, arXiv 2503.16428).
     prefill: Prefill = "causal"
-    # Blocks are the fewest that hold this share of the attention, by estimate; 1: all of them.
+    # Blocks are the fewest that hold this share of the attention, as estimated; 1: all of them.
     prefill_threshold: float = 0.9
     # Instead: this share of the blocks, whatever they hold.
     prefill_density: float | None = None

@@ -65,7 +65,18 @@ def _row(setting: str, case: Case, output: RequestOutput) -> dict[str, Any]:
         "text": text,
         "score": share_found(text, case.question.answers),
         "read": share_read(output.metrics),
+        "density": prefill_density(output.metrics),
     }
+
+
+def prefill_density(metrics: RequestMetrics) -> float | None:
+    """Share of the blocks that retrieval heads would attend causally, of those that chose.
+
+    None where they did not choose, or where a part of the prompt was there already.
+    """
+    if metrics.prefix_tokens or metrics.prefill_density == 1:
+        return None
+    return round(metrics.prefill_density, 5)
 
 
 def share_read(metrics: RequestMetrics) -> float | None:

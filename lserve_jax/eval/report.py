@@ -124,7 +124,28 @@ def _answer_tables(rows: Rows) -> list[str]:
             )
     head = ("text", "task", "tokens", "setting", "score, %", "95 %", "prompts")
     table = _table((*head, f"points from `{first}`", "read, %"), body)
-    return ["", "## Answers", "", *table, *_summary(rows, settings)]
+    return ["", "## Answers", "", *table, *_summary(rows, settings), *_prefill_table(rows)]
+
+
+def _densities(rows: Rows) -> list[float]:
+    """What block-sparse prefill attended; rows of older results have none."""
+    return [row["density"] for row in rows if row.get("density") is not None]
+
+
+def _prefill_table(rows: Rows) -> list[str]:
+    """Of settings that read prompts block-sparsely, what they attended."""
+    body = []
+    for setting, length in _distinct(rows, "setting", "length"):
+        found = _densities(_where(rows, setting=setting, length=length))
+        if found:
+            span = f"{100 * min(found):.1f} to {100 * max(found):.1f}"
+            mean = f"{100 * sum(found) / len(found):.1f}"
+            body.append((f"`{setting}`", str(length), mean, span, str(len(found))))
+    if not body:
+        return []
+    lines = ["", "## Prefill", "", "Of the blocks that retrieval heads would attend causally."]
+    head = ("setting", "tokens", "attended, %", "least and most", "haystacks")
+    return [*lines, "", *_table(head, body)]
 
 
 def _summary(rows: Rows, settings: Sequence[str]) -> list[str]:
@@ -231,13 +252,16 @@ def _flat(rows: Rows, key: str) -> list[Any]:
 def figures(result: Mapping[str, Any]) -> dict[str, "Figure"]:
     """The pictures of a result's answers, by name.
 
-    One a task that has depths, under the task's name: length by depth, one panel a setting. And
-    "budget": score against token budget, where settings differ in nothing else.
+    One a task that has depths, under the task's name: length by depth, one panel a setting.
+    "budget": score against token budget, where settings differ in nothing else. "prefill": score
+    against what block-sparse prefill attended.
 
     Raises ``ValueError`` if matplotlib (extra ``plot``) is not installed.
     """
     require_matplotlib()
-    return _depth_figures(result) | _budget_figure(result) if result["answers"] else {}
+    if not result["answers"]:
+        return {}
+    return _depth_figures(result) | _budget_figure(result) | _prefill_figure(result)
 
 
 def _depth_figures(result: Mapping[str, Any]) -> dict[str, "Figure"]:
@@ -324,3 +348,35 @@ def _budget_figure(result: Mapping[str, Any]) -> dict[str, "Figure"]:
         axis.legend(fontsize="x-small")
     figure.suptitle(f"{result['model']}; dashed: dense")
     return {"budget": figure}
+
+
+def _prefill_figure(result: Mapping[str, Any]) -> dict[str, "Figure"]:
+    from matplotlib.figure import Figure
+
+    rows = result["answers"]
+    if not _densities(rows):
+        return {}
+    tasks = [task for (task,) in _distinct(rows, "task")]
+    figure = Figure(figsize=(1 + 4 * len(tasks), 3.8), layout="constrained")
+    for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        for i, (length,) in enumerate(_distinct(_where(rows, task=task), "length")):
+            points = []
+            for (setting,) in _distinct(rows, "setting"):
+                mine = _where(rows, task=task, length=length, setting=setting)
+                density = np.mean(_densities(mine) or [1.0])
+                points.append((density, np.mean(_scores(mine)), setting))
+            for density, score, setting in points:
+                axis.annotate(_wrapped(setting), (density, score), fontsize=3)
+            line = sorted(points)
+            axis.plot(
+                [point[0] for point in line],
+                [point[1] for point in line],
+                marker="o",
+                color=f"C{i}",
+                label=f"{length} tokens",
+            )
+        axis.set(xlabel="share of blocks attended", ylabel="score", xlim=(0, 1.03), title=task)
+        axis.set_ylim(-0.03, 1.03)
+        axis.legend(fontsize="x-small")
+    figure.suptitle(f"{result['model']}; at 1 prompts are read causally")
+    return {"prefill": figure}

@@ -5,6 +5,7 @@
     lserve:budget=1024,page=64,logical=16,selected=16,lower=0.5,interval=4
     lserve:pattern=NAME,fraction=0.5
     lserve:pattern=NAME,share=0.125,dense_heads=4
+    lserve:pattern=NAME,prefill=block_sparse,prefill_threshold=0.9
     lserve:pattern=NAME,shares=none,control=inverted
 
 What is not given has ``SparsityConfig``'s default. A *control* asks what a pattern's choice of
@@ -40,6 +41,10 @@ _FIELDS = {
     "shares": ("head_shares", str),
     "share": ("budget_share", float),
     "dense_heads": ("dense_heads", int),
+    "prefill": ("prefill", str),
+    "prefill_threshold": ("prefill_threshold", float),
+    "prefill_density": ("prefill_density", float),
+    "prefill_min_tokens": ("prefill_min_tokens", int),
     "prefill_sink": ("prefill_sink", int),
     "prefill_local": ("prefill_local", int),
     "decode_sink": ("decode_sink", int),

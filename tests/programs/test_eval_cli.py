@@ -258,6 +258,7 @@ def test_stretching_takes_the_least_whole_factor():
 def test_settings_are_what_they_say():
     text = "lserve:pattern=llama-3-8b-instruct-gradient-1048k,fraction=0.25,budget=512,page=32"
     text += ",logical=16,selected=32,lower=0.25,interval=8,prefill_local=1024"
+    text += ",prefill=block_sparse,prefill_threshold=0.8,prefill_min_tokens=1000"
     text += ",shares=none,control=inverted"
     dense, plain, full = parse_settings(["dense", "lserve", text])
     assert (dense.name, dense.sparsity) == ("dense", None)
@@ -274,6 +275,9 @@ def test_settings_are_what_they_say():
         lower_bound_weight=0.25,
         reuse_interval=8,
         prefill_local=1024,
+        prefill="block_sparse",
+        prefill_threshold=0.8,
+        prefill_min_tokens=1000,
     )
 
 

@@ -1,5 +1,6 @@
 """Several texts in one study: the made-up one, its prompts, and what tables say of each."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ from convert.tokenizers import load_tokenizer
 from lserve_jax import LLM, SparsityConfig
 from lserve_jax.engine.metrics import RequestMetrics
 from lserve_jax.eval import report
-from lserve_jax.eval.answers import answer, share_read
+from lserve_jax.eval.answers import answer, prefill_density, share_read
 from lserve_jax.eval.needle import _CITIES
 from lserve_jax.eval.prompts import Case, Question
 from lserve_jax.eval.stories import write_stories
@@ -209,6 +210,25 @@ def test_tables_show_every_text_and_all_of_them():
     assert cells_of(text, "all | `s`")[0].startswith("| all | `s` | 82.2 | 90 | -17.8 ±")
     assert cells_of(text, "all | `s`")[0].endswith("| b, passkey, 20: -25.0 ± 13.6 |")
     assert cells_of(text, "all | `dense`") == ["| all | `dense` | 100.0 | 90 |  | 25.0 |  |"]
+
+
+def test_what_block_sparse_prefill_attended_has_a_table_and_a_picture():
+    answers = [answer_row("dense", "a", 20, i, 1.0) for i in range(4)]  # as older results have them
+    for i, density in enumerate((0.25, None, 0.35, None)):
+        answers.append(answer_row("s", "a", 20, i, 0.5) | {"density": density})
+    result = result_of(answers, []) | {"settings": {"dense": None}}
+    assert cells_of(report.markdown(result), "`s` | 20") == [
+        "| `s` | 20 | 30.0 | 25.0 to 35.0 | 2 |"
+    ]
+    figure = report.figures(result)["prefill"]
+    [line] = figure.axes[0].lines
+    assert line.get_xydata().tolist() == [[pytest.approx(0.3), 0.5], [1.0, 1.0]]
+    assert "## Prefill" not in report.markdown(result_of(answers[:4], []))
+    assert "prefill" not in report.figures(result | {"answers": answers[:4]})
+    chosen = RequestMetrics(prefill_density=0.25)
+    assert prefill_density(chosen) == 0.25
+    assert prefill_density(dataclasses.replace(chosen, prefix_tokens=64)) is None
+    assert prefill_density(RequestMetrics()) is None  # read causally
 
 
 def test_one_text_needs_no_row_for_all():
