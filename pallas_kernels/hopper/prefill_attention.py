@@ -251,41 +251,38 @@ def _plan(
     sink, local = window
 
     kv_head, program = lax.axis_index("kv_head"), lax.axis_index("program")
-    first = (tiles - 1 - lax.div(program, jnp.int32(G))) * ROWS  # of the tile's queries
+    tile = tiles - 1 - lax.div(program, jnp.int32(G))
+    first = tile * ROWS  # of the tile's queries
     head = kv_head * G + lax.rem(program, jnp.int32(G))
     start, length = bounds_gmem[0], bounds_gmem[1]
     if split is None:
         split = bounds_gmem[2]
     near = jnp.where(kv_head < split, EVERYTHING, local)
 
-    def visited(total, sink_end, local_begin):
-        """Of ``total`` blocks, those up to key ``sink_end`` and from ``local_begin`` on.
-
-        Returns (count, sink_blocks, gap): blocks 0..sink_blocks-1 and, ``gap`` blocks later, the
-        local ones. The keys are relative to the first block.
-        """
-        sinks = jnp.minimum(cdiv(jnp.maximum(sink_end, 0), BLOCK), total)
-        begin = lax.div(jnp.maximum(local_begin, 0), jnp.int32(BLOCK))
-        gap = jnp.minimum(jnp.maximum(begin - sinks, 0), total - sinks)
-        return total - gap, sinks, gap
-
+    history_blocks = cdiv(start, BLOCK)
     exists = first < length  # a tile of padding attends nothing
-    oldest_seen = start + first - near + 1  # by the tile's first query, sink aside
-    history_count, history_sinks, history_gap = visited(
-        jnp.where(exists, cdiv(start, BLOCK), 0), jnp.int32(sink), oldest_seen
-    )
-    chunk_count, chunk_sinks, chunk_gap = visited(
-        jnp.where(exists, cdiv(jnp.minimum(first + ROWS, length), BLOCK), 0),
-        sink - start,
-        oldest_seen - start,
-    )
 
-    def block(step):
+    def block_at(position):
+        """Number of the block that holds a position."""
+        of_history = position < start
+        number = lax.div(position - jnp.where(of_history, 0, start), jnp.int32(BLOCK))
+        return number + jnp.where(of_history, 0, history_blocks)
+
+    # Of the blocks up to the diagonal those of the sink, 0..sink_blocks-1, and, ``gap`` blocks
+    # later, the local ones.
+    end = jnp.minimum(first + ROWS, length)
+    total = jnp.where(exists, history_blocks + cdiv(end, BLOCK), 0)
+    sink_blocks = jnp.minimum(block_at(jnp.int32(sink - 1)) + 1 if sink > 0 else 0, total)
+    oldest_seen = jnp.maximum(start + first - near + 1, 0)  # by the tile's first query, sink aside
+    gap = jnp.minimum(jnp.maximum(block_at(oldest_seen) - sink_blocks, 0), total - sink_blocks)
+
+    def visited(step):
+        return step + jnp.where(step < sink_blocks, 0, gap)
+
+    def place(block):
         """(whether of the history, number there, position of the first key, end of keys)."""
-        of_history = step < history_count
-        i = jnp.where(of_history, step, step - history_count)
-        sinks = jnp.where(of_history, history_sinks, chunk_sinks)
-        number = jnp.where(i < sinks, i, i + jnp.where(of_history, history_gap, chunk_gap))
+        of_history = block < history_blocks
+        number = block - jnp.where(of_history, 0, history_blocks)
         begin = number * BLOCK + jnp.where(of_history, 0, start)
         return of_history, number, begin, jnp.where(of_history, start, start + length)
 
@@ -293,8 +290,8 @@ def _plan(
         rows = pl.ds(first + half * HALF, HALF)
         return q_gmem.at[rows, head], out_gmem.at[rows, head], lse_gmem.at[head, rows]
 
-    def fetch(step, part, to, ready):
-        of_history, number, _, _ = block(step)
+    def fetch(block, part, to, ready):
+        of_history, number, _, _ = place(block)
 
         def from_pool(index, head):
             def page_id(j):
@@ -318,8 +315,8 @@ def _plan(
                     chunk_gmem[part].at[tokens, kv_head], to.at[pl.ds(j, P)], ready
                 )
 
-    def mask(step, half, scores):
-        _, _, begin, end = block(step)
+    def mask(block, half, scores):
+        _, _, begin, end = place(block)
         query = start + first + half * HALF  # the oldest of the warpgroup's queries
         newest = query + HALF - 1
         in_window = (begin + BLOCK <= sink) | (begin > newest - near)
@@ -336,8 +333,8 @@ def _plan(
 
         return lax.cond(whole, lambda scores: scores, hide, scores)
 
-    def clean(step, values):
-        of_history, _, begin, end = block(step)
+    def clean(block, values):
+        of_history, _, begin, end = place(block)
         # What the chunk's first query does not see of the history, none does.
         gap_end = jnp.where(of_history, start - near, -1)
         in_gap = (begin + BLOCK > sink) & (begin <= gap_end)
@@ -351,5 +348,5 @@ def _plan(
             zero_rows(values, seen_by_some)
 
     return Work(
-        steps=history_count + chunk_count, rows_of=rows_of, fetch=fetch, mask=mask, clean=clean
+        steps=total - gap, rows_of=rows_of, block=visited, fetch=fetch, mask=mask, clean=clean
     )
