@@ -55,8 +55,6 @@ from pallas_kernels.hopper.query_tiles import (
 from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
 from pallas_kernels.types import BlockList, KVPages
 
-# Pages of a block up to which layers that split their heads differently share a kernel.
-MOST_PAGES_SHARED = 4
 # The window of a retrieval head: longer than any sequence.
 EVERYTHING = 1 << 30
 
@@ -103,8 +101,6 @@ def prefill_attention(
     has checked. Raises ``NotImplementedError`` for anything else.
     """
     _refuse_unsupported(q, k, v, retrieval, streaming)
-    if blocks is not None:
-        refuse("prefill_attention", ["blocks must be None"])
     T, D = q.shape[0], q.shape[2]
     classes = [
         _as_bfloat16(pool, table)
@@ -119,7 +115,7 @@ def prefill_attention(
         [pool for pool, _ in classes],
         jnp.stack([table for _, table in classes]),
         jnp.stack([start, length, jnp.int32(retrieval.k.shape[0])]),
-        retrieval.k.shape[0],
+        blocks if retrieval.k.shape[0] > 0 else None,
         (sink, min(local, EVERYTHING)),
         choose_config(D) if config is None else config,
     )
@@ -163,21 +159,19 @@ def _attend_chunk(
     pools: list[KVPages],  # bf16, of the classes that have heads
     tables: Int[Array, "classes M"],
     bounds: Int[Array, " 3"],  # start, length, split
-    split: int,  # retrieval KV heads
+    blocks: BlockList | None,
     window: tuple[int, int],  # sink, local
     config: Config,
 ) -> tuple[Float[Array, "T H D"], Float[Array, "H T"]]:
     """T is a multiple of 128."""
     (T, H, D), P, Hk = q.shape, pools[0].k.shape[2], k.shape[1]
-    # Of small pages the role that copies holds so many ids that a number more does not fit.
-    known = None if BLOCK // P <= MOST_PAGES_SHARED else split
-    settings = _Settings(T, H, Hk, known, D, P, window, config.stages)
+    settings = _Settings(T, H, Hk, D, P, window, config.stages)
     out, lse = call_shared(
         _make_kernel,
         settings,
-        (q, k, v, tables, bounds, pools),
+        (q, k, v, tables, bounds, pools, blocks),
         (jax.ShapeDtypeStruct((T, H, D), q.dtype), jax.ShapeDtypeStruct((H, T), jnp.float32)),
-        longest=(*[None] * 5, Hk),
+        longest=(*[None] * 5, Hk, Hk),
         longest_results=(None, None),
     )
     return out, lse
@@ -189,7 +183,6 @@ class _Settings(NamedTuple):
     tokens: int  # T
     heads: int  # H
     kv_heads: int  # Hk
-    split: int | None  # retrieval KV heads; None: the third of the bounds says it
     head_dim: int  # D
     page_size: int  # P
     window: tuple[int, int]  # sink, local
@@ -197,7 +190,7 @@ class _Settings(NamedTuple):
 
 
 def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
-    T, H, kv_heads, split, D, P, window, stages = settings
+    T, H, kv_heads, D, P, window, stages = settings
 
     def attend_chunk(
         q_gmem,  # q, k, v, tables, bounds as above
@@ -206,6 +199,7 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         tables_gmem,
         bounds_gmem,
         pools_gmem,  # k, v [Kp, N, P, D]
+        lists_gmem,  # ids [Kr, tiles, N], counts [Kr, tiles]; None: everything is attended
         out_gmem,  # [T, H, D]
         lse_gmem,  # [H, T] float32
         tile,  # a Tile
@@ -217,7 +211,7 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
             pools_gmem,
             tables_gmem,
             bounds_gmem,
-            split,
+            lists_gmem,
             window,
         )
         attend(tile, plan)
@@ -240,7 +234,7 @@ def _plan(
     pools_gmem: list[KVPages],  # k, v [Kp, N, P, D]
     tables_gmem,  # [classes, M]
     bounds_gmem,  # [3]
-    split: int | None,
+    lists_gmem,  # ids [Kr, tiles, N], counts [Kr, tiles]; or None
     window: tuple[int, int],
 ) -> Work:
     """Which blocks the tile of this program attends, and how."""
@@ -254,10 +248,9 @@ def _plan(
     tile = tiles - 1 - lax.div(program, jnp.int32(G))
     first = tile * ROWS  # of the tile's queries
     head = kv_head * G + lax.rem(program, jnp.int32(G))
-    start, length = bounds_gmem[0], bounds_gmem[1]
-    if split is None:
-        split = bounds_gmem[2]
-    near = jnp.where(kv_head < split, EVERYTHING, local)
+    start, length, split = (bounds_gmem[i] for i in range(3))
+    retrieval = kv_head < split
+    near = jnp.where(retrieval, EVERYTHING, local)
 
     history_blocks = cdiv(start, BLOCK)
     exists = first < length  # a tile of padding attends nothing
@@ -278,6 +271,22 @@ def _plan(
 
     def visited(step):
         return step + jnp.where(step < sink_blocks, 0, gap)
+
+    def listed(step):
+        # Of a step after the last one, too: that is not used, but read.
+        block = lists_gmem.ids[kv_head, tile, jnp.minimum(step, lists_gmem.ids.shape[2] - 1)]
+        return jnp.maximum(block, 0)
+
+    def listed_count():
+        count = jnp.minimum(lists_gmem.counts[kv_head, tile], lists_gmem.ids.shape[2])
+        return jnp.where(exists, count, 0)
+
+    def of_class(retrieval_heads, streaming_heads, *args):
+        if lists_gmem is None:
+            return streaming_heads(*args)
+        if len(pools_gmem) == 1:
+            return retrieval_heads(*args)
+        return lax.cond(retrieval, retrieval_heads, streaming_heads, *args)
 
     def place(block):
         """(whether of the history, number there, position of the first key, end of keys)."""
@@ -304,7 +313,7 @@ def _plan(
             if len(pools_gmem) == 1:
                 from_pool(0, kv_head)
             else:
-                pl.when(kv_head < split)(lambda: from_pool(0, kv_head))
+                pl.when(retrieval)(lambda: from_pool(0, kv_head))
                 pl.when(kv_head >= split)(lambda: from_pool(1, kv_head - split))
 
         @pl.when(jnp.logical_not(of_history))
@@ -348,5 +357,10 @@ def _plan(
             zero_rows(values, seen_by_some)
 
     return Work(
-        steps=total - gap, rows_of=rows_of, block=visited, fetch=fetch, mask=mask, clean=clean
+        steps=of_class(listed_count, lambda: total - gap),
+        rows_of=rows_of,
+        block=partial(of_class, listed, visited),
+        fetch=fetch,
+        mask=mask,
+        clean=clean,
     )

@@ -224,13 +224,10 @@ def _copy(tile: Tile, work: Work) -> None:
     def fetch_values(block, stage):
         work.fetch(block, VALUES, tile.v.at[stage], tile.v_ready.at[stage])
 
-    for stage in range(stages):
-
-        @pl.when(stage < steps)
-        def _(stage=stage):
-            block = work.block(jnp.int32(stage))
-            fetch_keys(block, stage)
-            fetch_values(block, stage)
+    def fill(step, _):
+        block = work.block(step)
+        fetch_keys(block, step)
+        fetch_values(block, step)
 
     def refill(step, _):
         stage = lax.rem(step, jnp.int32(stages))
@@ -241,6 +238,7 @@ def _copy(tile: Tile, work: Work) -> None:
         plgpu.barrier_wait(tile.v_free.at[stage])
         pl.when(more)(lambda: fetch_values(block, stage))
 
+    lax.fori_loop(0, jnp.minimum(steps, stages), fill, None)
     lax.fori_loop(0, steps, refill, None)
 
 
