@@ -5,9 +5,10 @@ Index map (Hopper, Mosaic GPU). A CTA holds a tile of 128 queries of one query h
 from pages through the table, then those of the chunk, read from ``k`` and ``v``.
 
       keys             0 . . . . . . . . . . . . . start . . . . . . . . . start + length
-      blocks           |  0  |  1  |  2  |  3  |  4 ] |  0  |  1  |  2  |  3 ]  each part has a
+      blocks           |  0  |  1  |  2  |  3  |  4 ] |  5  |  6  |  7  |  8 ]  each part has a
                        `------- history ----------' `------- chunk -------'    ragged last block
       retrieval tile   x     x     x     x     x      x     x     \\             causal
+      with a list      x           x                  x           \\             what it lists
       streaming tile   x     (gap: never visited)  \\    x     x     \\             sink, local
                        sink                           local
 
@@ -199,7 +200,7 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         tables_gmem,
         bounds_gmem,
         pools_gmem,  # k, v [Kp, N, P, D]
-        lists_gmem,  # ids [Kr, tiles, N], counts [Kr, tiles]; None: everything is attended
+        lists_gmem,  # ids [Kr, tiles, L], counts [Kr, tiles]; None: everything is attended
         out_gmem,  # [T, H, D]
         lse_gmem,  # [H, T] float32
         tile,  # a Tile
@@ -234,7 +235,7 @@ def _plan(
     pools_gmem: list[KVPages],  # k, v [Kp, N, P, D]
     tables_gmem,  # [classes, M]
     bounds_gmem,  # [3]
-    lists_gmem,  # ids [Kr, tiles, N], counts [Kr, tiles]; or None
+    lists_gmem,  # ids [Kr, tiles, L], counts [Kr, tiles]; or None
     window: tuple[int, int],
 ) -> Work:
     """Which blocks the tile of this program attends, and how."""

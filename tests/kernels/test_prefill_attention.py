@@ -86,13 +86,15 @@ def problem(case: Case) -> tuple[tuple, dict[str, Any]]:
 
 
 def random_blocks(rng: np.random.Generator, case: Case) -> BlockList:
-    """Anything stands behind a list; the first tile of the first head lists nothing."""
+    """Anything stands behind a list and in tiles of padding; the first tile of the first head
+    lists nothing."""
     blocks = -(-case.start // 128) + -(-case.length // 128)
     shape = (case.retrieval, -(-case.tokens // 128), blocks + 1)
     ids = rng.integers(-9, 99, shape).astype(np.int32)
-    counts = np.zeros(shape[:2], np.int32)
-    for head, tile in list(np.ndindex(counts.shape))[1:]:
-        chosen = np.flatnonzero(rng.random(blocks) < case.listed)
+    counts = np.full(shape[:2], 99, np.int32)
+    for head, tile in np.ndindex(case.retrieval, -(-case.length // 128)):
+        share = 0.0 if head == tile == 0 else case.listed
+        chosen = np.flatnonzero(rng.random(blocks) < share)
         ids[head, tile, : len(chosen)] = chosen
         counts[head, tile] = len(chosen)
     return BlockList(jnp.asarray(ids), jnp.asarray(counts))
@@ -153,6 +155,7 @@ def test_listed_blocks(case: dict) -> None:
     group = shape.get("group", 1)
     assert np.isneginf(lse[:128, :group]).all()
     assert not np.asarray(out[:128, :group], np.float32).any()
+    assert np.isneginf(lse[256:]).all()  # a tile of padding costs nothing, whatever it lists
 
 
 @pytest.mark.parametrize(
