@@ -155,7 +155,6 @@ def test_listed_blocks(case: dict) -> None:
     group = shape.get("group", 1)
     assert np.isneginf(lse[:128, :group]).all()
     assert not np.asarray(out[:128, :group], np.float32).any()
-    assert np.isneginf(lse[256:]).all()  # a tile of padding costs nothing, whatever it lists
 
 
 @pytest.mark.parametrize(
