@@ -242,11 +242,11 @@ def check_blocks(blocks: BlockList, start: Array, length: Array) -> None:
     """Under ``value_checks``: tiles with a token list blocks that there are, in ascending order."""
     if not _checks_values.get() or blocks.ids.size == 0:
         return
-    _, tiles, N = blocks.ids.shape
+    _, tiles, entries = blocks.ids.shape
     exists = jnp.arange(tiles) * TILE_QUERIES < length
     counts = jnp.where(exists[None], blocks.counts, 0)
-    check_range("blocks.counts", counts, N)
-    listed = jnp.arange(N)[None, None] < counts[..., None]
+    check_range("blocks.counts", counts, entries)
+    listed = jnp.arange(entries)[None, None] < counts[..., None]
     last = sum(-(-n // BLOCK_KEYS) for n in (start, length)) - 1
     ids = jnp.where(listed, blocks.ids, last)
     before = jnp.pad(ids[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=-1)

@@ -85,7 +85,7 @@ def attend_blocks(
     tiles = tiles.reshape(-1, K, G * TILE_QUERIES, D)
 
     def attend_tile(args: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
-        index, q_tile, listed, count = args  # [], [K, G * 128, D], [K, N], [K]
+        index, q_tile, listed, count = args  # [], [K, G * 128, D], [K, L], [K]
         first = index * TILE_QUERIES  # the tile's first query in the chunk
         queries = jnp.tile(start + first + jnp.arange(TILE_QUERIES), G)[:, None]
         count = jnp.where(first < length, count, 0)  # a tile of padding attends nothing

@@ -93,10 +93,11 @@ class BlockList(NamedTuple):
     ``128 * b`` and block h + c at ``start + 128 * c``. Ids ascend. All query heads of a KV head
     share its lists.
 
-    Of a listed block a query sees the keys up to its own position, as it would without lists.
+    Of a listed block a query sees the keys up to its own position, as it would without lists. What
+    tiles list that begin at ``length`` or later means nothing.
     """
 
-    ids: Int[Array, "Kr tiles N"]  # those from ``counts`` on mean nothing
+    ids: Int[Array, "Kr tiles L"]  # those from ``counts`` on mean nothing
     counts: Int[Array, "Kr tiles"]  # how many blocks the tile lists; 0: it attends nothing
 
 

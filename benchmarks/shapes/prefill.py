@@ -1,4 +1,4 @@
-"""Prefill attention: ``prefill_attention``."""
+"""Prefill attention: ``prefill_attention``, and lists of blocks for it."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.api import BLOCK_KEYS, TILE_QUERIES, BlockList
 from shapes.pages import random_pages
 
 
@@ -43,6 +44,12 @@ class PrefillShape:
         keys = self.retrieval_heads * everything + self.streaming_heads * window
         queries = (self.retrieval_heads + self.streaming_heads) * self.group * self.tokens
         return 4 * self.head_dim * (keys + queries)
+
+    @property
+    def causal_blocks(self) -> np.ndarray:
+        """[tiles] blocks of keys that each tile of queries sees without lists."""
+        tiles = -(-self.tokens // TILE_QUERIES)
+        return -(-self.start // BLOCK_KEYS) + np.arange(tiles) + 1
 
 
 def _prefill_shapes() -> tuple[PrefillShape, ...]:
@@ -113,3 +120,22 @@ def prefill_inputs(shape: PrefillShape, *, seed: int = 0) -> tuple[tuple, dict[s
     bounds = jnp.int32(shape.start), jnp.int32(T - 1)
     args = q, k, v, retrieval, streaming, table, ring, *bounds
     return args, {"sink": shape.sink, "local": shape.local}
+
+
+def random_blocks(shape: PrefillShape, density: float, *, seed: int = 0) -> BlockList:
+    """Each tile lists its first and its last block and random ones between: ``density`` of all.
+
+    Lists have room for all blocks; behind them stands anything.
+    """
+    rng = np.random.default_rng(seed)
+    causal = shape.causal_blocks
+    size = shape.retrieval_heads, len(causal), causal[-1]
+    ids = rng.integers(-9, 1 << 20, size).astype(np.int32)
+    counts = np.maximum(np.rint(density * causal), np.minimum(causal, 2)).astype(np.int32)
+    for head in range(shape.retrieval_heads):
+        for tile, (blocks, count) in enumerate(zip(causal, counts, strict=True)):
+            between = 1 + rng.choice(max(blocks - 2, 0), max(count - 2, 0), replace=False)
+            listed = {0, *between.tolist(), blocks - 1}
+            ids[head, tile, : len(listed)] = sorted(listed)
+    counts = np.broadcast_to(counts, size[:2])
+    return BlockList(jnp.asarray(ids), jnp.asarray(counts))

@@ -5,9 +5,10 @@ Index map (Hopper, Mosaic GPU). A CTA holds a tile of 128 queries of one query h
 from pages through the table, then those of the chunk, read from ``k`` and ``v``.
 
       keys             0 . . . . . . . . . . . . . start . . . . . . . . . start + length
-      blocks           |  0  |  1  |  2  |  3  |  4 ] |  0  |  1  |  2  |  3 ]  each part has a
+      blocks           |  0  |  1  |  2  |  3  |  4 ] |  5  |  6  |  7  |  8 ]  each part has a
                        `------- history ----------' `------- chunk -------'    ragged last block
       retrieval tile   x     x     x     x     x      x     x     \\             causal
+      with a list      x           x                  x           \\             what it lists
       streaming tile   x     (gap: never visited)  \\    x     x     \\             sink, local
                        sink                           local
 
@@ -55,8 +56,6 @@ from pallas_kernels.hopper.query_tiles import (
 from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
 from pallas_kernels.types import BlockList, KVPages
 
-# Pages of a block up to which layers that split their heads differently share a kernel.
-MOST_PAGES_SHARED = 4
 # The window of a retrieval head: longer than any sequence.
 EVERYTHING = 1 << 30
 
@@ -103,8 +102,6 @@ def prefill_attention(
     has checked. Raises ``NotImplementedError`` for anything else.
     """
     _refuse_unsupported(q, k, v, retrieval, streaming)
-    if blocks is not None:
-        refuse("prefill_attention", ["blocks must be None"])
     T, D = q.shape[0], q.shape[2]
     classes = [
         _as_bfloat16(pool, table)
@@ -119,7 +116,7 @@ def prefill_attention(
         [pool for pool, _ in classes],
         jnp.stack([table for _, table in classes]),
         jnp.stack([start, length, jnp.int32(retrieval.k.shape[0])]),
-        retrieval.k.shape[0],
+        blocks if retrieval.k.shape[0] > 0 else None,
         (sink, min(local, EVERYTHING)),
         choose_config(D) if config is None else config,
     )
@@ -163,21 +160,19 @@ def _attend_chunk(
     pools: list[KVPages],  # bf16, of the classes that have heads
     tables: Int[Array, "classes M"],
     bounds: Int[Array, " 3"],  # start, length, split
-    split: int,  # retrieval KV heads
+    blocks: BlockList | None,
     window: tuple[int, int],  # sink, local
     config: Config,
 ) -> tuple[Float[Array, "T H D"], Float[Array, "H T"]]:
     """T is a multiple of 128."""
     (T, H, D), P, Hk = q.shape, pools[0].k.shape[2], k.shape[1]
-    # Of small pages the role that copies holds so many ids that a number more does not fit.
-    known = None if BLOCK // P <= MOST_PAGES_SHARED else split
-    settings = _Settings(T, H, Hk, known, D, P, window, config.stages)
+    settings = _Settings(T, H, Hk, D, P, window, config.stages)
     out, lse = call_shared(
         _make_kernel,
         settings,
-        (q, k, v, tables, bounds, pools),
+        (q, k, v, tables, bounds, pools, blocks),
         (jax.ShapeDtypeStruct((T, H, D), q.dtype), jax.ShapeDtypeStruct((H, T), jnp.float32)),
-        longest=(*[None] * 5, Hk),
+        longest=(*[None] * 5, Hk, Hk),
         longest_results=(None, None),
     )
     return out, lse
@@ -189,7 +184,6 @@ class _Settings(NamedTuple):
     tokens: int  # T
     heads: int  # H
     kv_heads: int  # Hk
-    split: int | None  # retrieval KV heads; None: the third of the bounds says it
     head_dim: int  # D
     page_size: int  # P
     window: tuple[int, int]  # sink, local
@@ -197,7 +191,7 @@ class _Settings(NamedTuple):
 
 
 def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
-    T, H, kv_heads, split, D, P, window, stages = settings
+    T, H, kv_heads, D, P, window, stages = settings
 
     def attend_chunk(
         q_gmem,  # q, k, v, tables, bounds as above
@@ -206,6 +200,7 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         tables_gmem,
         bounds_gmem,
         pools_gmem,  # k, v [Kp, N, P, D]
+        lists_gmem,  # ids [Kr, tiles, L], counts [Kr, tiles]; None: everything is attended
         out_gmem,  # [T, H, D]
         lse_gmem,  # [H, T] float32
         tile,  # a Tile
@@ -217,7 +212,7 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
             pools_gmem,
             tables_gmem,
             bounds_gmem,
-            split,
+            lists_gmem,
             window,
         )
         attend(tile, plan)
@@ -240,7 +235,7 @@ def _plan(
     pools_gmem: list[KVPages],  # k, v [Kp, N, P, D]
     tables_gmem,  # [classes, M]
     bounds_gmem,  # [3]
-    split: int | None,
+    lists_gmem,  # ids [Kr, tiles, L], counts [Kr, tiles]; or None
     window: tuple[int, int],
 ) -> Work:
     """Which blocks the tile of this program attends, and how."""
@@ -251,41 +246,53 @@ def _plan(
     sink, local = window
 
     kv_head, program = lax.axis_index("kv_head"), lax.axis_index("program")
-    first = (tiles - 1 - lax.div(program, jnp.int32(G))) * ROWS  # of the tile's queries
+    tile = tiles - 1 - lax.div(program, jnp.int32(G))
+    first = tile * ROWS  # of the tile's queries
     head = kv_head * G + lax.rem(program, jnp.int32(G))
-    start, length = bounds_gmem[0], bounds_gmem[1]
-    if split is None:
-        split = bounds_gmem[2]
-    near = jnp.where(kv_head < split, EVERYTHING, local)
+    start, length, split = (bounds_gmem[i] for i in range(3))
+    retrieval = kv_head < split
+    near = jnp.where(retrieval, EVERYTHING, local)
 
-    def visited(total, sink_end, local_begin):
-        """Of ``total`` blocks, those up to key ``sink_end`` and from ``local_begin`` on.
-
-        Returns (count, sink_blocks, gap): blocks 0..sink_blocks-1 and, ``gap`` blocks later, the
-        local ones. The keys are relative to the first block.
-        """
-        sinks = jnp.minimum(cdiv(jnp.maximum(sink_end, 0), BLOCK), total)
-        begin = lax.div(jnp.maximum(local_begin, 0), jnp.int32(BLOCK))
-        gap = jnp.minimum(jnp.maximum(begin - sinks, 0), total - sinks)
-        return total - gap, sinks, gap
-
+    history_blocks = cdiv(start, BLOCK)
     exists = first < length  # a tile of padding attends nothing
-    oldest_seen = start + first - near + 1  # by the tile's first query, sink aside
-    history_count, history_sinks, history_gap = visited(
-        jnp.where(exists, cdiv(start, BLOCK), 0), jnp.int32(sink), oldest_seen
-    )
-    chunk_count, chunk_sinks, chunk_gap = visited(
-        jnp.where(exists, cdiv(jnp.minimum(first + ROWS, length), BLOCK), 0),
-        sink - start,
-        oldest_seen - start,
-    )
 
-    def block(step):
+    def block_at(position):
+        """Number of the block that holds a position."""
+        of_history = position < start
+        number = lax.div(position - jnp.where(of_history, 0, start), jnp.int32(BLOCK))
+        return number + jnp.where(of_history, 0, history_blocks)
+
+    # Of the blocks up to the diagonal those of the sink, 0..sink_blocks-1, and, ``gap`` blocks
+    # later, the local ones.
+    end = jnp.minimum(first + ROWS, length)
+    total = jnp.where(exists, history_blocks + cdiv(end, BLOCK), 0)
+    sink_blocks = jnp.minimum(block_at(jnp.int32(sink - 1)) + 1 if sink > 0 else 0, total)
+    oldest_seen = jnp.maximum(start + first - near + 1, 0)  # by the tile's first query, sink aside
+    gap = jnp.minimum(jnp.maximum(block_at(oldest_seen) - sink_blocks, 0), total - sink_blocks)
+
+    def visited(step):
+        return step + jnp.where(step < sink_blocks, 0, gap)
+
+    def listed(step):
+        # Of a step after the last one, too: that is not used, but read.
+        block = lists_gmem.ids[kv_head, tile, jnp.minimum(step, lists_gmem.ids.shape[2] - 1)]
+        return jnp.maximum(block, 0)
+
+    def listed_count():
+        count = jnp.minimum(lists_gmem.counts[kv_head, tile], lists_gmem.ids.shape[2])
+        return jnp.where(exists, count, 0)
+
+    def of_class(retrieval_heads, streaming_heads, *args):
+        if lists_gmem is None:
+            return streaming_heads(*args)
+        if len(pools_gmem) == 1:
+            return retrieval_heads(*args)
+        return lax.cond(retrieval, retrieval_heads, streaming_heads, *args)
+
+    def place(block):
         """(whether of the history, number there, position of the first key, end of keys)."""
-        of_history = step < history_count
-        i = jnp.where(of_history, step, step - history_count)
-        sinks = jnp.where(of_history, history_sinks, chunk_sinks)
-        number = jnp.where(i < sinks, i, i + jnp.where(of_history, history_gap, chunk_gap))
+        of_history = block < history_blocks
+        number = block - jnp.where(of_history, 0, history_blocks)
         begin = number * BLOCK + jnp.where(of_history, 0, start)
         return of_history, number, begin, jnp.where(of_history, start, start + length)
 
@@ -293,8 +300,8 @@ def _plan(
         rows = pl.ds(first + half * HALF, HALF)
         return q_gmem.at[rows, head], out_gmem.at[rows, head], lse_gmem.at[head, rows]
 
-    def fetch(step, part, to, ready):
-        of_history, number, _, _ = block(step)
+    def fetch(block, part, to, ready):
+        of_history, number, _, _ = place(block)
 
         def from_pool(index, head):
             def page_id(j):
@@ -307,7 +314,7 @@ def _plan(
             if len(pools_gmem) == 1:
                 from_pool(0, kv_head)
             else:
-                pl.when(kv_head < split)(lambda: from_pool(0, kv_head))
+                pl.when(retrieval)(lambda: from_pool(0, kv_head))
                 pl.when(kv_head >= split)(lambda: from_pool(1, kv_head - split))
 
         @pl.when(jnp.logical_not(of_history))
@@ -318,8 +325,8 @@ def _plan(
                     chunk_gmem[part].at[tokens, kv_head], to.at[pl.ds(j, P)], ready
                 )
 
-    def mask(step, half, scores):
-        _, _, begin, end = block(step)
+    def mask(block, half, scores):
+        _, _, begin, end = place(block)
         query = start + first + half * HALF  # the oldest of the warpgroup's queries
         newest = query + HALF - 1
         in_window = (begin + BLOCK <= sink) | (begin > newest - near)
@@ -336,8 +343,8 @@ def _plan(
 
         return lax.cond(whole, lambda scores: scores, hide, scores)
 
-    def clean(step, values):
-        of_history, _, begin, end = block(step)
+    def clean(block, values):
+        of_history, _, begin, end = place(block)
         # What the chunk's first query does not see of the history, none does.
         gap_end = jnp.where(of_history, start - near, -1)
         in_gap = (begin + BLOCK > sink) & (begin <= gap_end)
@@ -351,5 +358,10 @@ def _plan(
             zero_rows(values, seen_by_some)
 
     return Work(
-        steps=history_count + chunk_count, rows_of=rows_of, fetch=fetch, mask=mask, clean=clean
+        steps=of_class(listed_count, lambda: total - gap),
+        rows_of=rows_of,
+        block=partial(of_class, listed, visited),
+        fetch=fetch,
+        mask=mask,
+        clean=clean,
     )

@@ -161,31 +161,38 @@ def _attend_prefix(
                 rows = pl.ds(first * ROWS + half * HALF, HALF)
                 return q_gmem.at[k, rows], parts_gmem.at[s, k, rows], lses_gmem.at[s, k, rows]
 
-            def fetch(step, part, to, ready):
-                entry = (s + step * S) * (BLOCK // P)
+            def fetch(block, part, to, ready):
+                entry = block * (BLOCK // P)
 
                 def page_id(j):
                     return table_gmem[jnp.minimum(entry + j, M - 1)]
 
                 copy_pages((k_gmem, v_gmem)[part], k, page_id, to, ready)
 
-            def rest(step):
+            def rest(block):
                 """Keys of the prefix from the block's first one on; 128 and more fill the block."""
-                return length - (s + step * S) * BLOCK
+                return length - block * BLOCK
 
-            def mask(step, half, scores):
+            def mask(block, half, scores):
                 def hide(scores):
                     key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=MATRIX)
-                    return jnp.where(key < rest(step), scores, -jnp.inf)
+                    return jnp.where(key < rest(block), scores, -jnp.inf)
 
-                return lax.cond(rest(step) >= BLOCK, lambda scores: scores, hide, scores)
+                return lax.cond(rest(block) >= BLOCK, lambda scores: scores, hide, scores)
 
-            def clean(step, values):
-                @pl.when(rest(step) < BLOCK)
+            def clean(block, values):
+                @pl.when(rest(block) < BLOCK)
                 def _():
-                    zero_rows(values, lambda row: row < rest(step))
+                    zero_rows(values, lambda row: row < rest(block))
 
-            return Work(steps=steps, rows_of=rows_of, fetch=fetch, mask=mask, clean=clean)
+            return Work(
+                steps=steps,
+                rows_of=rows_of,
+                block=lambda step: s + step * S,
+                fetch=fetch,
+                mask=mask,
+                clean=clean,
+            )
 
         attend(tile, plan)
 

@@ -39,10 +39,11 @@ from pallas_kernels.hopper.mosaic import (
     spread_rows,
     tile_transforms,
 )
+from pallas_kernels.types import BLOCK_KEYS, TILE_QUERIES
 
-ROWS = 128  # queries of a tile
-HALF = 64  # queries of a compute warpgroup
-BLOCK = 128  # keys of a block: half as many leave the tensor cores idle a fifth of the time
+ROWS = TILE_QUERIES
+HALF = ROWS // 2  # queries of a compute warpgroup
+BLOCK = BLOCK_KEYS  # half as many keys leave the tensor cores idle a fifth of the time
 WARPGROUPS = 3
 COPYING = 2  # the warpgroup that copies
 # Registers a thread, of 65536 for all: accumulators, scores and weights need many, copying few.
@@ -94,11 +95,13 @@ class Work(NamedTuple):
     steps: Int[Array, ""]  # number of blocks to attend
     # rows_of(half): 64 rows of q and out [64, D] and of lse [64] in device memory
     rows_of: Callable[[Any], tuple[Any, Any, Any]]
-    # fetch(step, KEYS or VALUES, to, ready): starts the copies of a block to [128, D]
+    # block(step): the block's number, by which the others know it; any where no such step is
+    block: Callable[[Any], Any]
+    # fetch(block, KEYS or VALUES, to, ready): starts the copies of a block to [128, D]
     fetch: Callable[[Any, int, Any, Any], None]
-    # mask(step, half, scores): scores [64, 128] with -inf where a query must not see a key
+    # mask(block, half, scores): scores [64, 128] with -inf where a query must not see a key
     mask: Callable[[Any, Any, Any], Any]
-    # clean(step, v): zeroes rows of v [128, D] that may hold NaN, which a weight of zero does not
+    # clean(block, v): zeroes rows of v [128, D] that may hold NaN, which a weight of zero does not
     # silence; called by one warpgroup before either uses them
     clean: Callable[[Any, Any], None]
 
@@ -168,10 +171,11 @@ def _compute(tile: Tile, half, work: Work) -> None:
     def attend_block(step, carry):
         acc, peak, total = carry  # [64, D], [64], [64]
         stage = lax.rem(step, jnp.int32(stages))
+        block = work.block(step)  # which may have to be read: the product hides the wait
         # Its keys were waited for during the previous block's last product.
         x = matmul(q, tile.k.at[stage].transpose((1, 0)), HALF, BLOCK, meanwhile=pass_turn)
         plgpu.barrier_arrive(tile.k_free.at[stage])
-        x = work.mask(step, half, x)
+        x = work.mask(block, half, x)
 
         new_peak = jnp.maximum(peak, x.max(axis=1) * scale)
         decay = jnp.exp2(peak - new_peak)
@@ -184,7 +188,7 @@ def _compute(tile: Tile, half, work: Work) -> None:
 
         plgpu.barrier_wait(tile.v_ready.at[stage])
         # Warpgroup 1 multiplies by these values a turn later.
-        pl.when(half == 0)(lambda: work.clean(step, tile.v.at[stage]))
+        pl.when(half == 0)(lambda: work.clean(block, tile.v.at[stage]))
         wait_for_turn()
         acc = add_product(acc, p, tile.v.at[stage], lambda: wait_for_keys(step + 1))
         plgpu.barrier_arrive(tile.v_free.at[stage])
@@ -214,27 +218,27 @@ def _compute(tile: Tile, half, work: Work) -> None:
 def _copy(tile: Tile, work: Work) -> None:
     steps, stages = work.steps, tile.k.shape[0]
 
-    def fetch_keys(step, stage):
-        work.fetch(step, KEYS, tile.k.at[stage], tile.k_ready.at[stage])
+    def fetch_keys(block, stage):
+        work.fetch(block, KEYS, tile.k.at[stage], tile.k_ready.at[stage])
 
-    def fetch_values(step, stage):
-        work.fetch(step, VALUES, tile.v.at[stage], tile.v_ready.at[stage])
+    def fetch_values(block, stage):
+        work.fetch(block, VALUES, tile.v.at[stage], tile.v_ready.at[stage])
 
-    for stage in range(stages):
-
-        @pl.when(stage < steps)
-        def _(stage=stage):
-            fetch_keys(jnp.int32(stage), stage)
-            fetch_values(jnp.int32(stage), stage)
+    def fill(step, _):
+        block = work.block(step)
+        fetch_keys(block, step)
+        fetch_values(block, step)
 
     def refill(step, _):
         stage = lax.rem(step, jnp.int32(stages))
         more = step + stages < steps
+        block = work.block(step + stages)
         plgpu.barrier_wait(tile.k_free.at[stage])
-        pl.when(more)(lambda: fetch_keys(step + stages, stage))
+        pl.when(more)(lambda: fetch_keys(block, stage))
         plgpu.barrier_wait(tile.v_free.at[stage])
-        pl.when(more)(lambda: fetch_values(step + stages, stage))
+        pl.when(more)(lambda: fetch_values(block, stage))
 
+    lax.fori_loop(0, jnp.minimum(steps, stages), fill, None)
     lax.fori_loop(0, steps, refill, None)
 
 

@@ -24,7 +24,14 @@ from pallas_kernels.hopper.prefix_attention import prefix_attention
 from pallas_kernels.hopper.quant_linear import packed_linear, packed_product
 from pallas_kernels.hopper.verify_attention import verify_attention
 from pallas_kernels.packed import BITS
-from pallas_kernels.types import KVPages, OwnAttention, PackedWeight, PageList
+from pallas_kernels.types import (
+    TILE_QUERIES,
+    BlockList,
+    KVPages,
+    OwnAttention,
+    PackedWeight,
+    PageList,
+)
 
 
 def decode_arguments(
@@ -188,8 +195,16 @@ SELECTION_CASES = {
 
 
 def prefill_arguments(
-    tokens=1024, retrieval=1, streaming=1, group=4, head_dim=128, page_size=64, int8=False
+    tokens=1024,
+    retrieval=1,
+    streaming=1,
+    group=4,
+    head_dim=128,
+    page_size=64,
+    int8=False,
+    listed=None,
 ):
+    """``listed``: most blocks that a tile lists; None: no lists."""
     case = {"head_dim": head_dim, "page_size": page_size}
     _, full, *_ = decode_arguments(retrieval=retrieval, int8=int8, **case)
     _, _, ring, *_ = decode_arguments(streaming=streaming, **case)
@@ -197,7 +212,16 @@ def prefill_arguments(
     heads = retrieval + streaming
     q, k = (array((tokens, n, head_dim), jnp.bfloat16) for n in (heads * group, heads))
     table, scalar = array((64,), jnp.int32), array((), jnp.int32)
-    return q, k, k, full, ring, table, table, scalar, scalar
+    blocks = None
+    if listed is not None:
+        shape = (retrieval, -(-tokens // TILE_QUERIES), listed)
+        blocks = BlockList(array(shape, jnp.int32), array(shape[:2], jnp.int32))
+    return q, k, k, full, ring, table, table, scalar, scalar, blocks
+
+
+def prefill(*arguments):
+    *arguments, blocks = arguments
+    return prefill_attention(*arguments, blocks=blocks, sink=128, local=256)
 
 
 PREFILL_CASES = {
@@ -207,6 +231,10 @@ PREFILL_CASES = {
     "prefill, int8, pages of 16": {"int8": True, "page_size": 16},
     "prefill, 4 retrieval and 4 streaming heads": {"retrieval": 4, "streaming": 4},
     "prefill, D 64, group 3, pages of 16": {"head_dim": 64, "group": 3, "page_size": 16},
+    "prefill of lists": {"listed": 100},
+    "prefill of lists, pages of 32": {"listed": 100, "page_size": 32},
+    "prefill of lists, dense, pages of 16": {"listed": 100, "page_size": 16, "streaming": 0},
+    "prefill of lists, D 64, pages of 16": {"listed": 100, "head_dim": 64, "page_size": 16},
 }
 
 
@@ -313,7 +341,7 @@ def main() -> None:
     families = [
         (paged_attention, decode_arguments, CASES),
         (verify_attention, verify_arguments, VERIFY_CASES),
-        (partial(prefill_attention, sink=128, local=256), prefill_arguments, PREFILL_CASES),
+        (prefill, prefill_arguments, PREFILL_CASES),
         (prefix_attention, prefix_arguments, PREFIX_CASES),
         (partial(linear, gated=False), linear_arguments, LINEAR_CASES),
         (partial(linear, gated=True), linear_arguments, GATED_CASES),

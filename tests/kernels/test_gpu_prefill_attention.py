@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from shapes.prefill import PREFILL, PrefillShape, prefill_inputs
+from shapes.prefill import PREFILL, PrefillShape, prefill_inputs, random_blocks
 from shapes.prefix import PREFIX, PrefixShape, prefix_inputs
 
 from pallas_kernels import reference
 from pallas_kernels.hopper.prefill_attention import prefill_attention
 from pallas_kernels.hopper.prefix_attention import prefix_attention
-from pallas_kernels.types import KVPages, OwnAttention
+from pallas_kernels.types import BlockList, KVPages, OwnAttention
 
 pytestmark = pytest.mark.gpu
 
@@ -42,24 +42,29 @@ def tokens_of(pages: KVPages, table: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def bf16_attention(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
-    """Queries [K, Q, D] attend keys and values [K, T, D] where ``seen`` [Q, T]."""
+    """Queries [K, Q, D] attend keys and values [K, T, D] where ``seen`` [Q, T] or [K, Q, T]."""
     scores = jnp.einsum("kqd,ktd->kqt", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(seen, scores * q.shape[-1] ** -0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(jnp.bfloat16)
+    weights = jnp.where(seen, jax.nn.softmax(scores, axis=-1), 0.0).astype(jnp.bfloat16)
     return jnp.einsum("kqt,ktd->kqd", weights, v, preferred_element_type=jnp.float32)
 
 
 @partial(jax.jit, static_argnames=("start", "sink", "local"))
-def bf16_prefill(q, k, v, retrieval, streaming, table, ring, *, start, sink, local) -> jax.Array:
-    """All tokens exist; those that do not, and their outputs, are left to the caller."""
+def bf16_prefill(
+    q, k, v, retrieval, streaming, table, ring, listed, *, start, sink, local
+) -> jax.Array:
+    """All tokens exist; those that do not, and their outputs, are left to the caller.
+
+    ``listed`` [Kr, tiles, blocks] bool: what tiles of 128 queries see; None: everything.
+    """
     T, H, D = q.shape
     K = k.shape[1]
     q, k, v = (jnp.nan_to_num(x) for x in (q, k, v))
     split = retrieval.k.shape[0]
     outs = []
-    for pages, ids, part, near in (
-        (retrieval, table, slice(0, split), 1 << 30),
-        (streaming, ring, slice(split, K), local),
+    for pages, ids, part, near, lists in (
+        (retrieval, table, slice(0, split), 1 << 30, listed),
+        (streaming, ring, slice(split, K), local, None),
     ):
         if pages.k.shape[0] == 0:
             continue
@@ -71,12 +76,16 @@ def bf16_prefill(q, k, v, retrieval, streaming, table, ring, *, start, sink, loc
         grouped = jnp.pad(grouped, ((0, -T % QUERIES), (0, 0), (0, 0), (0, 0)))
         tiles = grouped.reshape(-1, QUERIES, *grouped.shape[1:])
 
-        def attend(args, keys=keys, values=values, near=near):
-            index, tile = args  # [QUERIES, K, G, D]
+        def attend(args, keys=keys, values=values, near=near, lists=lists):
+            index, queries = args  # [QUERIES, K, G, D]
             i = start + index * QUERIES + jnp.arange(QUERIES)[:, None]
             j = jnp.arange(keys.shape[1])[None]
             seen = (j <= i) & ((j < sink) | (j > i - near))
-            heads = tile.transpose(2, 1, 0, 3)  # [G, K, QUERIES, D]
+            if lists is not None:
+                tile = jnp.minimum((i - start) // 128, lists.shape[1] - 1)
+                block = jnp.where(j < start, j // 128, -(-start // 128) + (j - start) // 128)
+                seen = seen & lists[:, tile, block]
+            heads = queries.transpose(2, 1, 0, 3)  # [G, K, QUERIES, D]
             out = lax.map(lambda q: bf16_attention(q, keys, values, seen), heads)
             return out.transpose(2, 1, 0, 3).astype(jnp.bfloat16)
 
@@ -85,17 +94,38 @@ def bf16_prefill(q, k, v, retrieval, streaming, table, ring, *, start, sink, loc
     return jnp.concatenate(outs, axis=1).reshape(T, H, D)
 
 
+def which_are_listed(blocks: BlockList) -> jax.Array:
+    """[Kr, tiles, blocks] bool, for blocks up to the last tile's diagonal."""
+    ids, counts = np.asarray(blocks.ids), np.asarray(blocks.counts)
+    listed = np.zeros(ids.shape, bool)
+    for head, tile in np.ndindex(counts.shape):
+        listed[head, tile, ids[head, tile, : counts[head, tile]]] = True
+    return jnp.asarray(listed)
+
+
+@pytest.mark.parametrize("density", [None, 0.3])
 @pytest.mark.parametrize("shape", PREFILL, ids=lambda shape: shape.name)
-def test_prefill_attention(shape: PrefillShape) -> None:
+def test_prefill_attention(shape: PrefillShape, density: float | None) -> None:
+    """Everything, and of lists, of which those of head 0 are empty every other time."""
     args, window = prefill_inputs(shape)
+    blocks = listed = None
+    if density is not None:
+        blocks = random_blocks(shape, density)
+        blocks = blocks._replace(counts=blocks.counts.at[0, ::2].set(0))
+        listed = which_are_listed(blocks)
     exists = slice(0, shape.tokens - 1)
-    truth, true_lse = reference.prefill_attention(args[0].astype(jnp.float32), *args[1:], **window)
-    out, lse = prefill_attention(*args, **window)
-    plain = bf16_prefill(*args[:7], start=shape.start, **window)
+    exact = args[0].astype(jnp.float32), *args[1:]
+    truth, true_lse = reference.prefill_attention(*exact, **window, blocks=blocks)
+    out, lse = prefill_attention(*args, **window, blocks=blocks)
+    plain = bf16_prefill(*args[:7], listed, start=shape.start, **window)
     allowed = 2 * distance(plain[exists], truth[exists])
     assert distance(out[exists], truth[exists]) <= allowed
+    empty = jnp.isneginf(true_lse[exists])
+    assert bool(empty.any()) == (density is not None)
+    np.testing.assert_array_equal(jnp.isneginf(lse[exists]), empty)
+    lse, true_lse = (jnp.where(empty, 0.0, x[exists]) for x in (lse, true_lse))
     # float32 sums, exp2 approximate; int8 keys are rounded to bf16.
-    assert distance(lse[exists], true_lse[exists]) <= (1e-4 if shape.int8 else 1e-5)
+    assert distance(lse, true_lse) <= (1e-4 if shape.int8 else 1e-5)
 
 
 @pytest.mark.parametrize("shape", PREFIX, ids=lambda shape: shape.name)

@@ -4,6 +4,7 @@ Tokens of the history that no query of the chunk sees are NaN, and so are rows p
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from numpy.testing import assert_allclose
 from pallas_kernels import reference
 from pallas_kernels.hopper.prefill_attention import Config, choose_config, prefill_attention
 from pallas_kernels.reference import quantize_kv
-from pallas_kernels.types import KVPages
+from pallas_kernels.types import BlockList, KVPages
 
 # Weights and out are rounded to bf16: 2^-9 of a weight, averaged over the keys, and 2^-9 of out.
 # |v| < 5, so out is off by at most 2 * 5 * 2^-9 = 2e-2, in practice by a unit in its last place.
@@ -39,21 +40,22 @@ class Case:
     head_dim: int = 64
     page_size: int = 32
     int8: bool = False
+    listed: float | None = None  # share of the blocks that a tile lists, at random
 
 
-def problem(case: Case) -> tuple[tuple, dict[str, int]]:
-    """Arguments, with tables longer than the history, and the window."""
+def problem(case: Case) -> tuple[tuple, dict[str, Any]]:
+    """Arguments, with tables longer than the history; the window, and blocks if they are listed."""
     rng = np.random.default_rng(0)
     heads, page_size = case.retrieval + case.streaming, case.page_size
     width = -(-case.start // page_size) + 3
     position = np.arange(width * page_size).reshape(width, page_size)
     in_history = position < case.start
 
-    def pool(number, seen, int8):
+    def pool(number, seen, int8):  # seen [width, page_size], or with the heads before
         table = rng.permutation(width + 2)[:width].astype(np.int32)
-        kept = np.zeros((width + 2, page_size), bool)
-        kept[table] = seen
-        k, v = rng.normal(size=(2, number, *kept.shape, case.head_dim))
+        kept = np.zeros((number, width + 2, page_size), bool)
+        kept[:, table] = seen
+        k, v = rng.normal(size=(2, *kept.shape, case.head_dim))
         if int8:
             (k, k_scale), (v, v_scale) = (quantize_kv(jnp.asarray(x, jnp.float32)) for x in (k, v))
             pages = KVPages(k, v, *(jnp.where(kept, x, jnp.nan) for x in (k_scale, v_scale)))
@@ -62,7 +64,14 @@ def problem(case: Case) -> tuple[tuple, dict[str, int]]:
             pages = KVPages(jnp.asarray(k, jnp.bfloat16), jnp.asarray(v, jnp.bfloat16))
         return pages, jnp.asarray(table)
 
-    full, table = pool(case.retrieval, in_history, case.int8)
+    blocks, used = None, in_history
+    if case.listed is not None:
+        blocks = random_blocks(rng, case)
+        ids, counts = np.asarray(blocks.ids), np.asarray(blocks.counts)
+        listed = np.where(np.arange(ids.shape[2]) < counts[..., None], ids, -1)
+        # What no tile of the head lists is NaN.
+        used = [in_history & np.isin(position // 128, of_head) for of_head in listed]
+    full, table = pool(case.retrieval, used, case.int8)
     in_window = (position < case.sink) | (position > case.start - case.local)
     ring, ring_table = pool(case.streaming, in_history & in_window, False)
     exists = (np.arange(case.tokens) < case.length)[:, None, None]
@@ -73,7 +82,22 @@ def problem(case: Case) -> tuple[tuple, dict[str, int]]:
         for n in (heads * case.group, heads, heads)
     )
     args = q, k, v, full, ring, table, ring_table, jnp.int32(case.start), jnp.int32(case.length)
-    return args, {"sink": case.sink, "local": case.local}
+    return args, {"sink": case.sink, "local": case.local, "blocks": blocks}
+
+
+def random_blocks(rng: np.random.Generator, case: Case) -> BlockList:
+    """Anything stands behind a list and in tiles of padding; the first tile of the first head
+    lists nothing."""
+    blocks = -(-case.start // 128) + -(-case.length // 128)
+    shape = (case.retrieval, -(-case.tokens // 128), blocks + 1)
+    ids = rng.integers(-9, 99, shape).astype(np.int32)
+    counts = np.full(shape[:2], 99, np.int32)
+    for head, tile in np.ndindex(case.retrieval, -(-case.length // 128)):
+        share = 0.0 if head == tile == 0 else case.listed
+        chosen = np.flatnonzero(rng.random(blocks) < share)
+        ids[head, tile, : len(chosen)] = chosen
+        counts[head, tile] = len(chosen)
+    return BlockList(jnp.asarray(ids), jnp.asarray(counts))
 
 
 def check(args, window, config: Config | None = None) -> None:
@@ -111,6 +135,26 @@ def check(args, window, config: Config | None = None) -> None:
 def test_matches_reference(case: dict) -> None:
     shape = {"tokens": -(-case["length"] // 128) * 128, "sink": 32, "local": 100} | case
     check(*problem(Case(**shape)))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        # Both classes, ragged parts, pages of 64, a tile of padding.
+        {"start": 333, "length": 230, "tokens": 384, "retrieval": 2, "page_size": 64},
+        # Retrieval only, D 128, int8 history; few blocks, hence tiles and queries without a key.
+        {"start": 500, "length": 200, "streaming": 0, "group": 3, "head_dim": 128, "int8": True},
+    ],
+    ids=["both classes", "retrieval only"],
+)
+def test_listed_blocks(case: dict) -> None:
+    shape = {"tokens": 256, "sink": 20, "local": 70, "page_size": 16, "listed": 0.4} | case
+    args, how = problem(Case(**shape))
+    check(args, how)
+    out, lse = prefill_attention(*args, **how)
+    group = shape.get("group", 1)
+    assert np.isneginf(lse[:128, :group]).all()
+    assert not np.asarray(out[:128, :group], np.float32).any()
 
 
 @pytest.mark.parametrize(

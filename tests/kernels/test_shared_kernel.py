@@ -7,13 +7,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from compile_offline import append_arguments, decode_arguments, prefill_arguments
+from compile_offline import append_arguments, decode_arguments, prefill, prefill_arguments
 
 from pallas_kernels.hopper.decode_attention import paged_attention
 from pallas_kernels.hopper.kv_append_chunk import append_kv_chunk
 from pallas_kernels.hopper.page_scores import page_scores
 from pallas_kernels.hopper.page_selection import select_pages
-from pallas_kernels.hopper.prefill_attention import prefill_attention
 from pallas_kernels.hopper.shared_kernel import call_shared
 
 
@@ -44,9 +43,16 @@ def append_chunk(retrieval: int) -> tuple[Callable, tuple]:
     return append_kv_chunk, (*tokens, *caches, *places)
 
 
-def prefill(retrieval: int) -> tuple[Callable, tuple]:
-    arguments = prefill_arguments(256, retrieval=retrieval, streaming=8 - retrieval)
-    return partial(prefill_attention, sink=128, local=256), arguments
+def attend_chunk(retrieval: int, **case) -> tuple[Callable, tuple]:
+    return prefill, prefill_arguments(256, retrieval=retrieval, streaming=8 - retrieval, **case)
+
+
+def attend_chunk_of_small_pages(retrieval: int) -> tuple[Callable, tuple]:
+    return attend_chunk(retrieval, page_size=16, head_dim=64)
+
+
+def attend_listed_blocks(retrieval: int) -> tuple[Callable, tuple]:
+    return attend_chunk(retrieval, listed=9)
 
 
 def score(heads: int) -> tuple[Callable, tuple]:
@@ -72,7 +78,15 @@ def kernels(op: Callable, arguments: tuple) -> list[str]:
 
 @pytest.mark.parametrize(
     ("of_heads", "count"),
-    [(attend, 2), (append_chunk, 1), (prefill, 1), (score, 1), (select, 1)],
+    [
+        (attend, 2),
+        (append_chunk, 1),
+        (attend_chunk, 1),
+        (attend_chunk_of_small_pages, 1),
+        (attend_listed_blocks, 1),
+        (score, 1),
+        (select, 1),
+    ],
 )
 def test_the_kernel_is_the_same(of_heads: Callable, count: int) -> None:
     few, many = (kernels(*of_heads(heads)) for heads in (1, 5))
