@@ -246,6 +246,12 @@ def build_engine(
             f"dtype={jnp.dtype(dtype).name!r} needs backend='reference' on a Hopper GPU: "
             "its kernels compute in bfloat16"
         )
+    in_blocks = sparsity is not None and sparsity.prefill == "block_sparse"
+    if kernels and in_blocks and config.head_dim not in (64, 128):
+        raise NotImplementedError(
+            f"prefill='block_sparse' needs heads of 64 or 128 channels in the kernels, got "
+            f"head_dim={config.head_dim}: backend='reference' takes any"
+        )
     max_model_len = _check_length(config, options.max_model_len)
     config = _choose_longrope(config, max_model_len)
     if options.draft == "ngram":

@@ -24,6 +24,7 @@ from tiny_llm import (
 )
 
 from lserve_jax import LLM, SamplingParams, SparsityConfig
+from lserve_jax.engine import build
 from lserve_jax.engine.build import EngineOptions
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.programs import Call, Programs
@@ -240,6 +241,13 @@ def test_a_full_warmup_has_both_ways_to_read(
 def test_what_the_settings_cannot_be(settings: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         SparsityConfig(**{"prefill": "block_sparse", **settings})
+
+
+def test_kernels_take_heads_of_some_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "resolve_backend", lambda backend: "mosaic")
+    options = EngineOptions(attention="lserve", sparsity=SPARSITY, dtype="bfloat16")
+    with pytest.raises(NotImplementedError, match=r"needs heads of 64 or 128 .* got head_dim=16"):
+        build.build_engine(CONFIG, tiny_params(CONFIG), options)
 
 
 def test_what_settings_need_of_each_other() -> None:
