@@ -4,10 +4,11 @@
 
 The engine is the real one: weights are random bf16, a prompt is random tokens, computed in chunks
 through the paged cache. A figure is the median wall time from the arrival of the request to its
-first token; the first prompt of each engine only compiles. Beside causal prefill, retrieval heads of
-lserve attend blocks that they choose: with random weights no threshold means anything, so how many
-is set (``prefill_density``), and the estimate runs as it would. Operator rates are those of
+first token; the first prompt of each engine only compiles. Operator rates are those of
 ``benchmarks/kernels.py``. Writes ``benchmarks/results/prefill.json``.
+
+Beside causal prefill, retrieval heads of lserve attend blocks that they choose: with random weights
+no threshold means anything, so how many is set (``prefill_density``); the estimate runs as ever.
 """
 
 import dataclasses
