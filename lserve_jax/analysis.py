@@ -1,4 +1,4 @@
-"""How much true attention the sparse path sees: page recall, and its picture.
+"""How much true attention the sparse path sees: page recall, its picture, and prefill recall.
 
     llm = LLM("smollm2-135m-instruct-32k", attention="lserve", sparsity=SparsityConfig(...))
     recall = page_recall(llm, text, num_queries=64)
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ import tyro
 from jaxtyping import Array, Float
 from tyro.conf import OmitArgPrefixes, SuppressFixed, arg
 
+from lserve_jax.attention.attend import chosen_by
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.attention.selection import choose_pages, first_tail_page
@@ -119,22 +120,31 @@ def page_recall(llm: LLM, prompt: Prompt, *, num_queries: int = 64) -> PageRecal
     )
     policy = head_policy(config, spec.sparsity)
     partition = policy.partition
-    order = np.asarray(partition.order)  # [L, Hk] checkpoint heads in the order of the params
-    G = config.group_size
-    query_order = (order[:, :, None] * G + np.arange(G)).reshape(order.shape[0], -1)
-    restored = np.empty_like(recall)
-    np.put_along_axis(restored, query_order[:, :, None], recall, axis=1)
-    is_retrieval = np.zeros(order.shape, bool)
+    is_retrieval = np.zeros((config.num_hidden_layers, config.num_key_value_heads), bool)
     for layer, heads in enumerate(partition.retrieval):
         is_retrieval[layer, list(heads)] = True
     return PageRecall(
-        recall=restored,
+        recall=_as_in_checkpoint(recall, partition.order),
         positions=np.arange(len(ids) - num_queries, len(ids)),
         is_retrieval=is_retrieval,
         prompt_tokens=len(ids),
         sparsity=llm.spec.sparsity,
         policy=policy.source,
     )
+
+
+def _as_in_checkpoint(
+    values: Float[np.ndarray, "L heads *rest"], order: Sequence[Sequence[int]]
+) -> Float[np.ndarray, "L heads *rest"]:
+    """Values of KV or query heads in the order of the params, with heads as the checkpoint has
+    them; ``order`` [L, Hk] has its number for each KV head of the params."""
+    kv_heads = np.asarray(order)
+    L, Hk = kv_heads.shape
+    G = values.shape[1] // Hk
+    heads = (kv_heads[:, :, None] * G + np.arange(G)).reshape(L, -1)
+    restored = np.empty_like(values)
+    restored[np.arange(L)[:, None], heads] = values
+    return restored
 
 
 @partial(jax.jit, static_argnames=("config", "spec", "num_queries"))
@@ -242,6 +252,120 @@ def _measuring_attend(
     return attend
 
 
+@dataclass(frozen=True, kw_only=True)
+class PrefillRecall:
+    """What block-sparse prefill attends of a prompt. Heads are numbered as in the checkpoint.
+
+    Streaming heads, which choose nothing, are NaN.
+    """
+
+    # Share of dense attention's mass in the blocks that a query's tile lists, mean over queries
+    mass: Float[np.ndarray, "L H"]
+    density: Float[np.ndarray, "L Hk"]  # blocks listed, as a share of those seen causally
+    prompt_tokens: int
+
+
+def prefill_recall(llm: LLM, prompt: Prompt) -> PrefillRecall:
+    """Runs ``prompt`` densely and measures what ``llm``'s block-sparse prefill would have covered.
+
+    Every layer sees dense activations. ``prefill_min_tokens`` does not count, and chunks are taken
+    to begin at multiples of 128 tokens. Time is that of dense attention, memory O(prompt).
+
+    Raises ``ValueError`` unless ``llm`` has ``prefill="block_sparse"`` and the prompt, of at least
+    one token, fits the model.
+    """
+    spec, runner = llm.spec, llm.engine.runner
+    if spec.sparsity is None or spec.sparsity.prefill != "block_sparse":
+        raise ValueError("prefill recall needs an LLM with prefill='block_sparse'")
+    ids = llm.token_ids(prompt)
+    if not 0 < len(ids) <= llm.max_model_len:
+        raise ValueError(f"the prompt's {len(ids)} tokens must lie in [1, {llm.max_model_len=}]")
+    config = runner.config
+    padded = np.zeros((-(-len(ids) // api.BLOCK_KEYS) * api.BLOCK_KEYS,), np.int32)
+    padded[: len(ids)] = ids
+    tokens, length = jnp.asarray(padded), jnp.int32(len(ids))
+    mass, density = jax.device_get(_prefill_recall(config, spec, runner.params, tokens, length))
+    order = head_policy(config, spec.sparsity).partition.order
+    return PrefillRecall(
+        mass=_as_in_checkpoint(mass, order),
+        density=_as_in_checkpoint(density, order),
+        prompt_tokens=len(ids),
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "spec"))
+def _prefill_recall(
+    config: ModelConfig,
+    spec: CacheSpec,
+    params: Params,
+    tokens: Array,  # [T] int32, padded to whole tiles
+    length: Array,  # [] int32
+) -> tuple[Float[Array, "L H"], Float[Array, "L Hk"]]:
+    T, D, G = tokens.shape[0], config.head_dim, config.group_size
+    position = jnp.arange(T)
+    cos, sin = rotary_angles(config, position[None], length[None])
+    tiles = T // api.TILE_QUERIES
+    whole = (length + api.BLOCK_KEYS - 1) // api.BLOCK_KEYS
+    causal_blocks = (whole * (whole + 1) // 2).astype(jnp.float32)
+
+    def attend(layer: int, q: Array, k: Array, v: Array, cache: None) -> tuple[Array, Any]:
+        angles = layer_angles(config, layer, cos, sin)
+        q, k = api.apply_rotary(q, *angles), api.apply_rotary(k, *angles)
+        out, _ = api.causal_attention(q, k, v)
+        Kr = spec.heads.num_retrieval[layer]
+        mass = jnp.full((config.num_attention_heads,), jnp.nan)
+        density = jnp.full((config.num_key_value_heads,), jnp.nan)
+        if Kr == 0:
+            return out, (mass, density)
+        queries, keys = q[0, :, : Kr * G], k[0, :, :Kr]
+        no_pages = api.KVPages(*[jnp.zeros((Kr, 1, spec.page_size, D), k.dtype)] * 2)
+        blocks = api.choose_blocks(
+            queries,
+            keys,
+            no_pages,
+            jnp.zeros((1,), jnp.int32),
+            jnp.int32(0),
+            length,
+            **chosen_by(spec),
+        )
+
+        def covered(args: tuple[Array, ...]) -> Array:
+            """Sum of the mass that each query of a tile attends, [Kr, G]."""
+            first, rows, ids, counts = args
+            row = first + jnp.arange(api.TILE_QUERIES)
+            scores = jnp.einsum(
+                "qkgd,tkd->kgqt",
+                rows.reshape(-1, Kr, G, D).astype(jnp.float32),
+                keys.astype(jnp.float32),
+                precision=jax.lax.Precision.HIGHEST,
+            )
+            causal = (position[None] <= row[:, None])[None, None]
+            share = jax.nn.softmax(jnp.where(causal, scores * D**-0.5, -jnp.inf), axis=-1)
+            entry = jnp.arange(ids.shape[1])[None]
+            listed = jnp.zeros((Kr, tiles), bool)
+            listed = listed.at[
+                jnp.arange(Kr)[:, None], jnp.where(entry < counts[:, None], ids, tiles)
+            ].set(True, mode="drop")
+            by_block = share.reshape(Kr, G, -1, tiles, api.BLOCK_KEYS).sum(axis=-1)
+            kept = jnp.where(listed[:, None, None], by_block, 0.0).sum(axis=-1)
+            return jnp.where((row < length)[None, None], kept, 0.0).sum(axis=-1)
+
+        of_tiles = (
+            jnp.arange(tiles) * api.TILE_QUERIES,
+            queries.reshape(tiles, api.TILE_QUERIES, Kr * G, D),
+            blocks.ids.swapaxes(0, 1),
+            blocks.counts.swapaxes(0, 1),
+        )
+        mean = jax.lax.map(covered, of_tiles).sum(axis=0) / length.astype(jnp.float32)
+        attended = blocks.counts.sum(axis=1).astype(jnp.float32)
+        density = density.at[:Kr].set(attended / causal_blocks)
+        return out, (mass.at[: Kr * G].set(mean.reshape(-1)), density)
+
+    _, found = bind(config, params)(tokens[None], attend, [None] * config.num_hidden_layers)
+    mass, density = (jnp.stack(x) for x in zip(*found, strict=True))
+    return mass, density
+
+
 def require_matplotlib() -> None:
     """Raises ``ValueError`` if the extra ``plot`` is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -327,6 +451,18 @@ def _main(args: AnalysisArgs) -> None:
     for layer, heads in enumerate(recall.mean):
         print(f"{layer:5d}  {heads.mean():.3f}  {heads.min():.3f}")
     print(f"  all  {recall.mean.mean():.3f}  {recall.mean.min():.3f}")
+    if args.sparsity.prefill != "block_sparse":
+        return
+    prefill = prefill_recall(llm, {"prompt_token_ids": ids})
+    print("block-sparse prefill: attention mass covered, blocks attended of those seen causally")
+    print("layer   mass    min  density    max")
+    for layer, (mass, density) in enumerate(zip(prefill.mass, prefill.density, strict=True)):
+        if np.isnan(mass).all():
+            print(f"{layer:5d}  every head streams")
+        else:
+            mean, least = np.nanmean(mass), np.nanmin(mass)
+            attended, most = np.nanmean(density), np.nanmax(density)
+            print(f"{layer:5d}  {mean:.3f}  {least:.3f}    {attended:.3f}  {most:.3f}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

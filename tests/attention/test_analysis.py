@@ -5,10 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
+from oracle_model import log_softmax
 
 from lserve_jax import LLM, ModelConfig, SparsityConfig
-from lserve_jax.analysis import main, page_recall, plot_page_recall
+from lserve_jax.analysis import main, page_recall, plot_page_recall, prefill_recall
 from lserve_jax.model.bound import bind
 from lserve_jax.model.llama import init_params
 from lserve_jax.model.rope import rotary_angles
@@ -46,22 +48,22 @@ def pattern(tmp_path_factory):
     return str(directory)
 
 
-def queries_and_keys(params):
+def queries_and_keys(params, tokens=TOKENS):
     """Rotated q ``[L, T, H, D]`` and k ``[L, T, Hk, D]`` of dense attention, checkpoint order."""
     seen = []
-    positions = jnp.arange(len(TOKENS))[None]
-    cos, sin = rotary_angles(CONFIG, positions, jnp.array([len(TOKENS)]))
+    positions = jnp.arange(len(tokens))[None]
+    cos, sin = rotary_angles(CONFIG, positions, jnp.array([len(tokens)]))
 
     def attend(layer, q, k, v, cache):
         if layer != 1:  # which has no rotary embedding
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         seen.append((np.asarray(q[0], np.float64), np.asarray(k[0], np.float64)))
         scores = jnp.einsum("bqkgd,btkd->bkgqt", q.reshape(*q.shape[:2], 3, 2, 16), k) / 4
-        visible = jnp.tril(jnp.ones((1, 1, 1, len(TOKENS), len(TOKENS)), bool))
+        visible = jnp.tril(jnp.ones((1, 1, 1, len(tokens), len(tokens)), bool))
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
         return jnp.einsum("bkgqt,btkd->bqkgd", weights, v).reshape(q.shape), None
 
-    bind(CONFIG, params)(jnp.asarray(TOKENS)[None], attend, [None] * 3)
+    bind(CONFIG, params)(jnp.asarray(tokens)[None], attend, [None] * 3)
     return seen
 
 
@@ -170,3 +172,42 @@ def test_dense_has_no_recall(params):
 def test_command_line_names_a_missing_file(capsys):
     assert main(["--prompt-file", "nowhere.txt"]) == 2
     assert "nowhere.txt" in capsys.readouterr().err
+
+
+def test_prefill_recall_is_the_mass_of_the_blocks(params, pattern):
+    tokens = np.random.default_rng(1).integers(0, 96, 500).tolist()
+    sparsity = dataclasses.replace(
+        SPARSITY,
+        pattern=pattern,
+        streaming_fraction=0.5,
+        prefill="block_sparse",
+        prefill_threshold=0.3,
+    )
+    llm = LLM((CONFIG, params), attention="lserve", sparsity=sparsity)
+    recall = prefill_recall(llm, {"prompt_token_ids": tokens})
+    streams = [[False, True, False], [True, True, True], [False, False, False]]
+    assert np.isnan(recall.density).tolist() == streams
+    listed = []
+    for layer, (q, k) in enumerate(queries_and_keys(params, tokens)):
+        for head in range(3):
+            own = q[:, 2 * head : 2 * head + 2]
+            if streams[layer][head]:
+                assert np.isnan(recall.mass[layer, 2 * head : 2 * head + 2]).all()
+                continue
+            shares = oracle.block_shares(own, k[:, head : head + 1], 0)
+            lists = oracle.fewest_blocks(shares, 0, 0.3)
+            listed += [len(tile) for tile in lists[0]]
+            density = sum(map(len, lists[0])) / (1 + 2 + 3 + 4)
+            assert recall.density[layer, head] == pytest.approx(density)
+            mask = oracle.block_mask(0, 500, lists)[0]
+            for i in range(2):
+                scores = np.where(np.tri(500, dtype=bool), own[:, i] @ k[:, head].T / 4, -np.inf)
+                mass = np.where(mask, np.exp(log_softmax(scores)), 0.0).sum(axis=1).mean()
+                # float32 over three layers.
+                assert recall.mass[layer, 2 * head + i] == pytest.approx(mass, abs=1e-4)
+    assert 3 in listed and recall.mass[2].min() < 0.95  # that something is left out
+    with pytest.raises(ValueError, match=r"the prompt's 0 tokens must lie in \[1, "):
+        prefill_recall(llm, {"prompt_token_ids": []})
+    dense = LLM((CONFIG, params))
+    with pytest.raises(ValueError, match="prefill recall needs an LLM with prefill='block_sparse'"):
+        prefill_recall(dense, {"prompt_token_ids": tokens})
