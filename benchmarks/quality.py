@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --pattern SmolLM2-135M-Instruct-32K
 
-Five parts with directories of their own below ``--output``:
+Six parts with directories of their own below ``--output``:
 
     heads   passkeys and sentences: head patterns and their controls, and selection alone
     pages   the same prompts: budgets, page sizes, reuse, and how pages are scored
@@ -10,10 +10,13 @@ Five parts with directories of their own below ``--output``:
     ruler   RULER's tasks, dense and the default
     shares  head shares beside LServe's own policy: passkeys, sentences, keys among others, and
             perplexity, on the language reference and on stories, which no head was calibrated on
+    prefill block-sparse prefill at several thresholds beside causal prefill, all else being the
+            default: long passkeys, sentences, keys among others, and perplexity, on stories
 
 The first four are about LServe's own policy (``shares=none``). The parts run at the same time, each
-in a process of its own: a small model leaves most of a GPU idle. Part shares has a process for
-each setting, since most of a setting's time is compiling, and puts their results together.
+in a process of its own: a small model leaves most of a GPU idle. Parts shares and prefill have a
+process for each setting, since most of a setting's time is compiling, and put their results
+together.
 
 A part that was cut short goes on where it stopped (all but text); finished settings are not run
 again. Every result records the seconds that each setting took, compiling included.
@@ -36,11 +39,12 @@ from lserve_jax.eval import report
 from lserve_jax.eval.model import SharedOptions
 from lserve_jax.eval.study import Study, run_study
 
-Part = Literal["heads", "pages", "text", "ruler", "shares"]
+Part = Literal["heads", "pages", "text", "ruler", "shares", "prefill"]
 
 BUDGETS = (512, 1024, 4096)
 INTERVALS = (1, 8, 16)
-# Eleven processes share the GPU. Five haystacks of 31K tokens with their prompts fit into this.
+THRESHOLDS = (0.8, 0.9, 0.95)
+# Fifteen processes share the GPU. Five haystacks of 31K tokens with their prompts fit into this.
 OPTIONS = SharedOptions(max_num_seqs=32, kv_cache_bytes=4 << 30)
 
 
@@ -60,6 +64,10 @@ class Args:
     """Part ruler: for each length and task."""
     share_haystacks: int = 10
     """Part shares: for each text, length and task, with 5 prompts each (4 of niah_multikey)."""
+    prefill_lengths: tuple[int, ...] = (16384, 31744)
+    """Prompt lengths of part prefill."""
+    prefill_haystacks: int = 25
+    """Part prefill: for each length and task, with 5 prompts each (4 of niah_multikey)."""
     seed: int = 0
     output: Annotated[Path, arg(metavar="DIR")] = Path(__file__).parent / "results" / "quality"
 
@@ -105,6 +113,14 @@ def share_settings(pattern: str) -> list[str]:
     ]
 
 
+def prefill_settings(pattern: str) -> list[str]:
+    blocks = {"prefill": "block_sparse"}
+    return [
+        setting(pattern),
+        *(setting(pattern, **blocks, prefill_threshold=threshold) for threshold in THRESHOLDS),
+    ]
+
+
 def patterns(pattern: str) -> list[str]:
     """The pattern and its controls, at both fractions; the default first."""
     controls = ({}, {"control": "random"}, {"control": "inverted"})
@@ -112,7 +128,7 @@ def patterns(pattern: str) -> list[str]:
 
 
 def studies(args: Args) -> list[Study]:
-    """All runs: one of each part, and one of each setting of part shares."""
+    """All runs: one of each part, and one of each setting of parts shares and prefill."""
     command = f"python benchmarks/quality.py {' '.join(sys.argv[1:])}"
     common = {"model": args.model, "lengths": args.lengths, "seed": args.seed, "options": OPTIONS}
     needles = {"tasks": ("needle",), "haystacks": args.haystacks, "plot": True, "resume": True}
@@ -134,25 +150,41 @@ def studies(args: Args) -> list[Study]:
     runs = [
         Study(command=command, output=args.output / part, **common, **of_part[part])
         for part in args.parts
-        if part != "shares"
+        if part in of_part
     ]
-    if "shares" in args.parts:
+    by_setting = {
+        "shares": {"texts": ("documentation", "stories"), "haystacks": args.share_haystacks},
+        "prefill": {
+            "texts": ("stories",),
+            "haystacks": args.prefill_haystacks,
+            "lengths": args.prefill_lengths,
+            "windows": 16,
+        },
+    }
+    for part, names in settings_apart(args).items():
         runs += [
             Study(
                 command=command,
-                output=args.output / "shares" / "settings" / str(number),
+                output=args.output / part / "settings" / str(number),
                 tasks=("needle", "ruler", "perplexity"),
-                texts=("documentation", "stories"),
                 ruler_tasks=("niah_multikey",),
-                haystacks=args.share_haystacks,
                 depths=5,
                 compare=[name],
                 resume=True,
-                **common,
+                **common | by_setting[part],
             )
-            for number, name in enumerate(share_settings(args.pattern))
+            for number, name in enumerate(names)
         ]
     return runs
+
+
+def settings_apart(args: Args) -> dict[Part, list[str]]:
+    """Of the parts whose settings run in processes of their own, those settings."""
+    every: dict[Part, list[str]] = {
+        "shares": share_settings(args.pattern),
+        "prefill": prefill_settings(args.pattern),
+    }
+    return {part: names for part, names in every.items() if part in args.parts}
 
 
 def together(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -180,9 +212,12 @@ def main(args: Args) -> None:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the processes share the GPU
     with multiprocessing.get_context("spawn").Pool(len(runs)) as processes:
         results = processes.map(run, runs, chunksize=1)
-    if "shares" in args.parts:
-        of_shares = results[-len(share_settings(args.pattern)) :]
-        report.write(args.output / "shares", together(of_shares), plots=False)
+    apart = settings_apart(args)
+    at = len(runs) - sum(map(len, apart.values()))
+    for part, names in apart.items():
+        of_part = together(results[at : at + len(names)])
+        report.write(args.output / part, of_part, plots=part == "prefill")
+        at += len(names)
     print(f"all: {time.perf_counter() - begin:.0f} s")
 
 

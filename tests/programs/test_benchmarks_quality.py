@@ -1,5 +1,6 @@
 """benchmarks/quality.py: every part's settings can be read, and its results are put together."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,12 @@ def test_the_command_names_every_part(tmp_path):
     runs = studies_of("--output", str(tmp_path))  # settings are read here
     parts = [run.output.relative_to(tmp_path).parts[0] for run in runs]
     shares = len(quality.share_settings(PATTERN))
-    assert parts == ["heads", "pages", "text", "ruler", *["shares"] * shares]
+    prefill = len(quality.prefill_settings(PATTERN))
+    assert parts == [
+        *("heads", "pages", "text", "ruler"),
+        *["shares"] * shares,
+        *["prefill"] * prefill,
+    ]
     assert len({run.output for run in runs}) == len(runs)
 
 
@@ -46,6 +52,19 @@ def test_shares_compares_what_it_says():
     for run in runs:
         assert run.texts == ("documentation", "stories")
         assert run.depths * run.haystacks >= 40 and 4 * run.haystacks >= 40  # 4: niah_multikey
+
+
+def test_prefill_compares_what_it_says():
+    runs = studies_of("--parts", "prefill")
+    causal, *sparse = [s.sparsity for run in runs for s in parse_settings(run.compare)]
+    assert causal.prefill == "causal"
+    assert [s.prefill_threshold for s in sparse] == [0.8, 0.9, 0.95]
+    for s in sparse:
+        assert dataclasses.replace(s, prefill="causal", prefill_threshold=0.9) == causal
+        assert s.prefill_min_tokens <= 16384
+    for run in runs:
+        assert run.lengths == (16384, 31744)
+        assert run.depths * run.haystacks >= 100 and 4 * run.haystacks >= 100
 
 
 def result_of(setting: str, score: float) -> dict:
