@@ -5,6 +5,7 @@ Chunks are of 256 tokens, and prompts of 400 or more are read block-sparsely. Ca
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from lserve_jax.engine.build import EngineOptions
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.programs import Call, Programs
 from lserve_jax.engine.warmup import Warmup, warm_up
+from lserve_jax.stats import BatchTimes, CompileClock, batch_summary, request_summary
 
 CONFIG = tiny_config(layers=2, kv_heads=2, group=2)
 GATES = [[0.2, 0.9], [0.8, 0.7]]
@@ -195,6 +197,17 @@ def test_a_prefix_is_read_as_those_that_begin_with_it(pattern: str, tmp_path: Pa
     for other in ({"prefill": "causal"}, {"prefill_threshold": 0.7}):
         with pytest.raises(ValueError, match="block-sparse from 400 tokens on in chunks of 256"):
             make(pattern, other).load_prefix(file)
+
+
+def test_what_was_attended_is_said(llm: LLM) -> None:
+    metrics, clock = Run(llm, LONG).metrics, CompileClock()
+    of_request = request_summary(metrics, clock, sparse=True)
+    of_batch = batch_summary(llm.engine.metrics(), BatchTimes(), clock)
+    for lines in (of_request, of_batch):
+        [line] = [line for line in lines if line.startswith("blocks")]
+        assert re.match(r"blocks    \d\d% of those that retrieval heads would have attended", line)
+    short = Run(llm, LONG[:SHORT]).metrics
+    assert not any("blocks" in line for line in request_summary(short, clock, sparse=True))
 
 
 def test_judged_prompts_are_read_in_the_same_way(llm: LLM) -> None:
