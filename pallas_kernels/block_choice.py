@@ -179,7 +179,9 @@ def _history_scores(
         scores = _block_scores(queries, keys, (token[::STRIDE] < start)[None, None])
         return lax.dynamic_update_slice_in_dim(found, scores, i * per_span, axis=2)
 
-    nothing = jnp.full((K, R, spans * per_span), -jnp.inf)
+    # Made from the queries: under shard_map it varies over the mesh axes that they vary over.
+    nothing = jnp.full_like(queries[..., :1], -jnp.inf, jnp.float32)
+    nothing = jnp.broadcast_to(nothing, (K, R, spans * per_span))
     found = lax.fori_loop(0, (start + span - 1) // span, step, nothing)
     return found[..., :blocks]
 

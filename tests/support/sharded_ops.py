@@ -101,6 +101,15 @@ def prefill_attention() -> None:
     same(out, tuple(map(queries, alone)))
 
 
+def choose_blocks() -> None:
+    """Retrieval heads only: no order to mind."""
+    where = (integers(4, 1, 0, 2), np.int32(50), np.int32(300))
+    args = normal(300, 4, D), normal(300, 2, D), retrieval, *where
+    choose = partial(api.choose_blocks, threshold=0.6)
+    op = sharded(choose, (TOKENS, TOKENS, POOL, ALL, ALL, ALL), POOL)
+    same(op(*args), jax.jit(choose)(*args))
+
+
 def append_kv_chunk() -> None:
     k, v = normal(T, 4, D), normal(T, 4, D)
     ring_pages = np.where(np.arange(T) < 8, -1, 3).astype(np.int32)
@@ -146,6 +155,7 @@ if __name__ == "__main__":
     verify_attention()
     causal_attention()
     prefill_attention()
+    choose_blocks()
     append_kv_chunk()
     append_kv()
     page_scores_and_select_pages()
