@@ -1,18 +1,13 @@
-"""Which blocks of keys a tile of queries attends in block-sparse prefill (XAttention, 2503.16428).
+"""Which blocks of keys a tile of queries attends in block-sparse prefill.
 
-Every ``STRIDE`` tokens are a group. The score of a group of queries with a group of keys is the
-mean of its antidiagonal, query S - 1 - s with key s: each query and each key counts once, and
-vertical and slanting lines of the attention map cross it wherever they run. With the tokens of a
-group laid end to end that is one product of vectors of S * D numbers, so that all scores cost 1 / S
-of those of attention, and each key is read once.
+The last of every ``STRIDE`` queries attends everything before it, as far as to its weights: what
+they sum up to over a block of keys is the block's estimated share of the tile's attention, the mean
+over the tile's sampled queries and over the query heads of a KV head. That costs 1 / STRIDE of the
+first product of causal attention, and reads each key once.
 
-    keys      . . . x        one group of 4 queries (down) by 4 keys (right): the four pairs x
-              . . x .        make its score
-              . x . .
-              x . . .
-
-A softmax over groups of keys makes shares of attention of the scores; a block's share is the sum
-over its groups, the mean over the queries of the tile and over the query heads of a KV head.
+    keys      block 0   block 1   block 2   ...
+    query 63     0.4       0.1       0.0          one tile of 128 queries, two of them sampled
+    query 127    0.2       0.1       0.3          shares: 0.3, 0.1, 0.15, ...
 """
 
 from functools import partial
@@ -33,9 +28,8 @@ from pallas_kernels.checks import (
 )
 from pallas_kernels.types import BLOCK_KEYS, TILE_QUERIES, BlockList, KVPages
 
-STRIDE = 16  # S, tokens of a group: at most the smallest page
-# Queries that are scored at a time, and keys: bounds memory to 1 MiB of scores a query head.
-_SPAN = 8192
+STRIDE = 64  # divides a tile
+_MOST_SCORES = 1 << 24  # at a time: bounds memory to 64 MiB
 
 
 def choose_blocks(
@@ -57,8 +51,8 @@ def choose_blocks(
     that ends within a block the two before it) are always among them. q and k are rotated; ``q``
     has G query heads for each of the pool's KV heads, which share a list.
 
-    Raises ``ValueError`` for pages that are no multiple of 16 tokens, and unless one of
-    ``threshold`` and ``density`` is given, in (0, 1].
+    Raises ``ValueError`` for pages whose tokens do not divide 128, and unless one of ``threshold``
+    and ``density`` is given, in (0, 1].
 
     >>> import jax.numpy as jnp
     >>> pool = KVPages(jnp.ones((1, 4, 64, 8)), jnp.ones((1, 4, 64, 8)))
@@ -77,8 +71,8 @@ def choose_blocks(
     expect_groups(H, K)
     expect_table("page_table", page_table)
     expect_int32((), start=start, length=length)
-    if page_size % STRIDE:
-        raise ValueError(f"pages of {page_size} tokens must be a multiple of {STRIDE}")
+    if BLOCK_KEYS % page_size:
+        raise ValueError(f"pages of {page_size} tokens must divide blocks of {BLOCK_KEYS}")
     if (threshold is None) == (density is None):
         raise ValueError(f"give one of {threshold=} and {density=}")
     for name, value in (("threshold", threshold), ("density", density)):
@@ -105,66 +99,54 @@ def attention_shares(
     """
     (T, H, D), K = q.shape, pages.k.shape[0]
     tiles = -(-T // TILE_QUERIES)
-    span = min(_SPAN, tiles * TILE_QUERIES)
-    spans = -(-tiles * TILE_QUERIES // span)
-    exists = (jnp.arange(T) < length)[:, None, None]
-    q, k = (
-        jnp.pad(jnp.where(exists, x, 0), ((0, spans * span - T), (0, 0), (0, 0))) for x in (q, k)
-    )
-    # [spans, K, G * groups, S * D], the queries of a group in reverse.
-    queries = q.reshape(spans, span // STRIDE, STRIDE, K, H // K, D)[:, :, ::-1]
-    queries = queries.transpose(0, 3, 4, 1, 2, 5).reshape(spans, K, -1, STRIDE * D)
-    keys = k.reshape(spans, span // STRIDE, STRIDE, K, D).transpose(0, 3, 1, 2, 4)
-    keys = keys.reshape(spans, K, -1, STRIDE * D)
+    first = jnp.arange(0, tiles * TILE_QUERIES, STRIDE)  # of each group of queries
+    last = jnp.minimum(first + STRIDE - 1, jnp.maximum(length - 1, 0))
+    queries = q[last].reshape(-1, K, H // K, D).transpose(1, 2, 0, 3).reshape(K, -1, D)
+    most = max(_MOST_SCORES // (H * len(first)) // BLOCK_KEYS, 1) * BLOCK_KEYS
+    history = _history_scores(queries, pages, page_table, start, most)
+    span = min(most, tiles * BLOCK_KEYS)
+    spans = -(-tiles * BLOCK_KEYS // span)
+    keys = jnp.pad(k, ((0, spans * span - T), (0, 0), (0, 0)))
+    keys = keys.reshape(spans, span, K, D).swapaxes(1, 2)
 
     def of_span(args: tuple[Array, Array]) -> Array:
-        index, rows = args
-        history = _history_scores(rows, pages, page_table, start)
-        group = index * (span // STRIDE) + jnp.arange(span // STRIDE)  # of queries, in the chunk
+        index, of_chunk = args
+        token = index * span + jnp.arange(span)
+        seen = token[None] <= jnp.tile(last, H // K)[:, None]
+        return _block_scores(queries, of_chunk, seen[None])
 
-        def of_keys(args: tuple[Array, Array]) -> Array:
-            index, columns = args
-            column = index * (span // STRIDE) + jnp.arange(span // STRIDE)
-            seen = jnp.tile(column[None] <= group[:, None], (H // K, 1))
-            return _block_scores(rows, columns, seen[None])
-
-        chunk = lax.map(of_keys, (jnp.arange(spans), keys))  # [spans, K, G * groups, blocks]
-        chunk = jnp.moveaxis(chunk, 0, 2).reshape(*rows.shape[:2], -1)[..., :tiles]
-        scores = jnp.concatenate([history, chunk], axis=-1)
-        shares = jax.nn.softmax(scores, axis=-1).reshape(K, H // K, span // STRIDE, -1)
-        shares = jnp.where((group * STRIDE < length)[None, None, :, None], shares, 0.0)
-        of_tiles = shares.reshape(K, H // K, span // TILE_QUERIES, -1, shares.shape[-1])
-        return of_tiles.sum(axis=(1, 3))
-
-    shares = lax.map(of_span, (jnp.arange(spans), queries))  # [spans, K, tiles of a span, N]
-    shares = jnp.moveaxis(shares, 0, 1).reshape(K, -1, shares.shape[-1])[:, :tiles]
-    return shares / jnp.maximum(shares.sum(axis=-1, keepdims=True), 1.0)  # a group's sum is 1
+    chunk = jnp.moveaxis(lax.map(of_span, (jnp.arange(spans), keys)), 0, 2)
+    chunk = chunk.reshape(K, queries.shape[1], -1)[..., :tiles]
+    shares = jax.nn.softmax(jnp.concatenate([history, chunk], axis=-1), axis=-1)
+    shares = shares.reshape(K, H // K, tiles, -1, shares.shape[-1])
+    exists = (first < length).reshape(1, 1, tiles, -1, 1)
+    shares = jnp.where(exists, shares, 0.0).sum(axis=(1, 3))
+    return shares / jnp.maximum(shares.sum(axis=-1, keepdims=True), 1.0)  # a query's sum is 1
 
 
 def _block_scores(
-    queries: Float[Array, "K R SD"], keys: Float[Array, "K n SD"], seen: Bool[Array, "1 #R n"]
-) -> Float[Array, "K R n/8"]:
-    """Logarithm of the sum of exponentials of the scores with each block's groups, float32."""
+    queries: Float[Array, "K R D"], keys: Float[Array, "K n D"], seen: Bool[Array, "1 #R n"]
+) -> Float[Array, "K R n/128"]:
+    """Logarithm of the sum of exponentials of the scores with each block's keys, float32."""
     scores = jnp.einsum("krd,knd->krn", queries, keys, preferred_element_type=jnp.float32)
-    D = queries.shape[-1] // STRIDE
-    scores = jnp.where(seen, scores / (STRIDE * D**0.5), -jnp.inf)
-    of_blocks = scores.reshape(*scores.shape[:2], -1, BLOCK_KEYS // STRIDE)
-    return jax.nn.logsumexp(of_blocks, axis=-1)
+    scores = jnp.where(seen, scores * queries.shape[-1] ** -0.5, -jnp.inf)
+    return jax.nn.logsumexp(scores.reshape(*scores.shape[:2], -1, BLOCK_KEYS), axis=-1)
 
 
 def _history_scores(
-    queries: Float[Array, "K R SD"],
+    queries: Float[Array, "K R D"],
     pages: KVPages,
     page_table: Int[Array, " M"],
     start: Int[Array, ""],
+    most: int,
 ) -> Float[Array, "K R N"]:
-    """``_block_scores`` with all blocks that the table can hold; -inf for those behind ``start``.
+    """``_block_scores`` with all blocks that the table can hold, of ``most`` keys at a time.
 
-    Keys that are not there are read as zeros.
+    -inf for those behind ``start``.
     """
-    (K, R, _), (_, _, P, D) = queries.shape, pages.k.shape
+    (K, R, D), P = queries.shape, pages.k.shape[2]
     blocks = -(-page_table.shape[0] * P // BLOCK_KEYS)
-    span = min(_SPAN, blocks * BLOCK_KEYS)
+    span = min(most, blocks * BLOCK_KEYS)
     spans, per_span = -(-blocks * BLOCK_KEYS // span), span // BLOCK_KEYS
     table = jnp.pad(page_table, (0, spans * span // P - page_table.shape[0]))
 
@@ -173,10 +155,9 @@ def _history_scores(
         keys = pages.k[:, ids]
         if pages.k_scale is not None:
             keys = keys.astype(jnp.float32) * pages.k_scale[:, ids][..., None]
-        token = i * span + jnp.arange(span)
-        keys = jnp.where((token < start)[None, :, None], keys.reshape(K, span, D), 0)
-        keys = keys.astype(queries.dtype).reshape(K, -1, STRIDE * D)
-        scores = _block_scores(queries, keys, (token[::STRIDE] < start)[None, None])
+        seen = i * span + jnp.arange(span) < start
+        keys = keys.astype(queries.dtype).reshape(K, span, D)
+        scores = _block_scores(queries, keys, seen[None, None])
         return lax.dynamic_update_slice_in_dim(found, scores, i * per_span, axis=2)
 
     # Made from the queries: under shard_map it varies over the mesh axes that they vary over.

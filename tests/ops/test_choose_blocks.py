@@ -50,7 +50,7 @@ def in_order(shares: np.ndarray, start: int, tiles: int) -> np.ndarray:
 CASES = {
     "first chunk": {"start": 0, "length": 300, "rows": 512},
     "history of whole blocks": {"start": 256, "length": 256},
-    "history that ends within a group": {"start": 331, "length": 150, "rows": 256},
+    "history that ends within a page": {"start": 331, "length": 150, "rows": 256},
     "int8": {"start": 200, "length": 140, "int8": True, "rows": 256},
 }
 
@@ -63,7 +63,7 @@ def test_shares_and_lists_against_the_oracle(name: str) -> None:
     tiles = -(-len(args[0]) // 128)
     real = exact.shape[1]  # tiles with a token
     shares = in_order(np.asarray(block_choice.attention_shares(*args)), start, tiles)
-    # Sums of at most 2,048 products of numbers up to 50 in float32.
+    # Scores of up to 100 in float32 are right to 1e-5.
     assert_allclose(shares[:, :real, : exact.shape[2]], exact, atol=1e-4, rtol=0)
     assert not shares[:, real:].any()
     for threshold in (0.5, 0.9):
@@ -102,11 +102,11 @@ def test_a_density_lists_the_best_blocks() -> None:
         assert len(lists[0][1]) in (count, count + 1)
 
 
-def test_spans_of_queries_and_keys_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a chunk, or its history, is longer than what is scored at a time."""
+def test_spans_of_keys_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a chunk, or its history, has more keys than are scored at a time."""
     args, _, _ = case(start=331, length=500, rows=512)
     whole = block_choice.attention_shares.__wrapped__(*args)
-    monkeypatch.setattr(block_choice, "_SPAN", 128)
+    monkeypatch.setattr(block_choice, "_MOST_SCORES", 1)
     cut = block_choice.attention_shares.__wrapped__(*args)
     assert_allclose(cut, whole, atol=1e-6, rtol=0)  # the same sums in another order
 
@@ -138,8 +138,8 @@ def test_refusals(how: dict[str, float], message: str) -> None:
         api.choose_blocks(*args, **how)
 
 
-def test_pages_must_hold_whole_groups() -> None:
+def test_blocks_must_hold_whole_pages() -> None:
     args, _, _ = case(start=0, length=16)
-    small = KVPages(*[jnp.zeros((K, 4, 8, D))] * 2)
-    with pytest.raises(ValueError, match="pages of 8 tokens must be a multiple of 16"):
-        api.choose_blocks(args[0], args[1], small, *args[3:], threshold=0.9)
+    large = KVPages(*[jnp.zeros((K, 4, 48, D))] * 2)
+    with pytest.raises(ValueError, match="pages of 48 tokens must divide blocks of 128"):
+        api.choose_blocks(args[0], args[1], large, *args[3:], threshold=0.9)

@@ -4,6 +4,7 @@ Nothing here is shared with the code under test: masks are explicit, pages are w
 slot, sequences are plain arrays ``[n, heads, D]`` in token order. Slow and obvious on purpose.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -83,30 +84,25 @@ def block_mask(start: int, length: int, blocks: list[list[list[int]]]) -> NDArra
 
 
 def block_shares(q: F64, k: F64, start: int) -> F64:
-    """[Hk, tiles, blocks]: what XAttention thinks of blocks numbered as in ``block_mask``.
+    """[Hk, tiles, blocks]: each block's share of a tile's attention, as two of its queries see it.
 
-    q [T, H, D] at positions ``start`` on, k [start + T, Hk, D]. Groups of 16 queries and of 16
-    keys, counted from position 0 and from ``start``, score the sum of products along the
-    antidiagonal; tokens that are not there count 0.
+    q [T, H, D] at positions ``start`` on, k [start + T, Hk, D]. Of every 64 queries the last one
+    counts. Blocks are numbered as in ``block_mask``.
     """
-    (T, H, D), Hk = q.shape, k.shape[1]
-    groups = [range(a, min(a + 16, start)) for a in range(0, start, 16)]
-    of_history = len(groups)
-    groups += [range(a, min(a + 16, start + T)) for a in range(start, start + T, 16)]
-    blocks = [g // 8 for g in range(of_history)]
-    first = -(-start // 128)
-    blocks += [first + g // 8 for g in range(len(groups) - of_history)]
-    shares = np.zeros((Hk, -(-T // 128), blocks[-1] + 1))
+    (T, H, _), Hk = q.shape, k.shape[1]
+    edges = [*range(0, start, 128), *range(start, start + T, 128), start + T]
+    shares = np.zeros((Hk, -(-T // 128), len(edges) - 1))
     for h in range(H):
-        for i in range(-(-T // 16)):
-            scores = np.full(len(groups), -np.inf)
-            for j, group in enumerate(groups[: of_history + i + 1]):
-                pairs = [(16 * i + 15 - s, key) for s, key in enumerate(group)]
-                products = [q[a, h] @ k[b, h // (H // Hk)] for a, b in pairs if a < T]
-                scores[j] = sum(products) / (16 * math.sqrt(D))
-            weights = np.exp(scores - scores.max())
-            for j, block in enumerate(blocks):
-                shares[h // (H // Hk), i // 8, block] += weights[j] / weights.sum()
+        head = h // (H // Hk)
+        for first in range(0, T, 64):
+            query = min(first + 63, T - 1)
+            seen = k[: start + query + 1, head]
+            for block, (begin, end) in enumerate(itertools.pairwise(edges)):
+                # Attention with a value of 1 at the block's keys: what they hold.
+                mark = np.zeros((len(seen), 1))
+                mark[begin:end] = 1.0
+                out, _ = softmax_attention(q[query, h], seen, mark)
+                shares[head, first // 128, block] += out[0]
     return shares / shares.sum(axis=2, keepdims=True)
 
 
