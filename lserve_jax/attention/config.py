@@ -60,7 +60,7 @@ class SparsityConfig:
     # Decode steps between two page selections; they run as one burst, so at most 1,024.
     reuse_interval: int = 4
     # What retrieval heads attend while a prompt is read: everything, or blocks of 128 keys that
-    # each 128 queries choose, the first and the newest always (XAttention, arXiv 2503.16428).
+    # each 128 queries choose by the attention of two of them, the first and the newest always.
     prefill: Prefill = "causal"
     # Blocks are the fewest that hold this share of the attention, as estimated; 1: all of them.
     prefill_threshold: float = 0.9
