@@ -176,7 +176,7 @@ def documents(runs: Runs) -> dict[str, Any]:
     prompts = mixed()
     for way in args.ways:
         engine = runs.engine(**WAYS[way])
-        runs.answer(engine, mixed())
+        runs.answer(engine, mixed()[: args.max_num_seqs])
         engine.reset_prefix_cache()
         before, began = engine.metrics(), time.perf_counter()
         runs.answer(engine, prompts)
@@ -188,6 +188,7 @@ def documents(runs: Runs) -> dict[str, Any]:
             "relay_bursts": after.relay_bursts - before.relay_bursts,
             "preemptions": after.preemptions - before.preemptions,
         }
+        print(way, rows[way], flush=True)
     return rows
 
 
@@ -208,6 +209,7 @@ def restored(runs: Runs) -> dict[str, Any]:
             "cached_tokens": back.prefix_tokens,
             "pages_in_host_memory": before.host_pages,
         }
+        print(row, flush=True)
         if pair > 0:
             rows.append(row)
     ratio = median(row["restored_seconds"] / row["computed_seconds"] for row in rows)
@@ -225,8 +227,10 @@ def unshared(runs: Runs) -> dict[str, Any]:
         for name, engine in engines.items():
             began = time.perf_counter()
             runs.answer(engine, prompts)
+            took = time.perf_counter() - began
+            print(name, took, flush=True)
             if pair > 0:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(took)
     ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
     return {"seconds": seconds, "ratio": median(ratios)}
 

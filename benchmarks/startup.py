@@ -3,6 +3,7 @@
     python benchmarks/startup.py                                # the default model
     python benchmarks/startup.py --geometry 8b --rows 1 32      # a GPU: 8B, random weights
     python benchmarks/startup.py --geometry 8b --attention lserve --rows 1 32
+    python benchmarks/startup.py --geometry 8b --attention lserve --rows 32 --warmup full
     python benchmarks/startup.py --rows --runs 7 --beside ../other --label now --other-label before
 
 Every start is a process of its own with an empty cache directory (cold), then with what that one
@@ -54,6 +55,8 @@ class Args:
     attention: Literal["dense", "lserve"] = "dense"
     rows: tuple[int, ...] = (1, 32)
     """Slots, of which all decode in the first burst."""
+    warmup: Literal["none", "auto", "full"] = "none"
+    """What is compiled before the engine is ready: the column "engine" has its seconds."""
     runs: int = 5
     """Second starts of each kind; the table has their medians."""
     label: str = "now"
@@ -119,7 +122,8 @@ def child(args: Args, rows: int, began: float) -> dict[str, float]:
         options = {
             f.name: getattr(engine_options, f.name) for f in dataclasses.fields(engine_options)
         }
-        llm = LLM((llama_8b.CONFIG, params), **{**options, "compilation_cache": cache})
+        options |= {"compilation_cache": cache, "warmup": args.warmup}
+        llm = LLM((llama_8b.CONFIG, params), **options)
         prompts: Any = [{"prompt_token_ids": list(range(1, 65))}] * rows
     else:
         import convert
@@ -139,6 +143,7 @@ def child(args: Args, rows: int, began: float) -> dict[str, float]:
             max_num_seqs=rows,
             max_prefixes=0,
             compilation_cache=cache,
+            warmup=args.warmup,
         )
         parts["weights"] = seconds[0]
         last += seconds[0]
@@ -201,7 +206,7 @@ def measure(args: Args) -> list[dict[str, Any]]:
 
     measured: list[dict[str, Any]] = []
     model = fetch(SMOLLM2_135M_INSTRUCT) if args.geometry == "default" else None
-    about = {"geometry": args.geometry, "attention": args.attention}
+    about = {"geometry": args.geometry, "attention": args.attention, "warmup": args.warmup}
 
     def add(what: str, rows: int, which: str, seconds: dict[str, float], label: str) -> None:
         row = {"label": label, **about, "what": what, "rows": rows, "start": which}
@@ -248,13 +253,23 @@ def markdown(result: dict[str, Any]) -> str:
         "Seconds, written by `benchmarks/startup.py`; medians where there were several starts."
     ]
     kinds = [*PARTS, *EVENTS.values()]
-    columns = ["build", "model", "attention", "rows", "start", *PARTS.values(), *EVENTS.values()]
+    columns = [
+        "build",
+        "model",
+        "attention",
+        "warm-up",
+        "rows",
+        "start",
+        *PARTS.values(),
+        *EVENTS.values(),
+    ]
     lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in result["rows"]:
         if row["what"] != "parts":
             continue
         model = "8B, random" if row["geometry"] == "8b" else "SmolLM2"
-        cells = [row["label"], model, row["attention"], str(row["rows"]), row["start"]]
+        cells = [row["label"], model, row["attention"], row["warmup"], str(row["rows"])]
+        cells.append(row["start"])
         cells += [f"{row['seconds'][kind]:.2f}" if kind in row["seconds"] else "" for kind in kinds]
         lines.append(f"| {' | '.join(cells)} |")
     commands = [row for row in result["rows"] if row["what"] == "command"]
@@ -282,12 +297,12 @@ def main(args: Args) -> None:
         result = json.loads(output.read_text())
     machine = provenance()
     new = measure(args)
-    kinds = {(row["label"], row["geometry"], row["attention"], row["what"]) for row in new}
-    kept = [
-        row
-        for row in result["rows"]
-        if (row["label"], row["geometry"], row["attention"], row["what"]) not in kinds
-    ]
+
+    def kind(row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(row[x] for x in ("label", "geometry", "attention", "warmup", "what"))
+
+    kinds = {kind(row) for row in new}
+    kept = [row for row in result["rows"] if kind(row) not in kinds]
     result = {
         "machines": {**result["machines"], **{row["label"]: machine for row in new}},
         "rows": kept + new,
