@@ -134,6 +134,11 @@ class HostTier:
             self._coming.remove(block)
         self._held -= block.places
 
+    def window(self, digest: bytes) -> HostPage | None:
+        """The page of ``digest``, if its window page is here."""
+        page = self._pages.get(digest)
+        return page if page is not None and page.has_window else None
+
     def find(self, digest: bytes, keys: Sequence[bytes]) -> list[HostPage]:
         """Pages that follow the one of ``digest``, as far as they are here.
 
@@ -153,7 +158,7 @@ class HostTier:
     def restore(
         self, found: Sequence[HostPage], pages: Sequence[int], windows: Sequence[int]
     ) -> None:
-        """Writes pages back to ``pages`` of the device; ``windows`` has -1 where none is wanted.
+        """Writes pages back to ``pages`` and ``windows`` of the device, -1 where none is wanted.
 
         The next block is on its way to the device while one is written there.
         """
@@ -162,7 +167,8 @@ class HostTier:
             block = page.block
             if block not in targets:
                 targets[block] = _nowhere(block.places), _nowhere(block.window_places)
-            targets[block][0][page.place] = to
+            if to >= 0:
+                targets[block][0][page.place] = to
             if window >= 0:
                 targets[block][1][page.window_place] = window
         last = None

@@ -20,8 +20,9 @@ another one's end; then they are the tree's, until others want them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -51,6 +52,8 @@ class Match(NamedTuple):
 
     node: Node | None
     behind: list[HostPage]
+    # Of pages in the tree, by their number, those whose window page is only in host memory.
+    windows: Mapping[int, HostPage] = MappingProxyType({})
 
     @property
     def depth(self) -> int:
@@ -149,11 +152,17 @@ class PrefixCache:
         rest = tokens[len(path) * P : len(tokens) // P * P].astype(np.int32, copy=False)
         keys = [page.tobytes() for page in rest.reshape(-1, P)]
         behind = self.host.find(path[-1].digest if path else root_digest(*kind), keys)
-        has_window = [node.window >= 0 for node in path]
+        there = {
+            number: page
+            for number, node in enumerate(path if self.streams else [])
+            if node.window < 0 and (page := self.host.window(node.digest)) is not None
+        }
+        has_window = [node.window >= 0 or number in there for number, node in enumerate(path)]
         has_window += [page.has_window for page in behind]
         end = self.tree.deepest_end(has_window, prompt.block_sparse)
         node = path[min(end, len(path)) - 1] if end and path else None
-        return Match(node, behind[: max(end - len(path), 0)])
+        windows = {number: there[number] for number in self._kept(end) if number in there}
+        return Match(node, behind[: max(end - len(path), 0)], windows)
 
     def begin(self, prompt: PromptPages, match: Match) -> None:
         """Gives a prompt the pages of what it goes on from, those in the tree."""
@@ -174,19 +183,22 @@ class PrefixCache:
 
     def restore(self, prompt: PromptPages, match: Match) -> None:
         """Brings pages back from host memory to those that the prompt has been given for them."""
-        if self.host is None or not match.behind:
+        found = [*match.windows.values(), *match.behind]
+        if self.host is None or not found:
             return
         begin = match.depth
         end = begin + len(match.behind)
+        numbers = [*match.windows, *range(begin, end)]
         kept = set(self._kept(end)) if self.streams else set()
-        wanted = [
-            number
-            for number, page in enumerate(match.behind, start=begin)
-            if number in kept and page.has_window
-        ]
-        self.add_windows(prompt, wanted)
-        windows = [prompt.window.get(number, -1) for number in range(begin, end)]
-        self.host.restore(match.behind, prompt.pages[begin:end], windows)
+        self.add_windows(
+            prompt,
+            [n for n, page in zip(numbers, found, strict=True) if n in kept and page.has_window],
+        )
+        pages = [prompt.pages[n] if n >= begin else -1 for n in numbers]
+        self.host.restore(found, pages, [prompt.window.get(n, -1) for n in numbers])
+        path = [] if match.node is None else match.node.path()
+        for number in match.windows:
+            self.tree.give_window(path[number], prompt.window[number])
         self.computed(prompt, len(match.behind) * self.spec.page_size, remember=True)
 
     def _kept(self, end: int) -> list[int]:

@@ -57,7 +57,7 @@ class Node:
 
 
 class Evicted(NamedTuple):
-    """A page that was given up, and its window page, -1 if it had none."""
+    """A page that was given up, or only its window page, which is -1 if it had none."""
 
     digest: bytes
     page: int
@@ -105,7 +105,7 @@ class PrefixTree:
         self.page_size, self.grain, self.window = page_size, grain, window
         self.block_grain = block_grain
         self.evicted_pages = self.evicted_windows = 0  # so far
-        # Called with what ``make_room`` evicts, before the pages are anybody else's.
+        # Called with what is given up for others, before the pages are anybody else's.
         self.spill: Callable[[list[Evicted]], None] = lambda evicted: None
         self._roots: dict[bytes, Node] = {}  # by digest
         self._clock = 0
@@ -204,13 +204,17 @@ class PrefixTree:
                 self.pool.share([child.page])
                 self.pool.release([page])
             if child.window < 0 <= window:
-                self.windows.share([window])
-                child.window = window
-                self._loose[child] = None
+                self.give_window(child, window)
             self._lock_one(child, now)
             held.append(child.page)
             node = child
         return node, held
+
+    def give_window(self, node: Node, window: int) -> None:
+        """A tombstone has its window page, which the tree holds once more."""
+        self.windows.share([window])
+        node.window = window
+        self._loose[node] = None
 
     def lock(self, node: Node) -> None:
         """Somebody uses a path: nothing of it is evicted until it is unlocked."""
@@ -333,19 +337,29 @@ class PrefixTree:
         heapq.heappush(self._leaves, (node.used, id(node), node))
 
     def take_windows(self, count: int) -> list[int]:
-        """Window pages, now held once. There are as many, or ``PagePool.take`` raises."""
-        while count > len(self.windows.free) and self._give_up_window():
-            pass
+        """Window pages, now held once. There are as many, or ``PagePool.take`` raises.
+
+        What is given up and some end needs is spilled, with its node's page, which stays.
+        """
+        evicted = []
+        while count > len(self.windows.free):
+            node = self._next_window()
+            if node is None:
+                break
+            if node in self._kept:
+                evicted.append(Evicted(node.digest, node.page, node.window))
+            self._drop_window(node)
+            self.evicted_windows += 1
+        if evicted:
+            self.spill(evicted)
         return self.windows.take(count)
 
-    def _give_up_window(self) -> bool:
-        for nodes in (self._loose, self._kept):
-            for node in nodes:
-                if self.windows.references[node.window] == 1:  # no prompt in prefill reads it
-                    self._drop_window(node)
-                    self.evicted_windows += 1
-                    return True
-        return False
+    def _next_window(self) -> Node | None:
+        """Whose window page is given up next."""
+        for node in itertools.chain(self._loose, self._kept):
+            if self.windows.references[node.window] == 1:  # no prompt in prefill reads it
+                return node
+        return None
 
     def _drop_window(self, node: Node) -> None:
         if node.window >= 0:

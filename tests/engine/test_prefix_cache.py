@@ -223,6 +223,33 @@ def test_pages_come_back_from_host_memory(attention: str, kv_dtype: str, build: 
     assert llm.engine.metrics().host_pages == 0
 
 
+@pytest.mark.parametrize("pages", ["in the tree", "gone too"])
+def test_windows_come_back_from_host_memory(pages: str, build: Build) -> None:
+    """Bit for bit: there are windows for two prompts, and pages for all or for two.
+
+    Whole chunks are shared: of 300 tokens 44 run.
+    """
+    prompts = random_prompts(6, [300, 300, 300])
+    settings = {"deterministic": True, "max_prefixes": 1, "max_num_seqs": 1}
+    forgets = build(enable_prefix_caching=False, **settings)
+    units = forgets.engine.units
+    alone = run(forgets, prompts, 8)
+    room = (3 if pages == "in the tree" else 2) * (320 // P)
+    settings |= {"kv_cache_bytes": room * units.page, "host_cache_bytes": 1 << 22}
+    llm = build(**settings)
+    for turn, number in enumerate((0, 1, 2, 0, 1, 2, 2)):
+        before = llm.engine.metrics()
+        [again] = run(llm, [prompts[number]], 8)
+        after = llm.engine.metrics()
+        if turn >= len(prompts):
+            assert before.evicted_windows > 0
+            assert after.prompt_tokens - before.prompt_tokens == 300 - 4 * CHUNK
+        assert again.tokens == alone[number].tokens
+        assert_array_equal(again.logprobs, alone[number].logprobs)
+        check_nothing_left(llm.engine)
+    assert (after.evicted_pages > 0) == (pages == "gone too")
+
+
 def test_a_cancelled_prompt_leaves_what_was_computed(build: Build) -> None:
     engine = build().engine
     [prompt] = random_prompts(10, [400])
