@@ -6,6 +6,7 @@ Prompts are padded to such chunk lengths, decode runs on such numbers of slots.
 from lserve_jax.attention.cache import CacheSpec
 
 SMALLEST_CHUNK = 64  # tokens; shorter prompts are padded to this
+MOST_ROWS = 8  # prompts that are prefilled in one call
 
 
 def bucket(n: int, smallest: int, largest: int) -> int:
@@ -21,18 +22,34 @@ def buckets(smallest: int, largest: int) -> list[int]:
     return sizes
 
 
+def rows_of_calls(prompts: int, rows: int) -> list[int]:
+    """Rows of each call that prefills some of so many prompts, with calls of ``rows`` rows or one.
+
+    >>> rows_of_calls(19, 8), rows_of_calls(15, 8)
+    ([8, 8, 1, 1, 1], [8, 8])
+    """
+    full, rest = divmod(prompts, rows)
+    # Rows without a prompt are computed too: never as many as those with one.
+    return [rows] * full + ([rows] if 2 * rest > rows else [1] * rest)
+
+
 def most_groups(spec: CacheSpec) -> int:
     """Groups of at least two requests that a batch can have."""
     return max(spec.max_num_seqs // 2, 1)
 
 
 def shape_buckets(
-    spec: CacheSpec, chunks: list[int], *, relays: bool, all_slots: bool
+    spec: CacheSpec, chunks: list[int], *, rows: int, relays: bool, all_slots: bool
 ) -> dict[str, list[int]]:
-    """What ``Engine.shape_buckets`` returns; ``chunks`` are the lengths of prompt chunks."""
+    """What ``Engine.shape_buckets`` returns; ``chunks`` are the lengths of prompt chunks.
+
+    ``rows``: prompts that are prefilled in one call.
+    """
     slots, groups = [spec.max_num_seqs], buckets(1, most_groups(spec))
     return {
         "chunk_tokens": chunks,
+        # Of several chunks in one call, whose tokens are no more than those of the longest.
+        "joined_tokens": [size for size in chunks if 1 < rows <= chunks[-1] // size],
         "slots": slots if all_slots else buckets(1, spec.max_num_seqs),
         "relay_groups": [0, *groups] if relays else [0],
         "prefix_pages": buckets(1, spec.pages_per_sequence),

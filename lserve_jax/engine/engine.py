@@ -22,7 +22,7 @@ import numpy as np
 
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.checks import check_bool
-from lserve_jax.engine.buckets import bucket, shape_buckets
+from lserve_jax.engine.buckets import bucket, rows_of_calls, shape_buckets
 from lserve_jax.engine.costs import BurstRow, CacheUnits
 from lserve_jax.engine.drafting import decide_all
 from lserve_jax.engine.host_tier import HostTier, check_pinned_memory
@@ -117,8 +117,9 @@ class Engine:
         self.unfinished: dict[str, Request] = {}  # those that wait or run
         self._cancelled: dict[str, TokenOutput] = {}  # last outputs that are not yet returned
         self._in_flight: InFlight | None = None
-        # Of prompts that are through, not yet fetched; None where none is sampled.
-        self._first_tokens: list[tuple[Request, Sample | None]] = []
+        # Of prompts that are through, not yet fetched: those of one call with what was sampled, a
+        # row for each and more; None where nothing is.
+        self._first_tokens: list[tuple[Sequence[Request], Sample | None]] = []
         self._last_step: StepMetrics | None = None
 
     def _host_tier(self) -> HostTier | None:
@@ -222,12 +223,18 @@ class Engine:
     def shape_buckets(self) -> dict[str, list[int]]:
         """All sizes that jitted functions run with.
 
-        A prompt chunk compiles once a size, a burst once for each combination of slots, relay
-        groups, prefix pages (with relay) and ``SamplingMode`` that occurs; ``prompt_logprobs`` are
-        chunks of their own.
+        A prompt chunk compiles once a size, and once more where several run in one call
+        ("joined_tokens"), a burst once for each combination of slots, relay groups, prefix pages
+        (with relay) and ``SamplingMode`` that occurs; ``prompt_logprobs`` are chunks of their own.
         """
         chunks, relays = self.runner.chunk_buckets(), self.relay != "never"
-        return shape_buckets(self.spec, chunks, relays=relays, all_slots=self.deterministic)
+        return shape_buckets(
+            self.spec,
+            chunks,
+            rows=1 if self.deterministic else self.runner.rows,
+            relays=relays,
+            all_slots=self.deterministic,
+        )
 
     def most_new_tokens(self, prompt: PromptIds, cache_salt: str | None = None) -> int:
         """Most ``max_tokens`` of a prompt; below 1 where it cannot run at all."""
@@ -439,13 +446,18 @@ class Engine:
 
     def prefill_waiting(self) -> None:
         """Prefills what waits, as slots and pages allow, before anything decodes."""
-        while self.scheduler.prefilling is not None or self._admit() is not None:
+        while self.scheduler.prefilling or self._admit() is not None:
             self._prefill()
 
     def take_first_samples(self) -> list[tuple[Request, Sample | None]]:
-        """Of prompts that are through, not fetched; the next step will not return them."""
+        """Of prompts that are through, fetched; the next step will not return them."""
         taken, self._first_tokens = self._first_tokens, []
-        return taken
+        fetched = jax.device_get([first for _, first in taken])
+        return [
+            (request, jax.tree.map(lambda x, row=row: x[row][None], first))
+            for (requests, _), first in zip(taken, fetched, strict=True)
+            for row, request in enumerate(requests)
+        ]
 
     def _prefill(self) -> None:
         """Runs chunks as far as the step's budget goes.
@@ -454,30 +466,72 @@ class Engine:
         and so are its numbers.
         """
         spent = 0
-        while True:
-            if (request := self.scheduler.prefilling or self._admit()) is None:
-                break
-            size = self.runner.padded(len(request.prompt) - request.prefilled)
-            if spent and spent + size > self.runner.chunk_size:
-                break
-            spent += size
-            self._next_chunk(request)
+        while wave := self._next_wave(spent):
+            for requests in wave:
+                size, rest = self._next_size(requests[0]), requests
+                for rows in rows_of_calls(len(requests), self._rows_for(size)):
+                    self._next_chunks(rest[:rows], rows)
+                    rest = rest[rows:]
+                    spent += rows * size
 
-    def _next_chunk(self, request: Request) -> None:
-        """Prefills the request's next chunk, and samples its first token if that was the last."""
-        chunk = self.scheduler.next_chunk(request, self.runner.chunk_size)
-        logits, judged = self.runner.prefill(chunk)
-        request.judged += [] if judged is None else [judged]
-        self.scheduler.computed(request, len(chunk.tokens))
-        if request.prefilled < len(request.prompt):
+    def _next_wave(self, spent: int) -> list[list[Request]]:
+        """Requests whose next chunks run now, those together that can be one call.
+
+        As many as there are, in the order of the queue, while ``spent`` tokens of the budget and
+        theirs are no more than a chunk.
+        """
+        groups: dict[tuple[int, str], list[Request]] = {}
+        for request in self._in_line():
+            size = self._next_size(request)
+            # Who asks for log probabilities of a prompt runs another program.
+            alone = "" if request.sampling.prompt_logprobs is None else request.request_id
+            group = groups.setdefault((size, alone), [])
+            group.append(request)
+            total = sum(
+                size * sum(rows_of_calls(len(requests), self._rows_for(size)))
+                for (size, _), requests in groups.items()
+            )
+            if spent + total > self.runner.chunk_size:
+                group.remove(request)  # it has its place, and is the next step's first
+                break
+            if request.prefilled + size < len(request.prompt):
+                break  # nobody is admitted behind a prompt that goes on
+        return [requests for requests in groups.values() if requests]
+
+    def _next_size(self, request: Request) -> int:
+        """Length of the request's next chunk, padding included."""
+        return self.runner.padded(len(request.prompt) - request.prefilled)
+
+    def _in_line(self) -> Iterator[Request]:
+        """Requests in prefill, then those that can be admitted."""
+        yield from list(self.scheduler.prefilling)
+        while (request := self._admit()) is not None:
+            yield request
+
+    def _rows_for(self, size: int) -> int:
+        """Prompts of that padded length in one call.
+
+        Sums may be rounded in another way there, so in deterministic mode each has its own.
+        """
+        return 1 if self.deterministic else self.runner.rows_for(size)
+
+    def _next_chunks(self, requests: Sequence[Request], rows: int = 1) -> None:
+        """Prefills the requests' next chunks in one call, and samples first tokens of those that
+        are through: a single one, or all."""
+        chunks = [self.scheduler.next_chunk(r, self.runner.chunk_size) for r in requests]
+        logits, judged = self.runner.prefill(chunks, rows)
+        for request, chunk in zip(requests, chunks, strict=True):
+            request.judged += [] if judged is None else [judged]
+            self.scheduler.computed(request, len(chunk.tokens))
+        if any(request.prefilled < len(request.prompt) for request in requests):
             return
         first = None
-        if request.sampling.max_tokens > 0:
-            slot, start = request.slot, self.scheduler.start(request)
-            first = self.runner.insert(slot, logits, start)
-        if request.remaining == 0:
-            self.scheduler.release(request)
-        self._first_tokens.append((request, first))
+        if requests[0].sampling.max_tokens > 0:
+            first = self.runner.insert(logits, [self.scheduler.start(r) for r in requests])
+        for request in requests:
+            if request.remaining == 0:
+                self.scheduler.release(request)
+        self._first_tokens.append((requests, first))
 
     def _admit(self) -> Request | None:
         request = self.scheduler.admit()
@@ -493,7 +547,7 @@ class Engine:
         """Fetches those that are not yet fetched."""
         outputs: list[TokenOutput] = []
         for request, first in self.take_first_samples():
-            first, judged = jax.device_get((first, request.judged))
+            judged = jax.device_get(request.judged)
             if first is None:  # of the prompt's own tokens none is new
                 first = jax.tree.map(lambda x: x[:0], judged[0])
             if not request.finished:
@@ -601,6 +655,6 @@ class Engine:
         return self.prefix_store.load(path)
 
     def _finish_prompt(self) -> None:
-        """Runs what is left of the prompt in prefill: one prompt at a time has a window."""
-        while (request := self.scheduler.prefilling) is not None:
-            self._next_chunk(request)
+        """Runs what is left of a prompt in prefill: the prefix needs its window."""
+        while self.scheduler.prefilling:
+            self._next_chunks(self.scheduler.prefilling[:1])

@@ -115,7 +115,7 @@ class PrefixCache:
 
     @property
     def pinnable_windows(self) -> int:
-        """Window pages that may be pinned, so that a prompt in prefill always has its own."""
+        """Window pages that may be pinned, so that one prompt in prefill always has its own."""
         own = self.spec.prefill_window.sink_pages + self._kept_pages
         return self.spec.num_window_pages - own
 
@@ -130,6 +130,17 @@ class PrefixCache:
         """Pages that so many tokens of a prompt can leave to the tree."""
         grain = self.tree.grain
         return tokens // self.spec.page_size // grain * grain
+
+    def has_windows(self, prompts: Sequence[PromptPages]) -> bool:
+        """Whether all of these can be in prefill at the same time, each with a window of its own.
+
+        A single one always can.
+        """
+        if not self.streams:
+            return True
+        P, most = self.spec.page_size, self.spec.prefill_window.sink_pages + self._kept_pages
+        wanted = sum(min(-(-len(prompt.prompt) // P), most) for prompt in prompts)
+        return wanted <= self.spec.num_window_pages - self.tree.num_pinned_windows
 
     # A prompt on its way.
 
@@ -147,6 +158,15 @@ class PrefixCache:
         end = self.tree.deepest_end(has_window)
         node = path[min(end, len(path)) - 1] if end and path else None
         return Match(node, behind[: max(end - len(path), 0)])
+
+    def will_have_more(self, prompt: PromptPages, match: Match, other: PromptPages) -> bool:
+        """Whether a prompt will find more than ``match`` once ``other``, in prefill, is through."""
+        if not self.enabled or prompt.cache_salt != other.cache_salt:
+            return False
+        end = (match.depth + len(match.behind) + self.tree.grain) * self.spec.page_size
+        if end > min(len(prompt.prompt) - 1, len(other.prompt)):
+            return False
+        return np.array_equal(prompt.prompt[:end], other.prompt[:end])
 
     def begin(self, prompt: PromptPages, match: Match) -> None:
         """Gives a prompt the pages of what it goes on from, those in the tree."""

@@ -1,9 +1,9 @@
 """Programs that requests will need, compiled before the first one comes.
 
 "auto" is what any request needs: a short prompt, and bursts of one row, greedy and drawing. "full"
-is every length of a prompt's chunk and every number of slots, beside these with filters (top_k,
-top_p, min_p). What remains compiles when it is first asked for: rows that read a prefix together,
-log probabilities, penalties, restricted tokens.
+is every length of a prompt's chunk, alone and beside others, and every number of slots, beside
+these with filters (top_k, top_p, min_p). What remains compiles when it is first asked for: rows
+that read a prefix together, log probabilities, penalties, restricted tokens.
 """
 
 import dataclasses
@@ -33,15 +33,19 @@ def warm_up(engine: Engine, how: Warmup, *, progress: bool = False) -> None:
         chunks, slots = chunks[:1], slots[:1]
     else:
         usual = (*_USUAL, _FILTERED)
-    calls = [_prefill(engine, size) for size in chunks]
-    calls += [_insert(engine, sampling) for sampling in usual]
+    calls = [_prefill(engine, size, 1) for size in chunks]
+    calls += [_insert(engine, sampling, 1) for sampling in usual]
+    if how == "full" and (joined := sizes["joined_tokens"]):
+        rows = engine.runner.rows
+        calls += [_prefill(engine, size, rows) for size in joined]
+        calls += [_insert(engine, sampling, rows) for sampling in usual]
     calls += [
         call for rows in slots for sampling in usual for call in _decode(engine, rows, sampling)
     ]
     engine.runner.programs.prepare(calls, progress=progress)
 
 
-def _prefill(engine: Engine, size: int) -> Call:
+def _prefill(engine: Engine, size: int, rows: int) -> Call:
     chunk = Chunk(
         tokens=np.zeros((size,), np.int32),
         page_table=np.zeros((engine.spec.pages_per_sequence,), np.int32),
@@ -49,11 +53,12 @@ def _prefill(engine: Engine, size: int) -> Call:
         start=0,
         prompt_length=size,
     )
-    return engine.runner.prefill_call(chunk)
+    return engine.runner.prefill_call([chunk] * rows, rows)
 
 
-def _insert(engine: Engine, sampling: SamplingParams) -> Call:
+def _insert(engine: Engine, sampling: SamplingParams, rows: int) -> Call:
     start = Start(
+        slot=0,
         prompt=np.zeros((1,), np.int32),
         sampling=sampling,
         sampling_row=sampling_row(sampling, eos_token_ids=engine.eos_token_ids, default_seed=0),
@@ -61,8 +66,8 @@ def _insert(engine: Engine, sampling: SamplingParams) -> Call:
         window_table=np.zeros((engine.spec.pages_per_sequence,), np.int32),
         rules=None,
     )
-    logits = jnp.zeros((engine.config.vocab_size,), jnp.float32)
-    return engine.runner.insert_call(0, logits, start)
+    logits = jnp.zeros((rows, engine.config.vocab_size), jnp.float32)
+    return engine.runner.insert_call(logits, [start] * rows)
 
 
 def _decode(engine: Engine, rows: int, sampling: SamplingParams) -> list[Call]:

@@ -323,7 +323,7 @@ def test_deadlines(machines: dict[str, Machine]) -> None:
         deadline = None if name == "stays" else 5.0
         engine.add_request(name, kind.prompt, kind.sampling, seed=0, deadline=deadline)
     outputs = engine.step() + engine.step()
-    assert engine.scheduler.prefilling.request_id == "prefills"
+    assert [r.request_id for r in engine.scheduler.prefilling] == ["prefills"]
     clock.now += 4.9
     outputs += engine.step()
     clock.now += 0.2
