@@ -82,11 +82,14 @@ class ChunkRows:
 _Pools = tuple[KVPages, KVPages, Array | None]
 
 
-def scan_rows[C, X](
+def _scan_rows[C, X](
     step: Callable[[C, tuple[Array, ...]], tuple[C, X]], carry: C, rows: tuple[Array, ...]
 ) -> tuple[C, X]:
     """``lax.scan`` over the first axis of ``rows``; a single row runs without a loop."""
-    return jax.lax.scan(step, carry, rows, unroll=rows[0].shape[0] == 1)
+    if rows[0].shape[0] > 1:
+        return jax.lax.scan(step, carry, rows)
+    carry, out = step(carry, tuple([row[0] for row in rows]))
+    return carry, jax.tree.map(lambda x: x[None], out)
 
 
 def prefill_attend(
@@ -141,7 +144,7 @@ def prefill_attend(
             return nothing, out
 
         of_rows = rows.page_table, window_table, rows.start, rows.length
-        _, out = scan_rows(attend_row, None, (q, k, v, *of_rows))
+        _, out = _scan_rows(attend_row, None, (q, k, v, *of_rows))
         # The pools are written after they were read. Without this order XLA copies them whole.
         out, retrieval, kept_window = jax.lax.optimization_barrier(
             (out, cache.retrieval, cache.prefill_window)
@@ -163,7 +166,7 @@ def prefill_attend(
 
         pools: _Pools = retrieval, kept_window, cache.key_stats
         of_rows = rows.page_table, window_page, rows.start, rows.length
-        (retrieval, kept_window, key_stats), _ = scan_rows(append_row, pools, (k, v, *of_rows))
+        (retrieval, kept_window, key_stats), _ = _scan_rows(append_row, pools, (k, v, *of_rows))
         cache = dataclasses.replace(
             cache, retrieval=retrieval, prefill_window=kept_window, key_stats=key_stats
         )

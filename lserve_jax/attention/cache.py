@@ -27,11 +27,11 @@ retrieval heads the first Kq rank their pages, and the others read all of them:
 
 A page id means the same page in every layer's retrieval pool, so a sequence has one page table;
 pool bytes differ between layers because Kr does. So it is with the pages of prefill windows: the
-one prompt that is read at a time has a table of those that its streaming heads can see. K and V are
-separate arrays so that updating one never copies the other. Keys are stored rotated, at absolute
-positions, so a stale key is recognised by its position. int8 storage adds one float32 scale per
-token and head; other storage types (int4, a scale per tensor) differ only in the element type and
-the shape of the scale arrays.
+prompts that are being read have a table each of those that their streaming heads can see. K and V
+are separate arrays so that updating one never copies the other. Keys are stored rotated, at
+absolute positions, so a stale key is recognised by its position. int8 storage adds one float32
+scale per token and head; other storage types (int4, a scale per tensor) differ only in the element
+type and the shape of the scale arrays.
 """
 
 import dataclasses

@@ -22,17 +22,6 @@ def buckets(smallest: int, largest: int) -> list[int]:
     return sizes
 
 
-def rows_of_calls(prompts: int, rows: int) -> list[int]:
-    """Rows of each call that prefills some of so many prompts, with calls of ``rows`` rows or one.
-
-    >>> rows_of_calls(19, 8), rows_of_calls(15, 8)
-    ([8, 8, 1, 1, 1], [8, 8])
-    """
-    full, rest = divmod(prompts, rows)
-    # Rows without a prompt are computed too: never as many as those with one.
-    return [rows] * full + ([rows] if 2 * rest > rows else [1] * rest)
-
-
 def most_groups(spec: CacheSpec) -> int:
     """Groups of at least two requests that a batch can have."""
     return max(spec.max_num_seqs // 2, 1)

@@ -2,7 +2,8 @@
 
 A request waits until a slot and pages for its prompt are free. Its prompt is prefilled chunk by
 chunk, between bursts of decode steps, so that those who decode already never wait for longer than
-a chunk. It then decodes with its neighbours until it stops.
+a chunk; short prompts run together, as many as make one. It then decodes with its neighbours until
+it stops.
 
 The device is kept busy: a step of the engine first dispatches the next work and only then fetches
 the results of the work before.
@@ -22,11 +23,12 @@ import numpy as np
 
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.checks import check_bool
-from lserve_jax.engine.buckets import bucket, rows_of_calls, shape_buckets
+from lserve_jax.engine.buckets import bucket, shape_buckets
 from lserve_jax.engine.costs import BurstRow, CacheUnits
 from lserve_jax.engine.drafting import decide_all
 from lserve_jax.engine.host_tier import HostTier, check_pinned_memory
 from lserve_jax.engine.metrics import EngineCounts, EngineMetrics, StepMetrics
+from lserve_jax.engine.prefill_calls import plan_calls
 from lserve_jax.engine.prefix import Prefix
 from lserve_jax.engine.prefix_cache import PrefixCache
 from lserve_jax.engine.prefix_store import PrefixStore
@@ -463,57 +465,20 @@ class Engine:
         """Runs chunks as far as the step's budget goes.
 
         The budget, which counts padding too, never cuts a chunk: its bounds are the request's own,
-        and so are its numbers.
+        and so are its numbers. In deterministic mode each runs by itself, since sums of several may
+        be rounded in another way.
         """
-        spent = 0
-        while wave := self._next_wave(spent):
-            for requests in wave:
-                size, rest = self._next_size(requests[0]), requests
-                for rows in rows_of_calls(len(requests), self._rows_for(size)):
-                    self._next_chunks(rest[:rows], rows)
-                    rest = rest[rows:]
-                    spent += rows * size
-
-    def _next_wave(self, spent: int) -> list[list[Request]]:
-        """Requests whose next chunks run now, those together that can be one call.
-
-        As many as there are, in the order of the queue, while ``spent`` tokens of the budget and
-        theirs are no more than a chunk.
-        """
-        groups: dict[tuple[int, str], list[Request]] = {}
-        for request in self._in_line():
-            size = self._next_size(request)
-            # Who asks for log probabilities of a prompt runs another program.
-            alone = "" if request.sampling.prompt_logprobs is None else request.request_id
-            group = groups.setdefault((size, alone), [])
-            group.append(request)
-            total = sum(
-                size * sum(rows_of_calls(len(requests), self._rows_for(size)))
-                for (size, _), requests in groups.items()
-            )
-            if spent + total > self.runner.chunk_size:
-                group.remove(request)  # it has its place, and is the next step's first
-                break
-            if request.prefilled + size < len(request.prompt):
-                break  # nobody is admitted behind a prompt that goes on
-        return [requests for requests in groups.values() if requests]
-
-    def _next_size(self, request: Request) -> int:
-        """Length of the request's next chunk, padding included."""
-        return self.runner.padded(len(request.prompt) - request.prefilled)
+        budget, together = self.runner.chunk_size, not self.deterministic
+        while calls := plan_calls(self._in_line(), budget, self.runner, together=together):
+            for call in calls:
+                self._next_chunks(call.requests, call.rows)
+                budget -= call.tokens
 
     def _in_line(self) -> Iterator[Request]:
         """Requests in prefill, then those that can be admitted."""
         yield from list(self.scheduler.prefilling)
         while (request := self._admit()) is not None:
             yield request
-
-    def _rows_for(self, size: int) -> int:
-        """Prompts of that padded length in one call.
-
-        Sums may be rounded in another way there, so in deterministic mode each has its own.
-        """
-        return 1 if self.deterministic else self.runner.rows_for(size)
 
     def _next_chunks(self, requests: Sequence[Request], rows: int = 1) -> None:
         """Prefills the requests' next chunks in one call, and samples first tokens of those that
