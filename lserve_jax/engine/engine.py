@@ -230,10 +230,11 @@ class Engine:
         (with relay) and ``SamplingMode`` that occurs; ``prompt_logprobs`` are chunks of their own.
         """
         chunks, relays = self.runner.chunk_buckets(), self.relay != "never"
+        joined = [size for size in chunks if self.runner.rows_for(size) > 1]
         return shape_buckets(
             self.spec,
             chunks,
-            rows=1 if self.deterministic else self.runner.rows,
+            joined=[] if self.deterministic else joined,
             relays=relays,
             all_slots=self.deterministic,
         )

@@ -6,6 +6,8 @@ from typing import NamedTuple
 from lserve_jax.engine.request import Request
 from lserve_jax.engine.runner import ModelRunner
 
+LEAST_BUSY = 1024  # tokens of a call from which on more of them take as much longer
+
 
 class PrefillCall(NamedTuple):
     """One call of ``ModelRunner.prefill``."""
@@ -49,18 +51,20 @@ def _calls(
 ) -> Iterator[PrefillCall]:
     for (size, _), requests in groups.items():
         begin = 0
-        for rows in rows_of_calls(len(requests), runner.rows_for(size)):
+        for rows in rows_of_calls(len(requests), runner.rows_for(size), size):
             yield PrefillCall(requests[begin : begin + rows], rows, size)
             begin += rows
 
 
-def rows_of_calls(prompts: int, rows: int) -> list[int]:
+def rows_of_calls(prompts: int, rows: int, size: int) -> list[int]:
     """Rows of each call that prefills some of so many prompts, with calls of ``rows`` rows or one.
 
-    Never more rows without a prompt than with one.
+    Rows without a prompt are computed too. So there are never as many as those with one, and none
+    where ``rows`` of ``size`` tokens are more than ``LEAST_BUSY``.
 
-    >>> rows_of_calls(19, 8), rows_of_calls(15, 8)
-    ([8, 8, 1, 1, 1], [8, 8])
+    >>> rows_of_calls(19, 8, 64), rows_of_calls(15, 8, 64), rows_of_calls(15, 8, 512)
+    ([8, 8, 1, 1, 1], [8, 8], [8, 1, 1, 1, 1, 1, 1, 1])
     """
     full, rest = divmod(prompts, rows)
-    return [rows] * full + ([rows] if 2 * rest > rows else [1] * rest)
+    filled_up = 2 * rest > rows and rows * size <= LEAST_BUSY
+    return [rows] * full + ([rows] if filled_up else [1] * rest)

@@ -17,7 +17,13 @@ from jaxtyping import Array, UInt32
 
 from lserve_jax.attention.attend import ChunkRows, PrefixGroups
 from lserve_jax.attention.cache import CacheSpec, LayerCache, cache_bytes, init_layer_cache
-from lserve_jax.engine.buckets import MOST_ROWS, SMALLEST_CHUNK, bucket, buckets
+from lserve_jax.engine.buckets import (
+    MOST_JOINED_TOKENS,
+    MOST_ROWS,
+    SMALLEST_CHUNK,
+    bucket,
+    buckets,
+)
 from lserve_jax.engine.forced_steps import score_steps
 from lserve_jax.engine.inputs import BurstInputs, Chunk, Start
 from lserve_jax.engine.programs import Call, Programs
@@ -144,15 +150,11 @@ class ModelRunner:
         """All lengths that ``padded`` can return."""
         return buckets(SMALLEST_CHUNK, self.chunk_size)
 
-    @property
-    def rows(self) -> int:
-        """Prompts that can be prefilled in one call: a power of two, 1 where only one can."""
-        most = min(MOST_ROWS, self.spec.max_num_seqs, self.chunk_size // SMALLEST_CHUNK)
-        return 1 << most.bit_length() - 1
-
     def rows_for(self, size: int) -> int:
-        """Prompts of that padded length in one call, whose tokens are no more than a chunk's."""
-        return self.rows if self.rows * size <= self.chunk_size else 1
+        """Most prompts of that padded length in one call: a power of two, 1 where only one can."""
+        tokens = min(self.chunk_size, MOST_JOINED_TOKENS)
+        most = min(MOST_ROWS, self.spec.max_num_seqs, tokens // size)
+        return 1 << max(most, 1).bit_length() - 1
 
     def wait(self) -> None:
         """Returns when the device is idle. Raises ``RuntimeError`` if a computation failed."""

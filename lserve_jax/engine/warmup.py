@@ -35,10 +35,11 @@ def warm_up(engine: Engine, how: Warmup, *, progress: bool = False) -> None:
         usual = (*_USUAL, _FILTERED)
     calls = [_prefill(engine, size, 1) for size in chunks]
     calls += [_insert(engine, sampling, 1) for sampling in usual]
-    if how == "full" and (joined := sizes["joined_tokens"]):
-        rows = engine.runner.rows
-        calls += [_prefill(engine, size, rows) for size in joined]
-        calls += [_insert(engine, sampling, rows) for sampling in usual]
+    if how == "full":
+        rows_for = engine.runner.rows_for
+        together = {size: rows_for(size) for size in sizes["joined_tokens"]}
+        calls += [_prefill(engine, size, rows) for size, rows in together.items()]
+        calls += [_insert(engine, s, rows) for rows in set(together.values()) for s in usual]
     calls += [
         call for rows in slots for sampling in usual for call in _decode(engine, rows, sampling)
     ]

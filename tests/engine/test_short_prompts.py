@@ -229,18 +229,19 @@ def test_windows_for_few(pattern: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "rows", "calls"),
+    ("prompts", "rows", "size", "calls"),
     [
-        (1, 8, [1]),
-        (4, 8, [1] * 4),
-        (5, 8, [8]),
-        (8, 8, [8]),
-        (21, 8, [8, 8, 8]),
-        (20, 8, [8, 8, 1, 1, 1, 1]),
-        (3, 2, [2, 1]),
-        (3, 1, [1, 1, 1]),
+        (1, 8, 64, [1]),
+        (4, 8, 64, [1] * 4),
+        (5, 8, 128, [8]),
+        (7, 8, 256, [1] * 7),
+        (8, 8, 256, [8]),
+        (21, 8, 64, [8, 8, 8]),
+        (20, 8, 64, [8, 8, 1, 1, 1, 1]),
+        (3, 2, 64, [2, 1]),
+        (3, 1, 64, [1, 1, 1]),
     ],
 )
-def test_rows_of_calls(prompts: int, rows: int, calls: list[int]) -> None:
-    """Never more rows without a prompt than with one."""
-    assert rows_of_calls(prompts, rows) == calls
+def test_rows_of_calls(prompts: int, rows: int, size: int, calls: list[int]) -> None:
+    """Rows without a prompt are fewer than those with one, and in small calls only."""
+    assert rows_of_calls(prompts, rows, size) == calls
