@@ -9,6 +9,7 @@ request makes alone, with nothing remembered, is the standard, bit for bit.
 import dataclasses
 import gc
 import tracemalloc
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ from tiny_llm import (
 
 from lserve_jax import LLM, SamplingParams, SparsityConfig
 from lserve_jax.engine.engine import Engine
+from lserve_jax.engine.inputs import Chunk
 from lserve_jax.engine.prefix import Prefix
 from lserve_jax.engine.request import TokenOutput
 
@@ -144,7 +146,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Machine]:
 
 
 @pytest.fixture(scope="module")
-def by_pages(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+def by_pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """Matches end at any page, prompts run together: not bit for bit. Window pages are scarcer than
     pages.
 
@@ -153,7 +155,18 @@ def by_pages(tmp_path_factory: pytest.TempPathFactory) -> Machine:
     pattern = write_pattern(tmp_path_factory.mktemp("patterns") / "half", [[0.1, 0.9]])
     plain = {"temperature": 0, "frequency_penalty": 0}
     greedy = [Kind(k.prompt, dataclasses.replace(k.sampling, **plain)) for k in KINDS]
-    return make_machine("lserve", pattern, 40, greedy, deterministic=False, prefill_chunk_size=128)
+    machine = make_machine(
+        "lserve", pattern, 40, greedy, deterministic=False, prefill_chunk_size=128
+    )
+    prefill, rows_run = machine.engine.runner.prefill, set()
+
+    def recorded(chunks: list[Chunk], rows: int = 1) -> Any:
+        rows_run.add(rows)
+        return prefill(chunks, rows)
+
+    machine.engine.runner.prefill = recorded
+    yield machine
+    assert rows_run == {1, 2}
 
 
 ACTIONS = st.lists(
@@ -162,6 +175,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("add"), st.integers(0, len(KINDS) - 1)),
         st.tuples(st.just("add, one second"), st.integers(0, len(KINDS) - 1)),
         st.tuples(st.just("add with salt"), st.integers(0, len(KINDS) - 1)),
+        st.tuples(st.just("add several"), st.integers(0, len(KINDS) - 1)),
         st.tuples(st.just("forget"), st.integers(0, 0)),
         st.tuples(st.just("step"), st.integers(1, 4)),
         st.tuples(st.just("cancel"), st.integers(0, 9)),
@@ -186,7 +200,10 @@ class Run:
 
     def act(self, action: str, number: int) -> None:
         engine = self.engine
-        if action.startswith("add"):
+        if action == "add several":
+            for kind in range(number, min(number + 3, len(KINDS))):
+                self.act("add", kind)
+        elif action.startswith("add"):
             name = f"r{len(self.kind_of)}"
             kind = self.machine.kinds[number]
             deadline = 1.0 if action.endswith("second") else None
