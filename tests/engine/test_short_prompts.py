@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from engine_cases import CONFIG, ORACLE, SIZES, drain, greedy, oracle, run, tokens_of
+from engine_cases import CONFIG, ORACLE, PAGE_BYTES, SIZES, drain, greedy, oracle, run, tokens_of
 from numpy.testing import assert_allclose
 from oracle_model import Oracle
 from tiny_llm import VOCAB, check_nothing_left, expected, poison, random_prompts, tiny_params
@@ -216,16 +216,31 @@ def test_after_a_failure_in_a_call_of_several(
     assert after == before
 
 
-def test_windows_for_few(pattern: str) -> None:
-    """Streaming heads need a window for each; where there is room for two, two run together."""
-    calls = build("lserve", pattern, max_num_seqs=2, max_prefixes=0, kv_cache_bytes=1 << 16)
-    spec = calls.llm.spec
-    assert spec.num_window_pages == spec.prefill_window.num_pages == 6
+@pytest.fixture(scope="module")
+def small(pattern: str) -> Calls:
+    """Seven pages of 16 tokens, and six of prefill windows, for two slots."""
+    settings = {"max_num_seqs": 2, "max_prefixes": 0, "kv_cache_bytes": 7 * PAGE_BYTES}
+    calls = build("lserve", pattern, **settings)
+    assert (calls.llm.spec.num_pages, calls.llm.spec.num_window_pages) == (7, 6)
+    return calls
+
+
+def test_windows_for_few(small: Calls) -> None:
+    """Streaming heads need a window for each: prompts of 40 and 44 tokens have three pages each, of
+    50 and 60 four."""
     prompts = random_prompts(11, [40, 44, 50, 60, 10, 20])
-    outputs = run(calls.llm, prompts, greedy(3))
-    assert calls.take() == [(2, [40, 44]), (1, [50]), (1, [60]), (2, [10, 20])]
+    outputs = run(small.llm, prompts, greedy(3))
+    assert small.take() == [(2, [40, 44]), (1, [50]), (2, [60, 10]), (1, [20])]
     for prompt, output in zip(prompts, outputs, strict=True):
         assert_allclose(logprobs(output), expected(oracle(), prompt, tokens_of(output)), **ORACLE)
+
+
+def test_who_is_admitted_leaves_pages_for_the_others(small: Calls) -> None:
+    """Two prompts of three pages have room, but not with what their first bursts need."""
+    small.llm.reset_prefix_cache()
+    run(small.llm, random_prompts(12, [44, 44]), greedy(9))
+    assert small.take() == [(1, [44]), (1, [44])]
+    assert small.llm.engine.metrics().preemptions == 0
 
 
 @pytest.mark.parametrize(
