@@ -30,12 +30,13 @@ from llama_8b import CONFIG, LSERVE, few_heads_matter
 from machine import provenance
 from training import CONFIG as SMOLLM2
 
+from lserve_jax.attention.attend import ChunkRows
 from lserve_jax.attention.cache import CacheSpec, init_layer_cache, make_spec
 from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.engine.head_policy import head_policy
 from lserve_jax.engine.sampling import SamplingMode
 from lserve_jax.engine.state import DecodeState, DecodeTables, Program
-from lserve_jax.engine.steps import decode_burst, prefill_chunk
+from lserve_jax.engine.steps import decode_burst, prefill_chunks
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.params import abstract_params
 
@@ -88,16 +89,18 @@ def traced_burst(program: Program, rows: int, steps: int, dtype) -> jax.stages.T
 
 
 def traced_chunk(program: Program, tokens: int, dtype) -> jax.stages.Traced:
-    return prefill_chunk.trace(
+    return prefill_chunks.trace(
         program,
         abstract_params(program.config, dtype),
         abstract_caches(program, dtype),
-        array(tokens),
-        array(program.spec.pages_per_sequence),
-        array(program.spec.pages_per_sequence),
-        array(),
-        array(),
-        array(),
+        array(1, tokens),
+        ChunkRows(
+            page_table=array(1, program.spec.pages_per_sequence),
+            window_table=array(1, program.spec.pages_per_sequence),
+            start=array(1),
+            length=array(1),
+            prompt_length=array(1),
+        ),
         None,
         top=0,
     )

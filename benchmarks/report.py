@@ -384,6 +384,7 @@ def main() -> None:
         "serving_cpu": write_serving,
         "throughput": write_throughput,
         "throughput_cpu": write_throughput,
+        "throughput_short_cpu": write_throughput,
     }
     for name, write in writers.items():
         result = read(name)

@@ -4,12 +4,12 @@ Each factory computes the rotary angles once, for all layers, and returns the fu
 layer calls:
 
     causal_attend   whole sequences, no cache: training-like use, scoring, calibration
-    prefill_attend  one chunk of one sequence, its history in the paged cache
+    prefill_attend  one chunk of each of a few prompts, their histories in the paged cache
     decode_attend   one token for every slot of the batch, over page lists
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -66,92 +66,130 @@ def causal_attend(
     return attend
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class ChunkRows:
+    """Where chunks of R prompts, one of each, stand and lie."""
+
+    page_table: Int[Array, "R M"]  # of each prompt
+    window_table: Int[Array, "R M"]  # of its prefill window; -1: not kept
+    start: Int[Array, " R"]  # position of the chunk's first token
+    length: Int[Array, " R"]  # tokens of the chunk, padding left out; 0: there is no prompt
+    prompt_length: Int[Array, " R"]  # tokens of the whole prompt
+
+
+# Retrieval pages, those of prefill windows, key statistics.
+_Pools = tuple[KVPages, KVPages, Array | None]
+
+
+def _scan_rows[C, X](
+    step: Callable[[C, tuple[Array, ...]], tuple[C, X]], carry: C, rows: tuple[Array, ...]
+) -> tuple[C, X]:
+    """``lax.scan`` over the first axis of ``rows``; a single row runs without a loop."""
+    if rows[0].shape[0] > 1:
+        return jax.lax.scan(step, carry, rows)
+    carry, out = step(carry, tuple([row[0] for row in rows]))
+    return carry, jax.tree.map(lambda x: x[None], out)
+
+
 def prefill_attend(
     config: ModelConfig,
     spec: CacheSpec,
-    page_table: Int[Array, " M"],
-    window_table: Int[Array, " M"],
-    start: Int[Array, ""],
-    length: Int[Array, ""],
-    prompt_length: Int[Array, ""],
+    rows: ChunkRows,
     chunk_size: int,
     *,
     block_sparse: bool = False,
     backend: Backend,
 ) -> Attend:
-    """One chunk of one prompt: positions ``start`` to ``start + length - 1``.
+    """One chunk of each of R prompts: positions ``start`` to ``start + length - 1``.
 
     Retrieval heads attend causally, if ``block_sparse`` only the blocks of keys that each tile of
     queries chooses; streaming heads attend through the lambda mask of the prefill window. The
     chunk's K and V are written after they were attended, unquantised, by the chunk itself; later
     chunks and decode read them back from the cache.
 
-    ``window_table`` has the window's pages, -1 for pages of the prompt that are not kept. Since the
-    window is read first, a page that the chunk moves out of sight may be one that it writes.
+    ``window_table`` has the window's pages, -1 for pages of the prompt that are not kept. Since all
+    windows are read first, a page that a chunk moves out of sight may be one that is written.
+
+    A row knows nothing of the others, so that its numbers are those that it has alone: attention
+    and writing take one row after the other.
 
     If ``block_sparse``, what stands for a layer's cache behind it is a pair: the cache, and how
     many blocks its tiles attended, summed over retrieval KV heads.
     """
     window = spec.prefill_window
-    position = start + jnp.arange(chunk_size)
-    cos, sin = rotary_angles(config, position[None], prompt_length[None])
+    position = rows.start[:, None] + jnp.arange(chunk_size)[None]
+    cos, sin = rotary_angles(config, position, rows.prompt_length)
     number = jnp.minimum(position // spec.page_size, spec.pages_per_sequence - 1)
-    window_page = window_table[number]
-    window_table = jnp.maximum(window_table, 0)
+    window_page = jnp.take_along_axis(rows.window_table, number, axis=1)
+    window_table = jnp.maximum(rows.window_table, 0)
 
     def attend(
         layer: int, q: Array, k: Array, v: Array, cache: LayerCache
     ) -> tuple[Array, LayerCache | tuple[LayerCache, Array]]:
         angles = layer_angles(config, layer, cos, sin)
-        q, k = api.apply_rotary(q, *angles)[0], api.apply_rotary(k, *angles)[0]
-        blocks, Kr = None, cache.retrieval.k.shape[0]
-        if block_sparse and Kr > 0:
-            blocks = api.choose_blocks(
-                q[:, : Kr * config.group_size],
-                k[:, :Kr],
+        q, k = api.apply_rotary(q, *angles), api.apply_rotary(k, *angles)
+        Kr = cache.retrieval.k.shape[0]
+
+        def attend_row(attended: Array, row: tuple[Array, ...]) -> tuple[Array, Array]:
+            q, k, v, page_table, window_table, start, length = row
+            blocks = None
+            if block_sparse and Kr > 0:
+                blocks = api.choose_blocks(
+                    q[:, : Kr * config.group_size],
+                    k[:, :Kr],
+                    cache.retrieval,
+                    page_table,
+                    start,
+                    length,
+                    **chosen_by(spec),
+                )
+                attended += blocks.counts.sum()
+            out, _ = api.prefill_attention(
+                q,
+                k,
+                v,
                 cache.retrieval,
+                cache.prefill_window,
                 page_table,
+                window_table,
                 start,
                 length,
-                **chosen_by(spec),
+                sink=window.sink,
+                local=window.local,
+                blocks=blocks,
+                backend=backend,
             )
-        out, _ = api.prefill_attention(
-            q,
-            k,
-            v[0],
-            cache.retrieval,
-            cache.prefill_window,
-            page_table,
-            window_table,
-            start,
-            length,
-            sink=window.sink,
-            local=window.local,
-            blocks=blocks,
-            backend=backend,
-        )
+            return attended, out
+
+        of_rows = rows.page_table, window_table, rows.start, rows.length
+        attended, out = _scan_rows(attend_row, jnp.int32(0), (q, k, v, *of_rows))
         # The pools are written after they were read. Without this order XLA copies them whole.
-        out, pools, streaming_pools = jax.lax.optimization_barrier(
+        out, retrieval, kept_window = jax.lax.optimization_barrier(
             (out, cache.retrieval, cache.prefill_window)
         )
-        retrieval, kept_window, key_stats = api.append_kv_chunk(
-            k,
-            v[0],
-            pools,
-            streaming_pools,
-            cache.key_stats,
-            page_table,
-            window_page,
-            start,
-            length,
-            backend=backend,
-        )
+
+        def append_row(pools: _Pools, row: tuple[Array, ...]) -> tuple[_Pools, None]:
+            k, v, page_table, window_page, start, length = row
+            pools = api.append_kv_chunk(
+                k,
+                v,
+                *pools,
+                page_table,
+                window_page,
+                start,
+                length,
+                backend=backend,
+            )
+            return pools, None
+
+        pools: _Pools = retrieval, kept_window, cache.key_stats
+        of_rows = rows.page_table, window_page, rows.start, rows.length
+        (retrieval, kept_window, key_stats), _ = _scan_rows(append_row, pools, (k, v, *of_rows))
         cache = dataclasses.replace(
             cache, retrieval=retrieval, prefill_window=kept_window, key_stats=key_stats
         )
-        if not block_sparse:
-            return out[None], cache
-        return out[None], (cache, jnp.int32(0) if blocks is None else blocks.counts.sum())
+        return out, (cache, attended) if block_sparse else cache
 
     return attend
 

@@ -27,11 +27,11 @@ retrieval heads the first Kq rank their pages, and the others read all of them:
 
 A page id means the same page in every layer's retrieval pool, so a sequence has one page table;
 pool bytes differ between layers because Kr does. So it is with the pages of prefill windows: the
-one prompt that is read at a time has a table of those that its streaming heads can see. K and V are
-separate arrays so that updating one never copies the other. Keys are stored rotated, at absolute
-positions, so a stale key is recognised by its position. int8 storage adds one float32 scale per
-token and head; other storage types (int4, a scale per tensor) differ only in the element type and
-the shape of the scale arrays.
+prompts that are being read have a table each of those that their streaming heads can see. K and V
+are separate arrays so that updating one never copies the other. Keys are stored rotated, at
+absolute positions, so a stale key is recognised by its position. int8 storage adds one float32
+scale per token and head; other storage types (int4, a scale per tensor) differ only in the element
+type and the shape of the scale arrays.
 """
 
 import dataclasses
@@ -377,31 +377,35 @@ def cache_bytes(config: ModelConfig, spec: CacheSpec, dtype) -> dict[str, int]:
     return totals
 
 
-def fill_decode_window(
+def fill_decode_windows(
     cache: LayerCache,
     spec: CacheSpec,
-    slot: Int[Array, ""],
-    length: Int[Array, ""],
-    window_table: Int[Array, " M"],
+    slot: Int[Array, " R"],
+    length: Int[Array, " R"],
+    window_table: Int[Array, "R M"],
 ) -> LayerCache:
-    """At the end of a prompt of ``length`` tokens: keep of the window what decode will read.
+    """At the end of R prompts of ``length`` tokens: keep of their windows what decode will read.
 
     Whole pages are copied (and quantised if the cache is int8): the sinks, and the newest pages, as
     many as the decode window has. ``window_table`` says where they lie in the prefill window. Pages
-    the sequence does not have are dropped.
+    the sequence does not have are dropped, and so are those of a slot that there is not.
     """
     if cache.prefill_window.k.shape[0] == 0:
         return cache
-    window, newest = spec.decode_window, (length - 1) // spec.page_size
+    window, newest = spec.decode_window, (length[:, None] - 1) // spec.page_size
+    sinks = jnp.broadcast_to(jnp.arange(window.sink_pages), (len(slot), window.sink_pages))
     number = jnp.concatenate(
-        [jnp.arange(window.sink_pages), newest - jnp.arange(window.local_pages)]
+        [sinks, newest - jnp.arange(window.local_pages)[None]], axis=1
     )  # page numbers within the sequence
-    is_local = jnp.arange(window.num_pages) >= window.sink_pages
+    is_local = jnp.arange(window.num_pages)[None] >= window.sink_pages
     exists = jnp.where(is_local, number >= window.sink_pages, number <= newest)
     number = jnp.maximum(number, 0)
-    source = window_table[jnp.minimum(number, window_table.shape[0] - 1)]
-    target = slot * window.num_pages + window.index(number)
-    target = jnp.where(exists, target, cache.streaming.k.shape[1])  # out of range: dropped
+    source = jnp.take_along_axis(
+        window_table, jnp.minimum(number, window_table.shape[1] - 1), axis=1
+    ).ravel()
+    target = slot[:, None] * window.num_pages + window.index(number)
+    # Out of range: dropped.
+    target = jnp.where(exists, target, cache.streaming.k.shape[1]).ravel()
 
     def copy(pool: Array, pages: Array) -> Array:
         return pool.at[:, target].set(pages.astype(pool.dtype), mode="drop")

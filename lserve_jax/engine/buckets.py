@@ -6,6 +6,8 @@ Prompts are padded to such chunk lengths, decode runs on such numbers of slots.
 from lserve_jax.attention.cache import CacheSpec
 
 SMALLEST_CHUNK = 64  # tokens; shorter prompts are padded to this
+MOST_ROWS = 8  # prompts that are prefilled in one call
+MOST_JOINED_TOKENS = 4096  # of those, padding included
 
 
 def bucket(n: int, smallest: int, largest: int) -> int:
@@ -27,12 +29,16 @@ def most_groups(spec: CacheSpec) -> int:
 
 
 def shape_buckets(
-    spec: CacheSpec, chunks: list[int], *, relays: bool, all_slots: bool
+    spec: CacheSpec, chunks: list[int], *, joined: list[int], relays: bool, all_slots: bool
 ) -> dict[str, list[int]]:
-    """What ``Engine.shape_buckets`` returns; ``chunks`` are the lengths of prompt chunks."""
+    """What ``Engine.shape_buckets`` returns; ``chunks`` are the lengths of prompt chunks.
+
+    ``joined``: those of which several can run in one call.
+    """
     slots, groups = [spec.max_num_seqs], buckets(1, most_groups(spec))
     return {
         "chunk_tokens": chunks,
+        "joined_tokens": joined,
         "slots": slots if all_slots else buckets(1, spec.max_num_seqs),
         "relay_groups": [0, *groups] if relays else [0],
         "prefix_pages": buckets(1, spec.pages_per_sequence),

@@ -2,7 +2,8 @@
 
 A request waits until a slot and pages for its prompt are free. Its prompt is prefilled chunk by
 chunk, between bursts of decode steps, so that those who decode already never wait for longer than
-a chunk. It then decodes with its neighbours until it stops.
+a chunk; short prompts run together, as many as make one. It then decodes with its neighbours until
+it stops.
 
 The device is kept busy: a step of the engine first dispatches the next work and only then fetches
 the results of the work before.
@@ -28,6 +29,7 @@ from lserve_jax.engine.costs import BurstRow, CacheUnits
 from lserve_jax.engine.drafting import decide_all
 from lserve_jax.engine.host_tier import HostTier, check_pinned_memory
 from lserve_jax.engine.metrics import EngineCounts, EngineMetrics, StepMetrics
+from lserve_jax.engine.prefill_calls import plan_calls
 from lserve_jax.engine.prefix import Prefix
 from lserve_jax.engine.prefix_cache import PrefixCache
 from lserve_jax.engine.prefix_store import PrefixStore
@@ -118,8 +120,9 @@ class Engine:
         self.unfinished: dict[str, Request] = {}  # those that wait or run
         self._cancelled: dict[str, TokenOutput] = {}  # last outputs that are not yet returned
         self._in_flight: InFlight | None = None
-        # Of prompts that are through, not yet fetched; None where none is sampled.
-        self._first_tokens: list[tuple[Request, Sample | None]] = []
+        # Of prompts that are through, not yet fetched: those of one call with what was sampled, a
+        # row for each and more; None where nothing is.
+        self._first_tokens: list[tuple[Sequence[Request], Sample | None]] = []
         self._last_step: StepMetrics | None = None
 
     def _host_tier(self) -> HostTier | None:
@@ -223,12 +226,19 @@ class Engine:
     def shape_buckets(self) -> dict[str, list[int]]:
         """All sizes that jitted functions run with.
 
-        A prompt chunk compiles once a size, a burst once for each combination of slots, relay
-        groups, prefix pages (with relay) and ``SamplingMode`` that occurs; ``prompt_logprobs`` are
-        chunks of their own.
+        A prompt chunk compiles once a size, and once more where several run in one call
+        ("joined_tokens"), a burst once for each combination of slots, relay groups, prefix pages
+        (with relay) and ``SamplingMode`` that occurs; ``prompt_logprobs`` are chunks of their own.
         """
         chunks, relays = self.runner.chunk_buckets(), self.relay != "never"
-        return shape_buckets(self.spec, chunks, relays=relays, all_slots=self.deterministic)
+        joined = [size for size in chunks if self.runner.rows_for(size) > 1]
+        return shape_buckets(
+            self.spec,
+            chunks,
+            joined=[] if self.deterministic else joined,
+            relays=relays,
+            all_slots=self.deterministic,
+        )
 
     def most_new_tokens(self, prompt: PromptIds, cache_salt: str | None = None) -> int:
         """Most ``max_tokens`` of a prompt; below 1 where it cannot run at all."""
@@ -442,49 +452,59 @@ class Engine:
 
     def prefill_waiting(self) -> None:
         """Prefills what waits, as slots and pages allow, before anything decodes."""
-        while self.scheduler.prefilling is not None or self._admit() is not None:
+        while self.scheduler.prefilling or self._admit() is not None:
             self._prefill()
 
     def take_first_samples(self) -> list[tuple[Request, Sample | None]]:
-        """Of prompts that are through, not fetched; the next step will not return them."""
+        """Of prompts that are through, fetched; the next step will not return them."""
         taken, self._first_tokens = self._first_tokens, []
-        return taken
+        fetched = jax.device_get([first for _, first in taken])
+        return [
+            (request, jax.tree.map(lambda x, row=row: x[row][None], first))
+            for (requests, _), first in zip(taken, fetched, strict=True)
+            for row, request in enumerate(requests)
+        ]
 
     def _prefill(self) -> None:
         """Runs chunks as far as the step's budget goes.
 
         The budget, which counts padding too, never cuts a chunk: its bounds are the request's own,
-        and so are its numbers.
+        and so are its numbers. In deterministic mode each runs by itself, since sums of several may
+        be rounded in another way.
         """
-        spent = 0
-        while True:
-            if (request := self.scheduler.prefilling or self._admit()) is None:
-                break
-            size = self.runner.padded(len(request.prompt) - request.prefilled)
-            if spent and spent + size > self.runner.chunk_size:
-                break
-            spent += size
-            self._next_chunk(request)
+        budget, together = self.runner.chunk_size, not self.deterministic
+        while calls := plan_calls(self._in_line(), budget, self.runner, together=together):
+            for call in calls:
+                self._next_chunks(call.requests, call.rows)
+                budget -= call.tokens
 
-    def _next_chunk(self, request: Request) -> None:
-        """Prefills the request's next chunk, and samples its first token if that was the last."""
-        chunk = self.scheduler.next_chunk(request, self.runner.chunk_size)
-        logits, judged, attended = self.runner.prefill(chunk)
-        request.judged += [] if judged is None else [judged]
-        if attended is not None:
-            request.attended_blocks.append(attended)
-            blocks = causal_blocks(chunk.start, len(chunk.tokens))
-            request.causal_blocks += blocks * sum(self.spec.heads.num_retrieval)
-        self.scheduler.computed(request, len(chunk.tokens))
-        if request.prefilled < len(request.prompt):
+    def _in_line(self) -> Iterator[Request]:
+        """Requests in prefill, then those that can be admitted."""
+        yield from list(self.scheduler.prefilling)
+        while (request := self._admit()) is not None:
+            yield request
+
+    def _next_chunks(self, requests: Sequence[Request], rows: int = 1) -> None:
+        """Prefills the requests' next chunks in one call, and samples first tokens of those that
+        are through: a single one, or all."""
+        chunks = [self.scheduler.next_chunk(r, self.runner.chunk_size) for r in requests]
+        logits, judged, attended = self.runner.prefill(chunks, rows)
+        for request, chunk in zip(requests, chunks, strict=True):
+            request.judged += [] if judged is None else [judged]
+            if attended is not None:
+                request.attended_blocks.append(attended)
+                blocks = causal_blocks(chunk.start, len(chunk.tokens))
+                request.causal_blocks += blocks * sum(self.spec.heads.num_retrieval)
+            self.scheduler.computed(request, len(chunk.tokens))
+        if any(request.prefilled < len(request.prompt) for request in requests):
             return
         first = None
-        if request.sampling.max_tokens > 0:
-            slot, start = request.slot, self.scheduler.start(request)
-            first = self.runner.insert(slot, logits, start)
-        if request.remaining == 0:
-            self.scheduler.release(request)
-        self._first_tokens.append((request, first))
+        if requests[0].sampling.max_tokens > 0:
+            first = self.runner.insert(logits, [self.scheduler.start(r) for r in requests])
+        for request in requests:
+            if request.remaining == 0:
+                self.scheduler.release(request)
+        self._first_tokens.append((requests, first))
 
     def _admit(self) -> Request | None:
         request = self.scheduler.admit()
@@ -500,9 +520,8 @@ class Engine:
         """Fetches those that are not yet fetched."""
         outputs: list[TokenOutput] = []
         for request, first in self.take_first_samples():
-            fetched = jax.device_get((first, request.judged, request.attended_blocks))
-            first, judged, attended = fetched
-            attended = int(sum(attended))
+            fetched = jax.device_get((request.judged, request.attended_blocks))
+            judged, attended = fetched[0], int(sum(fetched[1]))
             self._counts.prefill_blocks += attended
             self._counts.causal_prefill_blocks += request.causal_blocks
             if first is None:  # of the prompt's own tokens none is new
@@ -612,6 +631,6 @@ class Engine:
         return self.prefix_store.load(path)
 
     def _finish_prompt(self) -> None:
-        """Runs what is left of the prompt in prefill: one prompt at a time has a window."""
-        while (request := self.scheduler.prefilling) is not None:
-            self._next_chunk(request)
+        """Runs what is left of a prompt in prefill: the prefix needs its window."""
+        while self.scheduler.prefilling:
+            self._next_chunks(self.scheduler.prefilling[:1])

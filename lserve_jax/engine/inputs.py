@@ -6,7 +6,7 @@ import numpy as np
 
 from lserve_jax.attention.attend import PrefixGroups
 from lserve_jax.engine.sampling import SamplingMode
-from lserve_jax.engine.token_rules import TokenRules
+from lserve_jax.engine.token_rules import RequestRules, TokenRules
 from lserve_jax.sampling_params import SamplingParams
 
 
@@ -31,12 +31,13 @@ class Chunk:
 class Start:
     """A prefilled prompt that begins to decode."""
 
+    slot: int
     prompt: np.ndarray  # [n] int32
     sampling: SamplingParams
     sampling_row: dict[str, np.ndarray]  # ``sampling.sampling_row`` of it
     forced: int  # first token of a request that begins anew, else -1
     window_table: np.ndarray  # [M] int32, of its prefill window; -1: not kept
-    rules: TokenRules | None  # of its first token, one row; None: it may be any
+    rules: RequestRules | None  # None: its first token may be any
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,7 +124,7 @@ class PrefixCache:
 
     @property
     def pinnable_windows(self) -> int:
-        """Window pages that may be pinned, so that a prompt in prefill always has its own."""
+        """Window pages that may be pinned, so that one prompt in prefill always has its own."""
         own = self.spec.prefill_window.sink_pages + self._kept_pages
         return self.spec.num_window_pages - own
 
@@ -137,8 +137,19 @@ class PrefixCache:
 
     def whole_pages(self, tokens: int, block_sparse: bool) -> int:
         """Pages that so many tokens of a prompt can leave to the tree."""
-        grain = self.tree.block_grain if block_sparse else self.tree.grain
+        grain = self.tree.grain_of(block_sparse)
         return tokens // self.spec.page_size // grain * grain
+
+    def has_windows(self, prompts: Sequence[PromptPages]) -> bool:
+        """Whether all of these can be in prefill at the same time, each with a window of its own.
+
+        A single one always can.
+        """
+        if not self.streams:
+            return True
+        P, most = self.spec.page_size, self.spec.prefill_window.sink_pages + self._kept_pages
+        wanted = sum(min(-(-len(prompt.prompt) // P), most) for prompt in prompts)
+        return wanted <= self.spec.num_window_pages - self.tree.num_pinned_windows
 
     # A prompt on its way.
 
@@ -163,6 +174,17 @@ class PrefixCache:
         node = path[min(end, len(path)) - 1] if end and path else None
         windows = {number: there[number] for number in self._kept(end) if number in there}
         return Match(node, behind[: max(end - len(path), 0)], windows)
+
+    def will_have_more(self, prompt: PromptPages, match: Match, other: PromptPages) -> bool:
+        """Whether a prompt will find more than ``match`` once ``other``, in prefill, is through."""
+        kinds = {(each.cache_salt, each.block_sparse) for each in (prompt, other)}
+        if not self.enabled or len(kinds) > 1:
+            return False
+        pages = match.depth + len(match.behind) + self.tree.grain_of(prompt.block_sparse)
+        end = pages * self.spec.page_size
+        if end > min(len(prompt.prompt) - 1, len(other.prompt)):
+            return False
+        return np.array_equal(prompt.prompt[:end], other.prompt[:end])
 
     def begin(self, prompt: PromptPages, match: Match) -> None:
         """Gives a prompt the pages of what it goes on from, those in the tree."""

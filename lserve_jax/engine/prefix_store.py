@@ -179,7 +179,7 @@ class PrefixStore:
         cache = self.scheduler.prefix_cache
         while prompt.prefilled < len(prompt.prompt):
             chunk = self.scheduler.chunk_of(prompt, self.runner.chunk_size)
-            self.runner.prefill(chunk)
+            self.runner.prefill([chunk])
             cache.computed(prompt, len(chunk.tokens), remember=True)
 
     def _write(

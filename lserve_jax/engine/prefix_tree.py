@@ -152,9 +152,13 @@ class PrefixTree:
         path = itertools.takewhile(lambda n: n.pins, walked)
         return self.deepest_end([node.window_pins > 0 for node in path], block_sparse)
 
+    def grain_of(self, block_sparse: bool) -> int:
+        """Pages at whose multiples paths of a kind grow and matches end."""
+        return self.block_grain if block_sparse else self.grain
+
     def deepest_end(self, has_window: Sequence[bool], block_sparse: bool = False) -> int:
         """The longest beginning of some pages, whole grains, whose end has its window."""
-        grain = self.block_grain if block_sparse else self.grain
+        grain = self.grain_of(block_sparse)
         if self.window is None:
             return len(has_window) // grain * grain
         sinks, reach = self.window.sink_pages, self.window.local_pages - 1

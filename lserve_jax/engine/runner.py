@@ -7,7 +7,7 @@ that the device works while the host goes on.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
-from lserve_jax.attention.attend import PrefixGroups
+from lserve_jax.attention.attend import ChunkRows, PrefixGroups
 from lserve_jax.attention.cache import CacheSpec, LayerCache, cache_bytes, init_layer_cache
-from lserve_jax.engine.buckets import SMALLEST_CHUNK, bucket, buckets
+from lserve_jax.engine.buckets import (
+    MOST_JOINED_TOKENS,
+    MOST_ROWS,
+    SMALLEST_CHUNK,
+    bucket,
+    buckets,
+)
 from lserve_jax.engine.forced_steps import score_steps
 from lserve_jax.engine.inputs import BurstInputs, Chunk, Start
 from lserve_jax.engine.programs import Call, Programs
@@ -32,14 +38,14 @@ from lserve_jax.engine.state import (
     ForcedSteps,
     Program,
     Sample,
-    SlotStart,
+    SlotStarts,
     StepScores,
 )
 from lserve_jax.engine.steps import (
     deactivate,
     decode_burst,
     insert,
-    prefill_chunk,
+    prefill_chunks,
     read_pages,
     write_pages,
 )
@@ -144,6 +150,12 @@ class ModelRunner:
         """All lengths that ``padded`` can return."""
         return buckets(SMALLEST_CHUNK, self.chunk_size)
 
+    def rows_for(self, size: int) -> int:
+        """Most prompts of that padded length in one call: a power of two, 1 where only one can."""
+        tokens = min(self.chunk_size, MOST_JOINED_TOKENS)
+        most = min(MOST_ROWS, self.spec.max_num_seqs, tokens // size)
+        return 1 << max(most, 1).bit_length() - 1
+
     def wait(self) -> None:
         """Returns when the device is idle. Raises ``RuntimeError`` if a computation failed."""
         jax.block_until_ready((self._caches, self._state))
@@ -155,76 +167,94 @@ class ModelRunner:
 
     # Requests.
 
-    def prefill(self, chunk: Chunk) -> tuple[jax.Array, Sample | None, jax.Array | None]:
-        """Runs a chunk; returns the logits ``[V]`` (float32) after its last token.
+    def prefill(
+        self, chunks: Sequence[Chunk], rows: int = 1
+    ) -> tuple[jax.Array, Sample | None, jax.Array | None]:
+        """Runs chunks of one padded length; returns the logits (float32) after their last tokens.
 
-        Beside them what the model thought of ``chunk.following``, padded as the chunk is, and of a
-        block-sparse chunk the blocks that were attended, summed over layers and retrieval heads.
+        The call has ``rows`` rows, 1 or ``rows_for`` that length, and so have the logits [R, V];
+        those behind the chunks mean nothing. Beside them what the model thought of a single chunk's
+        ``following``, padded as the chunk is, and of block-sparse chunks the blocks that were
+        attended, summed over layers and retrieval heads.
         """
-        size = self.padded(len(chunk.tokens))
-        what = chunk.following is None, chunk.top_logprobs, chunk.keep_hidden, chunk.block_sparse
-        self.count_shape("prefill_chunk", size, *what)
-        self.prompt_tokens += len(chunk.tokens)
-        call = self.prefill_call(chunk)
+        call = self.prefill_call(chunks, rows)
+        what = *_judged(chunks[0]), chunks[0].block_sparse
+        self.count_shape("prefill_chunks", *call.args[3].shape, *what)
+        self.prompt_tokens += sum(len(chunk.tokens) for chunk in chunks)
         logits, self._caches, judged, attended = self.programs.run(call)
         return logits, judged, attended
 
-    def prefill_call(self, chunk: Chunk) -> Call:
+    def prefill_call(self, chunks: Sequence[Chunk], rows: int = 1) -> Call:
         """What ``prefill`` runs."""
-        size = self.padded(len(chunk.tokens))
+        [size] = {self.padded(len(chunk.tokens)) for chunk in chunks}
+        following = chunks[0].following
+        nothing = dataclasses.replace(
+            chunks[0], tokens=np.zeros((0,), np.int32), start=0, prompt_length=1
+        )
+        filled = [*chunks, *[nothing] * (rows - len(chunks))]
         return Call.of(
-            prefill_chunk,
+            prefill_chunks,
             self._program,
             self.params,
             self._caches,
-            _filled_up(chunk.tokens, size),
-            jnp.asarray(chunk.page_table),
-            jnp.asarray(chunk.window_table),
-            jnp.int32(chunk.start),
-            jnp.int32(len(chunk.tokens)),
-            jnp.int32(chunk.prompt_length),
-            None if chunk.following is None else _filled_up(chunk.following, size),
-            block_sparse=chunk.block_sparse,
-            top=chunk.top_logprobs,
-            keep_hidden=chunk.keep_hidden,
+            _stacked([chunk.tokens for chunk in filled], size),
+            ChunkRows(
+                page_table=jnp.asarray(np.stack([chunk.page_table for chunk in filled])),
+                window_table=jnp.asarray(np.stack([chunk.window_table for chunk in filled])),
+                start=_int32([chunk.start for chunk in filled]),
+                length=_int32([len(chunk.tokens) for chunk in filled]),
+                prompt_length=_int32([chunk.prompt_length for chunk in filled]),
+            ),
+            None if following is None else jnp.asarray(_filled_up(following, size)),
+            block_sparse=chunks[0].block_sparse,
+            top=chunks[0].top_logprobs,
+            keep_hidden=chunks[0].keep_hidden,
         )
 
-    def insert(self, slot: int, logits: jax.Array, start: Start) -> Sample:
-        """Gives a slot to a prefilled prompt; its first token, sampled from ``logits`` [V]."""
-        call = self.insert_call(slot, logits, start)
+    def insert(self, logits: jax.Array, starts: Sequence[Start]) -> Sample:
+        """Gives slots to prefilled prompts; their first tokens, sampled from ``logits`` [R, V].
+
+        There may be fewer of them than rows; the tokens behind theirs mean nothing.
+        """
+        call = self.insert_call(logits, starts)
         counts_no_tokens = self._state.output_counts is None
-        self.count_shape("insert", call.static["mode"], counts_no_tokens, _rules_shape(start.rules))
+        how = call.static["mode"], counts_no_tokens, _rules_shape(call.args[-1])
+        self.count_shape("insert", len(logits), *how)
         self._state, self._caches, first = self.programs.run(call)
         return first
 
-    def insert_call(self, slot: int, logits: jax.Array, start: Start) -> Call:
+    def insert_call(self, logits: jax.Array, starts: Sequence[Start]) -> Call:
         """What ``insert`` runs."""
-        prompt_mask = self._prompt_mask(start)
-        sampling = self._state.sampling.with_row(slot, start.sampling_row)
+        prompt_mask = self._prompt_masks(starts, len(logits))
+        filled = [*starts, *[starts[-1]] * (len(logits) - len(starts))]
+        sampling = self._state.sampling.with_rows([(x.slot, x.sampling_row) for x in filled])
+        # Beyond the last slot is nobody's.
+        slots = [x.slot if i < len(starts) else len(sampling.seed) for i, x in enumerate(filled)]
+        rules = TokenRules.of([start.rules for start in filled])
         return Call.of(
             insert,
             self._program,
             self._caches,
             dataclasses.replace(self._state, sampling=sampling),
             logits,
-            SlotStart(
-                slot=jnp.int32(slot),
-                prompt_length=jnp.int32(len(start.prompt)),
-                max_tokens=jnp.int32(start.sampling.max_tokens),
-                forced=jnp.int32(start.forced),
-                window_table=jnp.asarray(start.window_table),
+            SlotStarts(
+                slot=_int32(slots),
+                prompt_length=_int32([len(start.prompt) for start in filled]),
+                max_tokens=_int32([start.sampling.max_tokens for start in filled]),
+                forced=_int32([start.forced for start in filled]),
+                window_table=jnp.asarray(np.stack([start.window_table for start in filled])),
                 prompt_mask=prompt_mask,
-                history=self._history(start),
+                history=self._histories(filled),
             ),
-            jax.tree.map(jnp.asarray, start.rules),
-            mode=SamplingMode.of([start.sampling]),
+            jax.tree.map(jnp.asarray, rules),
+            mode=SamplingMode.of([start.sampling for start in starts]),
         )
 
-    def _prompt_mask(self, start: Start) -> jax.Array | None:
-        """The prompt's tokens, for penalties, once any request has asked for them; else None."""
+    def _prompt_masks(self, starts: Sequence[Start], rows: int) -> jax.Array | None:
+        """The prompts' tokens, for penalties, once any request has asked for them; else None."""
         V = self.config.vocab_size
         if self._state.output_counts is None:
-            if not start.sampling.uses_penalties:
+            if not any(start.sampling.uses_penalties for start in starts):
                 return None
             shape = (self.spec.max_num_seqs, V)
             self._state = dataclasses.replace(
@@ -232,15 +262,16 @@ class ModelRunner:
                 output_counts=jnp.zeros(shape, jnp.int32),
                 prompt_mask=jnp.zeros(shape, bool),
             )
-        mask = np.zeros((V,), bool)
-        mask[start.prompt] = True
+        mask = np.zeros((rows, V), bool)
+        for row, start in zip(mask, starts, strict=False):
+            row[start.prompt] = True
         return jnp.asarray(mask)
 
-    def _history(self, start: Start) -> jax.Array | None:
-        """The prompt by position, where drafts are looked up; else None."""
+    def _histories(self, starts: Sequence[Start]) -> jax.Array | None:
+        """The prompts by position, where drafts are looked up; else None."""
         if self._state.history is None:
             return None
-        return _filled_up(start.prompt, self._state.history.shape[1])
+        return _stacked([start.prompt for start in starts], self._state.history.shape[1])
 
     def decode(self, inputs: BurstInputs) -> Burst:
         """Runs decode steps of the first B slots."""
@@ -358,10 +389,24 @@ class ModelRunner:
         self._shapes.add(shape)
 
 
-def _filled_up(ids: np.ndarray, size: int) -> jax.Array:
+def _filled_up(ids: np.ndarray, size: int) -> np.ndarray:
     filled = np.zeros((size,), np.int32)
     filled[: len(ids)] = ids
-    return jnp.asarray(filled)
+    return filled
+
+
+def _stacked(rows: Sequence[np.ndarray], size: int) -> jax.Array:
+    """Ids of each row ``[R, size]`` int32, filled up with 0."""
+    return jnp.asarray(np.stack([_filled_up(ids, size) for ids in rows]))
+
+
+def _int32(numbers: Sequence[int]) -> jax.Array:
+    return jnp.asarray(np.array(numbers, np.int32))
+
+
+def _judged(chunk: Chunk) -> tuple[bool, int, bool]:
+    """What a program is compiled for of what is asked of a chunk's own tokens."""
+    return chunk.following is None, chunk.top_logprobs, chunk.keep_hidden
 
 
 def _rules_shape(rules: TokenRules | None) -> int | None:

@@ -84,28 +84,34 @@ class SamplingArrays:
             **{name: jnp.asarray(np.stack([value] * num_rows)) for name, value in row.items()}
         )
 
-    def with_row(self, index: int, row: Mapping[str, np.ndarray]) -> "SamplingArrays":
-        """A copy whose row ``index`` is ``row``, made by ``sampling_row``. Compiled once.
+    def with_rows(self, rows: Sequence[tuple[int, Mapping[str, np.ndarray]]]) -> "SamplingArrays":
+        """A copy with other rows: (index, row made by ``sampling_row``), at least one.
+
+        Compiled once for each number of rows, so the last may be given again.
 
         Raises ``ValueError`` if there is no such row or it has more stop ids than there is room.
         """
         num_rows, room = self.stop_token_ids.shape
-        if not 0 <= index < num_rows:
-            raise ValueError(f"row {index} must lie in [0, {num_rows})")
-        stop_ids = row["stop_token_ids"]
-        if len(stop_ids) > room:
-            raise ValueError(
-                f"{len(stop_ids)} stop ids, those that end a text included, exceed the room "
-                f"for {room}"
-            )
-        filled = np.pad(stop_ids, (0, room - len(stop_ids)), constant_values=-1)
-        return _set_row(self, np.int32(index), {**row, "stop_token_ids": filled})
+        filled = []
+        for index, row in rows:
+            if not 0 <= index < num_rows:
+                raise ValueError(f"row {index} must lie in [0, {num_rows})")
+            stop_ids = row["stop_token_ids"]
+            if len(stop_ids) > room:
+                raise ValueError(
+                    f"{len(stop_ids)} stop ids, those that end a text included, exceed the room "
+                    f"for {room}"
+                )
+            stop_ids = np.pad(stop_ids, (0, room - len(stop_ids)), constant_values=-1)
+            filled.append({**row, "stop_token_ids": stop_ids})
+        new = {name: np.stack([row[name] for row in filled]) for name in filled[0]}
+        return _set_rows(self, np.array([index for index, _ in rows], np.int32), new)
 
 
 @jax.jit
-def _set_row(arrays: SamplingArrays, index: Int[Array, ""], row: dict[str, Array]):
+def _set_rows(arrays: SamplingArrays, indices: Int[Array, " R"], rows: dict[str, Array]):
     return SamplingArrays(
-        **{name: getattr(arrays, name).at[index].set(value) for name, value in row.items()}
+        **{name: getattr(arrays, name).at[indices].set(value) for name, value in rows.items()}
     )
 
 

@@ -29,15 +29,16 @@ from lserve_jax.sampling_params import SamplingParams
 class Scheduler:
     """Queue, slots and pages of an engine.
 
-    A request is in one place: ``waiting``, ``prefilling`` (at most one, since streaming heads have
-    one prefill window at a time) or ``running``. ``page_table`` ``[S, M]`` int32 holds the pages of
-    every slot; entries past a sequence's pages are 0.
+    A request is in one place: ``waiting``, ``prefilling`` or ``running``. Several are in
+    ``prefilling`` while a step of the engine runs them together; from one step to the next at most
+    one stays there. ``page_table`` ``[S, M]`` int32 holds the pages of every slot; entries past a
+    sequence's pages are 0.
     """
 
     def __init__(self, spec: CacheSpec, burst_steps: int, prefix_cache: PrefixCache):
         self.spec, self.burst_steps, self.prefix_cache = spec, burst_steps, prefix_cache
         self.waiting: deque[Request] = deque()
-        self.prefilling: Request | None = None
+        self.prefilling: list[Request] = []  # the oldest first
         self.running: dict[int, Request] = {}  # by slot
         self.free_slots = list(range(spec.max_num_seqs))  # a heap: low slots keep the batch small
         self.page_table = np.zeros((spec.max_num_seqs, spec.pages_per_sequence), np.int32)
@@ -46,9 +47,7 @@ class Scheduler:
 
     def placed(self) -> list[Request]:
         """Requests that have a slot, the oldest first."""
-        placed = [*self.running.values()]
-        if self.prefilling is not None:
-            placed.append(self.prefilling)
+        placed = [*self.running.values(), *self.prefilling]
         return sorted(placed, key=lambda request: request.number)
 
     def pages_for(self, tokens: int) -> int:
@@ -194,22 +193,30 @@ class Scheduler:
     def admit(self) -> Request | None:
         """Gives the request at the head of the queue a slot and pages for its prompt, if it can.
 
-        It must leave what the running requests need for their next burst, or one of them would be
-        preempted at once.
+        It must leave what the placed requests need for their next burst, or one of them would be
+        preempted at once. Beside others in prefill it needs a window of its own, and waits if it
+        could go on from what they are about to compute.
         """
-        if self.prefilling is not None or not self.waiting or not self.free_slots:
+        if not self.waiting or not self.free_slots:
             return None
         request, cache = self.waiting[0], self.prefix_cache
         match = Match(None, [])
         if request.sampling.prompt_logprobs is None:  # else each of its tokens is to be judged
             match = cache.match(request)
-        steps = max(min(self.burst_steps, request.sampling.max_tokens - 1), 0)
-        needed = self.pages_for(len(request.prompt) + steps) + self._missing(self.burst_steps)
+            if any(cache.will_have_more(request, match, other) for other in self.prefilling):
+                return None
+        needed = self.pages_for(len(request.prompt) + self._first_steps(request))
+        needed += self._missing(self.burst_steps) + sum(
+            self._lacks(other, len(other.prompt) + self._first_steps(other))
+            for other in self.prefilling
+        )
         if needed - match.depth > cache.free_beside(match.node):
+            return None
+        if not cache.has_windows([*self.prefilling, request]):
             return None
         cache.begin(request, match)
         self.waiting.popleft()
-        self.prefilling = request
+        self.prefilling.append(request)
         request.slot = heapq.heappop(self.free_slots)
         request.scheduled, request.received = 0, 0
         request.judged, request.attended_blocks, request.causal_blocks = [], [], 0
@@ -217,10 +224,13 @@ class Scheduler:
         cache.restore(request, match)
         return request
 
+    def _first_steps(self, request: Request) -> int:
+        """Steps of its first burst that feed a token."""
+        return max(min(self.burst_steps, request.sampling.max_tokens - 1), 0)
+
     def start(self, request: Request) -> Start:
-        """The prompt of the prefilling request is in the cache: it decodes from now on."""
-        assert request is self.prefilling
-        self.prefilling = None
+        """The prompt of a request in prefill is in the cache: it decodes from now on."""
+        self.prefilling.remove(request)
         self.running[request.slot] = request
         request.scheduled = 1
         # All of the window that decode needs was kept for the prompt's last chunk.
@@ -228,12 +238,13 @@ class Scheduler:
         self.prefix_cache.finish(request)
         request.path = [] if request.node is None else request.node.path()
         return Start(
+            slot=request.slot,
             prompt=request.prompt,
             sampling=request.sampling,
             sampling_row=request.sampling_row,
             forced=request.tokens[0] if request.tokens else -1,
             window_table=window_table,
-            rules=TokenRules.of([request.rules]),
+            rules=request.rules,
         )
 
     def release(self, request: Request) -> None:
@@ -246,8 +257,8 @@ class Scheduler:
                 self.waiting.remove(request)
             return
         slot, request.slot, request.path = request.slot, -1, []
-        if request is self.prefilling:
-            self.prefilling = None
+        if request in self.prefilling:
+            self.prefilling.remove(request)
         else:
             del self.running[slot]
         heapq.heappush(self.free_slots, slot)

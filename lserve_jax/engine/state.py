@@ -28,17 +28,17 @@ class Program:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class SlotStart:
-    """What a slot must know of a prefilled prompt to decode it."""
+class SlotStarts:
+    """What slots must know of prefilled prompts, R of them, to decode them."""
 
-    slot: Int[Array, ""]
-    prompt_length: Int[Array, ""]
-    max_tokens: Int[Array, ""]
-    forced: Int[Array, ""]  # first token of a request that begins anew, else -1
-    window_table: Int[Array, " M"]  # where its pages lie in the prefill window; -1: nowhere
-    # Tokens of the prompt; given exactly when the state counts tokens for penalties.
-    prompt_mask: Bool[Array, " V"] | None
-    history: Int[Array, " N"] | None  # the prompt, filled up; given where the state has a history
+    slot: Int[Array, " R"]  # beyond the last slot: there is no such prompt
+    prompt_length: Int[Array, " R"]
+    max_tokens: Int[Array, " R"]
+    forced: Int[Array, " R"]  # first token of a request that begins anew, else -1
+    window_table: Int[Array, "R M"]  # where its pages lie in the prefill window; -1: nowhere
+    # Tokens of the prompts; given exactly when the state counts tokens for penalties.
+    prompt_mask: Bool[Array, "R V"] | None
+    history: Int[Array, "R N"] | None  # the prompts, filled up; given where the state has a history
 
 
 @jax.tree_util.register_dataclass

@@ -1,4 +1,4 @@
-"""The jitted steps of generation: a prefill chunk, the start of a slot, bursts of decode steps.
+"""The jitted steps of generation: chunks of prompts, the start of slots, bursts of decode steps.
 
 All state that decode reads or writes is one pytree, ``DecodeState``, donated to every call together
 with the caches. Functions here know slots, never requests or text. ``runner.py`` calls them.
@@ -14,8 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lserve_jax.attention.attend import attended_by_choice, decode_attend, prefill_attend
-from lserve_jax.attention.cache import CacheSpec, fill_decode_window
+from lserve_jax.attention.attend import (
+    ChunkRows,
+    attended_by_choice,
+    decode_attend,
+    prefill_attend,
+)
+from lserve_jax.attention.cache import CacheSpec, fill_decode_windows
 from lserve_jax.attention.selection import first_tail_page
 from lserve_jax.attention.verify import verify_attend
 from lserve_jax.engine.prompt_logprobs import judge_tokens
@@ -33,7 +38,7 @@ from lserve_jax.engine.state import (
     DecodeTables,
     Program,
     Sample,
-    SlotStart,
+    SlotStarts,
     StepRows,
 )
 from lserve_jax.engine.token_rules import TokenRules
@@ -46,44 +51,37 @@ from lserve_jax.model.params import Params
     static_argnames=("program", "block_sparse", "top", "keep_hidden"),
     donate_argnames=("caches",),
 )
-def prefill_chunk(
+def prefill_chunks(
     program: Program,
     params: Params,
     caches: Caches,
-    tokens: Int[Array, " T"],
-    page_table: Int[Array, " M"],
-    window_table: Int[Array, " M"],
-    start: Int[Array, ""],
-    length: Int[Array, ""],
-    prompt_length: Int[Array, ""],
+    tokens: Int[Array, "R T"],
+    rows: ChunkRows,
     following: Int[Array, " T"] | None,
     *,
     block_sparse: bool = False,
     top: int,
     keep_hidden: bool = False,
-) -> tuple[Float[Array, " V"], Caches, Sample | None, Int[Array, ""] | None]:
-    """Runs one chunk of a prompt: tokens at positions ``start`` to ``start + length - 1``.
+) -> tuple[Float[Array, "R V"], Caches, Sample | None, Int[Array, ""] | None]:
+    """Runs one chunk of each of R prompts: positions ``start`` to ``start + length - 1``.
 
-    ``tokens`` is padded to its bucket T; padding is neither cached nor attended. Returns the logits
-    after the chunk's last token (float32), the caches, and what the model thought of ``following``,
-    the token after each (T rows, with the ``top`` likeliest tokens beside it and, with
-    ``keep_hidden``, the hidden states); None is for None. Last, if ``block_sparse``, the blocks
-    that tiles of queries attended, summed over layers and retrieval heads.
+    ``tokens`` are padded to their bucket T; padding is neither cached nor attended. Linear layers
+    see all tokens at once. Returns the logits after each chunk's last token (float32), the caches,
+    and what the model thought of ``following``, the token after each of the only row (T rows, with
+    the ``top`` likeliest tokens beside it and, with ``keep_hidden``, the hidden states); None is
+    for None. Last, if ``block_sparse``, the blocks that tiles of queries attended, summed over
+    layers and retrieval heads.
     """
     model = bind(program.config, params)
     attend = prefill_attend(
         program.config,
         program.spec,
-        page_table,
-        window_table,
-        start,
-        length,
-        prompt_length,
-        tokens.shape[0],
+        rows,
+        tokens.shape[1],
         block_sparse=block_sparse,
         backend=program.backend,
     )
-    hidden, caches = model(tokens[None], attend, caches)
+    hidden, caches = model(tokens, attend, caches)
     judged = attended = None
     if block_sparse:
         caches, counts = ([pair[i] for pair in caches] for i in (0, 1))
@@ -92,7 +90,8 @@ def prefill_chunk(
         judged = judge_tokens(model.unembed, hidden[0], following, top, program.config.vocab_size)
         if keep_hidden:
             judged = dataclasses.replace(judged, hidden=hidden[0])
-    return model.unembed(hidden[0, length - 1]), caches, judged, attended
+    last = hidden[jnp.arange(tokens.shape[0]), jnp.maximum(rows.length - 1, 0)]
+    return model.unembed(last), caches, judged, attended
 
 
 @functools.partial(
@@ -102,46 +101,47 @@ def insert(
     program: Program,
     caches: Caches,
     state: DecodeState,
-    logits: Float[Array, " V"],
-    start: SlotStart,
+    logits: Float[Array, "R V"],
+    start: SlotStarts,
     rules: TokenRules | None = None,
     *,
     mode: SamplingMode,
 ) -> tuple[DecodeState, Caches, Sample]:
-    """Gives a slot to a prefilled prompt and samples its first token from the prompt's logits.
+    """Gives slots to R prefilled prompts and samples their first tokens from their logits.
 
-    The slot's row of ``state.sampling`` is set already. ``rules`` have one row. Returns the new
-    state, the caches with the slot's decode window filled, and the first sample (one row).
+    The slots' rows of ``state.sampling`` are set already. ``rules`` have R rows. Returns the new
+    state, the caches with the slots' decode windows filled, and the first samples (R rows).
     """
     slot = start.slot
     caches = [
-        fill_decode_window(cache, program.spec, slot, start.prompt_length, start.window_table)
+        fill_decode_windows(cache, program.spec, slot, start.prompt_length, start.window_table)
         for cache in caches
     ]
+
+    def put(rows: Array, value: Array | int | bool) -> Array:
+        return rows.at[slot].set(value, mode="drop")
+
     counts, mask = state.output_counts, state.prompt_mask
     if counts is not None and mask is not None and start.prompt_mask is not None:
-        counts, mask = counts.at[slot].set(0), mask.at[slot].set(start.prompt_mask)
-    row = dataclasses.replace(
+        counts, mask = put(counts, 0), put(mask, start.prompt_mask)
+    rows = dataclasses.replace(
         state,
-        generated=state.generated.at[slot].set(0),
+        generated=put(state.generated, 0),
         output_counts=counts,
         prompt_mask=mask,
         history=None,
     )
-    row = jax.tree.map(lambda x: x[slot][None], row)
-    first = sample_rows(logits[None], row, mode, rules)
-    token = jnp.where(start.forced >= 0, start.forced, first.token[0])
-    stopped = is_stop_token(token[None], row.sampling)[0] | (start.max_tokens <= 1)
+    rows = jax.tree.map(lambda x: x.at[slot].get(mode="clip"), rows)
+    first = sample_rows(logits, rows, mode, rules)
+    token = jnp.where(start.forced >= 0, start.forced, first.token)
+    stopped = is_stop_token(token, rows.sampling) | (start.max_tokens <= 1)
     # Of the token that is taken: a forced one is judged.
-    first = dataclasses.replace(first, logprob=token_logprobs(logits[None], token[None]))
+    first = dataclasses.replace(first, logprob=token_logprobs(logits, token))
     history = state.history
     if history is not None and start.history is not None:
-        known = start.history.at[start.prompt_length].set(token, mode="drop")
-        history = history.at[slot].set(known)
-
-    def put(rows: Array, value: Array | int | bool) -> Array:
-        return rows.at[slot].set(value)
-
+        row = jnp.arange(token.shape[0])
+        known = start.history.at[row, start.prompt_length].set(token, mode="drop")
+        history = put(history, known)
     state = dataclasses.replace(
         state,
         token=put(state.token, token),
@@ -150,7 +150,7 @@ def insert(
         generated=put(state.generated, 1),
         max_tokens=put(state.max_tokens, start.max_tokens),
         tail=put(state.tail, 0),
-        output_counts=None if counts is None else counts.at[slot, token].add(1),
+        output_counts=None if counts is None else counts.at[slot, token].add(1, mode="drop"),
         prompt_mask=mask,
         history=history,
     )

@@ -1,9 +1,10 @@
 """Programs that requests will need, compiled before the first one comes.
 
 "auto" is what any request needs: a short prompt, and bursts of one row, greedy and drawing. "full"
-is every length of a prompt's chunk, read causally or block-sparsely, and every number of slots,
-beside these with filters (top_k, top_p, min_p). What remains compiles when it is first asked for:
-rows that read a prefix together, log probabilities, penalties, restricted tokens.
+is every length of a prompt's chunk, alone, read causally or block-sparsely, and beside others, and
+every number of slots, beside these with filters (top_k, top_p, min_p). What remains compiles when
+it is first asked for: rows that read a prefix together, log probabilities, penalties, restricted
+tokens.
 """
 
 import dataclasses
@@ -35,15 +36,20 @@ def warm_up(engine: Engine, how: Warmup, *, progress: bool = False) -> None:
         usual = (*_USUAL, _FILTERED)
     shortest, longest = (engine.spec.is_block_sparse(n) for n in (1, engine.max_model_len))
     kinds = sorted({shortest} if how == "auto" else {shortest, longest})
-    calls = [_prefill(engine, size, kind) for kind in kinds for size in chunks]
-    calls += [_insert(engine, sampling) for sampling in usual]
+    calls = [_prefill(engine, size, 1, kind) for kind in kinds for size in chunks]
+    calls += [_insert(engine, sampling, 1) for sampling in usual]
+    if how == "full" and not shortest:  # who is read block-sparsely runs alone
+        rows_for = engine.runner.rows_for
+        together = {size: rows_for(size) for size in sizes["joined_tokens"]}
+        calls += [_prefill(engine, size, rows, False) for size, rows in together.items()]
+        calls += [_insert(engine, s, rows) for rows in set(together.values()) for s in usual]
     calls += [
         call for rows in slots for sampling in usual for call in _decode(engine, rows, sampling)
     ]
     engine.runner.programs.prepare(calls, progress=progress)
 
 
-def _prefill(engine: Engine, size: int, block_sparse: bool) -> Call:
+def _prefill(engine: Engine, size: int, rows: int, block_sparse: bool) -> Call:
     chunk = Chunk(
         tokens=np.zeros((size,), np.int32),
         page_table=np.zeros((engine.spec.pages_per_sequence,), np.int32),
@@ -52,11 +58,12 @@ def _prefill(engine: Engine, size: int, block_sparse: bool) -> Call:
         prompt_length=size,
         block_sparse=block_sparse,
     )
-    return engine.runner.prefill_call(chunk)
+    return engine.runner.prefill_call([chunk] * rows, rows)
 
 
-def _insert(engine: Engine, sampling: SamplingParams) -> Call:
+def _insert(engine: Engine, sampling: SamplingParams, rows: int) -> Call:
     start = Start(
+        slot=0,
         prompt=np.zeros((1,), np.int32),
         sampling=sampling,
         sampling_row=sampling_row(sampling, eos_token_ids=engine.eos_token_ids, default_seed=0),
@@ -64,8 +71,8 @@ def _insert(engine: Engine, sampling: SamplingParams) -> Call:
         window_table=np.zeros((engine.spec.pages_per_sequence,), np.int32),
         rules=None,
     )
-    logits = jnp.zeros((engine.config.vocab_size,), jnp.float32)
-    return engine.runner.insert_call(0, logits, start)
+    logits = jnp.zeros((rows, engine.config.vocab_size), jnp.float32)
+    return engine.runner.insert_call(logits, [start] * rows)
 
 
 def _decode(engine: Engine, rows: int, sampling: SamplingParams) -> list[Call]:

@@ -15,13 +15,13 @@ from budgets import budgets_of
 from numpy.testing import assert_allclose, assert_array_equal
 
 from lserve_jax import ModelConfig, SparsityConfig
-from lserve_jax.attention.attend import decode_attend, prefill_attend
+from lserve_jax.attention.attend import ChunkRows, decode_attend, prefill_attend
 from lserve_jax.attention.cache import (
     CacheSpec,
     LayerCache,
     StreamingWindow,
     cache_bytes,
-    fill_decode_window,
+    fill_decode_windows,
     init_layer_cache,
     make_spec,
 )
@@ -125,7 +125,7 @@ class Sequence:
             select: jax.jit(functools.partial(self._decode_step, select=select), donate_argnums=0)
             for select in (True, False)
         }
-        finish = functools.partial(fill_decode_window, spec=self.spec)
+        finish = functools.partial(fill_decode_windows, spec=self.spec)
         self.finish = jax.jit(finish, donate_argnums=0)
 
     def _prefill_chunk(self, cache, values, window_table, start, length, total):
@@ -133,11 +133,13 @@ class Sequence:
         attend = prefill_attend(
             CONFIG,
             self.spec,
-            table,
-            window_table,
-            start,
-            length,
-            total,
+            ChunkRows(
+                page_table=table[None],
+                window_table=window_table[None],
+                start=start[None],
+                length=length[None],
+                prompt_length=total[None],
+            ),
             self.chunk,
             backend="reference",
         )
@@ -177,7 +179,7 @@ class Sequence:
             )
             outs.append(np.asarray(out)[:length])
         return np.concatenate(outs), self.finish(
-            cache, slot=jnp.int32(1), length=jnp.int32(total), window_table=table
+            cache, slot=jnp.array([1]), length=jnp.array([total]), window_table=table[None]
         )
 
     def mean(self, seen: np.ndarray) -> np.ndarray:
@@ -251,13 +253,14 @@ def test_ring_after_2000_tokens_of_decode(large: Sequence) -> None:
 def test_fill_decode_window(kv_dtype: str) -> None:
     """Every length up to nine pages: all that decode can read is in the window, in whole pages.
 
-    Other slots' rings stay as they are. int8 errs by at most half a step.
+    Other slots' rings stay as they are, also beside a slot that there is not. int8 errs by at most
+    half a step.
     """
     spec = make(SMALL, kv_dtype=kv_dtype)
     prefill_window, window = spec.prefill_window, spec.decode_window
     rng = np.random.default_rng(1)
     codes = rng.standard_normal((9 * 16, 2, D), np.float32)  # [position, k or v, D]
-    move = jax.jit(functools.partial(fill_decode_window, spec=spec))
+    move = jax.jit(functools.partial(fill_decode_windows, spec=spec))
     for length in range(1, len(codes) + 1):
         table = ring_table(spec, 0, length)
         held = np.full((2, 1, prefill_window.num_pages, 16, D), np.nan, np.float32)
@@ -275,9 +278,9 @@ def test_fill_decode_window(kv_dtype: str) -> None:
                 prefill_window=cache.prefill_window._replace(k=held[0], v=held[1]),
                 listed=cache.listed,
             ),
-            slot=jnp.int32(2),
-            length=jnp.int32(length),
-            window_table=table,
+            slot=jnp.array([2, 3]),
+            length=jnp.array([length, 1]),
+            window_table=jnp.stack([table, table]),
         ).streaming
         for part in range(2):
             pool, untouched = np.asarray(moved[part][0]), np.asarray(before[part][0])
@@ -299,7 +302,7 @@ def test_fill_decode_window_without_streaming_heads() -> None:
     spec = make(SMALL)
     cache = poisoned(spec, layer=1)
     table = jnp.full((spec.pages_per_sequence,), -1, jnp.int32)
-    moved = fill_decode_window(cache, spec, jnp.int32(0), jnp.int32(5), table)
+    moved = fill_decode_windows(cache, spec, jnp.array([0]), jnp.array([5]), table[None])
     assert moved.streaming.k.shape == (0, 3 * 4, 16, D)
 
 

@@ -99,7 +99,7 @@ def test_pools_are_updated_in_place(
     long_llm: LLM, monkeypatch: pytest.MonkeyPatch, optimised: None
 ) -> None:
     """No step of generation has room for a copy of the keys it caches, or for a T x T mask."""
-    calls = Calls(monkeypatch, "prefill_chunk", "decode_burst", "insert")
+    calls = Calls(monkeypatch, "prefill_chunks", "decode_burst", "insert")
     [prompt] = random_prompts(18, [1_024])
     sampling = SamplingParams(temperature=0, max_tokens=9)
     long_llm.generate([{"prompt_token_ids": prompt}], sampling)

@@ -178,7 +178,7 @@ def test_cancel(llm: LLM) -> None:
     outputs = engine.step() + engine.step() + engine.step()
     running, waiting = engine.scheduler.running, engine.scheduler.waiting
     assert [request.request_id for request in running.values()] == ["a", "b"]
-    assert engine.scheduler.prefilling.request_id == "c"
+    assert [r.request_id for r in engine.scheduler.prefilling] == ["c"]
     assert [request.request_id for request in waiting] == ["d"]
     engine.cancel("d")  # waits
     engine.cancel("c")  # in prefill

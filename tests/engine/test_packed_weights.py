@@ -238,6 +238,6 @@ def test_programs_of_packed_weights_are_kept(packing, tmp_path: Path) -> None:
         sources.append({x.name: x.source for x in llm.engine.runner.programs.times})
     first, again, plain = sources
     assert set(first.values()) == {"compiled"}
-    assert {plain[name] for name in ("prefill_chunk", "decode_burst")} == {"compiled"}
+    assert {plain[name] for name in ("prefill_chunks", "decode_burst")} == {"compiled"}
     assert again == dict.fromkeys(first, "loaded")
     assert results[0] == results[1] == results[2]

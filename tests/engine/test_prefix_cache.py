@@ -256,7 +256,7 @@ def test_a_cancelled_prompt_leaves_what_was_computed(build: Build) -> None:
     engine.add_request("a", prompt, GREEDY, seed=0)
     for _ in range(3):
         engine.step()
-    assert engine.scheduler.prefilling is not None
+    assert engine.scheduler.prefilling
     engine.cancel("a")
     check_pages(engine)
     assert list(engine.stream())

@@ -213,14 +213,14 @@ def test_after_a_failure_in_a_prefix_the_engine_goes_on(
     greedy = SamplingParams(temperature=0, max_tokens=4)
     expected = llm.generate(prompt, greedy)[0].outputs[0].token_ids
     llm.reset_prefix_cache()
-    real = runner_module.prefill_chunk
+    real = runner_module.prefill_chunks
 
     def fail(*args, **settings):
         real(*args, **settings)  # consumes the donated caches
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner_module, "prefill_chunk", fail)
+        patch.setattr(runner_module, "prefill_chunks", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             llm.prefix(prompt)
     assert llm.generate(prompt, greedy)[0].outputs[0].token_ids == expected

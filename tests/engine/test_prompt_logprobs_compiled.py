@@ -13,10 +13,12 @@ from tiny_llm import random_prompts, tiny_config, tiny_params
 
 import lserve_jax.engine.runner as runner_module
 from lserve_jax import LLM, SamplingParams, SparsityConfig
-from lserve_jax.attention.attend import prefill_attend
+from lserve_jax.attention.attend import ChunkRows, prefill_attend
 from lserve_jax.engine.prompt_logprobs import judge_tokens
-from lserve_jax.engine.steps import prefill_chunk
+from lserve_jax.engine.state import Caches, Program
+from lserve_jax.engine.steps import prefill_chunks
 from lserve_jax.model.bound import bind
+from lserve_jax.model.params import Params
 
 CONFIG = tiny_config(layers=1, kv_heads=2)
 JUDGE = SamplingParams(prompt_logprobs=2, max_tokens=0)
@@ -46,34 +48,27 @@ def test_who_does_not_ask_runs_what_ran_before(
     lowered: list[str] = []
 
     def plain_chunk(
-        program, params, caches, tokens, page_table, window_table, start, length, prompt_length
+        program: Program, params: Params, caches: Caches, tokens: jax.Array, rows: ChunkRows
     ) -> tuple:
         model = bind(program.config, params)
         attend = prefill_attend(
-            program.config,
-            program.spec,
-            page_table,
-            window_table,
-            start,
-            length,
-            prompt_length,
-            tokens.shape[0],
-            backend=program.backend,
+            program.config, program.spec, rows, tokens.shape[1], backend=program.backend
         )
-        hidden, caches = model(tokens[None], attend, caches)
-        return model.unembed(hidden[0, length - 1]), caches
+        hidden, caches = model(tokens, attend, caches)
+        last = hidden[jnp.arange(tokens.shape[0]), jnp.maximum(rows.length - 1, 0)]
+        return model.unembed(last), caches
 
-    plain_chunk.__name__ = "prefill_chunk"  # a program is called after its function
+    plain_chunk.__name__ = "prefill_chunks"  # a program is called after its function
     jitted = jax.jit(plain_chunk, static_argnames="program", donate_argnames="caches")
 
     def record(*args: Any, **settings: Any) -> Any:
-        lowered.append(prefill_chunk.lower(*args, **settings).as_text())
+        lowered.append(prefill_chunks.lower(*args, **settings).as_text())
         *before, following = args
         if following is None:
             assert lowered[-1] == jitted.lower(*before).as_text()
-        return prefill_chunk(*args, **settings)
+        return prefill_chunks(*args, **settings)
 
-    monkeypatch.setattr(runner_module, "prefill_chunk", record)
+    monkeypatch.setattr(runner_module, "prefill_chunks", record)
     sparsity = SparsityConfig(pattern=pattern)
     llm = LLM((CONFIG, tiny_params(CONFIG)), attention="lserve", sparsity=sparsity)
     [prompt] = random_prompts(19, [50])

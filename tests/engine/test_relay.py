@@ -284,7 +284,7 @@ def test_an_interrupted_prefix_leaves_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(lserve_jax.engine.runner, "prefill_chunk", interrupt)
+        patch.setattr(lserve_jax.engine.runner, "prefill_chunks", interrupt)
         with pytest.raises(KeyboardInterrupt):
             llm.prefix({"prompt_token_ids": ids})
     check_nothing_left(llm.engine)

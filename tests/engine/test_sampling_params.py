@@ -103,7 +103,7 @@ def test_rows_change_without_recompilation():
     mode = SamplingMode(filters=False)
     logits, step = random_logits(3), jnp.zeros((3,), jnp.int32)
     arrays = SamplingArrays.empty(3, 4)
-    rows_compiled = sampling._set_row._cache_size()
+    rows_compiled = sampling._set_rows._cache_size()
     for i, params in enumerate(
         [
             SamplingParams(temperature=0.5, top_k=3, stop_token_ids=(1, 2)),
@@ -112,10 +112,10 @@ def test_rows_change_without_recompilation():
         ]
     ):
         row = sampling_row(params, eos_token_ids=(9,), default_seed=0)
-        arrays = arrays.with_row(i, row)
+        arrays = arrays.with_rows([(i, row)])
         counted(logits, arrays, step, mode)
     assert traces == 1
-    assert sampling._set_row._cache_size() <= rows_compiled + 1
+    assert sampling._set_rows._cache_size() <= rows_compiled + 1
     assert arrays.stop_token_ids.tolist() == [[1, 2, 9, -1], [9, -1, -1, -1], [1, 2, 3, 9]]
     assert arrays.temperature.tolist() == [0.5, 1.0, 0.0]
 
@@ -124,11 +124,11 @@ def test_rows_that_do_not_fit_are_refused():
     arrays = SamplingArrays.empty(2, 2)
     row = sampling_row(SamplingParams(stop_token_ids=(1, 2)), eos_token_ids=(3,), default_seed=0)
     with pytest.raises(ValueError, match=r"3 stop ids.* room for 2"):
-        arrays.with_row(0, row)
+        arrays.with_rows([(0, row)])
     row["stop_token_ids"] = row["stop_token_ids"][:2]
     for index in (-1, 2):
         with pytest.raises(ValueError, match=rf"row {index} must lie in \[0, 2\)"):
-            arrays.with_row(index, row)
+            arrays.with_rows([(index, row)])
 
 
 def test_sample_refuses_other_logits_and_missing_counts():

@@ -9,6 +9,7 @@ request makes alone, with nothing remembered, is the standard, bit for bit.
 import dataclasses
 import gc
 import tracemalloc
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ from tiny_llm import (
 
 from lserve_jax import LLM, SamplingParams, SparsityConfig
 from lserve_jax.engine.engine import Engine
+from lserve_jax.engine.inputs import Chunk
 from lserve_jax.engine.prefix import Prefix
 from lserve_jax.engine.request import TokenOutput
 
@@ -144,15 +146,27 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Machine]:
 
 
 @pytest.fixture(scope="module")
-def by_pages(tmp_path_factory: pytest.TempPathFactory) -> Machine:
-    """Matches end at any page: not bit for bit. Window pages are scarcer than pages.
+def by_pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """Matches end at any page, prompts run together: not bit for bit. Window pages are scarcer than
+    pages.
 
     All requests are greedy: one program for each number of rows, in place of four.
     """
     pattern = write_pattern(tmp_path_factory.mktemp("patterns") / "half", [[0.1, 0.9]])
     plain = {"temperature": 0, "frequency_penalty": 0}
     greedy = [Kind(k.prompt, dataclasses.replace(k.sampling, **plain)) for k in KINDS]
-    return make_machine("lserve", pattern, 40, greedy, deterministic=False)
+    machine = make_machine(
+        "lserve", pattern, 40, greedy, deterministic=False, prefill_chunk_size=128
+    )
+    prefill, rows_run = machine.engine.runner.prefill, set()
+
+    def recorded(chunks: list[Chunk], rows: int = 1) -> Any:
+        rows_run.add(rows)
+        return prefill(chunks, rows)
+
+    machine.engine.runner.prefill = recorded
+    yield machine
+    assert rows_run == {1, 2}
 
 
 ACTIONS = st.lists(
@@ -161,6 +175,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("add"), st.integers(0, len(KINDS) - 1)),
         st.tuples(st.just("add, one second"), st.integers(0, len(KINDS) - 1)),
         st.tuples(st.just("add with salt"), st.integers(0, len(KINDS) - 1)),
+        st.tuples(st.just("add several"), st.integers(0, len(KINDS) - 1)),
         st.tuples(st.just("forget"), st.integers(0, 0)),
         st.tuples(st.just("step"), st.integers(1, 4)),
         st.tuples(st.just("cancel"), st.integers(0, 9)),
@@ -185,7 +200,10 @@ class Run:
 
     def act(self, action: str, number: int) -> None:
         engine = self.engine
-        if action.startswith("add"):
+        if action == "add several":
+            for kind in range(number, min(number + 3, len(KINDS))):
+                self.act("add", kind)
+        elif action.startswith("add"):
             name = f"r{len(self.kind_of)}"
             kind = self.machine.kinds[number]
             deadline = 1.0 if action.endswith("second") else None
@@ -323,7 +341,7 @@ def test_deadlines(machines: dict[str, Machine]) -> None:
         deadline = None if name == "stays" else 5.0
         engine.add_request(name, kind.prompt, kind.sampling, seed=0, deadline=deadline)
     outputs = engine.step() + engine.step()
-    assert engine.scheduler.prefilling.request_id == "prefills"
+    assert [r.request_id for r in engine.scheduler.prefilling] == ["prefills"]
     clock.now += 4.9
     outputs += engine.step()
     clock.now += 0.2
@@ -397,7 +415,8 @@ def test_many_requests_compile_and_keep_nothing_new() -> None:
     assert on_host[-1] - on_host[0] < 100_000 + 700 * engine.spec.num_pages, on_host
     assert held[1:] == held[:-1]
     buckets = engine.shape_buckets()
-    most = len(buckets["chunk_tokens"]) + len(buckets["slots"]) + 1  # and one admission
+    chunks = buckets["chunk_tokens"] + buckets["joined_tokens"]
+    most = len(chunks) + len(buckets["slots"]) + 2  # and inserts, of one or two
     assert engine.metrics().compilations <= most
     assert not engine.unfinished
 

@@ -30,12 +30,14 @@ def compiled(llm: LLM) -> int:
 def test_after_a_full_warmup_nothing_compiles() -> None:
     warm, cold = build(warmup="full"), build()
     before = compiled(warm)
-    assert before == 2 + 3 + 6  # lengths of a chunk; ways to sample, alone and for 1 or 2 rows
+    # Lengths of a chunk, ways to sample, alone and for 1 or 2 rows; two short prompts together.
+    assert before == 2 + 3 + 6 + (1 + 3)
     for requests in (
         [(SHORT, GREEDY)],
         [(LONG, DRAWN)],
         [(SHORT, GREEDY), (LONG, FILTERED)],
         [(SHORT, DRAWN), (LONG, DRAWN)],
+        [(SHORT, GREEDY), (SHORT, DRAWN)],
     ):
         assert tokens(warm, *requests) == tokens(cold, *requests)
     assert compiled(warm) == before

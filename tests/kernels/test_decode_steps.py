@@ -7,6 +7,7 @@ same order, so log-probabilities agree to what bf16 leaves of them.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from lserve_jax.attention.cache import make_spec
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.inputs import Chunk
 from lserve_jax.engine.runner import ModelRunner
+from lserve_jax.engine.state import Sample
 from lserve_jax.model.llama import init_params
 from pallas_kernels.api import Backend
 
@@ -48,12 +50,12 @@ LSERVE = SparsityConfig(
 class ReferencePrefill(ModelRunner):
     """Decodes with ``backend``, prefills on the reference ops."""
 
-    def prefill(self, chunk: Chunk) -> jax.Array:
+    def prefill(self, chunks: Sequence[Chunk], rows: int = 1) -> tuple[jax.Array, Sample | None]:
         on_kernels = self._program
         self._program = dataclasses.replace(on_kernels, backend="reference")
-        logits = super().prefill(chunk)
+        made = super().prefill(chunks, rows)
         self._program = on_kernels
-        return logits
+        return made
 
 
 def make_engine(backend: Backend, sparsity: SparsityConfig, max_model_len: int) -> Engine:

@@ -18,7 +18,7 @@ from oracle_model import Oracle
 import convert
 import lserve_jax
 from lserve_jax import LLM, SamplingParams, SparsityConfig
-from lserve_jax.attention.attend import prefill_attend
+from lserve_jax.attention.attend import ChunkRows, prefill_attend
 from lserve_jax.attention.cache import init_layer_cache, make_spec
 from lserve_jax.model.bound import bind
 
@@ -249,11 +249,13 @@ def cached_perplexity(config, params, ids, kv_dtype, chunk=16) -> float:
         attend = prefill_attend(
             config,
             spec,
-            page_table,
-            jnp.full_like(page_table, -1),  # no head streams
-            start,
-            jnp.int32(chunk),
-            jnp.int32(len(ids)),
+            ChunkRows(
+                page_table=page_table[None],
+                window_table=jnp.full_like(page_table, -1)[None],  # no head streams
+                start=start[None],
+                length=jnp.array([chunk]),
+                prompt_length=jnp.array([len(ids)]),
+            ),
             chunk,
             backend="reference",
         )

@@ -16,14 +16,14 @@ def make_arrays(batch: list[SamplingParams], *, eos=(), default_seeds=None) -> S
     arrays = SamplingArrays.empty(len(batch), 4)
     for i, params in enumerate(batch):
         seed = i if default_seeds is None else default_seeds[i]
-        arrays = arrays.with_row(i, sampling_row(params, eos_token_ids=eos, default_seed=seed))
+        arrays = arrays.with_rows([(i, sampling_row(params, eos_token_ids=eos, default_seed=seed))])
     return arrays
 
 
 def many(params: SamplingParams, count: int, *, eos=()) -> SamplingArrays:
     """``count`` rows of the same request that differ in their seeds."""
     rows = [sampling_row(params, eos_token_ids=eos, default_seed=i) for i in range(count)]
-    arrays = SamplingArrays.empty(1, 4).with_row(0, rows[0])
+    arrays = SamplingArrays.empty(1, 4).with_rows([(0, rows[0])])
     arrays = jax.tree.map(lambda value: jnp.repeat(value, count, axis=0), arrays)
     return dataclasses.replace(arrays, seed=jnp.asarray(np.stack([row["seed"] for row in rows])))
 

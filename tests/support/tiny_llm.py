@@ -153,7 +153,7 @@ def check_pages(engine: Engine) -> None:
     windows = np.zeros((spec.num_window_pages,), int)
     windows[[node.window for node in nodes if node.window >= 0]] += 1
     for request in placed:
-        assert not request.window or request is scheduler.prefilling
+        assert not request.window or request in scheduler.prefilling
         pages = list(request.window.values())
         assert len(set(pages)) == len(pages)
         windows[pages] += 1
