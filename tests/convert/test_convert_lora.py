@@ -21,6 +21,7 @@ from tiny_checkpoints import (
 
 import convert
 from convert.names import flatten
+from lserve_jax import LLM, SamplingParams
 from pallas_kernels.api import WEIGHT_KINDS, Weight, dequantize_weight
 
 # With more rows in the output layer than are converted at a time.
@@ -103,6 +104,25 @@ def test_merged_weights_from_every_source(tmp_path, source):
         convert.save(path, config, params)
     _, params = convert.load(path, adapter=tmp_path / "adapter")
     assert_merged(params, merged(tensors, adapter, dict.fromkeys(TARGETS, ALPHA / RANK)))
+
+
+def test_a_merged_adapter_remembers_prompts(tmp_path):
+    """Cold and warm are the same bit for bit, and not what the base model says."""
+    tensors = random_tensors(BASE)
+    path = write_hf(tmp_path / "hf", BASE, tensors)
+    adapter = write_adapter(tmp_path / "adapter", matrices(tensors))
+    prompt = {"prompt_token_ids": np.random.default_rng(2).integers(0, 300, 100).tolist()}
+    sampling = SamplingParams(temperature=0, max_tokens=4, logprobs=5, ignore_eos=True)
+
+    def run(llm: LLM) -> tuple[list[dict[int, float]], int]:
+        [output] = llm.generate(prompt, sampling)
+        return output.outputs[0].logprobs, output.num_cached_tokens
+
+    settings = {"prefill_chunk_size": 64, "deterministic": True, "relay": "never"}
+    llm = LLM(path, adapter=adapter, **settings)
+    cold, warm = run(llm), run(llm)
+    assert cold == (warm[0], 0) and warm[1] == 64
+    assert run(LLM(path, **settings))[0] != cold[0]
 
 
 # Whole groups of 32 inputs in every matrix.
