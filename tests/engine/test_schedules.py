@@ -1,9 +1,9 @@
 """Whatever the schedule, a request makes the same tokens, and no page is lost or owned twice.
 
 Schedules are drawn at random: arrivals, with salts or without, cancellations, deadlines, prefixes
-held and released, remembered prompts forgotten, in an engine with fewer slots and pages than its
-requests want, so that they wait, are preempted and take the pages of what is remembered. What a
-request makes alone, with nothing remembered, is the standard, bit for bit.
+held and released, remembered prompts forgotten, failures of the device, in an engine with fewer
+slots and pages than its requests want, so that they wait, are preempted and take the pages of what
+is remembered. What a request makes alone, with nothing remembered, is the standard, bit for bit.
 """
 
 import dataclasses
@@ -148,16 +148,16 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Machine]:
 @pytest.fixture(scope="module")
 def by_pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """Matches end at any page, prompts run together: not bit for bit. Window pages are scarcer than
-    pages.
+    pages, and those that are given up come back from host memory.
 
     All requests are greedy: one program for each number of rows, in place of four.
     """
     pattern = write_pattern(tmp_path_factory.mktemp("patterns") / "half", [[0.1, 0.9]])
     plain = {"temperature": 0, "frequency_penalty": 0}
     greedy = [Kind(k.prompt, dataclasses.replace(k.sampling, **plain)) for k in KINDS]
-    machine = make_machine(
-        "lserve", pattern, 40, greedy, deterministic=False, prefill_chunk_size=128
-    )
+    settings = {"deterministic": False, "prefill_chunk_size": 128}
+    # A few pages in host memory: what comes back was there only just now.
+    machine = make_machine("lserve", pattern, 40, greedy, host_cache_bytes=1 << 14, **settings)
     prefill, rows_run = machine.engine.runner.prefill, set()
 
     def recorded(chunks: list[Chunk], rows: int = 1) -> Any:
@@ -169,6 +169,7 @@ def by_pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     assert rows_run == {1, 2}
 
 
+DEVICE_CALLS = ["prefill", "insert", "decode"]
 ACTIONS = st.lists(
     st.one_of(
         st.tuples(st.just("add"), st.integers(0, len(KINDS) - 1)),
@@ -182,6 +183,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("wait"), st.integers(0, 1)),
         st.tuples(st.just("hold prefix"), st.integers(0, len(PREFIXES) - 1)),
         st.tuples(st.just("release prefix"), st.integers(0, len(PREFIXES) - 1)),
+        st.tuples(st.just("fail"), st.integers(0, len(DEVICE_CALLS) - 1)),
     ),
     min_size=4,
     max_size=24,
@@ -237,7 +239,25 @@ class Run:
                 assert "the prefix needs" in str(error) or "the windows of" in str(error)
         elif action == "release prefix" and number in self.held:
             self.held.pop(number).release()
+        elif action == "fail":
+            self.fail(DEVICE_CALLS[number])
         check_pages(engine)
+
+    def fail(self, call: str) -> None:
+        """A step that ends with its first ``call``, if it has one: all requests are lost."""
+
+        def failed(*args: Any) -> None:
+            raise RuntimeError("out of memory")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.engine.runner, call, failed)
+            try:
+                self.take(self.engine.step())
+            except RuntimeError as error:
+                assert str(error) == "out of memory"
+                self.engine.abandon(self.live)
+                self.live.clear()
+                check_nothing_left(self.engine)
 
     def take(self, outputs: list[TokenOutput]) -> None:
         for new in outputs:
@@ -263,7 +283,7 @@ class Run:
             reason = outputs[-1].finish_reason if outputs else None
             if reason in ("stop", "length"):
                 assert tokens == alone
-            else:  # cancelled, or too late
+            else:  # cancelled, too late or lost
                 assert tokens == alone[: len(tokens)]
             wanted = self.machine.logprobs[self.kind_of[name]][: len(tokens)]
             logprobs = [x for new in outputs for x in new.logprobs]
