@@ -86,11 +86,9 @@ def poison(llm: LLM) -> None:
     llm.reset_prefix_cache()
 
     def spoil(x: jax.ShapeDtypeStruct) -> jax.Array:
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            return jnp.full(x.shape, jnp.nan, x.dtype)
-        return jnp.full(
-            x.shape, 127, x.dtype
-        )  # int8 codes (their scales are NaN) and selected pages
+        # int8 codes have scales that are NaN; the others are selected pages.
+        value = np.nan if jnp.issubdtype(x.dtype, jnp.floating) else 127
+        return jnp.asarray(np.full(x.shape, value, x.dtype))  # jnp.full compiles each shape
 
     llm.engine.runner.fill_caches(lambda cache, layer: jax.tree.map(spoil, cache))
 
