@@ -4,7 +4,7 @@ The pools and the statistics go into a kernel as references and come out as the 
 the caller donates them, or carries them through a loop, XLA copies none of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.hopper.mosaic import spread_rows
+from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
 from pallas_kernels.types import KVPages
 
 
@@ -34,26 +35,48 @@ def unsupported(
     return reasons
 
 
-def call_in_place(
-    kernel: Callable, inputs: tuple[Any, ...], retrieval: KVPages, streaming: KVPages, key_stats
-) -> tuple[Any, KVPages, KVPages, Array | None]:
-    """Calls ``kernel`` with ``inputs`` and with references to both pools and to the statistics.
+def append_in_place(
+    make: Callable[[Any, Shapes], Callable[..., Any]],
+    settings: Hashable,
+    inputs: tuple[Any, ...],
+    caches: tuple[KVPages, KVPages, Array | None],
+    *,
+    out: Shapes = (),
+    most_heads: int | None = None,
+) -> tuple[Any, ...]:
+    """Calls a kernel with ``inputs`` and with references to both pools and to the statistics.
 
-    Returns what it gives out, and what the references hold then. There are no references to arrays
-    without elements: None stands for an empty pool and for statistics of no heads.
+    ``make(settings, out)`` makes it; programs share what it was lowered to (see ``shared_kernel``),
+    for pools of up to ``most_heads`` heads, of which the inputs tell how many there are, or if that
+    is None for pools as they are. Returns what the kernel gives out, of the shapes ``out``, and
+    what the references hold then. There are no references to arrays without elements: None stands
+    for an empty pool and for statistics of no heads.
     """
+    held = [None if any(x.shape[0] == 0 for x in jax.tree.leaves(x)) else x for x in caches]
+    leaves, tree = jax.tree.flatten(held)
+    new = call_shared(
+        _make_in_place,
+        (make, settings, len(out)),
+        (*inputs, *held),
+        (*out, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)),
+        longest=(*(None,) * len(inputs), *(most_heads,) * len(held)),
+        longest_results=(*(None,) * len(out), *(most_heads,) * len(leaves)),
+    )
+    kept = jax.tree.unflatten(tree, new[len(out) :])
+    kept = [was if now is None else now for was, now in zip(caches, kept, strict=True)]
+    return *new[: len(out)], *kept
 
-    def refer(cache):
-        empty = any(x.shape[0] == 0 for x in jax.tree.leaves(cache))
-        return None if empty else jax.tree.map(jax.new_ref, cache)
 
-    def content(cache, ref):
-        return cache if ref is None else jax.tree.map(jax.freeze, ref)
+def _make_in_place(settings: tuple[Any, Any, int], results: Shapes) -> Callable[..., Any]:
+    make, inner, count = settings
+    kernel = make(inner, results[:count])
 
-    caches = retrieval, streaming, key_stats
-    refs = [refer(cache) for cache in caches]
-    out = kernel(*inputs, *refs)
-    return out, *(content(cache, ref) for cache, ref in zip(caches, refs, strict=True))
+    def call(*operands) -> tuple:
+        *inputs, retrieval, streaming, key_stats = operands
+        refs = jax.tree.map(jax.new_ref, (retrieval, streaming, key_stats))
+        return kernel(*inputs, *refs), jax.tree.map(jax.freeze, refs)
+
+    return call
 
 
 def row_per_warp(rows: int, columns: int):

@@ -33,14 +33,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.hopper.kv_append import (
-    call_in_place,
+    append_in_place,
     load_unoptimised,
     quantize,
     row_per_warp,
     unsupported,
 )
 from pallas_kernels.hopper.mosaic import cdiv, refuse, store_unoptimised
-from pallas_kernels.hopper.shared_kernel import Shapes, call_shared, sizes
+from pallas_kernels.hopper.shared_kernel import Shapes, sizes
 from pallas_kernels.types import KVPages
 
 # Rows of a tile that are in registers at once: 16 x 128 float32 are 16 registers a thread.
@@ -162,23 +162,13 @@ def _append_pages(
     T, Hk, D = chunk.k.shape
     P, M, pages = retrieval.k.shape[2], chunk.page_table.shape[0], chunk.ring_page.shape[0]
     int8 = jnp.int8 in (retrieval.k.dtype, streaming.k.dtype)
-    caches = retrieval, streaming, key_stats
-    held = [None if any(x.shape[0] == 0 for x in jax.tree.leaves(x)) else x for x in caches]
-    leaves, tree = jax.tree.flatten(held)
     heads = retrieval.k.shape[0], 0 if key_stats is None else key_stats.shape[0]
-    new = call_shared(
+    return append_in_place(
         _make_kernel,
         _Settings(T, Hk, D, P, M, pages, int8),
-        (chunk, sizes(*heads), *held),
-        tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves),
-        longest=(None, None, Hk, Hk, Hk),
-        longest_results=(Hk,) * len(leaves),
-    )
-    kept: list[Any] = jax.tree.unflatten(tree, new)
-    return (
-        retrieval if kept[0] is None else kept[0],
-        streaming if kept[1] is None else kept[1],
-        key_stats if kept[2] is None else kept[2],
+        (chunk, sizes(*heads)),
+        (retrieval, streaming, key_stats),
+        most_heads=Hk,
     )
 
 
@@ -247,7 +237,7 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         tile = tile._replace(
             codes=plgpu.SMEM((P, D), jnp.int8), scales=plgpu.SMEM((P,), jnp.float32)
         )
-    kernel = plgpu.kernel(
+    return plgpu.kernel(
         append_page,
         out_type=(),
         # Neighbouring CTAs read the heads of the same tokens, which lie side by side.
@@ -255,11 +245,6 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         grid_names=("page", "part", "head"),
         scratch_types=[tile],
     )
-
-    def append(chunk: _Chunk, sizes: jax.Array, *caches: Any) -> tuple:
-        return call_in_place(kernel, (chunk, sizes), *caches)
-
-    return append
 
 
 def _write_page(target: _Target, span: _Span, tile: _Tile) -> None:

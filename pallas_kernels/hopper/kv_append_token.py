@@ -15,6 +15,7 @@ What must move: a few KB. It is bound by latency: the launch, the page id, the o
 it points to, the stores.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,13 +28,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.hopper.kv_append import (
-    call_in_place,
+    append_in_place,
     load_unoptimised,
     quantize,
     row_per_warp,
     unsupported,
 )
 from pallas_kernels.hopper.mosaic import refuse, spread_columns, store_unoptimised
+from pallas_kernels.hopper.shared_kernel import Shapes
 from pallas_kernels.types import KVPages
 
 
@@ -84,12 +86,36 @@ def append_kv(
     refuse("append_kv", unsupported((q, k, v), retrieval, streaming, key_stats))
     B, H, D = q.shape
     Kr, Ks = retrieval.k.shape[0], streaming.k.shape[0]
-    Hk, Kq = Kr + Ks, 0 if key_stats is None else key_stats.shape[0]
+    Kq = 0 if key_stats is None else key_stats.shape[0]
     if config is None:
         config = choose_config(H, Kq, Kr, Ks)
     # Slices of one projection, as a model has them, XLA joins for nothing. Each as an input of its
     # own would be a launch that copies it, if there is more than one row.
     vectors = jnp.concatenate([x[:, None] for x in (q, k, v)], axis=2)[:, 0]
+    return append_in_place(
+        _make_kernel,
+        _Settings(config, B, H, Kr, Ks, Kq, D),
+        (vectors, cos, sin, page, streaming_page, offset),
+        (retrieval, streaming, key_stats),
+        out=(jax.ShapeDtypeStruct((B, H, D), q.dtype),),
+    )
+
+
+class _Settings(NamedTuple):
+    """What a kernel is lowered for, beside the shapes of its arrays."""
+
+    config: Config
+    rows: int  # B
+    query_heads: int  # H
+    retrieval_heads: int  # Kr
+    streaming_heads: int  # Ks
+    ranked_heads: int  # Kq
+    head_dim: int  # D
+
+
+def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
+    config, B, H, Kr, Ks, Kq, D = settings
+    Hk = Kr + Ks
     query_heads, kv_heads = config.query_heads, config.kv_heads  # of a part
     retrieval_parts, kv_parts = Kr // kv_heads, Hk // kv_heads
 
@@ -146,17 +172,15 @@ def append_kv(
             for half, channels in zip(rotated(head, query_heads), _halves(D), strict=True):
                 store_unoptimised(rotated_gmem.at[b, pl.ds(head, query_heads), channels], half)
 
-    kernel = plgpu.kernel(
+    return plgpu.kernel(
         append_token,
-        out_type=jax.ShapeDtypeStruct((B, H, D), q.dtype),
+        out_type=results[0],
         grid=(B, kv_parts + H // query_heads),
         grid_names=("row", "part"),
         # No warp reads what another writes, or if it does (fewer heads than warps), both write the
         # same, whether the other has written before or not.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )
-    inputs = vectors, cos, sin, page, streaming_page, offset
-    return call_in_place(kernel, inputs, retrieval, streaming, key_stats)
 
 
 class _Place(NamedTuple):
