@@ -1,11 +1,14 @@
 """What remembered prompts save: time to the first token, prompt tokens, throughput.
 
-    python benchmarks/prefix_cache.py [--workloads questions chat documents restored unshared]
+    python benchmarks/prefix_cache.py [--workloads questions chat documents shared restored]
         [--geometry llama-3-8b --document 32768 --chunk 8192] [--attention lserve]
 
     questions   one document, one question after another: seconds to the first token of each
     chat        one conversation, turn by turn: of each turn the tokens computed and the seconds
-    documents   several documents, requests about them mixed: tokens a second, by ``--ways``
+    documents   several documents, requests about them mixed, with and without remembering: tokens
+                a second
+    shared      one remembered document, as many requests about it as there are slots, which read
+                it together (relay) or each by itself: tokens a second
     restored    a document whose pages went to host memory for another's: seconds to the first
                 token of a question about it, beside those of computing it
     unshared    prompts that share nothing, with and without remembering, in turns: what it costs
@@ -21,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import tyro
@@ -37,14 +40,8 @@ from lserve_jax.engine.metrics import RequestMetrics
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params
 
-Workload = Literal["questions", "chat", "documents", "restored", "unshared"]
+Workload = Literal["questions", "chat", "documents", "shared", "restored", "unshared"]
 Prompts = list[np.ndarray]
-# Of the workload documents: options of their engines.
-WAYS: dict[str, dict[str, Any]] = {
-    "together": {"relay": "auto"},
-    "remembered": {"relay": "never"},
-    "nothing": {"relay": "never", "enable_prefix_caching": False},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +49,7 @@ class Args:
     geometry: Literal["model", "llama-3-8b"] = "model"
     model: str = "smollm2-135m-instruct"
     attention: Literal["dense", "lserve"] = "dense"
-    workloads: tuple[Workload, ...] = ("questions", "chat", "documents", "restored", "unshared")
+    workloads: tuple[Workload, ...] = get_args(Workload)
     document: int = 4096
     """Tokens of a document."""
     question: int = 32
@@ -64,11 +61,8 @@ class Args:
     documents: int = 2
     requests: int = 8
     """About all documents together."""
-    ways: tuple[Literal["together", "remembered", "nothing"], ...] = tuple(WAYS)
-    """How requests about documents run: they read together what is remembered, they do not, or
-    nothing is remembered."""
     pairs: int = 5
-    """Runs of each kind, where two kinds run in turns."""
+    """Timed runs of each kind, where a kind runs several times."""
     max_num_seqs: int = 4
     chunk: int = 1024
     """Most tokens of a chunk of a prompt."""
@@ -174,22 +168,42 @@ def documents(runs: Runs) -> dict[str, Any]:
         return [prompt for group in zip(*groups, strict=True) for prompt in group][: args.requests]
 
     prompts = mixed()
-    for way in args.ways:
-        engine = runs.engine(**WAYS[way])
+    for name, enabled in (("remembered", True), ("nothing remembered", False)):
+        engine = runs.engine(relay="never", warmup="full", enable_prefix_caching=enabled)
         runs.answer(engine, mixed()[: args.max_num_seqs])
         engine.reset_prefix_cache()
-        before, began = engine.metrics(), time.perf_counter()
-        runs.answer(engine, prompts)
-        seconds, after = time.perf_counter() - began, engine.metrics()
-        rows[way] = {
-            "tokens_per_second": args.requests * args.answer / seconds,
-            "computed": after.prompt_tokens - before.prompt_tokens,
-            "cached_tokens": after.prefix_tokens - before.prefix_tokens,
-            "relay_bursts": after.relay_bursts - before.relay_bursts,
-            "preemptions": after.preemptions - before.preemptions,
-        }
-        print(way, rows[way], flush=True)
+        rows[name] = timed_answers(runs, engine, prompts)
+        print(name, rows[name], flush=True)
     return rows
+
+
+def shared(runs: Runs) -> dict[str, Any]:
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, relay in (("together", "auto"), ("each by itself", "never")):
+        engine = runs.engine(relay=relay)
+        rows[name] = []
+        for run in range(runs.args.pairs + 1):  # the first compiles
+            first, *prompts = runs.document_and(runs.args.max_num_seqs + 1)
+            runs.answer(engine, [first])
+            row = timed_answers(runs, engine, prompts)
+            print(name, row, flush=True)
+            if run > 0:
+                rows[name].append(row)
+    speeds = [median(row["tokens_per_second"] for row in timed) for timed in rows.values()]
+    return {**rows, "ratio": speeds[0] / speeds[1]}
+
+
+def timed_answers(runs: Runs, engine: Engine, prompts: Prompts) -> dict[str, Any]:
+    before, began = engine.metrics(), time.perf_counter()
+    runs.answer(engine, prompts)
+    seconds, after = time.perf_counter() - began, engine.metrics()
+    return {
+        "tokens_per_second": len(prompts) * runs.args.answer / seconds,
+        "computed": after.prompt_tokens - before.prompt_tokens,
+        "cached_tokens": after.prefix_tokens - before.prefix_tokens,
+        "relay_bursts": after.relay_bursts - before.relay_bursts,
+        "preemptions": after.preemptions - before.preemptions,
+    }
 
 
 def restored(runs: Runs) -> dict[str, Any]:
@@ -239,6 +253,7 @@ WORKLOADS: dict[Workload, Callable[[Runs], dict[str, Any]]] = {
     "questions": questions,
     "chat": chat,
     "documents": documents,
+    "shared": shared,
     "restored": restored,
     "unshared": unshared,
 }
