@@ -109,7 +109,7 @@ def test_each_turn_of_a_chat_computes_what_is_new(build: Build) -> None:
     """The answer's tokens too, since decode steps make other keys than a prefill."""
     llm, computed, known = build(), 0, 0
     [prompt] = random_prompts(7, [200])
-    for turn in range(4):
+    for turn in range(10):
         [output] = llm.generate(ids(prompt), GREEDY)
         computed += len(prompt) - known
         assert llm.engine.metrics().prompt_tokens == computed
