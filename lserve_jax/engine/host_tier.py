@@ -181,6 +181,18 @@ class HostTier:
         if last is not None:
             self._write(*last)
 
+    def check(self) -> None:
+        """Raises ``AssertionError`` unless all that is counted agrees with the blocks."""
+        assert self._held == sum(block.places for block in self._blocks) <= self.limit
+        assert set(self._coming) <= set(self._blocks)
+        places: dict[Block, set[int]] = {block: set() for block in self._blocks}
+        for digest, page in self._pages.items():
+            assert digest in page.block.live
+            assert page.place < page.block.places and page.window_place < page.block.window_places
+            places[page.block].add(page.place)
+        # Each page of its own place, none in two blocks, and no block without one.
+        assert all(len(found) == len(block.live) > 0 for block, found in places.items())
+
 
 def check_pinned_memory(wanted: int) -> None:
     """Raises ``ValueError`` for more bytes than XLA gives out of memory that a GPU reaches."""

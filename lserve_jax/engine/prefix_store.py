@@ -10,7 +10,6 @@ import numpy as np
 from lserve_jax.attention.attend import chosen_by
 from lserve_jax.engine.prefix import Prefix, read_prefix
 from lserve_jax.engine.prefix_cache import Match, PromptPages
-from lserve_jax.engine.prefix_tree import Node
 from lserve_jax.engine.request import PromptIds
 from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.engine.scheduler import Scheduler
@@ -152,17 +151,20 @@ class PrefixStore:
             fill(prompt)
             return prefix
 
-        def match() -> Node | None:
-            # Of a prompt of one token more, since none of it needs to run.
+        def match() -> Match:
             if not goes_on:
-                return None
-            return cache.tree.match(np.append(prompt.prompt, 0), None, block_sparse)
+                return Match(None, [])
+            # Of a prompt of one token more, since none of it needs to run.
+            longer = np.append(prompt.prompt, np.int32(0))
+            return cache.match(PromptPages(prompt=longer, block_sparse=block_sparse))
 
-        self.scheduler.check_prefix(prompt, match())
+        self.scheduler.check_prefix(prompt, match().node)
         self.finish_prompt()
-        cache.begin(prompt, Match(match(), []))
+        found = match()
+        cache.begin(prompt, found)
         try:
             cache.grow(prompt, num_pages)
+            cache.restore(prompt, found)
             fill(prompt)
             assert prompt.node is not None  # at the least one page is in the tree
             prefix.pin = cache.tree.pin(prompt.node)

@@ -104,7 +104,7 @@ class PrefixTree:
         self.pool, self.windows = pool, windows
         self.page_size, self.grain, self.window = page_size, grain, window
         self.block_grain = block_grain
-        self.evicted_pages = self.evicted_windows = 0  # so far
+        self.evicted_pages = self.evicted_windows = 0  # so far, for others
         # Called with what is given up for others, before the pages are anybody else's.
         self.spill: Callable[[list[Evicted]], None] = lambda evicted: None
         self._roots: dict[bytes, Node] = {}  # by digest
@@ -305,6 +305,7 @@ class PrefixTree:
         while count > len(self.pool.free):
             evicted.append(self._evict_leaf())
         if evicted:
+            self.evicted_pages += len(evicted)
             self.spill(evicted)
         return True
 
@@ -320,7 +321,6 @@ class PrefixTree:
         self.pool.release([node.page])
         self.num_nodes -= 1
         self.num_unlocked -= 1
-        self.evicted_pages += 1
         self._offer(node.parent)
         if node.depth == 1 and not node.parent.children:
             del self._roots[node.parent.digest]

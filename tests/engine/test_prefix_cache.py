@@ -109,7 +109,7 @@ def test_each_turn_of_a_chat_computes_what_is_new(build: Build) -> None:
     """The answer's tokens too, since decode steps make other keys than a prefill."""
     llm, computed, known = build(), 0, 0
     [prompt] = random_prompts(7, [200])
-    for turn in range(4):
+    for turn in range(10):
         [output] = llm.generate(ids(prompt), GREEDY)
         computed += len(prompt) - known
         assert llm.engine.metrics().prompt_tokens == computed
@@ -219,6 +219,13 @@ def test_pages_come_back_from_host_memory(attention: str, kv_dtype: str, build: 
         assert again.tokens == cold[number].tokens
         assert_array_equal(again.logprobs, cold[number].logprobs)
         check_nothing_left(llm.engine)
+    computed = llm.engine.metrics().prompt_tokens
+    prefix = llm.prefix(ids(prompts[1]))
+    assert llm.engine.metrics().prompt_tokens == computed
+    [again] = run(llm, [prompts[1]], 8)
+    assert_array_equal(again.logprobs, cold[1].logprobs)
+    check_nothing_left(llm.engine)
+    prefix.release()
     llm.reset_prefix_cache()
     assert llm.engine.metrics().host_pages == 0
 

@@ -257,6 +257,7 @@ def spilled(tier: HostTier, keys: list[bytes]) -> None:
     for key in keys:
         digests.append(next_digest(digests[-1], key))
     tier.spill([Evicted(digest, 0, 0) for digest in digests[:0:-1]])
+    tier.check()
 
 
 def test_host_memory_is_what_its_pages_take() -> None:
@@ -295,6 +296,7 @@ def test_a_page_that_came_back_is_not_copied_again() -> None:
     for window in (-1, 7, -1):
         tier.spill([Evicted(digest, 3, window)])
         [page] = tier.find(root_digest(None), [b"b"])
+        tier.check()
     assert copied == [2, 2, 1, 1, 1] and len(tier) == 6 and page.has_window
 
 

@@ -90,6 +90,18 @@ def test_a_saved_prefix_is_of_its_weights(tmp_path: Path) -> None:
                 llm.load_prefix(path)
 
 
+def test_prompts_are_remembered() -> None:
+    """Cold and warm are the same bit for bit."""
+    config = tiny_config(layers=1, kv_heads=2, hidden_size=64)
+    settings = {"prefill_chunk_size": 64, "deterministic": True, "relay": "never"}
+    llm = LLM((config, tiny_params(config)), max_num_seqs=1, weights="int4", **settings)
+    sampling = SamplingParams(temperature=0, max_tokens=4, logprobs=5)
+    prompt = {"prompt_token_ids": random_prompts(5, [100])[0]}
+    cold, warm = (llm.generate(prompt, sampling)[0] for _ in range(2))
+    assert warm.outputs[0].logprobs == cold.outputs[0].logprobs
+    assert (cold.num_cached_tokens, warm.num_cached_tokens) == (0, 64)
+
+
 def test_what_they_take() -> None:
     params = tiny_params(CONFIG)
     plans = {

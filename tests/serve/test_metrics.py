@@ -179,7 +179,7 @@ def test_a_full_queue_is_counted(served, client):
 def test_a_prefix_shows_in_hits_and_pages(served, client):
     prompt = served.llm.chat_prompt([{"role": "user", "content": "a" * 200}])["prompt_token_ids"]
     card = httpx.post(
-        f"{served.url}/v1/prefixes", json={"prompt": prompt[:-20]}, timeout=None
+        f"{served.url}/v1/prefixes", json={"prompt": prompt[:-80]}, timeout=None
     ).json()
     assert samples(served)["num_pages_pinned"] == card["pages"]
     client.chat.completions.create(
@@ -191,6 +191,9 @@ def test_a_prefix_shows_in_hits_and_pages(served, client):
     assert found["num_pages_free"] == found["num_pages"] - card["pages"]
     # What was computed behind the prefix is remembered.
     assert found["num_pages_cached"] == len(prompt) // served.llm.spec.page_size - card["pages"]
+    page_bytes = served.llm.engine.units.page
+    assert found["prefix_cache_device_bytes"] == found["num_pages_cached"] * page_bytes > 0
+    assert found["prefix_cache_host_bytes"] == found["prefix_cache_evicted_pages_total"] == 0
 
 
 def test_exact_mode_counts_its_drafts():

@@ -6,7 +6,7 @@ A script, run by test_update_params.py.
 import jax
 from jax.sharding import NamedSharding
 from tiny_llm import tiny_params
-from two_devices import CONFIG, sharded, sharding, tokens
+from two_devices import CONFIG, complete, sharded, sharding, tokens
 
 from lserve_jax import LLM
 
@@ -29,14 +29,18 @@ for seed, put in ((1, sharded), (0, lambda params: params), (1, lambda params: p
     for path, leaf in jax.tree.flatten_with_path(llm.engine.params)[0]:
         assert leaf.sharding == sharding(path), (path, leaf.sharding)
 
-# Prompts are remembered, and go to host memory and back: there is room for one of these.
+# Prompts are remembered, and go to host memory and back, bit for bit: one of these has room.
 documents = [[number] * 200 for number in (5, 7)]
 room: dict = {"max_num_seqs": 1, "max_model_len": 256, "max_prefixes": 0, "relay": "never"}
 alone = LLM((CONFIG, tiny_params(CONFIG)), enable_prefix_caching=False, **room)
 answers = [tokens(alone, 4, document) for document in documents]
-remembering = LLM((CONFIG, sharded(tiny_params(CONFIG))), host_cache_bytes=1 << 24, **room)
+room |= {"deterministic": True, "prefill_chunk_size": 64, "host_cache_bytes": 1 << 24}
+remembering = LLM((CONFIG, sharded(tiny_params(CONFIG))), **room)
+cold: dict = {}
 for number in (0, 0, 1, 0):
-    assert tokens(remembering, 4, documents[number]) == answers[number]
+    made = complete(remembering, 4, documents[number], logprobs=3)
+    assert made.token_ids == answers[number]
+    assert cold.setdefault(number, made.logprobs) == made.logprobs
 metrics = remembering.engine.metrics()
 assert metrics.prefix_tokens == 2 * 192 and metrics.host_pages > 0, metrics
 

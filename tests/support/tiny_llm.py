@@ -139,6 +139,8 @@ def check_pages(engine: Engine) -> None:
     cache, placed, prefixes = scheduler.prefix_cache, scheduler.placed(), engine.prefix_store.held
     tree, nodes = cache.tree, list(cache.tree.nodes())
     tree.check()
+    if cache.host is not None:
+        cache.host.check()
     shared = {node.page for node in nodes}
     held = np.zeros((spec.num_pages,), int)
     for pages in [r.pages for r in placed] + [list(shared)]:

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as Spec
 from tiny_llm import tiny_config
 
 from lserve_jax import LLM, SamplingParams
+from lserve_jax.outputs import CompletionOutput
 
 jax.config.update("jax_num_cpu_devices", 2)
 
@@ -29,6 +30,10 @@ def sharded(params: dict) -> dict:
     return jax.tree.map_with_path(lambda path, x: jax.device_put(x, sharding(path)), params)
 
 
+def complete(llm: LLM, count: int, prompt: Sequence[int], **asked: Any) -> CompletionOutput:
+    sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, **asked)
+    return llm.generate({"prompt_token_ids": list(prompt)}, sampling)[0].outputs[0]
+
+
 def tokens(llm: LLM, count: int, prompt: Sequence[int] = (3,) * 20) -> list[int]:
-    sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-    return llm.generate({"prompt_token_ids": list(prompt)}, sampling)[0].outputs[0].token_ids
+    return complete(llm, count, prompt).token_ids
