@@ -27,7 +27,7 @@ from lserve_jax.checks import check_bool
 from lserve_jax.engine.buckets import bucket, shape_buckets
 from lserve_jax.engine.costs import BurstRow, CacheUnits
 from lserve_jax.engine.drafting import decide_all
-from lserve_jax.engine.host_tier import HostTier, check_pinned_memory
+from lserve_jax.engine.host_tier import HostTier, check_pinned_memory, take_pinned_memory
 from lserve_jax.engine.metrics import EngineCounts, EngineMetrics, StepMetrics
 from lserve_jax.engine.prefill_calls import plan_calls
 from lserve_jax.engine.prefix import Prefix
@@ -97,7 +97,11 @@ class Engine:
         self._counts = EngineCounts()
         self._next_number = 0
         self.resets = 0  # how often it began anew
+        if host_cache_bytes > 0:
+            check_pinned_memory(host_cache_bytes)
         self._start_empty()
+        if host_cache_bytes > 0:
+            take_pinned_memory(host_cache_bytes)
 
     def _start_empty(self) -> None:
         heads, spec = self.config.num_key_value_heads, self.spec
@@ -128,14 +132,13 @@ class Engine:
     def _host_tier(self) -> HostTier | None:
         if self.host_cache_bytes == 0 or not self.enable_prefix_caching:
             return None
-        check_pinned_memory(self.host_cache_bytes)
         limit = self.host_cache_bytes // self.units.remembered_page
         if limit == 0:
             raise ValueError(
                 f"host_cache_bytes={self.host_cache_bytes} holds no page: one takes "
                 f"{self.units.remembered_page} bytes"
             )
-        return HostTier(limit, self.runner.read_pages, self.runner.write_pages)
+        return HostTier(limit, self.runner.read_block, self.runner.write_block)
 
     def reset(self) -> None:
         """Begins anew with an empty cache and no requests, also after a failure on the device."""

@@ -2,28 +2,33 @@
 
 A second place to look, behind the tree: what is evicted is copied to the host, and a prompt that
 wants it later has it copied back instead of computing it. Pages that are given up together form a
-block, which is copied as it was read and comes back as a whole: each array is one transfer, into
-memory that the GPU writes and reads by itself (``pinned_host``). Least recently used blocks go
+block, which is one array (one for each dtype) and so one transfer, into memory that the GPU writes
+and reads by itself (``pinned_host``); it comes back as a whole. Least recently used blocks go
 first. Nobody waits for a transfer, but for the oldest when several are under way.
 """
 
+import itertools
+import logging
 import os
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lserve_jax.engine.buckets import bucket
 from lserve_jax.engine.prefix_tree import Evicted, next_digest
 
-Pages = list[dict[str, Any]]  # of each layer, as ``ModelRunner.read_pages`` returns them
-MOST_AT_ONCE = 64  # pages of a block
+log = logging.getLogger(__name__)
+
+Pages = list[jax.Array]  # as ``ModelRunner.read_block`` returns them
+BLOCK_SIZES = 64, 16, 4, 1  # pages of a block; each is a program that reads and one that writes
 FEWEST_BLOCKS = 4  # for which there is room, so that a new one does not end all others
 # Blocks that may be on their way: until they have arrived they take memory of the device.
 MOST_COMING = 4
+PART = 256 << 20  # bytes of pinned memory that are taken at once
 LIMIT_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 NOWHERE = np.iinfo(np.int32).max  # a page that is written to no page
 
@@ -32,29 +37,29 @@ NOWHERE = np.iinfo(np.int32).max  # a page that is written to no page
 class Block:
     """Pages in host memory that went there together."""
 
-    pages: Pages  # arrays ``[heads, n, ...]``, of windows ``[heads, m, ...]``
-    places: int  # n
-    window_places: int  # m
+    pages: Pages
+    places: int  # pages that it holds
+    has_windows: bool  # each with its window page, or none
     live: set[bytes] = field(default_factory=set)  # digests that no later block has
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class HostPage:
-    """Where a page of a prompt lies, and its window page if it had one."""
+    """Where a page of a prompt lies, with its window page if the block has them."""
 
     block: Block
     place: int
-    window_place: int  # -1: there is none
 
     @property
     def has_window(self) -> bool:
-        return self.window_place >= 0
+        return self.block.has_windows
 
 
 class HostTier:
     """Up to ``limit`` pages; ``read`` and ``write`` are those of the runner.
 
-    ``write`` leaves out what goes to page ``NOWHERE``.
+    ``write`` leaves out what goes to page ``NOWHERE``. ``sizes`` are those of blocks, in pages; all
+    of a block's pages have window pages, or none has.
     """
 
     def __init__(
@@ -64,7 +69,7 @@ class HostTier:
         write: Callable[[Pages, np.ndarray, np.ndarray], None],
     ):
         self.limit, self._read, self._write = limit, read, write
-        self._most_at_once = min(MOST_AT_ONCE, _power_of_two(max(limit // FEWEST_BLOCKS, 1)))
+        self.sizes = [n for n in BLOCK_SIZES if n * FEWEST_BLOCKS <= max(limit, FEWEST_BLOCKS)]
         self._pages: dict[bytes, HostPage] = {}
         self._blocks: OrderedDict[Block, None] = OrderedDict()  # the last used at the end
         self._coming: deque[Block] = deque()
@@ -85,37 +90,35 @@ class HostTier:
         """Takes pages that the tree gives up, before anybody writes to them."""
         new = [page for page in evicted if not self._has(page)]
         new = new[len(new) - min(len(new), self.limit) :]
-        first = 0
-        while first < len(new):
-            # Exactly as many as fill a block: what is held is what was asked to be kept.
-            size = min(_power_of_two(len(new) - first), self._most_at_once)
-            self._take(new[first : first + size])
-            first += size
+        for has_windows, run in itertools.groupby(new, lambda page: page.window >= 0):
+            pages = list(run)
+            while pages:
+                # Exactly as many as fill a block: what is held is what was asked to be kept.
+                size = next(n for n in self.sizes if n <= len(pages))
+                self._take(pages[:size], has_windows)
+                pages = pages[size:]
 
     def _has(self, evicted: Evicted) -> bool:
         """Whether the same page is here already, as one that came back is."""
         page = self._pages.get(evicted.digest)
         return page is not None and (page.has_window or evicted.window < 0)
 
-    def _take(self, evicted: Sequence[Evicted]) -> None:
+    def _take(self, evicted: Sequence[Evicted], has_windows: bool) -> None:
         while len(self._coming) >= MOST_COMING:
             jax.block_until_ready(self._coming.popleft().pages)
         while self._held + len(evicted) > self.limit:
             self._drop(next(iter(self._blocks)))
-        windows = [page.window for page in evicted if page.window >= 0]
-        read = self._read(_int32([page.page for page in evicted]), _padded(windows))
-        host = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), read)
-        block = Block(jax.device_put(read, host), len(evicted), len(_padded(windows)))
+        windows = [page.window for page in evicted] if has_windows else []
+        read = self._read(_int32([page.page for page in evicted]), _int32(windows))
+        host = [x.sharding.with_memory_kind("pinned_host") for x in read]
+        block = Block(jax.device_put(read, host), len(evicted), has_windows)
         self._coming.append(block)
         self._blocks[block] = None
         self._held += block.places
-        window_place = 0
         for place, page in enumerate(evicted):
-            has_window = page.window >= 0
             self._forget(page.digest)
-            self._pages[page.digest] = HostPage(block, place, window_place if has_window else -1)
+            self._pages[page.digest] = HostPage(block, place)
             block.live.add(page.digest)
-            window_place += has_window
 
     def _forget(self, digest: bytes) -> None:
         """A later block has the page."""
@@ -166,14 +169,15 @@ class HostTier:
         for page, to, window in zip(found, pages, windows, strict=True):
             block = page.block
             if block not in targets:
-                targets[block] = _nowhere(block.places), _nowhere(block.window_places)
+                windows_of_block = block.places if block.has_windows else 0
+                targets[block] = _nowhere(block.places), _nowhere(windows_of_block)
             if to >= 0:
                 targets[block][0][page.place] = to
             if window >= 0:
-                targets[block][1][page.window_place] = window
+                targets[block][1][page.place] = window
         last = None
         for block, at in targets.items():
-            device = jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), block.pages)
+            device = [x.sharding.with_memory_kind("device") for x in block.pages]
             arriving = jax.device_put(block.pages, device), *at
             if last is not None:
                 self._write(*last)
@@ -188,7 +192,7 @@ class HostTier:
         places: dict[Block, set[int]] = {block: set() for block in self._blocks}
         for digest, page in self._pages.items():
             assert digest in page.block.live
-            assert page.place < page.block.places and page.window_place < page.block.window_places
+            assert page.place < page.block.places
             places[page.block].add(page.place)
         # Each page of its own place, none in two blocks, and no block without one.
         assert all(len(found) == len(block.live) > 0 for block, found in places.items())
@@ -204,9 +208,19 @@ def check_pinned_memory(wanted: int) -> None:
         )
 
 
-def _power_of_two(number: int) -> int:
-    """The greatest up to ``number``."""
-    return 1 << (number.bit_length() - 1)
+def take_pinned_memory(size: int) -> None:
+    """Has XLA take ``size`` bytes of memory that a GPU reaches, which it then keeps.
+
+    That takes about a second for each GB, for which requests would wait later.
+    """
+    if jax.default_backend() != "gpu":
+        return
+    start = time.perf_counter()
+    part = jnp.zeros((min(size, PART),), jnp.uint8)
+    host = part.sharding.with_memory_kind("pinned_host")
+    # All of them are there at the same time, and go at the end.
+    jax.block_until_ready([jax.device_put(part, host) for _ in range(-(-size // part.size))])
+    log.info("%d bytes of host memory taken in %.1f s", size, time.perf_counter() - start)
 
 
 def _nowhere(places: int) -> np.ndarray:
@@ -215,11 +229,3 @@ def _nowhere(places: int) -> np.ndarray:
 
 def _int32(numbers: Sequence[int]) -> np.ndarray:
     return np.array(numbers, np.int32)
-
-
-def _padded(pages: Sequence[int]) -> np.ndarray:
-    """Filled up to a power of two with the last one, so that little is compiled; int32."""
-    if not pages:
-        return np.zeros((0,), np.int32)
-    size = bucket(len(pages), 1, MOST_AT_ONCE)
-    return _int32([*pages, *[pages[-1]] * (size - len(pages))])

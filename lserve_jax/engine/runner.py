@@ -46,7 +46,9 @@ from lserve_jax.engine.steps import (
     decode_burst,
     insert,
     prefill_chunks,
+    read_block,
     read_pages,
+    write_block,
     write_pages,
 )
 from lserve_jax.engine.token_rules import TokenRules
@@ -348,6 +350,30 @@ class ModelRunner:
     def write_pages(self, kept: list[dict], pages: np.ndarray, windows: np.ndarray) -> None:
         """Puts back what ``read_pages`` read, on other pages; on none beyond those of a pool."""
         self._caches = write_pages(self._caches, kept, jnp.asarray(pages), jnp.asarray(windows))
+
+    def read_block(self, pages: np.ndarray, windows: np.ndarray) -> list[jax.Array]:
+        """What ``read_pages`` returns, as few arrays of one axis."""
+        return self.programs.run(self.read_block_call(pages, windows))
+
+    def read_block_call(self, pages: np.ndarray, windows: np.ndarray) -> Call:
+        """What ``read_block`` runs."""
+        return Call.of(read_block, self._caches, jnp.asarray(pages), jnp.asarray(windows))
+
+    def write_block(self, block: list[jax.Array], pages: np.ndarray, windows: np.ndarray) -> None:
+        """Puts back what ``read_block`` read, on other pages; on none beyond those of a pool."""
+        self._caches = self.programs.run(self.write_block_call(block, pages, windows))
+
+    def write_block_call(
+        self, block: list[jax.Array], pages: np.ndarray, windows: np.ndarray
+    ) -> Call:
+        """What ``write_block`` runs."""
+        return Call.of(write_block, self._caches, block, jnp.asarray(pages), jnp.asarray(windows))
+
+    def empty_block(self, pages: np.ndarray, windows: np.ndarray) -> list[jax.Array]:
+        """Zeros in place of what ``read_block`` returns for these pages."""
+        shapes = jax.eval_shape(read_block, self._caches, pages, windows)
+        where = jax.tree.leaves(self._caches)[0].sharding
+        return [jax.device_put(jnp.zeros(x.shape, x.dtype), where) for x in shapes]
 
     def page_shapes(self, pages: np.ndarray, windows: np.ndarray) -> list[dict]:
         """Shapes of what ``read_pages`` returns for these pages."""

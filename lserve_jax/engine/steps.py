@@ -6,6 +6,7 @@ with the caches. Functions here know slots, never requests or text. ``runner.py`
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -194,6 +195,30 @@ def write_pages(
         )
         for cache, part in zip(caches, kept, strict=True)
     ]
+
+
+@jax.jit
+def read_block(caches: Caches, pages: Int[Array, " n"], windows: Int[Array, " m"]) -> list[Array]:
+    """What ``read_pages`` returns, all that has one dtype in one array: transfers are few."""
+    leaves = jax.tree.leaves(read_pages(caches, pages, windows))
+    return [
+        jnp.concatenate([x.ravel() for x in leaves if x.dtype == dtype])
+        for dtype in dict.fromkeys(x.dtype for x in leaves)
+    ]
+
+
+@functools.partial(jax.jit, donate_argnames=("caches",))
+def write_block(
+    caches: Caches, block: list[Array], pages: Int[Array, " n"], windows: Int[Array, " m"]
+) -> Caches:
+    """Puts back what ``read_block`` read, on other pages; on none where a pool has no such page."""
+    leaves, tree = jax.tree.flatten(jax.eval_shape(read_pages, caches, pages, windows))
+    parts = {}
+    for joined in block:
+        sizes = [x.size for x in leaves if x.dtype == joined.dtype]
+        parts[joined.dtype] = iter(jnp.split(joined, list(itertools.accumulate(sizes[:-1]))))
+    kept = [next(parts[x.dtype]).reshape(x.shape) for x in leaves]
+    return write_pages(caches, jax.tree.unflatten(tree, kept), pages, windows)
 
 
 def sample_rows(

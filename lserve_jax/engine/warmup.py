@@ -2,9 +2,9 @@
 
 "auto" is what any request needs: a short prompt, and bursts of one row, greedy and drawing. "full"
 is every length of a prompt's chunk, alone, read causally or block-sparsely, and beside others, and
-every number of slots, beside these with filters (top_k, top_p, min_p). What remains compiles when
-it is first asked for: rows that read a prefix together, log probabilities, penalties, restricted
-tokens.
+every number of slots, beside these with filters (top_k, top_p, min_p). Where pages go to host
+memory, both have the programs that move them. What remains compiles when it is first asked for:
+rows that read a prefix together, log probabilities, penalties, restricted tokens.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import numpy as np
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.inputs import Chunk, Start
 from lserve_jax.engine.programs import Call
+from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.engine.sampling import SamplingMode, sampling_row
 from lserve_jax.sampling_params import SamplingParams
 
@@ -46,6 +47,11 @@ def warm_up(engine: Engine, how: Warmup, *, progress: bool = False) -> None:
     calls += [
         call for rows in slots for sampling in usual for call in _decode(engine, rows, sampling)
     ]
+    host = engine.scheduler.prefix_cache.host
+    if host is not None and not engine.runner.programs.sharded:  # else XLA says where blocks lie
+        for pages in host.sizes:
+            for windows in {0, pages if engine.scheduler.prefix_cache.streams else 0}:
+                calls += _blocks(engine.runner, pages, windows)
     engine.runner.programs.prepare(calls, progress=progress)
 
 
@@ -73,6 +79,12 @@ def _insert(engine: Engine, sampling: SamplingParams, rows: int) -> Call:
     )
     logits = jnp.zeros((rows, engine.config.vocab_size), jnp.float32)
     return engine.runner.insert_call(logits, [start] * rows)
+
+
+def _blocks(runner: ModelRunner, pages: int, windows: int) -> list[Call]:
+    """Pages that go to host memory, and come back."""
+    ids = np.zeros((pages,), np.int32), np.zeros((windows,), np.int32)
+    return [runner.read_block_call(*ids), runner.write_block_call(runner.empty_block(*ids), *ids)]
 
 
 def _decode(engine: Engine, rows: int, sampling: SamplingParams) -> list[Call]:

@@ -72,6 +72,18 @@ def test_a_warmup_of_all_slots_where_tokens_must_not_depend_on_neighbours() -> N
     assert compiled(llm) == before
 
 
+def test_with_host_memory_a_warmup_has_what_moves_pages() -> None:
+    """Of two prompts one has room on the device. Blocks have four pages or one."""
+    room = {"max_num_seqs": 1, "max_prefixes": 0, "relay": "never", "host_cache_bytes": 1 << 18}
+    llm = build(warmup="auto", **room)
+    before, prompts = compiled(llm), [{"prompt_token_ids": [n] * 200} for n in (3, 5)]
+    assert before == 1 + 2 + 2 + 2 * 2
+    for prompt in (*prompts, *prompts):
+        tokens(llm, (prompt, GREEDY))
+    assert llm.engine.metrics().prefix_tokens > 0
+    assert compiled(llm) == before + 1  # that of a longer chunk
+
+
 def test_a_second_warmup_loads(tmp_path) -> None:
     for source in ("compiled", "loaded"):
         llm = build(warmup="auto", compilation_cache=tmp_path / "programs")
