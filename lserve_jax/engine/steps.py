@@ -47,10 +47,17 @@ from lserve_jax.model.bound import bind
 from lserve_jax.model.params import Params
 
 
+# XLA would compile and time dozens of Triton kernels for each product, in place of a cuBLAS one. On
+# an H200 none was faster (docs/startup.md), and a prompt chunk took up to twice as long to compile.
+# About options of a program see BURST_OPTIONS.
+CHUNK_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+
+
 @functools.partial(
     jax.jit,
     static_argnames=("program", "block_sparse", "top", "keep_hidden"),
     donate_argnames=("caches",),
+    compiler_options=CHUNK_OPTIONS,
 )
 def prefill_chunks(
     program: Program,
