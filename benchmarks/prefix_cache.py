@@ -178,6 +178,7 @@ def documents(runs: Runs) -> dict[str, Any]:
         engine.reset_prefix_cache()
         rows[name] = timed_answers(runs, engine, prompts)
         print(name, rows[name], flush=True)
+        del engine  # before the next one: both may not fit
     return rows
 
 
@@ -193,6 +194,7 @@ def shared(runs: Runs) -> dict[str, Any]:
             print(name, row, flush=True)
             if run > 0:
                 rows[name].append(row)
+        del engine
     speeds = [median(row["tokens_per_second"] for row in timed) for timed in rows.values()]
     return {**rows, "ratio": speeds[0] / speeds[1]}
 
