@@ -79,6 +79,19 @@ class StreamingWindow:
     def num_pages(self) -> int:
         return self.sink_pages + self.local_pages
 
+    @property
+    def behind_pages(self) -> int:
+        """Of what fell out of the window, pages that a prompt in prefill and the prefix tree keep.
+
+        Half a window: prompts that end differently go on from where they part, if that is no
+        further from their ends.
+        """
+        return self.local // self.page_size // 2 + 1
+
+    @property
+    def pages_with_behind(self) -> int:
+        return self.num_pages + self.behind_pages
+
     def index(self, page: Int[Array, "..."]) -> Int[Array, "..."]:
         """The window's page (0 .. num_pages-1) for a page number of the sequence."""
         wrapped = self.sink_pages + (page - self.sink_pages) % self.local_pages
@@ -303,9 +316,9 @@ def make_spec(
 
     sizes = SparsityConfig() if sparsity is None else sparsity
     prefill_window = window(sizes.prefill_sink, sizes.prefill_local)
-    num_window_pages = (1 + max_prefixes) * prefill_window.num_pages
-    if max_prefixes:  # a prompt that will be remembered keeps a second window behind its own
-        num_window_pages += prefill_window.local_pages
+    num_window_pages = prefill_window.num_pages
+    if max_prefixes:  # a prompt that will be remembered keeps more, and so does the tree of each
+        num_window_pages = (1 + max_prefixes) * prefill_window.pages_with_behind
     return CacheSpec(
         page_size=page_size,
         num_pages=num_pages,

@@ -398,7 +398,7 @@ def _plan_pages(config: ModelConfig, spec: CacheSpec, dtype, options: EngineOpti
 def _plan_windows(config: ModelConfig, spec: CacheSpec, dtype, options: EngineOptions) -> int:
     """How many pages of prefill windows to allocate: of those in ``spec`` what can be used."""
     window = spec.prefill_window
-    own = window.num_pages + window.local_pages  # of a prompt in prefill
+    own = window.pages_with_behind  # of a prompt in prefill
     most = spec.num_pages + own  # a page that is remembered has one
     if options.kv_cache_bytes is None and jax.local_devices()[0].memory_stats() is None:
         page_bytes = cache_bytes(config, spec, dtype)["prefill_window"] // spec.num_window_pages

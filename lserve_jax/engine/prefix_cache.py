@@ -98,7 +98,7 @@ class PrefixCache:
             self.tree.spill = host.spill
         # Pages behind the newest that a prompt in prefill keeps; see ``make_spec``.
         more = spec.num_window_pages > window.num_pages
-        self._kept_pages = window.local_pages * (2 if more else 1)
+        self._kept_pages = window.local_pages + (window.behind_pages if more else 0)
 
     # What is there.
 

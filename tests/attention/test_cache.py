@@ -342,6 +342,6 @@ def test_windows_are_no_longer_than_a_sequence() -> None:
 
 
 def test_there_is_room_for_windows_of_remembered_prompts() -> None:
-    """For that of the prompt in prefill, a second one behind it, and one for each remembered."""
-    for max_prefixes, pages in ((0, 8), (1, 8 + 6 + 8), (3, 8 + 6 + 3 * 8)):
+    """For that of the prompt in prefill and of each remembered, with half of one behind it."""
+    for max_prefixes, pages in ((0, 8), (1, 2 * (8 + 3)), (3, 4 * (8 + 3))):
         assert make(SMALL, max_prefixes=max_prefixes).num_window_pages == pages

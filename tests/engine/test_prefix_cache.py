@@ -65,15 +65,16 @@ def test_whole_pages_are_shared(attention: str, build: Build) -> None:
     assert found == [313 // page * page, 440 // page * page, whole, 3 * page]
 
 
-@pytest.mark.parametrize(("end", "found"), [(480, 480), (470, 464), (450, 32)])
+@pytest.mark.parametrize(("end", "found"), [(480, 480), (470, 464), (430, 416), (415, 32)])
 def test_a_match_ends_where_the_window_is(end: int, found: int, build: Build) -> None:
     """Streaming heads see 32 tokens of sinks and a window of 64.
 
-    Of the document another prompt has taken all window pages but those of the sinks and five: one
-    can go on from its end and from a page before, and further up only behind the sinks.
+    Of the document another prompt has left window pages of the sinks, the window and three behind
+    it: one can go on from its end and from up to four pages before, and further up only behind the
+    sinks.
     """
     llm = build(max_prefixes=1)
-    assert llm.spec.num_window_pages == (2 + 5) + 5 + (2 + 5)
+    assert llm.spec.num_window_pages == 2 * (2 + 5 + 3)
     document, other, own = random_prompts(5, [480, 200, 20])
     for prompt in (document, other):
         llm.generate(ids(prompt), GREEDY)
@@ -103,6 +104,17 @@ def test_windows_nobody_needs_go_first(build: Build) -> None:
     [output] = llm.generate(ids(first), GREEDY)
     assert output.num_cached_tokens == 299 // P * P
     check_nothing_left(llm.engine)
+
+
+def test_as_many_documents_stay_as_there_is_room_for(build: Build) -> None:
+    """Questions about them in turn: of each only the first computes its document."""
+    llm = build(max_prefixes=6)
+    documents = random_prompts(9, [12 * P] * 6)
+    for turn in range(3):
+        questions = random_prompts(10 + turn, [2 * P + 3] * 6)
+        prompts = [ids(document + own) for document, own in zip(documents, questions, strict=True)]
+        found = [output.num_cached_tokens for output in llm.generate(prompts, GREEDY)]
+        assert found == [12 * P if turn else 0] * 6
 
 
 def test_each_turn_of_a_chat_computes_what_is_new(build: Build) -> None:

@@ -43,17 +43,17 @@ def test_the_plan_has_the_windows_of_remembered_prompts(sparsity: SparsityConfig
     """They are a pool like any other; what is remembered or held takes nothing beside the plan."""
     llm = build(sparsity, kv_cache_bytes=1 << 20, max_prefixes=2)
     # Two layers with a streaming head of 16 channels each, K and V in float32. Of pages of 16
-    # tokens: sink, local and one more, for the prompt that is read and two others; and as much of
-    # local again.
-    pages = 3 * (1 + 4 + 1) + (4 + 1)
+    # tokens: sink, local and one more, and half of local and one more behind these, for the prompt
+    # that is read and two others.
+    pages = 3 * (1 + 4 + 1 + 2 + 1)
     plan = llm.memory_plan()
     assert plan["prefill_window"] == 2 * pages * 16 * 16 * 2 * 4
     gc.collect()  # what earlier tests left
     arrays = len(jax.live_arrays())
-    held = [llm.prefix({"prompt_token_ids": prompt}) for prompt in random_prompts(0, [200, 200])]
+    held = [llm.prefix({"prompt_token_ids": prompt}) for prompt in random_prompts(0, [200] * 3)]
     assert llm.memory_plan() == plan
     assert len(jax.live_arrays()) == arrays
-    with pytest.raises(ValueError, match=r"would take 18 pages of 16 tokens, 12 can be held"):
+    with pytest.raises(ValueError, match=r"would take 24 pages of 16 tokens, 18 can be held"):
         llm.prefix({"prompt_token_ids": random_prompts(1, [200])[0]})
     held[0].release()
     llm.prefix({"prompt_token_ids": random_prompts(1, [200])[0]})
@@ -61,11 +61,11 @@ def test_the_plan_has_the_windows_of_remembered_prompts(sparsity: SparsityConfig
 
 
 def test_there_are_no_windows_of_pages_that_there_are_not(sparsity: SparsityConfig) -> None:
-    """Ten pages can have ten window pages, beside the 6 + 5 of a prompt in prefill."""
+    """Ten pages can have ten window pages, beside the 6 + 3 of a prompt in prefill."""
     page = build(sparsity).engine.units.page
     llm = build(sparsity, kv_cache_bytes=10 * page)
     assert llm.spec.num_pages == 10
-    assert llm.spec.num_window_pages == 10 + 6 + 5
+    assert llm.spec.num_window_pages == 10 + 6 + 3
     prompts = random_prompts(2, [150, 100, 150])
     for prompt in [*prompts, *prompts]:
         llm.generate({"prompt_token_ids": prompt}, SamplingParams(temperature=0, max_tokens=2))
@@ -75,13 +75,13 @@ def test_there_are_no_windows_of_pages_that_there_are_not(sparsity: SparsityConf
 def test_on_a_cpu_windows_take_half_of_what_pages_do_unless_asked_for(
     sparsity: SparsityConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But have room for the prompt in prefill, two windows less a sink, and another one."""
+    """But have room for the prompt in prefill, a window and a half, and another one."""
     window_page = 2 * 16 * 16 * 2 * 4  # two layers with a streaming head, as above
-    for room, pages in ((40, 40), (10, 6 + 5 + 6), (1000, 9 * 6 + 5)):
+    for room, pages in ((40, 40), (10, 6 + 3 + 6), (1000, 9 * (6 + 3))):
         monkeypatch.setattr(build_module, "CPU_CACHE_BYTES", 2 * room * window_page)
         assert build(sparsity, max_model_len=512).spec.num_window_pages == pages
     asked = build(sparsity, max_model_len=512, kv_cache_bytes=1 << 20)
-    assert asked.spec.num_window_pages == 9 * 6 + 5
+    assert asked.spec.num_window_pages == 9 * (6 + 3)
 
 
 def test_a_window_of_llama_3_8b_takes_549_megabytes() -> None:
