@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax import lax
 
 from lserve_jax.checks import check_choice, check_integer
 from lserve_jax.model.params import Params, is_quantised
@@ -227,8 +226,7 @@ def with_w8a8(params: Params, kind: W8A8Kind | None) -> Params:
     def ready(path: Path, leaf: Any) -> Any:
         if path[-1].key != "kernel" or isinstance(leaf, W8A8Weight):
             return leaf
-        # Written: XLA would read the columns of codes one by one on a CPU, at a fifth of the speed.
-        return lax.optimization_barrier(w8a8_weight(leaf, kind=kind))
+        return w8a8_weight(leaf, kind=kind)
 
     layers = jax.tree.map_with_path(ready, params["layers"], is_leaf=is_quantised)
     return params | {"layers": layers}
