@@ -260,8 +260,12 @@ def test_settings_are_what_they_say():
     text += ",logical=16,selected=32,lower=0.25,interval=8,prefill_local=1024"
     text += ",prefill=block_sparse,prefill_threshold=0.8,prefill_min_tokens=1000"
     text += ",shares=none,control=inverted"
-    dense, plain, full = parse_settings(["dense", "lserve", text])
-    assert (dense.name, dense.sparsity) == ("dense", None)
+    dense, plain, full, rounded, both = parse_settings(
+        ["dense", "lserve", text, "dense:prefill_dtype=fp8", "lserve:budget=64,prefill_dtype=int8"]
+    )
+    assert (dense.name, dense.sparsity, dense.prefill_dtype) == ("dense", None, None)
+    assert (rounded.sparsity, rounded.prefill_dtype) == (None, "fp8")
+    assert (both.sparsity, both.prefill_dtype) == (SparsityConfig(token_budget=64), "int8")
     assert plain.sparsity == SparsityConfig()
     assert full.control == "inverted"
     assert full.sparsity == SparsityConfig(
