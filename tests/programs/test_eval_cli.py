@@ -135,7 +135,11 @@ def refusal(capsys, *argv) -> str:
         ("--compare", "at least one setting"),
         ("--compare dense dense", "setting 'dense' is given twice"),
         ("--compare sparse", "setting 'sparse' must be dense, lserve or lserve:key=value"),
-        ("--compare dense:budget=64", "'dense:budget=64' must be dense, lserve or"),
+        ("--compare dense:budget=64", "budget in setting 'dense:budget=64' is for lserve, dense"),
+        (
+            "--compare dense:prefill_dtype=int4",
+            "prefill_dtype=int4 in setting 'dense:prefill_dtype",
+        ),
         ("--compare lserve:", "'' in setting 'lserve:' must be key=value"),
         ("--compare lserve:budget", "'budget' in setting 'lserve:budget' must be key=value"),
         ("--compare lserve:bugdet=1", "unknown key 'bugdet' in setting"),
