@@ -13,7 +13,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from tiny_llm import VOCAB, random_prompts, tiny_config, tiny_params, write_pattern
 
 from lserve_jax import LLM
-from lserve_jax.engine.judging import judge
+from lserve_jax.engine.inputs import Chunk
+from lserve_jax.engine.judging import is_judged_by_prefill, judge
 from lserve_jax.model.params import is_quantised
 from lserve_jax.model.quantise import pack_params, quantise_params, with_w8a8
 from pallas_kernels import api
@@ -32,12 +33,13 @@ def codes(x: np.ndarray, kind: str, axis: int) -> np.ndarray:
     return (np.round(x / scale) if kind == "int8" else x / scale).astype(dtype) * scale
 
 
-@pytest.mark.parametrize("kind", api.W8A8_KINDS)
+@pytest.mark.parametrize(("weights", "kind"), [(None, "int8"), (None, "fp8"), ("int8", "int8")])
 def test_prompts_in_8_bits_and_answers_in_floats(
-    kind: Any, tmp_path, monkeypatch: pytest.MonkeyPatch
+    weights: Any, kind: Any, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sparse attention; chunks, short prompts together, and a prompt that is remembered."""
-    llm = build(write_pattern(tmp_path / "pattern", [[0.1, 0.9]]), prefill_dtype=kind)
+    pattern = write_pattern(tmp_path / "pattern", [[0.1, 0.9]])
+    llm = build(pattern, prefill_dtype=kind, weights=weights)
     prompts = random_prompts(5, [150, 30, 20, 25])
     outputs = run(llm, prompts, greedy(12))
     plain = oracle_model._linear
@@ -51,6 +53,11 @@ def test_prompts_in_8_bits_and_answers_in_floats(
         wanted = []
         for linear in (rounding, plain):
             model = oracle()
+            if weights is not None:
+                model.params = jax.tree.map_with_path(
+                    lambda path, x: codes(x, weights, axis=0) if "kernel" in str(path) else x,
+                    model.params,
+                )
             monkeypatch.setattr(oracle_model, "_linear", linear)
             logits = [model.prefill(prompt)[-1]]
             monkeypatch.setattr(oracle_model, "_linear", plain)
@@ -107,9 +114,21 @@ def test_what_is_held_twice() -> None:
 
 
 def test_decode_is_the_same_program() -> None:
+    """Prefill's has other arguments, and does not say what decode would."""
     params, texts = tiny_params(CONFIG), []
     for kind in (None, "fp8"):
         engine = LLM((CONFIG, params), max_model_len=64, prefill_dtype=kind).engine
+        nothing = np.zeros((engine.spec.pages_per_sequence,), np.int32)
+        chunk = Chunk(
+            tokens=np.zeros((16,), np.int32),
+            page_table=nothing,
+            window_table=nothing,
+            start=0,
+            prompt_length=16,
+        )
+        leaves = jax.tree.leaves(engine.runner.prefill_call([chunk]).args, is_leaf=is_quantised)
+        assert sum(isinstance(x, api.W8A8Weight) for x in leaves) == (0 if kind is None else 8)
+        assert is_judged_by_prefill(engine) == (kind is None)
         call = engine.runner.decode_call(engine.scheduler.burst_inputs(4, 1, None, None))
         texts.append(call.function.lower(*call.args, **call.static).as_text())
     assert texts[0] == texts[1]
