@@ -27,7 +27,13 @@ _DTYPES = {"int8": "int8", "fp8": "float8_e4m3fn"}
 
 
 def has_w8a8_codes(kernel: Array | Weight | PackedWeight, kind: W8A8Kind) -> bool:
-    """Whether a matrix has codes of that kind with one scale for each output channel."""
+    """Whether a matrix has codes of that kind with one scale for each output channel.
+
+    >>> import jax.numpy as jnp
+    >>> weight = quantize_weight(jnp.ones((64, 8)), kind="int8")
+    >>> has_w8a8_codes(weight, "int8"), has_w8a8_codes(weight, "fp8")
+    (True, False)
+    """
     if isinstance(kernel, Weight):
         plain = kernel.zero is None and kernel.scale.shape[0] == 1
         return plain and kernel.codes.dtype == _DTYPES[kind]
