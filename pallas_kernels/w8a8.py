@@ -85,6 +85,4 @@ def w8a8_product(x: Float[Array, "rows K"], kernel: W8A8Weight) -> Float[Array, 
         precision=lax.Precision.DEFAULT,
         preferred_element_type=jnp.int32 if dtype == jnp.int8 else x.dtype,
     )
-    # Or XLA times products that convert int32 themselves, which cuBLAS needs another pass for.
-    sums = lax.optimization_barrier(sums)
     return sums.astype(jnp.float32) * scale * kernel.scale[None]

@@ -47,7 +47,6 @@ from lserve_jax.model.bound import bind
 from lserve_jax.model.params import Params
 from lserve_jax.model.quantise import with_w8a8
 
-
 # XLA would compile and time dozens of Triton kernels for each product, in place of a cuBLAS one. On
 # an H200 none was faster (docs/startup.md), and a prompt chunk took up to twice as long to compile.
 # About options of a program see BURST_OPTIONS.

@@ -2,7 +2,7 @@
 
     python -m pytest -m gpu tests/kernels/test_gpu_w8a8.py
 
-XLA multiplies: what is looked at is that it does so with 8 bits and without copies of a matrix.
+XLA multiplies: what is looked at is that it does so in 8 bits and without copies of a matrix.
 """
 
 import jax
@@ -14,6 +14,7 @@ from shapes.linear import LINEAR, random_matrix
 from tiny_llm import random_prompts, tiny_config, tiny_params
 
 from lserve_jax import LLM, SamplingParams
+from lserve_jax.engine.steps import CHUNK_OPTIONS
 from pallas_kernels import api
 from pallas_kernels.weights import nearest_codes
 
@@ -65,14 +66,17 @@ def test_products(kind, name: str, rows: int) -> None:
 
 @pytest.mark.parametrize("kind", api.W8A8_KINDS)
 def test_matrices_are_multiplied_as_they_lie(kind) -> None:
-    """No array of a matrix's size is written, and none of it in more bits."""
+    """By cuBLAS; no array of a matrix's size is written, and none of it in more bits."""
     shape, rows = SHAPES["o"], 1024
     weight = jax.eval_shape(
         lambda x: api.w8a8_weight(x, kind=kind), jnp.zeros((shape.K, shape.out), jnp.bfloat16)
     )
     x = jax.ShapeDtypeStruct((rows, shape.K), jnp.bfloat16)
-    compiled = jax.jit(lambda x, weight: api.fused_linear(x, weight)[0]).lower(x, weight).compile()
-    text = compiled.as_text()
+    product = jax.jit(
+        lambda x, weight: api.fused_linear(x, weight)[0], compiler_options=CHUNK_OPTIONS
+    )
+    text = product.lower(x, weight).compile().as_text()
+    assert {"int8": '"__cublas$lt$matmul"', "fp8": '"__cublas$lt$matmul$f8"'}[kind] in text
     entry = text[text.index("\nENTRY") :].splitlines()
     size = f"[{shape.out},{shape.K}]"
     written = [line for line in entry if f"{size}{{" in line.partition("=")[2].partition("(")[0]]
