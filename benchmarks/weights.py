@@ -1,10 +1,13 @@
-"""What quantised weights cost: perplexity and agreement of every kind beside the model as it is.
+"""What 8 and 4 bits cost: perplexity and agreement of weights and of prefill's products.
 
     python benchmarks/weights.py [--model smollm2-135m-instruct] [--windows 8]
+    python benchmarks/weights.py --weights --prefill-dtypes int8 fp8 --output FILE
 
 Windows of two texts: 512 tokens are prefilled and the next 256 scored by decode steps, the same
-ones for every kind. Differences are paired; the interval is that of 95 % over windows' means.
-Writes ``benchmarks/results/weights.json``.
+ones for every setting. "prompt" is of the 511 that prefill predicts itself. The first setting is
+the model as it is; differences from it are paired, and intervals those of 95 % over windows' means.
+A type of prefill's products is run with weights as they are and with weights of that type. Writes
+``benchmarks/results/weights.json``.
 """
 
 import gc
@@ -17,10 +20,10 @@ import numpy as np
 import tyro
 from machine import provenance
 
-from lserve_jax import LLM
+from lserve_jax import LLM, RequestOutput, SamplingParams
 from lserve_jax.engine.scoring import score
 from lserve_jax.eval.prompts import read_text
-from pallas_kernels.api import WEIGHT_KINDS
+from pallas_kernels.api import WEIGHT_KINDS, W8A8Kind, WeightKind
 
 PREFILLED, SCORED = 512, 256
 
@@ -30,14 +33,28 @@ class Args:
     model: str = "smollm2-135m-instruct"
     windows: int = 8  # of each text
     dtype: Literal["float32", "bfloat16"] = "float32"
+    weights: tuple[WeightKind, ...] = WEIGHT_KINDS
+    prefill_dtypes: tuple[W8A8Kind, ...] = ()
     output: Path = Path(__file__).parent / "results" / "weights.json"
+
+
+def interval(change: np.ndarray) -> float:
+    return 1.96 * float(np.std(change, ddof=1)) / len(change) ** 0.5
+
+
+def own_logprobs(output: RequestOutput) -> list[float]:
+    """Of a prompt's tokens but the first."""
+    rows = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+    return [row[token] for token, row in rows]
 
 
 def main(args: Args) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     about, rows = provenance(), []
-    base: dict[str, list] = {}
-    for kind in (None, *WEIGHT_KINDS):
+    base: dict[str, tuple[list, list]] = {}
+    settings = [(None, None), *((kind, None) for kind in args.weights)]
+    settings += [pair for kind in args.prefill_dtypes for pair in ((None, kind), (kind, kind))]
+    for kind, prefill_dtype in settings:
         llm = LLM(
             args.model,
             dtype=args.dtype,
@@ -45,6 +62,7 @@ def main(args: Args) -> None:
             max_model_len=PREFILLED + SCORED + 1,
             kv_cache_bytes=1 << 29,
             weights=kind,
+            prefill_dtype=prefill_dtype,
         )
         assert llm.tokenizer is not None  # the model has one
         for text in ("documentation", "stories"):
@@ -54,26 +72,36 @@ def main(args: Args) -> None:
             prompts = [ids[s : s + PREFILLED] for s in starts]
             continuations = [ids[s + PREFILLED : s + PREFILLED + SCORED] for s in starts]
             scores = score(llm.engine, prompts, continuations)
-            base.setdefault(text, scores)
+            read = llm.generate(
+                [{"prompt_token_ids": ids} for ids in prompts],
+                SamplingParams(max_tokens=1, prompt_logprobs=0),
+            )
+            of_prompts = [own_logprobs(output) for output in read]
+            first_scores, first_prompts = base.setdefault(text, (scores, of_prompts))
             change = [
                 float(a.logprobs.mean() - b.logprobs.mean())
-                for a, b in zip(base[text], scores, strict=True)
+                for a, b in zip(first_scores, scores, strict=True)
             ]
+            prompt_change = np.mean(first_prompts, axis=1) - np.mean(of_prompts, axis=1)
             row = {
                 "weights": kind,
+                "prefill_dtype": prefill_dtype,
                 "text": text,
                 "parameter_bytes": llm.memory_plan()["parameters"],
                 "perplexity": float(np.exp(-np.mean([s.logprobs.mean() for s in scores]))),
                 "nats_from_unquantised": float(np.mean(change)),
-                "interval": 1.96 * float(np.std(change, ddof=1)) / len(change) ** 0.5,
+                "interval": interval(np.array(change)),
                 "same_likeliest": float(
                     np.mean(
                         [
                             (a.likeliest == b.likeliest).mean()
-                            for a, b in zip(base[text], scores, strict=True)
+                            for a, b in zip(first_scores, scores, strict=True)
                         ]
                     )
                 ),
+                "prompt_perplexity": float(np.exp(-np.mean(of_prompts))),
+                "prompt_nats_from_unquantised": float(prompt_change.mean()),
+                "prompt_interval": interval(prompt_change),
                 "tokens": args.windows * SCORED,
             }
             rows.append(row)

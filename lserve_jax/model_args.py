@@ -38,6 +38,10 @@ class ModelArgs:
         flag("{int8,int4,fp8,checkpoint}", "as --dtype"),
     ] = None
     """Quantise weights at load, or keep a checkpoint's own codes: less memory."""
+    prefill_dtype: Annotated[
+        Literal["int8", "fp8"] | None, flag("{int8,fp8}", "as the weights")
+    ] = None
+    """Read prompts by products of 8 bits on both sides: faster, at some cost in quality."""
     prefix_cache: Annotated[bool, flag("", "remember")] = True
     """Remember prompts, so that one that begins alike goes on from there, or forget them."""
     host_cache_bytes: int = 0
@@ -88,6 +92,7 @@ class ModelArgs:
             host_cache_bytes=self.host_cache_bytes,
             kv_dtype=self.kv_dtype,
             weights=self.weights,
+            prefill_dtype=self.prefill_dtype,
             backend=self.backend,
             compilation_cache=keep_compiled(self.cache),
             warmup=self.warmup,

@@ -15,8 +15,9 @@ natural logarithm of the sum of exponentials of scaled scores, float32.
 Derivatives: ``causal_attention``, ``append_kv``, ``append_kv_chunk``, ``apply_rotary``,
 ``merge_attention``, ``fused_linear`` and ``product`` have every one; ``paged_attention``,
 ``prefill_attention``, ``prefix_attention`` and ``verify_attention`` only those of forward mode
-(``jax.jvp``), and raise ``NotImplementedError`` in reverse mode; page selection has none. All that
-is said of the "reference" backend: kernels have no derivative.
+(``jax.jvp``), and raise ``NotImplementedError`` in reverse mode; page selection has none, and
+neither have products with a ``W8A8Weight``. All that is said of the "reference" backend: kernels
+have no derivative.
 
 Every op raises ``ValueError`` when shapes or dtypes contradict each other, naming both. Values that
 contradict the contract (page ids outside the pool, a table too short for a length) leave the result
@@ -77,8 +78,10 @@ from pallas_kernels.types import (
     OwnAttention,
     PackedWeight,
     PageList,
+    W8A8Weight,
     Weight,
 )
+from pallas_kernels.w8a8 import W8A8_KINDS, W8A8Kind, has_w8a8_codes, w8a8_weight
 from pallas_kernels.weights import (
     WEIGHT_GROUPS,
     WEIGHT_KINDS,
@@ -93,6 +96,7 @@ __all__ = [
     "MOST_PACKED_ROWS",
     "MOST_SELECTED_PAGES",
     "TILE_QUERIES",
+    "W8A8_KINDS",
     "WEIGHT_GROUPS",
     "WEIGHT_KINDS",
     "Backend",
@@ -101,6 +105,8 @@ __all__ = [
     "OwnAttention",
     "PackedWeight",
     "PageList",
+    "W8A8Kind",
+    "W8A8Weight",
     "Weight",
     "WeightKind",
     "append_kv",
@@ -115,6 +121,7 @@ __all__ = [
     "dequantize_weight",
     "fused_linear",
     "has_fp8",
+    "has_w8a8_codes",
     "merge_attention",
     "pack_weight",
     "page_scores",
@@ -129,6 +136,7 @@ __all__ = [
     "unpack_weight",
     "value_checks",
     "verify_attention",
+    "w8a8_weight",
 ]
 
 

@@ -14,7 +14,11 @@ from pallas_kernels.device import (
     resolve_backend,
 )
 from pallas_kernels.packed import unpack_weight
-from pallas_kernels.types import PackedWeight, Weight
+from pallas_kernels.types import PackedWeight, W8A8Weight, Weight
+from pallas_kernels.w8a8 import w8a8_product
+
+# Of [K, out], in any of the forms that layers multiply with.
+Matrix = Array | Weight | PackedWeight | W8A8Weight
 
 
 def _runs_packed(rows: int, backend: Backend) -> bool:
@@ -22,9 +26,12 @@ def _runs_packed(rows: int, backend: Backend) -> bool:
     return backend == "mosaic" and rows <= MOST_PACKED_ROWS
 
 
-def _expect_kernel(kernel: Array | Weight | PackedWeight, K: int) -> None:
+def _expect_kernel(kernel: Matrix, K: int) -> None:
     if isinstance(kernel, Weight):
         expect_weight("kernel", kernel, K)
+    elif isinstance(kernel, W8A8Weight):
+        expect_shape("kernel.codes", kernel.codes, (None, K))
+        expect_shape("kernel.scale", kernel.scale, (kernel.shape[1],))
     elif not isinstance(kernel, PackedWeight):
         expect_shape("kernel", kernel, (K, None))
     elif kernel.shape[0] != K:
@@ -33,7 +40,7 @@ def _expect_kernel(kernel: Array | Weight | PackedWeight, K: int) -> None:
 
 def fused_linear(
     x: Float[Array, "R K"],
-    kernel: Float[Array, "K out"] | Weight | PackedWeight,
+    kernel: Float[Array, "K out"] | Weight | PackedWeight | W8A8Weight,
     *,
     bias: Float[Array, " out"] | None = None,
     norm_scale: Float[Array, " K"] | None = None,
@@ -55,7 +62,8 @@ def fused_linear(
     ``MOST_LINEAR_ROWS`` rows XLA's matrix product was measured to be faster, so the reference
     implementation runs whatever the backend. A quantised matrix has a kernel if it is packed, for
     up to ``MOST_PACKED_ROWS`` rows; with more it is unpacked first. A gated layer's is packed
-    ``paired``.
+    ``paired``. With a ``W8A8Weight`` rows are rounded to its 8 bits, after the norm, and XLA
+    multiplies.
 
     >>> import jax.numpy as jnp
     >>> out, _ = fused_linear(jnp.ones((1, 4)), jnp.ones((4, 2)), residual=jnp.ones((1, 2)))
@@ -84,14 +92,14 @@ def fused_linear(
             return implementation("packed_linear", backend)(x, kernel, *around, **how)
         kernel, backend = unpack_weight(kernel), "reference"
     # In this order: R is no int in a program exported for any batch.
-    elif backend == "mosaic" and (isinstance(kernel, Weight) or R > MOST_LINEAR_ROWS):
+    elif backend == "mosaic" and (isinstance(kernel, Weight | W8A8Weight) or R > MOST_LINEAR_ROWS):
         backend = "reference"
     return implementation("fused_linear", backend)(x, kernel, *around, **how)
 
 
 def product(
     x: Float[Array, "... K"],
-    kernel: Float[Array, "K out"] | Weight | PackedWeight,
+    kernel: Float[Array, "K out"] | Weight | PackedWeight | W8A8Weight,
     *,
     backend: Backend = "auto",
 ) -> Float[Array, "... out"]:
@@ -99,13 +107,17 @@ def product(
 
     Codes are exact in x's dtype, so that a quantised matrix is multiplied as it is and scales are
     applied to sums. Only 4 bits for many rows become a matrix of x's dtype first. There is a kernel
-    for packed matrices and up to ``MOST_PACKED_ROWS`` rows.
+    for packed matrices and up to ``MOST_PACKED_ROWS`` rows. With a ``W8A8Weight`` rows of x are
+    rounded to its 8 bits, and sums of fp8 products to x's dtype.
 
     >>> import jax.numpy as jnp
     >>> weight = Weight(jnp.array([[3], [1]], jnp.int8), jnp.array([[0.5]]))
     >>> product(jnp.array([[1.0, 2.0]]), weight).tolist()
     [[2.5]]
     """
+    if isinstance(kernel, W8A8Weight):
+        _expect_kernel(kernel, x.shape[-1])
+        return w8a8_product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
     if not isinstance(kernel, PackedWeight):
         return weights.product(x, kernel)
     K, out = kernel.shape

@@ -29,7 +29,15 @@ from pallas_kernels.online_softmax import (
     softmax_start,
     softmax_step,
 )
-from pallas_kernels.types import BlockList, KVPages, OwnAttention, PageList, Weight
+from pallas_kernels.types import (
+    BlockList,
+    KVPages,
+    OwnAttention,
+    PageList,
+    W8A8Weight,
+    Weight,
+)
+from pallas_kernels.w8a8 import w8a8_product
 from pallas_kernels.weights import product
 
 # Query tokens per tile in prefill: bounds the score block to tile x BLOCK_TOKENS per head.
@@ -48,7 +56,7 @@ def apply_rotary(
 
 def fused_linear(
     x: Float[Array, "R K"],
-    kernel: Float[Array, "K out"] | Weight,
+    kernel: Float[Array, "K out"] | Weight | W8A8Weight,
     bias: Float[Array, " out"] | None,
     norm_scale: Float[Array, " K"] | None,
     square_sums: Array | None,
@@ -63,7 +71,9 @@ def fused_linear(
         mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
         x = (x32 * lax.rsqrt(mean_square + epsilon)).astype(x.dtype) * norm_scale[None]
     # In the operands' dtype; float32 means float32, never TF32.
-    if isinstance(kernel, Weight):
+    if isinstance(kernel, W8A8Weight):
+        y = w8a8_product(x, kernel).astype(x.dtype)
+    elif isinstance(kernel, Weight):
         y = product(x, kernel).astype(x.dtype)
     else:
         y = jnp.matmul(x, kernel, precision=lax.Precision.HIGHEST)

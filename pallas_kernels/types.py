@@ -42,6 +42,21 @@ class Weight(NamedTuple):
         return self.codes.shape
 
 
+class W8A8Weight(NamedTuple):
+    """A matrix of [K, out] that rows of its own 8 bits are multiplied with: ``(scale * codes).T``.
+
+    A ``Weight`` is multiplied with x as it is, this one with codes of x. A pytree.
+    """
+
+    codes: Array  # [out, K]  int8 or float8_e4m3fn
+    scale: Float[Array, " out"]  # float32, one for each row of codes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[K, out] of the matrix that it stands for."""
+        return self.codes.shape[::-1]
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class PackedWeight:

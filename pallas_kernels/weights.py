@@ -44,12 +44,21 @@ def quantize_weight(kernel: Float[Array, "K out"], *, kind: WeightKind, group: i
         return _quantize_int4(w, group)
     if kind not in WEIGHT_KINDS:
         raise ValueError(f"{kind=} is unknown; known: {', '.join(WEIGHT_KINDS)}")
-    most = _FP8_MAX if kind == "fp8" else 127.0
-    # A channel of zeros would have scale 0; any positive scale represents it exactly.
-    scale = jnp.maximum(jnp.abs(w).max(axis=0, keepdims=True), 1e-30) / most
-    if kind == "fp8":
-        return Weight((w / scale).astype(jnp.float8_e4m3fn), scale)
-    return Weight(jnp.round(w / scale).astype(jnp.int8), scale)
+    return Weight(*nearest_codes(w, jnp.float8_e4m3fn if kind == "fp8" else jnp.int8, axis=0))
+
+
+def nearest_codes(x: Float[Array, "..."], dtype, *, axis: int) -> tuple[Array, Array]:
+    """Codes of 8 bits, ``dtype`` int8 or float8 e4m3, and the scales that they share along an axis.
+
+    ``x`` is float32, and so are the scales, whose ``axis`` is 1 long.
+    """
+    # Zeros alone would have scale 0; any positive scale represents them exactly.
+    largest = jnp.maximum(jnp.abs(x).max(axis=axis, keepdims=True), 1e-30)
+    if dtype == jnp.int8:
+        scale = largest / 127.0
+        return jnp.round(x / scale).astype(dtype), scale
+    scale = largest / _FP8_MAX
+    return (x / scale).astype(dtype), scale
 
 
 def _quantize_int4(w: Float[Array, "K out"], group: int) -> Weight:

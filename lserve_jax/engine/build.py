@@ -28,8 +28,8 @@ from lserve_jax.engine.warmup import Warmup, warm_up
 from lserve_jax.engine.weights import Intake
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.params import Params, check_params, is_quantised
-from lserve_jax.model.quantise import WeightForm, check_weights
-from pallas_kernels.api import Backend, resolve_backend
+from lserve_jax.model.quantise import WeightForm, check_prefill_dtype, check_weights
+from pallas_kernels.api import Backend, W8A8Kind, resolve_backend
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _INTEGERS = (
@@ -60,6 +60,10 @@ class EngineOptions:
         memory. On a Hopper GPU decode has a kernel for them: in bfloat16, on one device, where a
         matrix has a multiple of 128 inputs and of 64 outputs. Others XLA multiplies.
     weight_group: inputs of a group of "int4": 32, 64 or 128. It must divide those of every matrix.
+    prefill_dtype: type of both sides of prefill's products, "int8" or "fp8": each token's numbers
+        are rounded as they come, with a scale of their own. None takes that of the weights. Codes
+        of that type with a scale for each output are used as they are; all other matrices of the
+        layers are held a second time, in 8 bits. Decode and the output layer stay as they are.
     kv_cache_bytes: memory for the retrieval pages; None takes ``memory_fraction`` of what the
         device has free, on a CPU 2 GiB, and at most 1 GiB for the windows of ``max_prefixes``.
     memory_fraction: share of the free device memory for the KV cache; the rest is for activations.
@@ -107,6 +111,7 @@ class EngineOptions:
     kv_dtype: KVDtype = "auto"
     weights: WeightForm | None = None
     weight_group: int = 32
+    prefill_dtype: W8A8Kind | None = None
     kv_cache_bytes: int | None = None
     memory_fraction: float = 0.8
     enable_prefix_caching: bool = True
@@ -142,6 +147,7 @@ class EngineOptions:
             )
         check_choice("kv_dtype", self.kv_dtype, ("auto", "int8"))
         check_weights(self.weights, self.weight_group)
+        check_prefill_dtype(self.prefill_dtype)
         if self.max_num_seqs < 1:
             raise ValueError(f"max_num_seqs={self.max_num_seqs} must be at least 1")
         chunk = self.prefill_chunk_size
@@ -264,6 +270,7 @@ def build_engine(
         weights=None if options.weights == "checkpoint" else options.weights,
         weight_group=options.weight_group,
         packed=kernels,
+        prefill_dtype=options.prefill_dtype,
     )
     alike = dataclasses.replace(options, warmup="none", compilation_cache=False)
     programs = Programs(_program_files(options), f"{config}\n{alike}")
@@ -299,6 +306,7 @@ def build_engine(
         prepared,
         spec,
         dtype=dtype,
+        prefill_dtype=options.prefill_dtype,
         backend=options.backend,
         chunk_size=options.prefill_chunk_size,
         programs=programs,

@@ -4,7 +4,8 @@ Three ways, by what the engine is like and how long a text is:
 
 * dense attention, short texts: several texts in a row of tokens, rows in batches, no cache;
 * dense attention, long texts: prefill, chunk by chunk, as the engine runs a prompt;
-* sparse attention, or int8 keys and values: as generation would (``scoring.score_rollouts``).
+* sparse attention, int8 keys and values, or prefill in 8 bits: as generation would
+  (``scoring.score_rollouts``).
 """
 
 import dataclasses
@@ -97,7 +98,8 @@ def embed(
 def is_judged_by_prefill(engine: Engine) -> bool:
     """Whether prefill says of a token what a decode step would."""
     spec = engine.spec
-    return spec.kv_dtype == "auto" and (spec.sparsity is None or spec.max_drafts is not None)
+    alike = spec.kv_dtype == "auto" and engine.runner.prefill_dtype is None
+    return alike and (spec.sparsity is None or spec.max_drafts is not None)
 
 
 def _prefilled(engine: Engine, text: np.ndarray, keep_hidden: bool) -> Sample:

@@ -102,6 +102,9 @@ class PrefixStore:
                 f"block-sparse from {spec.sparsity.prefill_min_tokens} tokens on in chunks of "
                 f"{self.runner.chunk_size}, {chosen}"
             )
+        codes = code_types(self.runner.params)
+        if self.runner.prefill_dtype is not None:
+            codes += f", prefill_dtype {self.runner.prefill_dtype}"
         return {
             "page size": f"{spec.page_size}, logical {logical}",
             "kv_dtype": f"{spec.kv_dtype}, {jnp.dtype(self.runner.dtype).name}",
@@ -111,7 +114,7 @@ class PrefixStore:
             # Those have statistics; whether others read everything, their pages do not tell.
             "number of ranked heads": str(spec.heads.num_ranked),
             "sink and local sizes": ", ".join(sizes),
-            "type of codes in the weights": code_types(self.runner.params),
+            "type of codes in the weights": codes,
             "model": self.runner.fingerprint(),
         }
 

@@ -52,18 +52,20 @@ from lserve_jax.engine.steps import (
     write_pages,
 )
 from lserve_jax.engine.token_rules import TokenRules
+from lserve_jax.engine.weights import EngineParams
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.params import Params, is_quantised
 from lserve_jax.model.quantise import unpack_params
-from pallas_kernels.api import MOST_SELECTED_PAGES, Backend, resolve_backend
+from pallas_kernels.api import MOST_SELECTED_PAGES, Backend, W8A8Kind, resolve_backend
 
 
 class ModelRunner:
     """Runs jitted steps on parameters, caches and decode state that nobody else holds.
 
     ``params`` have their heads in the order of ``spec``: retrieval first (``model/heads.py``).
-    ``dtype`` is the compute dtype. ``chunk_size`` is the most tokens of a ``Chunk``. ``programs``
-    compile the steps, or have them in files; this runner's alone.
+    ``dtype`` is the compute dtype, ``prefill_dtype`` that of the products of prefill, for which
+    ``params`` were made. ``chunk_size`` is the most tokens of a ``Chunk``. ``programs`` compile the
+    steps, or have them in files; this runner's alone.
 
     Raises ``NotImplementedError`` for a token budget that the kernels cannot select.
     """
@@ -71,10 +73,11 @@ class ModelRunner:
     def __init__(
         self,
         config: ModelConfig,
-        params: Params,
+        params: EngineParams,
         spec: CacheSpec,
         *,
         dtype,
+        prefill_dtype: W8A8Kind | None = None,
         backend: Backend = "auto",
         chunk_size: int,
         programs: Programs | None = None,
@@ -87,13 +90,18 @@ class ModelRunner:
                 f"pages of selected_page_size={spec.selected_page_size}, which the kernel can "
                 "select; lower the one or raise the other"
             )
-        self.config, self.params, self.spec = config, params, spec
+        self.config, self.spec = config, spec
+        self.params, self.prefill_params = params
         self.dtype, self.backend, self.chunk_size = dtype, backend, chunk_size
-        self.parameter_bytes = sum(device_bytes(x) for x in jax.tree.leaves(params))
+        self.prefill_dtype = prefill_dtype
+        arrays = {id(x): device_bytes(x) for x in jax.tree.leaves(params)}  # each of them once
+        self.parameter_bytes = sum(arrays.values())
         self.programs = Programs(None) if programs is None else programs
-        self.programs.sharded = len(_devices(params)) > 1
+        self.programs.sharded = len(_devices(self.params)) > 1
         self.prompt_tokens = 0  # prefilled so far, padding left out
-        self._program = Program(config=config, spec=spec, backend=backend)
+        self._program = Program(
+            config=config, spec=spec, backend=backend, prefill_dtype=prefill_dtype
+        )
         self._shapes: set[tuple] = set()  # that jitted functions were called with
         self.reset()
 
@@ -114,13 +122,13 @@ class ModelRunner:
             # As every step returns them. Bound to a device and not bound are two programs.
             self._caches, self._state = jax.device_put((self._caches, self._state), device)
 
-    def update_params(self, make: Callable[[], Params]) -> None:
-        """Runs what ``make`` returns from now on: the same tree with other numbers.
+    def update_params(self, make: Callable[[], EngineParams]) -> None:
+        """Runs what ``make`` returns from now on: the same trees with other numbers.
 
         The old ones go first: there may be no room for both. If ``make`` fails there are none.
         """
-        self.params = {}
-        self.params = make()
+        self.params, self.prefill_params = {}, {}
+        self.params, self.prefill_params = make()
 
     def check_params(self) -> None:
         """Raises ``ValueError`` where an update failed, or somebody else donated what it shares."""
@@ -128,7 +136,7 @@ class ModelRunner:
             raise ValueError(
                 "the engine has no params since an update of them failed: update again"
             )
-        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.params)):
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves((self.params, self.prefill_params))):
             raise ValueError(
                 "the engine's params were donated to another computation or deleted: give it those "
                 "that followed (update_params)"
@@ -197,7 +205,7 @@ class ModelRunner:
         return Call.of(
             prefill_chunks,
             self._program,
-            self.params,
+            self.prefill_params,
             self._caches,
             _stacked([chunk.tokens for chunk in filled], size),
             ChunkRows(

@@ -12,7 +12,7 @@ from lserve_jax.attention.attend import PrefixGroups
 from lserve_jax.attention.cache import CacheSpec, LayerCache
 from lserve_jax.engine.sampling import MAX_STOP_IDS, SamplingArrays
 from lserve_jax.model.config import ModelConfig
-from pallas_kernels.api import Backend
+from pallas_kernels.api import Backend, W8A8Kind
 
 Caches = list[LayerCache]
 
@@ -24,6 +24,7 @@ class Program:
     config: ModelConfig
     spec: CacheSpec
     backend: Backend
+    prefill_dtype: W8A8Kind | None = None  # of prefill's products; None: as the parameters
 
 
 @jax.tree_util.register_dataclass

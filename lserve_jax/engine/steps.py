@@ -45,7 +45,7 @@ from lserve_jax.engine.state import (
 from lserve_jax.engine.token_rules import TokenRules
 from lserve_jax.model.bound import bind
 from lserve_jax.model.params import Params
-
+from lserve_jax.model.quantise import with_w8a8
 
 # XLA would compile and time dozens of Triton kernels for each product, in place of a cuBLAS one. On
 # an H200 none was faster (docs/startup.md), and a prompt chunk took up to twice as long to compile.
@@ -74,13 +74,13 @@ def prefill_chunks(
     """Runs one chunk of each of R prompts: positions ``start`` to ``start + length - 1``.
 
     ``tokens`` are padded to their bucket T; padding is neither cached nor attended. Linear layers
-    see all tokens at once. Returns the logits after each chunk's last token (float32), the caches,
-    and what the model thought of ``following``, the token after each of the only row (T rows, with
-    the ``top`` likeliest tokens beside it and, with ``keep_hidden``, the hidden states); None is
-    for None. Last, if ``block_sparse``, the blocks that tiles of queries attended, summed over
-    layers and retrieval heads.
+    see all tokens at once; ``params`` are those of prefill. Returns the logits after each chunk's
+    last token (float32), the caches, and what the model thought of ``following``, the token after
+    each of the only row (T rows, with the ``top`` likeliest tokens beside it and, with
+    ``keep_hidden``, the hidden states); None is for None. Last, if ``block_sparse``, the blocks
+    that tiles of queries attended, summed over layers and retrieval heads.
     """
-    model = bind(program.config, params)
+    model = bind(program.config, with_w8a8(params, program.prefill_dtype))
     attend = prefill_attend(
         program.config,
         program.spec,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,24 @@ from jax.sharding import Mesh, NamedSharding
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.heads import HeadPartition, permute_heads
 from lserve_jax.model.params import Params, is_quantised
-from lserve_jax.model.quantise import pack_params, quantise_params, unpack_params
-from pallas_kernels.api import Weight, WeightKind
+from lserve_jax.model.quantise import (
+    pack_params,
+    quantise_params,
+    unpack_params,
+    w8a8_twins,
+    with_twins,
+)
+from pallas_kernels.api import W8A8Kind, Weight, WeightKind
+
+
+class EngineParams(NamedTuple):
+    """What an engine runs: one model twice, sharing all arrays that are the same.
+
+    With ``prefill_dtype`` prefill's projections are ``W8A8Weight``s, or codes that decode has too.
+    """
+
+    decode: Params
+    prefill: Params
 
 
 @dataclass(kw_only=True, eq=False)
@@ -22,7 +38,7 @@ class Intake:
 
     The result shares every array that need not change: those of ``dtype`` whose heads stay where
     they are. The others are copies: heads put in order, a tied model's output projection on a CPU,
-    matrices that are quantised, or packed for kernels.
+    matrices that are quantised, or packed for kernels, and those of prefill.
     """
 
     config: ModelConfig
@@ -31,20 +47,21 @@ class Intake:
     weights: WeightKind | None  # what matrices are quantised to
     weight_group: int
     packed: bool  # whether quantised matrices go into the order of the kernels
+    prefill_dtype: W8A8Kind | None = None  # of prefill's products
     # Shape, dtype and sharding of each leaf that came first, by path.
     _first: dict[str, jax.ShapeDtypeStruct] = field(init=False, default_factory=dict)
     # Packed matrices, by path, whose zero points take words of their own.
     _in_words: set[str] = field(init=False, default_factory=set)
 
-    def first(self, make: Callable[[], Params]) -> Params:
+    def first(self, make: Callable[[], Params]) -> EngineParams:
         """The parameters that the engine begins with; ``check`` compares later ones with them.
 
         Nobody here holds what ``make`` returns: a matrix that is packed is freed at once, unless
         the caller has it.
         """
-        return self._packed(self._prepare(self._remembered(unpack_params(make()))))
+        return self._finished(self._prepare(self._remembered(unpack_params(make()))))
 
-    def later(self, params: Params) -> Params:
+    def later(self, params: Params) -> EngineParams:
         """Others in their place, checked before; each on the devices of the one before it."""
 
         def place(path: Any, x: Any) -> Any:
@@ -53,7 +70,7 @@ class Intake:
             same = sharding is None or x.sharding == sharding
             return x if same else jax.device_put(x, sharding)
 
-        return self._packed(self._prepare(jax.tree.map_with_path(place, params)))
+        return self._finished(self._prepare(jax.tree.map_with_path(place, params)))
 
     def check(self, params: Params) -> None:
         """Raises ``ValueError`` naming every leaf in which ``params`` differ from the first ones.
@@ -117,6 +134,13 @@ class Intake:
         """A leaf on a device. Codes, scales and zero points keep their types."""
         dtype = None if is_quantised(x) else self.dtype
         return jax.tree.map(lambda array: jnp.asarray(array, dtype), x)
+
+    def _finished(self, params: Params) -> EngineParams:
+        """From the dicts that ``_prepare`` made, which nobody else holds."""
+        # Before matrices are packed, which frees them.
+        twins = {} if self.prefill_dtype is None else w8a8_twins(params, self.prefill_dtype)
+        params = self._packed(params)
+        return EngineParams(params, with_twins(params, twins))
 
     def _packed(self, params: Params) -> Params:
         """The dicts that ``_prepare`` made, with packed matrices in them."""

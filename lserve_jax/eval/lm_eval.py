@@ -92,7 +92,8 @@ class LServeLM(TemplateLM):
         (setting,) = parse_settings([f"{kind}:{keys}" if keys else kind])
         if setting.control is not None:
             raise ValueError(f"control={setting.control} is for python -m lserve_jax.eval only")
-        return cls(LLM(model, attention=kind, sparsity=setting.sparsity, relay="never", **rest))
+        how = {"sparsity": setting.sparsity, "prefill_dtype": setting.prefill_dtype}
+        return cls(LLM(model, attention=kind, relay="never", **how, **rest))
 
     @property
     def max_length(self) -> int:

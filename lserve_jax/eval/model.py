@@ -12,7 +12,7 @@ from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.params import Params
 from lserve_jax.model.quantise import WeightForm
 from lserve_jax.tokenizer import Tokenizer
-from pallas_kernels.api import Backend
+from pallas_kernels.api import Backend, W8A8Kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,14 @@ class Model:
         eos = tuple(dict.fromkeys((*self.config.eos_token_ids, *self.tokenizer.eos_token_ids)))
         object.__setattr__(self, "config", dataclasses.replace(self.config, eos_token_ids=eos))
 
-    def engine(self, sparsity: SparsityConfig | None, max_len: int, options: SharedOptions) -> LLM:
+    def engine(
+        self,
+        sparsity: SparsityConfig | None,
+        max_len: int,
+        options: SharedOptions,
+        *,
+        prefill_dtype: W8A8Kind | None = None,
+    ) -> LLM:
         """An ``LLM`` with room for ``max_len`` tokens a sequence; None is dense attention.
 
         Prompts of one haystack share its chunks, but never read it together: relay attends all of
@@ -56,6 +63,7 @@ class Model:
             deterministic=True,
             attention="dense" if sparsity is None else "lserve",
             sparsity=sparsity,
+            prefill_dtype=prefill_dtype,
             max_model_len=max_len,
             **dataclasses.asdict(options),
         )

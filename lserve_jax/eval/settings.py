@@ -7,24 +7,28 @@
     lserve:pattern=NAME,share=0.125,dense_heads=4
     lserve:pattern=NAME,prefill=block_sparse,prefill_threshold=0.9
     lserve:pattern=NAME,shares=none,control=inverted
+    dense:prefill_dtype=fp8
 
 What is not given has ``SparsityConfig``'s default. A *control* asks what a pattern's choice of
 heads is worth: as many heads stream, but others. ``inverted`` negates the gates, so that the heads
 that need their context most stream first; ``random`` shuffles them over the whole model. Both are
 about gates, so that head shares, which overrule gates, must be switched off with ``shares=none``.
+
+``prefill_dtype`` goes with dense attention too.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
 from convert.attention_patterns import load_pattern, save_pattern
 from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.model.heads import HeadPattern
+from pallas_kernels.api import W8A8_KINDS, W8A8Kind
 
 Control = Literal["inverted", "random"]
 
@@ -59,6 +63,7 @@ class Setting:
     name: str
     sparsity: SparsityConfig | None  # None: dense
     control: Control | None = None  # what is done to the gates of ``sparsity.pattern``
+    prefill_dtype: W8A8Kind | None = None
 
 
 def parse_settings(texts: Sequence[str]) -> list[Setting]:
@@ -77,45 +82,62 @@ def parse_settings(texts: Sequence[str]) -> list[Setting]:
 
 def _parse_setting(text: str) -> Setting:
     kind, colon, rest = text.partition(":")
-    if kind == "dense" and not colon:
-        return Setting(name=text, sparsity=None)
-    if kind != "lserve":
+    if kind not in ("dense", "lserve"):
         raise ValueError(f"setting {text!r} must be dense, lserve or lserve:key=value,...")
-    values, control = {}, None
-    for entry in rest.split(",") if colon else ():
-        key, equals, value = entry.partition("=")
-        if not equals or not value:
-            raise ValueError(f"{entry!r} in setting {text!r} must be key=value")
-        if key in values or (key == "control" and control is not None):
-            raise ValueError(f"{key} is given twice in setting {text!r}")
-        if key == "control":
-            if value not in get_args(Control):
-                known = " or ".join(get_args(Control))
-                raise ValueError(f"control={value} in setting {text!r} must be {known}")
-            control = cast(Control, value)
-            continue
+    given = _entries(text, rest) if colon else {}
+    control = cast(Control | None, _chosen(text, given, "control", get_args(Control)))
+    prefill_dtype = cast(W8A8Kind | None, _chosen(text, given, "prefill_dtype", W8A8_KINDS))
+    if kind == "dense":
+        others = [*given, *(["control"] if control else [])]
+        if others:
+            raise ValueError(f"{others[0]} in setting {text!r} is for lserve, dense has none")
+        return Setting(name=text, sparsity=None, prefill_dtype=prefill_dtype)
+    values: dict[str, Any] = {}
+    for key, value in given.items():
         if key not in _FIELDS:
-            known = ", ".join((*_FIELDS, "control"))
+            known = ", ".join((*_FIELDS, "control", "prefill_dtype"))
             raise ValueError(f"unknown key {key!r} in setting {text!r}; known: {known}")
-        read = _FIELDS[key][1]
+        name, read = _FIELDS[key]
         try:
-            values[key] = read(value)
+            values[name] = read(value)
         except ValueError:
             raise ValueError(
                 f"{key}={value} in setting {text!r} must be of type {read.__name__}"
             ) from None
-    if control is not None and ("pattern" not in values or values.get("shares") != "none"):
+    if control is not None and ("pattern" not in given or given.get("shares") != "none"):
         raise ValueError(
             f"control={control} in setting {text!r} needs a pattern to change and shares=none: "
             "head shares overrule gates"
         )
     try:
-        sparsity = SparsityConfig(**{_FIELDS[key][0]: value for key, value in values.items()})
+        sparsity = SparsityConfig(**values)
         if sparsity.pattern is not None:
             load_pattern(sparsity.pattern)
     except ValueError as error:
         raise ValueError(f"setting {text!r}: {error}") from None
-    return Setting(name=text, sparsity=sparsity, control=control)
+    return Setting(name=text, sparsity=sparsity, control=control, prefill_dtype=prefill_dtype)
+
+
+def _entries(text: str, rest: str) -> dict[str, str]:
+    """What ``rest`` of a setting gives, by key."""
+    given: dict[str, str] = {}
+    for entry in rest.split(","):
+        key, equals, value = entry.partition("=")
+        if not equals or not value:
+            raise ValueError(f"{entry!r} in setting {text!r} must be key=value")
+        if key in given:
+            raise ValueError(f"{key} is given twice in setting {text!r}")
+        given[key] = value
+    return given
+
+
+def _chosen(text: str, given: dict[str, str], key: str, choices: Sequence[str]) -> str | None:
+    """Takes a key out of ``given``; None if it is not there."""
+    value = given.pop(key, None)
+    if value is not None and value not in choices:
+        known = " or ".join(choices)
+        raise ValueError(f"{key}={value} in setting {text!r} must be {known}")
+    return value
 
 
 def control_pattern(pattern: HeadPattern, control: Control, seed: int) -> HeadPattern:

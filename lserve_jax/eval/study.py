@@ -132,7 +132,9 @@ def run_study(
                 continue
             started = time.perf_counter()
             sparsity = resolve_sparsity(setting, directory / "patterns", study.seed)
-            llm = loaded.engine(sparsity, prepared.room, study.options)
+            llm = loaded.engine(
+                sparsity, prepared.room, study.options, prefill_dtype=setting.prefill_dtype
+            )
             number = len(cases) + len(windows)
             with tqdm(total=number, desc=setting.name, unit="prompt", disable=not progress) as bar:
                 result["answers"] += answer(llm, setting.name, cases, progress=bar.update)
@@ -346,4 +348,7 @@ def _weights(options: SharedOptions) -> str | None:
 def _described(setting: Setting) -> Mapping[str, Any] | None:
     if setting.sparsity is None:
         return None
-    return {**dataclasses.asdict(setting.sparsity), "control": setting.control}
+    described = {**dataclasses.asdict(setting.sparsity), "control": setting.control}
+    if setting.prefill_dtype is not None:
+        described["prefill_dtype"] = setting.prefill_dtype
+    return described

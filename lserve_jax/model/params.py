@@ -60,8 +60,8 @@ def abstract_params(config: ModelConfig, dtype=jnp.float32) -> Params:
 
 
 def is_quantised(leaf: Any) -> bool:
-    """Whether a leaf is a quantised matrix, packed or not."""
-    return isinstance(leaf, api.Weight | api.PackedWeight)
+    """Whether a leaf is a quantised matrix, in any form."""
+    return isinstance(leaf, api.Weight | api.PackedWeight | api.W8A8Weight)
 
 
 def _shape(leaf: Any) -> tuple[int, ...]:

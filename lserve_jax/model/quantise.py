@@ -12,16 +12,21 @@ import numpy as np
 from lserve_jax.checks import check_choice, check_integer
 from lserve_jax.model.params import Params, is_quantised
 from pallas_kernels.api import (
+    W8A8_KINDS,
     WEIGHT_GROUPS,
     WEIGHT_KINDS,
     PackedWeight,
+    W8A8Kind,
+    W8A8Weight,
     Weight,
     WeightKind,
     cannot_pack,
     has_fp8,
+    has_w8a8_codes,
     pack_weight,
     quantize_weight,
     unpack_weight,
+    w8a8_weight,
 )
 
 # How matrices are held: rounded to a kind, or as the codes of a quantised checkpoint.
@@ -41,6 +46,17 @@ def check_weights(weights: object, group: int) -> None:
         raise ValueError(f"weight_group={group} must be one of {WEIGHT_GROUPS}")
     if weights == "fp8":
         require_fp8("weights='fp8'")
+
+
+def check_prefill_dtype(prefill_dtype: object) -> None:
+    """Raises ``ValueError`` for a type of prefill's products that there is none of.
+
+    And what ``require_fp8`` raises.
+    """
+    if prefill_dtype is not None:
+        check_choice("prefill_dtype", prefill_dtype, W8A8_KINDS)
+    if prefill_dtype == "fp8":
+        require_fp8("prefill_dtype='fp8'")
 
 
 def require_fp8(what: str) -> None:
@@ -168,3 +184,49 @@ def unpack_params(params: Params) -> Params:
         params,
         is_leaf=is_quantised,
     )
+
+
+# Where in the parameters, as JAX has paths.
+Path = tuple[Any, ...]
+
+
+def w8a8_twins(params: Params, kind: W8A8Kind) -> dict[Path, W8A8Weight]:
+    """Projections of all layers for products of 8 bits on both sides, by their paths.
+
+    Those that have such codes are left out: see ``with_w8a8``. So is the output layer, with which
+    prefill multiplies one row of a prompt.
+    """
+    twins = {}
+    for path, leaf in jax.tree.flatten_with_path(params["layers"], is_leaf=is_quantised)[0]:
+        if path[-1].key == "kernel" and not has_w8a8_codes(leaf, kind):
+            # One after the other, as in ``quantise_params``.
+            twins[path] = jax.block_until_ready(w8a8_weight(leaf, kind=kind))
+    return twins
+
+
+def with_twins(params: Params, twins: Mapping[Path, W8A8Weight]) -> Params:
+    """The same tree with the twins in place of their matrices; it shares all else."""
+    if not twins:
+        return params
+    layers = jax.tree.map_with_path(
+        lambda path, leaf: twins.get(path, leaf), params["layers"], is_leaf=is_quantised
+    )
+    return params | {"layers": layers}
+
+
+def with_w8a8(params: Params, kind: W8A8Kind | None) -> Params:
+    """What ``with_twins`` returned, all projections ready; for use inside a traced function.
+
+    Codes that decode reads too are written in rows of an output channel, once a call. With None
+    the tree stays as it is.
+    """
+    if kind is None:
+        return params
+
+    def ready(path: Path, leaf: Any) -> Any:
+        if path[-1].key != "kernel" or isinstance(leaf, W8A8Weight):
+            return leaf
+        return w8a8_weight(leaf, kind=kind)
+
+    layers = jax.tree.map_with_path(ready, params["layers"], is_leaf=is_quantised)
+    return params | {"layers": layers}

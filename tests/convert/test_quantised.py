@@ -416,8 +416,9 @@ def test_fp8_on_a_gpu_without_it(tmp_path, monkeypatch, capability):
     ):
         with pytest.raises(NotImplementedError, match=f"{what} {words}"):
             convert.load(model, weights=weights)
-    with pytest.raises(NotImplementedError, match=f"weights='fp8' {words}"):
-        EngineOptions(weights="fp8")
+    for option in ("weights", "prefill_dtype"):
+        with pytest.raises(NotImplementedError, match=f"{option}='fp8' {words}"):
+            EngineOptions(**{option: "fp8"})
     gpu.compute_capability = "8.9"
     assert has_fp8(gpu)
     monkeypatch.setattr("lserve_jax.model.quantise.jax.devices", lambda: devices)

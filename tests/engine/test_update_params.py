@@ -50,7 +50,7 @@ def no_compilation() -> Iterator[None]:
     assert not compiled
 
 
-@pytest.fixture(params=["dense", "tied", "lserve", "int8"])
+@pytest.fixture(params=["dense", "tied", "lserve", "int8", "prefill"])
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> dict:
     options: dict = {"max_model_len": 256, "max_num_seqs": 2}
     if request.param == "lserve":
@@ -59,6 +59,8 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> dict:
         options |= {"attention": "lserve", "sparsity": sparsity}
     if request.param == "int8":
         options["weights"] = "int8"
+    if request.param == "prefill":
+        options["prefill_dtype"] = "int8"
     return {"config": TIED if request.param == "tied" else CONFIG, "options": options}
 
 

@@ -69,6 +69,7 @@ def test_a_saved_prefix_is_of_its_weights(tmp_path: Path) -> None:
         {"weights": "fp8"},
         {"weights": "int4", "weight_group": 32},
         {"weights": "int4", "weight_group": 64},
+        {"prefill_dtype": "int8"},
     ]
     prompt = {"prompt_token_ids": random_prompts(1, [70])[0]}
 
@@ -84,7 +85,8 @@ def test_a_saved_prefix_is_of_its_weights(tmp_path: Path) -> None:
             if saved == way:
                 assert llm.load_prefix(path).num_shared_tokens == 64
                 continue
-            same = way.get("weights") == saved.get("weights")
+            kinds = [(x.get("weights"), x.get("prefill_dtype")) for x in (way, saved)]
+            same = kinds[0] == kinds[1]
             words = "another model" if same else "another type of codes in the weights: "
             with pytest.raises(ValueError, match=f"the prefix in '{path}' was made with {words}"):
                 llm.load_prefix(path)

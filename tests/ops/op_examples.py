@@ -198,6 +198,10 @@ ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
     ),
     "quantize_kv": ({"x": f32(B, H, D)}, (Struct((B, H, D), jnp.int8), f32(B, H))),
     "product": ({"x": f32(B, 64), "kernel": INT8_WEIGHT}, f32(B, 10)),
+    "w8a8_weight": (
+        {"kernel": f32(64, 10), "kind": "int8"},
+        api.W8A8Weight(Struct((10, 64), jnp.int8), f32(10)),
+    ),
     "quantize_weight": ({"kernel": f32(64, 10), "kind": "int8"}, INT8_WEIGHT),
     "pack_weight": ({"weight": WHOLE_BLOCK}, PACKED_BLOCK),
     "unpack_weight": ({"packed": PACKED_BLOCK}, WHOLE_BLOCK),

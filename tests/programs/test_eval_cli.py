@@ -135,7 +135,11 @@ def refusal(capsys, *argv) -> str:
         ("--compare", "at least one setting"),
         ("--compare dense dense", "setting 'dense' is given twice"),
         ("--compare sparse", "setting 'sparse' must be dense, lserve or lserve:key=value"),
-        ("--compare dense:budget=64", "'dense:budget=64' must be dense, lserve or"),
+        ("--compare dense:budget=64", "budget in setting 'dense:budget=64' is for lserve, dense"),
+        (
+            "--compare dense:prefill_dtype=int4",
+            "prefill_dtype=int4 in setting 'dense:prefill_dtype",
+        ),
         ("--compare lserve:", "'' in setting 'lserve:' must be key=value"),
         ("--compare lserve:budget", "'budget' in setting 'lserve:budget' must be key=value"),
         ("--compare lserve:bugdet=1", "unknown key 'bugdet' in setting"),
@@ -260,8 +264,12 @@ def test_settings_are_what_they_say():
     text += ",logical=16,selected=32,lower=0.25,interval=8,prefill_local=1024"
     text += ",prefill=block_sparse,prefill_threshold=0.8,prefill_min_tokens=1000"
     text += ",shares=none,control=inverted"
-    dense, plain, full = parse_settings(["dense", "lserve", text])
-    assert (dense.name, dense.sparsity) == ("dense", None)
+    dense, plain, full, rounded, both = parse_settings(
+        ["dense", "lserve", text, "dense:prefill_dtype=fp8", "lserve:budget=64,prefill_dtype=int8"]
+    )
+    assert (dense.name, dense.sparsity, dense.prefill_dtype) == ("dense", None, None)
+    assert (rounded.sparsity, rounded.prefill_dtype) == (None, "fp8")
+    assert (both.sparsity, both.prefill_dtype) == (SparsityConfig(token_budget=64), "int8")
     assert plain.sparsity == SparsityConfig()
     assert full.control == "inverted"
     assert full.sparsity == SparsityConfig(
