@@ -60,6 +60,25 @@ def test_out_of_memory_says_how_much_and_which_options_to_lower(llm, monkeypatch
     check_nothing_left(llm.engine)
 
 
+def test_a_prompt_that_fails_while_a_prefix_waits_for_it_is_gone(monkeypatch):
+    """A prefix finishes prompts in prefill first; one of three chunks fails as it is inserted."""
+    llm = LLM((CONFIG, tiny_params(CONFIG)), max_model_len=256, prefill_chunk_size=64)
+    before, engine = tokens(llm), llm.engine
+    engine.add_request("long", [3] * 160, GREEDY, seed=0)
+    engine.step()
+    assert engine.scheduler.prefilling
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(lserve_jax.engine.runner, "insert", fail)
+    with pytest.raises(RuntimeError, match="no"):
+        engine.add_prefix([7] * 80)
+    monkeypatch.undo()
+    check_nothing_left(engine)
+    assert tokens(llm) == before
+
+
 def test_a_call_inside_a_call_is_refused(llm):
     def nested(request: int, completion: int, text: str) -> None:
         tokens(llm)
