@@ -66,8 +66,10 @@ def w8a8_weight(
         numbers = dequantize_weight(kernel) if isinstance(kernel, Weight) else kernel
         kernel = quantize_weight(numbers, kind=kind)
     assert isinstance(kernel, Weight)  # rounded, or it was one
-    # Written in that order: with columns of codes XLA's product is many times slower on a CPU.
-    codes = with_layout_constraint(kernel.codes.T, Layout((0, 1)))
+    # Written in that order: with columns of codes XLA's product is many times slower on a CPU. On a
+    # GPU the barrier keeps XLA from taking the constraint for a view of what is there
+    # (findings/xla_gpu_layout_constraint_undone.sh).
+    codes = lax.optimization_barrier(with_layout_constraint(kernel.codes.T, Layout((0, 1))))
     return W8A8Weight(codes, kernel.scale[0])
 
 
