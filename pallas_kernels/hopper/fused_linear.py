@@ -18,8 +18,10 @@ before have in pieces: each writes the sum over its own columns, ``square_sums``
 every CTA of the next layer adds them up. Roundings to bf16 are where unfused layers have them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +51,7 @@ from pallas_kernels.hopper.mosaic import (
     store_unoptimised,
     tile_transforms,
 )
+from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,20 +112,57 @@ def fused_linear(
     N = 8 * pl.cdiv(B, 8)
     if config is None:
         config = choose_config(B, K, width // COLUMNS, gated)
+    summed = K // COLUMNS  # rows of square_sums that count
+    if norm_scale is None:
+        square_sums = None
+    elif square_sums is None:
+        square_sums, summed = first_square_sums(x, N), 1
+    results = [jax.ShapeDtypeStruct((B, width), x.dtype)]
+    if residual is not None:
+        results.append(square_sums_type(width, N))
+    operands = x, kernel, bias, norm_scale, square_sums, residual
+    present = bias is not None, norm_scale is not None, residual is not None
+    out, *sums = call_shared(
+        _make_kernel,
+        _Settings(config, B, K, width, gated, epsilon, summed, *present),
+        operands,
+        tuple(results),
+        longest=(None,) * len(operands),
+        longest_results=(None,) * len(results),
+    )
+    return out, sums[0] if sums else None
+
+
+class _Settings(NamedTuple):
+    """What a kernel is lowered for, beside the shapes of its arrays."""
+
+    config: Config
+    rows: int  # B
+    inputs: int  # K
+    width: int  # of the output
+    gated: bool
+    epsilon: float
+    summed: int  # rows of square_sums that count
+    has_bias: bool
+    has_norm: bool
+    has_residual: bool
+
+
+def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
+    config, B, K, width, gated, epsilon, summed, has_bias, has_norm, has_residual = settings
+    N = 8 * pl.cdiv(B, 8)
     T, stages, steps = config.tile, config.stages, K // config.tile
     halves = 2 if gated else 1
-    summed = K // COLUMNS  # rows of square_sums that count
-    if norm_scale is not None and square_sums is None:
-        square_sums, summed = first_square_sums(x, N), 1
+    dtype = results[0].dtype
 
     def multiply(x_gmem, kernel_gmem, *refs):  # [B, K], [K, out]
         refs = list(refs)
-        bias_gmem = refs.pop(0) if bias is not None else None  # [out]
-        scale_gmem = refs.pop(0) if norm_scale is not None else None  # [K]
-        sums_gmem = refs.pop(0) if norm_scale is not None else None  # [tiles, N] float32
-        residual_gmem = refs.pop(0) if residual is not None else None  # [B, out]
+        bias_gmem = refs.pop(0) if has_bias else None  # [out]
+        scale_gmem = refs.pop(0) if has_norm else None  # [K]
+        sums_gmem = refs.pop(0) if has_norm else None  # [tiles, N] float32
+        residual_gmem = refs.pop(0) if has_residual else None  # [B, out]
         out_gmem = refs.pop(0)  # [B, width]
-        out_sums_gmem = refs.pop(0) if residual is not None else None  # [tiles, N] float32
+        out_sums_gmem = refs.pop(0) if has_residual else None  # [tiles, N] float32
         (
             kernel_smem,  # [stages, halves, T, C]
             rows_smem,  # [stages, B, T], x as it is
@@ -210,29 +250,25 @@ def fused_linear(
             store_unoptimised(out_sums_gmem.at[c], (y * y).sum(axis=0))
         store_columns(out_gmem, y, B, own)
 
-    out_type = [jax.ShapeDtypeStruct((B, width), x.dtype)]
-    if residual is not None:
-        out_type.append(square_sums_type(width, N))
     kernel_tile = plgpu.SMEM(
         (stages, halves, T, COLUMNS),
-        kernel.dtype,
-        transforms=tile_transforms(COLUMNS, kernel.dtype),
+        dtype,
+        transforms=tile_transforms(COLUMNS, dtype),
     )
     scratch = [
         kernel_tile,
-        plgpu.SMEM((stages, B, T), x.dtype),
-        plgpu.SMEM((N, T), x.dtype, transforms=tile_transforms(T, x.dtype)),
-        plgpu.Barrier(num_arrivals=halves + B + (norm_scale is not None), num_barriers=stages),
+        plgpu.SMEM((stages, B, T), dtype),
+        plgpu.SMEM((N, T), dtype, transforms=tile_transforms(T, dtype)),
+        plgpu.Barrier(num_arrivals=halves + B + has_norm, num_barriers=stages),
     ]
-    if norm_scale is not None:
-        scratch.append(plgpu.SMEM((stages, T), norm_scale.dtype))
-    operands = (bias, norm_scale, square_sums, residual)
-    out, *sums = plgpu.kernel(
+    if has_norm:
+        scratch.append(plgpu.SMEM((stages, T), dtype))
+    run = plgpu.kernel(
         multiply,
-        out_type=tuple(out_type),
+        out_type=results,
         grid=(width // COLUMNS,),
         grid_names=("columns",),
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(x, kernel, *(y for y in operands if y is not None))
-    return out, sums[0] if sums else None
+    )
+    return lambda *operands: run(*(x for x in operands if x is not None))
