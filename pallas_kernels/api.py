@@ -61,6 +61,7 @@ from pallas_kernels.device import (
     resolve_backend,
 )
 from pallas_kernels.forward_mode import forward_only
+from pallas_kernels.kernel_lowering import LoweringProcesses
 from pallas_kernels.linear_ops import fused_linear, product
 from pallas_kernels.packed import cannot_pack, pack_weight, unpack_weight
 from pallas_kernels.plain_ops import (
@@ -102,6 +103,7 @@ __all__ = [
     "Backend",
     "BlockList",
     "KVPages",
+    "LoweringProcesses",
     "OwnAttention",
     "PackedWeight",
     "PageList",

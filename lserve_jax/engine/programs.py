@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Hashable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from lserve_jax.engine.program_files import ProgramFiles
 from lserve_jax.engine.state import Program
+from pallas_kernels.api import LoweringProcesses
 
 log = logging.getLogger(__name__)
 
@@ -171,33 +172,50 @@ class Programs:
             missing.setdefault(call.signature(sharded=self.sharded), call)
         missing = {mark: call for mark, call in missing.items() if mark not in self._ready}
         bar = tqdm(total=len(missing), desc="programs", unit="program", disable=not progress)
-        with bar, ThreadPoolExecutor(_threads(), "lserve-programs") as pool:
+        threads = ThreadPoolExecutor(_threads(), "lserve-programs")
+        with bar, threads as pool, LoweringProcesses(_threads()) as processes:
             try:
-                self._ready |= self._prepare(missing, pool, bar)
+                self._ready |= self._prepare(missing, pool, processes, bar)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
 
     def _prepare(
-        self, missing: dict[Hashable, Call], pool: ThreadPoolExecutor, bar: tqdm
+        self,
+        missing: dict[Hashable, Call],
+        pool: ThreadPoolExecutor,
+        processes: LoweringProcesses,
+        bar: tqdm,
     ) -> dict[Hashable, Future[Any]]:
         """Their programs, finished. Files are read and code is compiled in ``pool``.
 
         Keys and traces are made here: JAX's settings may be this thread's own. Tracing holds
-        Python's lock anyway.
+        Python's lock anyway. While ``processes`` lower the kernels of one, the next are traced.
         """
         keys = {signature: self._key(call) for signature, call in missing.items()}
         made: dict[Hashable, Future[Any]] = {}
         kept = [signature for signature in missing if self._is_kept(keys[signature])]
         for signature in kept:
             made[signature] = pool.submit(self._load, missing[signature], keys[signature])
-        for signature in [signature for signature in missing if signature not in made] + kept:
-            if signature not in made or made[signature].result() is None:
-                call = missing[signature]
-                made[signature] = pool.submit(
-                    self._compile_and_keep, call, keys[signature], _lower(call)
-                )
+        waiting: deque[tuple[Hashable, _Traced, list[Future[None]]]] = deque()  # for kernels
+
+        def compile_next() -> None:
+            signature, traced, kernels = waiting.popleft()
+            wait(kernels)
+            call, key = missing[signature], keys[signature]
+            made[signature] = pool.submit(self._compile_and_keep, call, key, traced.lower())
             made[signature].add_done_callback(lambda _: bar.update())
+
+        for signature in [signature for signature in missing if signature not in made] + kept:
+            if signature in made and made[signature].result() is not None:
+                bar.update()
+                continue
+            traced = _Traced.of(missing[signature])
+            waiting.append((signature, traced, processes.begin(traced.traced.jaxpr)))
+            while waiting and all(kernel.done() for kernel in waiting[0][2]):
+                compile_next()
+        while waiting:
+            compile_next()
         for future in made.values():
             future.result()
         return made
@@ -227,7 +245,9 @@ class Programs:
 
     def _make(self, call: Call, key: str | None) -> Any:
         program = self._load(call, key)
-        return self._compile_and_keep(call, key, _lower(call)) if program is None else program
+        if program is None:
+            return self._compile_and_keep(call, key, _Traced.of(call).lower())
+        return program
 
     def _load(self, call: Call, key: str | None) -> Any | None:
         if self._files is None or key is None:
@@ -291,10 +311,21 @@ class _Lowered:
     seconds: float  # that tracing and lowering took
 
 
-def _lower(call: Call) -> _Lowered:
-    start = time.perf_counter()
-    lowered = call.function.lower(*call.args, **call.static)
-    return _Lowered(lowered, time.perf_counter() - start)
+@dataclass(frozen=True)
+class _Traced:
+    traced: Any
+    seconds: float
+
+    @classmethod
+    def of(cls, call: Call) -> "_Traced":
+        start = time.perf_counter()
+        traced = call.function.trace(*call.args, **call.static)
+        return cls(traced, time.perf_counter() - start)
+
+    def lower(self) -> _Lowered:
+        start = time.perf_counter()
+        lowered = self.traced.lower()
+        return _Lowered(lowered, self.seconds + time.perf_counter() - start)
 
 
 class _JaxCacheOff:

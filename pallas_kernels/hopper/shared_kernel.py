@@ -23,6 +23,7 @@ from jax.extend.mlir import ir
 from jax.interpreters import batching, mlir
 
 Shapes = tuple[jax.ShapeDtypeStruct, ...]
+MOST_KEPT = 1024  # lowered kernels, some 100 KB each
 FLAT = 1 << 30  # more elements than an array of one axis has anywhere
 
 
@@ -108,17 +109,64 @@ def _call_now(*flat, **how):
 
 def _lower(context, *flat, kernel: _Kernel, results: Shapes, shapes):
     types = [ir.RankedTensorType.get(x.shape, mlir.dtype_to_ir_type(x.dtype)) for x in results]
-    attributes = _custom_call(kernel, *shapes)
+    lowering = Lowering(kernel, *shapes)
+    if (attributes := _kept.get(lowering)) is None:
+        attributes = lower(lowering)
+        keep(lowering, attributes)
     parsed = {name: ir.Attribute.parse(text) for name, text in attributes.items()}
     call = ir.Operation.create("stablehlo.custom_call", types, flat, parsed)
     return list(call.results)
 
 
-@functools.lru_cache(maxsize=256)
-def _custom_call(kernel: _Kernel, operands: Shapes, results: Shapes) -> dict[str, str]:
-    """Attributes of the call of the kernel lowered for such shapes; its code is one of them."""
-    run = jax.jit(functools.partial(kernel.run, results))
-    module = run.trace(*operands).lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+@dataclass(frozen=True)
+class Lowering:
+    """A kernel for arrays of certain shapes."""
+
+    kernel: _Kernel
+    operands: Shapes
+    results: Shapes
+
+    def as_sent(self) -> tuple[Any, ...]:
+        """For another process: structures of trees cannot be pickled, trees can."""
+        operands = jax.tree.unflatten(self.kernel.tree, self.operands)
+        return self.kernel.make, self.kernel.settings, operands, self.results
+
+    @classmethod
+    def sent(cls, parts: tuple[Any, ...]) -> "Lowering":
+        """What ``as_sent`` gave."""
+        make, settings, operands, results = parts
+        flat, tree = jax.tree.flatten(operands)
+        return cls(_Kernel(make, settings, tree), tuple(flat), results)
+
+
+def lowering_of(equation: Any) -> Lowering | None:
+    """What an equation of a traced program calls, if that is a shared kernel."""
+    if equation.primitive is not _call:
+        return None
+    return Lowering(equation.params["kernel"], *equation.params["shapes"])
+
+
+# Attributes of calls of lowered kernels, the code one of them; the oldest first.
+_kept: dict[Lowering, dict[str, str]] = {}
+
+
+def is_lowered(lowering: Lowering) -> bool:
+    return lowering in _kept
+
+
+def keep(lowering: Lowering, attributes: dict[str, str]) -> None:
+    """For all programs that will call the kernel."""
+    _kept[lowering] = attributes
+    while len(_kept) > MOST_KEPT:
+        _kept.pop(next(iter(_kept)), None)
+
+
+def lower(lowering: Lowering) -> dict[str, str]:
+    """Attributes of the call of a kernel; its code is one of them."""
+    kernel = lowering.kernel
+    run = jax.jit(functools.partial(kernel.run, lowering.results))
+    traced = run.trace(*lowering.operands)
+    module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
     assert module is not None
     [function] = module.body.operations
     call, *others, end = function.entry_block.operations

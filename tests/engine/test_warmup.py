@@ -1,9 +1,12 @@
 """Programs compiled before the first request: of the requests that follow none compiles."""
 
+from concurrent.futures import Future
+
 import pytest
 from tiny_llm import tiny_config, tiny_params
 
 from lserve_jax import LLM, SamplingParams
+from pallas_kernels.api import LoweringProcesses
 
 CONFIG = tiny_config(layers=1, kv_heads=2)
 OPTIONS = {"max_model_len": 256, "max_num_seqs": 2, "prefill_chunk_size": 128}
@@ -82,6 +85,24 @@ def test_with_host_memory_a_warmup_has_what_moves_pages() -> None:
         tokens(llm, (prompt, GREEDY))
     assert llm.engine.metrics().prefix_tokens > 0
     assert compiled(llm) == before + 1  # that of a longer chunk
+
+
+def test_programs_are_traced_while_kernels_of_others_are_lowered(monkeypatch) -> None:
+    """Here none is lowered before the last program is traced."""
+    begun: list[Future[None]] = []
+
+    def begin(processes: LoweringProcesses, jaxpr: object) -> list[Future[None]]:
+        begun.append(Future())
+        if len(begun) == 5:
+            for lowering in begun:
+                lowering.set_result(None)
+        return begun[-1:]
+
+    monkeypatch.setattr(LoweringProcesses, "begin", begin)
+    llm = build(warmup="auto")
+    assert compiled(llm) == len(begun) == 5
+    assert tokens(llm, (SHORT, GREEDY)) == tokens(build(), (SHORT, GREEDY))
+    assert compiled(llm) == 5
 
 
 def test_a_second_warmup_loads(tmp_path) -> None:

@@ -1,0 +1,105 @@
+"""Kernels that another process lowers are those that this one would have made; no GPU."""
+
+import logging
+import re
+from collections.abc import Iterator
+
+import jax
+import pytest
+from jax._src.lib import mosaic_gpu_dialect
+from jax.extend.mlir import ir
+from jax.interpreters import mlir
+from test_shared_kernel import append_chunk, attend, attend_chunk, score, select
+
+from pallas_kernels.hopper import lower_elsewhere, shared_kernel
+from pallas_kernels.hopper.fused_linear import fused_linear
+from pallas_kernels.hopper.lower_elsewhere import Processes, lowerings
+
+
+@pytest.fixture(autouse=True)
+def interpreter() -> None:
+    """Nothing runs here."""
+
+
+@pytest.fixture(autouse=True)
+def arrays_as_long_as_they_are() -> None:
+    """Kernels are lowered as they are for a GPU."""
+
+
+@pytest.fixture(autouse=True)
+def wgmma_from_registers() -> None:
+    """They are."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_kernel, "_kept", {})
+
+
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    processes = Processes(2)
+    yield processes
+    processes.close()
+
+
+def linear(x, kernel, residual):
+    return fused_linear(x, kernel, None, None, None, residual, gated=False, epsilon=1e-5)
+
+
+def all_kernels() -> jax.stages.Traced:
+    """One program with a kernel of each kind, in functions inside of functions."""
+    ops = [attend(3), append_chunk(3), attend_chunk(3), score(3), select(3)]
+    x, kernel = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((2, 128), (128, 128)))
+    ops.append((linear, (x, kernel, x)))
+
+    def run(arguments):
+        return [jax.jit(op)(*own) for (op, _), own in zip(ops, arguments, strict=True)]
+
+    return jax.jit(run).trace([own for _, own in ops])
+
+
+def plain(attributes: dict[str, str]) -> dict[str, str]:
+    """Code as text, without the number by which JAX 0.11 tells dumped kernels apart."""
+    context = mlir.make_ir_context()
+    mosaic_gpu_dialect.register_dialect(context)
+    context.load_all_available_dialects()
+    context.allow_unregistered_dialects = True  # code has a version of its own
+    with context:
+        config = ir.DictAttr(ir.Attribute.parse(attributes["mhlo.backend_config"]))
+        code = ir.Module.parse(ir.StringAttr(config["module"]).value_bytes)
+        text = code.operation.get_asm(enable_debug_info=False)
+    text = re.sub(r'dump_basename = "\w+"', "", text)
+    return {**attributes, "mhlo.backend_config": text}
+
+
+def lowered(traced: jax.stages.Traced) -> str:
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_they_are_the_same(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = all_kernels()
+    expected = {lowering: shared_kernel.lower(lowering) for lowering in lowerings(traced.jaxpr)}
+    assert len(expected) == 7  # decode attention has two
+    for begun in processes.begin(traced.jaxpr):
+        begun.result()
+    kept = shared_kernel._kept
+    assert {key: plain(kept[key]) for key in kept} == {key: plain(expected[key]) for key in kept}
+    assert processes.begin(traced.jaxpr) == []
+    monkeypatch.setattr(shared_kernel, "lower", None)  # nothing more is lowered here
+    assert lowered(traced).count("kernel_hash") == 7
+
+
+def test_a_kernel_that_no_process_lowers_is_lowered_here(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lower_elsewhere.sys, "executable", "/nowhere/python")
+    op, arguments = select(3)
+    traced = jax.jit(op).trace(*arguments)
+    with caplog.at_level(logging.WARNING):
+        for begun in processes.begin(traced.jaxpr) * 2:
+            begun.result()
+    assert [r.getMessage() for r in caplog.records if "did not lower a kernel" in r.getMessage()]
+    assert not shared_kernel._kept
+    lowered(traced)
+    assert len(shared_kernel._kept) == 1
