@@ -17,12 +17,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
+SKIPPED_PASSES = (
+    "simplify-while-loops",
+    "while-loop-invariant-code-motion",
+    "while-loop-constant-sinking",
+    "reshape-mover",
+    "tree_reduction_rewriter",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Runs before any test module is imported, so no array exists yet."""
     wants_gpu = "gpu" in config.getoption("markexpr").replace("not gpu", "")
     if not wants_gpu:
+        # Passes of XLA that shorten few of these programs, and take a tenth of all compiling. Read
+        # when the first program is compiled; processes that a test starts have them too.
+        skipped = f"--xla_disable_hlo_passes={','.join(SKIPPED_PASSES)}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {skipped}".strip()
         jax.config.update("jax_platforms", "cpu")
         # Tiny models run once or twice: optimising their programs takes longer than it saves.
         jax.config.update("jax_disable_most_optimizations", True)

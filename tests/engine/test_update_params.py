@@ -18,6 +18,8 @@ from tiny_llm import check_nothing_left, random_prompts, tiny_config, tiny_param
 from lserve_jax import LLM, ModelConfig, SamplingParams, SparsityConfig, logits
 from lserve_jax.model.params import Params
 
+pytestmark = pytest.mark.usefixtures("all_slots")
+
 CONFIG = tiny_config(layers=2, kv_heads=2)
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
