@@ -71,10 +71,7 @@ FULL = (">/dev/full", "[Errno 28] No space left on device")
 
 @pytest.mark.parametrize(
     ("program", "redirection", "says"),
-    [
-        (program, *(FULL if i % 2 else CLOSED))
-        for i, program in enumerate((*PROGRAMS, "convert"))
-    ],
+    [(program, *(FULL if i % 2 else CLOSED)) for i, program in enumerate((*PROGRAMS, "convert"))],
 )
 def test_help_that_nobody_can_read(program: str, redirection: str, says: str) -> None:
     done = subprocess.run(
