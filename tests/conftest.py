@@ -33,7 +33,9 @@ def pytest_configure(config: pytest.Config) -> None:
         # Passes of XLA that shorten few of these programs, and take a tenth of all compiling. Read
         # when the first program is compiled; processes that a test starts have them too.
         skipped = f"--xla_disable_hlo_passes={','.join(SKIPPED_PASSES)}"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {skipped}".strip()
+        flags = os.environ.get("XLA_FLAGS", "")
+        if skipped not in flags:  # xdist's workers have it already
+            os.environ["XLA_FLAGS"] = f"{flags} {skipped}".strip()
         jax.config.update("jax_platforms", "cpu")
         # Tiny models run once or twice: optimising their programs takes longer than it saves.
         jax.config.update("jax_disable_most_optimizations", True)
