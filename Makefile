@@ -7,6 +7,7 @@
 #
 # Each makes what it needs first and skips what is done already: a virtual environment with this
 # package in it. EXTRAS=cuda13 adds JAX's wheels for NVIDIA GPUs; PYTHON=… names the interpreter.
+# Modules are compiled to bytecode when they are first imported: most of what is installed never is.
 
 VENV    := .venv
 PYTHON  :=
@@ -63,5 +64,5 @@ $(test_ready): extras := $(test_extras)
 $(docs_ready): extras := docs
 $(run_ready) $(serve_ready) $(test_ready) $(docs_ready): pyproject.toml $(VENV)/.made
 	@echo "Installing lserve-jax$(if $(extras),[$(extras)]) into $(VENV)" >&2
-	@$(python) -m pip install --quiet --editable ".$(if $(extras),[$(extras)])" $(PINS)
+	@$(python) -m pip install --quiet --no-compile --editable ".$(if $(extras),[$(extras)])" $(PINS)
 	@touch $@

@@ -1,6 +1,7 @@
 """JAX settings for every test, and the default model's file for those that need it."""
 
 import fcntl
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +18,25 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
+SKIPPED_PASSES = (
+    "simplify-while-loops",
+    "while-loop-invariant-code-motion",
+    "while-loop-constant-sinking",
+    "reshape-mover",
+    "tree_reduction_rewriter",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Runs before any test module is imported, so no array exists yet."""
     wants_gpu = "gpu" in config.getoption("markexpr").replace("not gpu", "")
     if not wants_gpu:
+        # Passes of XLA that shorten few of these programs, and take a tenth of all compiling. Read
+        # when the first program is compiled; processes that a test starts have them too.
+        skipped = f"--xla_disable_hlo_passes={','.join(SKIPPED_PASSES)}"
+        flags = os.environ.get("XLA_FLAGS", "")
+        if skipped not in flags:  # xdist's workers have it already
+            os.environ["XLA_FLAGS"] = f"{flags} {skipped}".strip()
         jax.config.update("jax_platforms", "cpu")
         # Tiny models run once or twice: optimising their programs takes longer than it saves.
         jax.config.update("jax_disable_most_optimizations", True)
@@ -31,6 +45,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # Most of the suite's time is compilation: keep it, also between the workers of one run.
     jax.config.update("jax_compilation_cache_dir", str(CACHE / "jit"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: Python need not look through all of it for garbage again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from lserve_cases import CASES
 from numpy.testing import assert_allclose, assert_array_equal
-from oracle_model import Oracle
+from oracle_model import Oracle, log_softmax
 from tiny_llm import (
     Generation,
     Tokens,
@@ -133,7 +133,7 @@ def test_d3_prompts_of_whole_pages(build: Build) -> None:
 
 def test_d4_batches_of_unequal_lengths_that_shrink(build: Build) -> None:
     """Some rows prune, some do not; rows end in the middle of an interval; others take over."""
-    case = "page 64, reuse 8"
+    case = "page 32, reuse 4"  # as above, whose programs it runs
     prompts = random_prompts(7, [3, 700, 190, 257, 500, 20, 330])
     max_tokens = [3, 10, 21, 60, 6, 31, 13]
     check(case, prompts, generate(build(case, deterministic=False), prompts, max_tokens))
@@ -165,7 +165,7 @@ def test_nothing_depends_on_neighbours(build: Build) -> None:
         assert_allclose(other.logprobs, first.logprobs, **SAME)
 
 
-@pytest.mark.parametrize("chunk", [128, 256, 1024])
+@pytest.mark.parametrize("chunk", [128, 1024])
 def test_nothing_depends_on_the_chunk_size(chunk: int, build: Build) -> None:
     """1024 holds each prompt whole, the prefill window (128 tokens) is a fraction of it."""
     case = "page 32, reuse 4"
@@ -209,7 +209,7 @@ def test_unpruned_is_dense_at_any_page_size() -> None:
         whole = [*prompt, *generation.tokens[:-1]]
         tokens[0, : len(whole)] = whole
         every = jax.jit(logits, static_argnums=0)(config, params, jnp.asarray(tokens))[0]
-        wanted = jax.nn.log_softmax(every[len(prompt) - 1 : len(whole)])
+        wanted = log_softmax(np.asarray(every)[len(prompt) - 1 : len(whole)])
         assert_allclose(generation.logprobs, wanted, **SAME)
     for settings in ((16, 4), (128, 1)):
         for one, other in zip(dense, lserve(*settings), strict=True):

@@ -10,12 +10,24 @@ from relay_cases import Build
 from tiny_llm import poison, tiny_params, write_pattern
 
 from lserve_jax import LLM, SparsityConfig
+from lserve_jax.engine import engine, relay, scoring
 from lserve_jax.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
 def pattern(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_pattern(tmp_path_factory.mktemp("patterns") / "half", [[0.1, 0.9]])
+
+
+@pytest.fixture
+def all_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bursts, scores and groups of requests run in the largest size that they can have.
+
+    One program in place of one for every number of rows, groups and pages: for tests whose question
+    that is not. Batches that shrink are those of ``attention/test_lserve.py`` and ``test_engine``.
+    """
+    for module in (engine, relay, scoring):
+        monkeypatch.setattr(module, "bucket", lambda n, smallest, largest: largest)
 
 
 @pytest.fixture

@@ -32,6 +32,8 @@ from lserve_jax.engine.programs import Call, Programs
 from lserve_jax.engine.warmup import Warmup, warm_up
 from lserve_jax.stats import BatchTimes, CompileClock, batch_summary, request_summary
 
+pytestmark = pytest.mark.usefixtures("all_slots")
+
 CONFIG = tiny_config(layers=2, kv_heads=2, group=2)
 GATES = [[0.2, 0.9], [0.8, 0.7]]
 CHUNK, LEAST = 256, 400

@@ -19,6 +19,8 @@ from lserve_jax import LLM, SparsityConfig, logits
 from lserve_jax.engine.scoring import Score, score
 from lserve_jax.eval.language import Prediction, kl_divergence, make_windows, predict
 
+pytestmark = pytest.mark.usefixtures("all_slots")
+
 # As in test_lserve.py: float32 roundings against float64; a page more or less changes 1e-3.
 ORACLE = {"atol": 2e-5, "rtol": 0}
 

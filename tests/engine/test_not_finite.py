@@ -10,6 +10,8 @@ from lserve_jax import LLM, SamplingParams, SparsityConfig
 from lserve_jax.batch import PromptFormat, PromptsFile, ResultsFile, run_batch
 from lserve_jax.engine.scoring import score
 
+pytestmark = pytest.mark.usefixtures("all_slots")
+
 CONFIG = tiny_config(layers=2, kv_heads=2)
 BAD = 95  # the token whose embedding is not finite
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

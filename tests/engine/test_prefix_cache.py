@@ -16,6 +16,7 @@ from lserve_jax.engine.request import PromptIds
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 CHUNK = 64
+pytestmark = pytest.mark.usefixtures("all_slots")
 
 
 def ids(prompt: list[int], **more: Any) -> dict[str, Any]:
@@ -204,8 +205,7 @@ def test_what_a_preempted_request_finds_of_itself_does_not_count(build: Build) -
     assert [output.num_cached_tokens for output in outputs] == [0, 0]
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
-@pytest.mark.parametrize("attention", ["dense", "lserve"])
+@pytest.mark.parametrize(("attention", "kv_dtype"), [("dense", "auto"), ("lserve", "int8")])
 def test_pages_come_back_from_host_memory(attention: str, kv_dtype: str, build: Build) -> None:
     """Bit for bit what they were, windows and statistics too; the least recently used go first."""
     page = P if attention == "lserve" else 64
@@ -250,12 +250,10 @@ def test_windows_come_back_from_host_memory(pages: str, build: Build) -> None:
     """
     prompts = random_prompts(6, [300, 300, 300])
     settings = {"deterministic": True, "max_prefixes": 1, "max_num_seqs": 1}
-    forgets = build(enable_prefix_caching=False, **settings)
-    units = forgets.engine.units
-    alone = run(forgets, prompts, 8)
     room = (3 if pages == "in the tree" else 2) * (320 // P)
-    settings |= {"kv_cache_bytes": room * units.page, "host_cache_bytes": 1 << 22}
-    llm = build(**settings)
+    settings["kv_cache_bytes"] = room * build(**settings).engine.units.page
+    alone = run(build(enable_prefix_caching=False, **settings), prompts, 8)
+    llm = build(host_cache_bytes=1 << 22, **settings)
     for turn, number in enumerate((0, 1, 2, 0, 1, 2, 2)):
         before = llm.engine.metrics()
         [again] = run(llm, [prompts[number]], 8)

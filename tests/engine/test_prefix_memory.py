@@ -21,6 +21,8 @@ from lserve_jax.engine import runner as runner_module
 from lserve_jax.engine.host_tier import HostTier, check_pinned_memory
 from lserve_jax.engine.prefix_tree import Evicted, next_digest, root_digest
 
+pytestmark = pytest.mark.usefixtures("all_slots")
+
 CONFIG = tiny_config(layers=2, kv_heads=2, group=2, max_len=1024)
 SIZES = {"page_size": 16, "token_budget": 96, "decode_sink": 16, "decode_local": 32}
 WINDOW = {"prefill_sink": 16, "prefill_local": 64}

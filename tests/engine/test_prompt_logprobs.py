@@ -29,6 +29,8 @@ from lserve_jax.engine.request import TokenOutput
 from lserve_jax.text_engine import TextEngine
 from lserve_jax.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("all_slots")
+
 # float32 roundings against float64; a token more or less in the attention changes 1e-3.
 ORACLE = {"atol": 2e-5, "rtol": 0}
 

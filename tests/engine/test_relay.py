@@ -31,6 +31,8 @@ import lserve_jax.engine.runner
 from convert.head_shares import save_head_shares
 from lserve_jax import LLM, SamplingParams, SparsityConfig
 
+pytestmark = pytest.mark.usefixtures("all_slots")
+
 # The engine.
 
 

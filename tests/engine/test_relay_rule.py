@@ -17,6 +17,8 @@ from lserve_jax.attention.cache import make_spec
 from lserve_jax.engine.relay import LEAST_SAVED_BYTES, decide
 from pallas_kernels import api
 
+pytestmark = pytest.mark.usefixtures("all_slots")
+
 # The op: any split of a context into a prefix and a private part.
 
 

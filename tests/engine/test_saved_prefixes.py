@@ -21,6 +21,8 @@ from tiny_llm import (
 from lserve_jax import SamplingParams
 from lserve_jax.engine.prefix import _digest
 
+pytestmark = pytest.mark.usefixtures("all_slots")
+
 # Saved prefixes.
 
 

@@ -18,6 +18,8 @@ from lserve_jax.engine.inputs import Chunk
 from lserve_jax.engine.prefill_calls import rows_of_calls
 from lserve_jax.engine.runner import ModelRunner
 
+pytestmark = pytest.mark.usefixtures("all_slots")
+
 ROWS, CHUNK = 4, 512
 
 

@@ -18,6 +18,8 @@ from tiny_llm import check_nothing_left, random_prompts, tiny_config, tiny_param
 from lserve_jax import LLM, ModelConfig, SamplingParams, SparsityConfig, logits
 from lserve_jax.model.params import Params
 
+pytestmark = pytest.mark.usefixtures("all_slots")
+
 CONFIG = tiny_config(layers=2, kv_heads=2)
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -80,7 +82,7 @@ def test_new_weights_answer_as_an_engine_made_of_them(case: dict) -> None:
 
 def test_the_engines_parameters_fit_its_config() -> None:
     params = make(TIED)
-    llm = LLM((TIED, params), max_model_len=256)
+    llm = LLM((TIED, params), max_model_len=256, max_num_seqs=2)
     assert llm.config == TIED
     ids = jnp.asarray([PROMPT])
     ours = logits(llm.config, llm.engine.params, ids)
@@ -88,7 +90,7 @@ def test_the_engines_parameters_fit_its_config() -> None:
 
 
 def test_arrays_that_need_not_change_are_shared() -> None:
-    llm = LLM((CONFIG, tiny_params(CONFIG)), max_model_len=256)
+    llm = LLM((CONFIG, tiny_params(CONFIG)), max_model_len=256, max_num_seqs=2)
     params = jax.tree.map(jnp.copy, tiny_params(CONFIG, 1))
     llm.update_params(params)
     same = jax.tree.map(lambda a, b: a is b, params, llm.engine.params)
@@ -96,7 +98,7 @@ def test_arrays_that_need_not_change_are_shared() -> None:
 
 
 def test_donated_weights_are_refused_until_the_next_update() -> None:
-    llm = LLM((CONFIG, tiny_params(CONFIG)), max_model_len=256)
+    llm = LLM((CONFIG, tiny_params(CONFIG)), max_model_len=256, max_num_seqs=2)
     params = jax.tree.map(jnp.copy, tiny_params(CONFIG))
     llm.update_params(params)
     step = jax.jit(lambda p: jax.tree.map(lambda x: x * 2, p), donate_argnums=0)
@@ -106,7 +108,7 @@ def test_donated_weights_are_refused_until_the_next_update() -> None:
     with pytest.raises(ValueError, match=r"\['norm'\]\['scale'\] was donated or deleted"):
         llm.update_params(params)
     llm.update_params(following)
-    assert tokens(llm) == tokens(LLM((CONFIG, following), max_model_len=256))
+    assert tokens(llm) == tokens(LLM((CONFIG, following), max_model_len=256, max_num_seqs=2))
 
 
 def test_prefixes_of_the_old_weights_are_gone() -> None:
@@ -129,7 +131,7 @@ def test_prefixes_of_the_old_weights_are_gone() -> None:
 
 
 def test_an_update_while_requests_run_is_refused() -> None:
-    llm = LLM((CONFIG, tiny_params(CONFIG)), max_model_len=256, burst_steps=2)
+    llm = LLM((CONFIG, tiny_params(CONFIG)), max_model_len=256, max_num_seqs=2, burst_steps=2)
     expected = tokens(llm)
     prompt = {"prompt_token_ids": PROMPT}
     stream = llm.stream((p, GREEDY) for p in [prompt] * 9)
@@ -142,7 +144,7 @@ def test_an_update_while_requests_run_is_refused() -> None:
 
 
 def test_all_differences_are_named_and_nothing_changes() -> None:
-    llm = LLM((CONFIG, tiny_params(CONFIG)), max_model_len=256)
+    llm = LLM((CONFIG, tiny_params(CONFIG)), max_model_len=256, max_num_seqs=2)
     expected = tokens(llm)
     params: dict = tiny_params(CONFIG, 1)
     params["more"] = jnp.zeros(3)
@@ -171,7 +173,7 @@ def test_all_differences_are_named_and_nothing_changes() -> None:
 
 
 def test_float32_weights_of_a_trainer_in_a_bfloat16_engine() -> None:
-    llm = LLM((CONFIG, tiny_params(CONFIG)), max_model_len=256, dtype="bfloat16")
+    llm = LLM((CONFIG, tiny_params(CONFIG)), max_model_len=256, max_num_seqs=2, dtype="bfloat16")
     params = tiny_params(CONFIG, 1)
     llm.update_params(params)
     expected = tokens(llm)
@@ -184,7 +186,7 @@ def test_float32_weights_of_a_trainer_in_a_bfloat16_engine() -> None:
 def test_memory_that_runs_out_in_an_update_is_said_until_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    llm = LLM((CONFIG, tiny_params(CONFIG)), max_model_len=256)
+    llm = LLM((CONFIG, tiny_params(CONFIG)), max_model_len=256, max_num_seqs=2)
     expected = tokens(llm)
 
     def fail(*args: object) -> None:

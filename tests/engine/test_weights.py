@@ -16,6 +16,8 @@ from lserve_jax.functional import logits
 from lserve_jax.model.quantise import code_types, pack_params, quantise_params
 from pallas_kernels import api
 
+pytestmark = pytest.mark.usefixtures("all_slots")
+
 CONFIG = tiny_config(layers=2, kv_heads=4, group=1, hidden_size=64)
 
 

@@ -153,6 +153,13 @@ def test_config_checks_itself() -> None:
 
 # ----------------------------------------------------------------------------------------- select
 
+
+@pytest.fixture(autouse=True)
+def few_sms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer CTAs to interpret; rows still have two each."""
+    monkeypatch.setattr(page_selection, "SM_COUNT", 8)
+
+
 KINDS = {
     "normal": lambda rng, shape: rng.normal(size=shape),
     # Few values, both zeros equal and infinities, so that ties are common at the threshold.

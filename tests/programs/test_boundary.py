@@ -65,13 +65,13 @@ def test_streams_that_are_closed(model, command, code, said) -> None:
     assert "Exception ignored" not in "".join(last)
 
 
-@pytest.mark.parametrize("program", (*PROGRAMS, "convert"))
+CLOSED = (">&-", "[Errno 9] Bad file descriptor")
+FULL = (">/dev/full", "[Errno 28] No space left on device")
+
+
 @pytest.mark.parametrize(
-    ("redirection", "says"),
-    [
-        (">&-", "[Errno 9] Bad file descriptor"),
-        (">/dev/full", "[Errno 28] No space left on device"),
-    ],
+    ("program", "redirection", "says"),
+    [(program, *(FULL if i % 2 else CLOSED)) for i, program in enumerate((*PROGRAMS, "convert"))],
 )
 def test_help_that_nobody_can_read(program: str, redirection: str, says: str) -> None:
     done = subprocess.run(
@@ -89,13 +89,7 @@ LONG = (
 )
 
 
-@pytest.mark.parametrize(
-    ("redirection", "says"),
-    [
-        (">&-", "[Errno 9] Bad file descriptor"),
-        (">/dev/full", "[Errno 28] No space left on device"),
-    ],
-)
+@pytest.mark.parametrize(("redirection", "says"), [CLOSED, FULL])
 def test_a_long_text_that_nobody_can_read(redirection: str, says: str) -> None:
     command = f'{sys.executable} -c "{LONG}" {redirection}'
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)

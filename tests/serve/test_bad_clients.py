@@ -102,7 +102,7 @@ def _resident() -> int:
 
 
 @pytest.mark.slow
-def test_two_thousand_requests_leave_nothing_behind():
+def test_a_thousand_requests_leave_nothing_behind():
     """Mixed kinds, a third of the streams cut. The growth allowed is 4 KB a request: what one
     request holds while it runs is more. The median of the rounds is held against it: allocators
     take some megabytes at once now and then, a leak grows in every round."""
@@ -123,12 +123,12 @@ def test_two_thousand_requests_leave_nothing_behind():
             ) as client:
                 await asyncio.gather(*(one(client, i) for i in range(first, first + count)))
 
-        asyncio.run(many(0, 250))
-        asyncio.run(many(250, 250))
+        asyncio.run(many(0, 500))  # allocators and pools grow to their size
         compiled = served.llm.engine.metrics().compilations
         resident = [_resident()]
-        for first in range(500, 2500, 250):
-            asyncio.run(many(first, 250))
+        count = 150
+        for first in range(500, 500 + 7 * count, count):
+            asyncio.run(many(first, count))
             resident.append(_resident())
-        assert statistics.median(np.diff(resident)) < 250 * 4096
+        assert statistics.median(np.diff(resident)) < count * 4096
         assert served.llm.engine.metrics().compilations == compiled
