@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Runs before any test module is imported, so no array exists yet."""
     wants_gpu = "gpu" in config.getoption("markexpr").replace("not gpu", "")
     if not wants_gpu:
-        # Passes of XLA that shorten few of these programs, and take a tenth of all compiling. Read
+        # Passes of XLA that shorten few of these programs, and take a twentieth of compiling. Read
         # when the first program is compiled; processes that a test starts have them too.
         skipped = f"--xla_disable_hlo_passes={','.join(SKIPPED_PASSES)}"
         flags = os.environ.get("XLA_FLAGS", "")
