@@ -117,7 +117,8 @@ def product(
     """
     if isinstance(kernel, W8A8Weight):
         _expect_kernel(kernel, x.shape[-1])
-        return w8a8_product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        return w8a8_product(rows, kernel).reshape(*x.shape[:-1], kernel.shape[1])
     if not isinstance(kernel, PackedWeight):
         return weights.product(x, kernel)
     K, out = kernel.shape

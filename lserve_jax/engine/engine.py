@@ -100,7 +100,7 @@ class Engine:
         if host_cache_bytes > 0:
             check_pinned_memory(host_cache_bytes)
         self._start_empty()
-        if host_cache_bytes > 0:
+        if self.scheduler.prefix_cache.host is not None:
             take_pinned_memory(host_cache_bytes)
 
     def _start_empty(self) -> None:

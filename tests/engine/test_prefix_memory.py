@@ -17,8 +17,10 @@ import convert
 from lserve_jax import LLM, ModelConfig, SamplingParams, SparsityConfig
 from lserve_jax.attention.cache import cache_bytes, make_spec
 from lserve_jax.engine import build as build_module
+from lserve_jax.engine import engine as engine_module
+from lserve_jax.engine import host_tier as host_tier_module
 from lserve_jax.engine import runner as runner_module
-from lserve_jax.engine.host_tier import HostTier, check_pinned_memory
+from lserve_jax.engine.host_tier import HostTier, check_pinned_memory, take_pinned_memory
 from lserve_jax.engine.prefix_tree import Evicted, next_digest, root_digest
 
 pytestmark = pytest.mark.usefixtures("all_slots")
@@ -284,6 +286,34 @@ def test_no_more_than_the_pinned_memory_there_is(monkeypatch: pytest.MonkeyPatch
         check_pinned_memory((64 << 30) + 1)
     monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "100")
     check_pinned_memory(100 << 30)
+
+
+def test_pinned_memory_is_taken_where_prompts_are_remembered(
+    sparsity: SparsityConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(engine_module, "take_pinned_memory", taken.append)
+    rope = dataclasses.replace(CONFIG.rope, rope_type="dynamic", factor=2.0)
+    for config, wanted in ((CONFIG, [1 << 20]), (dataclasses.replace(CONFIG, rope=rope), [])):
+        taken.clear()
+        LLM(
+            (config, tiny_params(config)),
+            attention="lserve",
+            sparsity=sparsity,
+            host_cache_bytes=1 << 20,
+        )
+        assert taken == wanted
+    # In parts of one size, which go again: XLA keeps their memory.
+    sizes: list[int] = []
+    put = jax.device_put
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_put", lambda x, to: sizes.append(x.size) or put(x, to))
+    monkeypatch.setattr(host_tier_module, "PART", 1000)
+    before = len(jax.live_arrays())
+    for size in (10, 1000, 2001):
+        take_pinned_memory(size)
+    assert sizes == [10, 1000, 1000, 1000, 1000]
+    assert len(jax.live_arrays()) == before
 
 
 def test_a_page_that_came_back_is_not_copied_again() -> None:

@@ -75,6 +75,7 @@ def test_product(kind: str, dtype: str) -> None:
     near = rows @ np.abs(w) + np.abs(x64) @ columns + rows @ columns
     assert (np.abs(got - exact) <= near * (1 + 1e-5) + allowed * size).all()
     assert (got[1] == 0).all() and (got[:, 3] == 0).all()
+    assert api.product(x[None, :0], weight).shape == (1, 0, OUT)
 
 
 @pytest.mark.parametrize("kind", api.W8A8_KINDS)
