@@ -12,7 +12,7 @@ from engine_cases import build, greedy, oracle, run, tokens_of
 from numpy.testing import assert_allclose, assert_array_equal
 from tiny_llm import VOCAB, random_prompts, tiny_config, tiny_params, write_pattern
 
-from lserve_jax import LLM
+from lserve_jax import LLM, RequestOutput
 from lserve_jax.engine.inputs import Chunk
 from lserve_jax.engine.judging import is_judged_by_prefill, judge
 from lserve_jax.model.params import is_quantised
@@ -33,15 +33,30 @@ def codes(x: np.ndarray, kind: str, axis: int) -> np.ndarray:
     return (np.round(x / scale) if kind == "int8" else x / scale).astype(dtype) * scale
 
 
+def rows_of(output: RequestOutput) -> np.ndarray:
+    """Log probabilities of all tokens, at each step."""
+    return np.array([[row[t] for t in range(VOCAB)] for row in output.outputs[0].logprobs or ()])
+
+
 @pytest.mark.parametrize(("weights", "kind"), [(None, "int8"), (None, "fp8"), ("int8", "int8")])
 def test_prompts_in_8_bits_and_answers_in_floats(
     weights: Any, kind: Any, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sparse attention; chunks, short prompts together, and a prompt that is remembered."""
+    """Sparse attention; chunks, short prompts by themselves or in one call, and a prompt that is
+    remembered."""
     pattern = write_pattern(tmp_path / "pattern", [[0.1, 0.9]])
-    llm = build(pattern, prefill_dtype=kind, weights=weights)
+    together = {"deterministic": False, "prefill_chunk_size": 256} if weights == kind else {}
+    llm = build(pattern, prefill_dtype=kind, weights=weights, **together)
     prompts = random_prompts(5, [150, 30, 20, 25])
+    prefill, calls = llm.engine.runner.prefill, []
+
+    def recorded(chunks: list[Chunk], rows: int = 1) -> Any:
+        calls.append((rows, [len(chunk.tokens) for chunk in chunks]))
+        return prefill(chunks, rows)
+
+    monkeypatch.setattr(llm.engine.runner, "prefill", recorded)
     outputs = run(llm, prompts, greedy(12))
+    assert ((4, [30, 20, 25]) in calls) == bool(together)
     plain = oracle_model._linear
 
     def rounding(x: np.ndarray, weights: dict) -> np.ndarray:
@@ -49,7 +64,7 @@ def test_prompts_in_8_bits_and_answers_in_floats(
 
     away = []
     for prompt, output in zip(prompts, outputs, strict=True):
-        rows = [[row[token] for token in range(VOCAB)] for row in output.outputs[0].logprobs or ()]
+        rows = rows_of(output)
         wanted = []
         for linear in (rounding, plain):
             model = oracle()
@@ -66,11 +81,12 @@ def test_prompts_in_8_bits_and_answers_in_floats(
         # Where float32 and float64 round a number of a prompt to other codes, one step of many
         # is between them; else they agree as they do without rounding.
         assert_allclose(rows, wanted[0], rtol=0, atol=5e-3)
-        away.append(np.abs(np.array(rows) - wanted[1]).max())
+        away.append(np.abs(rows - wanted[1]).max())
     assert min(away) > 0.02
     again = run(llm, prompts[:1], greedy(12))
     assert again[0].num_cached_tokens > 0
-    assert again[0].outputs[0].logprobs == outputs[0].outputs[0].logprobs
+    # Bit for bit where matches end with chunks; else codes may differ, as above.
+    assert_allclose(rows_of(again[0]), rows_of(outputs[0]), rtol=0, atol=5e-3 if together else 0)
     # Judged are answers as generation does, by prefill and decode steps.
     arrays = [np.array(ids, np.int32) for ids in prompts]
     answers = [np.array(tokens_of(output), np.int32) for output in outputs]
@@ -79,7 +95,7 @@ def test_prompts_in_8_bits_and_answers_in_floats(
             row[token]
             for token, row in zip(tokens_of(output), output.outputs[0].logprobs, strict=True)
         ]
-        assert_allclose(new.logprobs, logprobs, rtol=0, atol=2e-5)
+        assert_allclose(new.logprobs, logprobs, rtol=0, atol=5e-3 if together else 2e-5)
 
 
 def matrix_bytes(params: dict) -> int:
