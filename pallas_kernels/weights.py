@@ -54,6 +54,8 @@ def nearest_codes(x: Float[Array, "..."], dtype, *, axis: int) -> tuple[Array, A
     """
     # Zeros alone would have scale 0; any positive scale represents them exactly.
     largest = jnp.maximum(jnp.abs(x).max(axis=axis, keepdims=True), 1e-30)
+    # XLA's max may lose NaN on a CPU, and int8 has no code for it.
+    largest = jnp.where(jnp.isnan(x).any(axis=axis, keepdims=True), jnp.nan, largest)
     if dtype == jnp.int8:
         scale = largest / 127.0
         return jnp.round(x / scale).astype(dtype), scale

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import oracle_model
@@ -96,6 +97,16 @@ def test_prompts_in_8_bits_and_answers_in_floats(
             for token, row in zip(tokens_of(output), output.outputs[0].logprobs, strict=True)
         ]
         assert_allclose(new.logprobs, logprobs, rtol=0, atol=5e-3 if together else 2e-5)
+
+
+def test_numbers_that_are_none_are_not_lost() -> None:
+    """int8 has no code for NaN, and XLA's max on a CPU may take the other operand."""
+    params = tiny_params(CONFIG)
+    embedding = params["embed_tokens"]["embedding"]
+    params["embed_tokens"] = {"embedding": embedding.at[6].set(jnp.nan)}
+    llm = LLM((CONFIG, params), max_model_len=64, prefill_dtype="int8")
+    with pytest.raises(FloatingPointError, match="tokens of prompt and 0 of output are not"):
+        run(llm, [[1, 6, 2, 3] * 8], greedy(1))
 
 
 def matrix_bytes(params: dict) -> int:
