@@ -635,10 +635,11 @@ class Engine:
 
     def _finish_prompt(self) -> None:
         """Runs what is left of a prompt in prefill: the prefix needs its window."""
-        while self.scheduler.prefilling:
-            request = self.scheduler.prefilling[0]
-            try:
-                self._next_chunks([request])
-            except BaseException:  # whoever asks for the prefix knows nothing of this request
-                self.abandon([request.request_id])
-                raise
+        try:
+            while self.scheduler.prefilling:
+                self._next_chunks(self.scheduler.prefilling[:1])
+        except BaseException:
+            # Whoever asks for the prefix knows nothing of the request, whose own caller must hear
+            # that it is gone: ``TextEngine.step`` says so after a reset.
+            self.reset()
+            raise

@@ -64,7 +64,7 @@ def test_a_prompt_that_fails_while_a_prefix_waits_for_it_is_gone(monkeypatch):
     """A prefix finishes prompts in prefill first; one of three chunks fails as it is inserted."""
     llm = LLM((CONFIG, tiny_params(CONFIG)), max_model_len=256, prefill_chunk_size=64)
     before, engine = tokens(llm), llm.engine
-    engine.add_request("long", [3] * 160, GREEDY, seed=0)
+    llm.text_engine.submit({"prompt_token_ids": [3] * 160}, GREEDY)
     engine.step()
     assert engine.scheduler.prefilling
 
@@ -76,6 +76,8 @@ def test_a_prompt_that_fails_while_a_prefix_waits_for_it_is_gone(monkeypatch):
         engine.add_prefix([7] * 80)
     monkeypatch.undo()
     check_nothing_left(engine)
+    with pytest.raises(ValueError, match="the engine was reset while requests"):
+        llm.text_engine.step()  # else who waits for it would wait for ever
     assert tokens(llm) == before
 
 
