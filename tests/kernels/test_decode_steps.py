@@ -22,6 +22,7 @@ from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.inputs import Chunk
 from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.engine.state import Sample
+from lserve_jax.engine.weights import EngineParams
 from lserve_jax.model.llama import init_params
 from pallas_kernels.api import Backend
 from pallas_kernels.hopper import decode_attention, page_scores, page_selection
@@ -70,9 +71,10 @@ def make_engine(backend: Backend, sparsity: SparsityConfig, max_model_len: int) 
         max_prefixes=0,
         kv_dtype="int8",
     )
+    params = init_params(CONFIG, dtype=jnp.bfloat16)
     runner = ReferencePrefill(
         CONFIG,
-        init_params(CONFIG, dtype=jnp.bfloat16),
+        EngineParams(decode=params, prefill=params),
         spec,
         dtype=jnp.bfloat16,
         backend=backend,
