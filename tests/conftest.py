@@ -1,7 +1,6 @@
 """JAX settings for every test, and the default model's file for those that need it."""
 
 import fcntl
-import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,11 +44,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # Most of the suite's time is compilation: keep it, also between the workers of one run.
     jax.config.update("jax_compilation_cache_dir", str(CACHE / "jit"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
-
-def pytest_collection_finish() -> None:
-    """What is imported by now stays: Python need not look through all of it for garbage again."""
-    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
