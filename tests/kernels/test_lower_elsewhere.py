@@ -9,26 +9,20 @@ import pytest
 from jax._src.lib import mosaic_gpu_dialect
 from jax.extend.mlir import ir
 from jax.interpreters import mlir
-from test_shared_kernel import append_chunk, attend, attend_chunk, score, select
+from test_shared_kernel import (  # fixtures, too: nothing runs here
+    append_chunk,
+    arrays_as_long_as_they_are,  # noqa: F401
+    attend,
+    attend_chunk,
+    interpreter,  # noqa: F401
+    score,
+    select,
+    wgmma_from_registers,  # noqa: F401
+)
 
 from pallas_kernels.hopper import lower_elsewhere, shared_kernel
 from pallas_kernels.hopper.fused_linear import fused_linear
 from pallas_kernels.hopper.lower_elsewhere import Processes, lowerings
-
-
-@pytest.fixture(autouse=True)
-def interpreter() -> None:
-    """Nothing runs here."""
-
-
-@pytest.fixture(autouse=True)
-def arrays_as_long_as_they_are() -> None:
-    """Kernels are lowered as they are for a GPU."""
-
-
-@pytest.fixture(autouse=True)
-def wgmma_from_registers() -> None:
-    """They are."""
 
 
 @pytest.fixture(autouse=True)
