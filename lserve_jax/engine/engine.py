@@ -27,6 +27,7 @@ from lserve_jax.checks import check_bool
 from lserve_jax.engine.buckets import bucket, shape_buckets
 from lserve_jax.engine.costs import BurstRow, CacheUnits
 from lserve_jax.engine.drafting import decide_all
+from lserve_jax.engine.example_calls import first_calls
 from lserve_jax.engine.host_tier import HostTier, check_pinned_memory, take_pinned_memory
 from lserve_jax.engine.metrics import EngineCounts, EngineMetrics, StepMetrics
 from lserve_jax.engine.prefill_calls import plan_calls
@@ -477,9 +478,19 @@ class Engine:
         """
         budget, together = self.runner.chunk_size, not self.deterministic
         while calls := plan_calls(self._in_line(), budget, self.runner, together=together):
+            if self.runner.compilations == 0 and len(calls) == len(calls[0].requests) == 1:
+                self._prepare(calls[0].requests[0])
             for call in calls:
                 self._next_chunks(call.requests, call.rows)
                 budget -= call.tokens
+
+    def _prepare(self, first: Request) -> None:
+        """Compiles what the first request needs at the same time, not as it comes to it."""
+        programs = self.runner.programs
+        if programs.are_kept and not programs.sharded:  # else XLA says where arrays lie
+            rows = self.spec.max_num_seqs if self.deterministic else 1
+            calls = first_calls(self.runner, self.scheduler, first, rows)
+            programs.prepare(calls)
 
     def _in_line(self) -> Iterator[Request]:
         """Requests in prefill, then those that can be admitted."""

@@ -130,9 +130,14 @@ class Programs:
         self._list = None if files is None else files.key(settings)
         self._said = False  # that they cannot be kept
 
+    @property
+    def are_kept(self) -> bool:
+        """Whether programs come from here; else from JAX's own caches."""
+        return (self._files is not None or bool(self._ready)) and not _looked_into()
+
     def run(self, call: Call) -> Any:
         """What the call's function returns."""
-        if (self._files is None and not self._ready) or _looked_into():
+        if not self.are_kept:
             return call.plain()
         return self._get(call)(*call.arrays)
 

@@ -6,6 +6,7 @@ import pytest
 from tiny_llm import tiny_config, tiny_params
 
 from lserve_jax import LLM, SamplingParams
+from lserve_jax.engine.programs import Call, Programs
 from pallas_kernels.api import LoweringProcesses
 
 CONFIG = tiny_config(layers=1, kv_heads=2)
@@ -110,6 +111,25 @@ def test_a_second_warmup_loads(tmp_path) -> None:
         llm = build(warmup="auto", compilation_cache=tmp_path / "programs")
         assert {made.source for made in llm.engine.runner.programs.times} == {source}
         assert compiled(llm) == 5
+
+
+@pytest.mark.parametrize("options", [{}, {"deterministic": True, "relay": "never"}])
+def test_the_first_request_compiles_all_that_it_needs_at_once(options, tmp_path, monkeypatch):
+    prepared: list[int] = []
+    prepare = Programs.prepare
+
+    def count(programs: Programs, calls: list[Call]) -> None:
+        prepared.append(len(calls))
+        prepare(programs, calls)
+
+    monkeypatch.setattr(Programs, "prepare", count)
+    llm = build(compilation_cache=tmp_path / "programs", **options)
+    long = {"prompt_token_ids": [3, 5] * 82}  # two lengths of a chunk
+    assert tokens(llm, (long, GREEDY)) == tokens(build(**options), (long, GREEDY))
+    assert prepared == [2 + 1 + 1]
+    assert compiled(llm) == 4  # none that it did not need
+    tokens(llm, (long, GREEDY), (SHORT, DRAWN))
+    assert prepared == [4]
 
 
 def test_a_program_that_cannot_be_compiled_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
