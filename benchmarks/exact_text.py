@@ -54,7 +54,7 @@ def run(llm: LLM, prompts: list[list[int]], tokens: int) -> tuple[float, dict[st
     sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=2)
     for number, prompt in enumerate(prompts):
         engine.add_request(str(number), prompt, sampling, seed=0)
-    engine.prefill_waiting()
+    engine.prefill.run_waiting()
     engine.runner.wait()
     answers: dict[str, list[TokenOutput]] = {str(i): [] for i in range(len(prompts))}
     begin = time.perf_counter()

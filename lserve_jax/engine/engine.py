@@ -21,16 +21,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import jax
 import numpy as np
 
-from lserve_jax.attention.attend import causal_blocks
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.checks import check_bool
 from lserve_jax.engine.buckets import bucket, shape_buckets
 from lserve_jax.engine.costs import BurstRow, CacheUnits
 from lserve_jax.engine.drafting import decide_all
-from lserve_jax.engine.example_calls import first_calls
 from lserve_jax.engine.host_tier import HostTier, check_pinned_memory, take_pinned_memory
 from lserve_jax.engine.metrics import EngineCounts, EngineMetrics, StepMetrics
-from lserve_jax.engine.prefill_calls import plan_calls
+from lserve_jax.engine.prefill import Prefill
 from lserve_jax.engine.prefix import Prefix
 from lserve_jax.engine.prefix_cache import PrefixCache
 from lserve_jax.engine.prefix_store import PrefixStore
@@ -125,9 +123,13 @@ class Engine:
         self.unfinished: dict[str, Request] = {}  # those that wait or run
         self._cancelled: dict[str, TokenOutput] = {}  # last outputs that are not yet returned
         self._in_flight: InFlight | None = None
-        # Of prompts that are through, not yet fetched: those of one call with what was sampled, a
-        # row for each and more; None where nothing is.
-        self._first_tokens: list[tuple[Sequence[Request], Sample | None]] = []
+        self.prefill = Prefill(
+            self.runner,
+            self.scheduler,
+            self._counts,
+            deterministic=self.deterministic,
+            clock=self.clock,
+        )
         self._last_step: StepMetrics | None = None
 
     def _host_tier(self) -> HostTier | None:
@@ -417,11 +419,11 @@ class Engine:
         tokens are run.
         """
         cancelled, self._cancelled = list(self._cancelled.values()), {}
-        if self._first_tokens:
+        if self.prefill.first_tokens:
             return cancelled + self._collect_first_tokens()
         before, prompt_tokens = dataclasses.replace(self._counts), self.runner.prompt_tokens
         outputs = cancelled + self._expire()
-        self._prefill()
+        self.prefill.run()
         burst, early = self._dispatch()
         outputs += early + self._collect()
         self._in_flight = burst
@@ -454,86 +456,10 @@ class Engine:
 
     # Prompts.
 
-    def prefill_waiting(self) -> None:
-        """Prefills what waits, as slots and pages allow, before anything decodes."""
-        while self.scheduler.prefilling or self._admit() is not None:
-            self._prefill()
-
-    def take_first_samples(self) -> list[tuple[Request, Sample | None]]:
-        """Of prompts that are through, fetched; the next step will not return them."""
-        taken, self._first_tokens = self._first_tokens, []
-        fetched = jax.device_get([first for _, first in taken])
-        return [
-            (request, jax.tree.map(lambda x, row=row: x[row][None], first))
-            for (requests, _), first in zip(taken, fetched, strict=True)
-            for row, request in enumerate(requests)
-        ]
-
-    def _prefill(self) -> None:
-        """Runs chunks as far as the step's budget goes.
-
-        The budget, which counts padding too, never cuts a chunk: its bounds are the request's own,
-        and so are its numbers. In deterministic mode each runs by itself, since sums of several may
-        be rounded in another way.
-        """
-        budget, together = self.runner.chunk_size, not self.deterministic
-        while calls := plan_calls(self._in_line(), budget, self.runner, together=together):
-            if self.runner.compilations == 0 and len(calls) == len(calls[0].requests) == 1:
-                self._prepare(calls[0].requests[0])
-            for call in calls:
-                self._next_chunks(call.requests, call.rows)
-                budget -= call.tokens
-
-    def _prepare(self, first: Request) -> None:
-        """Compiles what the first request needs at the same time, not as it comes to it."""
-        programs = self.runner.programs
-        if programs.are_kept and not programs.sharded:  # else XLA says where arrays lie
-            rows = self.spec.max_num_seqs if self.deterministic else 1
-            calls = first_calls(self.runner, self.scheduler, first, rows)
-            programs.prepare(calls)
-
-    def _in_line(self) -> Iterator[Request]:
-        """Requests in prefill, then those that can be admitted."""
-        yield from list(self.scheduler.prefilling)
-        while (request := self._admit()) is not None:
-            yield request
-
-    def _next_chunks(self, requests: Sequence[Request], rows: int = 1) -> None:
-        """Prefills the requests' next chunks in one call, and samples first tokens of those that
-        are through: a single one, or all."""
-        chunks = [self.scheduler.next_chunk(r, self.runner.chunk_size) for r in requests]
-        logits, judged, attended = self.runner.prefill(chunks, rows)
-        for request, chunk in zip(requests, chunks, strict=True):
-            request.judged += [] if judged is None else [judged]
-            if attended is not None:
-                request.attended_blocks.append(attended)
-                blocks = causal_blocks(chunk.start, len(chunk.tokens))
-                request.causal_blocks += blocks * sum(self.spec.heads.num_retrieval)
-            self.scheduler.computed(request, len(chunk.tokens))
-        if any(request.prefilled < len(request.prompt) for request in requests):
-            return
-        first = None
-        if requests[0].sampling.max_tokens > 0:
-            first = self.runner.insert(logits, [self.scheduler.start(r) for r in requests])
-        for request in requests:
-            if request.remaining == 0:
-                self.scheduler.release(request)
-        self._first_tokens.append((requests, first))
-
-    def _admit(self) -> Request | None:
-        request = self.scheduler.admit()
-        if request is None:
-            return None
-        request.prefill_start = self.clock()
-        if request.sampling.prompt_logprobs is None and request.metrics.preemptions == 0:
-            self._counts.prefix_queries += len(request.prompt)
-            self._counts.prefix_tokens += request.shared_tokens
-        return request
-
     def _collect_first_tokens(self) -> list[TokenOutput]:
         """Fetches those that are not yet fetched."""
         outputs: list[TokenOutput] = []
-        for request, first in self.take_first_samples():
+        for request, first in self.prefill.take_first_samples():
             fetched = jax.device_get((request.judged, request.attended_blocks))
             judged, attended = fetched[0], int(sum(fetched[1]))
             self._counts.prefill_blocks += attended
@@ -647,8 +573,7 @@ class Engine:
     def _finish_prompt(self) -> None:
         """Runs what is left of a prompt in prefill: the prefix needs its window."""
         try:
-            while self.scheduler.prefilling:
-                self._next_chunks(self.scheduler.prefilling[:1])
+            self.prefill.finish_prompt()
         except BaseException:
             # Whoever asks for the prefix knows nothing of the request, whose own caller must hear
             # that it is gone: ``TextEngine.step`` says so after a reset.

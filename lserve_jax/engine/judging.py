@@ -109,8 +109,8 @@ def _prefilled(engine: Engine, text: np.ndarray, keep_hidden: bool) -> Sample:
     try:
         engine.add_request(name, text, sampling, seed=0)
         engine.unfinished[name].keeps_hidden = keep_hidden
-        engine.prefill_waiting()
-        [(request, _)] = engine.take_first_samples()
+        engine.prefill.run_waiting()
+        [(request, _)] = engine.prefill.take_first_samples()
         chunks = jax.device_get(request.judged)
         engine.finish(name)
     except BaseException:  # an error on the device, or Ctrl-C

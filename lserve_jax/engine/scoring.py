@@ -195,9 +195,11 @@ def _score_batch(
             engine.unfinished[name].keeps_hidden = keep_hidden
             if item.first is not None:  # taken, and judged, instead of what is sampled
                 engine.unfinished[name].tokens = [item.first]
-        engine.prefill_waiting()
+        engine.prefill.run_waiting()
         engine.scheduler.reserve(max(item.sampling.max_tokens for item in batch))
-        firsts = {request.request_id: first for request, first in engine.take_first_samples()}
+        firsts = {
+            request.request_id: first for request, first in engine.prefill.take_first_samples()
+        }
         judged = jax.device_get([(firsts[n], engine.unfinished[n].judged) for n in names])
         scores = _force(engine, batch, distributions, keep_hidden)
         for name in names:
