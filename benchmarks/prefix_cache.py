@@ -65,6 +65,8 @@ class Args:
     """Timed runs of each kind, where a kind runs several times."""
     host_cache_gib: int = 48
     """Of the workload restored."""
+    kv_cache_gib: int = 4
+    """Of each of the two engines of the workload unshared, which are there at the same time."""
     max_num_seqs: int = 4
     chunk: int = 1024
     """Most tokens of a chunk of a prompt."""
@@ -239,8 +241,9 @@ def restored(runs: Runs) -> dict[str, Any]:
 
 
 def unshared(runs: Runs) -> dict[str, Any]:
+    room = runs.args.kv_cache_gib << 30
     engines = {
-        name: runs.engine(max_prefixes=0, enable_prefix_caching=enabled)
+        name: runs.engine(kv_cache_bytes=room, enable_prefix_caching=enabled)
         for name, enabled in (("remembered", True), ("nothing remembered", False))
     }
     seconds: dict[str, list[float]] = {name: [] for name in engines}

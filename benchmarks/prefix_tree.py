@@ -68,7 +68,7 @@ def main(args: Args) -> None:
     for prompt in known:
         pages = tree.pool.take(args.pages)
         began = time.perf_counter()
-        node, held = tree.insert(None, None, prompt, pages, [-1] * args.pages)
+        node, held, _ = tree.insert(None, None, prompt, pages, [-1] * args.pages)
         inserting.append(time.perf_counter() - began)
         tree.pool.release(held)
         tree.unlock(node)

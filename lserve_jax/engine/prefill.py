@@ -88,9 +88,12 @@ class Prefill:
         if request is None:
             return None
         request.prefill_start = self.clock()
-        if request.sampling.prompt_logprobs is None and request.metrics.preemptions == 0:
+        if request.metrics.preemptions > 0:  # what it finds now may be its own
+            return request
+        request.found_tokens = request.shared_tokens
+        if request.sampling.prompt_logprobs is None:
             self.counts.prefix_queries += len(request.prompt)
-            self.counts.prefix_tokens += request.shared_tokens
+            self.counts.prefix_tokens += request.found_tokens
         return request
 
     def _next_chunks(self, requests: Sequence[Request], rows: int = 1) -> None:

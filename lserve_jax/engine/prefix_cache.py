@@ -268,7 +268,7 @@ class PrefixCache:
         if not remember or end <= begin:
             return
         P = self.spec.page_size
-        prompt.node, prompt.pages[begin:end] = self.tree.insert(
+        prompt.node, prompt.pages[begin:end], windows = self.tree.insert(
             prompt.node,
             prompt.cache_salt,
             prompt.prompt[begin * P : end * P],
@@ -276,6 +276,7 @@ class PrefixCache:
             [prompt.window.get(number, -1) for number in range(begin, end)],
             prompt.block_sparse,
         )
+        prompt.window |= {begin + n: page for n, page in enumerate(windows) if page >= 0}
 
     def finish(self, prompt: PromptPages) -> None:
         """A prompt is prefilled, or given up: its window is the tree's."""

@@ -84,6 +84,7 @@ class PrefixStore:
             return {}
         path = prefix.pin.node.path()
         windows = [path[n].window for n in self._saved_windows(len(path))]
+        assert min(windows, default=0) >= 0  # -1 would name the pool's last
         kept = self.runner.read_pages(*_int32(prefix.pages, windows))
         leaves, _ = jax.tree.flatten_with_path(kept)
         return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}

@@ -181,20 +181,21 @@ class PrefixTree:
         pages: Sequence[int],
         windows: Sequence[int],
         block_sparse: bool = False,
-    ) -> tuple[Node, list[int]]:
+    ) -> tuple[Node, list[int], list[int]]:
         """Adds pages of a prompt, at least one, below ``above``, which the caller holds locked.
 
         None: they are a prompt's first. ``windows`` are their window pages, -1 where there is none.
-        The tree holds what it keeps once more. Where a page is there already, the caller's hold
-        moves to that one.
+        The tree holds what it keeps once more. Where a page, or a window page, is there already,
+        the caller's hold moves to that one.
 
-        Returns the last node, which the caller holds locked instead of ``above``, and the pages
-        that the prompt reads from now on.
+        Returns the last node, which the caller holds locked instead of ``above``, and the pages and
+        window pages that the prompt reads from now on.
         """
         size, now = self.page_size, self._tick()
         root = root_digest(salt, block_sparse)
         node = above or self._roots.setdefault(root, Node(None, b"", -1, root, 0))
         held: list[int] = []
+        held_windows: list[int] = []
         for at, (page, window) in enumerate(zip(pages, windows, strict=True)):
             key = tokens[at * size : (at + 1) * size].astype(np.int32, copy=False).tobytes()
             child = node.children.get(key)
@@ -209,10 +210,14 @@ class PrefixTree:
                 self.pool.release([page])
             if child.window < 0 <= window:
                 self.give_window(child, window)
+            elif window not in (-1, child.window):
+                self.windows.share([child.window])
+                self.windows.release([window])
             self._lock_one(child, now)
             held.append(child.page)
+            held_windows.append(-1 if window < 0 else child.window)
             node = child
-        return node, held
+        return node, held, held_windows
 
     def give_window(self, node: Node, window: int) -> None:
         """A tombstone has its window page, which the tree holds once more."""

@@ -135,6 +135,7 @@ class Request(PromptPages):
 
     # Where it is.
     slot: int = -1  # -1: it waits
+    found_tokens: int = 0  # of its prompt, those that were there when it was first admitted
     path: list[Node] = field(default_factory=list)  # of its prompt in the tree, while it decodes
     finished: bool = False
     error: Exception | None = None  # why it ends with "error"
@@ -198,7 +199,7 @@ class Request(PromptPages):
         self.metrics = dataclasses.replace(
             self.metrics,
             prompt_tokens=len(self.prompt),
-            prefix_tokens=self.shared_tokens,
+            prefix_tokens=self.found_tokens,
             queue_seconds=self.prefill_start - self.arrival,
             prefill_seconds=now - self.prefill_start,
             first_token_seconds=now - self.arrival,

@@ -205,6 +205,33 @@ def test_what_a_preempted_request_finds_of_itself_does_not_count(build: Build) -
     assert [output.num_cached_tokens for output in outputs] == [0, 0]
 
 
+def test_what_a_prompt_finds_of_itself_does_not_count(build: Build) -> None:
+    """It is preempted while its seven chunks are read, beside a request that grows."""
+    options = {"kv_cache_bytes": 10 * 64 * 2 * 2 * 2 * 16 * 4, "relay": "never"}
+    engine = build("dense", max_num_seqs=2, burst_steps=64, **options).engine
+    running, read = random_prompts(3, [60, 420])
+    long = SamplingParams(temperature=0, max_tokens=320, ignore_eos=True)
+    engine.add_request("running", running, long, seed=0)
+    engine.step()
+    engine.step()
+    engine.add_request("read", read, GREEDY, seed=0)
+    ends = {new.request_id: new.metrics for new in engine.stream()}
+    assert ends["read"].preemptions == 1
+    assert engine.metrics().prefix_tokens == ends["read"].prefix_tokens == 0
+
+
+def test_a_prefix_that_is_kept_has_its_window(build: Build, tmp_path) -> None:
+    """Some of its pages had window pages for another prompt's end, which are wanted meanwhile."""
+    llm = build("lserve", max_num_seqs=1, max_prefixes=2)
+    documents = random_prompts(1, [376, 364, 388])
+    for number, length in ((1, 364), (0, 132), (2, 128), (0, 272), (2, 32)):
+        llm.generate(ids([*documents[number][:length], 7]), SamplingParams(max_tokens=1))
+    llm.prefix(ids(documents[1][:144])).release()
+    kept = llm.prefix(ids(documents[0][:208]))
+    check_pages(llm.engine)
+    kept.save(tmp_path / "kept.safetensors")
+
+
 @pytest.mark.parametrize(("attention", "kv_dtype"), [("dense", "auto"), ("lserve", "int8")])
 def test_pages_come_back_from_host_memory(attention: str, kv_dtype: str, build: Build) -> None:
     """Bit for bit what they were, windows and statistics too; the least recently used go first."""

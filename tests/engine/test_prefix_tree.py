@@ -25,7 +25,8 @@ def remember(tree: PrefixTree, tokens: list[int], salt: str | None = None) -> No
     windows = [-1] * count if tree.window is None else tree.take_windows(count)
     if count == 0:
         return Node(None, b"", -1, b"", 0)
-    node, held = tree.insert(None, salt, ids, pages, windows)
+    node, held, windows = tree.insert(None, salt, ids, pages, windows)
+    assert [n.window for n in node.path()] == windows  # nobody else's, who may give it up
     tree.pool.release(held)
     tree.windows.release([w for w in windows if w >= 0])
     tree.keep_windows([*node.path()[1:], node.path()[0]])
@@ -77,7 +78,7 @@ def test_the_same_pages_twice_are_held_once() -> None:
     tree = make(8)
     remember(tree, [1, 2, 3, 4])
     ids, own = np.array([1, 2, 3, 4, 5, 6], np.int32), tree.pool.take(3)
-    node, held = tree.insert(None, None, ids, own, [-1] * 3)
+    node, held, _ = tree.insert(None, None, ids, own, [-1] * 3)
     assert held[2] == own[2] and not set(held[:2]) & set(own)
     assert len(tree.pool.free) == 5
     tree.check()

@@ -185,6 +185,10 @@ def check_pages(engine: Engine) -> None:
         assert not scheduler.page_table[slot].any()
     for prefix in prefixes:
         assert prefix.pins > 0 and prefix.ref_count >= 0
+        # A prompt that begins with it is sure to go on from its end.
+        longer = np.append(prefix.token_ids[: prefix.num_shared_tokens], np.int32(0))
+        kind = spec.is_block_sparse(len(prefix.token_ids))
+        assert tree.pinned_match(longer, None, kind) == len(prefix.pages)
     numbers = [request.number for request in scheduler.waiting]
     assert numbers == sorted(numbers)
     known = {r.request_id for r in [*placed, *scheduler.waiting]}
