@@ -63,7 +63,7 @@ class Args:
     """About all documents together."""
     pairs: int = 5
     """Timed runs of each kind, where a kind runs several times."""
-    host_cache_gib: int = 48
+    host_cache_gib: int = 2
     """Of the workload restored."""
     kv_cache_gib: int = 4
     """Of each of the two engines of the workload unshared, which are there at the same time."""

@@ -363,6 +363,7 @@ def completion_record(completion: CompletionOutput) -> dict[str, Any]:
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
         "prompt_tokens": metrics["prompt_tokens"],
+        "cached_tokens": metrics["prefix_tokens"],
         "generated_tokens": metrics["generated_tokens"],
         "timings": {name: value for name, value in metrics.items() if name.endswith("_seconds")},
     }

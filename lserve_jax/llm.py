@@ -335,16 +335,15 @@ class LLM:
 
         Requests whose token ids begin with the prefix's whole pages share it, as they share any
         prompt that was computed before; but this one is there for certain. Of a text the last token
-        is left out: it could be another one where the text goes on.
+        is left out: it could be another one where the text goes on. What is less than a page (64
+        tokens) is shared by nobody.
 
-        Raises ``ValueError`` where ``Engine.add_prefix`` does, and for a text that is much longer
-        than the model can read.
+        Raises ``ValueError`` where ``Engine.add_prefix`` does, for a text that is much longer than
+        the model can read, and for a ``cache_salt``, which a prefix cannot have.
         """
-        if isinstance(prompt, str) and self.tokenizer is not None:
-            self.text_engine.check_length(prompt)
-        ids = self.token_ids(prompt)
+        ids = self.text_engine.prefix_ids(prompt)
         with self._lock, memory_errors():
-            return self.engine.add_prefix(ids[:-1] if isinstance(prompt, str) else ids)
+            return self.engine.add_prefix(ids.ids)
 
     def load_prefix(self, path: str | os.PathLike[str]) -> Prefix:
         """A prefix that ``Prefix.save`` wrote; see ``Engine.load_prefix``."""

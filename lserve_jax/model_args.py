@@ -42,6 +42,8 @@ class ModelArgs:
         Literal["int8", "fp8"] | None, flag("{int8,fp8}", "as the weights")
     ] = None
     """Read prompts by products of 8 bits on both sides: faster, at some cost in quality."""
+    prefill_chunk_size: int = 8192
+    """Most prompt tokens that run at once. With int8 keys only whole chunks are remembered."""
     prefix_cache: Annotated[bool, flag("", "remember")] = True
     """Remember prompts, so that one that begins alike goes on from there, or forget them."""
     host_cache_bytes: int = 0
@@ -93,6 +95,7 @@ class ModelArgs:
             kv_dtype=self.kv_dtype,
             weights=self.weights,
             prefill_dtype=self.prefill_dtype,
+            prefill_chunk_size=self.prefill_chunk_size,
             backend=self.backend,
             compilation_cache=keep_compiled(self.cache),
             warmup=self.warmup,

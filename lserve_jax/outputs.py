@@ -85,6 +85,7 @@ class TextDelta:
     output: RequestOutput | None  # with the last delta of the request
     # With the first delta of completion 0, as in ``RequestOutput``.
     prompt_logprobs: list[dict[int, float] | None] | None = None
+    num_cached_tokens: int | None = None  # with completion 0's, as in ``RequestOutput``
     error: Exception | None = None  # with "error", as in ``CompletionOutput``
 
 

@@ -112,16 +112,18 @@ class TextEngine:
         if isinstance(prompt, CheckedPrompt):
             self.engine.check_request(prompt.ids, sampling, constraint, prompt.cache_salt)
             return prompt
-        if isinstance(prompt, Mapping) and (
-            unknown := [k for k in prompt if k not in _PROMPT_KEYS]
-        ):
-            raise ValueError(f"a prompt has {', '.join(_PROMPT_KEYS)}, and no {unknown[0]!r}")
+        self._check_keys(prompt)
         salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
         text = _text_alone(prompt)
         if text is not None and self.tokenizer is not None:
             self.check_length(text)
         ids = self.engine.check_request(self.token_ids(prompt), sampling, constraint, salt)
         return CheckedPrompt(text=prompt_text(prompt), ids=ids, cache_salt=salt)
+
+    def _check_keys(self, prompt: Prompt) -> None:
+        keys = prompt if isinstance(prompt, Mapping) else ()
+        if unknown := [key for key in keys if key not in _PROMPT_KEYS]:
+            raise ValueError(f"a prompt has {', '.join(_PROMPT_KEYS)}, and no {unknown[0]!r}")
 
     def check_length(self, text: str) -> None:
         """Raises ``ValueError`` for a text that cannot fit, without tokenising all of it.
@@ -140,6 +142,23 @@ class TextEngine:
                     f"{count} tokens, more than max_model_len={limit}"
                 )
             size *= 4
+
+    def prefix_ids(self, prompt: Prompt) -> PromptIds:
+        """What prompts that go on from this one begin with.
+
+        Of a text the last token is left out: it could be another one where the text goes on.
+
+        Raises ``ValueError`` where ``check`` does, and for a ``cache_salt``: prompts that have one
+        share with their own kind only.
+        """
+        if isinstance(prompt, Mapping) and "cache_salt" in prompt:
+            raise ValueError("a prefix is for prompts without a cache_salt: it has none either")
+        self._check_keys(prompt)
+        text = _text_alone(prompt)
+        if text is not None and self.tokenizer is not None:
+            self.check_length(text)
+        ids = self.token_ids(prompt)
+        return ids if text is None else replace(ids, ids=ids.ids[:-1])
 
     def token_ids(self, prompt: Prompt) -> PromptIds:
         """The prompt as the model sees it.
@@ -260,6 +279,7 @@ class TextEngine:
             stop_reason=completion.stop_reason,
             output=output,
             prompt_logprobs=new.prompt_logprobs,
+            num_cached_tokens=new.metrics.prefix_tokens if completion.index == 0 else None,
             error=completion.error,
         )
         return [delta]

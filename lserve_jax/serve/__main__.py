@@ -65,7 +65,7 @@ class ServeArgs(ModelArgs):
     relay: RelayMode = "auto"
     """Whether requests that begin alike read that together; auto: where it pays."""
     max_prefixes: int = 8
-    """Prompts, beside those that run, that there is room to remember or to register."""
+    """With lserve attention: prompts, beside those that run, whose windows there is room for."""
     deadline: Annotated[float | None, flag("SECONDS", "none")] = None
     """After so long an answer ends as it is, unless its request says otherwise."""
     max_body_bytes: int = 16 << 20

@@ -69,7 +69,10 @@ async def respond(request: Request, answer: Answer) -> Response:
     if whole is None:
         return Response(status_code=499)  # nobody reads it
     body, used = whole
-    log_fields(request).update(completion_tokens=used["completion_tokens"])
+    log_fields(request).update(
+        completion_tokens=used["completion_tokens"],
+        cached_tokens=used["prompt_tokens_details"]["cached_tokens"],
+    )
     return Response(body, media_type="application/json")
 
 
@@ -112,10 +115,11 @@ async def _events(answer: Answer, logged: dict[str, Any]) -> AsyncGenerator[byte
     """The answer in chunks; the first event is empty: the requests were taken."""
     body = answer.body
     head = answer.head(answer.chunk_object)
-    completion_tokens, cached = 0, 0
+    completion_tokens = 0
+    cached: dict[int, int] = {}  # by position of the prompt
 
     def usage() -> dict[str, Any]:
-        return wire.usage(answer.prompt_tokens, completion_tokens, cached)
+        return wire.usage(answer.prompt_tokens, completion_tokens, sum(cached.values()))
 
     async with _run(answer) as stream:
         yield b""
@@ -123,9 +127,11 @@ async def _events(answer: Answer, logged: dict[str, Any]) -> AsyncGenerator[byte
             if delta.error is not None:
                 raise delta.error
             completion_tokens += len(delta.token_ids)
+            if delta.num_cached_tokens is not None:
+                cached[position] = delta.num_cached_tokens
             logged["completion_tokens"] = completion_tokens
+            logged["cached_tokens"] = sum(cached.values())
             if delta.output is not None:
-                cached += delta.output.metrics.prefix_tokens
                 _keep_reads(answer, delta.output)
             choices = answer.chunks(position, delta)
             if not choices:

@@ -40,7 +40,7 @@ class PrefixRegistry:
         self._service = service
         self._held: dict[str, tuple[int, Prefix]] = {}  # with when each was registered, Unix time
 
-    def add(self, token_ids: np.ndarray) -> dict[str, Any]:
+    def add(self, token_ids: np.ndarray, param: str) -> dict[str, Any]:
         """Computes a prefix, or pins the one of the same tokens once more."""
         engine = self._service.engine.text.engine
         page_size = engine.spec.page_size
@@ -48,7 +48,7 @@ class PrefixRegistry:
             raise ApiError(
                 f"the prefix has {len(token_ids)} tokens that are sure to stay: it shares whole "
                 f"pages of {page_size}, so at least {page_size} are needed",
-                param="prompt",
+                param=param,
             )
         prefix = engine.add_prefix(token_ids)
         for name, (_, held) in self._held.items():
@@ -120,7 +120,8 @@ async def register_prefix(request: Request) -> Response:
     # Of a text the last token is left out: it could be another one where the text goes on.
     ids = prompt.ids.ids if isinstance(given, list) else prompt.ids.ids[:-1]
     registry: PrefixRegistry = request.app.state.prefixes
-    card = await service.engine.call(registry.add, ids)
+    param = "messages" if given is None else "prompt"
+    card = await service.engine.call(registry.add, ids, param)
     log_fields(request).update(id=card["id"], prompt_tokens=card["tokens"])
     return JSONResponse(card)
 

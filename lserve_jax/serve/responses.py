@@ -170,7 +170,11 @@ async def responses(request: Request) -> Response:
     whole = await unless_gone(request.receive, reply.whole())
     if whole is None:
         return Response(status_code=499)  # nobody reads it
-    log_fields(request).update(completion_tokens=whole["usage"]["output_tokens"])
+    used = whole["usage"]
+    log_fields(request).update(
+        completion_tokens=used["output_tokens"],
+        cached_tokens=used["input_tokens_details"]["cached_tokens"],
+    )
     return JSONResponse(whole)
 
 
@@ -226,6 +230,7 @@ class _Reply:
                 raise delta.error
             tokens += len(delta.token_ids)
             logged["completion_tokens"] = tokens
+            logged["cached_tokens"] = delta.num_cached_tokens
             new = self._logprobs(delta.token_ids, delta.logprobs)
             text, logprobs, output = text + delta.text, logprobs + new, delta.output
             if delta.text or new:

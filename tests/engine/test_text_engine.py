@@ -63,6 +63,19 @@ def test_requests_may_be_added_while_others_run(text: TextEngine, params: dict) 
     check_nothing_left(text.engine)
 
 
+def test_a_prefix_of_text_leaves_its_last_token_out(text: TextEngine) -> None:
+    """However the text is given: another may stand there where it goes on."""
+    whole = text.token_ids("the-sea.").ids.tolist()
+    for prompt in ("the-sea.", {"prompt": "the-sea."}):
+        assert text.prefix_ids(prompt).ids.tolist() == whole[:-1]
+    for prompt in (ids(whole), {**ids(whole), "prompt": "the-sea."}):
+        assert text.prefix_ids(prompt).ids.tolist() == whole
+    with pytest.raises(ValueError, match="a prefix is for prompts without a cache_salt"):
+        text.prefix_ids({"prompt": "the-sea.", "cache_salt": "mine"})
+    with pytest.raises(ValueError, match="a prompt has .*, and no 'text'"):
+        text.prefix_ids({"text": "the-sea."})
+
+
 def test_a_stop_string_is_an_end_and_no_cancellation(text: TextEngine) -> None:
     [prompt] = random_prompts(1, [20])
     text.submit(ids(prompt), GREEDY)

@@ -78,6 +78,7 @@ def test_answers_are_those_of_the_same_prompts_one_by_one(run, checkpoint, tmp_p
         assert answer["finish_reason"] == alone.finish_reason
         assert answer["prompt_tokens"] == len(text)
         assert answer["generated_tokens"] == len(alone.token_ids)
+        assert answer["cached_tokens"] == 0  # shorter than a page
     assert [answers[i].get("id") for i in range(1, 6)] == ["a", None, 7, None, None]
     assert answers[4]["token_ids"] != answers[5]["token_ids"]
 

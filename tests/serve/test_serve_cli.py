@@ -41,7 +41,7 @@ def test_it_serves_logs_and_finishes_what_runs_at_its_end(checkpoint):
     assert process.returncode in (0, -signal.SIGTERM)
     records = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     last = next(record for record in records if record["path"] == "/v1/completions")
-    assert last["status"] == 200 and last["completion_tokens"] == 200
+    assert (last["status"], last["completion_tokens"], last["cached_tokens"]) == (200, 200, 0)
     assert "sesame" not in log and "secret" not in log
     assert "Traceback" not in log
 

@@ -145,12 +145,15 @@ def test_an_echoed_prompt_stands_in_front_with_its_log_probabilities(served, cli
 
 def test_continuous_usage_counts_as_it_goes(served):
     options = {"include_usage": True, "continuous_usage_stats": True}
-    answer = post(
-        served, "/v1/completions", prompt="x", max_tokens=9, stream=True, stream_options=options
-    )
-    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line[:7] == "data: {"]
-    counts = [event["usage"]["completion_tokens"] for event in events]
-    assert counts == sorted(counts) and counts[-1] == counts[-2] > 0
+    given = {"prompt": "usage " * 30, "max_tokens": 9, "stream": True, "stream_options": options}
+    for first in (True, False):
+        answer = post(served, "/v1/completions", **given)
+        lines = [line for line in answer.text.splitlines() if line[:7] == "data: {"]
+        usage = [json.loads(line[6:])["usage"] for line in lines]
+        counts = [used["completion_tokens"] for used in usage]
+        assert counts == sorted(counts) and counts[-1] == counts[-2] > 0
+        [cached] = {used["prompt_tokens_details"]["cached_tokens"] for used in usage}
+        assert (cached == 0) == first
 
 
 def test_a_deadline_ends_an_answer_as_length(served):
