@@ -72,7 +72,7 @@ def test_a_prefix_of_text_leaves_its_last_token_out(text: TextEngine) -> None:
         assert text.prefix_ids(prompt).ids.tolist() == whole
     with pytest.raises(ValueError, match="a prefix is for prompts without a cache_salt"):
         text.prefix_ids({"prompt": "the-sea.", "cache_salt": "mine"})
-    with pytest.raises(ValueError, match="a prompt has .*, and no 'text'"):
+    with pytest.raises(ValueError, match=r"a prompt has .*, and no 'text'"):
         text.prefix_ids({"text": "the-sea."})
 
 
