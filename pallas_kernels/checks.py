@@ -6,8 +6,8 @@ leave a check for ``checkify`` in the traced function.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array
@@ -24,7 +24,8 @@ from pallas_kernels.types import (
 
 INT32_MAX = 2**31 - 1
 
-_checks_values: ContextVar[bool] = ContextVar("checks_values", default=False)
+# Jitted functions are traced anew where it is another.
+_checks_values = jax.make_user_context(False)
 
 
 @contextmanager
@@ -35,8 +36,7 @@ def value_checks() -> Iterator[None]:
             error, result = jax.experimental.checkify.checkify(step)(...)
         error.throw()
 
-    A function that was jitted and called before keeps what it was traced with: trace the plain
-    function anew, such as ``lserve_jax.engine.steps.decode_burst.__wrapped__``.
+    A function that was jitted and called before is traced anew.
 
     Checks are off by default: to JAX a check is an effect even if nobody looks at it, and JAX calls
     programs with effects from Python, which takes milliseconds for the hundreds of arrays of a
@@ -53,11 +53,8 @@ def value_checks() -> Iterator[None]:
     >>> error.get().split(" (")[0]
     'page_table must lie in [0, 3], got 2 to 4'
     """
-    token = _checks_values.set(True)
-    try:
+    with _checks_values(True):
         yield
-    finally:
-        _checks_values.reset(token)
 
 
 def expect_shape(name: str, x: Array, shape: tuple[int | None, ...]) -> None:
@@ -102,7 +99,7 @@ def check_selection(counts: Array, pages: Array, candidates: Array) -> None:
     >>> error.get().split(" (")[0]
     'a selected page must lie before page 5 of its sequence, got page 5'
     """
-    if not _checks_values.get() or pages.size == 0:
+    if not _checks_values.value or pages.size == 0:
         return
     most = pages.shape[2]
     check_range("counts of selected pages", counts, most)
@@ -128,7 +125,7 @@ def check_range(name: str, x: Array, limit: int, *, lowest: int = 0) -> None:
     >>> error.get().split(" (")[0]
     'x must lie in [0, 3], got 0 to 4'
     """
-    if _checks_values.get() and x.size > 0:
+    if _checks_values.value and x.size > 0:
         least, most = x.min(), x.max()
         checkify.debug_check(
             (least >= lowest) & (most <= limit),
@@ -144,7 +141,7 @@ def check_table(name: str, table: Array, pages: KVPages, tokens: Array) -> None:
     ``tokens`` is a count for each row of the table.
     """
     N, P = pages.k.shape[1:3]
-    if _checks_values.get() and pages.k.shape[0] > 0:
+    if _checks_values.value and pages.k.shape[0] > 0:
         reach = table.shape[-1] * P
         check_range(f"tokens cached through {name}, which holds {reach},", tokens, reach)
         first = jnp.broadcast_to(jnp.arange(table.shape[-1]) * P, table.shape)
@@ -240,7 +237,7 @@ def expect_blocks(blocks: BlockList, heads: int, tokens: int) -> None:
 
 def check_blocks(blocks: BlockList, start: Array, length: Array) -> None:
     """Under ``value_checks``: tiles with a token list blocks that there are, in ascending order."""
-    if not _checks_values.get() or blocks.ids.size == 0:
+    if not _checks_values.value or blocks.ids.size == 0:
         return
     _, tiles, entries = blocks.ids.shape
     exists = jnp.arange(tiles) * TILE_QUERIES < length

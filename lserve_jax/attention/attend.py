@@ -78,6 +78,18 @@ class ChunkRows:
     prompt_length: Int[Array, " R"]  # tokens of the whole prompt
 
 
+def alike_layers(config: ModelConfig, spec: CacheSpec) -> list[int]:
+    """For each layer the first one that attention over the paged cache treats like it.
+
+    A policy of one's own is told a layer's number, so no layer is like another then.
+    """
+    layers = range(config.num_hidden_layers)
+    if spec.sparsity is not None and spec.sparsity.select is not None:
+        return list(layers)
+    kinds = [(spec.heads.first_like(layer), layer in config.nope_layers) for layer in layers]
+    return [kinds.index(kind) for kind in kinds]
+
+
 # Retrieval pages, those of prefill windows, key statistics.
 _Pools = tuple[KVPages, KVPages, Array | None]
 

@@ -35,6 +35,7 @@ type and the shape of the scale arrays.
 """
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -390,6 +391,7 @@ def cache_bytes(config: ModelConfig, spec: CacheSpec, dtype) -> dict[str, int]:
     return totals
 
 
+@functools.partial(jax.jit, static_argnames=("spec",))
 def fill_decode_windows(
     cache: LayerCache,
     spec: CacheSpec,
@@ -401,7 +403,8 @@ def fill_decode_windows(
 
     Whole pages are copied (and quantised if the cache is int8): the sinks, and the newest pages, as
     many as the decode window has. ``window_table`` says where they lie in the prefill window. Pages
-    the sequence does not have are dropped, and so are those of a slot that there is not.
+    the sequence does not have are dropped, and so are those of a slot that there is not. Jitted, so
+    that layers and programs share its traces.
     """
     if cache.prefill_window.k.shape[0] == 0:
         return cache

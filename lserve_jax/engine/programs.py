@@ -5,13 +5,15 @@ model that takes longer than to read the finished program from a file. So where 
 programs were made ahead of time, the runner's calls come here. Elsewhere JAX's own caches do.
 """
 
+import gc
 import logging
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -178,7 +180,7 @@ class Programs:
         missing = {mark: call for mark, call in missing.items() if mark not in self._ready}
         bar = tqdm(total=len(missing), desc="programs", unit="program", disable=not progress)
         threads = ThreadPoolExecutor(_threads(), "lserve-programs")
-        with bar, threads as pool, LoweringProcesses(_threads()) as processes:
+        with bar, threads as pool, LoweringProcesses(_threads()) as processes, _no_collection():
             try:
                 self._ready |= self._prepare(missing, pool, processes, bar)
             except BaseException:
@@ -308,6 +310,18 @@ class Programs:
         if not self._said:
             log.warning("compiled programs are not kept: %s", error)
         self._said = True
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python looks for no cycles: traces stay, and it would go through all of them ever again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @dataclass(frozen=True)

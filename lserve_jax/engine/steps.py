@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from lserve_jax.attention.attend import (
     ChunkRows,
+    alike_layers,
     attended_by_choice,
     decode_attend,
     prefill_attend,
@@ -89,7 +90,8 @@ def prefill_chunks(
         block_sparse=block_sparse,
         backend=program.backend,
     )
-    hidden, caches = model(tokens, attend, caches)
+    alike = alike_layers(program.config, program.spec)
+    hidden, caches = model(tokens, attend, caches, alike=alike)
     judged = attended = None
     if block_sparse:
         caches, counts = ([pair[i] for pair in caches] for i in (0, 1))
@@ -245,6 +247,7 @@ def sample_rows(
     return Sample(token=token, logprob=logprob, top_ids=ids, top_logprobs=values)
 
 
+@functools.partial(jax.jit, static_argnames=("program", "select"))
 def decode_step(
     program: Program,
     params: Params,
@@ -255,6 +258,8 @@ def decode_step(
     select: bool,
 ) -> tuple[Float[Array, "B E"], Caches, Int[Array, " B"], Array]:
     """Runs one token of every row through the model, over the paged cache.
+
+    Jitted for programs that differ in what they do with its results: they share its trace.
 
     With ``select`` every ranked head chooses its pages anew. Where rows read their prefix
     together, their page tables begin with the first page after it.
@@ -280,7 +285,10 @@ def decode_step(
         backend=program.backend,
     )
     model = bind(program.config, params)
-    hidden, caches = model(rows.token[:, None], attend, caches, backend=program.backend)
+    alike = alike_layers(program.config, spec)
+    hidden, caches = model(
+        rows.token[:, None], attend, caches, backend=program.backend, alike=alike
+    )
     if spec.sparsity is not None and spec.sparsity.select is not None:
         attended += attended_by_choice(spec, caches, tail, own, rows.active)
     return hidden[:, 0], caches, tail, attended
@@ -310,7 +318,8 @@ def verify(
         backend=program.backend,
     )
     model = bind(program.config, params)
-    hidden, pairs = model(tokens, attend, caches, backend=program.backend)
+    alike = alike_layers(program.config, program.spec)
+    hidden, pairs = model(tokens, attend, caches, backend=program.backend, alike=alike)
     caches, keys = ([pair[i] for pair in pairs] for i in (0, 1))
     return hidden, caches, keys
 

@@ -130,21 +130,31 @@ class Llama(nnx.Module):
         *,
         backend: Backend = "reference",
         remat: bool = False,
+        alike: Sequence[int] | None = None,
     ) -> tuple[Float[Array, "B T E"], list[Any]]:
         """``backend`` is that of the linear layers: "mosaic" for few tokens, as in decode.
 
         With ``remat`` a derivative keeps of each layer its input and what ``attend`` returned, and
-        computes the rest again.
+        computes the rest again. ``alike`` names for each layer one that ``attend`` treats like it,
+        if the caches are of the same shapes: such layers are traced once, and are one function.
         """
         x = Stream(self.embed_tokens(tokens))
         new_caches = []
+        attend = _kept(attend) if remat else attend
+
+        @functools.partial(jax.jit, static_argnums=(0, 1))
+        def run_alike(like: int, graph: nnx.GraphDef, parameters: Any, x: Stream, cache: Any):
+            return nnx.merge(graph, parameters)(like, x, attend, cache, backend)
+
         for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
-            if remat:
-                run = functools.partial(layer, i, attend=_kept(attend), backend=backend)
-                policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
-                x, cache = jax.checkpoint(run, policy=policy)(x, cache=cache)
+            if alike is None:
+                run = functools.partial(layer, i, attend=attend, backend=backend)
             else:
-                x, cache = layer(i, x, attend, cache, backend)
+                run = functools.partial(run_alike, alike[i], *nnx.split(layer))
+            if remat:
+                policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
+                run = jax.checkpoint(run, policy=policy)
+            x, cache = run(x, cache=cache)
             new_caches.append(cache)
         return self.norm(x.value), new_caches
 

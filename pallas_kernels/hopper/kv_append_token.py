@@ -11,8 +11,12 @@ upper, so that rotation and the largest |x| of a head need no other warp:
 
       pool.k[h, page[b], offset[b]] = k        key_stats[h, page[b], offset[b] // L]  (L = P / g)
 
-What must move: a few KB. It is bound by latency: the launch, the page id, the old statistics that
-it points to, the stores.
+      place [B, 8]  |  page  |  page of the ring  |  offset  |  Kr  |  Kq  |  0  |  0  |  0  |
+
+What must move: a few KB. It is bound by latency: the launch, the place, the old statistics that it
+points to, the stores. How a layer splits its heads is read with the page ids, 32 bytes of one trip
+to memory: so layers share the kernel, and no read is in front of that trip. XLA makes the places,
+once a step for each split that there is.
 """
 
 from collections.abc import Callable
@@ -44,7 +48,7 @@ class Config:
     """Tuning of one call of ``append_kv``: heads a CTA. ``choose_config`` gives a good one."""
 
     query_heads: int  # divides H
-    kv_heads: int  # divides Kq, Kr and Ks
+    kv_heads: int  # divides Kq, Kr and Ks: only with 1 layers of all splits share a kernel
 
     def __post_init__(self) -> None:
         for name in ("query_heads", "kv_heads"):
@@ -52,14 +56,16 @@ class Config:
                 raise ValueError(f"{name} must be 1, 2 or 4, got {getattr(self, name)}")
 
 
-def choose_config(query_heads: int, *kv_heads: int) -> Config:
-    """The configuration for one row's query heads and KV heads: ranked, retrieval, streaming."""
+def choose_config(query_heads: int, ranked: int, retrieval: int, streaming: int) -> Config:
+    """The configuration for one row's query heads and KV heads; ranked are retrieval heads."""
 
-    def most(*counts: int) -> int:
+    def most(count: int) -> int:
         # A head a warp. Fewer leave warps that repeat another's work, which costs no time.
-        return next(n for n in (4, 2, 1) if all(count % n == 0 for count in counts))
+        return next(n for n in (4, 2, 1) if count % n == 0)
 
-    return Config(query_heads=most(query_heads), kv_heads=most(*kv_heads))
+    of_one_kind = min(retrieval, streaming) == 0 and ranked in (0, retrieval)
+    kv_heads = most(retrieval + streaming) if of_one_kind else 1
+    return Config(query_heads=most(query_heads), kv_heads=kv_heads)
 
 
 @partial(jax.jit, static_argnames=("config",))
@@ -92,12 +98,15 @@ def append_kv(
     # Slices of one projection, as a model has them, XLA joins for nothing. Each as an input of its
     # own would be a launch that copies it, if there is more than one row.
     vectors = jnp.concatenate([x[:, None] for x in (q, k, v)], axis=2)[:, 0]
+    split = jnp.broadcast_to(jnp.array([Kr, Kq, 0, 0, 0], jnp.int32), (B, 5))
+    places = jnp.concatenate([jnp.stack([page, streaming_page, offset], axis=1), split], axis=1)
     return append_in_place(
         _make_kernel,
-        _Settings(config, B, H, Kr, Ks, Kq, D),
-        (vectors, cos, sin, page, streaming_page, offset),
+        _Settings(config, B, H, Kr + Ks, D),
+        (vectors, cos, sin, places),
         (retrieval, streaming, key_stats),
         out=(jax.ShapeDtypeStruct((B, H, D), q.dtype),),
+        most_heads=Kr + Ks,
     )
 
 
@@ -107,25 +116,20 @@ class _Settings(NamedTuple):
     config: Config
     rows: int  # B
     query_heads: int  # H
-    retrieval_heads: int  # Kr
-    streaming_heads: int  # Ks
-    ranked_heads: int  # Kq
+    heads: int  # Hk
     head_dim: int  # D
 
 
 def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
-    config, B, H, Kr, Ks, Kq, D = settings
-    Hk = Kr + Ks
+    config, B, H, Hk, D = settings
     query_heads, kv_heads = config.query_heads, config.kv_heads  # of a part
-    retrieval_parts, kv_parts = Kr // kv_heads, Hk // kv_heads
+    kv_parts = Hk // kv_heads
 
     def append_token(
         vectors_gmem,  # [B, H + 2 * Hk, D] bf16: q, k, v
         cos_gmem,  # [B, D / 2] float32
         sin_gmem,  # [B, D / 2] float32
-        page_gmem,  # [B] int32
-        streaming_page_gmem,  # [B] int32
-        offset_gmem,  # [B] int32
+        places_gmem,  # [B, 8] int32: page, page of the ring, offset, Kr, Kq
         retrieval_gmem,  # k, v [Kr, N, P, D], scales [Kr, N, P] float32; updated
         streaming_gmem,  # k, v [Ks, N, P, D], scales [Ks, N, P] float32; updated
         stats_gmem,  # [Kq, N, g, 2, D], updated
@@ -139,32 +143,36 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         def rotated(head, heads: int) -> list:
             return _rotate(load(head, heads), _load_angles(cos_gmem, sin_gmem, b, heads))
 
-        def append(pool, ids_gmem, stats, pool_head, head):
-            """Writes KV heads ``head`` on of the token as heads ``pool_head`` on of a pool."""
-            place = _Place(pl.ds(pool_head, kv_heads), ids_gmem[b], offset_gmem[b])
+        @pl.when(part < kv_parts)
+        def _():
+            head = part * kv_heads
+            # No load depends on where the heads go: all wait together.
+            page, ring_page, offset, first_streaming, ranked = (places_gmem[b, i] for i in range(5))
             keys, values = rotated(H + head, kv_heads), load(H + Hk + head, kv_heads)
 
-            # A page outside the pool is written nowhere, as in the reference.
-            @pl.when((place.page >= 0) & (place.page < pool.k.shape[1]))
+            def append(pool, page, stats, pool_head):
+                """Writes the heads as heads ``pool_head`` on of a pool."""
+                place = _Place(pl.ds(pool_head, kv_heads), page, offset)
+
+                # A page outside the pool is written nowhere, as in the reference.
+                @pl.when((page >= 0) & (page < pool.k.shape[1]))
+                def _():
+                    if stats is not None:
+                        pl.when(pool_head < ranked)(
+                            lambda: _widen_statistics(stats, place, keys, pool.k.shape[2])
+                        )
+                    _write(pool.k, pool.k_scale, place, keys)
+                    _write(pool.v, pool.v_scale, place, values)
+
+            @pl.when(head < first_streaming)
             def _():
-                if stats is not None:
-                    pl.when(pool_head < Kq)(
-                        lambda: _widen_statistics(stats, place, keys, page_size=pool.k.shape[2])
-                    )
-                _write(pool.k, pool.k_scale, place, keys)
-                _write(pool.v, pool.v_scale, place, values)
+                if retrieval_gmem is not None:
+                    append(retrieval_gmem, page, stats_gmem, head)
 
-        @pl.when(part < retrieval_parts)
-        def _():
-            if retrieval_gmem is not None:
-                head = part * kv_heads
-                append(retrieval_gmem, page_gmem, stats_gmem, head, head)
-
-        @pl.when((part >= retrieval_parts) & (part < kv_parts))
-        def _():
-            if streaming_gmem is not None:
-                head = part * kv_heads
-                append(streaming_gmem, streaming_page_gmem, None, head - Kr, head)
+            @pl.when(head >= first_streaming)
+            def _():
+                if streaming_gmem is not None:
+                    append(streaming_gmem, ring_page, None, head - first_streaming)
 
         @pl.when(part >= kv_parts)
         def _():
@@ -230,7 +238,7 @@ def _write(pages, scales, place: _Place, halves: list) -> None:
         store_unoptimised(pages.at[*place, channels], x.astype(pages.dtype))
 
 
-def _widen_statistics(stats, place: _Place, keys: list, *, page_size: int) -> None:
+def _widen_statistics(stats, place: _Place, keys: list, page_size: int) -> None:
     """Of the logical page that the token belongs to; ``stats`` [Kq, N, g, 2, D]."""
     size = jnp.int32(page_size // stats.shape[2])
     logical_page = place.heads, place.page, lax.div(place.offset, size)

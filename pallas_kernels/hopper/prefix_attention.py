@@ -19,8 +19,10 @@ The second kernel joins the splits, and with them the attention that a row has o
 XLA would take four launches for it, in every layer of a decode step.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +53,7 @@ from pallas_kernels.hopper.query_tiles import (
     tile_scratch,
     zero_rows,
 )
+from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
 from pallas_kernels.types import KVPages, OwnAttention
 
 # Elements a warpgroup of the merging kernel holds: one a thread.
@@ -140,12 +143,34 @@ def _attend_prefix(
 ) -> tuple[Float[Array, "S K R D"], Float[Array, "S K R"]]:
     """Attention of every split on its own. R is a multiple of 128."""
     K, R, D = q.shape
-    M, P, S = page_table.shape[0], pages.k.shape[2], config.splits
+    settings = _PrefixSettings(config, page_table.shape[0], pages.k.shape[2])
+    shapes = ((config.splits, K, R, D), q.dtype), ((config.splits, K, R), jnp.float32)
+    parts, lses = call_shared(
+        _make_prefix_kernel,
+        settings,
+        (q, pages, page_table, length),
+        tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes),
+        longest=(None,) * 4,
+        longest_results=(None,) * 2,
+    )
+    return parts, lses
+
+
+class _PrefixSettings(NamedTuple):
+    """What the first kernel is lowered for, beside the shapes of its arrays."""
+
+    config: Config
+    table: int  # M
+    page_size: int  # P
+
+
+def _make_prefix_kernel(settings: _PrefixSettings, results: Shapes) -> Callable[..., Any]:
+    config, M, P = settings
+    (S, K, R, D), dtype = results[0].shape, results[0].dtype
 
     def attend_prefix(
         q_gmem,  # [K, R, D]
-        k_gmem,  # [K, N, P, D]
-        v_gmem,  # [K, N, P, D]
+        pages_gmem,  # k, v [K, N, P, D]
         table_gmem,  # [M]
         length_gmem,  # [1]
         parts_gmem,  # [S, K, R, D], output
@@ -167,7 +192,7 @@ def _attend_prefix(
                 def page_id(j):
                     return table_gmem[jnp.minimum(entry + j, M - 1)]
 
-                copy_pages((k_gmem, v_gmem)[part], k, page_id, to, ready)
+                copy_pages((pages_gmem.k, pages_gmem.v)[part], k, page_id, to, ready)
 
             def rest(block):
                 """Keys of the prefix from the block's first one on; 128 and more fill the block."""
@@ -198,17 +223,14 @@ def _attend_prefix(
 
     return plgpu.kernel(
         attend_prefix,
-        out_type=(
-            jax.ShapeDtypeStruct((S, K, R, D), q.dtype),
-            jax.ShapeDtypeStruct((S, K, R), jnp.float32),
-        ),
+        out_type=results,
         grid=(S, K, R // ROWS),
         grid_names=("split", "head", "tile"),
         num_threads=WARPGROUPS,
         thread_name="warpgroup",
-        scratch_types=[tile_scratch(D, q.dtype, config.stages, BLOCK // P)],
+        scratch_types=[tile_scratch(D, dtype, config.stages, BLOCK // P)],
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, pages.k, pages.v, page_table, length)
+    )
 
 
 def merge_parts(
@@ -226,14 +248,43 @@ def merge_parts(
     Index map: grid (row b, KV head k, query head g of it), one query a CTA.
     """
     S, K, R, D = parts.shape
-    G = H // K
+    if own is not None:
+        own_out = jnp.pad(own.out.reshape(-1), (0, LANES - D))
+        own = OwnAttention(own_out, own.lse, own.shares.astype(jnp.int32))
+    shapes = ((B * H * D,), parts.dtype), ((B, H, LANES), jnp.float32)
+    out, lse = call_shared(
+        _make_merge_kernel,
+        _MergeSettings(B, H, S, K, D),
+        (parts.reshape(S, K, R * D), lses, own),
+        tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes),
+        longest=(None,) * 3,
+        longest_results=(None,) * 2,
+    )
+    return out.reshape(B, H, D), lse[:, :, 0]
+
+
+class _MergeSettings(NamedTuple):
+    """What the second kernel is lowered for, beside the shapes of its arrays."""
+
+    rows: int  # B
+    query_heads: int  # H
+    splits: int  # S
+    heads: int  # K
+    head_dim: int  # D
+
+
+def _make_merge_kernel(settings: _MergeSettings, results: Shapes) -> Callable[..., Any]:
+    B, H, S, K, D = settings
+    G, dtype = H // K, results[0].dtype
 
     def merge(
         parts_gmem,  # [S, K, R * D]
         lses_gmem,  # [S, K, R] float32
-        *refs,  # own: out [B * H * D and more], lse [B, H] float32, shares [B] int32
+        own_gmem,  # out [B * H * D and more], lse [B, H] float32, shares [B] int32; or None
+        out_gmem,  # [B * H * D], output
+        lse_gmem,  # [B, H, LANES] float32, output
+        out_smem,  # [LANES]
     ):
-        *own_gmem, out_gmem, lse_gmem, out_smem = refs  # [B * H * D], [B, H, LANES], [LANES]
         b, k, g = (lax.axis_index(name) for name in ("row", "head", "query"))
         r, h = b * G + g, k * G + g
 
@@ -245,11 +296,10 @@ def merge_parts(
         # No load depends on another: all wait together.
         peaks = [lses_gmem[s, k, r] for s in range(S)]
         values = [load(parts_gmem, s, k, r) for s in range(S)]
-        if own_gmem:
-            own_out_gmem, own_lse_gmem, shares_gmem = own_gmem
-            hidden = jnp.where(shares_gmem[b] > 0, 0.0, -jnp.inf)
-            peaks = [x + hidden for x in peaks] + [own_lse_gmem[b, h]]
-            values.append(load(own_out_gmem, b * H + h))
+        if own_gmem is not None:
+            hidden = jnp.where(own_gmem.shares[b] > 0, 0.0, -jnp.inf)
+            peaks = [x + hidden for x in peaks] + [own_gmem.lse[b, h]]
+            values.append(load(own_gmem.out, b * H + h))
         peak = jnp.float32(LOWEST)
         for x in peaks:
             peak = jnp.maximum(peak, x)
@@ -260,7 +310,7 @@ def merge_parts(
             acc += jnp.where(weight > 0.0, weight * part.astype(jnp.float32), 0.0)
             total += weight
         empty = total == 0.0
-        out_smem[...] = (acc * jnp.where(empty, 0.0, 1.0 / total)).astype(parts.dtype)
+        out_smem[...] = (acc * jnp.where(empty, 0.0, 1.0 / total)).astype(dtype)
         lse = jnp.where(empty, -jnp.inf, peak + jnp.log2(total) * LN_2)
         store_unoptimised(lse_gmem.at[b, h], plgpu.layout_cast(lse, STRIDED))
         plgpu.commit_smem()
@@ -268,19 +318,11 @@ def merge_parts(
         plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, D)], to)
         plgpu.wait_smem_to_gmem(0)
 
-    inputs = []
-    if own is not None:
-        own_out = jnp.pad(own.out.reshape(-1), (0, LANES - D))
-        inputs = [own_out, own.lse, own.shares.astype(jnp.int32)]
-    out, lse = plgpu.kernel(
+    return plgpu.kernel(
         merge,
-        out_type=(
-            jax.ShapeDtypeStruct((B * H * D,), parts.dtype),
-            jax.ShapeDtypeStruct((B, H, LANES), jnp.float32),
-        ),
+        out_type=results,
         grid=(B, K, G),
         grid_names=("row", "head", "query"),
-        scratch_types=[plgpu.SMEM((LANES,), parts.dtype)],
+        scratch_types=[plgpu.SMEM((LANES,), dtype)],
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(parts.reshape(S, K, R * D), lses, *inputs)
-    return out.reshape(B, H, D), lse[:, :, 0]
+    )

@@ -17,8 +17,9 @@ splits. What follows on the sum (bias, gate, residual, squares for the next norm
 kernel that has it. Roundings to bf16 are where unfused layers have them.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,7 @@ from pallas_kernels.hopper.mosaic import (
     store_unoptimised,
 )
 from pallas_kernels.hopper.quant_plan import Config, choose_config
+from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
 from pallas_kernels.packed import BITS, INPUTS, ROWS, group_size
 from pallas_kernels.types import PackedWeight
 
@@ -85,8 +87,16 @@ def packed_linear(
     bf16 but for the weights; at most 32 rows. Raises ``NotImplementedError`` for anything else.
     """
     _refuse_unsupported(x, packed, gated, residual)
-    around = _Around(bias, norm_scale, square_sums, residual, gated=gated, epsilon=epsilon)
-    return _run(x, packed, around, x.dtype, config)
+    summed = packed.shape[0] // COLUMNS
+    if norm_scale is None:
+        square_sums = None
+    else:
+        norm_scale = norm_scale.reshape(-1, 32)
+        if square_sums is None:
+            square_sums, summed = first_square_sums(x, 8 * pl.cdiv(len(x), 8)), 1
+    config = choose_config(packed, len(x)) if config is None else config
+    settings = _Settings(config, gated, epsilon, summed)
+    return _run(settings, x, packed, (norm_scale, square_sums), (bias, residual), x.dtype)
 
 
 @partial(jax.jit, static_argnames=("config",))
@@ -95,78 +105,110 @@ def packed_product(
 ) -> Float[Array, "B out"]:
     """``pallas_kernels.api.product``: as the sums are, in float32."""
     _refuse_unsupported(x, packed, False, None)
-    return _run(x, packed, _Around(), jnp.float32, config)[0]
+    config = choose_config(packed, len(x)) if config is None else config
+    return _run(_Settings(config), x, packed, (None, None), (None, None), jnp.float32)[0]
 
 
-@dataclass(frozen=True)
-class _Around:
-    """What is fused around the product; see ``packed_linear``."""
+class _Settings(NamedTuple):
+    """What a kernel is lowered for, beside the shapes of its arrays."""
 
-    bias: Array | None = None
-    norm_scale: Array | None = None
-    square_sums: Array | None = None
-    residual: Array | None = None
+    config: Config
     gated: bool = False
     epsilon: float = 0.0
+    summed: int = 0  # rows of square_sums that count
+    finishes: bool = True  # whether the first kernel does what follows on its sums
 
 
 def _run(
-    x: Float[Array, "B K"], packed: PackedWeight, around: _Around, dtype, config: Config | None
+    settings: _Settings,
+    x: Float[Array, "B K"],
+    packed: PackedWeight,
+    norm: tuple[Array | None, Array | None],  # scale [K / 32, 32], square_sums
+    after: tuple[Array | None, Array | None],  # bias, residual
+    dtype: jax.typing.DTypeLike,
 ) -> tuple[Array, Array | None]:
     B = x.shape[0]
     N = 8 * pl.cdiv(B, 8)
-    blocks = packed.words.shape[0]
-    config = choose_config(packed, B) if config is None else config
-    after = [y for y in (around.bias, around.residual) if y is not None]
-    width = packed.shape[1] // (2 if around.gated else 1)
-    result = [jax.ShapeDtypeStruct((B, width), dtype)]
-    if around.residual is not None:
-        result.append(square_sums_type(width, N))
-
-    def finish(y, block, refs) -> None:
-        _finish(y, block, list(refs), around, B, width)
+    blocks, config, residual = packed.words.shape[0], settings.config, after[1]
+    width = packed.shape[1] // (2 if settings.gated else 1)
+    results = [jax.ShapeDtypeStruct((B, width), dtype)]
+    if residual is not None:
+        results.append(square_sums_type(width, N))
 
     # Sums over the rows of a tile take shared memory that warpgroups do not have for themselves.
-    crowded = config.warpgroups > 1 and around.residual is not None
+    crowded = config.warpgroups > 1 and residual is not None
+    multiplied = x.reshape(B, -1, 32), packed, *norm
     if config.splits == 1 and not crowded:
-        made = _multiply(x, packed, around, config, result, after, finish)
+        made = _call(_make_multiply, settings, (*multiplied, *after), results)
     else:
+        split = settings._replace(finishes=False)
         parts_type = jax.ShapeDtypeStruct((config.splits, blocks * ROWS, N), jnp.float32)
-        (parts,) = _multiply(x, packed, around, config, [parts_type], [], None)
-
-        def add(parts_gmem, *refs):
-            plgpu.griddepcontrol_launch_dependents()
-            plgpu.griddepcontrol_wait()
-            block = lax.axis_index("columns")
-            own = pl.ds(block * ROWS, ROWS)
-            splits = [
-                plgpu.load(parts_gmem.at[s, own], layout=MATRIX, optimized=False)
-                for s in range(config.splits)
-            ]
-            finish(sum(splits[1:], splits[0]), block, refs)
-
-        made = plgpu.kernel(
-            add,
-            out_type=tuple(result),
-            grid=(blocks,),
-            grid_names=("columns",),
-            compiler_params=plgpu.CompilerParams(approx_math=True),
-        )(parts, *after)
+        (parts,) = _call(_make_multiply, split, (*multiplied, None, None), [parts_type])
+        made = _call(_make_add, settings, (parts, *after), results)
     out, *sums = made
     return out, sums[0] if sums else None
 
 
+def _call(
+    make: Callable[[_Settings, Shapes], Callable[..., Any]],
+    settings: _Settings,
+    operands: tuple[Any, ...],
+    results: list[jax.ShapeDtypeStruct],
+) -> tuple[Array, ...]:
+    """A kernel, lowered once for layers and programs of equal shapes."""
+    return call_shared(
+        make,
+        settings,
+        operands,
+        tuple(results),
+        longest=(None,) * len(operands),
+        longest_results=(None,) * len(results),
+    )
+
+
+def _make_add(settings: _Settings, results: Shapes) -> Callable[..., Any]:
+    """The second kernel: adds the splits."""
+    splits = settings.config.splits
+
+    def add(parts_gmem, bias_gmem, residual_gmem, *outputs):
+        plgpu.griddepcontrol_launch_dependents()
+        plgpu.griddepcontrol_wait()
+        block = lax.axis_index("columns")
+        own = pl.ds(block * ROWS, ROWS)
+        parts = [
+            plgpu.load(parts_gmem.at[s, own], layout=MATRIX, optimized=False) for s in range(splits)
+        ]
+        total = sum(parts[1:], parts[0])
+        _finish(total, block, bias_gmem, residual_gmem, outputs, settings.gated)
+
+    def call(parts, *after):
+        return plgpu.kernel(
+            add,
+            out_type=results,
+            grid=(parts.shape[1] // ROWS,),
+            grid_names=("columns",),
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+        )(parts, *after)
+
+    return call
+
+
+def _make_multiply(settings: _Settings, results: Shapes) -> Callable[..., Any]:
+    return partial(_multiply, settings, results)
+
+
 def _multiply(
-    x: Float[Array, "B K"],
+    settings: _Settings,
+    results: Shapes,
+    x: Float[Array, "B K/32 32"],
     packed: PackedWeight,
-    around: _Around,
-    config: Config,
-    result: list[jax.ShapeDtypeStruct],
-    after: list[Array],
-    finish,
-) -> list[Array]:
-    """The first kernel. Its sums go to ``finish``, with ``after`` and outputs, or as they are."""
-    (B, K), (blocks, _, rows, _) = x.shape, packed.words.shape
+    norm_scale: Float[Array, "K/32 32"] | None,
+    square_sums: Float[Array, "tiles N"] | None,
+    *after: Array | None,  # bias, residual
+) -> tuple[Array, ...]:
+    """The first kernel. Its sums are finished, or go out as they are."""
+    config = settings.config
+    (B, *_), K, (blocks, _, rows, _) = x.shape, packed.shape[0], packed.words.shape
     N, W, S = 8 * pl.cdiv(B, 8), config.warpgroups, config.splits
     length = K // S  # of x in a CTA
     steps = length // INPUTS // config.blocks
@@ -178,33 +220,35 @@ def _multiply(
     offset = operands.CODE_OFFSET[packed.codes] if group is not None else 0
     with_zeros = packed.zeros != "none"
     code_rows = 4 * BITS[packed.codes]
-    norm_scale, square_sums, summed = around.norm_scale, around.square_sums, K // COLUMNS
-    if norm_scale is not None and square_sums is None:
-        square_sums, summed = first_square_sums(x, N), 1
     pieces = _pieces(length, B, W)
     piece = length // pieces
     flat = operands.row_layout(piece)
 
-    def multiply(x_gmem, words_gmem, *refs):  # [B, K / 32, 32], [blocks, K / 128, rows, 64]
-        refs = list(refs)
-        scale_gmem = refs.pop(0) if group is None else None  # [blocks, 64]
-        norm_gmem = refs.pop(0) if norm_scale is not None else None  # [K / 32, 32]
-        sums_gmem = refs.pop(0) if norm_scale is not None else None  # [tiles, N]
+    def multiply(
+        x_gmem,  # [B, K / 32, 32]
+        packed_gmem,  # words [blocks, K / 128, rows, 64], channel_scale [blocks, 64]
+        norm_gmem,  # [K / 32, 32]
+        sums_gmem,  # [tiles, N]
+        bias_gmem,  # [out]
+        residual_gmem,  # [B, width]
+        *refs,
+    ):
         (
+            *outputs,  # parts [S, out, N], or those of ``_finish``
             x_smem,  # [length / 32, N, 32]
             totals_smem,  # [groups of the split, N]
             rms_smem,  # [W, N]
             words_smem,  # [W * stages, config.blocks, rows, 64]
             x_ready,  # barrier of all warpgroups
             ready,  # [W * stages] barriers
-        ) = refs[-6:]
+        ) = refs
         wg, tile, split = (lax.axis_index(name) for name in ("wg", "columns", "split"))
         block, ring = tile * W + wg, wg * stages
 
         def fetch(step, slot):
             k = pl.ds((split * steps + step) * config.blocks, config.blocks)
             plgpu.copy_gmem_to_smem(
-                words_gmem.at[block, k], words_smem.at[ring + slot], ready.at[ring + slot]
+                packed_gmem.words.at[block, k], words_smem.at[ring + slot], ready.at[ring + slot]
             )
 
         def meet():
@@ -217,7 +261,8 @@ def _multiply(
         plgpu.griddepcontrol_wait()
 
         if sums_gmem is not None:
-            rms = inverse_rms(sums_gmem, summed, K, around.epsilon, layout=operands.EACH_WARP)
+            summed, epsilon = settings.summed, settings.epsilon
+            rms = inverse_rms(sums_gmem, summed, K, epsilon, layout=operands.EACH_WARP)
             store_unoptimised(rms_smem.at[wg], rms)
             plgpu.commit_smem()  # before other threads of the warpgroup read it
 
@@ -273,21 +318,18 @@ def _multiply(
             return acc
 
         acc = lax.fori_loop(0, steps, step_body, full((ROWS, N), 0.0, MATRIX))
-        if scale_gmem is not None:
-            scale = plgpu.load(scale_gmem.at[block], layout=PER_ROW, optimized=False)
+        if group is None:
+            scale = plgpu.load(packed_gmem.channel_scale.at[block], layout=PER_ROW, optimized=False)
             acc = acc * spread_rows(scale, acc)
-        if finish is None:
-            store_unoptimised(refs[0].at[split, pl.ds(block * ROWS, ROWS)], acc)
+        if settings.finishes:
+            _finish(acc, block, bias_gmem, residual_gmem, outputs, settings.gated)
         else:
-            finish(acc, block, refs[:-6])
+            store_unoptimised(outputs[0].at[split, pl.ds(block * ROWS, ROWS)], acc)
 
-    before = [packed.channel_scale]
-    if norm_scale is not None:
-        before += [norm_scale.reshape(-1, 32), square_sums]
     totals = length // group if group is not None and with_zeros else 1
     return plgpu.kernel(
         multiply,
-        out_type=tuple(result),
+        out_type=results,
         grid=(blocks // W, S),
         grid_names=("columns", "split"),
         num_threads=W,
@@ -301,7 +343,7 @@ def _multiply(
             plgpu.Barrier(num_arrivals=1, num_barriers=W * stages),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(x.reshape(B, -1, 32), packed.words, *(y for y in before if y is not None), *after)
+    )(x, packed, norm_scale, square_sums, *after)
 
 
 def _pieces(length: int, rows: int, warpgroups: int) -> int:
@@ -338,13 +380,12 @@ def _scale_and_zero(here, packed: PackedWeight, part: int, parts: int):
     return scale, lax.bitcast_convert_type(zero, jnp.float32)
 
 
-def _finish(y, block, refs: list, around: _Around, rows: int, width: int) -> None:
-    """What follows on the sums y [64, N] of a block; refs: bias, residual, outputs."""
-    bias_gmem = refs.pop(0) if around.bias is not None else None  # [out]
-    residual_gmem = refs.pop(0) if around.residual is not None else None  # [B, width]
-    out_gmem, *out_sums = refs  # [B, width], [tiles, N]
+def _finish(y, block, bias_gmem, residual_gmem, outputs: Sequence[Any], gated: bool) -> None:
+    """What follows on the sums y [64, N] of a block: bias [out], residual [B, width], or None."""
+    out_gmem, *out_sums = outputs  # [B, width], [tiles, N]
+    rows, width = out_gmem.shape
     layout, channels, halves = MATRIX, ROWS, (y,)
-    if around.gated:
+    if gated:
         layout, channels = operands.HALF, ROWS // 2
         halves = operands.split_pairs(y)
 

@@ -1,5 +1,6 @@
 """Which heads stream, are dense, and what the others may list: from files to budgets."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -11,6 +12,7 @@ from tiny_llm import random_prompts, tiny_config, tiny_params, write_pattern
 
 from convert.head_shares import save_head_shares, shipped_for
 from lserve_jax import LLM, SamplingParams, SparsityConfig
+from lserve_jax.attention.attend import alike_layers
 from lserve_jax.attention.budgets import HeadBudgets
 from lserve_jax.attention.cache import make_spec
 from lserve_jax.engine.head_policy import head_policy
@@ -234,6 +236,25 @@ def test_dense_heads_alone_are_dense_attention(directory: str) -> None:
         reads.append(metrics.kv_bytes_read_per_step / metrics.dense_kv_bytes_read_per_step)
     assert answers[0] == answers[1]
     assert reads == [1.0, 1.0]
+
+
+def test_layers_that_attention_treats_alike() -> None:
+    config = dataclasses.replace(tiny_config(layers=6, kv_heads=4), nope_layers=(5,))
+    heads = HeadBudgets(
+        num_retrieval=(2, 1, 2, 2, 2, 1),
+        num_dense=(0, 0, 0, 1, 0, 0),
+        shares=((0.1, 0.2), (0.1,), (0.1, 0.2), (0.1,), (0.2, 0.2), (0.1,)),
+    )
+
+    def alike(**settings) -> list[int]:
+        sparsity = SparsityConfig(head_shares=None, streaming_fraction=0.0, **settings)
+        sizes = {"max_model_len": 256, "max_num_seqs": 1, "num_pages": 9, "max_prefixes": 1}
+        spec = make_spec(config, sparsity=sparsity, heads=heads, kv_dtype="auto", **sizes)
+        return alike_layers(config, spec)
+
+    # The last is not rotated.
+    assert alike() == [0, 1, 0, 3, 4, 5]
+    assert alike(select=lambda candidates: ...) == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_step_reads_its_budget() -> None:

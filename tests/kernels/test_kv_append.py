@@ -232,9 +232,10 @@ def test_refuses_float32_tokens() -> None:
 
 
 def test_choice_of_config() -> None:
-    assert choose_config(32, 4, 4, 4) == Config(query_heads=4, kv_heads=4)
+    assert choose_config(32, 8, 8, 0) == Config(query_heads=4, kv_heads=4)
     assert choose_config(9, 0, 2, 0) == Config(query_heads=1, kv_heads=2)
-    assert choose_config(6, 3, 3, 5) == Config(query_heads=2, kv_heads=1)
-    assert choose_config(4, 2, 4, 4) == Config(query_heads=4, kv_heads=2)
+    assert choose_config(6, 0, 0, 5) == Config(query_heads=2, kv_heads=1)
+    for split in ((4, 4, 4), (4, 8, 0), (0, 4, 4)):  # layers of all splits share a kernel
+        assert choose_config(32, *split) == Config(query_heads=4, kv_heads=1)
     with pytest.raises(ValueError, match="kv_heads must be 1, 2 or 4, got 3"):
         Config(query_heads=1, kv_heads=3)

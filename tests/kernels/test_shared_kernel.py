@@ -11,6 +11,7 @@ from compile_offline import append_arguments, decode_arguments, prefill, prefill
 
 from pallas_kernels.hopper.decode_attention import paged_attention
 from pallas_kernels.hopper.kv_append_chunk import append_kv_chunk
+from pallas_kernels.hopper.kv_append_token import append_kv
 from pallas_kernels.hopper.page_scores import page_scores
 from pallas_kernels.hopper.page_selection import select_pages
 from pallas_kernels.hopper.shared_kernel import call_shared
@@ -35,6 +36,12 @@ def attend(retrieval: int) -> tuple[Callable, tuple]:
     most_tokens = (4096,) * retrieval + (320,) * (8 - retrieval)
     arguments = decode_arguments(rows=2, retrieval=retrieval, streaming=8 - retrieval)
     return partial(paged_attention, most_tokens=most_tokens), arguments
+
+
+def append_token(retrieval: int) -> tuple[Callable, tuple]:
+    case = {"retrieval": retrieval, "streaming": 8 - retrieval, "ranked": (retrieval + 1) // 2}
+    caches, tokens, places, _ = append_arguments(**case)
+    return append_kv, (*tokens, *caches, *places)
 
 
 def append_chunk(retrieval: int) -> tuple[Callable, tuple]:
@@ -80,6 +87,7 @@ def kernels(op: Callable, arguments: tuple) -> list[str]:
     ("of_heads", "count"),
     [
         (attend, 2),
+        (append_token, 1),
         (append_chunk, 1),
         (attend_chunk, 1),
         (attend_chunk_of_small_pages, 1),

@@ -17,6 +17,7 @@ from oracle_model import Oracle
 from tiny_llm import VOCAB, generate, random_prompts, tiny_config, tiny_params
 
 from lserve_jax import LLM, ModelConfig, RopeConfig, logits
+from lserve_jax.model.bound import bind
 from lserve_jax.model.llama import init_params
 from lserve_jax.model.params import abstract_params
 from lserve_jax.model.rope import rotary_angles
@@ -62,6 +63,30 @@ def test_logits_equal_the_oracle(changes: dict[str, Any]) -> None:
     assert made.dtype == jnp.float32
     for row, prompt in zip(made, np.asarray(prompts), strict=True):
         assert_allclose(row, Oracle(config, params).prefill(prompt), **ORACLE)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_layers_that_are_alike_are_traced_once(remat: bool) -> None:
+    config = tiny_config(layers=4, kv_heads=2, group=2)
+    params, prompts = tiny_params(config), tokens(2, 1, 9)
+
+    def run(alike: list[int] | None) -> tuple[jax.Array, list[int]]:
+        traced = []
+
+        def attend(layer: int, q, k, v, cache):
+            traced.append(layer)
+            return q * (1 + cache), cache
+
+        def hidden(params, caches):
+            model = bind(config, params)
+            return model(prompts, attend, caches, remat=remat, alike=alike)[0]
+
+        return jax.jit(hidden)(params, [jnp.float32(i) for i in range(4)]), traced
+
+    apart, each = run(None)
+    together, some = run([0, 1, 0, 1])
+    assert (each, some) == ([0, 1, 2, 3], [0, 1])
+    assert_array_equal(apart, together)
 
 
 @pytest.mark.parametrize(

@@ -124,8 +124,17 @@ def test_programs_have_no_effects_unless_asked_for(op: str) -> None:
             assert effects() > 0
 
 
+def test_what_was_traced_before_is_traced_anew() -> None:
+    check = jax.jit(partial(api.check_range, "x", limit=3))
+    check(jnp.array([9]))
+    with api.value_checks():
+        error, _ = checkify.checkify(check)(jnp.array([9]))
+    assert "x must lie in [0, 3], got 9 to 9" in str(error.get())
+    check(jnp.array([9]))
+
+
 def test_checks_reach_a_whole_burst_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plain function of a jitted one is traced anew: a page beyond the pool is reported."""
+    """What it calls is traced anew: a page beyond the pool is reported."""
     config = tiny_config(layers=1, kv_heads=1)
     llm = LLM((config, tiny_params(config)), max_num_seqs=1, max_model_len=64)
     real, errors = lserve_jax.engine.runner.decode_burst, []
