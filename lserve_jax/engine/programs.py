@@ -307,9 +307,9 @@ class Programs:
         log.info("program %s %s in %.2f s", made.name, made.source, made.seconds)
 
     def _say_once(self, error: Exception) -> None:
-        if not self._said:
+        said, self._said = self._said, True  # threads may come at the same time
+        if not said:
             log.warning("compiled programs are not kept: %s", error)
-        self._said = True
 
 
 @contextmanager
