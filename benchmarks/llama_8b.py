@@ -19,6 +19,7 @@ from lserve_jax.engine.build import EngineOptions
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.inputs import Chunk
 from lserve_jax.engine.runner import ModelRunner
+from lserve_jax.engine.state import Sample
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.head_shares import MISSED_AT, HeadSensitivity, fit_shares
 from lserve_jax.model.params import Params, abstract_params
@@ -89,11 +90,14 @@ class UncomputedPrompts(ModelRunner):
     def reset(self) -> None:
         super().reset()
         self.fill_caches(lambda cache, layer: _random_cache(cache, jnp.int32(layer)))
-        logits = jax.random.normal(jax.random.key(0), (self.config.vocab_size,), jnp.float32)
-        self._any_logits = logits
+        self._any_logits = jax.random.normal(
+            jax.random.key(0), (1, self.config.vocab_size), jnp.float32
+        )
 
-    def prefill(self, chunk: Chunk) -> tuple[jax.Array, None]:
-        return self._any_logits, None
+    def prefill(
+        self, chunks: Sequence[Chunk], rows: int = 1
+    ) -> tuple[jax.Array, Sample | None, jax.Array | None]:
+        return jnp.repeat(self._any_logits, rows, axis=0), None, None
 
 
 NO_CHUNKS = 1 << 30  # tokens

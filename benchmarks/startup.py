@@ -108,7 +108,6 @@ def child(args: Args, rows: int, began: float) -> dict[str, float]:
     done("imports")
     spans = Spans()
     cache = keep_compiled(True)
-    sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     if args.geometry == "8b":
         import jax
         import llama_8b
@@ -149,10 +148,12 @@ def child(args: Args, rows: int, began: float) -> dict[str, float]:
         last += seconds[0]
         prompts = [PROMPT] * rows
     done("engine")
-    llm.generate(prompts[:1], sampling)
-    done("first_token")
-    more = dataclasses.replace(sampling, max_tokens=llm.engine.burst_steps + 1)
-    llm.generate(prompts, more)
+    sampling = SamplingParams(temperature=0, max_tokens=llm.engine.burst_steps + 1, ignore_eos=True)
+    [first] = llm.generate(prompts[:1], sampling)
+    parts["first_token"] = first.metrics.first_token_seconds
+    last += parts["first_token"]
+    if rows > 1:
+        llm.generate(prompts, sampling)
     done("first_burst")
     parts["total"] = last - began
     parts["processor"] = time.process_time()
