@@ -164,7 +164,7 @@ def _prefill_one_class(
             return seen
 
         def blocks(origin: Array | int, size: int, end: Array) -> tuple[Array, Array, Array]:
-            """Which blocks of ``size`` keys, from position ``origin`` to ``end``, this tile can see.
+            """Which blocks of ``size`` keys, from position ``origin`` to ``end``, the tile can see.
 
             Returns (count, sink_blocks, gap): blocks 0..sink_blocks-1 and, ``gap`` blocks
             later, the local ones. Blocks in the gap are never visited.
