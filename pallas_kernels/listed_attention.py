@@ -5,7 +5,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.online_softmax import Softmax, softmax_finish, softmax_start, softmax_step
+from pallas_kernels.online_softmax import (
+    Softmax,
+    softmax_finish,
+    softmax_queries,
+    softmax_start,
+    softmax_step,
+)
 from pallas_kernels.types import BLOCK_KEYS, TILE_QUERIES, BlockList, KVPages, PageList
 
 # Keys per step of the online softmax. Large enough to amortise a loop step, small enough that
@@ -48,7 +54,7 @@ def attend_page_list(
     per_step = min(max(BLOCK_TOKENS // page_size, 1), lists.page_ids.shape[-1])
     padding = -lists.page_ids.shape[-1] % per_step
     ids = jnp.pad(lists.page_ids, ((0, 0), (0, 0), (0, padding)))
-    q = q.astype(jnp.float32)
+    q = softmax_queries(q)
     block = per_step * page_size
 
     def step(i: Array, state: Softmax) -> Softmax:
@@ -80,7 +86,7 @@ def attend_blocks(
     chunk = KVPages(k.swapaxes(0, 1), v.swapaxes(0, 1))  # [K, T, D]
     heads = jnp.arange(K)[:, None]
     history_blocks = (start + BLOCK_KEYS - 1) // BLOCK_KEYS
-    q = jnp.pad(q.astype(jnp.float32), ((0, -T % TILE_QUERIES), (0, 0), (0, 0), (0, 0)))
+    q = jnp.pad(softmax_queries(q), ((0, -T % TILE_QUERIES), (0, 0), (0, 0), (0, 0)))
     tiles = q.reshape(-1, TILE_QUERIES, K, G, D).transpose(0, 2, 3, 1, 4)
     tiles = tiles.reshape(-1, K, G * TILE_QUERIES, D)
 

@@ -26,6 +26,7 @@ from pallas_kernels.listed_attention import (
 from pallas_kernels.online_softmax import (
     Softmax,
     softmax_finish,
+    softmax_queries,
     softmax_start,
     softmax_step,
 )
@@ -138,16 +139,15 @@ def _prefill_one_class(
     """Heads of one class: causal if ``window`` is None, else (sink, local) of the lambda mask."""
     T, K, G, D = q.shape
     page_size, M = pages.k.shape[2], page_table.shape[0]
-    tile, chunk_block = min(QUERY_TILE, T), min(BLOCK_TOKENS, T)
+    tile = min(QUERY_TILE, T)
     per_step = min(max(BLOCK_TOKENS // page_size, 1), M)
     block = per_step * page_size
     table = jnp.pad(page_table, (0, -M % per_step))
-    tokens_padded = -T % chunk_block
-    k, v = (
-        jnp.pad(x.astype(jnp.float32), ((0, tokens_padded), (0, 0), (0, 0))).transpose(1, 0, 2)
-        for x in (k, v)
-    )  # [K, T', D]
-    q = jnp.pad(q.astype(jnp.float32), ((0, -T % tile), (0, 0), (0, 0), (0, 0)))
+    q, k, v = (
+        jnp.pad(x, ((0, -T % tile), *[(0, 0)] * (x.ndim - 1)))
+        for x in (softmax_queries(q), k.astype(jnp.float32), v.astype(jnp.float32))
+    )
+    k, v = k.swapaxes(0, 1), v.swapaxes(0, 1)  # [K, T', D]
     tiles = q.reshape(-1, tile, K, G, D).transpose(0, 2, 3, 1, 4).reshape(-1, K, G * tile, D)
 
     def attend_tile(args: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -155,22 +155,22 @@ def _prefill_one_class(
         first = start + index * tile  # position of the tile's first query
         positions = jnp.tile(first + jnp.arange(tile), G)[:, None]  # [G * tile, 1]
 
-        def visible(keys: Array, end: Array) -> Array:
-            seen = (keys <= positions) & (keys < end)
+        def visible(keys: Array) -> Array:
+            """Which of the keys at these positions, all before the tile's end, a query sees."""
+            seen = keys <= positions
             if window is not None:
                 sink, local = window
                 seen &= (keys < sink) | (keys > positions - local)
             return seen
 
-        def blocks(origin: Array | int, end: Array, size: int) -> tuple[Array, Array, Array]:
-            """Which blocks of ``size`` keys from position ``origin`` on this tile can see.
+        def blocks(origin: Array | int, size: int, end: Array) -> tuple[Array, Array, Array]:
+            """Which blocks of ``size`` keys, from position ``origin`` to ``end``, the tile can see.
 
             Returns (count, sink_blocks, gap): blocks 0..sink_blocks-1 and, ``gap`` blocks
             later, the local ones. Blocks in the gap are never visited.
             """
-            last = jnp.minimum(end, first + tile) - origin  # keys from here on are invisible
-            last = jnp.where(first < start + length, last, 0)  # a tile of padding attends nothing
-            total = jnp.maximum((last + size - 1) // size, 0)
+            total = (end - origin + size - 1) // size
+            total = jnp.where(first < start + length, total, 0)  # a tile of padding attends nothing
             if window is None:
                 return total, total, jnp.zeros_like(total)
             sink, local = window
@@ -183,21 +183,31 @@ def _prefill_one_class(
             b = jnp.where(i < history_sinks, i, i + history_gap)
             ids = lax.dynamic_slice_in_dim(table, b * per_step, per_step)
             k_block, v_block = gather_pages(pages, jnp.broadcast_to(ids, (K, per_step)))
-            seen = visible(b * block + jnp.arange(block)[None], start)
+            keys = b * block + jnp.arange(block)[None]
+            seen = keys < start
+            if window is not None:
+                seen &= visible(keys)
             return softmax_step(state, q_tile, k_block, v_block, seen[None])
+
+        def chunk_block(b: Array) -> tuple[Array, Array]:
+            k_block = lax.dynamic_slice_in_dim(k, b * tile, tile, axis=1)
+            return k_block, lax.dynamic_slice_in_dim(v, b * tile, tile, axis=1)
 
         def chunk_step(i: Array, state: Softmax) -> Softmax:
-            b = jnp.where(i < chunk_sinks, i, i + chunk_gap) * chunk_block
-            k_block = lax.dynamic_slice_in_dim(k, b, chunk_block, axis=1)
-            v_block = lax.dynamic_slice_in_dim(v, b, chunk_block, axis=1)
-            seen = visible(start + b + jnp.arange(chunk_block)[None], start + length)
-            return softmax_step(state, q_tile, k_block, v_block, seen[None])
+            b = jnp.where(i < chunk_sinks, i, i + chunk_gap)
+            seen = None
+            if window is not None:
+                seen = visible(start + b * tile + jnp.arange(tile)[None])[None]
+            return softmax_step(state, q_tile, *chunk_block(b), seen)
 
-        history_count, history_sinks, history_gap = blocks(0, start, block)
-        chunk_count, chunk_sinks, chunk_gap = blocks(start, start + length, chunk_block)
+        history_count, history_sinks, history_gap = blocks(0, block, start)
+        chunk_count, chunk_sinks, chunk_gap = blocks(start, tile, first)
         state = lax.fori_loop(0, history_count, history_step, softmax_start(q_tile))
         state = lax.fori_loop(0, chunk_count, chunk_step, state)
-        return softmax_finish(state)
+        # Only here are there keys behind their queries, and padding.
+        own = first + jnp.arange(tile)[None]
+        seen = visible(own) & (own < start + length)
+        return softmax_finish(softmax_step(state, q_tile, *chunk_block(index), seen[None]))
 
     out, lse = lax.map(attend_tile, (jnp.arange(tiles.shape[0]), tiles))
     out = out.reshape(-1, K, G, tile, D).transpose(0, 3, 1, 2, 4).reshape(-1, K, G, D)

@@ -131,7 +131,8 @@ def prefill_attend(
     """
     window = spec.prefill_window
     position = rows.start[:, None] + jnp.arange(chunk_size)[None]
-    cos, sin = rotary_angles(config, position, rows.prompt_length)
+    # XLA would work them out in every layer anew, inside of the rotation.
+    cos, sin = jax.lax.optimization_barrier(rotary_angles(config, position, rows.prompt_length))
     number = jnp.minimum(position // spec.page_size, spec.pages_per_sequence - 1)
     window_page = jnp.take_along_axis(rows.window_table, number, axis=1)
     window_table = jnp.maximum(rows.window_table, 0)

@@ -50,8 +50,9 @@ from lserve_jax.model.quantise import with_w8a8
 
 # XLA would compile and time dozens of Triton kernels for each product, in place of a cuBLAS one. On
 # an H200 none was faster (docs/startup.md), and a prompt chunk took up to twice as long to compile.
+# On a CPU LLVM prefers vectors of 256 bits, also where there are 512, which makes the softmax slow.
 # About options of a program see BURST_OPTIONS.
-CHUNK_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+CHUNK_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_cpu_prefer_vector_width": 512}
 
 
 @functools.partial(

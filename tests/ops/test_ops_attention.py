@@ -235,6 +235,19 @@ def test_prefill_any_chunk(
     )
 
 
+def test_prefill_of_many_tiles_by_groups_of_heads() -> None:
+    check_prefill(
+        start=530,
+        length=590,
+        window=(30, 280),
+        chunk=600,
+        table_pages=80,
+        heads=(2, 1),
+        group=3,
+        int8=True,
+    )
+
+
 # Blocks listed at random, all of them (causal), and none at all; more than are read in a step.
 @pytest.mark.parametrize(
     ("start", "length", "heads", "group", "page_size", "int8", "share"),
