@@ -151,7 +151,7 @@ class TextEngine:
         Raises ``ValueError`` where ``check`` does, and for a ``cache_salt``: prompts that have one
         share with their own kind only.
         """
-        if isinstance(prompt, Mapping) and "cache_salt" in prompt:
+        if isinstance(prompt, Mapping) and prompt.get("cache_salt") is not None:
             raise ValueError("a prefix is for prompts without a cache_salt: it has none either")
         self._check_keys(prompt)
         text = _text_alone(prompt)

@@ -74,7 +74,9 @@ class Prefill:
         """Compiles what the first request needs at the same time, not as it comes to it."""
         programs = self.runner.programs
         if programs.are_kept and not programs.sharded:  # else XLA says where arrays lie
-            rows = self.runner.spec.max_num_seqs if self.deterministic else 1
+            # Who waits may be in the first burst too.
+            rows = None if self.scheduler.waiting else 1
+            rows = self.runner.spec.max_num_seqs if self.deterministic else rows
             programs.prepare(first_calls(self.runner, self.scheduler, first, rows))
 
     def _in_line(self) -> Iterator[Request]:

@@ -106,11 +106,15 @@ class PrefixStore:
         codes = code_types(self.runner.params)
         if self.runner.prefill_dtype is not None:
             codes += f", prefill_dtype {self.runner.prefill_dtype}"
+        cache = self.scheduler.prefix_cache
+        shared = str(cache.tree.grain)
+        if cache.deterministic:  # where a page is a chunk, the number alone does not tell
+            shared += f", deterministic in chunks of {self.runner.chunk_size}"
         return {
             "page size": f"{spec.page_size}, logical {logical}",
             "kv_dtype": f"{spec.kv_dtype}, {jnp.dtype(self.runner.dtype).name}",
             # With whole chunks only a prefix has fewer pages.
-            "number of pages that are shared at once": str(self.scheduler.prefix_cache.tree.grain),
+            "number of pages that are shared at once": shared,
             "number of retrieval heads": str(spec.heads.num_retrieval),
             # Those have statistics; whether others read everything, their pages do not tell.
             "number of ranked heads": str(spec.heads.num_ranked),

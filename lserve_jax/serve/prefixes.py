@@ -43,11 +43,15 @@ class PrefixRegistry:
     def add(self, token_ids: np.ndarray, param: str) -> dict[str, Any]:
         """Computes a prefix, or pins the one of the same tokens once more."""
         engine = self._service.engine.text.engine
-        page_size = engine.spec.page_size
-        if len(token_ids) < page_size:
+        cache, block_sparse = (
+            engine.scheduler.prefix_cache,
+            engine.spec.is_block_sparse(len(token_ids)),
+        )
+        if cache.whole_pages(len(token_ids), block_sparse) == 0:
+            least = engine.spec.page_size * cache.tree.grain_of(block_sparse)
             raise ApiError(
-                f"the prefix has {len(token_ids)} tokens that are sure to stay: it shares whole "
-                f"pages of {page_size}, so at least {page_size} are needed",
+                f"the prefix has {len(token_ids)} tokens that are sure to stay: pieces of {least} "
+                f"are shared, so at least {least} are needed",
                 param=param,
             )
         prefix = engine.add_prefix(token_ids)

@@ -1,5 +1,6 @@
 """Programs compiled before the first request: of the requests that follow none compiles."""
 
+import dataclasses
 from concurrent.futures import Future
 
 import pytest
@@ -130,6 +131,17 @@ def test_the_first_request_compiles_all_that_it_needs_at_once(options, tmp_path,
     assert compiled(llm) == 4  # none that it did not need
     tokens(llm, (long, GREEDY), (SHORT, DRAWN))
     assert prepared == [4]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_first_burst_that_may_look_otherwise_is_not_compiled_before(exact, tmp_path):
+    """Another prompt waits for the first one's page, or what is drafted is not known yet."""
+    options = {"attention": "lserve", "exact": True, "max_draft_tokens": 1} if exact else {}
+    llm = build(compilation_cache=tmp_path / "programs", **options)
+    prompts = [LONG] if exact else [LONG, {"prompt_token_ids": [3, 5] * 49 + [7]}]
+    llm.generate(prompts, dataclasses.replace(GREEDY, max_tokens=5))
+    names = [made.name for made in llm.engine.runner.programs.times]
+    assert names.count("exact_burst" if exact else "decode_burst") == 1
 
 
 def test_a_program_that_cannot_be_compiled_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
