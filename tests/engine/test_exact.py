@@ -69,10 +69,11 @@ TWO_WAYS = [GREEDY, DRAWN, GREEDY, DRAWN, GREEDY, STOPPED]
     ("kv_dtype", "params"), [("auto", MIXED), ("int8", TWO_WAYS)], ids=["auto", "int8"]
 )
 def test_answers_are_those_of_dense_attention(
-    tmp_path: Path, kv_dtype: Any, params: list[SamplingParams]
+    tmp_path: Path, kv_dtype: Any, params: list[SamplingParams], sample_alike: Any
 ) -> None:
     """Greedy and drawn, with filters, penalties, several completions and stop tokens, in a batch
     of mixed lengths that is longer than there are slots."""
+    sample_alike(params)
     settings = {"kv_dtype": kv_dtype, **ALL_SLOTS}
     prompts = random_prompts(1, LENGTHS)
     dense = answers(build(None, **settings), prompts, params)
