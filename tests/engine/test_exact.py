@@ -152,7 +152,7 @@ def test_prefixes_preemption_and_replay(tmp_path: Path) -> None:
     params = SamplingParams(max_tokens=60, temperature=0.9, seed=3)
     page_bytes = 2 * 4 * 2 * 64 * 16 * 4 + 5 * 4 * 2 * 16 * 4
     small = {"kv_cache_bytes": 10 * page_bytes, "burst_steps": 8, "max_num_seqs": 2}
-    wanted = answers(build(None, max_num_seqs=2), prompts, params)
+    wanted = answers(build(None, **ALL_SLOTS), prompts, params)
     llm = build(tmp_path, **small)
     held = llm.prefix({"prompt_token_ids": prefix})
     got = answers(llm, prompts, params)
