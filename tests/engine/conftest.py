@@ -1,6 +1,5 @@
 """Fixtures that modules of this folder share; some have their own of the same name."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -10,9 +9,8 @@ from engine_cases import build as build_engine_case
 from relay_cases import Build
 from tiny_llm import poison, tiny_params, write_pattern
 
-from lserve_jax import LLM, SamplingParams, SparsityConfig
+from lserve_jax import LLM, SparsityConfig
 from lserve_jax.engine import engine, relay, scoring
-from lserve_jax.engine.sampling import SamplingMode
 from lserve_jax.tokenizer import Tokenizer
 
 
@@ -30,23 +28,6 @@ def all_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     for module in (engine, relay, scoring):
         monkeypatch.setattr(module, "bucket", lambda n, smallest, largest: largest)
-
-
-@pytest.fixture
-def sample_alike(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[SamplingParams]], None]:
-    """Says for which requests one mode must do: every batch is sampled in it from then on.
-
-    One program in place of one for every combination of them: for tests whose question that is not.
-    ``test_sampling_rows`` shows that tokens are the same.
-    """
-
-    def sample_alike(params: Sequence[SamplingParams]) -> None:
-        mode = SamplingMode.of(params)
-        monkeypatch.setattr(SamplingMode, "of", lambda batch: mode)
-        # Tokens are counted from the first request on.
-        monkeypatch.setattr(SamplingParams, "uses_penalties", mode.penalties)
-
-    return sample_alike
 
 
 @pytest.fixture

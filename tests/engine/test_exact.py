@@ -12,7 +12,7 @@ import lserve_cases
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
-from tiny_llm import poison, random_prompts, record_ends
+from tiny_llm import poison, random_prompts, record_ends, sample_alike
 
 from lserve_jax import LLM, SamplingParams
 from lserve_jax.engine.costs import RequestCosts
@@ -69,11 +69,11 @@ TWO_WAYS = [GREEDY, DRAWN, GREEDY, DRAWN, GREEDY, STOPPED]
     ("kv_dtype", "params"), [("auto", MIXED), ("int8", TWO_WAYS)], ids=["auto", "int8"]
 )
 def test_answers_are_those_of_dense_attention(
-    tmp_path: Path, kv_dtype: Any, params: list[SamplingParams], sample_alike: Any
+    tmp_path: Path, kv_dtype: Any, params: list[SamplingParams], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Greedy and drawn, with filters, penalties, several completions and stop tokens, in a batch
     of mixed lengths that is longer than there are slots."""
-    sample_alike(params)
+    sample_alike(monkeypatch, params)
     settings = {"kv_dtype": kv_dtype, **ALL_SLOTS}
     prompts = random_prompts(1, LENGTHS)
     dense = answers(build(None, **settings), prompts, params)
