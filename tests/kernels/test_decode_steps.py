@@ -18,7 +18,6 @@ from numpy.testing import assert_allclose
 
 from lserve_jax import ModelConfig, SamplingParams, SparsityConfig
 from lserve_jax.attention.cache import make_spec
-from lserve_jax.engine import engine as engine_module
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.inputs import Chunk
 from lserve_jax.engine.runner import ModelRunner
@@ -103,8 +102,6 @@ def generate(backend: Backend) -> tuple[np.ndarray, np.ndarray]:
 def test_kernels_give_the_reference_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (decode_attention, page_scores, page_selection):
         monkeypatch.setattr(module, "SM_COUNT", 4)  # fewer CTAs to interpret
-    # Two rows in every burst: one program.
-    monkeypatch.setattr(engine_module, "bucket", lambda n, smallest, largest: largest)
     expected_tokens, expected = generate("reference")
     tokens, logprobs = generate("mosaic")
     np.testing.assert_array_equal(tokens, expected_tokens)
