@@ -101,7 +101,7 @@ def test_answers_are_those_of_dense_attention(
     assert "acceptance" in first.draft_reason
 
 
-def test_looked_up_drafts(tmp_path: Path) -> None:
+def test_looked_up_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts that repeat themselves; the answers are dense attention's all the same."""
     (base,) = random_prompts(1, [100])
     prompts = [base * 5, base * 3 + [1, 2, 3], base[:7] * 60, base[:1]]
@@ -111,6 +111,7 @@ def test_looked_up_drafts(tmp_path: Path) -> None:
         SamplingParams(max_tokens=60, temperature=0.0),
         SamplingParams(max_tokens=60, temperature=0.0),
     ]
+    sample_alike(monkeypatch, params)
     wanted = answers(build(None, **ALL_SLOTS), prompts, params)
     llm = build(None, attention="lserve", exact=True, draft="ngram", **ALL_SLOTS)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
