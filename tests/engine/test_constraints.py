@@ -19,7 +19,7 @@ import pytest
 from constraint_cases import END, TEXTS, TOKENIZER, VOCAB, allowed_next, prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_llm import check_nothing_left, sample_alike
+from tiny_llm import check_nothing_left
 
 from lserve_jax import LLM, CompletionOutput, SamplingParams, StructuredOutputs
 from lserve_jax.engine.token_rules import packed
@@ -194,16 +194,14 @@ BATCH: list[tuple[dict[str, Any], Callable[[str], None]]] = [
 
 @pytest.mark.parametrize(("attention", "kinds"), [("dense", 7), ("sparse", 4)])
 def test_requests_of_several_kinds_beside_one_another(
-    attention: str, kinds: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    attention: str, kinds: int, request: pytest.FixtureRequest
 ) -> None:
     """All texts are what was asked for, and each is the one that its request makes alone.
 
     Every way to sample is a program. Attention knows nothing of it: sparse, those that end bursts
-    early run beside those that do not, in one way.
+    early run beside those that do not.
     """
     llm, batch = request.getfixturevalue(attention), BATCH[:kinds]
-    if attention == "sparse":
-        sample_alike(monkeypatch, [SamplingParams(**changes) for changes, _ in batch])
     asked = prompts(2, [10, 40, 80, 20, 5, 30, 15][:kinds])
     for seed in range(3):
         sampling = [
