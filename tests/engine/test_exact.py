@@ -12,7 +12,7 @@ import lserve_cases
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
-from tiny_llm import poison, random_prompts, record_ends
+from tiny_llm import poison, random_prompts, record_ends, sample_alike
 
 from lserve_jax import LLM, SamplingParams
 from lserve_jax.engine.costs import RequestCosts
@@ -69,10 +69,11 @@ TWO_WAYS = [GREEDY, DRAWN, GREEDY, DRAWN, GREEDY, STOPPED]
     ("kv_dtype", "params"), [("auto", MIXED), ("int8", TWO_WAYS)], ids=["auto", "int8"]
 )
 def test_answers_are_those_of_dense_attention(
-    tmp_path: Path, kv_dtype: Any, params: list[SamplingParams]
+    tmp_path: Path, kv_dtype: Any, params: list[SamplingParams], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Greedy and drawn, with filters, penalties, several completions and stop tokens, in a batch
     of mixed lengths that is longer than there are slots."""
+    sample_alike(monkeypatch, params)
     settings = {"kv_dtype": kv_dtype, **ALL_SLOTS}
     prompts = random_prompts(1, LENGTHS)
     dense = answers(build(None, **settings), prompts, params)
@@ -100,7 +101,7 @@ def test_answers_are_those_of_dense_attention(
     assert "acceptance" in first.draft_reason
 
 
-def test_looked_up_drafts(tmp_path: Path) -> None:
+def test_looked_up_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts that repeat themselves; the answers are dense attention's all the same."""
     (base,) = random_prompts(1, [100])
     prompts = [base * 5, base * 3 + [1, 2, 3], base[:7] * 60, base[:1]]
@@ -110,6 +111,7 @@ def test_looked_up_drafts(tmp_path: Path) -> None:
         SamplingParams(max_tokens=60, temperature=0.0),
         SamplingParams(max_tokens=60, temperature=0.0),
     ]
+    sample_alike(monkeypatch, params)
     wanted = answers(build(None, **ALL_SLOTS), prompts, params)
     llm = build(None, attention="lserve", exact=True, draft="ngram", **ALL_SLOTS)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
@@ -151,7 +153,7 @@ def test_prefixes_preemption_and_replay(tmp_path: Path) -> None:
     params = SamplingParams(max_tokens=60, temperature=0.9, seed=3)
     page_bytes = 2 * 4 * 2 * 64 * 16 * 4 + 5 * 4 * 2 * 16 * 4
     small = {"kv_cache_bytes": 10 * page_bytes, "burst_steps": 8, "max_num_seqs": 2}
-    wanted = answers(build(None, max_num_seqs=2), prompts, params)
+    wanted = answers(build(None, **ALL_SLOTS), prompts, params)
     llm = build(tmp_path, **small)
     held = llm.prefix({"prompt_token_ids": prefix})
     got = answers(llm, prompts, params)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_exact import CASE, answers, build
+from test_exact import ALL_SLOTS, CASE, answers, build
 from tiny_llm import check_nothing_left, random_prompts, write_pattern
 
 from lserve_jax import LLM, SamplingParams, SparsityConfig
@@ -35,8 +35,7 @@ def test_drafts_come_and_go(draft: str, tmp_path: Path, monkeypatch: pytest.Monk
     """Another number of drafts in every burst, none for a while, and requests that are taken out
     in the middle of bursts: the others' answers are dense attention's, and so are beginnings."""
     rng = np.random.default_rng(8)
-    settings = {"burst_steps": 5, "max_model_len": 384, "max_num_seqs": 3}
-    settings |= {"deterministic": True, "relay": "never"}
+    settings = {"burst_steps": 5, "max_model_len": 384, "max_num_seqs": 3, **ALL_SLOTS}
     prompts = random_prompts(9, [127, 1, 64, 200, 2, 65, 15, 300])
     prompts[3] = prompts[3][:9] * 30  # looked up; longer than its slot's next owners
     prompts[6] = [0] * 17
@@ -78,8 +77,8 @@ class Inattentive(type(CASE)):
 
 def test_what_a_round_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One round of three drafts that are all confirmed, counted by hand."""
-    draft_as(monkeypatch, lambda most: most)
-    llm = build(tmp_path, Inattentive(*CASE), max_num_seqs=1, max_draft_tokens=3)
+    draft_as(monkeypatch, lambda most: 3)
+    llm = build(tmp_path, Inattentive(*CASE), max_num_seqs=1)
     P, token = 700, 2 * 16 * 4
     (prompt,) = random_prompts(1, [P])
     params = SamplingParams(max_tokens=5, temperature=0.0)
@@ -109,9 +108,9 @@ def test_what_a_round_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_looked_up_drafts_select_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     draft_as(monkeypatch, lambda most: most)
-    llm = build(None, attention="lserve", exact=True, draft="ngram", max_num_seqs=1)
+    llm = build(None, attention="lserve", exact=True, draft="ngram", **ALL_SLOTS)
     (base,) = random_prompts(1, [50])
-    params = SamplingParams(max_tokens=30, temperature=0.0)
+    params = SamplingParams(max_tokens=30, temperature=0.01)  # runs what test_exact has compiled
     (output,) = llm.generate([{"prompt_token_ids": base * 4}], params)
     metrics = output.metrics
     assert metrics.drafted_tokens > 0
@@ -121,7 +120,8 @@ def test_looked_up_drafts_select_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_replays_say_nothing_of_acceptance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens that come again after a preemption are known: no draft of theirs counts."""
     draft_as(monkeypatch, lambda most: most)
-    llm = build(tmp_path, max_num_seqs=1, burst_steps=16)
+    # Of max_model_len 448, as in test_exact, which has compiled what runs.
+    llm = build(tmp_path, burst_steps=16, max_model_len=448, **ALL_SLOTS)
     (prompt,) = random_prompts(2, [300])
     engine, sampling = llm.engine, SamplingParams(max_tokens=65, temperature=0.0)
     engine.add_request("a", prompt, sampling, seed=0)

@@ -49,20 +49,21 @@ def check_scores(
     weight: float = 0.5,
     together: int = 1,
     most_heads: int | None = None,
-) -> None:
-    """``together`` logical pages have one score."""
+) -> np.ndarray:
+    """The scores; ``together`` logical pages have one."""
     how = {
         "most_heads": most_heads,
         "page_size": page_size,
         "selected_page_size": together * (page_size // args[1].shape[2]),
         "lower_bound_weight": weight,
     }
-    scores = jax.jit(lambda *xs: page_scores(*xs, **how, config=config))(*args)
-    expected = reference.page_scores(*args, **how)
+    scores = np.asarray(jax.jit(lambda *xs: page_scores(*xs, **how, config=config))(*args))
+    expected = np.asarray(reference.page_scores(*args, **how))
     assert_array_equal(np.isneginf(scores), np.isneginf(expected))
     finite = np.isfinite(expected)
     assert finite.any() and scores.shape == expected.shape
     assert_allclose(scores[finite], expected[finite], atol=TOLERANCE, rtol=0)
+    return scores
 
 
 @pytest.mark.parametrize(
@@ -94,10 +95,8 @@ def test_any_number_of_tiles(tiles: int, stages: int) -> None:
 def test_weights_of_the_lower_bound(weight: float) -> None:
     """Those that lose nothing in bf16, against the reference and the oracle."""
     args = problem(1, 1, 2, 64, 2, 32, 6, seed=2)
-    check_scores(args, 32, Config(tiles=1), weight)
+    scores = check_scores(args, 32, Config(tiles=1), weight, together=2)
     q, stats, table, length = args
-    how = {"page_size": 32, "selected_page_size": 32}
-    scores = page_scores(*args, **how, lower_bound_weight=weight)
     q, stats = np.asarray(q, np.float64), np.asarray(stats, np.float64)
     assert length[0] == 6 * 32  # every page is in use
     truth = [oracle.page_score(q[0], list(stats[0, page]), weight) for page in table[0]]

@@ -70,7 +70,7 @@ def test_packed_sequences(rope: str) -> None:
     ],
 )
 def test_padding(rope: str, side: str, dtype: type) -> None:
-    config, rows = CONFIGS[rope], sequences(6, 21)
+    config, rows = CONFIGS[rope], sequences(5, 20)  # as above, so that the same programs run
     padded = np.zeros((2, 21), np.int32)
     mask = np.zeros((2, 21), dtype)
     for i, row in enumerate(rows):
@@ -138,8 +138,8 @@ def test_remat_keeps_less(optimised: None) -> None:
         compiled = jax.jit(jax.grad(sum_of)).lower(params, tokens).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    plain, again = (temporary(4, remat) - temporary(2, remat) for remat in (False, True))
-    kept = 2 * 512 * (CONFIG.hidden_size + 4 * CONFIG.head_dim) * 4
+    plain, again = (temporary(2, remat) - temporary(1, remat) for remat in (False, True))
+    kept = 512 * (CONFIG.hidden_size + 4 * CONFIG.head_dim) * 4
     assert again < 3 * kept and plain > 2 * again
 
 

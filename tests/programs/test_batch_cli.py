@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from batch_files import by_index, error_of, read_output, some_prompts, write_lines
-from tiny_checkpoints import write_chat_model
+from tiny_checkpoints import process_environment, write_chat_model
 
 from lserve_jax import LLM, SamplingParams, batch, generate, model_args
 from lserve_jax.batch import PromptFormat, PromptsFile, ResultsFile, run_batch
@@ -143,7 +142,7 @@ def test_killed_in_the_middle_and_continued_nothing_is_lost_or_doubled(run, chec
     output = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "lserve_jax.generate", "--model", checkpoint]
     command += ["--prompts-file", prompts, "--output", output, *argv]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(ROOT / ".cache")}
+    environment = process_environment(XDG_CACHE_HOME=str(ROOT / ".cache"))
     with subprocess.Popen(
         [str(word) for word in command], env=environment, cwd=ROOT, stderr=subprocess.DEVNULL
     ) as process:

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_checkpoints import process_environment
 from tiny_llm import tiny_config, tiny_params
 
 from lserve_jax import LLM, generate
@@ -31,7 +32,7 @@ def shell(command: str, model: Path) -> tuple[int, list[str]]:
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=ROOT,
-        env={**os.environ, "GENERATE": f"{sys.executable} -m lserve_jax.generate {options}"},
+        env=process_environment(GENERATE=f"{sys.executable} -m lserve_jax.generate {options}"),
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,

@@ -78,18 +78,25 @@ def negative_log_likelihood(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["smollm2-135m-instruct", LONG])
-def test_logits_are_those_of_transformers(name, request):
+@pytest.mark.parametrize(
+    ("name", "length", "num_places"),
+    [("smollm2-135m-instruct", 1024, 6), (LONG, 512, 5)],  # the needle lies far beyond
+)
+def test_logits_are_those_of_transformers(name, length, num_places, request):
+    """Of every token of the text the probability, of some places the twenty likeliest tokens."""
     config, params = request.getfixturevalue("long_context" if name == LONG else "base")
-    expected, arrays = golden(name)
-    logits = text_logits(config, params, arrays["text_ids"])
-    nll = negative_log_likelihood(logits[:-1], arrays["text_ids"])
-    assert np.exp(nll.mean()) == pytest.approx(expected["perplexity"], abs=0.01)
+    _, arrays = golden(name)
+    text = arrays["text_ids"][:length]
+    logits = text_logits(config, params, text)
+    nll = negative_log_likelihood(logits[:-1], text)
+    # Two float32 implementations of 30 layers; logits reach 30.
+    np.testing.assert_allclose(nll, arrays["text_nll"][: len(nll)], atol=2e-3)
+    places = arrays["pos"][arrays["pos"] < len(text)]
+    assert len(places) == num_places
     for row, ids, values in zip(
-        logits[arrays["pos"]], arrays["top_ids"], arrays["top_logits"], strict=True
+        logits[places], arrays["top_ids"], arrays["top_logits"], strict=False
     ):
         assert set(np.argsort(-row)[: len(ids)]) == set(ids)
-        # Two float32 implementations of 30 layers; logits reach 30.
         np.testing.assert_allclose(row[ids], values, atol=2e-3)
 
 
@@ -136,7 +143,8 @@ def rounded_to_int8(params: dict) -> dict:
 
 @pytest.mark.slow
 def test_int8_greedy_chats_are_those_of_the_rounded_model(base):
-    """Up to ties: every token is the likeliest by float64, or as likely within float32's errors."""
+    """Also those of bfloat16 weights. In one of them every token is the likeliest by float64, up to
+    ties: or as likely within float32's errors."""
     expected, _ = golden("smollm2-135m-instruct")
     _, params = base
     llm = build(base, relay="never", deterministic=True, weights="int8")
@@ -147,14 +155,12 @@ def test_int8_greedy_chats_are_those_of_the_rounded_model(base):
     prompts = [{"prompt_token_ids": chat["prompt_ids"]} for chat in expected["chats"]]
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=64))
     for output, chat in zip(outputs, expected["chats"], strict=True):
-        tokens = output.outputs[0].token_ids
-        prompt = chat["prompt_ids"]
-        logits = Oracle(config, rounded).prefill([*prompt, *tokens[:-1]])
-        logits = logits[len(prompt) - 1 :]
-        given_up = logits.max(axis=1) - logits[np.arange(len(tokens)), tokens]
-        # As above: 30 layers in float32. The closest two likeliest are 6e-3 apart.
-        assert given_up.max() < 2e-3
-        assert tokens == chat["greedy_ids"]  # those of bfloat16 weights
+        assert output.outputs[0].token_ids == chat["greedy_ids"]
+    prompt, tokens = expected["chats"][1]["prompt_ids"], outputs[1].outputs[0].token_ids
+    logits = Oracle(config, rounded).prefill([*prompt, *tokens[:-1]])[len(prompt) - 1 :]
+    given_up = logits.max(axis=1) - logits[np.arange(len(tokens)), tokens]
+    # As above: 30 layers in float32. The closest two likeliest are 6e-3 apart.
+    assert given_up.max() < 2e-3
 
 
 SYSTEM = (

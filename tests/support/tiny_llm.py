@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from numpy.testing import assert_array_equal
 from numpy.typing import ArrayLike, NDArray
 from oracle_model import Oracle, log_softmax
@@ -18,6 +19,7 @@ from lserve_jax import LLM, ModelConfig, SamplingParams
 from lserve_jax.attention.cache import LayerCache
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.request import Request
+from lserve_jax.engine.sampling import SamplingMode
 from lserve_jax.model.llama import init_params
 from lserve_jax.model.params import Params
 
@@ -91,6 +93,18 @@ def poison(llm: LLM) -> None:
         return jnp.asarray(np.full(x.shape, value, x.dtype))  # jnp.full compiles each shape
 
     llm.engine.runner.fill_caches(lambda cache, layer: jax.tree.map(spoil, cache))
+
+
+def sample_alike(monkeypatch: pytest.MonkeyPatch, params: Sequence[SamplingParams]) -> None:
+    """From here on every batch is sampled in one mode, which does for all of ``params``.
+
+    One program in place of one for every combination of them: for tests whose question that is not.
+    ``test_sampling_rows`` shows that tokens are the same.
+    """
+    mode = SamplingMode.of(params)
+    monkeypatch.setattr(SamplingMode, "of", lambda batch: mode)
+    # Tokens are counted from the first request on.
+    monkeypatch.setattr(SamplingParams, "uses_penalties", mode.penalties)
 
 
 def generate(
