@@ -137,7 +137,7 @@ def test_the_first_request_compiles_all_that_it_needs_at_once(options, tmp_path,
 def test_a_first_burst_that_may_look_otherwise_is_not_compiled_before(exact, tmp_path):
     """Another prompt waits for the first one's page, or what is drafted is not known yet."""
     options = {"attention": "lserve", "exact": True, "max_draft_tokens": 1} if exact else {}
-    llm = build(compilation_cache=tmp_path / "programs", **options)
+    llm = build(compilation_cache=tmp_path / "programs", prefill_chunk_size=256, **options)
     prompts = [LONG] if exact else [LONG, {"prompt_token_ids": [3, 5] * 49 + [7]}]
     llm.generate(prompts, dataclasses.replace(GREEDY, max_tokens=5))
     names = [made.name for made in llm.engine.runner.programs.times]
