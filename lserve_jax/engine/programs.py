@@ -28,7 +28,8 @@ from pallas_kernels.api import LoweringProcesses
 
 log = logging.getLogger(__name__)
 
-MOST_THREADS = 8
+MOST_COMPILING = 16  # programs at a time, each a core's work for XLA
+MOST_HELPERS = 8  # threads that read programs, and processes that lower kernels
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class Programs:
                 except BaseException as error:
                     read.set_exception(error)
 
-        for _ in range(min(len(waiting), _threads())):
+        for _ in range(min(len(waiting), _at_most(MOST_HELPERS))):
             threading.Thread(target=work, name="lserve-programs").start()
 
     def prepare(self, calls: Sequence[Call], *, progress: bool = False) -> None:
@@ -179,8 +180,9 @@ class Programs:
             missing.setdefault(call.signature(sharded=self.sharded), call)
         missing = {mark: call for mark, call in missing.items() if mark not in self._ready}
         bar = tqdm(total=len(missing), desc="programs", unit="program", disable=not progress)
-        threads = ThreadPoolExecutor(_threads(), "lserve-programs")
-        with bar, threads as pool, LoweringProcesses(_threads()) as processes, _no_collection():
+        threads = ThreadPoolExecutor(_at_most(MOST_COMPILING), "lserve-programs")
+        processes = LoweringProcesses(_at_most(MOST_HELPERS))
+        with bar, threads as pool, processes, _no_collection():
             try:
                 self._ready |= self._prepare(missing, pool, processes, bar)
             except BaseException:
@@ -391,5 +393,5 @@ def _looked_into() -> bool:
     return config.jax_debug_nans or config.jax_debug_infs or config.jax_disable_jit
 
 
-def _threads() -> int:
-    return min(os.cpu_count() or 1, MOST_THREADS)
+def _at_most(count: int) -> int:
+    return min(os.cpu_count() or 1, count)

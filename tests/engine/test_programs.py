@@ -143,7 +143,7 @@ def test_a_program_that_is_wanted_before_its_turn(
         return read(files, key)
 
     monkeypatch.setattr(ProgramFiles, "read", slow)
-    monkeypatch.setattr("lserve_jax.engine.programs.MOST_THREADS", 1)
+    monkeypatch.setattr("lserve_jax.engine.programs.MOST_HELPERS", 1)
     llm, made = build(directory), []
     # In a thread, so that the test can end where it waits for ever.
     asking = threading.Thread(target=lambda: made.append(tokens(llm)), daemon=True)
