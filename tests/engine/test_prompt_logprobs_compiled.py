@@ -13,7 +13,7 @@ from tiny_llm import random_prompts, tiny_config, tiny_params
 
 import lserve_jax.engine.runner as runner_module
 from lserve_jax import LLM, SamplingParams, SparsityConfig
-from lserve_jax.attention.attend import ChunkRows, prefill_attend
+from lserve_jax.attention.attend import ChunkRows, alike_layers, prefill_attend
 from lserve_jax.engine.prompt_logprobs import judge_tokens
 from lserve_jax.engine.state import Caches, Program
 from lserve_jax.engine.steps import prefill_chunks
@@ -54,7 +54,8 @@ def test_who_does_not_ask_runs_what_ran_before(
         attend = prefill_attend(
             program.config, program.spec, rows, tokens.shape[1], backend=program.backend
         )
-        hidden, caches = model(tokens, attend, caches)
+        alike = alike_layers(program.config, program.spec)
+        hidden, caches = model(tokens, attend, caches, alike=alike)
         last = hidden[jnp.arange(tokens.shape[0]), jnp.maximum(rows.length - 1, 0)]
         return model.unembed(last), caches
 
