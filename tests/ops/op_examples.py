@@ -3,7 +3,6 @@
 For the tests of what holds for every op.
 """
 
-import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -220,10 +219,7 @@ def evaluate(op: str, arguments: dict[str, Any]) -> Any:
     return jax.eval_shape(partial(getattr(api, op), **static), **traced)
 
 
-rng = np.random.default_rng(0)
-
-
-def fill(x: Struct) -> Array:
+def fill(x: Struct, rng: np.random.Generator) -> Array:
     """Random keys and values; indices that are valid whatever they index."""
     if x.dtype == jnp.int32:
         return jnp.asarray(rng.integers(0, M, x.shape), jnp.int32)
@@ -231,9 +227,10 @@ def fill(x: Struct) -> Array:
 
 
 def example(op: str) -> dict[str, Any]:
-    """The arguments that are traced, with valid values."""
+    """The arguments that are traced, with valid values: the same whatever ran before."""
+    rng = np.random.default_rng(list(op.encode()))
     traced = {
-        name: jax.tree.map(fill, x)
+        name: jax.tree.map(partial(fill, rng=rng), x)
         for name, x in ACCEPTED[op][0].items()
         if not isinstance(x, int | float | str)
     }
