@@ -3,8 +3,8 @@
 For the tests of what holds for every op.
 """
 
+import functools
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -216,7 +216,7 @@ def evaluate(op: str, arguments: dict[str, Any]) -> Any:
     """Shapes and dtypes only; nothing is compiled."""
     static = {name: x for name, x in arguments.items() if isinstance(x, int | float | str)}
     traced = {name: x for name, x in arguments.items() if name not in static}
-    return jax.eval_shape(partial(getattr(api, op), **static), **traced)
+    return jax.eval_shape(functools.partial(getattr(api, op), **static), **traced)
 
 
 def fill(x: Struct, rng: np.random.Generator) -> Array:
@@ -230,7 +230,7 @@ def example(op: str) -> dict[str, Any]:
     """The arguments that are traced, with valid values: the same whatever ran before."""
     rng = np.random.default_rng(list(op.encode()))
     traced = {
-        name: jax.tree.map(partial(fill, rng=rng), x)
+        name: jax.tree.map(functools.partial(fill, rng=rng), x)
         for name, x in ACCEPTED[op][0].items()
         if not isinstance(x, int | float | str)
     }
@@ -264,5 +264,5 @@ def example(op: str) -> dict[str, Any]:
 def jitted(op: str) -> Callable[[dict[str, Any]], Any]:
     """``op`` of a dict of traced arguments; its static ones as in ``ACCEPTED``."""
     static = {name: x for name, x in ACCEPTED[op][0].items() if isinstance(x, int | float | str)}
-    call = partial(getattr(api, op), **static)
+    call = functools.partial(getattr(api, op), **static)
     return jax.jit(lambda arguments: call(**arguments))
