@@ -43,10 +43,8 @@ class PrefixRegistry:
     def add(self, token_ids: np.ndarray, param: str) -> dict[str, Any]:
         """Computes a prefix, or pins the one of the same tokens once more."""
         engine = self._service.engine.text.engine
-        cache, block_sparse = (
-            engine.scheduler.prefix_cache,
-            engine.spec.is_block_sparse(len(token_ids)),
-        )
+        cache = engine.scheduler.prefix_cache
+        block_sparse = engine.spec.is_block_sparse(len(token_ids))
         if cache.whole_pages(len(token_ids), block_sparse) == 0:
             least = engine.spec.page_size * cache.tree.grain_of(block_sparse)
             raise ApiError(
