@@ -13,19 +13,16 @@ Prints a table and writes ``benchmarks/results/prefill_cpu.json``.
 
 import dataclasses
 import json
-import os
 import platform
 import statistics
 import tempfile
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import numpy as np
 import tyro
-from machine import cpu_name
+from machine import about, provenance
 from peer import HERE, Peer, export
 
 import convert
@@ -53,6 +50,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def main(args: Args) -> None:
+    machine = provenance()
     config, params = convert.load(convert.resolve(args.model), dtype=jax.numpy.float32)
     generator = np.random.default_rng(0)
     sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
@@ -85,18 +83,16 @@ def main(args: Args) -> None:
         peer.close()
 
     result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "cpu": f"{cpu_name()}, {os.cpu_count()} cores",
-        "versions": {"jax": version("jax"), "python": platform.python_version(), **peer.versions},
+        **machine,
+        "versions": {"python": platform.python_version(), **peer.versions},
         "model": args.model,
         "runs": args.runs,
-        "load_average": round(os.getloadavg()[1], 1),
         "tokens_identical": same,
         "rows": rows,
     }
     args.output.parent.mkdir(exist_ok=True)
     args.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{result['cpu']}; {result['versions']}; load {result['load_average']}; {same=}\n")
+    print(f"{about(machine)} {result['versions']}; {same=}\n")
     print(f"{'tokens':>7}{'lserve-jax':>22}{'transformers':>22}{'ratio':>22}")
     for row in rows:
         parts = [row[name] for name in list(row)[1:]]
