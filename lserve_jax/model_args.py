@@ -31,8 +31,8 @@ class ModelArgs:
     """Room for prompt and answer together, in tokens."""
     kv_cache_bytes: Annotated[int | None, flag("INT", "2 GiB on a CPU, most of a GPU")] = None
     """Memory for the cached keys and values; long prompts need more."""
-    kv_dtype: Literal["auto", "int8"] = "auto"
-    """Storage of keys and values: as --dtype, or quantised to 8 bits a number."""
+    kv_dtype: Literal["auto", "int8", "fp8", "int4"] = "auto"
+    """Storage of keys and values: as --dtype, or quantised to 8 or 4 bits a number."""
     weights: Annotated[
         Literal["int8", "int4", "fp8", "checkpoint"] | None,
         flag("{int8,int4,fp8,checkpoint}", "as --dtype"),
@@ -43,7 +43,7 @@ class ModelArgs:
     ] = None
     """Read prompts by products of 8 bits on both sides: faster, at some cost in quality."""
     prefill_chunk_size: int = 8192
-    """Most prompt tokens that run at once. With int8 keys only whole chunks are remembered."""
+    """Most prompt tokens that run at once. With quantised keys only whole chunks are remembered."""
     prefix_cache: Annotated[bool, flag("", "remember")] = True
     """Remember prompts, so that one that begins alike goes on from there, or forget them."""
     host_cache_bytes: int = 0

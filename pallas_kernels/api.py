@@ -62,6 +62,7 @@ from pallas_kernels.device import (
 )
 from pallas_kernels.forward_mode import forward_only
 from pallas_kernels.kernel_lowering import LoweringProcesses
+from pallas_kernels.kv_codes import KV_KINDS, KVKind
 from pallas_kernels.linear_ops import fused_linear, product
 from pallas_kernels.packed import cannot_pack, pack_weight, unpack_weight
 from pallas_kernels.plain_ops import (
@@ -70,6 +71,7 @@ from pallas_kernels.plain_ops import (
     dequantize_kv,
     merge_attention,
     quantize_kv,
+    store_kv,
 )
 from pallas_kernels.types import (
     BLOCK_KEYS,
@@ -93,6 +95,7 @@ from pallas_kernels.weights import (
 
 __all__ = [
     "BLOCK_KEYS",
+    "KV_KINDS",
     "MOST_LINEAR_ROWS",
     "MOST_PACKED_ROWS",
     "MOST_SELECTED_PAGES",
@@ -102,6 +105,7 @@ __all__ = [
     "WEIGHT_KINDS",
     "Backend",
     "BlockList",
+    "KVKind",
     "KVPages",
     "LoweringProcesses",
     "OwnAttention",
@@ -135,6 +139,7 @@ __all__ = [
     "quantize_weight",
     "resolve_backend",
     "select_pages",
+    "store_kv",
     "unpack_weight",
     "value_checks",
     "verify_attention",
@@ -374,7 +379,7 @@ def append_kv(
     same place of a page. ``key_stats[..., 0, :]`` is kmax and ``[..., 1, :]`` kmin per logical page
     of P / g tokens, of the rotated, unquantised key; the first token of a logical page assigns.
     They are those of the first Kq <= Kr retrieval heads, which are ranked by them; None keeps none.
-    int8 pools quantise on write (see ``quantize_kv``). Donate the pools to update them in place.
+    Pools of codes quantise on write (``quantize_kv``). Donate the pools to update them in place.
 
     Returns (rotated q, retrieval, streaming, key_stats).
 

@@ -26,6 +26,7 @@ from pallas_kernels.checks import (
     expect_shape,
     expect_table,
 )
+from pallas_kernels.kv_codes import values
 from pallas_kernels.types import BLOCK_KEYS, TILE_QUERIES, BlockList, KVPages
 
 STRIDE = 64  # divides a tile
@@ -152,9 +153,7 @@ def _history_scores(
 
     def step(i: Array, found: Array) -> Array:
         ids = lax.dynamic_slice_in_dim(table, i * (span // P), span // P)
-        keys = pages.k[:, ids]
-        if pages.k_scale is not None:
-            keys = keys.astype(jnp.float32) * pages.k_scale[:, ids][..., None]
+        keys = values(*jax.tree.map(lambda x: x[:, ids], (pages.k, pages.k_scale)))
         seen = i * span + jnp.arange(span) < start
         keys = keys.astype(queries.dtype).reshape(K, span, D)
         scores = _block_scores(queries, keys, seen[None, None])

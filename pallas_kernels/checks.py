@@ -12,11 +12,13 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array
 
+from pallas_kernels.kv_codes import KVKind, kv_kind, stored_channels
 from pallas_kernels.types import (
     BLOCK_KEYS,
     TILE_QUERIES,
     BlockList,
     KVPages,
+    KVScale,
     OwnAttention,
     PageList,
     Weight,
@@ -170,18 +172,30 @@ def expect_page_sizes(page_size: int, selected_page_size: int, logical_pages: in
 
 
 def expect_pages(name: str, pages: KVPages, head_dim: int) -> None:
-    expect_shape(f"{name}.k", pages.k, (None, None, None, head_dim))
+    kind = kv_kind(pages.k.dtype)
+    if kind == "int4" and head_dim % 2:
+        raise ValueError(f"{name} pages of 4 bits need an even head_dim, got {head_dim}")
+    expect_shape(f"{name}.k", pages.k, (None, None, None, stored_channels(kind, head_dim)))
     expect_shape(f"{name}.v", pages.v, pages.k.shape)
     if pages.v.dtype != pages.k.dtype:
         raise ValueError(f"{name}.v has dtype {pages.v.dtype}, {name}.k has {pages.k.dtype}")
     for part, scale in (("k_scale", pages.k_scale), ("v_scale", pages.v_scale)):
-        if (scale is not None) != (pages.k.dtype == "int8"):
-            raise ValueError(
-                f"{name}.{part} must be given exactly for int8 pages; the pages are {pages.k.dtype}"
-            )
-        if scale is not None:
-            expect_shape(f"{name}.{part}", scale, pages.k.shape[:3])
-            expect_dtype("float32", **{f"{name}.{part}": scale})
+        expect_kv_scale(f"{name}.{part}", scale, kind, pages.k.shape[:3])
+
+
+def expect_kv_scale(
+    name: str, scale: KVScale | None, kind: KVKind | None, shape: tuple[int, ...]
+) -> None:
+    """A ``scale`` of codes of one kind, of which there are vectors of ``shape``."""
+    wanted = {None: 0, "int4": 2}.get(kind, 1)
+    arrays = () if scale is None else scale if isinstance(scale, tuple) else (scale,)
+    if len(arrays) != wanted:
+        raise ValueError(
+            f"{name} must be {wanted} arrays for {kind or 'plain'} pages, got {len(arrays)}"
+        )
+    for array in arrays:
+        expect_shape(name, array, shape)
+        expect_dtype("int32" if kind == "int4" else "float32", **{name: array})
 
 
 def expect_pools(retrieval: KVPages, streaming: KVPages, heads: int, head_dim: int) -> None:

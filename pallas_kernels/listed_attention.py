@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.kv_codes import values
 from pallas_kernels.online_softmax import (
     Softmax,
     softmax_finish,
@@ -22,11 +23,8 @@ BLOCK_TOKENS = 512
 def _read(pages: KVPages, places: tuple[Array, ...]) -> tuple[Array, Array]:
     """K and V at ``places``, an index into the pool, in float32."""
 
-    def read(x: Array, scale: Array | None) -> Array:
-        values = x[places].astype(jnp.float32)
-        return values if scale is None else values * scale[places][..., None]
-
-    return read(pages.k, pages.k_scale), read(pages.v, pages.v_scale)
+    taken = jax.tree.map(lambda x: x[places], pages)
+    return values(taken.k, taken.k_scale), values(taken.v, taken.v_scale)
 
 
 def gather_pages(pages: KVPages, ids: Int[Array, "*batch K n"]) -> tuple[Array, Array]:

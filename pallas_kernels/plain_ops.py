@@ -4,15 +4,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import causal_attention as causal
-from pallas_kernels import reference
+from pallas_kernels import kv_codes, reference
 from pallas_kernels.checks import (
     INT32_MAX,
     check_range,
     expect_dtype,
     expect_groups,
     expect_int32,
+    expect_kv_scale,
+    expect_pages,
     expect_shape,
 )
+from pallas_kernels.kv_codes import KV_KINDS, KVKind
+from pallas_kernels.types import KVPages, KVScale
 
 
 def causal_attention(
@@ -94,28 +98,61 @@ def apply_rotary(
     return reference.apply_rotary(x, cos, sin)
 
 
-def quantize_kv(x: Float[Array, "... D"]) -> tuple[Array, Array]:
-    """Symmetric int8 over the last axis: (int8 ``[..., D]``, float32 scale ``[...]``).
+def quantize_kv(x: Float[Array, "... D"], kind: KVKind = "int8") -> tuple[Array, KVScale]:
+    """Codes for the vectors along the last axis, and their scales, as ``KVPages`` has them.
 
-    scale = max |x| / 127, so that |x - int8 * scale| <= scale / 2; never below 1e-6 / 127, so that
-    it stays positive for a vector of zeros.
+    "int8" and "fp8": int8 or float8_e4m3fn ``[..., D]``, float32 scale ``[...]``, the largest |x|
+    over 127 or 448; never below 1e-6 of it, so that it stays positive for a vector of zeros. Then
+    |x - code * scale| <= scale / 2 for int8, |x| / 16 or scale / 1024 for fp8.
+
+    "int4": uint8 ``[..., D / 2]`` and two words (int32 ``[...]``), one for either half of the
+    channels. Codes 0 to 15 are even steps from the half's lowest to its highest value: off by half
+    a step, and at either end by what those two lose in bf16. After QServe's KV4 (arXiv 2405.04532),
+    in groups.
 
     >>> import jax.numpy as jnp
     >>> codes, scale = quantize_kv(jnp.array([[-127.0, 63.6]]))
     >>> codes.tolist(), scale.tolist()
     ([[-127, 64]], [1.0])
+    >>> codes, scale = quantize_kv(jnp.array([[0.0, 7.2, 15.0, -1.0, -1.0, 0.5]]), "int4")
+    >>> [(int(x) & 15, int(x) >> 4) for x in codes[0]]
+    [(0, 0), (7, 0), (15, 15)]
     """
-    return reference.quantize_kv(x)
+    if kind not in KV_KINDS:
+        raise ValueError(f"{kind=} is unknown; known: {', '.join(KV_KINDS)}")
+    if kind == "int4" and x.shape[-1] % 2:
+        raise ValueError(f"codes of 4 bits need an even number of channels, got {x.shape[-1]}")
+    return kv_codes.quantize(x, kind)
 
 
-def dequantize_kv(codes: Array, scale: Float[Array, "..."]) -> Float[Array, "... D"]:
+def dequantize_kv(codes: Array, scale: KVScale) -> Float[Array, "... D"]:
     """Inverse of ``quantize_kv`` up to rounding, float32.
 
     >>> import jax.numpy as jnp
     >>> dequantize_kv(jnp.array([[2]], jnp.int8), jnp.array([0.5])).tolist()
     [[1.0]]
     """
-    expect_shape("scale", scale, codes.shape[:-1])
-    expect_dtype("int8", codes=codes)
-    expect_dtype("float32", scale=scale)
-    return codes.astype("float32") * scale[..., None]
+    kind = kv_codes.kv_kind(codes.dtype)
+    if kind is None:
+        raise ValueError(
+            f"codes has dtype {codes.dtype}, expected int8, float8_e4m3fn or uint8 (4 bits)"
+        )
+    expect_kv_scale("scale", scale, kind, codes.shape[:-1])
+    return kv_codes.values(codes, scale)
+
+
+def store_kv(k: Float[Array, "... D"], v: Float[Array, "... D"], pages: KVPages) -> KVPages:
+    """Keys and values in the form in which a pool has them: cast, or quantised as it is.
+
+    Returns the pool's fields for them, leaves ``[..., D]``, of codes of 4 bits ``[..., D / 2]``,
+    and scales ``[...]``.
+
+    >>> import jax.numpy as jnp
+    >>> pool = KVPages(jnp.ones((1, 4, 16, 8), jnp.bfloat16), jnp.ones((1, 4, 16, 8), jnp.bfloat16))
+    >>> stored = store_kv(jnp.ones((2, 8)), jnp.ones((2, 8)), pool)
+    >>> stored.k.shape, stored.k.dtype.name, stored.k_scale
+    ((2, 8), 'bfloat16', None)
+    """
+    expect_shape("v", v, k.shape)
+    expect_pages("pages", pages, k.shape[-1])
+    return kv_codes.as_stored(k, v, pages)

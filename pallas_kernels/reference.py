@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.kv_codes import as_stored
 from pallas_kernels.listed_attention import (
     BLOCK_TOKENS,
     attend_blocks,
@@ -84,13 +85,6 @@ def fused_linear(
         gate, up = jnp.split(y, 2, axis=-1)
         y = jax.nn.silu(gate) * up
     return y if residual is None else residual + y, None
-
-
-def quantize_kv(x: Float[Array, "... D"]) -> tuple[Array, Array]:
-    x = x.astype(jnp.float32)
-    # A vector of zeros would have scale 0; any positive scale represents it exactly.
-    scale = jnp.maximum(jnp.abs(x).max(axis=-1), 1e-6) / 127.0
-    return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
 @partial(jax.jit, static_argnames=("selected_page_size", "most_tokens"))
@@ -321,18 +315,9 @@ def _write_tokens(
     page = jnp.where(page < 0, pages.k.shape[1], page)  # out of range on purpose: scatter drops it
 
     def put(pool: Array, tokens: Array) -> Array:  # tokens [K, n, ...]
-        return pool.at[:, page, offset].set(tokens.astype(pool.dtype), mode="drop")
+        return pool.at[:, page, offset].set(tokens, mode="drop")
 
-    k, v = k.swapaxes(0, 1), v.swapaxes(0, 1)
-    if pages.k_scale is None or pages.v_scale is None:
-        return KVPages(put(pages.k, k), put(pages.v, v))
-    (k, k_scale), (v, v_scale) = quantize_kv(k), quantize_kv(v)
-    return KVPages(
-        put(pages.k, k),
-        put(pages.v, v),
-        put(pages.k_scale, k_scale),
-        put(pages.v_scale, v_scale),
-    )
+    return jax.tree.map(put, pages, as_stored(k.swapaxes(0, 1), v.swapaxes(0, 1), pages))
 
 
 @jax.jit

@@ -11,17 +11,26 @@ TILE_QUERIES = 128
 BLOCK_KEYS = 128
 
 
+# Of codes of 8 bits a float32 [...]; of 4 bits an int32 [...] for either half of the channels.
+KVScale = Float[Array, "..."] | tuple[Int32[Array, "..."], Int32[Array, "..."]]
+
+
 class KVPages(NamedTuple):
     """Pages of keys and values of one class of heads in one layer.
 
-    int8 storage is symmetric per token and head: ``x = int8 * scale``. Floating-point storage has
-    no scales. K and V are separate arrays so that updating one never copies the other.
+    Numbers as they are, without scales, or codes for each token and head. Codes of 8 bits, int8 or
+    float8_e4m3fn, are symmetric: ``x = code * scale``. Codes of 4 bits are two to a byte (uint8,
+    D / 2 of them), those of channel c and of channel c + D / 2, and each half of the channels is a
+    group, with a word of 32 bits in the pages' place of a scale: its upper 16 bits are the step
+    between codes, its lower 16 what code 0 stands for, both bf16: ``x = code * step + lowest``.
+
+    K and V are separate arrays so that updating one never copies the other.
     """
 
-    k: Array  # [K, N, P, D]  float or int8
-    v: Array  # [K, N, P, D]
-    k_scale: Float[Array, "K N P"] | None = None  # float32, int8 storage only
-    v_scale: Float[Array, "K N P"] | None = None
+    k: Array  # [K, N, P, D]  float, int8 or float8_e4m3fn; [K, N, P, D / 2] uint8
+    v: Array  # as k
+    k_scale: KVScale | None = None  # [K, N, P]
+    v_scale: KVScale | None = None
 
 
 class Weight(NamedTuple):

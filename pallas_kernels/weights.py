@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels.nan import keep_nan
 from pallas_kernels.types import Weight
 
 WeightKind = Literal["int8", "int4", "fp8"]
@@ -54,8 +55,7 @@ def nearest_codes(x: Float[Array, "..."], dtype, *, axis: int) -> tuple[Array, A
     """
     # Zeros alone would have scale 0; any positive scale represents them exactly.
     largest = jnp.maximum(jnp.abs(x).max(axis=axis, keepdims=True), 1e-30)
-    # XLA's max may lose NaN on a CPU, and int8 has no code for it.
-    largest = jnp.where(jnp.isnan(x).any(axis=axis, keepdims=True), jnp.nan, largest)
+    largest = keep_nan(largest, x, axis=axis, keepdims=True)
     if dtype == jnp.int8:
         scale = largest / 127.0
         return jnp.round(x / scale).astype(dtype), scale
@@ -65,7 +65,7 @@ def nearest_codes(x: Float[Array, "..."], dtype, *, axis: int) -> tuple[Array, A
 
 def _quantize_int4(w: Float[Array, "K out"], group: int) -> Weight:
     grouped = w.reshape(-1, group, w.shape[1])  # [g, n, out]
-    low, high = grouped.min(axis=1), grouped.max(axis=1)
+    low, high = keep_nan(grouped.min(axis=1), grouped, axis=1), grouped.max(axis=1)
     # A group of equal numbers would have scale 0; with any other they are its zero point.
     scale = jnp.where(low == high, 1.0, (high - low) / 15.0)
     # No integer: of 16 codes half a step would be lost at either end.

@@ -29,15 +29,14 @@ A page id means the same page in every layer's retrieval pool, so a sequence has
 pool bytes differ between layers because Kr does. So it is with the pages of prefill windows: the
 prompts that are being read have a table each of those that their streaming heads can see. K and V
 are separate arrays so that updating one never copies the other. Keys are stored rotated, at
-absolute positions, so a stale key is recognised by its position. int8 storage adds one float32
-scale per token and head; other storage types (int4, a scale per tensor) differ only in the element
-type and the shape of the scale arrays.
+absolute positions, so a stale key is recognised by its position. Codes of 8 or 4 bits have scales
+per token and head beside them (``pallas_kernels.types.KVPages``).
 """
 
 import dataclasses
-import functools
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -47,9 +46,9 @@ from jaxtyping import Array, Bool, Float, Int
 from lserve_jax.attention.budgets import HeadBudgets
 from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.model.config import ModelConfig
-from pallas_kernels.api import MOST_SELECTED_PAGES, KVPages, quantize_kv
+from pallas_kernels.api import MOST_SELECTED_PAGES, KVKind, KVPages, quantize_kv, store_kv
 
-KVDtype = Literal["auto", "int8"]
+KVDtype = Literal["auto"] | KVKind
 DraftSource = Literal["sparse", "ngram"]
 # A head with a share lists at least so many tokens: sinks and the newest tokens alone are most of
 # what a short sequence needs, and reading them costs little.
@@ -343,18 +342,12 @@ def layer_cache_shapes(config: ModelConfig, spec: CacheSpec, layer: int, dtype) 
     Ks = config.num_key_value_heads - Kr
     array: Any = jax.ShapeDtypeStruct
 
-    def pages(heads: int, count: int, quantized: bool) -> KVPages:
-        shape = (heads, count, P, D)
-        if not quantized:
-            return KVPages(array(shape, dtype), array(shape, dtype))
-        return KVPages(
-            array(shape, jnp.int8),
-            array(shape, jnp.int8),
-            array(shape[:3], jnp.float32),
-            array(shape[:3], jnp.float32),
-        )
+    def pages(heads: int, count: int, stored: Any) -> KVPages:
+        return jax.tree.map(lambda x: array((heads, count, P, *x.shape), x.dtype), stored)
 
-    quantized = spec.kv_dtype == "int8"
+    number = array((D,), dtype)
+    plain = KVPages(number, number)
+    stored = _stored_token(spec, D, dtype)
     key_stats = listed = counts = None
     if spec.lists_pages(layer):
         listed = array((spec.max_num_seqs, Kr, spec.num_listed(layer)), jnp.int32)
@@ -365,13 +358,28 @@ def layer_cache_shapes(config: ModelConfig, spec: CacheSpec, layer: int, dtype) 
         if spec.sparsity.select is not None:
             counts = array((spec.max_num_seqs, Kq), jnp.int32)
     return LayerCache(
-        retrieval=pages(Kr, spec.num_pages, quantized),
+        retrieval=pages(Kr, spec.num_pages, stored),
         key_stats=key_stats,
-        streaming=pages(Ks, spec.num_streaming_pages, quantized),
-        prefill_window=pages(Ks, spec.num_window_pages, False),
+        streaming=pages(Ks, spec.num_streaming_pages, stored),
+        prefill_window=pages(Ks, spec.num_window_pages, plain),
         listed=listed,
         counts=counts,
     )
+
+
+def _stored_token(spec: CacheSpec, head_dim: int, dtype) -> KVPages:
+    """What a pool keeps of one token and head, as ``jax.ShapeDtypeStruct`` leaves."""
+    number: Any = jax.ShapeDtypeStruct((head_dim,), dtype)
+    if spec.kv_dtype == "auto":
+        return KVPages(number, number)
+    codes, scale = jax.eval_shape(partial(quantize_kv, kind=spec.kv_dtype), number)
+    return KVPages(codes, codes, scale, scale)
+
+
+def token_bytes(spec: CacheSpec, head_dim: int, dtype) -> int:
+    """Of K and V of one token and head, with their scales."""
+    leaves = jax.tree.leaves(_stored_token(spec, head_dim, dtype))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def init_layer_cache(config: ModelConfig, spec: CacheSpec, layer: int, dtype) -> LayerCache:
@@ -391,7 +399,7 @@ def cache_bytes(config: ModelConfig, spec: CacheSpec, dtype) -> dict[str, int]:
     return totals
 
 
-@functools.partial(jax.jit, static_argnames=("spec",))
+@partial(jax.jit, static_argnames=("spec",))
 def fill_decode_windows(
     cache: LayerCache,
     spec: CacheSpec,
@@ -401,7 +409,7 @@ def fill_decode_windows(
 ) -> LayerCache:
     """At the end of R prompts of ``length`` tokens: keep of their windows what decode will read.
 
-    Whole pages are copied (and quantised if the cache is int8): the sinks, and the newest pages, as
+    Whole pages are copied, quantised if the cache holds codes: the sinks, and the newest pages, as
     many as the decode window has. ``window_table`` says where they lie in the prefill window. Pages
     the sequence does not have are dropped, and so are those of a slot that there is not. Jitted, so
     that layers and programs share its traces.
@@ -424,17 +432,8 @@ def fill_decode_windows(
     target = jnp.where(exists, target, cache.streaming.k.shape[1]).ravel()
 
     def copy(pool: Array, pages: Array) -> Array:
-        return pool.at[:, target].set(pages.astype(pool.dtype), mode="drop")
+        return pool.at[:, target].set(pages, mode="drop")
 
     k, v = cache.prefill_window.k[:, source], cache.prefill_window.v[:, source]  # [Ks, n, P, D]
-    held = cache.streaming
-    if held.k_scale is None or held.v_scale is None:
-        return dataclasses.replace(cache, streaming=KVPages(copy(held.k, k), copy(held.v, v)))
-    (k, k_scale), (v, v_scale) = quantize_kv(k), quantize_kv(v)
-    streaming = KVPages(
-        copy(held.k, k),
-        copy(held.v, v),
-        copy(held.k_scale, k_scale),
-        copy(held.v_scale, v_scale),
-    )
+    streaming = jax.tree.map(copy, cache.streaming, store_kv(k, v, cache.streaming))
     return dataclasses.replace(cache, streaming=streaming)

@@ -28,8 +28,8 @@ from lserve_jax.engine.warmup import Warmup, warm_up
 from lserve_jax.engine.weights import Intake
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.params import Params, check_params, is_quantised
-from lserve_jax.model.quantise import WeightForm, check_prefill_dtype, check_weights
-from pallas_kernels.api import Backend, W8A8Kind, resolve_backend
+from lserve_jax.model.quantise import WeightForm, check_prefill_dtype, check_weights, require_fp8
+from pallas_kernels.api import KV_KINDS, Backend, W8A8Kind, resolve_backend
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _INTEGERS = (
@@ -52,7 +52,8 @@ class EngineOptions:
         ``ModelConfig.context_length``. Beyond it, a warning says so.
     max_num_seqs: requests that run at the same time.
     attention: "dense", or "lserve" with the settings in ``sparsity`` (None: ``SparsityConfig()``).
-    kv_dtype: "auto" stores keys and values in ``dtype``, "int8" with a scale per token and head.
+    kv_dtype: "auto" stores keys and values in ``dtype``; "int8" and "fp8" in 8 bits, with a scale
+        per token and head; "int4" in 4, with a step and a lowest value for each half of a head.
     weights: None keeps them in ``dtype``, and codes of a checkpoint in Orbax format as they are.
         "int8" and "fp8" quantise the matrices at load, with a scale for each output, "int4" with a
         scale and a zero point for each group of inputs; the output layer gets "int8" then.
@@ -145,7 +146,9 @@ class EngineOptions:
             raise ValueError(
                 f"sparsity={self.sparsity} needs attention='lserve', got attention='dense'"
             )
-        check_choice("kv_dtype", self.kv_dtype, ("auto", "int8"))
+        check_choice("kv_dtype", self.kv_dtype, ("auto", *KV_KINDS))
+        if self.kv_dtype == "fp8":
+            require_fp8("kv_dtype='fp8'")
         check_weights(self.weights, self.weight_group)
         check_prefill_dtype(self.prefill_dtype)
         if self.max_num_seqs < 1:

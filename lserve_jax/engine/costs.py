@@ -6,7 +6,7 @@ from typing import Self
 
 import jax.numpy as jnp
 
-from lserve_jax.attention.cache import CacheSpec, cache_bytes
+from lserve_jax.attention.cache import CacheSpec, cache_bytes, token_bytes
 from lserve_jax.engine.metrics import RelayDecision, RequestMetrics
 from lserve_jax.engine.state import Burst
 from lserve_jax.model.config import ModelConfig
@@ -17,6 +17,7 @@ class CacheUnits:
     """Bytes of what a cache consists of. Frozen; made once for an engine."""
 
     token: int  # keys and values of a token in one KV head, scales included
+    token_together: int  # what moves for it where requests read it together
     page: int  # a retrieval page in all layers, statistics included
     remembered_page: int  # the same and a page of the prefill window
     statistics: int  # the statistics of a page in all layers
@@ -30,12 +31,15 @@ class CacheUnits:
     def of(cls, config: ModelConfig, spec: CacheSpec, dtype) -> Self:
         """The units of a cache of ``spec`` whose compute dtype is ``dtype``."""
         sizes = cache_bytes(config, spec, dtype)
-        int8 = spec.kv_dtype == "int8"
-        number, scale = (1, 4) if int8 else (jnp.dtype(dtype).itemsize, 0)
+        token = token_bytes(spec, config.head_dim, dtype)
+        # Codes of a prefix are converted for all rows at once: read, written and read as numbers.
+        numbers = 2 * config.head_dim * jnp.dtype(dtype).itemsize
+        together = token if spec.kv_dtype == "auto" else token + 2 * numbers
         windows = sizes["streaming"] // spec.num_streaming_pages
         page = (sizes["retrieval"] + sizes["key_stats"]) // spec.num_pages
         return cls(
-            token=2 * (config.head_dim * number + scale),
+            token=token,
+            token_together=together,
             page=page,
             remembered_page=page + sizes["prefill_window"] // spec.num_window_pages,
             statistics=sizes["key_stats"] // spec.num_pages,
@@ -47,9 +51,9 @@ class CacheUnits:
         )
 
     @property
-    def retrieval_token(self) -> float:
-        """A token in the retrieval heads of a layer, on average over layers."""
-        return self.retrieval_heads / self.num_layers * self.token
+    def heads_a_layer(self) -> float:
+        """Retrieval heads, on average over layers."""
+        return self.retrieval_heads / self.num_layers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ from lserve_jax.engine.prefix import Prefix
 from lserve_jax.engine.prefix_cache import PrefixCache
 from lserve_jax.engine.prefix_store import PrefixStore
 from lserve_jax.engine.reads import PageReads, head_kinds
-from lserve_jax.engine.relay import RelayMode, check_kernel, check_mode, group_by_prefix
+from lserve_jax.engine.relay import RelayMode, check_mode, group_by_prefix
 from lserve_jax.engine.request import InFlight, PromptIds, Request, TokenOutput, check_deadline
 from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.engine.sampling import check_stop_ids, sampling_row
@@ -80,7 +80,6 @@ class Engine:
     ):
         spec = runner.spec
         check_mode(relay, deterministic)
-        check_kernel(relay, spec, has_kernel=runner.has_prefix_kernel)
         self.runner, self.max_model_len = runner, max_model_len
         self.eos_token_ids = tuple(eos_token_ids)
         # A whole number of selection intervals, so that every burst begins with a selection.

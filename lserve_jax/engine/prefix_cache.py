@@ -6,8 +6,8 @@ a decode step's keys are not bit for bit what a prefill of the same tokens makes
 attention not nearly.
 
 A prompt is prefilled in chunks from its beginning, or from where a match ends. Sums of another
-chunk are rounded in another way, and with int8 pages its tokens read other keys as they were before
-they were rounded to 8 bits. Where that must not be (int8, ``deterministic``), the tree has whole
+chunk are rounded in another way, and with pages of codes its tokens read other keys as they were
+before they were rounded. Where that must not be (codes, ``deterministic``), the tree has whole
 chunks only, with the bounds that they have in every prompt, and matches end there.
 
 So it always has whole chunks only of prompts that are read block-sparsely: which queries choose
@@ -89,7 +89,7 @@ class PrefixCache:
             self.pool,
             self.windows,
             page_size=P,
-            grain=chunk if deterministic or spec.kv_dtype == "int8" else 1,
+            grain=chunk if deterministic or spec.kv_dtype != "auto" else 1,
             block_grain=chunk,
             window=window if streams else None,
         )

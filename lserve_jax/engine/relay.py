@@ -10,12 +10,11 @@ While everything fits the budget, and in dense attention, A saves (B - 1) S toke
 case it saves some if ``B > S / (T - min(T, u))``, and never if the private part alone fills the
 budget. Saving some is not enough: A adds a few launches to every layer, and the tokens it saves are
 cheaper than others, because the second request to read a page of the prefix finds it in the
-L2 cache.
+L2 cache. Where pages hold codes, A converts the prefix to numbers first, which counts as bytes.
 
 A also attends more (the whole prefix), so it is at least as exact as B.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
@@ -50,20 +49,12 @@ def check_mode(relay: RelayMode, deterministic: bool) -> None:
         )
 
 
-def check_kernel(relay: RelayMode, spec: CacheSpec, *, has_kernel: bool) -> None:
-    """Raises ``NotImplementedError`` where prefixes would be read together, which has no kernel."""
-    if relay == "always" and not has_kernel:
-        raise NotImplementedError(
-            f"{relay=} with kv_dtype={spec.kv_dtype!r} has no kernel: prefix_attention reads "
-            "bfloat16 pages"
-        )
-
-
 def decide(
     mode: RelayMode,
     spec: CacheSpec,
     *,
     token_bytes: float,
+    prefix_bytes: float,
     prefix_tokens: int,
     private_tokens: int,
     requests: int,
@@ -71,6 +62,7 @@ def decide(
     """For ``requests`` that share ``prefix_tokens`` and have ``private_tokens`` each on average.
 
     ``token_bytes``: K and V of a token in the retrieval heads of a layer, on average over layers.
+    ``prefix_bytes``: what moves for it where it is read together.
     """
 
     def decision(used: bool, reason: str) -> RelayDecision:
@@ -84,7 +76,7 @@ def decide(
         return decision(mode == "always", f"relay={mode!r}")
     together = spec.tokens_listed(private_tokens)
     one_by_one = spec.tokens_listed(prefix_tokens + private_tokens)
-    saved = (requests * (one_by_one - together) - prefix_tokens) * token_bytes
+    saved = requests * (one_by_one - together) * token_bytes - prefix_tokens * prefix_bytes
     amount, least = (f"{x / 2**20:,.1f} MiB" for x in (saved, LEAST_SAVED_BYTES))
     if saved < LEAST_SAVED_BYTES:
         return decision(False, f"it would save {amount} a layer < {least}")
@@ -118,14 +110,12 @@ def group_by_prefix(
         decision = decide(
             mode,
             spec,
-            token_bytes=units.retrieval_token,
+            token_bytes=units.heads_a_layer * units.token,
+            prefix_bytes=units.heads_a_layer * units.token_together,
             prefix_tokens=shared,
             private_tokens=sum(alone[slot].length - shared for slot in members) // len(members),
             requests=len(members),
         )
-        if decision.used and not runner.has_prefix_kernel:
-            reason = f"no kernel for {spec.kv_dtype} pages"
-            decision = dataclasses.replace(decision, used=False, reason=reason)
         decisions |= {slot: decision for slot in members}
         if decision.used:
             read_together.append((pages, members))

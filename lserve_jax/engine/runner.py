@@ -143,11 +143,6 @@ class ModelRunner:
             )
 
     @property
-    def has_prefix_kernel(self) -> bool:
-        """Whether rows can read a prefix together: no kernel reads int8 pages that way."""
-        return self.backend == "reference" or self.spec.kv_dtype != "int8"
-
-    @property
     def compilations(self) -> int:
         """Different shapes that jitted functions were called with."""
         return len(self._shapes)

@@ -80,8 +80,8 @@ class EvalArgs:
         flag("{float32,bfloat16}", "bfloat16 on a GPU, float32 on a CPU"),
     ] = None
     """Type of weights and arithmetic."""
-    kv_dtype: Literal["auto", "int8"] = "auto"
-    """Storage of keys and values: as --dtype, or quantised to 8 bits a number."""
+    kv_dtype: Literal["auto", "int8", "fp8", "int4"] = "auto"
+    """Storage of keys and values: as --dtype, or quantised to 8 or 4 bits a number."""
     weights: Annotated[
         Literal["int8", "int4", "fp8", "checkpoint"] | None,
         flag("{int8,int4,fp8,checkpoint}", "as --dtype"),

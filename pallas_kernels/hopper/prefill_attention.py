@@ -54,6 +54,7 @@ from pallas_kernels.hopper.query_tiles import (
     zero_rows,
 )
 from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
+from pallas_kernels.kv_codes import float_pages, kv_kind
 from pallas_kernels.types import BlockList, KVPages
 
 # The window of a retrieval head: longer than any sequence.
@@ -97,14 +98,14 @@ def prefill_attention(
 ) -> tuple[Float[Array, "T H D"], Float[Array, "T H"]]:
     """``pallas_kernels.api.prefill_attention`` on a Hopper GPU (or under Mosaic GPU's interpreter).
 
-    q, k and v bf16; D 64 or 128; P 16 to 128; any T and group. Pages bf16, or int8: then the pages
+    q, k and v bf16; D 64 or 128; P 16 to 128; any T and group. Pages bf16, or codes: then the pages
     that the table names are first converted to bf16, all of them, by XLA. Shapes are those the api
     has checked. Raises ``NotImplementedError`` for anything else.
     """
     _refuse_unsupported(q, k, v, retrieval, streaming)
     T, D = q.shape[0], q.shape[2]
     classes = [
-        _as_bfloat16(pool, table)
+        float_pages(pool, table, jnp.bfloat16)
         for pool, table in ((retrieval, page_table), (streaming, streaming_table))
         if pool.k.shape[0] > 0
     ]
@@ -132,25 +133,13 @@ def _refuse_unsupported(
         if x.dtype != jnp.bfloat16:
             reasons.append(f"{name} must be bfloat16, got {x.dtype}")
     for name, pool in (("retrieval", retrieval), ("streaming", streaming)):
-        if pool.k.dtype not in (jnp.bfloat16, jnp.int8):
-            reasons.append(f"{name} pages must be bfloat16 or int8, got {pool.k.dtype}")
+        if pool.k.dtype != jnp.bfloat16 and kv_kind(pool.k.dtype) is None:
+            reasons.append(f"{name} pages must be bfloat16 or codes, got {pool.k.dtype}")
     if head_dim not in (64, 128):
         reasons.append(f"head_dim must be 64 or 128, got {head_dim}")
     if page_size not in (16, 32, 64, 128):
         reasons.append(f"page size must be 16, 32, 64 or 128, got {page_size}")
     refuse("prefill_attention", reasons)
-
-
-def _as_bfloat16(pool: KVPages, table: Int[Array, " M"]) -> tuple[KVPages, Int[Array, " M"]]:
-    """The pool and table as they are, or a bf16 copy of an int8 pool's pages in table order."""
-    if pool.k_scale is None or pool.v_scale is None:
-        return pool, table
-
-    def convert(codes: Array, scale: Array) -> Array:
-        return (codes[:, table].astype(jnp.float32) * scale[:, table, :, None]).astype(jnp.bfloat16)
-
-    pages = KVPages(convert(pool.k, pool.k_scale), convert(pool.v, pool.v_scale))
-    return pages, jnp.arange(table.shape[0], dtype=table.dtype)
 
 
 def _attend_chunk(

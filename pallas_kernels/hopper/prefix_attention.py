@@ -54,6 +54,7 @@ from pallas_kernels.hopper.query_tiles import (
     zero_rows,
 )
 from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
+from pallas_kernels.kv_codes import float_pages, kv_kind
 from pallas_kernels.types import KVPages, OwnAttention
 
 # Elements a warpgroup of the merging kernel holds: one a thread.
@@ -102,8 +103,9 @@ def prefix_attention(
 ) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
     """``pallas_kernels.api.prefix_attention`` on a Hopper GPU (or under Mosaic GPU's interpreter).
 
-    Query and pages bf16; D 64 or 128; P 16 to 128; any B and group. Shapes are those the api has
-    checked. Raises ``NotImplementedError`` for anything else.
+    Query bf16; D 64 or 128; P 16 to 128; any B and group. Pages bf16, or codes: then the pages that
+    the table names are first converted to bf16, all of them, by XLA, which all rows share. Shapes
+    are those the api has checked. Raises ``NotImplementedError`` for anything else.
     """
     _refuse_unsupported(q, pages)
     B, H, D = q.shape
@@ -116,6 +118,7 @@ def prefix_attention(
     # Merging reads LANES elements where a query's D begin: the last query needs some behind it.
     spare = pl.cdiv(LANES - D, D)
     by_head = jnp.pad(by_head, ((0, 0), (0, -(rows + spare) % ROWS + spare), (0, 0)))
+    pages, page_table = float_pages(pages, page_table, jnp.bfloat16)
     parts, lses = _attend_prefix(by_head, pages, page_table, length[None], config)
     return merge_parts(parts, lses, own, B, H)
 
@@ -125,8 +128,8 @@ def _refuse_unsupported(q: Array, pages: KVPages) -> None:
     reasons = []
     if q.dtype != jnp.bfloat16:
         reasons.append(f"q must be bfloat16, got {q.dtype}")
-    if pages.k.dtype != jnp.bfloat16:
-        reasons.append(f"pages must be bfloat16, got {pages.k.dtype}")
+    if pages.k.dtype != jnp.bfloat16 and kv_kind(pages.k.dtype) is None:
+        reasons.append(f"pages must be bfloat16 or codes, got {pages.k.dtype}")
     if head_dim not in (64, 128):
         reasons.append(f"head_dim must be 64 or 128, got {head_dim}")
     if page_size not in (16, 32, 64, 128):

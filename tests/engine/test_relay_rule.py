@@ -82,6 +82,7 @@ def test_break_even() -> None:
                 "auto",
                 spec_of(sparsity),
                 token_bytes=kv_heads * 2 * 128 * 2,  # of Llama-3-8B
+                prefix_bytes=kv_heads * 2 * 128 * 2,
                 prefix_tokens=prefix,
                 private_tokens=private,
                 requests=requests,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from pallas_kernels import reference
+from pallas_kernels.api import quantize_kv
 from pallas_kernels.hopper import decode_attention
 from pallas_kernels.hopper.decode_attention import Config, choose_config, paged_attention
 from pallas_kernels.hopper.decode_splits import (
@@ -24,7 +25,6 @@ from pallas_kernels.hopper.decode_splits import (
     split_table,
 )
 from pallas_kernels.hopper.decode_tiles import read_place
-from pallas_kernels.reference import quantize_kv
 from pallas_kernels.types import KVPages, PageList
 
 # Weights and out are rounded to bf16: 2^-9 of a weight, averaged over the tokens, and 2^-9 of out.

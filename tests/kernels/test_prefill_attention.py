@@ -13,8 +13,8 @@ import pytest
 from numpy.testing import assert_allclose
 
 from pallas_kernels import reference
+from pallas_kernels.api import quantize_kv
 from pallas_kernels.hopper.prefill_attention import Config, choose_config, prefill_attention
-from pallas_kernels.reference import quantize_kv
 from pallas_kernels.types import BlockList, KVPages
 
 # Weights and out are rounded to bf16: 2^-9 of a weight, averaged over the keys, and 2^-9 of out.
@@ -205,7 +205,7 @@ def test_refuses_other_dtypes() -> None:
     with pytest.raises(NotImplementedError, match="q must be bfloat16, got float32"):
         prefill_attention(q.astype(jnp.float32), *rest, **window)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), args[3])
-    with pytest.raises(NotImplementedError, match="retrieval pages must be bfloat16 or int8"):
+    with pytest.raises(NotImplementedError, match="retrieval pages must be bfloat16 or codes"):
         prefill_attention(*args[:3], wide, *args[4:], **window)
 
 

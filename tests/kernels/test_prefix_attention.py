@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from pallas_kernels import api
 from pallas_kernels.hopper.prefix_attention import (
     Config,
     choose_config,
     merge_parts,
     prefix_attention,
 )
-from pallas_kernels.reference import quantize_kv
 from pallas_kernels.types import KVPages, OwnAttention
 
 # As for decode: weights and out are rounded to bf16, here also the parts that are merged.
@@ -137,9 +137,23 @@ def test_refuses_other_dtypes() -> None:
     q, pages, *rest = problem(1, 1, 1, 16)
     with pytest.raises(NotImplementedError, match="q must be bfloat16, got float32"):
         prefix_attention(q.astype(jnp.float32), pages, *rest)
-    (k, k_scale), (v, v_scale) = quantize_kv(pages.k), quantize_kv(pages.v)
-    with pytest.raises(NotImplementedError, match="pages must be bfloat16, got int8"):
-        prefix_attention(q, KVPages(k, v, k_scale, v_scale), *rest)
+    with pytest.raises(NotImplementedError, match="pages must be bfloat16 or codes, got float32"):
+        prefix_attention(q, KVPages(*(x.astype(jnp.float32) for x in pages[:2])), *rest)
+
+
+@pytest.mark.parametrize("kind", api.KV_KINDS)
+def test_pages_of_codes_are_read_as_the_numbers_that_they_stand_for(kind: api.KVKind) -> None:
+    q, pages, table, length = problem(2, 1, 4, 200)
+    (k, k_scale), (v, v_scale) = (api.quantize_kv(x, kind) for x in (pages.k, pages.v))
+    coded = KVPages(k, v, k_scale, v_scale)
+    numbers = KVPages(
+        *(api.dequantize_kv(*x).astype(jnp.bfloat16) for x in ((k, k_scale), (v, v_scale)))
+    )
+    out, lse = prefix_attention(q, coded, table, length)
+    true_out, true_lse = softmax_attention(q, numbers, table, length)
+    assert_allclose(np.asarray(out, np.float32), true_out, atol=OUT_TOLERANCE, rtol=0)
+    # Conversion may fuse a product and a sum, after which a key can round to the next bf16.
+    assert_allclose(lse, true_lse, atol=1e-3, rtol=0)
 
 
 def test_config_checks_itself() -> None:

@@ -10,9 +10,9 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from pallas_kernels import reference
+from pallas_kernels.api import quantize_kv
 from pallas_kernels.hopper.decode_attention import Config, choose_config
 from pallas_kernels.hopper.verify_attention import verify_attention
-from pallas_kernels.reference import quantize_kv
 from pallas_kernels.types import KVPages
 
 # As for decode attention (test_decode_attention.py): weights and out are rounded to bf16, a unit in

@@ -195,6 +195,10 @@ ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
         {"x": f32(B, T, H, D), "cos": f32(1, T, D // 2), "sin": f32(1, T, D // 2)},
         f32(B, T, H, D),
     ),
+    "store_kv": (
+        {"k": f32(B, H, D), "v": f32(B, H, D), "pages": int8_pages(HK)},
+        KVPages(*[Struct((B, H, D), jnp.int8)] * 2, *[f32(B, H)] * 2),
+    ),
     "quantize_kv": ({"x": f32(B, H, D)}, (Struct((B, H, D), jnp.int8), f32(B, H))),
     "product": ({"x": f32(B, 64), "kernel": INT8_WEIGHT}, f32(B, 10)),
     "w8a8_weight": (

@@ -34,9 +34,16 @@ def test_the_table_of_accepted_arguments_covers_every_op() -> None:
         "W8A8Weight",
         "Weight",
     }
-    types |= {"BlockList", "W8A8Kind", "WeightKind", "LoweringProcesses"}
+    types |= {"BlockList", "KVKind", "W8A8Kind", "WeightKind", "LoweringProcesses"}
     limits = {"MOST_LINEAR_ROWS", "MOST_PACKED_ROWS", "MOST_SELECTED_PAGES"}
-    limits |= {"WEIGHT_GROUPS", "WEIGHT_KINDS", "W8A8_KINDS", "BLOCK_KEYS", "TILE_QUERIES"}
+    limits |= {
+        "WEIGHT_GROUPS",
+        "WEIGHT_KINDS",
+        "W8A8_KINDS",
+        "KV_KINDS",
+        "BLOCK_KEYS",
+        "TILE_QUERIES",
+    }
     others = types | limits | {"check_range", "check_selection", "has_fp8", "has_w8a8_codes"}
     others |= {"resolve_backend", "cannot_pack", "value_checks"}
     assert set(ACCEPTED) | others == set(api.__all__)

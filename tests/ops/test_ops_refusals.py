@@ -93,12 +93,12 @@ from pallas_kernels.api import BlockList, OwnAttention
         (
             "paged_attention",
             {"retrieval": int8_pages(KR)._replace(v_scale=None)},
-            "retrieval.v_scale must be given exactly for int8 pages; the pages are int8",
+            "retrieval.v_scale must be 1 arrays for int8 pages, got 0",
         ),
         (
             "paged_attention",
             {"streaming": pages(KS)._replace(k_scale=f32(KS, N, P))},
-            "streaming.k_scale must be given exactly for int8 pages; the pages are float32",
+            "streaming.k_scale must be 0 arrays for plain pages, got 1",
         ),
         (
             "paged_attention",
@@ -270,7 +270,11 @@ from pallas_kernels.api import BlockList, OwnAttention
             "cos has 3 rows, expected 1 or 2",
         ),
         ("dequantize_kv", {"scale": f32(B)}, "scale has shape (2,), expected [2, 6]"),
-        ("dequantize_kv", {"codes": f32(B, H, D)}, "codes has dtype float32, expected int8"),
+        (
+            "dequantize_kv",
+            {"codes": f32(B, H, D)},
+            "codes has dtype float32, expected int8, float8",
+        ),
         ("dequantize_kv", {"scale": bf16(B, H)}, "scale has dtype bfloat16, expected float32"),
         (
             "prefill_attention",
