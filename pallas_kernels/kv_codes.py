@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.nan import keep_nan
+from pallas_kernels.nan import keep_nan, largest_magnitude
 from pallas_kernels.types import KVPages, KVScale
 
 KVKind = Literal["int8", "fp8", "int4"]
@@ -47,7 +47,7 @@ def quantize(x: Float[Array, "... D"], kind: KVKind) -> tuple[Array, KVScale]:
         (low, low_word), (high, high_word) = halves
         return low | high << 4, (low_word, high_word)
     largest = _LARGEST[kind]
-    scale = keep_nan(jnp.maximum(jnp.abs(x).max(axis=-1), _SMALLEST) / largest, x, axis=-1)
+    scale = jnp.maximum(largest_magnitude(x, axis=-1), _SMALLEST) / largest
     codes = x / scale[..., None]
     return (jnp.round(codes) if kind == "int8" else codes).astype(CODE_TYPES[kind]), scale
 

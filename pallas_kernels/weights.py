@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.nan import keep_nan
+from pallas_kernels.nan import keep_nan, largest_magnitude
 from pallas_kernels.types import Weight
 
 WeightKind = Literal["int8", "int4", "fp8"]
@@ -54,8 +54,7 @@ def nearest_codes(x: Float[Array, "..."], dtype, *, axis: int) -> tuple[Array, A
     ``x`` is float32, and so are the scales, whose ``axis`` is 1 long.
     """
     # Zeros alone would have scale 0; any positive scale represents them exactly.
-    largest = jnp.maximum(jnp.abs(x).max(axis=axis, keepdims=True), 1e-30)
-    largest = keep_nan(largest, x, axis=axis, keepdims=True)
+    largest = jnp.maximum(largest_magnitude(x, axis=axis, keepdims=True), 1e-30)
     if dtype == jnp.int8:
         scale = largest / 127.0
         return jnp.round(x / scale).astype(dtype), scale
