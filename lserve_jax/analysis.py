@@ -327,6 +327,7 @@ def _prefill_recall(
             jnp.int32(0),
             length,
             **chosen_by(spec),
+            backend="reference",
         )
 
         def covered(args: tuple[Array, ...]) -> Array:

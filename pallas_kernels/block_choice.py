@@ -15,22 +15,22 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.checks import (
     check_range,
     check_table,
     expect_groups,
     expect_int32,
+    expect_most_heads,
     expect_pages,
     expect_shape,
     expect_table,
 )
-from pallas_kernels.kv_codes import values
+from pallas_kernels.device import Backend, implementation
 from pallas_kernels.types import BLOCK_KEYS, TILE_QUERIES, BlockList, KVPages
 
 STRIDE = 64  # divides a tile
-_MOST_SCORES = 1 << 24  # at a time: bounds memory to 64 MiB
 
 
 def choose_blocks(
@@ -43,6 +43,8 @@ def choose_blocks(
     *,
     threshold: float | None = None,
     density: float | None = None,
+    most_heads: int | None = None,
+    backend: Backend = "auto",
 ) -> BlockList:
     """The blocks of keys that retrieval heads attend, for ``prefill_attention`` of the same chunk.
 
@@ -50,7 +52,8 @@ def choose_blocks(
     attention reaches ``threshold``; 1 lists all that it sees. Or, of all that it sees, the share
     ``density``, rounded up. The first block, the tile's own and the one before it (of a history
     that ends within a block the two before it) are always among them. q and k are rotated; ``q``
-    has G query heads for each of the pool's KV heads, which share a list.
+    has G query heads for each of the pool's KV heads, which share a list. ``most_heads``, None: Kr,
+    is the most retrieval heads of any layer: layers with the same share a kernel.
 
     Raises ``ValueError`` for pages whose tokens do not divide 128, and unless one of ``threshold``
     and ``density`` is given, in (0, 1].
@@ -81,11 +84,13 @@ def choose_blocks(
             raise ValueError(f"{name}={value} must lie in (0, 1]")
     check_range("length", length, T)
     check_table("page_table", page_table, pages, start)
-    shares = attention_shares(q, k, pages, page_table, start, length)
+    expect_most_heads(most_heads, K)
+    args = q, k, pages, page_table, start, length
+    shares = attention_shares(*args, most_heads=most_heads, backend=backend)
     return _choose(shares, start, length, threshold=threshold, density=density)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames=("most_heads", "backend"))
 def attention_shares(
     q: Float[Array, "T Hr D"],
     k: Float[Array, "T Kr D"],
@@ -93,6 +98,9 @@ def attention_shares(
     page_table: Int[Array, " M"],
     start: Int[Array, ""],
     length: Int[Array, ""],
+    *,
+    most_heads: int | None = None,
+    backend: Backend = "auto",
 ) -> Float[Array, "Kr tiles N"]:
     """Each block's estimated share of a tile's attention, float32; a tile of padding has none.
 
@@ -103,67 +111,20 @@ def attention_shares(
     first = jnp.arange(0, tiles * TILE_QUERIES, STRIDE)  # of each group of queries
     last = jnp.minimum(first + STRIDE - 1, jnp.maximum(length - 1, 0))
     queries = q[last].reshape(-1, K, H // K, D).transpose(1, 2, 0, 3).reshape(K, -1, D)
-    most = max(_MOST_SCORES // (H * len(first)) // BLOCK_KEYS, 1) * BLOCK_KEYS
-    history = _history_scores(queries, pages, page_table, start, most)
-    span = min(most, tiles * BLOCK_KEYS)
-    spans = -(-tiles * BLOCK_KEYS // span)
-    keys = jnp.pad(k, ((0, spans * span - T), (0, 0), (0, 0)))
-    keys = keys.reshape(spans, span, K, D).swapaxes(1, 2)
-
-    def of_span(args: tuple[Array, Array]) -> Array:
-        index, of_chunk = args
-        token = index * span + jnp.arange(span)
-        seen = token[None] <= jnp.tile(last, H // K)[:, None]
-        return _block_scores(queries, of_chunk, seen[None])
-
-    chunk = jnp.moveaxis(lax.map(of_span, (jnp.arange(spans), keys)), 0, 2)
-    chunk = chunk.reshape(K, queries.shape[1], -1)[..., :tiles]
-    shares = jax.nn.softmax(jnp.concatenate([history, chunk], axis=-1), axis=-1)
+    scores = implementation("block_scores", backend)(
+        queries,
+        jnp.tile(jnp.where(first < length, last, -1), H // K),
+        k,
+        pages,
+        page_table,
+        start,
+        most_heads=most_heads,
+    )
+    shares = jax.nn.softmax(scores, axis=-1)
     shares = shares.reshape(K, H // K, tiles, -1, shares.shape[-1])
     exists = (first < length).reshape(1, 1, tiles, -1, 1)
     shares = jnp.where(exists, shares, 0.0).sum(axis=(1, 3))
     return shares / jnp.maximum(shares.sum(axis=-1, keepdims=True), 1.0)  # a query's sum is 1
-
-
-def _block_scores(
-    queries: Float[Array, "K R D"], keys: Float[Array, "K n D"], seen: Bool[Array, "1 #R n"]
-) -> Float[Array, "K R n/128"]:
-    """Logarithm of the sum of exponentials of the scores with each block's keys, float32."""
-    scores = jnp.einsum("krd,knd->krn", queries, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen, scores * queries.shape[-1] ** -0.5, -jnp.inf)
-    return jax.nn.logsumexp(scores.reshape(*scores.shape[:2], -1, BLOCK_KEYS), axis=-1)
-
-
-def _history_scores(
-    queries: Float[Array, "K R D"],
-    pages: KVPages,
-    page_table: Int[Array, " M"],
-    start: Int[Array, ""],
-    most: int,
-) -> Float[Array, "K R N"]:
-    """``_block_scores`` with all blocks that the table can hold, of ``most`` keys at a time.
-
-    -inf for those behind ``start``.
-    """
-    (K, R, D), P = queries.shape, pages.k.shape[2]
-    blocks = -(-page_table.shape[0] * P // BLOCK_KEYS)
-    span = min(most, blocks * BLOCK_KEYS)
-    spans, per_span = -(-blocks * BLOCK_KEYS // span), span // BLOCK_KEYS
-    table = jnp.pad(page_table, (0, spans * span // P - page_table.shape[0]))
-
-    def step(i: Array, found: Array) -> Array:
-        ids = lax.dynamic_slice_in_dim(table, i * (span // P), span // P)
-        keys = values(*jax.tree.map(lambda x: x[:, ids], (pages.k, pages.k_scale)))
-        seen = i * span + jnp.arange(span) < start
-        keys = keys.astype(queries.dtype).reshape(K, span, D)
-        scores = _block_scores(queries, keys, seen[None, None])
-        return lax.dynamic_update_slice_in_dim(found, scores, i * per_span, axis=2)
-
-    # Made from the queries: under shard_map it varies over the mesh axes that they vary over.
-    nothing = jnp.full_like(queries[..., :1], -jnp.inf, jnp.float32)
-    nothing = jnp.broadcast_to(nothing, (K, R, spans * per_span))
-    found = lax.fori_loop(0, (start + span - 1) // span, step, nothing)
-    return found[..., :blocks]
 
 
 @partial(jax.jit, static_argnames=("threshold", "density"))

@@ -20,6 +20,7 @@ KERNELS: dict[str, dict[str, str]] = {
     "hopper": {
         "append_kv": "pallas_kernels.hopper.kv_append_token",
         "append_kv_chunk": "pallas_kernels.hopper.kv_append_chunk",
+        "block_scores": "pallas_kernels.hopper.block_scores",
         "fused_linear": "pallas_kernels.hopper.fused_linear",
         "packed_linear": "pallas_kernels.hopper.quant_linear",
         "packed_product": "pallas_kernels.hopper.quant_linear",

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.block_scores import block_scores as block_scores
 from pallas_kernels.kv_codes import as_stored
 from pallas_kernels.listed_attention import (
     BLOCK_TOKENS,

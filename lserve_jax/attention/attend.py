@@ -11,6 +11,7 @@ layer calls:
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +157,8 @@ def prefill_attend(
                     start,
                     length,
                     **chosen_by(spec),
+                    most_heads=max(spec.heads.num_retrieval),
+                    backend=backend,
                 )
                 attended += blocks.counts.sum()
             out, _ = api.prefill_attention(
@@ -207,7 +210,14 @@ def prefill_attend(
     return attend
 
 
-def chosen_by(spec: CacheSpec) -> dict[str, float]:
+class ChosenBy(TypedDict, total=False):
+    """One of the two."""
+
+    threshold: float
+    density: float
+
+
+def chosen_by(spec: CacheSpec) -> ChosenBy:
     """How many blocks ``api.choose_blocks`` is to take."""
     assert spec.sparsity is not None  # else nothing is block-sparse
     if spec.sparsity.prefill_density is not None:

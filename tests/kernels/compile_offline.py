@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pallas_kernels.hopper.block_scores import block_scores
 from pallas_kernels.hopper.decode_attention import paged_attention
 from pallas_kernels.hopper.fused_linear import fused_linear
 from pallas_kernels.hopper.kv_append_chunk import append_kv_chunk
@@ -247,6 +248,20 @@ def prefix_arguments(rows=128, heads=8, group=4, head_dim=128, page_size=64):
     return q, pages, *integers, own
 
 
+def score_arguments(rows=512, heads=2, head_dim=128, page_size=64):
+    _, pages, *_ = decode_arguments(retrieval=heads, head_dim=head_dim, page_size=page_size)
+    array = jax.ShapeDtypeStruct
+    queries = array((heads, rows, head_dim), jnp.bfloat16)
+    keys = array((8192, heads, head_dim), jnp.bfloat16)
+    last, table, start = (array(shape, jnp.int32) for shape in ((rows,), (2048,), ()))
+    return queries, last, keys, pages, table, start
+
+
+SCORE_CASES = {
+    "block scores": {},
+    "block scores, D 64, pages of 16": {"head_dim": 64, "page_size": 16, "rows": 24},
+}
+
 PREFIX_CASES = {
     "prefix": {},
     "prefix, D 64, group 3, pages of 16": {"head_dim": 64, "group": 3, "page_size": 16, "rows": 5},
@@ -342,6 +357,7 @@ def main() -> None:
         (paged_attention, decode_arguments, CASES),
         (verify_attention, verify_arguments, VERIFY_CASES),
         (prefill, prefill_arguments, PREFILL_CASES),
+        (partial(block_scores, most_heads=8), score_arguments, SCORE_CASES),
         (prefix_attention, prefix_arguments, PREFIX_CASES),
         (partial(linear, gated=False), linear_arguments, LINEAR_CASES),
         (partial(linear, gated=True), linear_arguments, GATED_CASES),

@@ -15,8 +15,10 @@ from shapes.prefill import PREFILL, PrefillShape, prefill_inputs, random_blocks
 from shapes.prefix import PREFIX, PrefixShape, prefix_inputs
 
 from pallas_kernels import reference
+from pallas_kernels.hopper.block_scores import block_scores
 from pallas_kernels.hopper.prefill_attention import prefill_attention
 from pallas_kernels.hopper.prefix_attention import prefix_attention
+from pallas_kernels.kv_codes import float_pages
 from pallas_kernels.types import BlockList, KVPages, OwnAttention
 
 QUERIES = 256  # a tile of the bf16 computation
@@ -189,3 +191,22 @@ def test_prefix_attention_joined_with_the_rows_own(shape: PrefixShape) -> None:
     # The prefix's weights, its out and the result are rounded to bf16, 2^-9 each.
     assert_near("out", out, truth, 4 * 2.0**-9)
     assert_near("lse", lse, true_lse, 1e-5)
+
+
+@pytest.mark.parametrize("shape", PREFILL, ids=lambda x: x.name)
+def test_block_scores(shape: PrefillShape) -> None:
+    """Of every 64th query, all heads of the retrieval pool, against the plain op in float32."""
+    (q, k, _, pool, _, table, _, start, length), _ = prefill_inputs(shape)
+    heads, group = pool.k.shape[0], q.shape[1] // k.shape[1]
+    pool, table = float_pages(pool, table, jnp.bfloat16)  # the kernel reads codes rounded to that
+    last = jnp.arange(63, q.shape[0], 64)
+    last = jnp.where(last < length, last, -1)
+    queries = q[last, : heads * group].reshape(len(last), heads, group, -1)
+    queries = jnp.nan_to_num(queries).transpose(1, 2, 0, 3).reshape(heads, -1, q.shape[2])
+    args = jnp.tile(last, group), k[:, :heads], pool, table, start
+    found = np.asarray(block_scores(queries, *args, most_heads=heads + 1))
+    truth = np.asarray(reference.block_scores(queries.astype(jnp.float32), *args))
+    assert (np.isneginf(found) == np.isneginf(truth)).all()
+    seen = np.isfinite(truth)
+    # Products are exact in float32; exp2 and log2 are approximate.
+    np.testing.assert_allclose(found[seen], truth[seen], atol=1e-3, rtol=0)

@@ -6,7 +6,7 @@ import oracle
 import pytest
 from numpy.testing import assert_allclose
 
-from pallas_kernels import api, block_choice
+from pallas_kernels import api, block_choice, block_scores
 from pallas_kernels.api import KVPages
 
 K, G, D, P = 2, 2, 8, 32
@@ -106,7 +106,7 @@ def test_spans_of_keys_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> No
     """As where a chunk, or its history, has more keys than are scored at a time."""
     args, _, _ = case(start=331, length=500, rows=512)
     whole = block_choice.attention_shares.__wrapped__(*args)
-    monkeypatch.setattr(block_choice, "_MOST_SCORES", 1)
+    monkeypatch.setattr(block_scores, "_MOST_SCORES", 1)
     cut = block_choice.attention_shares.__wrapped__(*args)
     assert_allclose(cut, whole, atol=1e-6, rtol=0)  # the same sums in another order
 
