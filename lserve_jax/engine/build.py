@@ -278,6 +278,7 @@ def build_engine(
     alike = dataclasses.replace(options, warmup="none", compilation_cache=False)
     programs = Programs(_program_files(options), f"{config}\n{alike}")
     programs.preload()
+    programs.expect_compiling()
 
     def make() -> Params:
         made = params() if callable(params) else params

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -132,6 +132,7 @@ class Programs:
         # Named now: JAX's settings may be this thread's own.
         self._list = None if files is None else files.key(settings)
         self._said = False  # that they cannot be kept
+        self._processes: LoweringProcesses | None = None  # begun before they are needed
 
     @property
     def are_kept(self) -> bool:
@@ -140,9 +141,24 @@ class Programs:
 
     def run(self, call: Call) -> Any:
         """What the call's function returns."""
+        self._end_processes()  # what the first calls need is there, or was asked for by one
         if not self.are_kept:
             return call.plain()
         return self._get(call)(*call.arrays)
+
+    def expect_compiling(self) -> None:
+        """Where no program of these settings is known, begins the processes that lower kernels.
+
+        They take as long to be there as weights do to be read.
+        """
+        if self._files is not None and not self._preloaded:
+            self._processes = LoweringProcesses(_at_most(MOST_HELPERS))
+            self._processes.start()
+
+    def _end_processes(self) -> None:
+        processes, self._processes = self._processes, None
+        if processes is not None:
+            processes.close()
 
     def preload(self) -> None:
         """Begins to read what the last engine of these settings used, on other threads."""
@@ -181,8 +197,10 @@ class Programs:
         missing = {mark: call for mark, call in missing.items() if mark not in self._ready}
         bar = tqdm(total=len(missing), desc="programs", unit="program", disable=not progress)
         threads = ThreadPoolExecutor(_at_most(MOST_COMPILING), "lserve-programs")
-        processes = LoweringProcesses(_at_most(MOST_HELPERS))
-        with bar, threads as pool, processes, _no_collection():
+        processes, self._processes = self._processes, None
+        if processes is None:
+            processes = LoweringProcesses(_at_most(MOST_HELPERS))
+        with bar, threads as pool, closing(processes), _no_collection():
             try:
                 self._ready |= self._prepare(missing, pool, processes, bar)
             except BaseException:

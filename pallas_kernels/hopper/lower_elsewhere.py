@@ -12,10 +12,10 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import jax
@@ -29,14 +29,26 @@ SETTINGS = "jax_enable_x64", "jax_default_matmul_precision"  # of JAX, that a ke
 
 
 class Processes:
-    """Up to ``count`` of them, begun as kernels come. See ``pallas_kernels.kernel_lowering``."""
+    """Up to ``count`` of them, begun as kernels come or before.
+
+    See ``pallas_kernels.kernel_lowering``.
+    """
 
     def __init__(self, count: int):
+        self._count = count
         self._threads = ThreadPoolExecutor(count, "lserve-lowering")  # each talks to a process
-        self._own = threading.local()
+        self._idle: SimpleQueue[subprocess.Popen] = SimpleQueue()
         self._all: list[subprocess.Popen] = []
         self._begun: dict[Lowering, Future[None]] = {}
         self._said = False
+
+    def start(self) -> None:
+        """Begins all of them now: each needs seconds to import what it works with."""
+        try:
+            for _ in range(self._count):
+                self._idle.put(self._new_process())
+        except OSError as error:
+            self._warn(error)
 
     def close(self) -> None:
         """Ends them."""
@@ -58,19 +70,29 @@ class Processes:
             shared_kernel.keep(lowering, self._ask(lowering))
         except (OSError, EOFError, pickle.PickleError) as error:
             # This process does it when it comes to the kernel, and says what is wrong with that.
-            if not self._said:
-                log.warning("another process did not lower a kernel: %r", error)
-            self._said = True
+            self._warn(error)
 
     def _ask(self, lowering: Lowering) -> dict[str, str]:
-        if not hasattr(self._own, "process"):
-            self._own.process = _process()
-            self._all.append(self._own.process)
-        process: subprocess.Popen = self._own.process
+        try:
+            process = self._idle.get_nowait()
+        except Empty:  # threads are as many as processes may be
+            process = self._new_process()
         assert process.stdin is not None and process.stdout is not None
         pickle.dump(lowering.as_sent(), process.stdin)
         process.stdin.flush()
-        return pickle.load(process.stdout)
+        answer = pickle.load(process.stdout)
+        self._idle.put(process)  # unless it failed
+        return answer
+
+    def _new_process(self) -> subprocess.Popen:
+        process = _process()
+        self._all.append(process)
+        return process
+
+    def _warn(self, error: Exception) -> None:
+        if not self._said:
+            log.warning("another process did not lower a kernel: %r", error)
+        self._said = True
 
 
 def lowerings(jaxpr: Any) -> Iterator[Lowering]:

@@ -7,6 +7,7 @@ import pytest
 from tiny_llm import tiny_config, tiny_params
 
 from lserve_jax import LLM, SamplingParams
+from lserve_jax.engine.build import EngineOptions, build_engine
 from lserve_jax.engine.programs import Call, Programs
 from pallas_kernels.api import LoweringProcesses
 
@@ -105,6 +106,38 @@ def test_programs_are_traced_while_kernels_of_others_are_lowered(monkeypatch) ->
     assert compiled(llm) == len(begun) == 5
     assert tokens(llm, (SHORT, GREEDY)) == tokens(build(), (SHORT, GREEDY))
     assert compiled(llm) == 5
+
+
+@pytest.mark.parametrize("warmup", ["none", "auto"])
+def test_processes_for_kernels_begin_before_the_weights_are_there(
+    warmup, tmp_path, monkeypatch
+) -> None:
+    """If no program is known, and end when the first ones are compiled."""
+    seen: list[str] = []
+    for name in ("start", "close"):
+        monkeypatch.setattr(LoweringProcesses, name, lambda _, name=name: seen.append(name))
+
+    def weights():
+        seen.append("weights")
+        return tiny_params(CONFIG)
+
+    for directory in ("first", "first", "second"):
+        build_engine(
+            CONFIG,
+            weights,
+            EngineOptions(**OPTIONS, warmup=warmup, compilation_cache=tmp_path / directory),
+        )
+    starts = ["start", "weights"] if warmup == "none" else ["start", "weights", "close"]
+    again = ["start", "weights"] if warmup == "none" else ["weights", "close"]
+    assert seen == [*starts, *again, *starts]
+    seen.clear()
+    llm = build(compilation_cache=tmp_path / "third")
+    tokens(llm, (SHORT, GREEDY))
+    assert seen == ["start", "close"]
+    llm = build(compilation_cache=tmp_path / "fourth")
+    seen.clear()
+    tokens(llm, (SHORT, SamplingParams(max_tokens=1, frequency_penalty=1.0)))
+    assert seen == ["close"]
 
 
 def test_a_second_warmup_loads(tmp_path) -> None:

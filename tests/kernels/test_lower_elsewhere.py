@@ -93,6 +93,18 @@ def test_they_are_the_same(processes: Processes, monkeypatch: pytest.MonkeyPatch
     assert lowered(traced).count("kernel_hash") == 10
 
 
+def test_processes_that_began_early_do_the_work(processes: Processes) -> None:
+    processes.start()
+    early = list(processes._all)
+    op, arguments = select(3)
+    for begun in processes.begin(jax.jit(op).trace(*arguments).jaxpr):
+        begun.result()
+    assert len(shared_kernel._kept) == 1
+    assert len(early) == 2 and processes._all == early
+    processes.close()
+    assert all(process.returncode is not None for process in early)
+
+
 def test_a_kernel_that_no_process_lowers_is_lowered_here(
     processes: Processes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
