@@ -10,6 +10,7 @@ first product of causal attention, and reads each key once.
     query 127    0.2       0.1       0.3          shares: 0.3, 0.1, 0.15, ...
 """
 
+import math
 from functools import partial
 
 import jax
@@ -27,10 +28,11 @@ from pallas_kernels.checks import (
     expect_shape,
     expect_table,
 )
-from pallas_kernels.device import Backend, implementation
+from pallas_kernels.device import MOST_SELECTED_PAGES, Backend, implementation
 from pallas_kernels.types import BLOCK_KEYS, TILE_QUERIES, BlockList, KVPages
 
 STRIDE = 64  # divides a tile
+MOST_ALWAYS = 4  # blocks that a tile attends whatever their shares
 
 
 def choose_blocks(
@@ -87,7 +89,8 @@ def choose_blocks(
     expect_most_heads(most_heads, K)
     args = q, k, pages, page_table, start, length
     shares = attention_shares(*args, most_heads=most_heads, backend=backend)
-    return _choose(shares, start, length, threshold=threshold, density=density)
+    how = {"threshold": threshold, "density": density}
+    return _choose(shares, start, length, **how, most_heads=most_heads, backend=backend)
 
 
 @partial(jax.jit, static_argnames=("most_heads", "backend"))
@@ -127,7 +130,7 @@ def attention_shares(
     return shares / jnp.maximum(shares.sum(axis=-1, keepdims=True), 1.0)  # a query's sum is 1
 
 
-@partial(jax.jit, static_argnames=("threshold", "density"))
+@partial(jax.jit, static_argnames=("threshold", "density", "most_heads", "backend"))
 def _choose(
     shares: Float[Array, "K tiles N"],
     start: Int[Array, ""],
@@ -135,31 +138,40 @@ def _choose(
     *,
     threshold: float | None,
     density: float | None,
+    most_heads: int | None,
+    backend: Backend,
 ) -> BlockList:
     """From the shares of ``attention_shares`` to lists."""
     _, tiles, N = shares.shape
-    most = N - tiles  # blocks that the history can have
     history = (start + BLOCK_KEYS - 1) // BLOCK_KEYS
-    tile, place = jnp.arange(tiles)[None, :, None], jnp.arange(N)[None, None]
-    number = jnp.where(place < most, place, place - most + history)
+    # The chunk's blocks right behind those that the history has, so that places are numbers.
+    shares = lax.dynamic_update_slice(shares, shares[..., N - tiles :], (0, 0, history))
+    tile, number = jnp.arange(tiles)[None, :, None], jnp.arange(N)[None, None]
     own = history + tile
-    visible = ((place >= most) | (place < history)) & (number <= own)
-    visible &= tile * TILE_QUERIES < length
+    visible = (number <= own) & (tile * TILE_QUERIES < length)
     cut_short = (tile == 0) & (start % BLOCK_KEYS > 0)  # the history's last block
     oldest = own - jnp.where(cut_short, 2, 1)
     always = visible & ((number == 0) | (number >= oldest))
-    # The best first: those that are always attended, then by share; those that are not there last.
-    rank = jnp.where(always, -jnp.inf, jnp.where(visible, -shares, jnp.inf))
-    _, order, share = lax.sort((rank, jnp.broadcast_to(place, rank.shape), shares), num_keys=1)
-    there = visible.sum(axis=-1)
+    there, least = visible.sum(axis=-1), always.sum(axis=-1)  # [1, tiles]
+    most = N
     if density is not None:
         wanted = jnp.ceil(density * there.astype(jnp.float32) - 1e-4).astype(jnp.int32)
+        most = min(N, math.ceil(density * N) + MOST_ALWAYS)
     elif threshold is not None and threshold < 1:
-        wanted = (jnp.cumsum(share, axis=-1) - share < threshold).sum(axis=-1)
+        others = jnp.sort(jnp.where(visible & ~always, shares, 0.0), descending=True)
+        before = jnp.where(always, shares, 0.0).sum(axis=-1, keepdims=True)
+        before += jnp.cumsum(others, axis=-1) - others
+        wanted = least + (before < threshold).sum(axis=-1)
     else:
         wanted = there
-    counts = jnp.clip(wanted, always.sum(axis=-1), there)
+    counts = jnp.clip(wanted, least, there)
     counts = jnp.broadcast_to(counts, shares.shape[:2]).astype(jnp.int32)
-    listed = lax.sort(jnp.where(place < counts[..., None], order, N))
-    ids = jnp.where(listed < most, listed, listed - most + history)
-    return BlockList(ids=ids.astype(jnp.int32), counts=counts)
+    ids = implementation("select_pages", "reference" if most > MOST_SELECTED_PAGES else backend)(
+        jnp.where(always, jnp.inf, shares).swapaxes(0, 1),
+        jnp.broadcast_to(there[0], (tiles,)).astype(jnp.int32),
+        counts.T,
+        num_pages=most,
+        sink_pages=0,
+        most_heads=most_heads,
+    )
+    return BlockList(ids=ids.swapaxes(0, 1), counts=counts)

@@ -101,15 +101,15 @@ def test_pages_of_codes() -> None:
     assert_allclose(found[seen], true[seen], atol=1e-2, rtol=0)
 
 
-def test_lists_are_those_of_the_plain_op() -> None:
+@pytest.mark.parametrize("how", [{"density": 0.6}, {"threshold": 0.8}])
+def test_lists_are_those_of_the_plain_op(how: dict[str, float]) -> None:
     """Through ``choose_blocks``; ties and the last bits of shares decide nothing here."""
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.standard_normal((256, n, 64)) * 3, jnp.bfloat16) for n in (4, 2))
     pool = jnp.asarray(rng.standard_normal((2, 6, 64, 64)), jnp.bfloat16)
     args = q, k, KVPages(pool, pool), jnp.array([3, 0, 5, 1]), jnp.int32(200), jnp.int32(256)
     lists = [
-        api.choose_blocks(*args, density=0.6, backend=backend)
-        for backend in ("mosaic", "reference")
+        api.choose_blocks(*args, **how, backend=backend) for backend in ("mosaic", "reference")
     ]
     for kernel, plain in zip(*lists, strict=True):
         assert_array_equal(kernel, plain)
