@@ -187,7 +187,8 @@ class LLM:
         ``sampling_params``: one for all, or one a prompt; None is ``SamplingParams()``.
         What prompts begin with that was computed before, in this call or an earlier one, is not
         computed again (docs/prefix-cache.md), unless their ``prompt_logprobs`` are asked for: these
-        run every token of the prompt. ``shared_prefix`` is one that all prompts must begin with.
+        run every token of the prompt. Where there are more than can run at once, those that begin
+        alike run after each other. ``shared_prefix`` is one that all prompts must begin with.
         ``deadline`` seconds from now every completion ends with what it has (``finish_reason``
         "deadline").
 
@@ -225,7 +226,10 @@ class LLM:
                 check_begins(shared_prefix, [prompt.ids.ids for prompt in checked])
             elif shared_prefix is not None:
                 raise TypeError(f"{shared_prefix=} must be a Prefix or None")
-            requests = zip(checked, sampling_params, strict=True)
+            requests = [
+                (position, (checked[position], sampling_params[position]))
+                for position in self._in_turn(checked)
+            ]
             outputs = {}
             stream = self._stream(requests, on_text, self._until(deadline))
             with contextlib.closing(stream):
@@ -234,6 +238,17 @@ class LLM:
                         raise type(error)(f"prompt {position}: {error}")
                     outputs[position] = output
         return [outputs[position] for position in range(len(prompts))]
+
+    def _in_turn(self, prompts: Sequence[CheckedPrompt]) -> list[int]:
+        """In which order prompts begin to run.
+
+        Where not all run at once those that begin alike follow each other: what they share may not
+        be there any more when all others have run.
+        """
+        order = list(range(len(prompts)))
+        if self.engine.enable_prefix_caching and len(prompts) > self.engine.spec.max_num_seqs:
+            order.sort(key=lambda i: prompts[i].ids.ids.tobytes())
+        return order
 
     def stream(
         self,
@@ -258,7 +273,7 @@ class LLM:
         if not is_listing(requests):
             raise TypeError(f"{requests=} must give pairs of a prompt and its SamplingParams")
         check_deadline(deadline)
-        return self._stream(requests, on_text, lambda: deadline)
+        return self._stream(enumerate(requests), on_text, lambda: deadline)
 
     def _until(self, deadline: float | None) -> Callable[[], float | None]:
         """What is left of ``deadline`` seconds that begin now."""
@@ -270,7 +285,7 @@ class LLM:
 
     def _stream(
         self,
-        requests: Iterable[tuple[Prompt | CheckedPrompt, SamplingParams]],
+        requests: Iterable[tuple[int, tuple[Prompt | CheckedPrompt, SamplingParams]]],
         on_text: OnText | None,
         deadline: Callable[[], float | None],
     ) -> Generator[tuple[int, RequestOutput]]:
@@ -278,7 +293,7 @@ class LLM:
             raise TypeError(f"on_text={on_text!r} must be a function")
         text = self.text_engine
         position_of: dict[str, int] = {}  # by request id
-        drawn = enumerate(requests)
+        drawn = iter(requests)
 
         def advance() -> list[tuple[int, RequestOutput]] | None:
             """One step; what has finished in it, None at the end."""

@@ -39,7 +39,8 @@ def test_cold_is_warm_bit_for_bit(attention: str, kv_dtype: str, build: Build) -
     assert forgets.engine.metrics().cached_pages == forgets.engine.metrics().prefix_tokens == 0
     llm = build(attention, **settings)
     warm = run(llm, prompts, 12)
-    assert llm.engine.metrics().prefix_tokens == (5 + 5 + 3 + 2) * CHUNK
+    # Shorter ones run first; of the prompt of three whole chunks the last is computed.
+    assert llm.engine.metrics().prefix_tokens == (3 + 3 + 5 + 5) * CHUNK
     for again in (warm, run(llm, prompts, 12)):
         for one, other in zip(again, cold, strict=True):
             assert one.tokens == other.tokens
@@ -118,6 +119,20 @@ def test_as_many_documents_stay_as_there_is_room_for(build: Build) -> None:
         assert found == [12 * P if turn else 0] * 3
 
 
+def test_prompts_of_one_call_that_begin_alike_run_after_each_other(build: Build) -> None:
+    """Five documents and room for three: given in turn, each is computed once all the same."""
+    llm = build(max_num_seqs=2)
+    documents = random_prompts(9, [12 * P] * 5)
+    questions = random_prompts(10, [2 * P + 3] * 15)
+    prompts = [ids(documents[i % 5] + own) for i, own in enumerate(questions)]
+    outputs = llm.generate(prompts, GREEDY)
+    assert sorted(output.num_cached_tokens for output in outputs) == [0] * 5 + [12 * P] * 10
+    by_themselves = build(enable_prefix_caching=False).generate(prompts, GREEDY)
+    for output, alone in zip(outputs, by_themselves, strict=True):
+        assert output.prompt_token_ids == alone.prompt_token_ids
+        assert output.outputs[0].token_ids == alone.outputs[0].token_ids
+
+
 def test_each_turn_of_a_chat_computes_what_is_new(build: Build) -> None:
     """The answer's tokens too, since decode steps make other keys than a prefill."""
     llm, computed, known = build(), 0, 0
@@ -184,7 +199,8 @@ def test_what_runs_gets_pages_before_what_is_remembered(build: Build) -> None:
     assert llm.spec.num_pages == 13
     prompts = random_prompts(9, [300] * 6)
     cold = run(build("dense", enable_prefix_caching=False), prompts, 8)
-    assert_same(run(llm, prompts, 8), cold)
+    for pair in range(0, 6, 2):
+        assert_same(run(llm, prompts[pair : pair + 2], 8), cold[pair : pair + 2])
     metrics = llm.engine.metrics()
     assert metrics.preemptions == 0 and metrics.evicted_pages > 0
     assert metrics.free_pages == metrics.num_pages == 13
