@@ -19,10 +19,12 @@ KV_KINDS: tuple[KVKind, ...] = get_args(KVKind)
 # of channel c + D / 2 its high half.
 CODE_TYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn, "int4": jnp.uint8}
 # The largest code: with it the largest |x| of a vector is stored.
-_LARGEST = {"int8": 127.0, "fp8": 448.0}
-_STEPS = 15.0  # from the lowest code of 4 bits to the highest
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+STEPS = 15.0  # from the lowest code of 4 bits to the highest
 # A vector of zeros would have scale 0; any positive scale represents it exactly.
-_SMALLEST = 1e-6
+SMALLEST = 1e-6
+# Scales are products with 1 / LARGEST and 1 / STEPS: XLA makes such products of quotients, but not
+# where ops run one by one, nor do kernels. These scales would differ in the last bit.
 
 
 def kv_kind(dtype: jax.typing.DTypeLike) -> KVKind | None:
@@ -31,7 +33,7 @@ def kv_kind(dtype: jax.typing.DTypeLike) -> KVKind | None:
     >>> kv_kind("uint8"), kv_kind("bfloat16")
     ('int4', None)
     """
-    return next((kind for kind in KV_KINDS if CODE_TYPES[kind] == dtype), None)
+    return next((kind for kind in KV_KINDS if jnp.dtype(dtype) == CODE_TYPES[kind]), None)
 
 
 def stored_channels(kind: KVKind | None, head_dim: int) -> int:
@@ -46,24 +48,33 @@ def quantize(x: Float[Array, "... D"], kind: KVKind) -> tuple[Array, KVScale]:
         halves = [_quantize_half(half) for half in jnp.split(x, 2, axis=-1)]
         (low, low_word), (high, high_word) = halves
         return low | high << 4, (low_word, high_word)
-    largest = _LARGEST[kind]
-    scale = jnp.maximum(largest_magnitude(x, axis=-1), _SMALLEST) / largest
+    scale = jnp.maximum(largest_magnitude(x, axis=-1), SMALLEST) * (1 / LARGEST[kind])
     codes = x / scale[..., None]
     return (jnp.round(codes) if kind == "int8" else codes).astype(CODE_TYPES[kind]), scale
 
 
 def _quantize_half(x: Float[Array, "... D/2"]) -> tuple[Array, Int[Array, "..."]]:
     """Codes 0 to 15 as uint8, and the word that says what they stand for."""
-    lowest = keep_nan(x.min(axis=-1), x, axis=-1).astype(jnp.bfloat16)
+    word = range_word(keep_nan(x.min(axis=-1), x, axis=-1), x.max(axis=-1))
+    step, lowest = (value[..., None] for value in word_values(word))
+    codes = jnp.clip(jnp.round((x - lowest) / step), 0.0, STEPS)
+    return codes.astype(jnp.uint8), word
+
+
+def range_word(lowest: Float[Array, "..."], highest: Float[Array, "..."]) -> Int[Array, "..."]:
+    """The word of values between these two, float32; kernels use it too."""
+    lower = _bf16_bits(lowest)
     # From the lowest as it is stored: what its own rounding loses, codes make good.
-    span = x.max(axis=-1) - lowest.astype(jnp.float32)
-    step = (jnp.maximum(span, _SMALLEST) / _STEPS).astype(jnp.bfloat16)
-    offset, size = (value.astype(jnp.float32)[..., None] for value in (lowest, step))
-    codes = jnp.clip(jnp.round((x - offset) / size), 0.0, _STEPS)
-    upper, lower = (
-        lax.bitcast_convert_type(value, jnp.uint16).astype(jnp.uint32) for value in (step, lowest)
-    )
-    return codes.astype(jnp.uint8), lax.bitcast_convert_type(upper << 16 | lower, jnp.int32)
+    span = highest - lax.bitcast_convert_type(lower << 16, jnp.float32)
+    return _bf16_bits(jnp.maximum(span, SMALLEST) * (1 / STEPS)) << 16 | lower
+
+
+def _bf16_bits(x: Float[Array, "..."]) -> Int[Array, "..."]:
+    """x rounded to bf16, as the lower 16 bits of an int32.
+
+    Between float32 numbers, XLA may leave such a rounding out.
+    """
+    return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.int32)
 
 
 def values(codes: Array, scale: KVScale | None) -> Float[Array, "... D"]:

@@ -4,6 +4,7 @@ The pools and the statistics go into a kernel as references and come out as the 
 the caller donates them, or carries them through a loop, XLA copies none of them.
 """
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -14,7 +15,16 @@ from jaxtyping import Array
 
 from pallas_kernels.hopper.mosaic import spread_rows
 from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
-from pallas_kernels.types import KVPages
+from pallas_kernels.kv_codes import (
+    CODE_TYPES,
+    LARGEST,
+    SMALLEST,
+    KVKind,
+    kv_kind,
+    range_word,
+    word_values,
+)
+from pallas_kernels.types import KVPages, KVScale
 
 
 def unsupported(
@@ -26,8 +36,8 @@ def unsupported(
     if dtypes != {"bfloat16"}:
         reasons.append(f"queries, keys and values must be bfloat16, got {sorted(dtypes)}")
     for name, pool in (("retrieval", retrieval), ("streaming", streaming)):
-        if pool.k.dtype not in (jnp.bfloat16, jnp.int8):
-            reasons.append(f"{name} pages must be bfloat16 or int8, got {pool.k.dtype}")
+        if pool.k.dtype != jnp.bfloat16 and kv_kind(pool.k.dtype) is None:
+            reasons.append(f"{name} pages must be bfloat16 or codes, got {pool.k.dtype}")
     if key_stats is not None and key_stats.dtype not in (jnp.bfloat16, jnp.float32):
         reasons.append(f"key statistics must be bfloat16 or float32, got {key_stats.dtype}")
     if head_dim not in (64, 128):
@@ -95,7 +105,34 @@ def load_unoptimised(ref, layout) -> Array:
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
-def quantize(largest, x):
-    """int8 codes of ``x`` given the largest |x| of each row, and the scale of each row."""
-    largest = jnp.maximum(largest, 1e-6)
-    return jnp.round(x * spread_rows(127.0 / largest, x)).astype(jnp.int8), largest / 127.0
+def quantize(parts: list, kind: KVKind) -> tuple[list, KVScale]:
+    """Codes and scales of a vector a row, whose channels are those of all ``parts`` [rows, ...].
+
+    Scales, and codes of 4 bits (int32, two parts give one), are those of ``kv_codes.quantize`` bit
+    for bit. Of 8 bits a product takes the place of a quotient, since kernels divide only nearly
+    right and more slowly: a number next to halfway between two codes may get the other one.
+    """
+    parts = [x.astype(jnp.float32) for x in parts]
+    if kind == "int4":
+        (low, low_word), (high, high_word) = map(_quantize_half, parts)
+        return [low | high << 4], (low_word, high_word)
+    peaks = [jnp.abs(x).max(axis=1) for x in parts]
+    peak = jnp.maximum(functools.reduce(jnp.maximum, peaks), SMALLEST)
+    inverse = LARGEST[kind] / peak
+    codes = [x * spread_rows(inverse, x) for x in parts]
+    if kind == "int8":
+        codes = [jnp.round(x) for x in codes]
+    return [x.astype(CODE_TYPES[kind]) for x in codes], peak * (1 / LARGEST[kind])
+
+
+def _quantize_half(x) -> tuple[Array, Array]:
+    """Codes, int32, and words of one half of the channels, whose numbers are bf16's."""
+    word = range_word(x.min(axis=1), x.max(axis=1))
+    step, lowest = word_values(word)
+    x = x - spread_rows(lowest, x)
+    # Of numbers up to 1/256 above halfway between two codes the lower one: no error of the product
+    # reaches further, and the next line is exact, since its own product has 13 bits.
+    code = (x * spread_rows(1.0 / step, x) + (0.5 - 1 / 256)).astype(jnp.int32)
+    beyond = x - (code.astype(jnp.float32) + 0.5) * spread_rows(step, x)
+    is_odd = (code & 1) == 1
+    return jnp.where((beyond > 0) | ((beyond == 0) & is_odd), code + 1, code), word

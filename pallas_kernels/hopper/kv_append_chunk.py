@@ -11,15 +11,15 @@ last fewer:
 
       tile --TMA--> shared memory --TMA--> a whole page of a pool
                       |  |  \\--8 rows or 1 at a time--> places of a page written in part
-                      |  \\--registers--> int8 codes and scales, shared memory, then as above
+                      |  \\--registers--> codes and scales, shared memory, then as above
                       \\--registers--> kmax, kmin of each logical page
 
 A page is also written in part if the streaming heads keep only some of its tokens (a ring does not
 keep what has left the window). A page of which they keep nothing is not read.
 
 What must move: k and v once from where the model left them, and each token written once: T * Hk *
-2 * D * (2 + 2 or 1) bytes, less for streaming heads, 8 more for each pair of int8 scales, and 4 * D
-bytes of statistics a logical page and head.
+2 * D * (2 + 2, 1 or 1/2) bytes, less for streaming heads, for each key and its value 8 more with
+codes of 8 bits, 16 with codes of 4, and 4 * D bytes of statistics a logical page and head.
 """
 
 from collections.abc import Callable
@@ -41,6 +41,7 @@ from pallas_kernels.hopper.kv_append import (
 )
 from pallas_kernels.hopper.mosaic import cdiv, refuse, store_unoptimised
 from pallas_kernels.hopper.shared_kernel import Shapes, sizes
+from pallas_kernels.kv_codes import CODE_TYPES, KV_KINDS, KVKind, kv_kind, stored_channels
 from pallas_kernels.types import KVPages
 
 # Rows of a tile that are in registers at once: 16 x 128 float32 are 16 registers a thread.
@@ -65,7 +66,7 @@ def append_kv_chunk(
 ) -> tuple[KVPages, KVPages, Float[Array, "Kq N g 2 D"] | None]:
     """``pallas_kernels.api.append_kv_chunk`` on a Hopper GPU (or under Mosaic GPU's interpreter).
 
-    k and v bf16, pages bf16 or int8, statistics bf16 or float32; D 64 or 128; P 16 to 128. Shapes
+    k and v bf16, pages bf16 or codes, statistics bf16 or float32; D 64 or 128; P 16 to 128. Shapes
     are those the api has checked. Raises ``NotImplementedError`` for anything else.
     """
     P = retrieval.k.shape[2]
@@ -109,8 +110,14 @@ class _Tile(NamedTuple):
 
     tokens: Any  # [P, D] bf16
     ready: Any  # barrier
-    codes: Any = None  # [P, D] int8, if a pool is int8
-    scales: Any = None  # [P] float32, if a pool is int8
+    codes: dict[KVKind, "_Stored"]  # of each kind that a pool has
+
+
+class _Stored(NamedTuple):
+    """The tile in the form that a pool has, in shared memory."""
+
+    vectors: Any  # [P, D], of codes of 4 bits [P, D / 2]
+    scales: Any = None  # one [P] or two, for codes
 
 
 class _Span(NamedTuple):
@@ -126,8 +133,8 @@ class _Target(NamedTuple):
     """Keys or values of one page of the chunk, and where they are written."""
 
     source: Any  # [P, D] bf16, in device memory
-    pages: Any  # [K, N, P, D] bf16 or int8
-    scales: Any  # [K, N, P] float32, or None
+    pages: Any  # [K, N, P, D or D / 2]
+    scales: Any  # one [K, N, P] or two, or None
     stats: Any  # [Kq, N, g, 2, D], or None; of the first heads
     ranked: Any  # Kq
     head: Any
@@ -161,11 +168,11 @@ def _append_pages(
 ) -> tuple[KVPages, KVPages, Array | None]:
     T, Hk, D = chunk.k.shape
     P, M, pages = retrieval.k.shape[2], chunk.page_table.shape[0], chunk.ring_page.shape[0]
-    int8 = jnp.int8 in (retrieval.k.dtype, streaming.k.dtype)
+    kinds = {kv_kind(pool.k.dtype) for pool in (retrieval, streaming)}
     heads = retrieval.k.shape[0], 0 if key_stats is None else key_stats.shape[0]
     return append_in_place(
         _make_kernel,
-        _Settings(T, Hk, D, P, M, pages, int8),
+        _Settings(T, Hk, D, P, M, pages, tuple(kind for kind in KV_KINDS if kind in kinds)),
         (chunk, sizes(*heads)),
         (retrieval, streaming, key_stats),
         most_heads=Hk,
@@ -181,17 +188,17 @@ class _Settings(NamedTuple):
     page_size: int  # P
     table: int  # M
     pages: int  # that the chunk can touch
-    int8: bool  # whether a pool is
+    kinds: tuple[KVKind, ...]  # of codes that pools have
 
 
 def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
-    T, Hk, D, P, M, pages, int8 = settings
+    T, Hk, D, P, M, pages, kinds = settings
 
     def append_page(
         chunk_gmem,  # see _Chunk
         sizes_gmem,  # int32: Kr, Kq
-        retrieval_gmem,  # k, v [Kr, N, P, D], scales [Kr, N, P] float32; updated
-        streaming_gmem,  # k, v [Ks, N, P, D], scales [Ks, N, P] float32; updated
+        retrieval_gmem,  # KVPages of Kr heads, updated
+        streaming_gmem,  # KVPages of Ks heads, updated
         stats_gmem,  # [Kq, N, g, 2, D], updated
         tile,  # see _Tile
     ):
@@ -232,11 +239,11 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
                 head, page = h - first_streaming, chunk_gmem.ring_page[i]
                 append(streaming_gmem, None, head, page, lambda token: chunk_gmem.token_page[token])
 
-    tile = _Tile(plgpu.SMEM((P, D), jnp.bfloat16), plgpu.Barrier())
-    if int8:
-        tile = tile._replace(
-            codes=plgpu.SMEM((P, D), jnp.int8), scales=plgpu.SMEM((P,), jnp.float32)
-        )
+    tile = _Tile(
+        plgpu.SMEM((P, D), jnp.bfloat16),
+        plgpu.Barrier(),
+        {kind: _stored_codes(kind, P, D) for kind in kinds},
+    )
     return plgpu.kernel(
         append_page,
         out_type=(),
@@ -247,38 +254,45 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
     )
 
 
+def _stored_codes(kind: KVKind, P: int, D: int) -> _Stored:
+    codes = plgpu.SMEM((P, stored_channels(kind, D)), CODE_TYPES[kind])
+    if kind == "int4":
+        return _Stored(codes, (plgpu.SMEM((P,), jnp.int32), plgpu.SMEM((P,), jnp.int32)))
+    return _Stored(codes, plgpu.SMEM((P,), jnp.float32))
+
+
 def _write_page(target: _Target, span: _Span, tile: _Tile) -> None:
     """The whole of a CTA: reads the tokens of one page and writes those that are kept."""
     P = tile.tokens.shape[0]
     whole = (span.begin == 0) & (span.end == P) & (target.page >= 0)
+    kind = kv_kind(target.pages.dtype)
+    stored = _Stored(tile.tokens) if kind is None else tile.codes[kind]
 
     @pl.when((span.begin < span.end) & (target.page != NO_PAGE))
     def _():
         plgpu.copy_gmem_to_smem(target.source, tile.tokens, tile.ready)
         plgpu.barrier_wait(tile.ready)
-        if target.scales is not None:
-            _quantize_tile(tile)
-        pl.when(whole)(lambda: _write_whole(target, tile))
-        pl.when(~whole)(lambda: _write_in_part(target, span, tile))
+        if kind is not None:
+            _quantize_tile(tile.tokens, stored, kind)
+        pl.when(whole)(lambda: _write_whole(target, stored, tile))
+        pl.when(~whole)(lambda: _write_in_part(target, stored, span, tile))
 
 
-def _write_whole(target: _Target, tile: _Tile) -> None:
+def _write_whole(target: _Target, stored: _Stored, tile: _Tile) -> None:
     """By TMA, with statistics of the page alone."""
     at = target.head, target.page
-    stored = tile.tokens if target.scales is None else tile.codes
-    plgpu.copy_smem_to_gmem(stored, target.pages.at[at])
-    if target.scales is not None:
-        plgpu.copy_smem_to_gmem(tile.scales, target.scales.at[at])
+    plgpu.copy_smem_to_gmem(stored.vectors, target.pages.at[at])
+    for scale, to in _scales(stored, target):
+        plgpu.copy_smem_to_gmem(scale, to.at[at])
     if target.stats is not None:
         # Heads beyond those of the statistics are not ranked.
         pl.when(target.head < target.ranked)(lambda: _assign_statistics(target.stats.at[at], tile))
     plgpu.wait_smem_to_gmem(0)
 
 
-def _write_in_part(target: _Target, span: _Span, tile: _Tile) -> None:
+def _write_in_part(target: _Target, stored: _Stored, span: _Span, tile: _Tile) -> None:
     """Rows that all go to one page are written a few at once, others one by one."""
-    stored = tile.tokens if target.scales is None else tile.codes
-    matrix = row_per_warp(4, stored.shape[1])  # of any multiple of 4 rows
+    matrix = row_per_warp(4, stored.vectors.shape[1])  # of any multiple of 4 rows
     size = ROWS_OF_STORE
 
     def write_row(place, _):
@@ -286,10 +300,10 @@ def _write_in_part(target: _Target, span: _Span, tile: _Tile) -> None:
 
         @pl.when(page >= 0)
         def _():
-            vector = load_unoptimised(stored.at[row], matrix.reduce(0))
+            vector = load_unoptimised(stored.vectors.at[row], matrix.reduce(0))
             store_unoptimised(target.pages.at[target.head, page, place], vector)
-            if target.scales is not None:
-                target.scales[target.head, page, place] = tile.scales[row]
+            for scale, to in _scales(stored, target):
+                to[target.head, page, place] = scale[row]
 
     def write_rows(j, _):
         """Places j * size to (j + 1) * size - 1."""
@@ -300,10 +314,10 @@ def _write_in_part(target: _Target, span: _Span, tile: _Tile) -> None:
         def _():
             rows = pl.ds(j * size + span.shift, size)
             at = target.head, target.page, places
-            store_unoptimised(target.pages.at[at], load_unoptimised(stored.at[rows], matrix))
-            if target.scales is not None:
-                scales = load_unoptimised(tile.scales.at[rows], matrix.reduce(1))
-                store_unoptimised(target.scales.at[at], scales)
+            vectors = load_unoptimised(stored.vectors.at[rows], matrix)
+            store_unoptimised(target.pages.at[at], vectors)
+            for scale, to in _scales(stored, target):
+                store_unoptimised(to.at[at], load_unoptimised(scale.at[rows], matrix.reduce(1)))
 
         @pl.when(~at_once)
         def _():
@@ -318,17 +332,28 @@ def _write_in_part(target: _Target, span: _Span, tile: _Tile) -> None:
         )
 
 
-def _quantize_tile(tile: _Tile) -> None:
-    """Fills the tile's codes and scales."""
-    P, D = tile.tokens.shape
-    rows, matrix = min(P, ROWS_AT_ONCE), row_per_warp(4, D)
+def _scales(stored: _Stored, target: _Target) -> list[tuple[Any, Any]]:
+    """Each scale of the tile, and the scales of the pool that it goes to."""
+    return list(zip(jax.tree.leaves(stored.scales), jax.tree.leaves(target.scales), strict=True))
+
+
+def _quantize_tile(tokens, stored: _Stored, kind: KVKind) -> None:
+    """Fills ``stored`` with the codes of ``tokens`` [P, D] and their scales."""
+    P, D = tokens.shape
+    parts = 2 if kind == "int4" else 1
+    # With half as many rows of halves, which take more registers, an SM holds as many CTAs.
+    rows = min(P, ROWS_AT_ONCE // parts)
+    matrix = row_per_warp(4, D // parts)
 
     def quantize_rows(j, _):
         block = pl.ds(j * rows, rows)
-        x = load_unoptimised(tile.tokens.at[block], matrix).astype(jnp.float32)
-        codes, scale = quantize(jnp.abs(x).max(axis=1), x)
-        store_unoptimised(tile.codes.at[block], codes)
-        store_unoptimised(tile.scales.at[block], scale)
+        x = [
+            load_unoptimised(tokens.at[block, pl.ds(i * D // parts, D // parts)], matrix)
+            for i in range(parts)
+        ]
+        [codes], scales = quantize(x, kind)
+        store_unoptimised(stored.vectors.at[block], codes.astype(stored.vectors.dtype))
+        jax.tree.map(lambda to, x: store_unoptimised(to.at[block], x), stored.scales, scales)
 
     lax.fori_loop(0, P // rows, quantize_rows, None)
     plgpu.commit_smem()

@@ -2,7 +2,7 @@
 
 Decode, ``append_kv``. The grid is (row b, part), one warpgroup a CTA. A part is a few heads of one
 kind; a warp holds a head, a lane two (D = 64: one) channels of its lower half and as many of its
-upper, so that rotation and the largest |x| of a head need no other warp:
+upper, so that rotation and the scale of a head, or those of its halves, need no other warp:
 
       part      |  retrieval KV heads  |  streaming KV heads  |      query heads      |
                 | rotate k, write k, v |  rotate k, write k,  |        rotate         |
@@ -40,6 +40,7 @@ from pallas_kernels.hopper.kv_append import (
 )
 from pallas_kernels.hopper.mosaic import refuse, spread_columns, store_unoptimised
 from pallas_kernels.hopper.shared_kernel import Shapes
+from pallas_kernels.kv_codes import kv_kind
 from pallas_kernels.types import KVPages
 
 
@@ -86,7 +87,7 @@ def append_kv(
 ) -> tuple[Float[Array, "B H D"], KVPages, KVPages, Float[Array, "Kq N g 2 D"] | None]:
     """``pallas_kernels.api.append_kv`` on a Hopper GPU (or under Mosaic GPU's interpreter).
 
-    q, k, v bf16, pages bf16 or int8, statistics bf16 or float32; D 64 or 128. Shapes are those the
+    q, k, v bf16, pages bf16 or codes, statistics bf16 or float32; D 64 or 128. Shapes are those the
     api has checked. Raises ``NotImplementedError`` for anything else.
     """
     refuse("append_kv", unsupported((q, k, v), retrieval, streaming, key_stats))
@@ -130,8 +131,8 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         cos_gmem,  # [B, D / 2] float32
         sin_gmem,  # [B, D / 2] float32
         places_gmem,  # [B, 8] int32: page, page of the ring, offset, Kr, Kq
-        retrieval_gmem,  # k, v [Kr, N, P, D], scales [Kr, N, P] float32; updated
-        streaming_gmem,  # k, v [Ks, N, P, D], scales [Ks, N, P] float32; updated
+        retrieval_gmem,  # KVPages of Kr heads, updated
+        streaming_gmem,  # KVPages of Ks heads, updated
         stats_gmem,  # [Kq, N, g, 2, D], updated
         rotated_gmem,  # [B, H, D] bf16, output
     ):
@@ -227,15 +228,15 @@ def _rotate(halves: list, angles: list) -> list:
 
 
 def _write(pages, scales, place: _Place, halves: list) -> None:
-    """Keys or values into ``pages`` [K, N, P, D]; int8 if there are ``scales`` [K, N, P]."""
-    if scales is not None:
-        halves = [x.astype(jnp.float32) for x in halves]
-        low, high = (jnp.abs(x).max(axis=1) for x in halves)
-        quantized = [quantize(jnp.maximum(low, high), x) for x in halves]
-        store_unoptimised(scales.at[*place], quantized[0][1])
-        halves = [codes for codes, _ in quantized]
-    for x, channels in zip(halves, _halves(pages.shape[3]), strict=True):
-        store_unoptimised(pages.at[*place, channels], x.astype(pages.dtype))
+    """Keys or values into ``pages``, in the form in which these and their ``scales`` have them."""
+    kind, stored = kv_kind(pages.dtype), halves
+    if kind is not None:
+        stored, scale = quantize(halves, kind)
+        jax.tree.map(lambda to, x: store_unoptimised(to.at[*place], x), scales, scale)
+    size = pages.shape[3] // len(stored)
+    for i, x in enumerate(stored):
+        to = pages.at[*place, pl.ds(i * size, size)]
+        store_unoptimised(to, x.astype(pages.dtype))
 
 
 def _widen_statistics(stats, place: _Place, keys: list, page_size: int) -> None:
