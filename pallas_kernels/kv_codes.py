@@ -1,6 +1,8 @@
 """Keys and values in 8 or 4 bits: how a head's vector is rounded, and what its codes stand for.
 
-Every token and head is rounded on its own, so that a token is written once and never again.
+Every token and head is rounded on its own, so that a token is written once and never again. What
+follows multiplies with reciprocals, as XLA does wherever it compiles a quotient by a constant or by
+one number a vector: so kernels and ops that run one by one get the same bits.
 """
 
 from typing import Literal, get_args
@@ -23,8 +25,6 @@ LARGEST = {"int8": 127.0, "fp8": 448.0}
 STEPS = 15.0  # from the lowest code of 4 bits to the highest
 # A vector of zeros would have scale 0; any positive scale represents it exactly.
 SMALLEST = 1e-6
-# Scales are products with 1 / LARGEST and 1 / STEPS: XLA makes such products of quotients, but not
-# where ops run one by one, nor do kernels. These scales would differ in the last bit.
 
 
 def kv_kind(dtype: jax.typing.DTypeLike) -> KVKind | None:
@@ -49,15 +49,16 @@ def quantize(x: Float[Array, "... D"], kind: KVKind) -> tuple[Array, KVScale]:
         (low, low_word), (high, high_word) = halves
         return low | high << 4, (low_word, high_word)
     scale = jnp.maximum(largest_magnitude(x, axis=-1), SMALLEST) * (1 / LARGEST[kind])
-    codes = x / scale[..., None]
+    codes = x * (1 / scale)[..., None]
     return (jnp.round(codes) if kind == "int8" else codes).astype(CODE_TYPES[kind]), scale
 
 
 def _quantize_half(x: Float[Array, "... D/2"]) -> tuple[Array, Int[Array, "..."]]:
     """Codes 0 to 15 as uint8, and the word that says what they stand for."""
     word = range_word(keep_nan(x.min(axis=-1), x, axis=-1), x.max(axis=-1))
-    step, lowest = (value[..., None] for value in word_values(word))
-    codes = jnp.clip(jnp.round((x - lowest) / step), 0.0, STEPS)
+    step, lowest = word_values(word)
+    codes = jnp.round((x - lowest[..., None]) * (1 / step)[..., None])
+    codes = jnp.clip(codes, 0.0, STEPS)
     return codes.astype(jnp.uint8), word
 
 

@@ -19,6 +19,7 @@ from pallas_kernels.kv_codes import (
     CODE_TYPES,
     LARGEST,
     SMALLEST,
+    STEPS,
     KVKind,
     kv_kind,
     range_word,
@@ -108,31 +109,25 @@ def load_unoptimised(ref, layout) -> Array:
 def quantize(parts: list, kind: KVKind) -> tuple[list, KVScale]:
     """Codes and scales of a vector a row, whose channels are those of all ``parts`` [rows, ...].
 
-    Scales, and codes of 4 bits (int32, two parts give one), are those of ``kv_codes.quantize`` bit
-    for bit. Of 8 bits a product takes the place of a quotient, since kernels divide only nearly
-    right and more slowly: a number next to halfway between two codes may get the other one.
+    As ``kv_codes.quantize``; two parts give one matrix of codes of 4 bits, as int32. A GPU's
+    reciprocals are off by an ulp or two, so that a number next to halfway between two codes may
+    get the other one there.
     """
     parts = [x.astype(jnp.float32) for x in parts]
     if kind == "int4":
         (low, low_word), (high, high_word) = map(_quantize_half, parts)
         return [low | high << 4], (low_word, high_word)
     peaks = [jnp.abs(x).max(axis=1) for x in parts]
-    peak = jnp.maximum(functools.reduce(jnp.maximum, peaks), SMALLEST)
-    inverse = LARGEST[kind] / peak
-    codes = [x * spread_rows(inverse, x) for x in parts]
+    scale = jnp.maximum(functools.reduce(jnp.maximum, peaks), SMALLEST) * (1 / LARGEST[kind])
+    codes = [x * spread_rows(1 / scale, x) for x in parts]
     if kind == "int8":
         codes = [jnp.round(x) for x in codes]
-    return [x.astype(CODE_TYPES[kind]) for x in codes], peak * (1 / LARGEST[kind])
+    return [x.astype(CODE_TYPES[kind]) for x in codes], scale
 
 
 def _quantize_half(x) -> tuple[Array, Array]:
-    """Codes, int32, and words of one half of the channels, whose numbers are bf16's."""
+    """Codes of 4 bits as int32, and words."""
     word = range_word(x.min(axis=1), x.max(axis=1))
     step, lowest = word_values(word)
-    x = x - spread_rows(lowest, x)
-    # Of numbers up to 1/256 above halfway between two codes the lower one: no error of the product
-    # reaches further, and the next line is exact, since its own product has 13 bits.
-    code = (x * spread_rows(1.0 / step, x) + (0.5 - 1 / 256)).astype(jnp.int32)
-    beyond = x - (code.astype(jnp.float32) + 0.5) * spread_rows(step, x)
-    is_odd = (code & 1) == 1
-    return jnp.where((beyond > 0) | ((beyond == 0) & is_odd), code + 1, code), word
+    codes = jnp.round((x - spread_rows(lowest, x)) * spread_rows(1 / step, x))
+    return jnp.clip(codes, 0.0, STEPS).astype(jnp.int32), word

@@ -340,9 +340,7 @@ def _scales(stored: _Stored, target: _Target) -> list[tuple[Any, Any]]:
 def _quantize_tile(tokens, stored: _Stored, kind: KVKind) -> None:
     """Fills ``stored`` with the codes of ``tokens`` [P, D] and their scales."""
     P, D = tokens.shape
-    parts = 2 if kind == "int4" else 1
-    # With half as many rows of halves, which take more registers, an SM holds as many CTAs.
-    rows = min(P, ROWS_AT_ONCE // parts)
+    rows, parts = min(P, ROWS_AT_ONCE), 2 if kind == "int4" else 1
     matrix = row_per_warp(4, D // parts)
 
     def quantize_rows(j, _):
