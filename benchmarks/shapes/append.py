@@ -5,8 +5,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
-from pallas_kernels.api import KVPages
+from pallas_kernels.api import KV_KINDS, KVKind, KVPages
+from pallas_kernels.kv_codes import CODE_TYPES, stored_channels
+from pallas_kernels.types import KVScale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +28,7 @@ class AppendShape:
     head_dim: int = 128
     page_size: int = 64
     logical_page_size: int = 16
-    int8: bool = False
+    kind: KVKind | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -38,10 +41,11 @@ class AppendShape:
     @property
     def bytes_moved(self) -> int:
         """Keys and values read and written once, a row's queries, and statistics."""
-        stored = self.head_dim + 4 if self.int8 else 2 * self.head_dim
+        page = jax.tree.leaves(jax.eval_shape(lambda: _empty_pool(1, 1, self)))
+        stored = sum(x.size * x.dtype.itemsize for x in page) // self.page_size
         kept = min(self.tokens, self.kept)
         vectors = self.rows * (self.tokens * self.retrieval_heads + kept * self.streaming_heads)
-        moved = vectors * 2 * (2 * self.head_dim + stored)
+        moved = vectors * (4 * self.head_dim + stored)
         statistics = self.rows * self.ranked_heads * 4 * self.head_dim  # of one logical page
         if self.tokens > 1:
             return moved + statistics * (self.tokens // self.logical_page_size)
@@ -58,8 +62,8 @@ def _append_shapes() -> tuple[AppendShape, ...]:
         AppendShape(name="1 row", **half),
         AppendShape(name="8 rows", rows=8, **half),
         AppendShape(name="64 rows", rows=64, **half),
-        AppendShape(name="1 row, int8", int8=True, **half),
-        AppendShape(name="8 rows, int8", rows=8, int8=True, **half),
+        *(AppendShape(name=f"1 row, {kind}", kind=kind, **half) for kind in KV_KINDS),
+        *(AppendShape(name=f"8 rows, {kind}", rows=8, kind=kind, **half) for kind in KV_KINDS),
         AppendShape(name="3 and 5 heads, 2 rows", rows=2, retrieval_heads=3, streaming_heads=5),
         AppendShape(name="3 of 4 heads ranked, 2 rows", rows=2, dense_heads=1, **half),
         AppendShape(name="SmolLM2, 2 rows", rows=2, retrieval_heads=2, streaming_heads=1, **small),
@@ -68,27 +72,35 @@ def _append_shapes() -> tuple[AppendShape, ...]:
 
 def _chunk_shapes() -> tuple[AppendShape, ...]:
     half = {"retrieval_heads": 4, "streaming_heads": 4}
+    edges = {"tokens": 1000, "start": 77}
     small = {"group": 3, "head_dim": 64, "page_size": 16, "logical_page_size": 8}
     return (
         AppendShape(name="chunk of 8192", tokens=8192, retrieval_heads=8),
         AppendShape(name="chunk of 8192, half streaming", tokens=8192, start=16384, **half),
-        AppendShape(name="chunk of 8192, int8", tokens=8192, retrieval_heads=8, int8=True),
+        *(
+            AppendShape(name=f"chunk of 8192, {kind}", tokens=8192, retrieval_heads=8, kind=kind)
+            for kind in KV_KINDS
+        ),
         AppendShape(name="chunk of 32768", tokens=32768, retrieval_heads=8),
         AppendShape(
             name="chunk of 1000 at 77, 2 of 4 heads ranked",
-            tokens=1000,
-            start=77,
             dense_heads=2,
+            **edges,
             **half,
         ),
-        AppendShape(name="chunk of 1000 at 77, int8", tokens=1000, start=77, int8=True, **half),
-        AppendShape(
-            name="chunk of 1000 at 77, int8, pages of 16",
-            tokens=1000,
-            start=77,
-            page_size=16,
-            int8=True,
-            **half,
+        *(
+            AppendShape(name=f"chunk of 1000 at 77, {kind}", kind=kind, **edges, **half)
+            for kind in KV_KINDS
+        ),
+        *(
+            AppendShape(
+                name=f"chunk of 1000 at 77, {kind}, pages of 16",
+                page_size=16,
+                kind=kind,
+                **edges,
+                **half,
+            )
+            for kind in KV_KINDS
         ),
         AppendShape(
             name="SmolLM2, chunk of 2048 at 5",
@@ -106,12 +118,19 @@ APPEND_CHUNK = _chunk_shapes()
 
 
 def _empty_pool(heads: int, pages: int, shape: AppendShape) -> KVPages:
-    """All NaN (int8: of a NaN scale)."""
-    size = heads, pages, shape.page_size
-    if not shape.int8:
-        return KVPages(*(jnp.full((*size, shape.head_dim), jnp.nan, jnp.bfloat16) for _ in "kv"))
-    codes = (jnp.full((*size, shape.head_dim), 77, jnp.int8) for _ in "kv")
-    return KVPages(*codes, *(jnp.full(size, jnp.nan, jnp.float32) for _ in "kv"))
+    """All NaN (codes: of a NaN scale)."""
+    size, kind = (heads, pages, shape.page_size), shape.kind
+
+    def tokens() -> tuple[Array, KVScale | None]:
+        if kind is None:
+            return jnp.full((*size, shape.head_dim), jnp.nan, jnp.bfloat16), None
+        codes = jnp.full((*size, stored_channels(kind, shape.head_dim)), 77, CODE_TYPES[kind])
+        if kind == "int4":  # a word of ones is two NaN
+            return codes, (jnp.full(size, -1, jnp.int32), jnp.full(size, -1, jnp.int32))
+        return codes, jnp.full(size, jnp.nan, jnp.float32)
+
+    (k, k_scale), (v, v_scale) = tokens(), tokens()
+    return KVPages(k, v, k_scale, v_scale)
 
 
 def append_inputs(

@@ -110,7 +110,7 @@ class _Tile(NamedTuple):
 
     tokens: Any  # [P, D] bf16
     ready: Any  # barrier
-    codes: dict[KVKind, "_Stored"]  # of each kind that a pool has
+    codes: Any  # a _Stored for each kind of codes that a pool has
 
 
 class _Stored(NamedTuple):
@@ -239,8 +239,11 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
                 head, page = h - first_streaming, chunk_gmem.ring_page[i]
                 append(streaming_gmem, None, head, page, lambda token: chunk_gmem.token_page[token])
 
+    # Row after row, as it says: left open, it could be swizzled, and halves or a few rows of it,
+    # which do not begin where the swizzle does, would be read wrong.
+    as_it_is = (plgpu.TilingTransform((D // 2,)),)
     tile = _Tile(
-        plgpu.SMEM((P, D), jnp.bfloat16),
+        plgpu.SMEM((P, D), jnp.bfloat16, transforms=as_it_is),
         plgpu.Barrier(),
         {kind: _stored_codes(kind, P, D) for kind in kinds},
     )

@@ -24,6 +24,7 @@ from pallas_kernels.hopper.prefill_attention import prefill_attention
 from pallas_kernels.hopper.prefix_attention import prefix_attention
 from pallas_kernels.hopper.quant_linear import packed_linear, packed_product
 from pallas_kernels.hopper.verify_attention import verify_attention
+from pallas_kernels.kv_codes import quantize
 from pallas_kernels.packed import BITS
 from pallas_kernels.types import (
     TILE_QUERIES,
@@ -45,14 +46,18 @@ def decode_arguments(
     width=64,
     pages=256,
     int8=False,
+    kind=None,
 ):
     heads = retrieval + streaming
     array = jax.ShapeDtypeStruct
+    kind = "int8" if int8 else kind
 
     def pool(heads: int) -> KVPages:
-        tokens = array((heads, pages, page_size, head_dim), jnp.int8 if int8 else jnp.bfloat16)
-        scale = array((heads, pages, page_size), jnp.float32) if int8 else None
-        return KVPages(tokens, tokens, scale, scale)
+        numbers = array((heads, pages, page_size, head_dim), jnp.bfloat16)
+        if kind is None:
+            return KVPages(numbers, numbers)
+        codes, scale = jax.eval_shape(partial(quantize, kind=kind), numbers)
+        return KVPages(codes, codes, scale, scale)
 
     bounds = array((rows, 1), jnp.int32)
     selected = PageList(array((rows, max(retrieval, 1), width), jnp.int32), bounds, bounds)
@@ -99,7 +104,8 @@ def append_arguments(rows=2, tokens=None, logical_page_size=16, ranked=None, **c
     """What both appending ops take, the caches first: then what they need besides."""
     q, retrieval, streaming, *lists = decode_arguments(rows=rows, pages=1 << 15, **case)
     array, heads = jax.ShapeDtypeStruct, (retrieval.k.shape[0], streaming.k.shape[0])
-    _, pages, page_size, head_dim = retrieval.k.shape
+    _, pages, page_size = retrieval.k.shape[:3]
+    head_dim = q.shape[-1]
     g = page_size // logical_page_size
     ranked = heads[0] if ranked is None else ranked
     caches = retrieval, streaming, array((ranked, pages, g, 2, head_dim), jnp.bfloat16)
@@ -124,6 +130,13 @@ def decode_steps(caches, tokens, places, lists):
     return lax.fori_loop(0, 10, step, (q, caches))
 
 
+def token_steps(caches, tokens, places, lists):
+    """Appends ten tokens."""
+    return lax.fori_loop(
+        0, 10, lambda _, caches: tuple(append_kv(*tokens, *caches, *places)[1:]), caches
+    )
+
+
 def prefill_steps(caches, tokens, places):
     """Appends ten chunks."""
     table, streaming_page, start, length = places
@@ -141,6 +154,8 @@ APPEND_CASES = {
         decode_steps,
         {"retrieval": 2, "streaming": 1, "head_dim": 64, "page_size": 16, "int8": True},
     ),
+    "append, fp8": (token_steps, {"kind": "fp8"}),
+    "append, int4, D 64": (token_steps, {"kind": "int4", "head_dim": 64, "page_size": 16}),
     "append, one of two heads ranked": (decode_steps, {"retrieval": 2, "ranked": 1}),
     "append chunk, bf16": (prefill_steps, {"tokens": 512}),
     "append chunk, one of two heads ranked": (
@@ -148,6 +163,8 @@ APPEND_CASES = {
         {"tokens": 512, "retrieval": 2, "ranked": 1},
     ),
     "append chunk, int8": (prefill_steps, {"tokens": 512, "int8": True, "page_size": 128}),
+    "append chunk, fp8": (prefill_steps, {"tokens": 512, "kind": "fp8"}),
+    "append chunk, int4": (prefill_steps, {"tokens": 512, "kind": "int4"}),
     "append chunk, D 64, retrieval only": (
         prefill_steps,
         {"tokens": 500, "head_dim": 64, "page_size": 16, "logical_page_size": 8, "streaming": 0},

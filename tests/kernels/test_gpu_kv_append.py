@@ -19,6 +19,7 @@ from shapes.append import (
 )
 
 from pallas_kernels import reference
+from pallas_kernels.api import dequantize_kv
 from pallas_kernels.hopper.kv_append_chunk import append_kv_chunk
 from pallas_kernels.hopper.kv_append_token import append_kv
 from pallas_kernels.types import KVPages
@@ -29,8 +30,7 @@ pytestmark = pytest.mark.gpu
 def read(pool: KVPages, part: str) -> np.ndarray:
     """Keys or values in float32; what was never written is NaN."""
     x, scale = getattr(pool, part), getattr(pool, f"{part}_scale")
-    x = np.asarray(x, np.float32)
-    return x if scale is None else x * np.asarray(scale)[..., None]
+    return np.asarray(x if scale is None else dequantize_kv(x, scale), np.float32)
 
 
 def check(written: np.ndarray, expected: np.ndarray, truth: np.ndarray) -> None:
@@ -42,6 +42,7 @@ def check(written: np.ndarray, expected: np.ndarray, truth: np.ndarray) -> None:
 
 def check_caches(kernel: Callable, plain: Callable, arguments: tuple, pools: slice) -> None:
     """The caches that ``kernel`` and ``plain`` give out; ``pools`` are those in ``arguments``."""
+    head_dim = arguments[0].shape[-1]
     retrieval, streaming, stats = jax.jit(kernel)(*arguments)
     expected_retrieval, expected_streaming, expected_stats = plain(*arguments)
     exact = jax.tree.map(
@@ -49,7 +50,7 @@ def check_caches(kernel: Callable, plain: Callable, arguments: tuple, pools: sli
     )
     # Caches in float32: what the op would store if storing lost nothing.
     cleared = (
-        KVPages(*(jnp.full(x.shape, jnp.nan, jnp.float32) for x in (pool.k, pool.v)))
+        KVPages(*(jnp.full((*x.shape[:3], head_dim), jnp.nan) for x in (pool.k, pool.v)))
         for pool in exact[pools][:2]
     )
     exact = (*exact[: pools.start], *cleared, *exact[pools.start + 2 :])

@@ -18,7 +18,6 @@ from pallas_kernels.types import KVPages
 
 PAGES = 7
 FP8 = jnp.float8_e4m3fn
-NAN_WORD = 0x7FC07FC0  # NaN is the step, and NaN is the lowest value
 
 
 def random(seed: int, *shape: int, dtype=jnp.bfloat16) -> np.ndarray:
@@ -35,7 +34,7 @@ def pool(heads: int, page_size: int, head_dim: int, stored: Any) -> KVPages:
             codes, scale = np.full((*size, head_dim), 1.5, FP8), np.full(size, np.nan, "f")
         case "int4":
             codes = np.full((*size, head_dim // 2), 0x93, np.uint8)
-            scale = tuple(np.full(size, NAN_WORD, np.int32) for _ in range(2))
+            scale = tuple(np.full(size, -1, np.int32) for _ in range(2))  # each word is two NaN
         case _:
             codes, scale = np.full((*size, head_dim), np.nan, stored), None
     return jax.tree.map(np.copy, KVPages(codes, codes, scale, scale))
