@@ -71,6 +71,7 @@ from pallas_kernels.hopper.decode_tiles import (
     read_place,
     scales,
     scores,
+    step_and_lowest,
     values,
 )
 from pallas_kernels.hopper.mosaic import (
@@ -86,6 +87,7 @@ from pallas_kernels.hopper.mosaic import (
     store_unoptimised,
 )
 from pallas_kernels.hopper.shared_kernel import FLAT, Shapes, call_shared
+from pallas_kernels.kv_codes import kv_kind
 from pallas_kernels.listed_attention import cut_pages
 from pallas_kernels.types import KVPages, PageList
 
@@ -119,7 +121,7 @@ def choose_config(
     # Two CTAs an SM read bf16 at full bandwidth; int8 takes more arithmetic a byte, and four hide
     # it, for which many columns leave no registers. Every further part costs the combining kernel
     # time.
-    ctas = (4 if dtype == jnp.int8 and queries <= 16 else 2) * SM_COUNT
+    ctas = (4 if kv_kind(dtype) and queries <= 16 else 2) * SM_COUNT
     # As many parts at once as registers hold, of which 8 columns take four.
     parts = 33 if queries <= 16 else 264 // _columns(queries)
     splits = deal_splits(rows, most_tokens, ctas)
@@ -185,8 +187,8 @@ def unsupported(q: Float[Array, "... D"], retrieval: KVPages, streaming: KVPages
     if q.dtype != jnp.bfloat16:
         reasons.append(f"queries must be bfloat16, got {q.dtype}")
     for name, pool in (("retrieval", retrieval), ("streaming", streaming)):
-        if pool.k.dtype not in (jnp.bfloat16, jnp.int8):
-            reasons.append(f"{name} pages must be bfloat16 or int8, got {pool.k.dtype}")
+        if pool.k.dtype != jnp.bfloat16 and kv_kind(pool.k.dtype) is None:
+            reasons.append(f"{name} pages must be bfloat16 or codes, got {pool.k.dtype}")
     if retrieval.k.dtype != streaming.k.dtype:
         reasons.append(
             f"both pools must have one dtype, got {retrieval.k.dtype} and {streaming.k.dtype}"
@@ -306,18 +308,20 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
                     split.fetch(VALUES, step, split.first_page_ids[step])
 
             first_row = query_tile_start(b * K + k, G, N, query_rows)
-            query_scale = load_query(q_gmem.at[pl.ds(first_row, N)], buffers.query)
+            query_scale = load_query(q_gmem.at[pl.ds(first_row, N)], buffers)
             stops = None
             if tokens > 1:
                 column = plgpu.broadcasted_iota(jnp.int32, (N,), 0, layout=PER_COLUMN)
                 query = column - ((b * K + k) * G - first_row)
                 later = tokens - 1 - lax.div(query, jnp.int32(G // tokens))  # tokens after its own
                 stops = split.stop - later
-            acc, peak, total = _attend_tiles(split, buffers, boxes, query_scale, stops)
+            accs, peak, total = _attend_tiles(split, buffers, boxes, query_scale, stops)
             # Every tile of the split may lie before ``start``.
             inverse = jnp.where(total > 0.0, 1.0 / total, 0.0)
             lse = jnp.where(total > 0.0, peak + jnp.log2(total), -jnp.inf)
-            store_unoptimised(parts_gmem.at[b, number], acc * spread_columns(inverse, acc))
+            for channels, acc in accs:
+                part = parts_gmem.at[b, number, channels]
+                store_unoptimised(part, acc * spread_columns(inverse, acc))
             store_unoptimised(lses_gmem.at[b, number], lse)
 
     return plgpu.kernel(
@@ -333,17 +337,25 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
 def _attend_tiles(split: Split, buffers: Buffers, boxes: Boxes, query_scale, stops):
     """Attends all tiles of the split, the first of which are on their way.
 
-    ``stops`` [N] are the columns' own, None if all have that of the split. Returns the weighted sum
-    of values [D, N], the largest score [N] (base 2) and the sum of the weights relative to it [N].
+    ``stops`` [N] are the columns' own, None if all have that of the split. Returns the weighted
+    sums of values as channels and [channels, N], the largest score [N] (base 2) and the sum of the
+    weights relative to it [N].
     """
-    stages, T, D = buffers.k.shape
-    N = buffers.p.shape[0]
+    stages, T, _ = buffers.k.shape
+    N, D = buffers.query[0].shape
     # Weights are summed down the columns only once, at the end: no exchange between warps in the
     # loop. Many columns leave no registers for that.
     summed_last = N <= 16
+    halves = buffers.kind == "int4"  # of the channels, with weights and a lowest value of their own
+
+    def add_up(total, decay, x):
+        if summed_last:
+            return total * spread_columns(decay, total) + x
+        return total * decay + x.sum(axis=0)
 
     def attend_tile(step, carry):
-        acc, peak, total, next_ids = carry  # [D, N], [N], [T, N] or [N], ids of step + stages
+        # [.., N] each, [N], [T, N] or [N], as total for either half, ids of step + stages
+        accs, peak, total, lowest_totals, next_ids = carry
         stage = lax.rem(step, jnp.int32(stages))
         refill = step + stages < split.steps
 
@@ -359,33 +371,61 @@ def _attend_tiles(split: Split, buffers: Buffers, boxes: Boxes, query_scale, sto
 
         decay = jnp.exp2(peak - new_peak)
         p = jnp.exp2(x - spread_columns(new_peak, x))
-        if summed_last:
-            total = total * spread_columns(decay, total) + p
-        else:
-            total = total * decay + p.sum(axis=0)
+        total = add_up(total, decay, p)
 
         plgpu.barrier_wait(buffers.v_ready.at[stage])
-        if buffers.v_scale is not None:
-            p = jnp.where(attended, p * scales(buffers.v_scale, stage, boxes, p), 0.0)
-        buffers.p.transpose((1, 0))[...] = plgpu.layout_cast(
-            p.astype(jnp.bfloat16), MATRIX_TRANSPOSED
-        )
+        if halves:
+            words = [
+                step_and_lowest(buffers.v_scale, half, stage, boxes, p, attended)
+                for half in range(2)
+            ]
+            weights = [p * size for size, _ in words]
+            lowest_totals = tuple(
+                add_up(total, decay, p * lowest)
+                for total, (_, lowest) in zip(lowest_totals, words, strict=True)
+            )
+        else:
+            if buffers.v_scale:
+                p = jnp.where(attended, p * scales(buffers.v_scale[0], stage, boxes, p), 0.0)
+            weights = [p]
+        for to, weight in zip(buffers.p, weights, strict=True):
+            to.transpose((1, 0))[...] = plgpu.layout_cast(
+                weight.astype(jnp.bfloat16), MATRIX_TRANSPOSED
+            )
         v = values(buffers, stage, split, step)
         plgpu.commit_smem()
-        new = matmul(v.transpose((1, 0)), buffers.p.transpose((1, 0)), D, N)
-        acc = acc * spread_columns(decay, acc) + new
+        news = [
+            matmul(x.transpose((1, 0)), weight.transpose((1, 0)), x.shape[1], N)
+            for x, weight in zip(v, buffers.p, strict=True)
+        ]
+        accs = [acc * spread_columns(decay, acc) + new for acc, new in zip(accs, news, strict=True)]
         pl.when(refill)(lambda: split.fetch(VALUES, step + stages, next_ids))
-        return acc, new_peak, total, split.page_ids(step + stages + 1)
+        return accs, new_peak, total, lowest_totals, split.page_ids(step + stages + 1)
 
-    acc, peak, total, _ = lax.fori_loop(
+    def no_total():
+        return full((T, N), 0.0, MATRIX) if summed_last else full((N,), 0.0, PER_COLUMN)
+
+    accs, peak, total, lowest_totals, _ = lax.fori_loop(
         0,
         split.steps,
         attend_tile,
         (
-            full((D, N), 0.0, MATRIX),
+            [full((64 if halves else D, N), 0.0, MATRIX) for _ in buffers.p],
             full((N,), LOWEST, PER_COLUMN),
-            full((T, N), 0.0, MATRIX) if summed_last else full((N,), 0.0, PER_COLUMN),
+            no_total(),
+            (no_total(), no_total()) if halves else (),
             split.first_page_ids[stages],
         ),
     )
-    return acc, peak, total.sum(axis=0) if summed_last else total
+    if summed_last:
+        total, *lowest_totals = (x.sum(axis=0) for x in (total, *lowest_totals))
+    if not halves:
+        return [(slice(None), accs[0])], peak, total
+    accs = [
+        acc + spread_columns(lowest, acc) for acc, lowest in zip(accs, lowest_totals, strict=True)
+    ]
+    if D == 128:
+        return [(pl.ds(64 * half, 64), acc) for half, acc in enumerate(accs)], peak, total
+    # Both have all 64 channels, and only those of one half are right.
+    channel = plgpu.broadcasted_iota(jnp.int32, (D, N), 0, layout=MATRIX)
+    return [(slice(None), jnp.where(channel < D // 2, *accs))], peak, total

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import kv_codes
 from pallas_kernels.hopper.mosaic import (
     LOG2_E,
     MATRIX,
@@ -26,8 +28,9 @@ from pallas_kernels.hopper.mosaic import (
 )
 from pallas_kernels.types import KVPages, PageList
 
-# An int8 holds a query to 1/127; the rounding error, at most 1/254 of that step, fills another.
-LOW_STEPS = 254.0
+# An int8 holds a query to 1/127; the rounding error, at most 1/254 of that step, fills another. Of
+# e4m3 the error is at most half of the largest step, 32, and 16 times that still a number.
+LOW_STEPS = {"int8": 254.0, "int4": 254.0, "fp8": 16.0}
 # T, tokens of one step: the least that wgmma multiplies. Twice as many took so many registers for
 # int8 that one CTA an SM was left, and gained nothing for bf16.
 TILE = 64
@@ -68,40 +71,54 @@ class Buffers(NamedTuple):
 
     k: Any  # [stages, T, D] as stored
     v: Any  # [stages, T, D] as stored
-    p: Any  # [N, T] bf16, the weights
+    p: tuple[Any, ...]  # [N, T] bf16, the weights; for int4 pages those of each half of channels
     k_ready: Any  # [stages] barriers
     v_ready: Any  # [stages] barriers
-    query: tuple[Any, ...]  # bf16 pages: q [N, D] bf16; int8: high [N, D], low [N, D] int8
-    # For int8 pages only:
-    v_bf16: Any = None  # [T, D] bf16
-    k_scale: Any = None  # [stages, boxes * scale_stride] float32
-    v_scale: Any = None  # [stages, boxes * scale_stride] float32
+    query: tuple[Any, ...]  # bf16 pages: q [N, D] bf16; codes: high [N, D], low [N, D] as K's
+    # For pages of codes only:
+    v_bf16: Any = None  # [T, D] bf16, codes
+    k_scale: tuple[Any, ...] = ()  # [stages, boxes * scale_stride] each
+    v_scale: tuple[Any, ...] = ()  # [stages, boxes * scale_stride] each
+    k_codes: Any = None  # [T, D] int8, for int4 pages
+
+    @property
+    def kind(self) -> kv_codes.KVKind | None:
+        """Of the pages."""
+        return kv_codes.kv_kind(self.k.dtype)
 
 
 def allocate_buffers(
     head_dim: int, columns: int, boxes: Boxes, stages: int, dtype: jax.typing.DTypeLike
 ) -> Buffers:
     """The scratch types for pages of ``dtype`` and a query tile of ``columns`` rows (N)."""
-    transforms = tile_transforms(head_dim, dtype)
-    kv_tile = plgpu.SMEM((stages, TILE, head_dim), dtype, transforms=transforms)
-    query_tile = plgpu.SMEM((columns, head_dim), dtype, transforms=transforms)
-    int8 = dtype == jnp.int8
-    copies = 2 * boxes.count if int8 else boxes.count
-    ready = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
+    kind = kv_codes.kv_kind(dtype)
+    stored = kv_codes.stored_channels(kind, head_dim)
+    kv_tile = plgpu.SMEM((stages, TILE, stored), dtype, transforms=tile_transforms(stored, dtype))
+    # What wgmma multiplies: codes of 4 bits as int8, each half of the channels by itself.
+    operand = jnp.int8 if kind == "int4" else dtype
+    transforms = tile_transforms(stored, operand)
+    query_tile = plgpu.SMEM((columns, head_dim), operand, transforms=transforms)
+    scales = {None: 0, "int4": 2}.get(kind, 1)
+    ready = plgpu.Barrier(num_arrivals=(1 + scales) * boxes.count, num_barriers=stages)
     weights = plgpu.SMEM(
         (columns, TILE), jnp.bfloat16, transforms=tile_transforms(TILE, jnp.bfloat16)
     )
-    buffers = Buffers(kv_tile, kv_tile, weights, ready, ready, (query_tile,))
-    if not int8:
+    buffers = Buffers(kv_tile, kv_tile, (weights,) * max(scales, 1), ready, ready, (query_tile,))
+    if kind is None:
         return buffers
-    scale_tile = plgpu.SMEM((stages, boxes.count * boxes.scale_stride), jnp.float32)
+    scale_tile = plgpu.SMEM(
+        (stages, boxes.count * boxes.scale_stride), jnp.int32 if kind == "int4" else jnp.float32
+    )
     return buffers._replace(
         query=(query_tile, query_tile),
         v_bf16=plgpu.SMEM(
-            (TILE, head_dim), jnp.bfloat16, transforms=tile_transforms(head_dim, jnp.bfloat16)
+            (TILE, head_dim), jnp.bfloat16, transforms=tile_transforms(stored, jnp.bfloat16)
         ),
-        k_scale=scale_tile,
-        v_scale=scale_tile,
+        k_scale=(scale_tile,) * scales,
+        v_scale=(scale_tile,) * scales,
+        k_codes=plgpu.SMEM((TILE, head_dim), operand, transforms=transforms)
+        if kind == "int4"
+        else None,
     )
 
 
@@ -141,9 +158,9 @@ class Split(NamedTuple):
     # fetch(KEYS or VALUES, step, page_ids): starts the copies of a tile, and of its scales
     fetch: Callable[[int, Any, list], None]
 
-    def token_numbers(self, step, shape: tuple[int, ...]):
+    def token_numbers(self, step, shape: tuple[int, ...], layout=MATRIX):
         """Of a tile's tokens in the list, one a row of a matrix [T, ...] of ``shape``."""
-        rows = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
+        rows = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
         return rows + self.tile_of(step) * TILE
 
     def attends(self, token):
@@ -192,7 +209,7 @@ def plan_split(
         if boxes.tiles_per_page > 1:
             inside = lax.rem(tile, jnp.int32(boxes.tiles_per_page)) * TILE
         target, ready = ((buffers.k, buffers.k_ready), (buffers.v, buffers.v_ready))[part]
-        scale_target = (buffers.k_scale, buffers.v_scale)[part]
+        scale_targets = (buffers.k_scale, buffers.v_scale)[part]
 
         def copy(pool, head):
             for j, page in enumerate(ids):
@@ -204,9 +221,10 @@ def plan_split(
                     target.at[stage, pl.ds(j * boxes.tokens, boxes.tokens)],
                     ready.at[stage],
                 )
-                if scale_target is not None:
+                of_pool = jax.tree.leaves(pool[2 + part])
+                for scale, scale_target in zip(of_pool, scale_targets, strict=True):
                     plgpu.copy_gmem_to_smem(
-                        pool[2 + part].at[source],
+                        scale.at[source],
                         scale_target.at[stage, pl.ds(j * boxes.scale_stride, boxes.tokens)],
                         ready.at[stage],
                     )
@@ -230,10 +248,17 @@ def query_tile_start(pair, group: int, columns: int, query_rows: int):
     return jnp.minimum(pair * group, query_rows - columns)
 
 
-def load_query(rows, query_smem: tuple[Any, ...]):
-    """Puts Q ``rows`` [N, D] bf16 where wgmma reads it, as one bf16 or two int8 matrices.
+class QueryScale(NamedTuple):
+    """What products of codes of K with a query's two parts are multiplied by, and added to."""
 
-    Returns what scores are to be multiplied by, one a column [N], if that is int8.
+    scale: Any  # [N]
+    totals: tuple[Any, ...]  # [N], of the query in either half of the channels; for int4 pages only
+
+
+def load_query(rows, buffers: Buffers) -> QueryScale | None:
+    """Puts Q ``rows`` [N, D] bf16 where wgmma reads it, as one bf16 matrix or two of codes.
+
+    Returns what scores are made with, if those are codes.
     """
     D = rows.shape[1]
     transposed = plgpu.load(
@@ -241,21 +266,40 @@ def load_query(rows, query_smem: tuple[Any, ...]):
         layout=MATRIX_TRANSPOSED,
         optimized=False,  # D * N elements once a split
     )
-    if len(query_smem) == 1:
-        query_smem[0].transpose((1, 0))[...] = transposed
+    if buffers.kind is None:
+        buffers.query[0].transpose((1, 0))[...] = transposed
         plgpu.commit_smem()
         return None
     query = plgpu.layout_cast(transposed, MATRIX).astype(jnp.float32)  # [D, N]
     largest = jnp.maximum(jnp.abs(query).max(axis=0), 1e-30)
-    query = query * spread_columns(127.0 / largest, query)
-    high = jnp.round(query)
-    low = jnp.round((query - high) * LOW_STEPS)
-    for to, value in zip(query_smem, (high, low), strict=True):
-        # Small integers are exact in bf16, the width that can be transposed.
+    if buffers.kind == "fp8":
+        # By a power of two: then two e4m3, of 4 digits each, hold the 8 of a bf16.
+        bits = lax.bitcast_convert_type(448.0 / largest, jnp.int32) & jnp.int32(0x7F800000)
+        factor = lax.bitcast_convert_type(bits, jnp.float32)
+        largest = 127.0 / factor  # what 127 stands for, as with int8
+    else:
+        factor = 127.0 / largest
+    query = query * spread_columns(factor, query)
+    high = _rounded(query, buffers.kind)
+    low = _rounded((query - high) * LOW_STEPS[buffers.kind], buffers.kind)
+    for to, value in zip(buffers.query, (high, low), strict=True):
+        # Codes are exact in bf16, the width that can be transposed.
         value = plgpu.layout_cast(value.astype(jnp.bfloat16), MATRIX_TRANSPOSED)
-        to.transpose((1, 0))[...] = value.astype(jnp.float32).astype(jnp.int8)
+        to.transpose((1, 0))[...] = value.astype(jnp.float32).astype(to.dtype)
     plgpu.commit_smem()
-    return largest * (score_scale(D) / 127.0)
+    scale = largest * (score_scale(D) / 127.0)
+    if buffers.kind != "int4":
+        return QueryScale(scale, ())
+    query = high + low * (1.0 / LOW_STEPS["int4"])
+    channel = plgpu.broadcasted_iota(jnp.int32, query.shape, 0, layout=MATRIX)
+    upper = jnp.where(channel < D // 2, 0.0, query).sum(axis=0)
+    return QueryScale(scale, (query.sum(axis=0) - upper, upper))
+
+
+def _rounded(x, kind: kv_codes.KVKind):
+    if kind == "fp8":
+        return x.astype(jnp.float8_e4m3fn).astype(jnp.float32)
+    return jnp.round(x)
 
 
 def score_scale(head_dim: int) -> float:
@@ -280,34 +324,105 @@ def scales(scale_smem, stage, boxes: Boxes, like):
     return result
 
 
-def scores(buffers: Buffers, stage, boxes: Boxes, query_scale):
+def scores(buffers: Buffers, stage, boxes: Boxes, query_scale: QueryScale | None):
     """Of a tile's keys [T, N], base 2; ``query_scale`` is what ``load_query`` returned."""
     keys = buffers.k.at[stage]
     N, D = buffers.query[0].shape
     if query_scale is None:
         query = buffers.query[0].transpose((1, 0))
         return matmul(keys, query, TILE, N) * score_scale(D)
+    if buffers.kind == "int4":
+        return _scores_of_halves(buffers, stage, boxes, query_scale)
+    sums = jnp.int32 if buffers.kind == "int8" else jnp.float32
     high, low = (
-        matmul(keys, x.transpose((1, 0)), TILE, N, jnp.int32).astype(jnp.float32)
+        matmul(keys, x.transpose((1, 0)), TILE, N, sums).astype(jnp.float32)
         for x in buffers.query
     )
-    x = (high + low * (1.0 / LOW_STEPS)) * spread_columns(query_scale, high)
-    return x * scales(buffers.k_scale, stage, boxes, x)
+    x = high + low * (1.0 / LOW_STEPS[buffers.kind])
+    x = x * spread_columns(query_scale.scale, high)
+    return x * scales(buffers.k_scale[0], stage, boxes, x)
 
 
-def values(buffers: Buffers, stage, split: Split, step):
-    """V [T, D] bf16 in shared memory, rows that are not attended zero."""
-    tile = buffers.v.at[stage]
-    if buffers.v_bf16 is not None:
+def _scores_of_halves(buffers: Buffers, stage, boxes: Boxes, query_scale: QueryScale):
+    """The same where each half of the channels has codes and a word of its own (int4)."""
+    N, D = buffers.query[0].shape
+    halves = [pl.ds(half * D // 2, D // 2) for half in range(2)]
+    codes = plgpu.load(buffers.k.at[stage], layout=wide_layout(D // 2))
+    for half, nibbles in zip(halves, _nibbles(codes), strict=True):
+        buffers.k_codes[:, half] = nibbles
+    plgpu.commit_smem()
+    x = None
+    for number, half in enumerate(halves):
+        high, low = (
+            matmul(buffers.k_codes.at[:, half], part.at[:, half].T, TILE, N, jnp.int32)
+            for part in buffers.query
+        )
+        product = high.astype(jnp.float32) + low.astype(jnp.float32) * (1.0 / LOW_STEPS["int4"])
+        step, lowest = step_and_lowest(buffers.k_scale, number, stage, boxes, product)
+        product = product * step + lowest * spread_columns(query_scale.totals[number], product)
+        x = product if x is None else x + product
+    return x * spread_columns(query_scale.scale, x)
+
+
+def step_and_lowest(words: tuple[Any, ...], half: int, stage, boxes: Boxes, like, attended=None):
+    """What ``_nibbles`` of a half of the channels stand for, ``code * step + lowest``: [T, ...].
+
+    Both are 0 where not ``attended``, if that is given.
+    """
+    word = scales(words[half], stage, boxes, like)
+    if attended is not None:
+        word = jnp.where(attended, word, 0)
+    step, lowest = kv_codes.word_values(word)
+    return (step, lowest) if half == 0 else (step * (1 / 16), lowest + 8.0 * step)
+
+
+def _nibbles(codes):
+    """Codes of 4 bits [T, D / 2] uint8 as int8: n of the lower half, 16 * (n - 8) of the upper.
+
+    Numbers of 8 bits can be masked, and not shifted.
+    """
+    return (codes & 15).astype(jnp.int8), ((codes & 240) ^ 128).astype(jnp.int8)
+
+
+def wide_layout(row: int):
+    """[T, row] of codes: a thread has 8 in a row, so 16 bytes when they are bf16."""
+    rows = 256 // row  # a warp's
+    tiling = fa.Tiling(((4 * rows, row), (rows, row), (8,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+
+
+def values(buffers: Buffers, stage, split: Split, step) -> tuple[Any, ...]:
+    """V bf16 in shared memory [T, D]: as it is, with zeros where not attended, or its codes.
+
+    For int4 pages, what the weights of either half of the channels are multiplied with.
+    """
+    tile, v = buffers.v.at[stage], buffers.v_bf16
+    if buffers.kind is None:
+        _zero_unattended(tile, split, step, MATRIX)
+        return (tile,)
+    if buffers.kind == "int8":
         codes = plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_2X)
-        buffers.v_bf16[...] = plgpu.layout_cast(codes, MATRIX).astype(jnp.bfloat16)
-        return buffers.v_bf16  # codes are never NaN; the weights of unattended rows are zero
+        v[...] = plgpu.layout_cast(codes, MATRIX).astype(jnp.bfloat16)
+        return (v,)  # codes are never NaN; the weights of unattended rows are zero
+    layout = wide_layout(tile.shape[1])
+    codes = plgpu.load(tile, layout=layout)
+    if buffers.kind == "fp8":
+        v[...] = codes.astype(jnp.float32).astype(jnp.bfloat16)
+        _zero_unattended(v, split, step, layout)
+        return (v,)
+    D = v.shape[1]
+    halves = [pl.ds(half * D // 2, D // 2) for half in range(2)]
+    for half, nibbles in zip(halves, _nibbles(codes), strict=True):
+        v[:, half] = nibbles.astype(jnp.bfloat16)
+    return tuple(v.at[:, half] for half in halves) if D == 128 else (v, v)
+
+
+def _zero_unattended(tile, split: Split, step, layout) -> None:
+    """Zeroes rows of V that are not attended: a weight of zero does not silence a NaN."""
     first = split.tile_of(step) * TILE
 
     @pl.when((first < split.start) | (first + TILE > split.stop))
     def _():
-        v = plgpu.load(tile, layout=MATRIX)
-        attended = split.attends(split.token_numbers(step, v.shape))
+        v = plgpu.load(tile, layout=layout)
+        attended = split.attends(split.token_numbers(step, v.shape, layout))
         tile[...] = jnp.where(attended, v, jnp.zeros_like(v))
-
-    return tile

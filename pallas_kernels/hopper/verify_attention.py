@@ -31,7 +31,7 @@ from pallas_kernels.types import KVPages, PageList
 
 # Queries of a KV head whose matrices fit in the registers of a warpgroup, by the pages' dtype. (As
 # many as wgmma takes of int8, too: between 32 and 64 its N is a multiple of 16.)
-MOST_QUERIES = {"bfloat16": 64, "int8": 32}
+MOST_QUERIES = {"bfloat16": 64, "int8": 32, "float8_e4m3fn": 32, "uint8": 32}
 
 
 @partial(jax.jit, static_argnames=("config",))

@@ -24,6 +24,7 @@ from pallas_kernels.hopper.prefill_attention import prefill_attention
 from pallas_kernels.hopper.prefix_attention import prefix_attention
 from pallas_kernels.hopper.quant_linear import packed_linear, packed_product
 from pallas_kernels.hopper.verify_attention import verify_attention
+from pallas_kernels.kv_codes import quantize
 from pallas_kernels.packed import BITS
 from pallas_kernels.types import (
     TILE_QUERIES,
@@ -45,14 +46,18 @@ def decode_arguments(
     width=64,
     pages=256,
     int8=False,
+    kind=None,
 ):
     heads = retrieval + streaming
     array = jax.ShapeDtypeStruct
+    kind = "int8" if int8 else kind
 
     def pool(heads: int) -> KVPages:
-        tokens = array((heads, pages, page_size, head_dim), jnp.int8 if int8 else jnp.bfloat16)
-        scale = array((heads, pages, page_size), jnp.float32) if int8 else None
-        return KVPages(tokens, tokens, scale, scale)
+        numbers = array((heads, pages, page_size, head_dim), jnp.bfloat16)
+        if kind is None:
+            return KVPages(numbers, numbers)
+        codes, scale = jax.eval_shape(partial(quantize, kind=kind), numbers)
+        return KVPages(codes, codes, scale, scale)
 
     bounds = array((rows, 1), jnp.int32)
     selected = PageList(array((rows, max(retrieval, 1), width), jnp.int32), bounds, bounds)
