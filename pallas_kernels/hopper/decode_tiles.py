@@ -100,8 +100,10 @@ def allocate_buffers(
     query_tile = plgpu.SMEM((columns, head_dim), operand, transforms=transforms)
     scales = {None: 0, "int4": 2}.get(kind, 1)
     ready = plgpu.Barrier(num_arrivals=(1 + scales) * boxes.count, num_barriers=stages)
+    # Of one layout with V as they are multiplied.
+    row = stored if kind == "int4" else TILE
     weights = plgpu.SMEM(
-        (columns, TILE), jnp.bfloat16, transforms=tile_transforms(TILE, jnp.bfloat16)
+        (columns, TILE), jnp.bfloat16, transforms=tile_transforms(row, jnp.bfloat16)
     )
     buffers = Buffers(kv_tile, kv_tile, (weights,) * max(scales, 1), ready, ready, (query_tile,))
     if kind is None:
