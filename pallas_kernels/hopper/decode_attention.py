@@ -66,6 +66,7 @@ from pallas_kernels.hopper.decode_tiles import (
     Split,
     allocate_buffers,
     load_query,
+    of_halves,
     plan_split,
     query_tile_start,
     read_place,
@@ -315,13 +316,11 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
                 query = column - ((b * K + k) * G - first_row)
                 later = tokens - 1 - lax.div(query, jnp.int32(G // tokens))  # tokens after its own
                 stops = split.stop - later
-            accs, peak, total = _attend_tiles(split, buffers, boxes, query_scale, stops)
+            acc, peak, total = _attend_tiles(split, buffers, boxes, query_scale, stops)
             # Every tile of the split may lie before ``start``.
             inverse = jnp.where(total > 0.0, 1.0 / total, 0.0)
             lse = jnp.where(total > 0.0, peak + jnp.log2(total), -jnp.inf)
-            for channels, acc in accs:
-                part = parts_gmem.at[b, number, channels]
-                store_unoptimised(part, acc * spread_columns(inverse, acc))
+            store_unoptimised(parts_gmem.at[b, number], acc * spread_columns(inverse, acc))
             store_unoptimised(lses_gmem.at[b, number], lse)
 
     return plgpu.kernel(
@@ -337,16 +336,15 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
 def _attend_tiles(split: Split, buffers: Buffers, boxes: Boxes, query_scale, stops):
     """Attends all tiles of the split, the first of which are on their way.
 
-    ``stops`` [N] are the columns' own, None if all have that of the split. Returns the weighted
-    sums of values as channels and [channels, N], the largest score [N] (base 2) and the sum of the
-    weights relative to it [N].
+    ``stops`` [N] are the columns' own, None if all have that of the split. Returns the weighted sum
+    of values [D, N], the largest score [N] (base 2) and the sum of the weights relative to it [N].
     """
     stages, T, _ = buffers.k.shape
-    N, D = buffers.query[0].shape
+    halves = buffers.kind == "int4"  # of the channels, with weights and a lowest value of their own
+    N, D = buffers.p.shape[0] // (2 if halves else 1), buffers.query[0].shape[1]
     # Weights are summed down the columns only once, at the end: no exchange between warps in the
     # loop. Many columns leave no registers for that.
     summed_last = N <= 16
-    halves = buffers.kind == "int4"  # of the channels, with weights and a lowest value of their own
 
     def add_up(total, decay, x):
         if summed_last:
@@ -354,8 +352,8 @@ def _attend_tiles(split: Split, buffers: Buffers, boxes: Boxes, query_scale, sto
         return total * decay + x.sum(axis=0)
 
     def attend_tile(step, carry):
-        # [.., N] each, [N], [T, N] or [N], as total for either half, ids of step + stages
-        accs, peak, total, lowest_totals, next_ids = carry
+        # [D, N], [N], [T, N] or [N], as total for either half, ids of step + stages
+        acc, peak, total, lowest_totals, next_ids = carry
         stage = lax.rem(step, jnp.int32(stages))
         refill = step + stages < split.steps
 
@@ -374,43 +372,40 @@ def _attend_tiles(split: Split, buffers: Buffers, boxes: Boxes, query_scale, sto
         total = add_up(total, decay, p)
 
         plgpu.barrier_wait(buffers.v_ready.at[stage])
+        weights = p
         if halves:
             words = [
                 step_and_lowest(buffers.v_scale, half, stage, boxes, p, attended)
                 for half in range(2)
             ]
-            weights = [p * size for size, _ in words]
+            weights = jnp.concatenate([p * size for size, _ in words], axis=1)
             lowest_totals = tuple(
                 add_up(total, decay, p * lowest)
                 for total, (_, lowest) in zip(lowest_totals, words, strict=True)
             )
-        else:
-            if buffers.v_scale:
-                p = jnp.where(attended, p * scales(buffers.v_scale[0], stage, boxes, p), 0.0)
-            weights = [p]
-        for to, weight in zip(buffers.p, weights, strict=True):
-            to.transpose((1, 0))[...] = plgpu.layout_cast(
-                weight.astype(jnp.bfloat16), MATRIX_TRANSPOSED
-            )
+        elif buffers.v_scale:
+            weights = jnp.where(attended, p * scales(buffers.v_scale[0], stage, boxes, p), 0.0)
+        buffers.p.transpose((1, 0))[...] = plgpu.layout_cast(
+            weights.astype(jnp.bfloat16), MATRIX_TRANSPOSED
+        )
         v = values(buffers, stage, split, step)
         plgpu.commit_smem()
-        news = [
-            matmul(x.transpose((1, 0)), weight.transpose((1, 0)), x.shape[1], N)
-            for x, weight in zip(v, buffers.p, strict=True)
-        ]
-        accs = [acc * spread_columns(decay, acc) + new for acc, new in zip(accs, news, strict=True)]
+        new = matmul(v.transpose((1, 0)), buffers.p.transpose((1, 0)), D, weights.shape[1])
+        if halves:
+            new = of_halves(new[:, :N], new[:, N:])
+        acc = acc * spread_columns(decay, acc) + new
         pl.when(refill)(lambda: split.fetch(VALUES, step + stages, next_ids))
-        return accs, new_peak, total, lowest_totals, split.page_ids(step + stages + 1)
+        return acc, new_peak, total, lowest_totals, split.page_ids(step + stages + 1)
 
     def no_total():
         return full((T, N), 0.0, MATRIX) if summed_last else full((N,), 0.0, PER_COLUMN)
 
-    accs, peak, total, lowest_totals, _ = lax.fori_loop(
+    acc, peak, total, lowest_totals, _ = lax.fori_loop(
         0,
         split.steps,
         attend_tile,
         (
-            [full((64 if halves else D, N), 0.0, MATRIX) for _ in buffers.p],
+            full((D, N), 0.0, MATRIX),
             full((N,), LOWEST, PER_COLUMN),
             no_total(),
             (no_total(), no_total()) if halves else (),
@@ -419,13 +414,6 @@ def _attend_tiles(split: Split, buffers: Buffers, boxes: Boxes, query_scale, sto
     )
     if summed_last:
         total, *lowest_totals = (x.sum(axis=0) for x in (total, *lowest_totals))
-    if not halves:
-        return [(slice(None), accs[0])], peak, total
-    accs = [
-        acc + spread_columns(lowest, acc) for acc, lowest in zip(accs, lowest_totals, strict=True)
-    ]
-    if D == 128:
-        return [(pl.ds(64 * half, 64), acc) for half, acc in enumerate(accs)], peak, total
-    # Both have all 64 channels, and only those of one half are right.
-    channel = plgpu.broadcasted_iota(jnp.int32, (D, N), 0, layout=MATRIX)
-    return [(slice(None), jnp.where(channel < D // 2, *accs))], peak, total
+    if halves:
+        acc += of_halves(*(spread_columns(x, acc) for x in lowest_totals))
+    return acc, peak, total

@@ -71,10 +71,11 @@ class Buffers(NamedTuple):
 
     k: Any  # [stages, T, D] as stored
     v: Any  # [stages, T, D] as stored
-    p: tuple[Any, ...]  # [N, T] bf16, the weights; for int4 pages those of each half of channels
+    p: Any  # [N, T] bf16, the weights; int4 pages: [2 N, T], those of either half of the channels
     k_ready: Any  # [stages] barriers
     v_ready: Any  # [stages] barriers
-    query: tuple[Any, ...]  # bf16 pages: q [N, D] bf16; codes: high [N, D], low [N, D] as K's
+    # bf16 pages: q [N, D] bf16; int8, fp8: high [N, D], low [N, D] like K; int4: [2 N, D] int8
+    query: tuple[Any, ...]
     # For pages of codes only:
     v_bf16: Any = None  # [T, D] bf16, codes
     k_scale: tuple[Any, ...] = ()  # [stages, boxes * scale_stride] each
@@ -98,23 +99,24 @@ def allocate_buffers(
     operand = jnp.int8 if kind == "int4" else dtype
     transforms = tile_transforms(stored, operand)
     query_tile = plgpu.SMEM((columns, head_dim), operand, transforms=transforms)
+    both_parts = plgpu.SMEM((2 * columns, head_dim), operand, transforms=transforms)
     scales = {None: 0, "int4": 2}.get(kind, 1)
     ready = plgpu.Barrier(num_arrivals=(1 + scales) * boxes.count, num_barriers=stages)
-    # Of one layout with V as they are multiplied.
-    row = stored if kind == "int4" else TILE
     weights = plgpu.SMEM(
-        (columns, TILE), jnp.bfloat16, transforms=tile_transforms(row, jnp.bfloat16)
+        (max(scales, 1) * columns, TILE),
+        jnp.bfloat16,
+        transforms=tile_transforms(TILE, jnp.bfloat16),
     )
-    buffers = Buffers(kv_tile, kv_tile, (weights,) * max(scales, 1), ready, ready, (query_tile,))
+    buffers = Buffers(kv_tile, kv_tile, weights, ready, ready, (query_tile,))
     if kind is None:
         return buffers
     scale_tile = plgpu.SMEM(
         (stages, boxes.count * boxes.scale_stride), jnp.int32 if kind == "int4" else jnp.float32
     )
     return buffers._replace(
-        query=(query_tile, query_tile),
+        query=(both_parts,) if kind == "int4" else (query_tile, query_tile),
         v_bf16=plgpu.SMEM(
-            (TILE, head_dim), jnp.bfloat16, transforms=tile_transforms(stored, jnp.bfloat16)
+            (TILE, head_dim), jnp.bfloat16, transforms=tile_transforms(head_dim, jnp.bfloat16)
         ),
         k_scale=(scale_tile,) * scales,
         v_scale=(scale_tile,) * scales,
@@ -122,6 +124,15 @@ def allocate_buffers(
         if kind == "int4"
         else None,
     )
+
+
+def of_halves(first, second):
+    """[D, N]: the first of the channels of a matrix, or value, the others of another."""
+    D = first.shape[0]
+    if D == 128:
+        return jnp.concatenate([first[:64], second[64:]], axis=0)
+    channel = plgpu.broadcasted_iota(jnp.int32, first.shape, 0, layout=MATRIX)
+    return jnp.where(channel < D // 2, first, second)
 
 
 class Place(NamedTuple):
@@ -262,7 +273,7 @@ def load_query(rows, buffers: Buffers) -> QueryScale | None:
 
     Returns what scores are made with, if those are codes.
     """
-    D = rows.shape[1]
+    N, D = rows.shape
     transposed = plgpu.load(
         rows.transpose((1, 0)),
         layout=MATRIX_TRANSPOSED,
@@ -284,7 +295,10 @@ def load_query(rows, buffers: Buffers) -> QueryScale | None:
     query = query * spread_columns(factor, query)
     high = _rounded(query, buffers.kind)
     low = _rounded((query - high) * LOW_STEPS[buffers.kind], buffers.kind)
-    for to, value in zip(buffers.query, (high, low), strict=True):
+    parts = buffers.query
+    if buffers.kind == "int4":
+        parts = [parts[0].at[pl.ds(N * part, N)] for part in range(2)]
+    for to, value in zip(parts, (high, low), strict=True):
         # Codes are exact in bf16, the width that can be transposed.
         value = plgpu.layout_cast(value.astype(jnp.bfloat16), MATRIX_TRANSPOSED)
         to.transpose((1, 0))[...] = value.astype(jnp.float32).astype(to.dtype)
@@ -347,18 +361,16 @@ def scores(buffers: Buffers, stage, boxes: Boxes, query_scale: QueryScale | None
 
 def _scores_of_halves(buffers: Buffers, stage, boxes: Boxes, query_scale: QueryScale):
     """The same where each half of the channels has codes and a word of its own (int4)."""
-    N, D = buffers.query[0].shape
+    [query] = buffers.query
+    N, D = query.shape[0] // 2, query.shape[1]
     halves = [pl.ds(half * D // 2, D // 2) for half in range(2)]
     codes = plgpu.load(buffers.k.at[stage], layout=wide_layout(D // 2))
-    for half, nibbles in zip(halves, _nibbles(codes), strict=True):
-        buffers.k_codes[:, half] = nibbles
+    buffers.k_codes[...] = _nibbles(codes)
     plgpu.commit_smem()
     x = None
     for number, half in enumerate(halves):
-        high, low = (
-            matmul(buffers.k_codes.at[:, half], part.at[:, half].T, TILE, N, jnp.int32)
-            for part in buffers.query
-        )
+        sums = matmul(buffers.k_codes.at[:, half], query.at[:, half].T, TILE, 2 * N, jnp.int32)
+        high, low = sums[:, :N], sums[:, N:]
         product = high.astype(jnp.float32) + low.astype(jnp.float32) * (1.0 / LOW_STEPS["int4"])
         step, lowest = step_and_lowest(buffers.k_scale, number, stage, boxes, product)
         product = product * step + lowest * spread_columns(query_scale.totals[number], product)
@@ -379,11 +391,11 @@ def step_and_lowest(words: tuple[Any, ...], half: int, stage, boxes: Boxes, like
 
 
 def _nibbles(codes):
-    """Codes of 4 bits [T, D / 2] uint8 as int8: n of the lower half, 16 * (n - 8) of the upper.
+    """Codes of 4 bits [T, D / 2] uint8 as int8 [T, D]: n, and of the upper half 16 * (n - 8).
 
     Numbers of 8 bits can be masked, and not shifted.
     """
-    return (codes & 15).astype(jnp.int8), ((codes & 240) ^ 128).astype(jnp.int8)
+    return jnp.concatenate([codes & 15, (codes & 240) ^ 128], axis=1).astype(jnp.int8)
 
 
 def wide_layout(row: int):
@@ -393,30 +405,24 @@ def wide_layout(row: int):
     return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
-def values(buffers: Buffers, stage, split: Split, step) -> tuple[Any, ...]:
-    """V bf16 in shared memory [T, D]: as it is, with zeros where not attended, or its codes.
-
-    For int4 pages, what the weights of either half of the channels are multiplied with.
-    """
+def values(buffers: Buffers, stage, split: Split, step):
+    """V bf16 in shared memory [T, D]: as it is, with zeros where not attended, or its codes."""
     tile, v = buffers.v.at[stage], buffers.v_bf16
     if buffers.kind is None:
         _zero_unattended(tile, split, step, MATRIX)
-        return (tile,)
+        return tile
     if buffers.kind == "int8":
         codes = plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_2X)
         v[...] = plgpu.layout_cast(codes, MATRIX).astype(jnp.bfloat16)
-        return (v,)  # codes are never NaN; the weights of unattended rows are zero
+        return v  # codes are never NaN; the weights of unattended rows are zero
     layout = wide_layout(tile.shape[1])
     codes = plgpu.load(tile, layout=layout)
-    if buffers.kind == "fp8":
-        v[...] = codes.astype(jnp.float32).astype(jnp.bfloat16)
-        _zero_unattended(v, split, step, layout)
-        return (v,)
-    D = v.shape[1]
-    halves = [pl.ds(half * D // 2, D // 2) for half in range(2)]
-    for half, nibbles in zip(halves, _nibbles(codes), strict=True):
-        v[:, half] = nibbles.astype(jnp.bfloat16)
-    return tuple(v.at[:, half] for half in halves) if D == 128 else (v, v)
+    if buffers.kind == "int4":
+        v[...] = _nibbles(codes).astype(jnp.bfloat16)
+        return v
+    v[...] = codes.astype(jnp.float32).astype(jnp.bfloat16)
+    _zero_unattended(v, split, step, layout)
+    return v
 
 
 def _zero_unattended(tile, split: Split, step, layout) -> None:
