@@ -8,7 +8,9 @@ from pallas_kernels.api import KVKind, KVPages, quantize_kv
 from pallas_kernels.types import KVScale
 
 
-def random_pages(key: Array, used: Bool[Array, "K N P"], head_dim: int, kind: KVKind | None) -> KVPages:
+def random_pages(
+    key: Array, used: Bool[Array, "K N P"], head_dim: int, kind: KVKind | None
+) -> KVPages:
     """As ``stored`` has them: NaN but for the tokens ``used``."""
 
     def tokens(key: Array) -> tuple[Array, KVScale | None]:

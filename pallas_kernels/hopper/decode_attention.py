@@ -51,6 +51,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.hopper.decode_combine import combine_parts
+from pallas_kernels.hopper.decode_operands import (
+    load_query,
+    of_halves,
+    scales,
+    scores,
+    step_and_lowest,
+    values,
+)
 from pallas_kernels.hopper.decode_splits import (
     Alike,
     deal_splits,
@@ -65,15 +73,9 @@ from pallas_kernels.hopper.decode_tiles import (
     Buffers,
     Split,
     allocate_buffers,
-    load_query,
-    of_halves,
     plan_split,
     query_tile_start,
     read_place,
-    scales,
-    scores,
-    step_and_lowest,
-    values,
 )
 from pallas_kernels.hopper.mosaic import (
     LOWEST,
@@ -375,8 +377,7 @@ def _attend_tiles(split: Split, buffers: Buffers, boxes: Boxes, query_scale, sto
         weights = p
         if halves:
             words = [
-                step_and_lowest(buffers.v_scale, half, stage, boxes, p, attended)
-                for half in range(2)
+                step_and_lowest(of_half, stage, boxes, p, attended) for of_half in buffers.v_scale
             ]
             weights = jnp.concatenate([p * size for size, _ in words], axis=1)
             lowest_totals = tuple(
@@ -415,5 +416,5 @@ def _attend_tiles(split: Split, buffers: Buffers, boxes: Boxes, query_scale, sto
     if summed_last:
         total, *lowest_totals = (x.sum(axis=0) for x in (total, *lowest_totals))
     if halves:
-        acc += of_halves(*(spread_columns(x, acc) for x in lowest_totals))
+        acc = acc * 64.0 + of_halves(*(spread_columns(x, acc) for x in lowest_totals))
     return acc, peak, total

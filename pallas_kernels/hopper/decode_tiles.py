@@ -1,6 +1,6 @@
-"""The tiles of decode attention: how a split fetches them, and what it multiplies them with.
+"""The tiles of decode attention: how a split fetches them.
 
-See ``decode_attention`` for the index map, the letters and the way int8 pages are multiplied.
+See ``decode_attention`` for the index map and the letters.
 """
 
 from collections.abc import Callable
@@ -11,26 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import kv_codes
-from pallas_kernels.hopper.mosaic import (
-    LOG2_E,
-    MATRIX,
-    MATRIX_TRANSPOSED,
-    PER_ROW,
-    cdiv,
-    matmul,
-    spread_columns,
-    spread_rows,
-    tile_transforms,
-)
+from pallas_kernels.hopper.mosaic import MATRIX, cdiv, tile_transforms
 from pallas_kernels.types import KVPages, PageList
 
-# An int8 holds a query to 1/127; the rounding error, at most 1/254 of that step, fills another. Of
-# e4m3 the error is at most half of the largest step, 32, and 16 times that still a number.
-LOW_STEPS = {"int8": 254.0, "int4": 254.0, "fp8": 16.0}
 # T, tokens of one step: the least that wgmma multiplies. Twice as many took so many registers for
 # int8 that one CTA an SM was left, and gained nothing for bf16.
 TILE = 64
@@ -74,13 +60,12 @@ class Buffers(NamedTuple):
     p: Any  # [N, T] bf16, the weights; int4 pages: [2 N, T], those of either half of the channels
     k_ready: Any  # [stages] barriers
     v_ready: Any  # [stages] barriers
-    # bf16 pages: q [N, D] bf16; int8, fp8: high [N, D], low [N, D] like K; int4: [2 N, D] int8
+    # bf16 pages: q [N, D] bf16; int8, fp8: high [N, D], low [N, D] like K; int4: see ``load_query``
     query: tuple[Any, ...]
     # For pages of codes only:
     v_bf16: Any = None  # [T, D] bf16, codes
     k_scale: tuple[Any, ...] = ()  # [stages, boxes * scale_stride] each
     v_scale: tuple[Any, ...] = ()  # [stages, boxes * scale_stride] each
-    k_codes: Any = None  # [T, D] int8, for int4 pages
 
     @property
     def kind(self) -> kv_codes.KVKind | None:
@@ -95,11 +80,11 @@ def allocate_buffers(
     kind = kv_codes.kv_kind(dtype)
     stored = kv_codes.stored_channels(kind, head_dim)
     kv_tile = plgpu.SMEM((stages, TILE, stored), dtype, transforms=tile_transforms(stored, dtype))
-    # What wgmma multiplies: codes of 4 bits as int8, each half of the channels by itself.
-    operand = jnp.int8 if kind == "int4" else dtype
-    transforms = tile_transforms(stored, operand)
-    query_tile = plgpu.SMEM((columns, head_dim), operand, transforms=transforms)
-    both_parts = plgpu.SMEM((2 * columns, head_dim), operand, transforms=transforms)
+    # wgmma takes 8 bits for 4, and for int4 pages all parts of a query at once.
+    query_rows, query_type = (4 * columns, jnp.int8) if kind == "int4" else (columns, dtype)
+    query_tile = plgpu.SMEM(
+        (query_rows, head_dim), query_type, transforms=tile_transforms(head_dim, query_type)
+    )
     scales = {None: 0, "int4": 2}.get(kind, 1)
     ready = plgpu.Barrier(num_arrivals=(1 + scales) * boxes.count, num_barriers=stages)
     weights = plgpu.SMEM(
@@ -114,25 +99,13 @@ def allocate_buffers(
         (stages, boxes.count * boxes.scale_stride), jnp.int32 if kind == "int4" else jnp.float32
     )
     return buffers._replace(
-        query=(both_parts,) if kind == "int4" else (query_tile, query_tile),
+        query=(query_tile,) if kind == "int4" else (query_tile, query_tile),
         v_bf16=plgpu.SMEM(
             (TILE, head_dim), jnp.bfloat16, transforms=tile_transforms(head_dim, jnp.bfloat16)
         ),
         k_scale=(scale_tile,) * scales,
         v_scale=(scale_tile,) * scales,
-        k_codes=plgpu.SMEM((TILE, head_dim), operand, transforms=transforms)
-        if kind == "int4"
-        else None,
     )
-
-
-def of_halves(first, second):
-    """[D, N]: the first of the channels of a matrix, or value, the others of another."""
-    D = first.shape[0]
-    if D == 128:
-        return jnp.concatenate([first[:64], second[64:]], axis=0)
-    channel = plgpu.broadcasted_iota(jnp.int32, first.shape, 0, layout=MATRIX)
-    return jnp.where(channel < D // 2, first, second)
 
 
 class Place(NamedTuple):
@@ -259,178 +232,3 @@ def query_tile_start(pair, group: int, columns: int, query_rows: int):
     results are dropped; at the end of the array it starts early instead.
     """
     return jnp.minimum(pair * group, query_rows - columns)
-
-
-class QueryScale(NamedTuple):
-    """What products of codes of K with a query's two parts are multiplied by, and added to."""
-
-    scale: Any  # [N]
-    totals: tuple[Any, ...]  # [N], of the query in either half of the channels; for int4 pages only
-
-
-def load_query(rows, buffers: Buffers) -> QueryScale | None:
-    """Puts Q ``rows`` [N, D] bf16 where wgmma reads it, as one bf16 matrix or two of codes.
-
-    Returns what scores are made with, if those are codes.
-    """
-    N, D = rows.shape
-    transposed = plgpu.load(
-        rows.transpose((1, 0)),
-        layout=MATRIX_TRANSPOSED,
-        optimized=False,  # D * N elements once a split
-    )
-    if buffers.kind is None:
-        buffers.query[0].transpose((1, 0))[...] = transposed
-        plgpu.commit_smem()
-        return None
-    query = plgpu.layout_cast(transposed, MATRIX).astype(jnp.float32)  # [D, N]
-    largest = jnp.maximum(jnp.abs(query).max(axis=0), 1e-30)
-    if buffers.kind == "fp8":
-        # By a power of two: then two e4m3, of 4 digits each, hold the 8 of a bf16.
-        bits = lax.bitcast_convert_type(448.0 / largest, jnp.int32) & jnp.int32(0x7F800000)
-        factor = lax.bitcast_convert_type(bits, jnp.float32)
-        largest = 127.0 / factor  # what 127 stands for, as with int8
-    else:
-        factor = 127.0 / largest
-    query = query * spread_columns(factor, query)
-    high = _rounded(query, buffers.kind)
-    low = _rounded((query - high) * LOW_STEPS[buffers.kind], buffers.kind)
-    parts = buffers.query
-    if buffers.kind == "int4":
-        parts = [parts[0].at[pl.ds(N * part, N)] for part in range(2)]
-    for to, value in zip(parts, (high, low), strict=True):
-        # Codes are exact in bf16, the width that can be transposed.
-        value = plgpu.layout_cast(value.astype(jnp.bfloat16), MATRIX_TRANSPOSED)
-        to.transpose((1, 0))[...] = value.astype(jnp.float32).astype(to.dtype)
-    plgpu.commit_smem()
-    scale = largest * (score_scale(D) / 127.0)
-    if buffers.kind != "int4":
-        return QueryScale(scale, ())
-    query = high + low * (1.0 / LOW_STEPS["int4"])
-    channel = plgpu.broadcasted_iota(jnp.int32, query.shape, 0, layout=MATRIX)
-    upper = jnp.where(channel < D // 2, 0.0, query).sum(axis=0)
-    return QueryScale(scale, (query.sum(axis=0) - upper, upper))
-
-
-def _rounded(x, kind: kv_codes.KVKind):
-    if kind == "fp8":
-        return x.astype(jnp.float8_e4m3fn).astype(jnp.float32)
-    return jnp.round(x)
-
-
-def score_scale(head_dim: int) -> float:
-    """Scores in base 2: exp2 is one instruction."""
-    return head_dim**-0.5 * LOG2_E
-
-
-def scales(scale_smem, stage, boxes: Boxes, like):
-    """Of a tile's tokens, in every column of ``like`` [T, ...]."""
-
-    def shifted(j):
-        """Right in the rows of box j: what lies before its scales is left out."""
-        gaps = j * (boxes.scale_stride - boxes.tokens)
-        row_scale = plgpu.load(scale_smem.at[stage, pl.ds(gaps, TILE)], layout=PER_ROW)
-        return spread_rows(row_scale, like)
-
-    result = shifted(0)
-    if boxes.tokens < boxes.scale_stride:
-        row = plgpu.broadcasted_iota(jnp.int32, like.shape, 0, layout=MATRIX)
-        for j in range(1, boxes.count):
-            result = jnp.where(row >= j * boxes.tokens, shifted(j), result)
-    return result
-
-
-def scores(buffers: Buffers, stage, boxes: Boxes, query_scale: QueryScale | None):
-    """Of a tile's keys [T, N], base 2; ``query_scale`` is what ``load_query`` returned."""
-    keys = buffers.k.at[stage]
-    N, D = buffers.query[0].shape
-    if query_scale is None:
-        query = buffers.query[0].transpose((1, 0))
-        return matmul(keys, query, TILE, N) * score_scale(D)
-    if buffers.kind == "int4":
-        return _scores_of_halves(buffers, stage, boxes, query_scale)
-    sums = jnp.int32 if buffers.kind == "int8" else jnp.float32
-    high, low = (
-        matmul(keys, x.transpose((1, 0)), TILE, N, sums).astype(jnp.float32)
-        for x in buffers.query
-    )
-    x = high + low * (1.0 / LOW_STEPS[buffers.kind])
-    x = x * spread_columns(query_scale.scale, high)
-    return x * scales(buffers.k_scale[0], stage, boxes, x)
-
-
-def _scores_of_halves(buffers: Buffers, stage, boxes: Boxes, query_scale: QueryScale):
-    """The same where each half of the channels has codes and a word of its own (int4)."""
-    [query] = buffers.query
-    N, D = query.shape[0] // 2, query.shape[1]
-    halves = [pl.ds(half * D // 2, D // 2) for half in range(2)]
-    codes = plgpu.load(buffers.k.at[stage], layout=wide_layout(D // 2))
-    buffers.k_codes[...] = _nibbles(codes)
-    plgpu.commit_smem()
-    x = None
-    for number, half in enumerate(halves):
-        sums = matmul(buffers.k_codes.at[:, half], query.at[:, half].T, TILE, 2 * N, jnp.int32)
-        high, low = sums[:, :N], sums[:, N:]
-        product = high.astype(jnp.float32) + low.astype(jnp.float32) * (1.0 / LOW_STEPS["int4"])
-        step, lowest = step_and_lowest(buffers.k_scale, number, stage, boxes, product)
-        product = product * step + lowest * spread_columns(query_scale.totals[number], product)
-        x = product if x is None else x + product
-    return x * spread_columns(query_scale.scale, x)
-
-
-def step_and_lowest(words: tuple[Any, ...], half: int, stage, boxes: Boxes, like, attended=None):
-    """What ``_nibbles`` of a half of the channels stand for, ``code * step + lowest``: [T, ...].
-
-    Both are 0 where not ``attended``, if that is given.
-    """
-    word = scales(words[half], stage, boxes, like)
-    if attended is not None:
-        word = jnp.where(attended, word, 0)
-    step, lowest = kv_codes.word_values(word)
-    return (step, lowest) if half == 0 else (step * (1 / 16), lowest + 8.0 * step)
-
-
-def _nibbles(codes):
-    """Codes of 4 bits [T, D / 2] uint8 as int8 [T, D]: n, and of the upper half 16 * (n - 8).
-
-    Numbers of 8 bits can be masked, and not shifted.
-    """
-    return jnp.concatenate([codes & 15, (codes & 240) ^ 128], axis=1).astype(jnp.int8)
-
-
-def wide_layout(row: int):
-    """[T, row] of codes: a thread has 8 in a row, so 16 bytes when they are bf16."""
-    rows = 256 // row  # a warp's
-    tiling = fa.Tiling(((4 * rows, row), (rows, row), (8,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-
-
-def values(buffers: Buffers, stage, split: Split, step):
-    """V bf16 in shared memory [T, D]: as it is, with zeros where not attended, or its codes."""
-    tile, v = buffers.v.at[stage], buffers.v_bf16
-    if buffers.kind is None:
-        _zero_unattended(tile, split, step, MATRIX)
-        return tile
-    if buffers.kind == "int8":
-        codes = plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_2X)
-        v[...] = plgpu.layout_cast(codes, MATRIX).astype(jnp.bfloat16)
-        return v  # codes are never NaN; the weights of unattended rows are zero
-    layout = wide_layout(tile.shape[1])
-    codes = plgpu.load(tile, layout=layout)
-    if buffers.kind == "int4":
-        v[...] = _nibbles(codes).astype(jnp.bfloat16)
-        return v
-    v[...] = codes.astype(jnp.float32).astype(jnp.bfloat16)
-    _zero_unattended(v, split, step, layout)
-    return v
-
-
-def _zero_unattended(tile, split: Split, step, layout) -> None:
-    """Zeroes rows of V that are not attended: a weight of zero does not silence a NaN."""
-    first = split.tile_of(step) * TILE
-
-    @pl.when((first < split.start) | (first + TILE > split.stop))
-    def _():
-        v = plgpu.load(tile, layout=layout)
-        attended = split.attends(split.token_numbers(step, v.shape, layout))
-        tile[...] = jnp.where(attended, v, jnp.zeros_like(v))

@@ -25,7 +25,7 @@ from pallas_kernels.hopper.decode_splits import (
     split_table,
 )
 from pallas_kernels.hopper.decode_tiles import read_place
-from pallas_kernels.kv_codes import CODE_TYPES, KVKind, kv_kind
+from pallas_kernels.kv_codes import KVKind, kv_kind
 from pallas_kernels.types import KVPages, PageList
 
 # Weights and out are rounded to bf16: 2^-9 of a weight, averaged over the tokens, and 2^-9 of out.

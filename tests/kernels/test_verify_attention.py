@@ -13,7 +13,7 @@ from shapes.pages import stored
 from pallas_kernels import reference
 from pallas_kernels.hopper.decode_attention import Config, choose_config
 from pallas_kernels.hopper.verify_attention import verify_attention
-from pallas_kernels.kv_codes import CODE_TYPES, kv_kind
+from pallas_kernels.kv_codes import kv_kind
 from pallas_kernels.types import KVPages
 
 # As for decode attention (test_decode_attention.py): weights and out are rounded to bf16, a unit in
