@@ -21,20 +21,31 @@ M is 64, and G rows would waste most of it; N can be as small as 8):
 
       parts [B, splits, D, N], lses [B, splits, N]  --combine: grid (b, k, D / 64)-->  out, lse
 
-What must move: K and V of each listed token once, B * K * tokens * 2 * D * (2 or 1) bytes, plus 8
-bytes of scales a token for int8. The parts are B * splits * D * N * 4 bytes, written and read in
-L2.
+What must move: K and V of each listed token once, B * K * tokens * 2 * D * (2, 1 or 1/2) bytes,
+plus 8 bytes of scales a token for int8 and fp8, 16 for int4. The parts are B * splits * D * N * 4
+bytes, written and read in L2.
 
-int8 pages. K is never converted: the query is split into two int8 vectors, q = scale * (high +
-low / 254), which keeps 15 bits of it, and the tensor cores multiply int8 by int8; a token's scale
-multiplies its row of scores. V has to be transposed, which wgmma can do for 16-bit operands
-only, so V alone passes through shared memory a second time, as bf16; its scales multiply P.
+Pages of codes. K stays codes: the query is split into two int8 vectors, q = scale * (high + low /
+254), which keeps 15 bits of it, and the tensor cores multiply int8 by int8; a token's scale
+multiplies its row of scores. For fp8 they are two e4m3, which keep all of a bf16 q. V has to be
+transposed, which wgmma can do for 16-bit operands only, so V alone passes through shared memory a
+second time, as bf16 codes; its scales multiply P.
+
+int4 pages: x = code * step + lowest, with two numbers for each half h of the channels. Codes of K
+become int8 in registers, from where wgmma takes them, with the 4 N columns of
+
+      | high of h = 0 | low of h = 0 | high of h = 1 | low of h = 1 |    zeros in the other half
+
+and the sum of q over each half, times the lowest value, is added. P is two matrices side by side,
+one for either half's steps, of which each half of the channels of V^T @ P^T takes its own; what P
+times the lowest values sums to is added at the end.
 
 What must not be read: an entry of the list past ``stop`` never has its page fetched, scores of
 tokens outside ``[start, stop)`` are replaced and not added to, and their V rows are zeroed, since
-a weight of zero does not silence a NaN.
+a weight of zero does not silence a NaN. Codes of V are never NaN; their scales are replaced, too.
 
-``decode_tiles`` fetches and multiplies tiles, ``decode_combine`` is the second kernel.
+``decode_tiles`` fetches tiles, ``decode_operands`` makes of them what is multiplied, and
+``decode_combine`` is the second kernel.
 """
 
 from collections.abc import Callable
@@ -121,10 +132,11 @@ def choose_config(
 
     ``queries`` is how many query vectors a KV head has.
     """
-    # Two CTAs an SM read bf16 at full bandwidth; int8 takes more arithmetic a byte, and four hide
+    # Two CTAs an SM read bf16 at full bandwidth; codes take more arithmetic a byte, and four hide
     # it, for which many columns leave no registers. Every further part costs the combining kernel
     # time.
-    ctas = (4 if kv_kind(dtype) and queries <= 16 else 2) * SM_COUNT
+    four = {None: 0, "int8": 16, "fp8": 8, "int4": 8}[kv_kind(dtype)]  # up to so many queries
+    ctas = (4 if queries <= four else 2) * SM_COUNT
     # As many parts at once as registers hold, of which 8 columns take four.
     parts = 33 if queries <= 16 else 264 // _columns(queries)
     splits = deal_splits(rows, most_tokens, ctas)
@@ -153,9 +165,9 @@ def paged_attention(
 ) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
     """``pallas_kernels.api.paged_attention`` on a Hopper GPU (or under Mosaic GPU's interpreter).
 
-    Query bf16, pages bf16 or int8; D 64 or 128; listed pages of 16 to 128 tokens; up to 16 query
-    heads a KV head. Shapes are those the api has checked. Raises ``NotImplementedError`` for
-    anything else.
+    Query bf16, pages bf16 or codes of any kind; D 64 or 128; listed pages of 16 to 128 tokens; up
+    to 16 query heads a KV head. Shapes are those the api has checked. Raises
+    ``NotImplementedError`` for anything else.
     """
     if selected_page_size is not None:
         retrieval, streaming = (cut_pages(x, selected_page_size) for x in (retrieval, streaming))
@@ -177,7 +189,7 @@ def paged_attention(
             for _ in range(pool.k.shape[0])
         ]
         most = tuple(map(min, held, most_tokens or held))
-        config = choose_config(B, most, retrieval.k.dtype)
+        config = choose_config(B, most, retrieval.k.dtype, group)
 
     out, lse = attend_lists(q.reshape(B, -1, group, D), classes, config)
     return out.reshape(B, H, D), lse.reshape(B, H)
@@ -287,7 +299,7 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
     def attend_split(
         q_gmem,  # [rows, D] bf16
         lists_gmem,  # for each class: page_ids, start and stop, flat int32
-        pools_gmem,  # for each class: k, v [Kc, N, P, D]; scales [Kc, N, P] float32
+        pools_gmem,  # for each class: KVPages
         table_gmem,  # [S, columns] int32, see ``split_table``; None if all are alike
         parts_gmem,  # [B, S, D, N] float32, output
         lses_gmem,  # [B, S, N] float32, output
@@ -342,7 +354,7 @@ def _attend_tiles(split: Split, buffers: Buffers, boxes: Boxes, query_scale, sto
     of values [D, N], the largest score [N] (base 2) and the sum of the weights relative to it [N].
     """
     stages, T, _ = buffers.k.shape
-    halves = buffers.kind == "int4"  # of the channels, with weights and a lowest value of their own
+    halves = buffers.kind == "int4"  # of the channels, with weights and lowest values of their own
     N, D = buffers.p.shape[0] // (2 if halves else 1), buffers.query[0].shape[1]
     # Weights are summed down the columns only once, at the end: no exchange between warps in the
     # loop. Many columns leave no registers for that.

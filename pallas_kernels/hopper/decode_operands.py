@@ -2,7 +2,7 @@
 
 See ``decode_attention`` for the letters and the way pages of codes are multiplied. What threads do
 to bytes in PTX, and products from registers, the interpreter cannot run: tests put plain arithmetic
-in the place of ``nibbles_as_bf16`` and ``register_matmul``.
+in the place of ``register_matmul``, ``e4m3_as_bf16`` and ``nibbles_as_bf16``.
 """
 
 from typing import Any, NamedTuple
@@ -185,69 +185,89 @@ def wide_layout(row: int):
 def values(buffers: Buffers, stage, split: Split, step):
     """V bf16 in shared memory [T, D]: as it is, with zeros where not attended, or its codes.
 
-    Those of 4 bits are divided by 64.
+    No code is NaN there, so that the weights of unattended rows, zeros, silence them. Those of
+    4 bits are divided by 64.
     """
     tile, v = buffers.v.at[stage], buffers.v_bf16
     if buffers.kind is None:
-        _zero_unattended(tile, split, step, MATRIX)
+        _zero_unattended(tile, split, step)
         return tile
     if buffers.kind == "int8":
         codes = plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_2X)
         v[...] = plgpu.layout_cast(codes, MATRIX).astype(jnp.bfloat16)
-        return v  # codes are never NaN; the weights of unattended rows are zero
+        return v
     layout = wide_layout(tile.shape[1])
     codes = plgpu.load(tile, layout=layout)
-    if buffers.kind == "int4":
+    if buffers.kind == "fp8":
+        v[...] = e4m3_as_bf16(codes, layout)
+    else:
         v[...] = jnp.concatenate(nibbles_as_bf16(codes, layout), axis=1)
-        return v
-    v[...] = codes.astype(jnp.float32).astype(jnp.bfloat16)
-    _zero_unattended(v, split, step, layout)
     return v
 
 
-def nibbles_as_bf16(codes, layout):
-    """Codes of 4 bits [T, D / 2] uint8 / 64: those of the lower halves of bytes, and the upper.
-
-    As the bits of a bf16 a code is a subnormal number, code * 2^-133, made normal by a product with
-    2^127. The interpreter cannot run PTX; tests put plain arithmetic in its place.
-    """
-
-    def unpack(_, codes):
-        i32, bf16 = ir.IntegerType.get_signless(32), ir.BF16Type.get()
-        pair, words = ir.VectorType.get((8,), bf16), ir.VectorType.get((4,), i32)
-        halves = []
-        for shift in (0, 4):
-            registers = np.empty_like(codes.registers)
-            for index, register in np.ndenumerate(codes.registers):
-                bytes_ = vector.bitcast(ir.VectorType.get((2,), i32), register)
-                made = [
-                    asm(
-                        f"shr.u32 a, $1, {shift}; and.b32 a, a, 0x0f0f0f0f; "
-                        f"prmt.b32 a, a, 0, {order}; mov.b32 b, 0x7f007f00; mul.bf16x2 $0, a, b;",
-                        vector.extract(bytes_, [], [i]),
-                    )
-                    for i in range(2)
-                    for order in ("0x4140", "0x4342")
-                ]
-                registers[index] = vector.bitcast(pair, vector.from_elements(words, made))
-            halves.append(
-                fa.FragmentedArray(_registers=registers, _layout=codes.layout, _is_signed=None)
-            )
-        return tuple(halves)
-
-    result = plgpu.ShapeDtypeStruct(codes.shape, jnp.dtype(jnp.bfloat16), layout=layout)
-    return plgpu.inline_mgpu(arg_types=(layout,), return_type=(result, result))(unpack)(codes)
-
-
-def _zero_unattended(tile, split: Split, step, layout) -> None:
-    """Zeroes rows of V that are not attended: a weight of zero does not silence a NaN."""
+def _zero_unattended(tile, split: Split, step) -> None:
     first = split.tile_of(step) * TILE
 
     @pl.when((first < split.start) | (first + TILE > split.stop))
     def _():
-        v = plgpu.load(tile, layout=layout)
-        attended = split.attends(split.token_numbers(step, v.shape, layout))
+        v = plgpu.load(tile, layout=MATRIX)
+        attended = split.attends(split.token_numbers(step, v.shape))
         tile[...] = jnp.where(attended, v, jnp.zeros_like(v))
+
+
+def e4m3_as_bf16(codes, layout):
+    """[T, D]: exponent and mantissa in the place of bf16's, times 2^120; NaN is 480."""
+    text = (
+        "shr.b32 b, a, 4; and.b32 b, b, 0x07f007f0; lop3.b32 b, a, 0x80008000, b, 0xea; "
+        "mov.b32 c, 0x7b807b80; mul.bf16x2 $0, b, c;"
+    )
+    [made] = _pairs(codes, layout, [[f"prmt.b32 a, $1, 0, {order}; {text}" for order in _UPPER]])
+    return made
+
+
+def nibbles_as_bf16(codes, layout):
+    """Codes of 4 bits [T, D / 2] uint8, / 64: those of the lower halves of bytes, and the upper.
+
+    As the bits of a bf16 a code is a subnormal number, code * 2^-133, made normal by a product with
+    2^127.
+    """
+    text = "mov.b32 b, 0x7f007f00; mul.bf16x2 $0, a, b;"
+    halves = [
+        [
+            f"shr.u32 a, $1, {shift}; and.b32 a, a, 0x0f0f0f0f; prmt.b32 a, a, 0, {order}; {text}"
+            for order in _LOWER
+        ]
+        for shift in (0, 4)
+    ]
+    return _pairs(codes, layout, halves)
+
+
+# Which bytes of a word become the upper or the lower ones of 16 bits: the first two, the last two.
+_UPPER, _LOWER = ("0x1404", "0x3424"), ("0x4140", "0x4342")
+
+
+def _pairs(codes, layout, arrays: list[list[str]]) -> tuple[Any, ...]:
+    """Arrays of bf16 as PTX makes them of words of four codes, each of a word's two pairs."""
+
+    def unpack(_, codes):
+        bf16, i32 = ir.BF16Type.get(), ir.IntegerType.get_signless(32)
+        made = []
+        for pairs in arrays:
+            registers = np.empty_like(codes.registers)
+            for index, register in np.ndenumerate(codes.registers):
+                words = vector.bitcast(ir.VectorType.get((2,), i32), register)
+                texts = [(vector.extract(words, [], [i]), text) for i in range(2) for text in pairs]
+                values = [asm(text, word) for word, text in texts]
+                packed = vector.from_elements(ir.VectorType.get((4,), i32), values)
+                registers[index] = vector.bitcast(ir.VectorType.get((8,), bf16), packed)
+            made.append(
+                fa.FragmentedArray(_registers=registers, _layout=codes.layout, _is_signed=None)
+            )
+        return tuple(made)
+
+    result = plgpu.ShapeDtypeStruct(codes.shape, jnp.dtype(jnp.bfloat16), layout=layout)
+    returned = (result,) * len(arrays)
+    return plgpu.inline_mgpu(arg_types=(layout,), return_type=returned)(unpack)(codes)
 
 
 def of_halves(first, second):

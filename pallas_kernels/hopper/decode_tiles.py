@@ -144,9 +144,9 @@ class Split(NamedTuple):
     # fetch(KEYS or VALUES, step, page_ids): starts the copies of a tile, and of its scales
     fetch: Callable[[int, Any, list], None]
 
-    def token_numbers(self, step, shape: tuple[int, ...], layout=MATRIX):
+    def token_numbers(self, step, shape: tuple[int, ...]):
         """Of a tile's tokens in the list, one a row of a matrix [T, ...] of ``shape``."""
-        rows = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
+        rows = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
         return rows + self.tile_of(step) * TILE
 
     def attends(self, token):

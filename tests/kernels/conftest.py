@@ -52,18 +52,19 @@ def wgmma_from_registers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def codes_of_4_bits_in_plain_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+def codes_in_plain_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter runs no PTX, and no wgmma from registers."""
 
     def register_matmul(a, b, m, n, dtype):
         return jnp.dot(a, b[...], preferred_element_type=dtype)
 
     def nibbles_as_bf16(codes, layout):
-        return tuple(
-            (half.astype(jnp.float32) / 64).astype(jnp.bfloat16)
-            for half in (codes & 15, codes >> 4)
-        )
+        halves = codes & 15, codes >> 4
+        return tuple((half.astype(jnp.float32) / 64).astype(jnp.bfloat16) for half in halves)
+
+    def e4m3_as_bf16(codes, layout):
+        return jnp.where(jnp.isnan(codes), 480.0, codes.astype(jnp.float32)).astype(jnp.bfloat16)
 
     if jax.default_backend() == "cpu":
-        for stand_in in (register_matmul, nibbles_as_bf16):
+        for stand_in in (register_matmul, nibbles_as_bf16, e4m3_as_bf16):
             monkeypatch.setattr(decode_operands, stand_in.__name__, stand_in)

@@ -25,7 +25,7 @@ from pallas_kernels.hopper.decode_splits import (
     split_table,
 )
 from pallas_kernels.hopper.decode_tiles import read_place
-from pallas_kernels.kv_codes import KVKind, kv_kind
+from pallas_kernels.kv_codes import CODE_TYPES, KVKind, kv_kind
 from pallas_kernels.types import KVPages, PageList
 
 # Weights and out are rounded to bf16: 2^-9 of a weight, averaged over the tokens, and 2^-9 of out.
@@ -149,7 +149,7 @@ def test_most_tokens_deals_out_the_splits(monkeypatch: pytest.MonkeyPatch) -> No
         expected_out, expected_lse = reference.paged_attention(*args[:4], lists)
         assert_allclose(lse, expected_lse, atol=LSE_TOLERANCE[None], rtol=0)
         assert_allclose(*(np.asarray(x, np.float32) for x in (out, expected_out)), atol=1e-2)
-    assert [most for _, most, _ in dealt] == [(384, 384, 192), (384, 64, 192)]
+    assert [most for _, most, *_ in dealt] == [(384, 384, 192), (384, 64, 192)]
 
 
 def test_start_beyond_the_first_tiles() -> None:
@@ -180,13 +180,18 @@ def test_heads_share_a_list() -> None:
 
 
 def test_choice_of_config() -> None:
-    def dealt(rows: int, *pages: int, dtype: str = jnp.bfloat16) -> tuple[int, ...]:
-        return choose_config(rows, tuple(64 * count for count in pages), dtype).splits
+    def dealt(rows: int, *pages: int, dtype: str = jnp.bfloat16, queries: int = 4):
+        return choose_config(rows, tuple(64 * count for count in pages), dtype, queries).splits
 
     assert dealt(1, *[64] * 8) == (32,) * 8  # two tiles a split
     assert dealt(8, *[65] * 8) == (4,) * 8  # two CTAs an SM
     assert dealt(1, *[2048] * 8) == (33,) * 8
-    assert dealt(1, *[2048] * 8, dtype=jnp.int8) == (64,) * 8  # four
+    for dtype in CODE_TYPES.values():
+        assert dealt(1, *[2048] * 8, dtype=dtype) == (64,) * 8  # four
+        assert dealt(1, *[2048] * 8, dtype=dtype, queries=17) == (33,) * 8
+    # Registers do not suffice for four with 16 columns.
+    assert dealt(1, *[2048] * 8, dtype=CODE_TYPES["int8"], queries=16) == (64,) * 8
+    assert dealt(1, *[2048] * 8, dtype=CODE_TYPES["int4"], queries=16) == (33,) * 8
     assert dealt(1, *[1] * 8) == (1,) * 8
     assert dealt(64, *[65] * 8) == (1,) * 8
     # Streaming heads beside ranked ones, one row and eight.

@@ -13,7 +13,7 @@ from shapes.pages import stored
 from pallas_kernels import reference
 from pallas_kernels.hopper.decode_attention import Config, choose_config
 from pallas_kernels.hopper.verify_attention import verify_attention
-from pallas_kernels.kv_codes import kv_kind
+from pallas_kernels.kv_codes import CODE_TYPES, kv_kind
 from pallas_kernels.types import KVPages
 
 # As for decode attention (test_decode_attention.py): weights and out are rounded to bf16, a unit in
@@ -60,7 +60,7 @@ def check(args, config: Config | None = None) -> tuple[np.ndarray, np.ndarray]:
         ([90], 1, 1, 3, 64, 32, 3, "int8"),
         ([70], 9, 1, 3, 128, 16, 5, "fp8"),  # 27
         ([3, 120], 5, 1, 4, 128, 64, 2, "int4"),  # 20: weights are summed in the loop
-        ([70], 3, 1, 4, 64, 16, 5, "int4"),  # 12
+        ([70], 7, 1, 4, 64, 16, 5, "int4"),  # 28: pieces of 4 and 3 tokens
     ],
 )
 def test_matches_reference(
@@ -89,7 +89,7 @@ def test_choice_of_config() -> None:
     assert choose_config(1, dense, jnp.bfloat16, 16) == choose_config(1, dense, jnp.bfloat16)
     same = {"splits": (33,) * 8, "numbers": 264}
     assert choose_config(1, dense, jnp.bfloat16, 36) == Config(**same, parts=6)
-    assert choose_config(1, dense, jnp.int8, 20) == Config(**same, parts=11)
+    assert choose_config(1, dense, CODE_TYPES["int8"], 20) == Config(**same, parts=11)
 
 
 @pytest.mark.parametrize(
