@@ -122,7 +122,7 @@ def scores(buffers: Buffers, stage, boxes: Boxes, query_scale: QueryScale | None
     """Of a tile's keys [T, N], base 2; ``query_scale`` is what ``load_query`` returned."""
     keys = buffers.k.at[stage]
     N, D = buffers.query[0].shape
-    if query_scale is None:
+    if buffers.kind is None or query_scale is None:
         query = buffers.query[0].transpose((1, 0))
         return matmul(keys, query, TILE, N) * score_scale(D)
     if buffers.kind == "int4":
@@ -215,39 +215,35 @@ def _zero_unattended(tile, split: Split, step) -> None:
         tile[...] = jnp.where(attended, v, jnp.zeros_like(v))
 
 
+# Of a word of four codes, two pairs of bf16. As the bits of a bf16 a code of 4 bits is a subnormal
+# number, code * 2^-133, and one of e4m3 has its sign, exponent and mantissa in place, * 2^-120.
+_E4M3 = (
+    "prmt.b32 a, $1, 0, {}; shr.b32 b, a, 4; and.b32 b, b, 0x07f007f0; "
+    "lop3.b32 b, a, 0x80008000, b, 0xea; mov.b32 c, 0x7b807b80; mul.bf16x2 $0, b, c;"
+)
+_NIBBLES = (
+    "shr.b32 a, $1, {}; and.b32 a, a, 0x0f0f0f0f; prmt.b32 a, a, 0, {}; "
+    "mov.b32 b, 0x7f007f00; mul.bf16x2 $0, a, b;"
+)
+E4M3_PAIRS: list[str] = [_E4M3.format(order) for order in ("0x1404", "0x3424")]
+NIBBLE_PAIRS: list[list[str]] = [
+    [_NIBBLES.format(shift, order) for order in ("0x4140", "0x4342")] for shift in (0, 4)
+]
+
+
 def e4m3_as_bf16(codes, layout):
-    """[T, D]: exponent and mantissa in the place of bf16's, times 2^120; NaN is 480."""
-    text = (
-        "shr.b32 b, a, 4; and.b32 b, b, 0x07f007f0; lop3.b32 b, a, 0x80008000, b, 0xea; "
-        "mov.b32 c, 0x7b807b80; mul.bf16x2 $0, b, c;"
-    )
-    [made] = _pairs(codes, layout, [[f"prmt.b32 a, $1, 0, {order}; {text}" for order in _UPPER]])
+    """[T, D]: NaN becomes 480."""
+    [made] = _pairs(codes, layout, [E4M3_PAIRS])
     return made
 
 
 def nibbles_as_bf16(codes, layout):
-    """Codes of 4 bits [T, D / 2] uint8, / 64: those of the lower halves of bytes, and the upper.
-
-    As the bits of a bf16 a code is a subnormal number, code * 2^-133, made normal by a product with
-    2^127.
-    """
-    text = "mov.b32 b, 0x7f007f00; mul.bf16x2 $0, a, b;"
-    halves = [
-        [
-            f"shr.u32 a, $1, {shift}; and.b32 a, a, 0x0f0f0f0f; prmt.b32 a, a, 0, {order}; {text}"
-            for order in _LOWER
-        ]
-        for shift in (0, 4)
-    ]
-    return _pairs(codes, layout, halves)
-
-
-# Which bytes of a word become the upper or the lower ones of 16 bits: the first two, the last two.
-_UPPER, _LOWER = ("0x1404", "0x3424"), ("0x4140", "0x4342")
+    """Codes of 4 bits [T, D / 2] uint8, / 64: those of the lower halves of bytes, and the upper."""
+    return _pairs(codes, layout, NIBBLE_PAIRS)
 
 
 def _pairs(codes, layout, arrays: list[list[str]]) -> tuple[Any, ...]:
-    """Arrays of bf16 as PTX makes them of words of four codes, each of a word's two pairs."""
+    """Arrays of bf16, for each the PTX of both pairs of a word."""
 
     def unpack(_, codes):
         bf16, i32 = ir.BF16Type.get(), ir.IntegerType.get_signless(32)
