@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.api import KVPages, PageList
-from shapes.pages import random_pages
+from pallas_kernels.api import KV_KINDS, KVKind, KVPages, PageList
+from shapes.pages import random_pages, token_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class DecodeShape:
     group: int = 4
     head_dim: int = 128
     page_size: int = 64
-    int8: bool = False
+    kind: KVKind | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -50,7 +50,7 @@ class DecodeShape:
     def bytes_moved(self) -> int:
         """Keys, values and scales of every listed token, once."""
         tokens = self.rows * sum(self.most_tokens)
-        return tokens * (2 * self.head_dim + 8 if self.int8 else 4 * self.head_dim)
+        return tokens * token_bytes(self.head_dim, self.kind)
 
 
 def _decode_shapes() -> tuple[DecodeShape, ...]:
@@ -82,16 +82,18 @@ def _decode_shapes() -> tuple[DecodeShape, ...]:
         )
         for shape in bf16[:2]
     )
-    int8 = (
-        DecodeShape(name="sparse, 1 row, int8", int8=True, **half),
-        DecodeShape(name="sparse, 8 rows, int8", rows=8, int8=True, **half),
-        DecodeShape(name="dense 128K, int8", retrieval_heads=8, retrieval_pages=2048, int8=True),
+    codes = tuple(
+        dataclasses.replace(shape, name=f"{shape.name}, {kind}", kind=kind)
+        for kind in KV_KINDS
+        for shape in bf16[:3]
+    )
+    codes += (
         DecodeShape(
             name="dense 128K, int8, pages of 128",
             retrieval_heads=8,
             retrieval_pages=1024,
             page_size=128,
-            int8=True,
+            kind="int8",
         ),
     )
     # Seven heads with a budget of 4096 beside one that reads everything.
@@ -107,28 +109,33 @@ def _decode_shapes() -> tuple[DecodeShape, ...]:
         for rows in (1, 8)
     )
     # SmolLM2-135M: 9 query heads on 3 KV heads of 64 channels; small pages; the widest group.
+    smollm2 = DecodeShape(
+        name="SmolLM2 8K",
+        retrieval_heads=2,
+        streaming_heads=1,
+        retrieval_pages=512,
+        streaming_pages=24,
+        group=3,
+        head_dim=64,
+        page_size=16,
+    )
     others = (
-        DecodeShape(
-            name="SmolLM2 8K",
-            retrieval_heads=2,
-            streaming_heads=1,
-            retrieval_pages=512,
-            streaming_pages=24,
-            group=3,
-            head_dim=64,
-            page_size=16,
-        ),
-        DecodeShape(
-            name="group 16, pages of 32, int8",
-            rows=2,
-            retrieval_heads=2,
-            retrieval_pages=100,
-            group=16,
-            page_size=32,
-            int8=True,
+        smollm2,
+        dataclasses.replace(smollm2, name="SmolLM2 8K, int4", kind="int4"),
+        *(
+            DecodeShape(
+                name=f"group 16, pages of 32, {kind}",
+                rows=2,
+                retrieval_heads=2,
+                retrieval_pages=100,
+                group=16,
+                page_size=32,
+                kind=kind,
+            )
+            for kind in KV_KINDS
         ),
     )
-    return bf16 + whole + int8 + mixed + others
+    return bf16 + whole + codes + mixed + others
 
 
 DECODE = _decode_shapes()
@@ -139,7 +146,7 @@ def decode_inputs(
 ) -> tuple[jax.Array, KVPages, KVPages, list[tuple[PageList, PageList]]]:
     """Query, both pools and ``lists`` pairs of page lists without a page in common.
 
-    Tokens that no list attends are NaN (int8: of a NaN scale). Every list ends in a partial page,
+    Tokens that no list attends are NaN. Every list ends in a partial page,
     and a streaming head's starts in one.
     """
     rng = np.random.default_rng(seed)
@@ -159,7 +166,7 @@ def decode_inputs(
             start[:, head], stop[:, head] = first, count * P - 5
             token = np.arange(count * P).reshape(count, P)
             of_head[ids] = (token >= first) & (token < count * P - 5)
-        return random_pages(key, jnp.asarray(used), shape.head_dim, shape.int8)
+        return random_pages(key, jnp.asarray(used), shape.head_dim, shape.kind)
 
     keys = jax.random.split(jax.random.key(seed), 3)
     retrieval = pool(range(split), 0, keys[0])

@@ -106,7 +106,7 @@ def prefill_inputs(shape: PrefillShape, *, seed: int = 0) -> tuple[tuple, dict[s
         used = np.zeros((width, P), bool)
         used[table] = seen & (position < shape.start)
         every = jnp.broadcast_to(jnp.asarray(used), (heads, width, P))
-        return random_pages(key, every, D, int8), jnp.asarray(table)
+        return random_pages(key, every, D, "int8" if int8 else None), jnp.asarray(table)
 
     in_window = (position < shape.sink) | (position > shape.start - shape.local)
     retrieval, table = pool(keys[0], shape.retrieval_heads, position >= 0, shape.int8)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.api import KVPages
-from shapes.pages import random_pages
+from pallas_kernels.api import KV_KINDS, KVKind, KVPages
+from shapes.pages import random_pages, token_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +22,13 @@ class VerifyShape:
     group: int = 4
     head_dim: int = 128
     page_size: int = 64
-    int8: bool = False
+    kind: KVKind | None = None
 
     @property
     def bytes_moved(self) -> int:
         """Keys, values and scales of every token, once."""
         tokens = self.rows * self.heads * self.context
-        return tokens * (2 * self.head_dim + 8 if self.int8 else 4 * self.head_dim)
+        return tokens * token_bytes(self.head_dim, self.kind)
 
 
 def _verify_shapes() -> tuple[VerifyShape, ...]:
@@ -45,8 +45,15 @@ def _verify_shapes() -> tuple[VerifyShape, ...]:
             for name, rows, context in sizes
             for count in (1, 3, 5, 9)
         ),
-        VerifyShape(
-            name="8 rows of 64K, 5 tokens, int8", rows=8, context=65536, tokens=5, int8=True
+        *(
+            VerifyShape(
+                name=f"8 rows of 64K, 5 tokens, {kind}",
+                rows=8,
+                context=65536,
+                tokens=5,
+                kind=kind,
+            )
+            for kind in KV_KINDS
         ),
         # Two pieces, a short context, and SmolLM2's heads.
         VerifyShape(name="group 8, 9 tokens", rows=2, context=8192, tokens=9, heads=4, group=8),
@@ -60,12 +67,15 @@ def _verify_shapes() -> tuple[VerifyShape, ...]:
             head_dim=64,
             page_size=16,
         ),
-        VerifyShape(
-            name="int8, 9 tokens, pages of 16",
-            context=4096,
-            tokens=9,
-            page_size=16,
-            int8=True,
+        *(
+            VerifyShape(
+                name=f"{kind}, 9 tokens, pages of 16",
+                context=4096,
+                tokens=9,
+                page_size=16,
+                kind=kind,
+            )
+            for kind in KV_KINDS
         ),
     )
 
@@ -78,7 +88,7 @@ def verify_inputs(
 ) -> tuple[jax.Array, KVPages, jax.Array, jax.Array]:
     """Query, pages, page tables ``[calls, B, M]`` without a page in common, and positions.
 
-    Tokens past the last query are NaN (int8: of a NaN scale).
+    Tokens past the last query are NaN.
     """
     rng = np.random.default_rng(seed)
     B, P = shape.rows, shape.page_size
@@ -90,7 +100,7 @@ def verify_inputs(
     used[tables] = np.arange(M * P).reshape(M, P) < position + shape.tokens
     key, q_key = jax.random.split(jax.random.key(seed))
     of_heads = jnp.broadcast_to(jnp.asarray(used), (shape.heads, total, P))
-    pages = random_pages(key, of_heads, shape.head_dim, shape.int8)
+    pages = random_pages(key, of_heads, shape.head_dim, shape.kind)
     size = B, shape.tokens, shape.heads * shape.group, shape.head_dim
     q = jax.random.normal(q_key, size, jnp.bfloat16)
     return q, pages, jnp.asarray(tables), jnp.full(B, position, jnp.int32)

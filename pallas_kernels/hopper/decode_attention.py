@@ -21,20 +21,31 @@ M is 64, and G rows would waste most of it; N can be as small as 8):
 
       parts [B, splits, D, N], lses [B, splits, N]  --combine: grid (b, k, D / 64)-->  out, lse
 
-What must move: K and V of each listed token once, B * K * tokens * 2 * D * (2 or 1) bytes, plus 8
-bytes of scales a token for int8. The parts are B * splits * D * N * 4 bytes, written and read in
-L2.
+What must move: K and V of each listed token once, B * K * tokens * 2 * D * (2, 1 or 1/2) bytes,
+plus 8 bytes of scales a token for int8 and fp8, 16 for int4. The parts are B * splits * D * N * 4
+bytes, written and read in L2.
 
-int8 pages. K is never converted: the query is split into two int8 vectors, q = scale * (high +
-low / 254), which keeps 15 bits of it, and the tensor cores multiply int8 by int8; a token's scale
-multiplies its row of scores. V has to be transposed, which wgmma can do for 16-bit operands
-only, so V alone passes through shared memory a second time, as bf16; its scales multiply P.
+Pages of codes. K stays codes: the query is split into two int8 vectors, q = scale * (high + low /
+254), which keeps 15 bits of it, and the tensor cores multiply int8 by int8; a token's scale
+multiplies its row of scores. For fp8 they are two e4m3, which keep all of a bf16 q. V has to be
+transposed, which wgmma can do for 16-bit operands only, so V alone passes through shared memory a
+second time, as bf16 codes; its scales multiply P.
+
+int4 pages: x = code * step + lowest, with two numbers for each half h of the channels. Codes of K
+become int8 in registers, from where wgmma takes them, with the 4 N columns of
+
+      | high of h = 0 | low of h = 0 | high of h = 1 | low of h = 1 |    zeros in the other half
+
+and the sum of q over each half, times the lowest value, is added. P is two matrices side by side,
+one for either half's steps, of which each half of the channels of V^T @ P^T takes its own; what P
+times the lowest values sums to is added at the end.
 
 What must not be read: an entry of the list past ``stop`` never has its page fetched, scores of
 tokens outside ``[start, stop)`` are replaced and not added to, and their V rows are zeroed, since
-a weight of zero does not silence a NaN.
+a weight of zero does not silence a NaN. Codes of V are never NaN; their scales are replaced, too.
 
-``decode_tiles`` fetches and multiplies tiles, ``decode_combine`` is the second kernel.
+``decode_tiles`` fetches tiles, ``decode_operands`` makes of them what is multiplied, and
+``decode_combine`` is the second kernel.
 """
 
 from collections.abc import Callable
@@ -51,6 +62,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.hopper.decode_combine import combine_parts
+from pallas_kernels.hopper.decode_operands import (
+    load_query,
+    of_halves,
+    scales,
+    scores,
+    step_and_lowest,
+    values,
+)
 from pallas_kernels.hopper.decode_splits import (
     Alike,
     deal_splits,
@@ -65,13 +84,9 @@ from pallas_kernels.hopper.decode_tiles import (
     Buffers,
     Split,
     allocate_buffers,
-    load_query,
     plan_split,
     query_tile_start,
     read_place,
-    scales,
-    scores,
-    values,
 )
 from pallas_kernels.hopper.mosaic import (
     LOWEST,
@@ -86,6 +101,7 @@ from pallas_kernels.hopper.mosaic import (
     store_unoptimised,
 )
 from pallas_kernels.hopper.shared_kernel import FLAT, Shapes, call_shared
+from pallas_kernels.kv_codes import kv_kind
 from pallas_kernels.listed_attention import cut_pages
 from pallas_kernels.types import KVPages, PageList
 
@@ -116,10 +132,11 @@ def choose_config(
 
     ``queries`` is how many query vectors a KV head has.
     """
-    # Two CTAs an SM read bf16 at full bandwidth; int8 takes more arithmetic a byte, and four hide
+    # Two CTAs an SM read bf16 at full bandwidth; codes take more arithmetic a byte, and four hide
     # it, for which many columns leave no registers. Every further part costs the combining kernel
     # time.
-    ctas = (4 if dtype == jnp.int8 and queries <= 16 else 2) * SM_COUNT
+    four = {None: 0, "int8": 16, "fp8": 8, "int4": 8}[kv_kind(dtype)]  # up to so many queries
+    ctas = (4 if queries <= four else 2) * SM_COUNT
     # As many parts at once as registers hold, of which 8 columns take four.
     parts = 33 if queries <= 16 else 264 // _columns(queries)
     splits = deal_splits(rows, most_tokens, ctas)
@@ -148,9 +165,9 @@ def paged_attention(
 ) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
     """``pallas_kernels.api.paged_attention`` on a Hopper GPU (or under Mosaic GPU's interpreter).
 
-    Query bf16, pages bf16 or int8; D 64 or 128; listed pages of 16 to 128 tokens; up to 16 query
-    heads a KV head. Shapes are those the api has checked. Raises ``NotImplementedError`` for
-    anything else.
+    Query bf16, pages bf16 or codes of any kind; D 64 or 128; listed pages of 16 to 128 tokens; up
+    to 16 query heads a KV head. Shapes are those the api has checked. Raises
+    ``NotImplementedError`` for anything else.
     """
     if selected_page_size is not None:
         retrieval, streaming = (cut_pages(x, selected_page_size) for x in (retrieval, streaming))
@@ -172,7 +189,7 @@ def paged_attention(
             for _ in range(pool.k.shape[0])
         ]
         most = tuple(map(min, held, most_tokens or held))
-        config = choose_config(B, most, retrieval.k.dtype)
+        config = choose_config(B, most, retrieval.k.dtype, group)
 
     out, lse = attend_lists(q.reshape(B, -1, group, D), classes, config)
     return out.reshape(B, H, D), lse.reshape(B, H)
@@ -185,8 +202,8 @@ def unsupported(q: Float[Array, "... D"], retrieval: KVPages, streaming: KVPages
     if q.dtype != jnp.bfloat16:
         reasons.append(f"queries must be bfloat16, got {q.dtype}")
     for name, pool in (("retrieval", retrieval), ("streaming", streaming)):
-        if pool.k.dtype not in (jnp.bfloat16, jnp.int8):
-            reasons.append(f"{name} pages must be bfloat16 or int8, got {pool.k.dtype}")
+        if pool.k.dtype != jnp.bfloat16 and kv_kind(pool.k.dtype) is None:
+            reasons.append(f"{name} pages must be bfloat16 or codes, got {pool.k.dtype}")
     if retrieval.k.dtype != streaming.k.dtype:
         reasons.append(
             f"both pools must have one dtype, got {retrieval.k.dtype} and {streaming.k.dtype}"
@@ -282,7 +299,7 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
     def attend_split(
         q_gmem,  # [rows, D] bf16
         lists_gmem,  # for each class: page_ids, start and stop, flat int32
-        pools_gmem,  # for each class: k, v [Kc, N, P, D]; scales [Kc, N, P] float32
+        pools_gmem,  # for each class: KVPages
         table_gmem,  # [S, columns] int32, see ``split_table``; None if all are alike
         parts_gmem,  # [B, S, D, N] float32, output
         lses_gmem,  # [B, S, N] float32, output
@@ -306,7 +323,7 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
                     split.fetch(VALUES, step, split.first_page_ids[step])
 
             first_row = query_tile_start(b * K + k, G, N, query_rows)
-            query_scale = load_query(q_gmem.at[pl.ds(first_row, N)], buffers.query)
+            query_scale = load_query(q_gmem.at[pl.ds(first_row, N)], buffers)
             stops = None
             if tokens > 1:
                 column = plgpu.broadcasted_iota(jnp.int32, (N,), 0, layout=PER_COLUMN)
@@ -336,14 +353,21 @@ def _attend_tiles(split: Split, buffers: Buffers, boxes: Boxes, query_scale, sto
     ``stops`` [N] are the columns' own, None if all have that of the split. Returns the weighted sum
     of values [D, N], the largest score [N] (base 2) and the sum of the weights relative to it [N].
     """
-    stages, T, D = buffers.k.shape
-    N = buffers.p.shape[0]
+    stages, T, _ = buffers.k.shape
+    halves = buffers.kind == "int4"  # of the channels, with weights and lowest values of their own
+    N, D = buffers.p.shape[0] // (2 if halves else 1), buffers.query[0].shape[1]
     # Weights are summed down the columns only once, at the end: no exchange between warps in the
     # loop. Many columns leave no registers for that.
     summed_last = N <= 16
 
+    def add_up(total, decay, x):
+        if summed_last:
+            return total * spread_columns(decay, total) + x
+        return total * decay + x.sum(axis=0)
+
     def attend_tile(step, carry):
-        acc, peak, total, next_ids = carry  # [D, N], [N], [T, N] or [N], ids of step + stages
+        # [D, N], [N], [T, N] or [N], as total for either half, ids of step + stages
+        acc, peak, total, lowest_totals, next_ids = carry
         stage = lax.rem(step, jnp.int32(stages))
         refill = step + stages < split.steps
 
@@ -359,33 +383,50 @@ def _attend_tiles(split: Split, buffers: Buffers, boxes: Boxes, query_scale, sto
 
         decay = jnp.exp2(peak - new_peak)
         p = jnp.exp2(x - spread_columns(new_peak, x))
-        if summed_last:
-            total = total * spread_columns(decay, total) + p
-        else:
-            total = total * decay + p.sum(axis=0)
+        total = add_up(total, decay, p)
 
         plgpu.barrier_wait(buffers.v_ready.at[stage])
-        if buffers.v_scale is not None:
-            p = jnp.where(attended, p * scales(buffers.v_scale, stage, boxes, p), 0.0)
+        weights = p
+        if halves:
+            words = [
+                step_and_lowest(of_half, stage, boxes, p, attended) for of_half in buffers.v_scale
+            ]
+            weights = jnp.concatenate([p * size for size, _ in words], axis=1)
+            lowest_totals = tuple(
+                add_up(total, decay, p * lowest)
+                for total, (_, lowest) in zip(lowest_totals, words, strict=True)
+            )
+        elif buffers.v_scale:
+            weights = jnp.where(attended, p * scales(buffers.v_scale[0], stage, boxes, p), 0.0)
         buffers.p.transpose((1, 0))[...] = plgpu.layout_cast(
-            p.astype(jnp.bfloat16), MATRIX_TRANSPOSED
+            weights.astype(jnp.bfloat16), MATRIX_TRANSPOSED
         )
         v = values(buffers, stage, split, step)
         plgpu.commit_smem()
-        new = matmul(v.transpose((1, 0)), buffers.p.transpose((1, 0)), D, N)
+        new = matmul(v.transpose((1, 0)), buffers.p.transpose((1, 0)), D, weights.shape[1])
+        if halves:
+            new = of_halves(new[:, :N], new[:, N:])
         acc = acc * spread_columns(decay, acc) + new
         pl.when(refill)(lambda: split.fetch(VALUES, step + stages, next_ids))
-        return acc, new_peak, total, split.page_ids(step + stages + 1)
+        return acc, new_peak, total, lowest_totals, split.page_ids(step + stages + 1)
 
-    acc, peak, total, _ = lax.fori_loop(
+    def no_total():
+        return full((T, N), 0.0, MATRIX) if summed_last else full((N,), 0.0, PER_COLUMN)
+
+    acc, peak, total, lowest_totals, _ = lax.fori_loop(
         0,
         split.steps,
         attend_tile,
         (
             full((D, N), 0.0, MATRIX),
             full((N,), LOWEST, PER_COLUMN),
-            full((T, N), 0.0, MATRIX) if summed_last else full((N,), 0.0, PER_COLUMN),
+            no_total(),
+            (no_total(), no_total()) if halves else (),
             split.first_page_ids[stages],
         ),
     )
-    return acc, peak, total.sum(axis=0) if summed_last else total
+    if summed_last:
+        total, *lowest_totals = (x.sum(axis=0) for x in (total, *lowest_totals))
+    if halves:
+        acc = acc * 64.0 + of_halves(*(spread_columns(x, acc) for x in lowest_totals))
+    return acc, peak, total

@@ -1,6 +1,6 @@
-"""The tiles of decode attention: how a split fetches them, and what it multiplies them with.
+"""The tiles of decode attention: how a split fetches them.
 
-See ``decode_attention`` for the index map, the letters and the way int8 pages are multiplied.
+See ``decode_attention`` for the index map and the letters.
 """
 
 from collections.abc import Callable
@@ -13,21 +13,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.mosaic import (
-    LOG2_E,
-    MATRIX,
-    MATRIX_TRANSPOSED,
-    PER_ROW,
-    cdiv,
-    matmul,
-    spread_columns,
-    spread_rows,
-    tile_transforms,
-)
+from pallas_kernels import kv_codes
+from pallas_kernels.hopper.mosaic import MATRIX, cdiv, tile_transforms
 from pallas_kernels.types import KVPages, PageList
 
-# An int8 holds a query to 1/127; the rounding error, at most 1/254 of that step, fills another.
-LOW_STEPS = 254.0
 # T, tokens of one step: the least that wgmma multiplies. Twice as many took so many registers for
 # int8 that one CTA an SM was left, and gained nothing for bf16.
 TILE = 64
@@ -68,40 +57,54 @@ class Buffers(NamedTuple):
 
     k: Any  # [stages, T, D] as stored
     v: Any  # [stages, T, D] as stored
-    p: Any  # [N, T] bf16, the weights
+    p: Any  # [N, T] bf16, the weights; int4 pages: [2 N, T], those of either half of the channels
     k_ready: Any  # [stages] barriers
     v_ready: Any  # [stages] barriers
-    query: tuple[Any, ...]  # bf16 pages: q [N, D] bf16; int8: high [N, D], low [N, D] int8
-    # For int8 pages only:
-    v_bf16: Any = None  # [T, D] bf16
-    k_scale: Any = None  # [stages, boxes * scale_stride] float32
-    v_scale: Any = None  # [stages, boxes * scale_stride] float32
+    # bf16 pages: q [N, D] bf16; int8, fp8: high [N, D], low [N, D] like K; int4: see ``load_query``
+    query: tuple[Any, ...]
+    # For pages of codes only:
+    v_bf16: Any = None  # [T, D] bf16, codes
+    k_scale: tuple[Any, ...] = ()  # [stages, boxes * scale_stride] each
+    v_scale: tuple[Any, ...] = ()  # [stages, boxes * scale_stride] each
+
+    @property
+    def kind(self) -> kv_codes.KVKind | None:
+        """Of the pages."""
+        return kv_codes.kv_kind(self.k.dtype)
 
 
 def allocate_buffers(
     head_dim: int, columns: int, boxes: Boxes, stages: int, dtype: jax.typing.DTypeLike
 ) -> Buffers:
     """The scratch types for pages of ``dtype`` and a query tile of ``columns`` rows (N)."""
-    transforms = tile_transforms(head_dim, dtype)
-    kv_tile = plgpu.SMEM((stages, TILE, head_dim), dtype, transforms=transforms)
-    query_tile = plgpu.SMEM((columns, head_dim), dtype, transforms=transforms)
-    int8 = dtype == jnp.int8
-    copies = 2 * boxes.count if int8 else boxes.count
-    ready = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
+    kind = kv_codes.kv_kind(dtype)
+    stored = kv_codes.stored_channels(kind, head_dim)
+    kv_tile = plgpu.SMEM((stages, TILE, stored), dtype, transforms=tile_transforms(stored, dtype))
+    # wgmma takes 8 bits for 4, and for int4 pages all parts of a query at once.
+    query_rows, query_type = (4 * columns, jnp.int8) if kind == "int4" else (columns, dtype)
+    query_tile = plgpu.SMEM(
+        (query_rows, head_dim), query_type, transforms=tile_transforms(head_dim, query_type)
+    )
+    scales = {None: 0, "int4": 2}.get(kind, 1)
+    ready = plgpu.Barrier(num_arrivals=(1 + scales) * boxes.count, num_barriers=stages)
     weights = plgpu.SMEM(
-        (columns, TILE), jnp.bfloat16, transforms=tile_transforms(TILE, jnp.bfloat16)
+        (max(scales, 1) * columns, TILE),
+        jnp.bfloat16,
+        transforms=tile_transforms(TILE, jnp.bfloat16),
     )
     buffers = Buffers(kv_tile, kv_tile, weights, ready, ready, (query_tile,))
-    if not int8:
+    if kind is None:
         return buffers
-    scale_tile = plgpu.SMEM((stages, boxes.count * boxes.scale_stride), jnp.float32)
+    scale_tile = plgpu.SMEM(
+        (stages, boxes.count * boxes.scale_stride), jnp.int32 if kind == "int4" else jnp.float32
+    )
     return buffers._replace(
-        query=(query_tile, query_tile),
+        query=(query_tile,) if kind == "int4" else (query_tile, query_tile),
         v_bf16=plgpu.SMEM(
             (TILE, head_dim), jnp.bfloat16, transforms=tile_transforms(head_dim, jnp.bfloat16)
         ),
-        k_scale=scale_tile,
-        v_scale=scale_tile,
+        k_scale=(scale_tile,) * scales,
+        v_scale=(scale_tile,) * scales,
     )
 
 
@@ -192,7 +195,7 @@ def plan_split(
         if boxes.tiles_per_page > 1:
             inside = lax.rem(tile, jnp.int32(boxes.tiles_per_page)) * TILE
         target, ready = ((buffers.k, buffers.k_ready), (buffers.v, buffers.v_ready))[part]
-        scale_target = (buffers.k_scale, buffers.v_scale)[part]
+        scale_targets = (buffers.k_scale, buffers.v_scale)[part]
 
         def copy(pool, head):
             for j, page in enumerate(ids):
@@ -204,9 +207,10 @@ def plan_split(
                     target.at[stage, pl.ds(j * boxes.tokens, boxes.tokens)],
                     ready.at[stage],
                 )
-                if scale_target is not None:
+                of_pool = jax.tree.leaves(pool[2 + part])
+                for scale, scale_target in zip(of_pool, scale_targets, strict=True):
                     plgpu.copy_gmem_to_smem(
-                        pool[2 + part].at[source],
+                        scale.at[source],
                         scale_target.at[stage, pl.ds(j * boxes.scale_stride, boxes.tokens)],
                         ready.at[stage],
                     )
@@ -228,86 +232,3 @@ def query_tile_start(pair, group: int, columns: int, query_rows: int):
     results are dropped; at the end of the array it starts early instead.
     """
     return jnp.minimum(pair * group, query_rows - columns)
-
-
-def load_query(rows, query_smem: tuple[Any, ...]):
-    """Puts Q ``rows`` [N, D] bf16 where wgmma reads it, as one bf16 or two int8 matrices.
-
-    Returns what scores are to be multiplied by, one a column [N], if that is int8.
-    """
-    D = rows.shape[1]
-    transposed = plgpu.load(
-        rows.transpose((1, 0)),
-        layout=MATRIX_TRANSPOSED,
-        optimized=False,  # D * N elements once a split
-    )
-    if len(query_smem) == 1:
-        query_smem[0].transpose((1, 0))[...] = transposed
-        plgpu.commit_smem()
-        return None
-    query = plgpu.layout_cast(transposed, MATRIX).astype(jnp.float32)  # [D, N]
-    largest = jnp.maximum(jnp.abs(query).max(axis=0), 1e-30)
-    query = query * spread_columns(127.0 / largest, query)
-    high = jnp.round(query)
-    low = jnp.round((query - high) * LOW_STEPS)
-    for to, value in zip(query_smem, (high, low), strict=True):
-        # Small integers are exact in bf16, the width that can be transposed.
-        value = plgpu.layout_cast(value.astype(jnp.bfloat16), MATRIX_TRANSPOSED)
-        to.transpose((1, 0))[...] = value.astype(jnp.float32).astype(jnp.int8)
-    plgpu.commit_smem()
-    return largest * (score_scale(D) / 127.0)
-
-
-def score_scale(head_dim: int) -> float:
-    """Scores in base 2: exp2 is one instruction."""
-    return head_dim**-0.5 * LOG2_E
-
-
-def scales(scale_smem, stage, boxes: Boxes, like):
-    """Of a tile's tokens, in every column of ``like`` [T, ...]."""
-
-    def shifted(j):
-        """Right in the rows of box j: what lies before its scales is left out."""
-        gaps = j * (boxes.scale_stride - boxes.tokens)
-        row_scale = plgpu.load(scale_smem.at[stage, pl.ds(gaps, TILE)], layout=PER_ROW)
-        return spread_rows(row_scale, like)
-
-    result = shifted(0)
-    if boxes.tokens < boxes.scale_stride:
-        row = plgpu.broadcasted_iota(jnp.int32, like.shape, 0, layout=MATRIX)
-        for j in range(1, boxes.count):
-            result = jnp.where(row >= j * boxes.tokens, shifted(j), result)
-    return result
-
-
-def scores(buffers: Buffers, stage, boxes: Boxes, query_scale):
-    """Of a tile's keys [T, N], base 2; ``query_scale`` is what ``load_query`` returned."""
-    keys = buffers.k.at[stage]
-    N, D = buffers.query[0].shape
-    if query_scale is None:
-        query = buffers.query[0].transpose((1, 0))
-        return matmul(keys, query, TILE, N) * score_scale(D)
-    high, low = (
-        matmul(keys, x.transpose((1, 0)), TILE, N, jnp.int32).astype(jnp.float32)
-        for x in buffers.query
-    )
-    x = (high + low * (1.0 / LOW_STEPS)) * spread_columns(query_scale, high)
-    return x * scales(buffers.k_scale, stage, boxes, x)
-
-
-def values(buffers: Buffers, stage, split: Split, step):
-    """V [T, D] bf16 in shared memory, rows that are not attended zero."""
-    tile = buffers.v.at[stage]
-    if buffers.v_bf16 is not None:
-        codes = plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_2X)
-        buffers.v_bf16[...] = plgpu.layout_cast(codes, MATRIX).astype(jnp.bfloat16)
-        return buffers.v_bf16  # codes are never NaN; the weights of unattended rows are zero
-    first = split.tile_of(step) * TILE
-
-    @pl.when((first < split.start) | (first + TILE > split.stop))
-    def _():
-        v = plgpu.load(tile, layout=MATRIX)
-        attended = split.attends(split.token_numbers(step, v.shape))
-        tile[...] = jnp.where(attended, v, jnp.zeros_like(v))
-
-    return tile

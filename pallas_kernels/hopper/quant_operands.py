@@ -105,7 +105,8 @@ def _array(layout, shape: tuple[int, ...], values) -> fa.FragmentedArray:
     return fa.FragmentedArray(_registers=array, _layout=layout, _is_signed=None)
 
 
-def _asm(text: str, *operands: ir.Value) -> Any:
+def asm(text: str, *operands: ir.Value) -> Any:
+    """The word $0 that PTX makes of ``operands`` $1, ..., with registers a, b and c in between."""
     i32 = ir.IntegerType.get_signless(32)
     constraints = ",".join(["=r"] + ["r"] * len(operands))
     text = "{ .reg .b32 a, b, c; " + text + " }"
@@ -122,14 +123,14 @@ def _operands_a(codes: str, words: fa.FragmentedArray) -> list[ir.Value]:
                 move = f"shr.b32 a, $1, {4 * p};" if p else "mov.b32 a, $1;"
                 merge = "lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea;"
                 less = "mov.b32 b, 0x43084308; sub.bf16x2 $0, a, b;"
-                operands.append(_asm(f"{move} {merge} {less}", word))
+                operands.append(asm(f"{move} {merge} {less}", word))
         elif codes == "int8":
             for bytes_ in ("0x4140", "0x4342"):
                 text = (
                     f"prmt.b32 a, $1, 0x43, {bytes_}; and.b32 b, a, 0xff7fff7f; "
                     "and.b32 c, a, 0xff80ff80; sub.bf16x2 $0, b, c;"
                 )
-                operands.append(_asm(text, word))
+                operands.append(asm(text, word))
         else:
             for bytes_ in ("0x1404", "0x3424"):
                 text = (
@@ -137,7 +138,7 @@ def _operands_a(codes: str, words: fa.FragmentedArray) -> list[ir.Value]:
                     "lop3.b32 b, a, 0x80008000, b, 0xea; mov.b32 c, 0x7b807b80; "
                     "mul.bf16x2 $0, b, c;"
                 )
-                operands.append(_asm(text, word))
+                operands.append(asm(text, word))
     return operands
 
 

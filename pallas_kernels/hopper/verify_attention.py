@@ -7,8 +7,8 @@ K and V is read once for all of them:
       columns of KV head k    |  G heads of token 0  |  G heads of token 1  | ... |  padding  |
       attends positions <=    |     position         |     position + 1     |     |
 
-      N = T * G rounded up to 8, at most 64 (int8: 32): else the tokens are cut into pieces, each
-      of which reads K and V anew
+      N = T * G rounded up to 8, at most 64 (``MOST_QUERIES``): else the tokens are cut into
+      pieces, each of which reads K and V anew
 
 What must move: as decode attention, and the parts, N / 8 times as large as there.
 """
@@ -27,11 +27,12 @@ from pallas_kernels.hopper.decode_attention import (
     unsupported,
 )
 from pallas_kernels.hopper.mosaic import refuse
+from pallas_kernels.kv_codes import kv_kind
 from pallas_kernels.types import KVPages, PageList
 
-# Queries of a KV head whose matrices fit in the registers of a warpgroup, by the pages' dtype. (As
+# Queries of a KV head whose matrices fit in the registers of a warpgroup, by what pages hold. (As
 # many as wgmma takes of int8, too: between 32 and 64 its N is a multiple of 16.)
-MOST_QUERIES = {"bfloat16": 64, "int8": 32}
+MOST_QUERIES = {None: 64, "int8": 32, "fp8": 40, "int4": 24}
 
 
 @partial(jax.jit, static_argnames=("config",))
@@ -45,15 +46,16 @@ def verify_attention(
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
     """``pallas_kernels.api.verify_attention`` on a Hopper GPU (or under Mosaic GPU's interpreter).
 
-    Query bf16, pages bf16 or int8; D 64 or 128; pages of 16 to 128 tokens; up to 16 query heads a
-    KV head. Shapes are those the api has checked. Raises ``NotImplementedError`` for anything else.
+    Query bf16, pages bf16 or codes of any kind; D 64 or 128; pages of 16 to 128 tokens; up to 16
+    query heads a KV head. Shapes are those the api has checked. Raises ``NotImplementedError`` for
+    anything else.
     """
     T, group = q.shape[1], q.shape[2] // pages.k.shape[0]
     reasons = unsupported(q, pages, pages)
     if group > 16:
         reasons.append(f"at most 16 query heads a KV head, got {group}")
     refuse("verify_attention", reasons)
-    count = pl.cdiv(T, MOST_QUERIES[str(pages.k.dtype)] // group)
+    count = pl.cdiv(T, MOST_QUERIES[kv_kind(pages.k.dtype)] // group)
     size = pl.cdiv(T, count)  # tokens of a piece
     pieces = [
         _attend(q[:, t : t + size], pages, page_table, position, t, config)

@@ -73,6 +73,11 @@ CASES = {
     "int8": {"int8": True, "width": 2048},
     "int8, D 64, pages of 32": {"int8": True, "page_size": 32, "head_dim": 64},
     "int8, group 16, pages of 16": {"int8": True, "page_size": 16, "group": 16},
+    "fp8, pages of 16": {"kind": "fp8", "page_size": 16},
+    "fp8, D 64, group 16": {"kind": "fp8", "head_dim": 64, "group": 16},
+    "int4": {"kind": "int4", "width": 2048, "streaming": 0},
+    "int4, D 64, pages of 32": {"kind": "int4", "page_size": 32, "head_dim": 64},
+    "int4, group 16, pages of 16": {"kind": "int4", "page_size": 16, "group": 16},
 }
 # Ranked heads, one that reads everything, and a streaming head.
 MOST_TOKENS = (1024,) * 7 + (4096, 320)
@@ -96,6 +101,18 @@ VERIFY_CASES = {
         "group": 8,
         "page_size": 16,
         "int8": True,
+    },
+    "verify, 5 tokens, group 8, fp8, pages of 16": {
+        "tokens": 5,
+        "group": 8,
+        "page_size": 16,
+        "kind": "fp8",
+    },
+    "verify, 3 tokens, group 8, int4, pages of 16": {
+        "tokens": 3,
+        "group": 8,
+        "page_size": 16,
+        "kind": "int4",
     },
 }
 

@@ -8,7 +8,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import query_tiles, shared_kernel
+from pallas_kernels.hopper import decode_operands, query_tiles, shared_kernel
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +49,22 @@ def wgmma_from_registers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     if jax.default_backend() == "cpu":
         monkeypatch.setattr(query_tiles, "add_product", add_product)
+
+
+@pytest.fixture(autouse=True)
+def codes_in_plain_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs no PTX, and no wgmma from registers."""
+
+    def register_matmul(a, b, m, n, dtype):
+        return jnp.dot(a, b[...], preferred_element_type=dtype)
+
+    def nibbles_as_bf16(codes, layout):
+        halves = codes & 15, codes >> 4
+        return tuple((half.astype(jnp.float32) / 64).astype(jnp.bfloat16) for half in halves)
+
+    def e4m3_as_bf16(codes, layout):
+        return jnp.where(jnp.isnan(codes), 480.0, codes.astype(jnp.float32)).astype(jnp.bfloat16)
+
+    if jax.default_backend() == "cpu":
+        for stand_in in (register_matmul, nibbles_as_bf16, e4m3_as_bf16):
+            monkeypatch.setattr(decode_operands, stand_in.__name__, stand_in)

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
+from shapes.pages import stored
 
 from pallas_kernels import reference
-from pallas_kernels.api import quantize_kv
 from pallas_kernels.hopper import decode_attention
 from pallas_kernels.hopper.decode_attention import Config, choose_config, paged_attention
 from pallas_kernels.hopper.decode_splits import (
@@ -25,17 +25,19 @@ from pallas_kernels.hopper.decode_splits import (
     split_table,
 )
 from pallas_kernels.hopper.decode_tiles import read_place
+from pallas_kernels.kv_codes import CODE_TYPES, KVKind, kv_kind
 from pallas_kernels.types import KVPages, PageList
 
 # Weights and out are rounded to bf16: 2^-9 of a weight, averaged over the tokens, and 2^-9 of out.
 # |v| < 5, so out is off by at most 2 * 5 * 2^-9 = 2e-2, in practice by a unit in its last place.
 OUT_TOLERANCE = 1e-2
-# bf16 scores are exact products summed in float32. int8 ones also have q rounded to 2^-16 of its
-# largest element: |q| |k| sqrt(D) 2^-16 / sqrt(D) < 11 * 11 * 2^-16.
-LSE_TOLERANCE = {jnp.dtype(jnp.bfloat16): 1e-5, jnp.dtype(jnp.int8): 2e-3}
+# bf16 scores are exact products summed in float32. int8 and int4 ones also have q rounded to 2^-16
+# of its largest element: |q| |k| sqrt(D) 2^-16 / sqrt(D) < 11 * 11 * 2^-16. fp8 has all digits of q
+# but those below 2^-18 of its largest element.
+LSE_TOLERANCE = {None: 1e-5, "int8": 2e-3, "fp8": 5e-4, "int4": 2e-3}
 
 
-def problem(rows, retrieval, streaming, group, head_dim, page_size, width, dtype, *, seed=0):
+def problem(rows, retrieval, streaming, group, head_dim, page_size, width, kind, *, seed=0):
     """Lists of every length from 1 token to all; the last row's last head attends nothing."""
     rng = np.random.default_rng(seed)
     heads, pages = retrieval + streaming, rows * width + 1
@@ -57,13 +59,9 @@ def problem(rows, retrieval, streaming, group, head_dim, page_size, width, dtype
     ]
 
     def pool(part: slice) -> KVPages:
-        k, v = rng.normal(size=(2, *used[part].shape, head_dim))
-        if dtype == jnp.int8:
-            (k, k_scale), (v, v_scale) = (quantize_kv(jnp.asarray(x, jnp.float32)) for x in (k, v))
-            return KVPages(k, v, *(jnp.where(used[part], x, jnp.nan) for x in (k_scale, v_scale)))
-        return KVPages(
-            *(jnp.asarray(np.where(used[part][..., None], x, np.nan), dtype) for x in (k, v))
-        )
+        numbers = jnp.asarray(rng.normal(size=(2, *used[part].shape, head_dim)), jnp.bfloat16)
+        (k, k_scale), (v, v_scale) = (stored(x, jnp.asarray(used[part]), kind) for x in numbers)
+        return KVPages(k, v, k_scale, v_scale)
 
     q = jnp.asarray(rng.normal(size=(rows, heads * group, head_dim)), jnp.bfloat16)
     return q, pool(slice(retrieval)), pool(slice(retrieval, heads)), *lists
@@ -79,7 +77,7 @@ def check(args, config: Config, selected_page_size: int | None = None) -> None:
     how = {"selected_page_size": selected_page_size}
     out, lse = jax.jit(lambda *xs: paged_attention(*xs, **how, config=config))(*args)
     expected_out, expected_lse = reference.paged_attention(*args, **how)
-    tolerance = LSE_TOLERANCE[args[1].k.dtype]
+    tolerance = LSE_TOLERANCE[kv_kind(args[1].k.dtype)]
     assert_allclose(lse, expected_lse, atol=tolerance, rtol=0)
     assert out.dtype == expected_out.dtype
     assert_allclose(
@@ -91,42 +89,47 @@ def check(args, config: Config, selected_page_size: int | None = None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "retrieval", "streaming", "group", "head_dim", "page_size", "width", "dtype"),
+    ("rows", "retrieval", "streaming", "group", "head_dim", "page_size", "width", "kind"),
     [
-        (2, 1, 1, 4, 128, 64, 5, jnp.bfloat16),  # both pools
-        (1, 2, 0, 3, 64, 16, 12, jnp.bfloat16),  # four pages a tile, fewer query rows than N
-        (1, 0, 2, 16, 64, 128, 2, jnp.bfloat16),  # two tiles a page, two blocks of columns
-        (2, 1, 1, 4, 128, 32, 9, jnp.int8),  # two pages a tile
-        (1, 2, 0, 9, 64, 128, 3, jnp.int8),  # two tiles a page, two blocks of columns
-        (2, 1, 1, 4, 128, 16, 11, jnp.int8),  # scales of a page are half of what a copy aligns to
+        (2, 1, 1, 4, 128, 64, 5, None),  # both pools
+        (1, 2, 0, 3, 64, 16, 12, None),  # four pages a tile, fewer query rows than N
+        (1, 0, 2, 16, 64, 128, 2, None),  # two tiles a page, two blocks of columns
+        (2, 1, 1, 4, 128, 32, 9, "int8"),  # two pages a tile
+        (1, 2, 0, 9, 64, 128, 3, "int8"),  # two tiles a page, two blocks of columns
+        (2, 1, 1, 4, 128, 16, 11, "int8"),  # scales of a page are half of what a copy aligns to
+        (1, 1, 1, 4, 128, 64, 5, "fp8"),
+        (1, 1, 1, 9, 64, 16, 12, "fp8"),
+        (1, 1, 1, 4, 128, 16, 11, "int4"),
+        (1, 1, 1, 4, 128, 64, 5, "int4"),
+        (1, 2, 0, 9, 64, 128, 3, "int4"),
     ],
 )
 def test_matches_reference(
-    rows, retrieval, streaming, group, head_dim, page_size, width, dtype
+    rows, retrieval, streaming, group, head_dim, page_size, width, kind
 ) -> None:
-    args = problem(rows, retrieval, streaming, group, head_dim, page_size, width, dtype)
+    args = problem(rows, retrieval, streaming, group, head_dim, page_size, width, kind)
     check(args, Config(splits=splits(args, 3), parts=2))
 
 
 @pytest.mark.parametrize("count", [1, 8])
 def test_any_number_of_splits(count: int) -> None:
     """Also more splits than tiles."""
-    args = problem(1, 1, 1, 1, 64, 64, 4, jnp.bfloat16, seed=1)
+    args = problem(1, 1, 1, 1, 64, 64, 4, None, seed=1)
     check(args, Config(splits=splits(args, count), stages=3, parts=count))
 
 
 @pytest.mark.parametrize(
-    ("retrieval", "streaming", "dtype", "counts"),
+    ("retrieval", "streaming", "kind", "counts"),
     [
-        (2, 2, jnp.bfloat16, (2, 2, 7, 1)),  # two loads of parts for one head, one for the others
+        (2, 2, None, (2, 2, 7, 1)),  # two loads of parts for one head, one for the others
         # No more tiles than stages: the interpreter takes the next copy of scales for a race with
         # their load, which the maximum over the tile's rows waits for.
-        (3, 1, jnp.int8, (2, 5, 2, 5)),
-        (0, 3, jnp.bfloat16, (4, 2, 2)),
+        (3, 1, "int8", (2, 5, 2, 5)),
+        (0, 3, None, (4, 2, 2)),
     ],
 )
-def test_heads_have_splits_of_their_own(retrieval, streaming, dtype, counts) -> None:
-    args = problem(2, retrieval, streaming, 4, 64, 32, 7, dtype, seed=8)
+def test_heads_have_splits_of_their_own(retrieval, streaming, kind, counts) -> None:
+    args = problem(2, retrieval, streaming, 4, 64, 32, 7, kind, seed=8)
     check(args, Config(splits=counts, parts=4))
 
 
@@ -139,25 +142,25 @@ def test_most_tokens_deals_out_the_splits(monkeypatch: pytest.MonkeyPatch) -> No
         "choose_config",
         lambda *args: dealt.append(args) or choose_config(*args),
     )
-    args = problem(1, 2, 1, 4, 64, 64, 6, jnp.bfloat16, seed=6)
+    args = problem(1, 2, 1, 4, 64, 64, 6, None, seed=6)
     lists = PageList(*(x[..., :3] if x.ndim == 3 else jnp.minimum(x, 150) for x in args[4]))
     for most_tokens in (None, (384, 64, 1000)):
         out, lse = paged_attention(*args[:4], lists, most_tokens=most_tokens)
         expected_out, expected_lse = reference.paged_attention(*args[:4], lists)
-        assert_allclose(lse, expected_lse, atol=LSE_TOLERANCE[jnp.dtype(jnp.bfloat16)], rtol=0)
+        assert_allclose(lse, expected_lse, atol=LSE_TOLERANCE[None], rtol=0)
         assert_allclose(*(np.asarray(x, np.float32) for x in (out, expected_out)), atol=1e-2)
-    assert [most for _, most, _ in dealt] == [(384, 384, 192), (384, 64, 192)]
+    assert [most for _, most, *_ in dealt] == [(384, 384, 192), (384, 64, 192)]
 
 
 def test_start_beyond_the_first_tiles() -> None:
-    *args, retrieval_list, empty = problem(1, 1, 1, 4, 64, 16, 16, jnp.bfloat16, seed=2)
+    *args, retrieval_list, empty = problem(1, 1, 1, 4, 64, 16, 16, None, seed=2)
     lists = PageList(retrieval_list.page_ids, jnp.array([[150]]), jnp.array([[256]]))
     check((*args, lists, empty), Config(splits=(2, 2), parts=2))
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
-def test_lists_name_parts_of_pages(dtype: str) -> None:
-    q, *pools, retrieval_list, ring = problem(1, 1, 1, 4, 64, 16, 11, dtype, seed=4)
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+def test_lists_name_parts_of_pages(kind: KVKind | None) -> None:
+    q, *pools, retrieval_list, ring = problem(1, 1, 1, 4, 64, 16, 11, kind, seed=4)
     # Pages of 64 in the same memory.
     pools = [
         jax.tree.map(lambda x: x.reshape(x.shape[0], -1, 64, *x.shape[3:]), pool) for pool in pools
@@ -167,7 +170,7 @@ def test_lists_name_parts_of_pages(dtype: str) -> None:
 
 def test_heads_share_a_list() -> None:
     """One list for the three heads of a pool, and bounds shared while pages are not."""
-    q, retrieval, streaming, own, ring = problem(2, 2, 3, 2, 64, 32, 4, jnp.bfloat16, seed=3)
+    q, retrieval, streaming, own, ring = problem(2, 2, 3, 2, 64, 32, 4, None, seed=3)
     valid = KVPages(*(jnp.nan_to_num(x) for x in streaming[:2]))
     shared = PageList(*(x[:, :1] for x in ring))
     shared = shared._replace(stop=shared.stop.at[1].set(0))
@@ -177,13 +180,18 @@ def test_heads_share_a_list() -> None:
 
 
 def test_choice_of_config() -> None:
-    def dealt(rows: int, *pages: int, dtype: str = jnp.bfloat16) -> tuple[int, ...]:
-        return choose_config(rows, tuple(64 * count for count in pages), dtype).splits
+    def dealt(rows: int, *pages: int, dtype: str = jnp.bfloat16, queries: int = 4):
+        return choose_config(rows, tuple(64 * count for count in pages), dtype, queries).splits
 
     assert dealt(1, *[64] * 8) == (32,) * 8  # two tiles a split
     assert dealt(8, *[65] * 8) == (4,) * 8  # two CTAs an SM
     assert dealt(1, *[2048] * 8) == (33,) * 8
-    assert dealt(1, *[2048] * 8, dtype=jnp.int8) == (64,) * 8  # four
+    for dtype in CODE_TYPES.values():
+        assert dealt(1, *[2048] * 8, dtype=dtype) == (64,) * 8  # four
+        assert dealt(1, *[2048] * 8, dtype=dtype, queries=17) == (33,) * 8
+    # Registers do not suffice for four with 16 columns.
+    assert dealt(1, *[2048] * 8, dtype=CODE_TYPES["int8"], queries=16) == (64,) * 8
+    assert dealt(1, *[2048] * 8, dtype=CODE_TYPES["int4"], queries=16) == (33,) * 8
     assert dealt(1, *[1] * 8) == (1,) * 8
     assert dealt(64, *[65] * 8) == (1,) * 8
     # Streaming heads beside ranked ones, one row and eight.
@@ -246,20 +254,23 @@ def test_no_deal_needs_more_numbers(rows: int, most_tokens: list[int], ctas: int
         ({"head_dim": 32}, "head_dim must be 64 or 128, got 32"),
         ({"page_size": 8}, "listed pages must have 16, 32, 64 or 128 tokens, got 8"),
         ({"group": 17}, "at most 16 query heads a KV head, got 17"),
-        ({"dtype": jnp.float32}, "retrieval pages must be bfloat16 or int8, got float32"),
     ],
 )
 def test_refuses_by_name(change: dict, reason: str) -> None:
-    shape = {"group": 1, "head_dim": 64, "page_size": 16, "dtype": jnp.bfloat16} | change
-    args = problem(1, 1, 1, width=2, **shape)
+    shape = {"group": 1, "head_dim": 64, "page_size": 16} | change
+    args = problem(1, 1, 1, width=2, kind=None, **shape)
     with pytest.raises(NotImplementedError, match=reason):
         paged_attention(*args)
 
 
-def test_refuses_float32_queries() -> None:
-    q, *rest = problem(1, 1, 1, 1, 64, 16, 2, jnp.bfloat16)
+def test_refuses_float32() -> None:
+    q, *pools_and_lists = problem(1, 1, 1, 1, 64, 16, 2, None)
     with pytest.raises(NotImplementedError, match="queries must be bfloat16, got float32"):
-        paged_attention(q.astype(jnp.float32), *rest)
+        paged_attention(q.astype(jnp.float32), *pools_and_lists)
+    retrieval, *rest = pools_and_lists
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), retrieval)
+    with pytest.raises(NotImplementedError, match="pages must be bfloat16 or codes, got float32"):
+        paged_attention(q, wide, *rest)
 
 
 def test_config_checks_itself() -> None:

@@ -44,7 +44,8 @@ def test_verify_attention(shape: VerifyShape) -> None:
     out, lse = verify_attention(q, *args)
     allowed = 2 * distance(one_by_one(q, *args)[0], truth)
     assert distance(out, truth) <= allowed
-    assert distance(lse, true_lse) <= 1e-5  # float32 sums of up to 512K terms, exp2 approximate
+    # As for decode attention (test_gpu_decode_attention.py).
+    assert distance(lse, true_lse) <= (1e-4 if shape.kind == "fp8" else 1e-5)
 
 
 def test_a_row_without_a_token_attends_nothing() -> None:

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 from packed_cases import KINDS, normal, random_weight
 
-from pallas_kernels.hopper import quant_operands
+from pallas_kernels.hopper import decode_operands, quant_operands
 from pallas_kernels.packed import group_size, pack_weight
 
 THREADS = np.arange(128)
@@ -119,7 +120,7 @@ def numpy_for_mlir(monkeypatch: pytest.MonkeyPatch) -> None:
             inline_asm=mma,
             extractvalue=lambda _, x, index: x[index[0]],
         ),
-        "_asm": run_ptx,
+        "asm": run_ptx,
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(quant_operands, name, fake)
@@ -188,3 +189,17 @@ def test_sums_of_x() -> None:
         got = matrix(quant_operands._products(ones, loaded_x(x), part, 4, 8), 8)
         wanted = x[:, 32 * part : 32 * part + 32].astype(np.float64).sum(axis=1)
         np.testing.assert_allclose(got, np.broadcast_to(wanted, (64, 8)), rtol=0, atol=1e-9)
+
+
+def test_codes_of_values() -> None:
+    """Every byte, at every place of a word: of pages of fp8 and of int4."""
+    every = np.tile(np.arange(256, dtype=np.uint8)[:, None], (1, 4))
+    for four in np.split(np.random.default_rng(0).permuted(every, axis=0), 2):
+        word = np.ascontiguousarray(four).view(np.uint32)[:, 0]
+        pairs = [as_bf16(run_ptx(text, word)) for text in decode_operands.E4M3_PAIRS]
+        wanted = four.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        wanted = np.where(np.isnan(wanted), np.copysign(480, wanted), wanted)
+        assert_array_equal(np.concatenate(pairs, axis=1), wanted)
+        for half, texts in zip((four & 15, four >> 4), decode_operands.NIBBLE_PAIRS, strict=True):
+            pairs = [as_bf16(run_ptx(text, word)) for text in texts]
+            assert_array_equal(np.concatenate(pairs, axis=1), half / 64)

@@ -8,20 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from shapes.pages import stored
 
 from pallas_kernels import reference
-from pallas_kernels.api import quantize_kv
 from pallas_kernels.hopper.decode_attention import Config, choose_config
 from pallas_kernels.hopper.verify_attention import verify_attention
+from pallas_kernels.kv_codes import CODE_TYPES, kv_kind
 from pallas_kernels.types import KVPages
 
 # As for decode attention (test_decode_attention.py): weights and out are rounded to bf16, a unit in
-# the last place of |out| < 4; int8 also rounds q to 2^-16 of its largest element.
+# the last place of |out| < 4; codes are multiplied with a q that is rounded once more.
 OUT_TOLERANCE = 2**-6
-LSE_TOLERANCE = {jnp.dtype(jnp.bfloat16): 1e-5, jnp.dtype(jnp.int8): 2e-3}
+LSE_TOLERANCE = {None: 1e-5, "int8": 2e-3, "fp8": 5e-4, "int4": 2e-3}
 
 
-def problem(positions, tokens, heads, group, head_dim, page_size, width, dtype=jnp.bfloat16):
+def problem(positions, tokens, heads, group, head_dim, page_size, width, kind=None):
     rng = np.random.default_rng(tokens)
     B, N = len(positions), len(positions) * width + 1
     table = rng.permutation(N)[: B * width].reshape(B, width).astype(np.int32)
@@ -29,12 +30,9 @@ def problem(positions, tokens, heads, group, head_dim, page_size, width, dtype=j
     for row, position in enumerate(positions):
         token = np.arange(max(position + tokens, 0))
         used[table[row, token // page_size], token % page_size] = True
-    k, v = rng.normal(size=(2, heads, N, page_size, head_dim))
-    if dtype == jnp.int8:
-        (k, k_scale), (v, v_scale) = (quantize_kv(jnp.asarray(x, jnp.float32)) for x in (k, v))
-        pages = KVPages(k, v, *(jnp.where(used, x, jnp.nan) for x in (k_scale, v_scale)))
-    else:
-        pages = KVPages(*(jnp.asarray(np.where(used[..., None], x, np.nan), dtype) for x in (k, v)))
+    numbers = jnp.asarray(rng.normal(size=(2, heads, N, page_size, head_dim)), jnp.bfloat16)
+    (k, k_scale), (v, v_scale) = (stored(x, jnp.asarray(used), kind) for x in numbers)
+    pages = KVPages(k, v, k_scale, v_scale)
     q = jnp.asarray(rng.normal(size=(B, tokens, heads * group, head_dim)), jnp.bfloat16)
     return q, pages, jnp.asarray(table), jnp.asarray(positions, jnp.int32)
 
@@ -42,7 +40,7 @@ def problem(positions, tokens, heads, group, head_dim, page_size, width, dtype=j
 def check(args, config: Config | None = None) -> tuple[np.ndarray, np.ndarray]:
     out, lse = verify_attention(*args, config=config)
     expected_out, expected_lse = reference.verify_attention(*args)
-    assert_allclose(lse, expected_lse, atol=LSE_TOLERANCE[args[1].k.dtype], rtol=0)
+    assert_allclose(lse, expected_lse, atol=LSE_TOLERANCE[kv_kind(args[1].k.dtype)], rtol=0)
     assert out.dtype == expected_out.dtype
     out, expected_out = (np.asarray(x, np.float32) for x in (out, expected_out))
     assert_allclose(out, expected_out, atol=OUT_TOLERANCE, rtol=0)
@@ -50,22 +48,25 @@ def check(args, config: Config | None = None) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("positions", "tokens", "heads", "group", "head_dim", "page_size", "width", "dtype"),
+    ("positions", "tokens", "heads", "group", "head_dim", "page_size", "width", "kind"),
     [
-        ([0, 62, 200], 1, 1, 4, 128, 64, 4, jnp.bfloat16),  # as decode attention
-        ([0, 61, 150], 5, 2, 3, 64, 16, 10, jnp.bfloat16),  # 15 queries; an end inside a tile
-        ([119], 9, 1, 4, 128, 128, 1, jnp.bfloat16),  # 36: weights are summed in the loop
-        ([60], 9, 1, 1, 64, 32, 3, jnp.bfloat16),  # a token's own key in the next tile
-        ([58], 9, 1, 8, 64, 64, 2, jnp.bfloat16),  # 72: pieces of 5 and 4 tokens
-        ([3, 120], 5, 1, 4, 128, 64, 2, jnp.int8),  # 20
-        ([70], 9, 1, 4, 64, 16, 5, jnp.int8),  # 36: pieces
-        ([90], 1, 1, 3, 64, 32, 3, jnp.int8),
+        ([0, 62, 200], 1, 1, 4, 128, 64, 4, None),  # as decode attention
+        ([0, 61, 150], 5, 2, 3, 64, 16, 10, None),  # 15 queries; an end inside a tile
+        ([119], 9, 1, 4, 128, 128, 1, None),  # 36: weights are summed in the loop
+        ([60], 9, 1, 1, 64, 32, 3, None),  # a token's own key in the next tile
+        ([58], 9, 1, 8, 64, 64, 2, None),  # 72: pieces of 5 and 4 tokens
+        ([3, 120], 5, 1, 4, 128, 64, 2, "int8"),  # 20
+        ([70], 9, 1, 4, 64, 16, 5, "int8"),  # 36: pieces
+        ([90], 1, 1, 3, 64, 32, 3, "int8"),
+        ([70], 9, 1, 3, 128, 16, 5, "fp8"),  # 27
+        ([3, 120], 5, 1, 4, 128, 64, 2, "int4"),  # 20: weights are summed in the loop
+        ([70], 7, 1, 4, 64, 16, 5, "int4"),  # 28: pieces of 4 and 3 tokens
     ],
 )
 def test_matches_reference(
-    positions, tokens, heads, group, head_dim, page_size, width, dtype
+    positions, tokens, heads, group, head_dim, page_size, width, kind
 ) -> None:
-    check(problem(positions, tokens, heads, group, head_dim, page_size, width, dtype))
+    check(problem(positions, tokens, heads, group, head_dim, page_size, width, kind))
 
 
 @pytest.mark.parametrize("splits", [(1, 1), (3, 2)])
@@ -88,7 +89,7 @@ def test_choice_of_config() -> None:
     assert choose_config(1, dense, jnp.bfloat16, 16) == choose_config(1, dense, jnp.bfloat16)
     same = {"splits": (33,) * 8, "numbers": 264}
     assert choose_config(1, dense, jnp.bfloat16, 36) == Config(**same, parts=6)
-    assert choose_config(1, dense, jnp.int8, 20) == Config(**same, parts=11)
+    assert choose_config(1, dense, CODE_TYPES["int8"], 20) == Config(**same, parts=11)
 
 
 @pytest.mark.parametrize(
