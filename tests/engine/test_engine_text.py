@@ -190,7 +190,7 @@ def test_metrics(llm: LLM) -> None:
     [
         ({"attention": "sparse"}, "attention='sparse' must be 'dense' or 'lserve'"),
         ({"sparsity": SparsityConfig()}, "needs attention='lserve', got attention='dense'"),
-        ({"kv_dtype": "int4"}, "kv_dtype='int4'"),
+        ({"kv_dtype": "int2"}, "kv_dtype='int2'"),
         ({"dtype": "float16"}, "dtype 'float16' is unknown"),
         ({"max_num_seqs": 0}, "max_num_seqs=0 must be at least 1"),
         ({"max_model_len": 0}, "max_model_len=0 must be a positive integer"),
