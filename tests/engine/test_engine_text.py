@@ -244,5 +244,5 @@ def test_bfloat16(kv_dtype: str, stored: str, most: float, pattern: str) -> None
     prompts = random_prompts(23, [20, 100, 64, 47])
     for prompt, made in zip(prompts, generate(llm, prompts, 20), strict=True):
         error = np.abs(made.logprobs - expected(oracle(), prompt, made.tokens))
-        # bfloat16 has 8 bits, fp8 four and int4 four without a sign. Where two pages nearly tie the other may be chosen: a quantile.
+        # bfloat16 has 8 bits. Where two pages nearly tie the other may be chosen: a quantile.
         assert 1e-3 < np.quantile(error, 0.9) < most
