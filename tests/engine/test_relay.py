@@ -75,7 +75,7 @@ def test_codes_are_read_together(kv_dtype: str, build: Build) -> None:
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling)
     metrics = outputs[1].metrics
     assert metrics.relay_steps == metrics.decode_steps == 11
-    # Of the 128 tokens that two or three read together its share, and all of its own, in four heads.
+    # Of the 128 tokens that two or three read together its share, all of its own, in four heads.
     own = sum(170 - 128 + step for step in range(1, 12)) / 11
     read = metrics.kv_bytes_read_per_step / 4 / units.token
     assert 128 / 3 + own <= read + 1e-6 and read - 1e-6 <= 128 / 2 + own
