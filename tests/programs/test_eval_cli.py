@@ -231,7 +231,8 @@ def test_a_study_knows_its_weights_and_keys(capsys, checkpoint, tmp_path):
         losses.append([row["logprobs"] for row in result["predictions"]])
         (tmp_path / "results.json").rename(tmp_path / f"{len(losses)}.json")
     assert losses[0] != losses[1]
-    np.testing.assert_allclose(*losses, atol=0.6, rtol=0)  # three bits of mantissa, and four of keys
+    # Weights have three bits of mantissa, keys and values four bits.
+    np.testing.assert_allclose(*losses, atol=0.6, rtol=0)
     (tmp_path / "2.json").rename(tmp_path / "results.json")
     for kinds, words in (
         (["--weights", "int8", *rounded[2:]], "its weights is fp8, now it is int8; give another"),
