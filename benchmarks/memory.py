@@ -9,14 +9,13 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import convert
-from lserve_jax.attention.cache import CacheSpec, cache_bytes, make_spec
+from lserve_jax.attention.cache import CacheSpec, KVDtype, cache_bytes, make_spec
 from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.engine.build import EngineOptions, room_for_pages
 from lserve_jax.engine.head_policy import head_policy
@@ -80,7 +79,7 @@ MODELS = {
 class Attention:
     title: str
     sparse: bool
-    kv_dtype: Literal["auto", "int8"]
+    kv_dtype: KVDtype
 
 
 ATTENTION = (
@@ -91,9 +90,14 @@ ATTENTION = (
         kv_dtype="auto",
     ),
     Attention(
-        title="lserve, half of the heads stream, keys and values in int8",
+        title="lserve, half of the heads stream, keys and values in int8 or fp8",
         sparse=True,
         kv_dtype="int8",
+    ),
+    Attention(
+        title="lserve, half of the heads stream, keys and values in int4",
+        sparse=True,
+        kv_dtype="int4",
     ),
 )
 

@@ -1,13 +1,14 @@
-"""What 8 and 4 bits cost: perplexity and agreement of weights and of prefill's products.
+"""What 8 and 4 bits cost: perplexity and agreement of weights, of prefill's products, of keys.
 
     python benchmarks/weights.py [--model smollm2-135m-instruct] [--windows 8]
     python benchmarks/weights.py --weights --prefill-dtypes int8 fp8 --output FILE
+    python benchmarks/weights.py --weights --kv-dtypes int8 fp8 int4 --output FILE
 
 Windows of two texts: 512 tokens are prefilled and the next 256 scored by decode steps, the same
 ones for every setting. "prompt" is of the 511 that prefill predicts itself. The first setting is
 the model as it is; differences from it are paired, and intervals those of 95 % over windows' means.
-A type of prefill's products is run with weights as they are and with weights of that type. Writes
-``benchmarks/results/weights.json``.
+A type of prefill's products is run with weights as they are and with weights of that type, one of
+keys and values with weights as they are. Writes ``benchmarks/results/weights.json``.
 """
 
 import gc
@@ -23,7 +24,7 @@ from machine import provenance
 from lserve_jax import LLM, RequestOutput, SamplingParams
 from lserve_jax.engine.scoring import score
 from lserve_jax.eval.prompts import read_text
-from pallas_kernels.api import WEIGHT_KINDS, W8A8Kind, WeightKind
+from pallas_kernels.api import WEIGHT_KINDS, KVKind, W8A8Kind, WeightKind
 
 PREFILLED, SCORED = 512, 256
 
@@ -35,6 +36,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "float32"
     weights: tuple[WeightKind, ...] = WEIGHT_KINDS
     prefill_dtypes: tuple[W8A8Kind, ...] = ()
+    kv_dtypes: tuple[KVKind, ...] = ()
     output: Path = Path(__file__).parent / "results" / "weights.json"
 
 
@@ -52,9 +54,11 @@ def main(args: Args) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     about, rows = provenance(), []
     base: dict[str, tuple[list, list]] = {}
-    settings = [(None, None), *((kind, None) for kind in args.weights)]
-    settings += [pair for kind in args.prefill_dtypes for pair in ((None, kind), (kind, kind))]
-    for kind, prefill_dtype in settings:
+    settings = [(None, None, "auto"), *((kind, None, "auto") for kind in args.weights)]
+    for kind in args.prefill_dtypes:
+        settings += [(None, kind, "auto"), (kind, kind, "auto")]
+    settings += [(None, None, kind) for kind in args.kv_dtypes]
+    for kind, prefill_dtype, kv_dtype in settings:
         llm = LLM(
             args.model,
             dtype=args.dtype,
@@ -63,6 +67,7 @@ def main(args: Args) -> None:
             kv_cache_bytes=1 << 29,
             weights=kind,
             prefill_dtype=prefill_dtype,
+            kv_dtype=kv_dtype,
         )
         assert llm.tokenizer is not None  # the model has one
         for text in ("documentation", "stories"):
@@ -86,8 +91,10 @@ def main(args: Args) -> None:
             row = {
                 "weights": kind,
                 "prefill_dtype": prefill_dtype,
+                "kv_dtype": kv_dtype,
                 "text": text,
                 "parameter_bytes": llm.memory_plan()["parameters"],
+                "token_bytes": llm.engine.units.token * llm.engine.units.kv_heads,
                 "perplexity": float(np.exp(-np.mean([s.logprobs.mean() for s in scores]))),
                 "nats_from_unquantised": float(np.mean(change)),
                 "interval": interval(np.array(change)),

@@ -378,11 +378,11 @@ class LLM:
             judges every token of the prompts but the first.
         return_hidden: also what the logits after each token are made of.
 
-        Dense attention judges by prefill, many texts at a time. With lserve attention, int8 keys
-        and values, or a ``prefill_dtype``, a prompt is prefilled and what follows it is fed to
-        decode steps, which select their pages as in ``generate``: the log probabilities are those
-        of the rollout. Those of a rollout whose prefix was read together with others' (``relay``)
-        are not.
+        Dense attention judges by prefill, many texts at a time. With lserve attention, keys and
+        values in 8 or 4 bits, or a ``prefill_dtype``, a prompt is prefilled and what follows it is
+        fed to decode steps, which select their pages as in ``generate``: the log probabilities are
+        those of the rollout. Those of a rollout whose prefix was read together with others'
+        (``relay``) are not.
 
         Raises ``ValueError`` for an empty or too long text, token ids outside the vocabulary, and
         while requests run; ``FloatingPointError`` for logits that are not finite.

@@ -296,11 +296,11 @@ def expect_own(own: OwnAttention, q: Array) -> None:
         expect_dtype(dtype, **{name: x})
 
 
-def expect_stats(key_stats: Array | None, retrieval: KVPages) -> None:
+def expect_stats(key_stats: Array | None, retrieval: KVPages, head_dim: int) -> None:
     if key_stats is None:
         return
-    K, N, P, D = retrieval.k.shape
-    expect_shape("key_stats", key_stats, (None, N, None, 2, D))
+    K, N, P = retrieval.k.shape[:3]
+    expect_shape("key_stats", key_stats, (None, N, None, 2, head_dim))
     if key_stats.shape[0] > K:
         raise ValueError(f"key_stats are of {key_stats.shape[0]} heads, the pool has {K}")
     if key_stats.shape[2] == 0 or P % key_stats.shape[2]:

@@ -4,7 +4,7 @@ Three ways, by what the engine is like and how long a text is:
 
 * dense attention, short texts: several texts in a row of tokens, rows in batches, no cache;
 * dense attention, long texts: prefill, chunk by chunk, as the engine runs a prompt;
-* sparse attention, int8 keys and values, or prefill in 8 bits: as generation would
+* sparse attention, keys and values in 8 or 4 bits, or prefill in 8 bits: as generation would
   (``scoring.score_rollouts``).
 """
 

@@ -87,7 +87,7 @@ class PrefixStore:
         assert min(windows, default=0) >= 0  # -1 would name the pool's last
         kept = self.runner.read_pages(*_int32(prefix.pages, windows))
         leaves, _ = jax.tree.flatten_with_path(kept)
-        return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+        return {jax.tree_util.keystr(path): _as_saved(leaf) for path, leaf in leaves}
 
     def prefix_identity(self) -> dict[str, str]:
         """What a saved prefix must agree with, by name."""
@@ -212,16 +212,16 @@ class PrefixStore:
         pages = tuple(_int32(prompt.pages, [prompt.window[number] for number in saved]))
         paths, tree = jax.tree.flatten_with_path(self.runner.page_shapes(*pages))
         leaves = []
-        for key, wanted in paths:
+        for key, shape in paths:
             name = jax.tree_util.keystr(key)
-            leaf = arrays.get(name)
+            leaf, wanted = arrays.get(name), jax.eval_shape(_as_saved, shape)
             if leaf is None or (leaf.shape, leaf.dtype) != (wanted.shape, wanted.dtype):
                 found = "nothing" if leaf is None else f"{leaf.dtype} {leaf.shape}"
                 raise ValueError(
                     f"prefix file {os.fspath(path)!r} is broken: {name} must be {wanted.dtype} "
                     f"{wanted.shape}, found {found}"
                 )
-            leaves.append(leaf)
+            leaves.append(leaf.view(shape.dtype))
         self.runner.write_pages(jax.tree.unflatten(tree, leaves), *pages)
         cache.computed(prompt, end - prompt.prefilled, remember=True)
 
@@ -232,6 +232,11 @@ class PrefixStore:
             return []
         first = max(min(window.sink_pages, num_pages), num_pages - window.local_pages + 1)
         return [*range(min(window.sink_pages, num_pages)), *range(first, num_pages)]
+
+
+def _as_saved(x: jax.Array) -> jax.Array:
+    """float8 as its bytes: safetensors writes it, and reads it in no way that gives arrays."""
+    return x.view(jnp.uint8) if x.dtype == jnp.float8_e4m3fn else x
 
 
 def _int32(*pages: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:

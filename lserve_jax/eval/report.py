@@ -81,7 +81,11 @@ def _where(rows: Rows, **values: Any) -> list[Mapping[str, Any]]:
 def markdown(result: Mapping[str, Any]) -> str:
     """The tables of a result."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    kept = "" if result.get("weights") is None else f", weights {result['weights']}"
+    kept = "".join(
+        f", {what} {result[name]}"
+        for name, what in (("weights", "weights"), ("kv_dtype", "keys and values"))
+        if result.get(name) is not None
+    )
     lines = [
         f"{result['model']} ({result['dtype']}{kept}), {result['device']}, {result['date']}, seed "
         f"{result['seed']}, {versions}.",

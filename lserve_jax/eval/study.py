@@ -292,6 +292,8 @@ def _head(
         },
         "dtype": str(resolve_dtype(study.options.dtype).dtype),
         "weights": _weights(study.options),
+        # None as in results of before it was kept: as ``dtype``.
+        "kv_dtype": None if study.options.kv_dtype == "auto" else study.options.kv_dtype,
         "seed": study.seed,
         "study": {name: getattr(study, name) for name in _MATERIAL} | {"texts": list(study.texts)},
         "prompts": prompts,
@@ -325,8 +327,8 @@ def _earlier(directory: Path, result: dict[str, Any]) -> dict[str, Any] | None:
     if before is None:
         return None
     for name in (
-        *("model", "device", "dtype", "weights", "seed", "study", "settings", "heads"),
-        "prompts",
+        *("model", "device", "dtype", "weights", "kv_dtype", "seed", "study", "settings"),
+        *("heads", "prompts"),
     ):
         # As JSON, where a tuple is a list.
         old, new = before.get(name), json.loads(json.dumps(result[name]))

@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import kv_oracle
 import numpy as np
 import pytest
 from budgets import budgets_of
@@ -18,14 +19,17 @@ from lserve_jax import ModelConfig, SparsityConfig
 from lserve_jax.attention.attend import ChunkRows, decode_attend, prefill_attend
 from lserve_jax.attention.cache import (
     CacheSpec,
+    KVDtype,
     LayerCache,
     StreamingWindow,
     cache_bytes,
     fill_decode_windows,
     init_layer_cache,
     make_spec,
+    token_bytes,
 )
 from lserve_jax.attention.selection import first_tail_page
+from pallas_kernels.api import KV_KINDS
 
 D = 16
 CONFIG = ModelConfig(
@@ -249,16 +253,17 @@ def test_ring_after_2000_tokens_of_decode(large: Sequence) -> None:
     large.decode(large.prefill(1)[1], 1, 2000)
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "int4"])
 def test_fill_decode_window(kv_dtype: str) -> None:
     """Every length up to nine pages: all that decode can read is in the window, in whole pages.
 
-    Other slots' rings stay as they are, also beside a slot that there is not. int8 errs by at most
-    half a step.
+    Other slots' rings stay as they are, also beside a slot that there is not. Codes are what the
+    pool quantises to.
     """
     spec = make(SMALL, kv_dtype=kv_dtype)
     prefill_window, window = spec.prefill_window, spec.decode_window
     rng = np.random.default_rng(1)
+    kind = None if kv_dtype == "auto" else kv_dtype
     codes = rng.standard_normal((9 * 16, 2, D), np.float32)  # [position, k or v, D]
     move = jax.jit(functools.partial(fill_decode_windows, spec=spec))
     for length in range(1, len(codes) + 1):
@@ -282,20 +287,21 @@ def test_fill_decode_window(kv_dtype: str) -> None:
             length=jnp.array([length, 1]),
             window_table=jnp.stack([table, table]),
         ).streaming
-        for part in range(2):
-            pool, untouched = np.asarray(moved[part][0]), np.asarray(before[part][0])
-            assert_array_equal(pool[: 2 * window.num_pages], untouched[: 2 * window.num_pages])
-            step = np.ones(pool.shape[:2], np.float32)
-            if kv_dtype == "int8":
-                step = np.asarray(moved[part + 2][0])
+        for part, name in enumerate(("k", "v")):
+            stored, untouched = (
+                [np.asarray(x[0]) for x in jax.tree.leaves((pool[part], pool[part + 2]))]
+                for pool in (moved, before)
+            )
+            for new, old in zip(stored, untouched, strict=True):
+                assert_array_equal(new[: 2 * window.num_pages], old[: 2 * window.num_pages])
             for position in range(length):
                 if position < window.sink or position >= length - window.local:
                     page, offset = divmod(position, 16)
                     place = 2 * window.num_pages + (page if page < 1 else 1 + (page - 1) % 3)
-                    scale = step[place, offset]
-                    error = np.abs(pool[place, offset] * scale - codes[position, part])
-                    bound = scale / 2 * (1 + 1e-5) if kv_dtype == "int8" else 0
-                    assert error.max() <= bound, (length, position)
+                    token = [x[place, offset] for x in stored]
+                    error = np.abs(kv_oracle.values(*token) - codes[position, part])
+                    bound = kv_oracle.bound(codes[position, part], kind, *token[1:])
+                    assert np.all(error <= bound), (name, length, position)
 
 
 def test_fill_decode_window_without_streaming_heads() -> None:
@@ -306,13 +312,15 @@ def test_fill_decode_window_without_streaming_heads() -> None:
     assert moved.streaming.k.shape == (0, 3 * 4, 16, D)
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["auto", *KV_KINDS])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_cache_bytes(kv_dtype: str, dtype) -> None:
+def test_cache_bytes(kv_dtype: KVDtype, dtype) -> None:
     """LServe's size formulas; and what is planned is what is allocated."""
     spec = make(SMALL, kv_dtype=kv_dtype)
     word = jnp.dtype(dtype).itemsize
-    token = 2 * D * word if kv_dtype == "auto" else 2 * D + 8
+    sizes = {"auto": D * word, "int8": D + 4, "fp8": D + 4, "int4": D // 2 + 8}
+    token = 2 * sizes[kv_dtype]
+    assert token_bytes(spec, D, dtype) == token
     heads, decode_window, prefill_window = 1 + 2, 1 + 2 + 1, 2 + 5 + 1
     plan = cache_bytes(CONFIG, spec, dtype)
     assert plan == {

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import kv_oracle
 import lserve_cases
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_300_tokens(build: Build) -> None:
 # The defects of LServe's released code, numbered as in docs/lserve.md.
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "int4"])
 def test_d1_d5_statistics_on_fresh_and_recycled_pages(kv_dtype: str, build: Build) -> None:
     """D1: the first token of a logical page assigns; nothing of the page's last owner stays.
     D5: tokens of prefill and of decode go to the same statistics, whatever the storage type.
@@ -97,7 +98,7 @@ def test_d1_d5_statistics_on_fresh_and_recycled_pages(kv_dtype: str, build: Buil
             pages, cache = ends.pop(0)
             oracle = CASES[case].oracle()
             oracle.prefill([*prompt, *generation.tokens[:-1]])
-            # Keys of layer 0 depend on nothing attended, so they are the same with int8 KV.
+            # Keys of layer 0 depend on nothing attended, so they are the same in 4 bits.
             # Its retrieval head is the checkpoint's second.
             keys = oracle.keys[0][:, 1]
             stats = cache.key_stats[0]  # [N, g, 2, D]
@@ -237,22 +238,23 @@ def test_prompts_of_a_bucket_compile_nothing_new(build: Build) -> None:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-# int8 storage.
+# Keys and values in 8 and 4 bits.
 
 
-def test_int8_kv(build: Build) -> None:
+@pytest.mark.parametrize(("kv_dtype", "least", "most"), [("int8", 1e-3, 0.1), ("int4", 1e-2, 1.0)])
+def test_quantised_kv(kv_dtype: str, least: float, most: float, build: Build) -> None:
     """Every cached number is within half a step of the true one; the output stays close."""
     case = "page 32, reuse 4"
     prompts = random_prompts(15, [500, 100, 260, 33])
-    llm = build(case, kv_dtype="int8")
+    llm = build(case, kv_dtype=kv_dtype)
     ends = record_ends(llm)
     generations = generate(llm, prompts, 40)
     for prompt, generation, (pages, cache) in zip(prompts, generations, ends, strict=True):
         oracle = CASES[case].oracle()
         wanted = expected(oracle, prompt, generation.tokens)
-        # A quantisation step is 1/127 of the largest channel. Where two pages nearly tie, the
-        # other one may be chosen: hence a quantile and not the maximum.
-        assert 1e-3 < np.quantile(np.abs(generation.logprobs - wanted), 0.9) < 0.1
+        # A step is 1/127 of the largest channel, or 1/15 of what eight channels span. Where two
+        # pages nearly tie, the other one may be chosen: hence a quantile and not the maximum.
+        assert least < np.quantile(np.abs(generation.logprobs - wanted), 0.9) < most
         # Layer 0, head 1 of the checkpoint: the retrieval head, whose keys attend nothing.
         positions = np.arange(oracle.length)
         page, offset = np.array(pages)[positions // 32], positions % 32
@@ -260,6 +262,7 @@ def test_int8_kv(build: Build) -> None:
             (cache.retrieval.k, cache.retrieval.k_scale, oracle.keys),
             (cache.retrieval.v, cache.retrieval.v_scale, oracle.values),
         ):
-            step = np.asarray(scale[0, page, offset], np.float64)[:, None]
-            error = np.asarray(codes[0, page, offset]) * step - true[0][:, 1]
-            assert np.all(np.abs(error) <= step / 2 + 1e-6)
+            stored = [np.asarray(x[0, page, offset]) for x in jax.tree.leaves((codes, scale))]
+            true = true[0][:, 1]
+            error = np.abs(kv_oracle.values(*stored) - true)
+            assert np.all(error <= kv_oracle.bound(true, kv_dtype, *stored[1:]) + 1e-6)

@@ -13,11 +13,11 @@ import lserve_jax.engine.runner
 from lserve_jax import LLM, SamplingParams, SparsityConfig
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "int4"])
 def test_kv_bytes_held(kv_dtype: str, tmp_path: Path) -> None:
     """LServe's formula: per token for retrieval heads, constant for streaming heads."""
     D, P, logical, retrieval_heads, streaming_heads = 16, 32, 16, 3, 1
-    bits, scales = (32, 0) if kv_dtype == "auto" else (8, 8)
+    bits, scales = (32, 0) if kv_dtype == "auto" else (4, 16)
     per_token = retrieval_heads * (2 * D * bits // 8 + scales + 2 * D * 4 // logical)
     ring = streaming_heads * (1 + 2 + 1) * P * (2 * D * bits // 8 + scales)
     llm = build("page 32, reuse 4", tmp_path, kv_dtype=kv_dtype)

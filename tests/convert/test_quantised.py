@@ -416,7 +416,7 @@ def test_fp8_on_a_gpu_without_it(tmp_path, monkeypatch, capability):
     ):
         with pytest.raises(NotImplementedError, match=f"{what} {words}"):
             convert.load(model, weights=weights)
-    for option in ("weights", "prefill_dtype"):
+    for option in ("weights", "prefill_dtype", "kv_dtype"):
         with pytest.raises(NotImplementedError, match=f"{option}='fp8' {words}"):
             EngineOptions(**{option: "fp8"})
     gpu.compute_capability = "8.9"

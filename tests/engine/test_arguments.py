@@ -78,7 +78,10 @@ def llm() -> LLM:
         ({"memory_fraction": SPAN}, "memory_fraction=np.timedelta64.* must lie in"),
         ({"burst_steps": 1025}, "burst_steps must be at most 1024, got 1025"),
         ({"attention": np.array(["dense", "a"])}, "attention=array.* must be 'dense' or 'lserve'"),
-        ({"kv_dtype": np.array(["int8", "a"])}, "kv_dtype=array.* must be 'auto' or 'int8'"),
+        (
+            {"kv_dtype": np.array(["int8", "a"])},
+            "kv_dtype=array.* must be 'auto', 'int8', 'fp8' or",
+        ),
         ({"relay": np.array(["auto", "a"])}, "relay=array.* must be 'auto', 'always' or 'never'"),
         ({"backend": np.array(["auto", "a"])}, "backend=array.* is unknown; known"),
     ],

@@ -154,7 +154,7 @@ def test_a_density_says_how_many(pattern: str) -> None:
     assert made.metrics.prefill_density == pytest.approx((1 + 2 + 3 + 3 + 3 + 3) / 21)
 
 
-@pytest.mark.parametrize("settings", [{}, {"deterministic": True}, {"kv_dtype": "int8"}])
+@pytest.mark.parametrize("settings", [{}, {"deterministic": True}, {"kv_dtype": "int4"}])
 def test_cold_is_warm_bit_for_bit(settings: dict[str, Any], pattern: str) -> None:
     """Whatever was read before, and whoever read it: a short prompt, a long one, a prefix."""
     cold = make(pattern, enable_prefix_caching=False, **settings)

@@ -190,7 +190,7 @@ def test_metrics(llm: LLM) -> None:
     [
         ({"attention": "sparse"}, "attention='sparse' must be 'dense' or 'lserve'"),
         ({"sparsity": SparsityConfig()}, "needs attention='lserve', got attention='dense'"),
-        ({"kv_dtype": "int4"}, "kv_dtype='int4'"),
+        ({"kv_dtype": "int2"}, "kv_dtype='int2'"),
         ({"dtype": "float16"}, "dtype 'float16' is unknown"),
         ({"max_num_seqs": 0}, "max_num_seqs=0 must be at least 1"),
         ({"max_model_len": 0}, "max_model_len=0 must be a positive integer"),
@@ -223,8 +223,16 @@ def test_kernels_are_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
         LLM((CONFIG, tiny_params(CONFIG)), dtype="float32")
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
-def test_bfloat16(kv_dtype: str, pattern: str) -> None:
+@pytest.mark.parametrize(
+    ("kv_dtype", "stored", "most"),
+    [
+        ("auto", "bfloat16", 0.1),
+        ("int8", "int8", 0.1),
+        ("fp8", "float8_e4m3fn", 0.2),
+        ("int4", "uint8", 0.4),
+    ],
+)
+def test_bfloat16(kv_dtype: str, stored: str, most: float, pattern: str) -> None:
     """All arrays are bfloat16 and no step mixes it with float32; the output stays close."""
     llm = build(pattern, dtype="bfloat16", kv_dtype=kv_dtype)
     runner = llm.engine.runner
@@ -232,9 +240,9 @@ def test_bfloat16(kv_dtype: str, pattern: str) -> None:
     dtypes = {x.dtype for x in (cache.prefill_window.k, cache.key_stats, *jax.tree.leaves(params))}
     assert dtypes == {jnp.dtype("bfloat16")}
     assert cache.retrieval.k.dtype == cache.streaming.k.dtype
-    assert cache.retrieval.k.dtype == ("int8" if kv_dtype == "int8" else "bfloat16")
+    assert cache.retrieval.k.dtype == stored
     prompts = random_prompts(23, [20, 100, 64, 47])
     for prompt, made in zip(prompts, generate(llm, prompts, 20), strict=True):
         error = np.abs(made.logprobs - expected(oracle(), prompt, made.tokens))
         # bfloat16 has 8 bits. Where two pages nearly tie the other may be chosen: a quantile.
-        assert 1e-3 < np.quantile(error, 0.9) < 0.1
+        assert 1e-3 < np.quantile(error, 0.9) < most

@@ -66,7 +66,7 @@ TWO_WAYS = [GREEDY, DRAWN, GREEDY, DRAWN, GREEDY, STOPPED]
 
 
 @pytest.mark.parametrize(
-    ("kv_dtype", "params"), [("auto", MIXED), ("int8", TWO_WAYS)], ids=["auto", "int8"]
+    ("kv_dtype", "params"), [("auto", MIXED), ("int4", TWO_WAYS)], ids=["auto", "int4"]
 )
 def test_answers_are_those_of_dense_attention(
     tmp_path: Path, kv_dtype: Any, params: list[SamplingParams], monkeypatch: pytest.MonkeyPatch
@@ -83,7 +83,7 @@ def test_answers_are_those_of_dense_attention(
     for wanted, got in zip(dense, exact, strict=True):
         assert got.token_ids == wanted.token_ids
         assert got.finish_reason == wanted.finish_reason
-        # int8: a key that is rounded to the other code moves what attends it by 1e-3.
+        # int4: a key that is rounded to the other code moves what attends it by 1e-3.
         tolerance = 1e-3 if kv_dtype == "auto" else 2e-2
         assert_allclose(got.cumulative_logprob, wanted.cumulative_logprob, rtol=0, atol=tolerance)
     drawn = [completion for completion in zip(dense, exact, strict=True)][1]

@@ -23,8 +23,10 @@ def ids(prompt: list[int], **more: Any) -> dict[str, Any]:
     return {"prompt_token_ids": prompt, **more}
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
-@pytest.mark.parametrize("attention", ["dense", "lserve"])
+@pytest.mark.parametrize(
+    ("attention", "kv_dtype"),
+    [("dense", "auto"), ("lserve", "auto"), ("dense", "fp8"), ("lserve", "int4")],
+)
 def test_cold_is_warm_bit_for_bit(attention: str, kv_dtype: str, build: Build) -> None:
     """In deterministic mode: whole chunks are shared, and every number is what it was.
 
@@ -248,7 +250,7 @@ def test_a_prefix_that_is_kept_has_its_window(build: Build, tmp_path) -> None:
     kept.save(tmp_path / "kept.safetensors")
 
 
-@pytest.mark.parametrize(("attention", "kv_dtype"), [("dense", "auto"), ("lserve", "int8")])
+@pytest.mark.parametrize(("attention", "kv_dtype"), [("dense", "auto"), ("lserve", "int4")])
 def test_pages_come_back_from_host_memory(attention: str, kv_dtype: str, build: Build) -> None:
     """Bit for bit what they were, windows and statistics too; the least recently used go first."""
     page = P if attention == "lserve" else 64

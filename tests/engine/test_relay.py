@@ -30,6 +30,7 @@ from tiny_llm import (
 import lserve_jax.engine.runner
 from convert.head_shares import save_head_shares
 from lserve_jax import LLM, SamplingParams, SparsityConfig
+from pallas_kernels.api import KV_KINDS
 
 pytestmark = pytest.mark.usefixtures("all_slots")
 
@@ -54,6 +55,32 @@ def test_dense_with_a_prefix(shared: int, relay: str, build: Build) -> None:
         assert_same(run(llm, prompts, 12, prefix), alone)
     prefix.release()
     check_nothing_left(llm.engine)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_KINDS)
+def test_codes_are_read_together(kv_dtype: str, build: Build) -> None:
+    """As one by one, but for new keys that are rounded to another code: the sums differ."""
+    [prefix_ids] = random_prompts(31, [130])
+    prompts = prompts_with(prefix_ids, 32, [1, 40, 64])
+    sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    settings = {"kv_dtype": kv_dtype, "prefill_chunk_size": 64}
+    alone = build("dense", relay="never", **settings)
+    llm = build("dense", relay="always", **settings)
+    units = llm.engine.units
+    for engine in (alone, llm):
+        engine.prefix({"prompt_token_ids": prefix_ids})
+    for one, other in zip(run(llm, prompts, 12), run(alone, prompts, 12), strict=True):
+        assert one.tokens == other.tokens
+        assert_allclose(one.logprobs, other.logprobs, atol=2e-2, rtol=0)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling)
+    metrics = outputs[1].metrics
+    assert metrics.relay_steps == metrics.decode_steps == 11
+    # Of the 128 tokens that two or three read together its share, all of its own, in four heads.
+    own = sum(170 - 128 + step for step in range(1, 12)) / 11
+    read = metrics.kv_bytes_read_per_step / 4 / units.token
+    assert 128 / 3 + own <= read + 1e-6 and read - 1e-6 <= 128 / 2 + own
+    token = {"int8": 2 * (16 + 4), "fp8": 2 * (16 + 4), "int4": 2 * (8 + 8)}[kv_dtype]
+    assert units.token == token
 
 
 def test_long_prefix(build: Build) -> None:

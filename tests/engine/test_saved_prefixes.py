@@ -26,8 +26,10 @@ pytestmark = pytest.mark.usefixtures("all_slots")
 # Saved prefixes.
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
-@pytest.mark.parametrize("attention", ["dense", "lserve"])
+@pytest.mark.parametrize(
+    ("attention", "kv_dtype"),
+    [("lserve", "auto"), ("dense", "int8"), ("dense", "fp8"), ("lserve", "int4")],
+)
 def test_save_and_load(attention: str, kv_dtype: str, build: Build, tmp_path: Path) -> None:
     """In another engine, on other pages, bit for bit the same."""
     [ids] = random_prompts(19, [130])

@@ -136,8 +136,8 @@ def test_sparse_scores_are_those_of_the_rollout(pattern: str) -> None:
     check_nothing_left(llm.engine)
 
 
-def test_int8_keys_are_judged_as_they_are_generated() -> None:
-    llm = LLM((CONFIG, PARAMS), kv_dtype="int8", max_model_len=512)
+def test_quantised_keys_are_judged_as_they_are_generated() -> None:
+    llm = LLM((CONFIG, PARAMS), kv_dtype="int4", max_model_len=512)
     [prompt] = random_prompts(6, [150])
     [output] = llm.generate(ids(prompt), SamplingParams(seed=0, max_tokens=40, ignore_eos=True))
     [answer] = output.outputs

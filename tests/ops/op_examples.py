@@ -44,6 +44,11 @@ def int8_pages(heads: int) -> KVPages:
     return KVPages(*[Struct((heads, N, P, D), jnp.int8)] * 2, *[f32(heads, N, P)] * 2)
 
 
+def int4_pages(heads: int) -> KVPages:
+    words = (i32(heads, N, P), i32(heads, N, P))
+    return KVPages(*[Struct((heads, N, P, D // 2), jnp.uint8)] * 2, words, words)
+
+
 def lists(*shape: int) -> PageList:
     return PageList(i32(*shape), i32(*shape[:-1]), i32(*shape[:-1]))
 
@@ -199,7 +204,7 @@ ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
         {"k": f32(B, H, D), "v": f32(B, H, D), "pages": int8_pages(HK)},
         KVPages(*[Struct((B, H, D), jnp.int8)] * 2, *[f32(B, H)] * 2),
     ),
-    "quantize_kv": ({"x": f32(B, H, D)}, (Struct((B, H, D), jnp.int8), f32(B, H))),
+    "quantize_kv": ({"x": f32(B, H, D), "kind": "int8"}, (Struct((B, H, D), jnp.int8), f32(B, H))),
     "product": ({"x": f32(B, 64), "kernel": INT8_WEIGHT}, f32(B, 10)),
     "w8a8_weight": (
         {"kernel": f32(64, 10), "kind": "int8"},

@@ -1,6 +1,7 @@
 """Blocks of keys for block-sparse prefill: estimated shares and lists, against float64 loops."""
 
 import jax.numpy as jnp
+import kv_oracle
 import numpy as np
 import oracle
 import pytest
@@ -12,7 +13,7 @@ from pallas_kernels.api import KVPages
 K, G, D, P = 2, 2, 8, 32
 
 
-def case(start: int, length: int, *, int8: bool = False, rows: int = 0):
+def case(start: int, length: int, *, kind: str | None = None, rows: int = 0):
     """Arguments of ``choose_blocks``, and q and k of the whole sequence in float64.
 
     Keys that must not count, in the pages behind ``start`` and the chunk behind ``length``, are
@@ -25,14 +26,12 @@ def case(start: int, length: int, *, int8: bool = False, rows: int = 0):
     pool = np.full((K, M + 2, P, D), 50.0)
     for t in range(start):
         pool[:, table[t // P], t % P] = k[t]
-    pool = jnp.asarray(pool, jnp.float32)
-    pages = KVPages(pool, pool)
-    if int8:
-        codes, scale = api.quantize_kv(pool)
-        pages = KVPages(codes, codes, scale, scale)
-        read = np.asarray(api.dequantize_kv(codes, scale), np.float64)
+    stored = kv_oracle.stored(pool, kind)
+    if kind is not None:
+        read = kv_oracle.values(*stored)
         for t in range(start):
             k[t] = read[:, table[t // P], t % P]
+    pages = kv_oracle.pages(stored, stored)
     end = start + length
     new_q, new_k = q[start:].copy(), k[start:].copy()
     new_q[length:], new_k[length:] = 50.0, 50.0
@@ -51,7 +50,7 @@ CASES = {
     "first chunk": {"start": 0, "length": 300, "rows": 512},
     "history of whole blocks": {"start": 256, "length": 256},
     "history that ends within a page": {"start": 331, "length": 150, "rows": 256},
-    "int8": {"start": 200, "length": 140, "int8": True, "rows": 256},
+    "int4": {"start": 200, "length": 140, "kind": "int4", "rows": 256},
 }
 
 

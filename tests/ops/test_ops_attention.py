@@ -7,6 +7,7 @@ weight 0, makes the result NaN.
 
 import jax
 import jax.numpy as jnp
+import kv_oracle
 import numpy as np
 import oracle
 import pytest
@@ -33,23 +34,19 @@ properties = settings(max_examples=15, deadline=None, derandomize=True)
 
 
 class Pool:
-    """Pages of NaN (int8 ones: of NaN scales) until tokens are put."""
+    """Pages of NaN (codes: of NaN scales) until tokens are put."""
 
-    def __init__(self, heads: int, pages: int, page_size: int, int8: bool) -> None:
-        shape = (heads, pages, page_size, D)
-        fill, dtype = (77, np.int8) if int8 else (np.nan, np.float32)
-        self.k, self.v = np.full(shape, fill, dtype), np.full(shape, fill, dtype)
-        self.scales = [np.full(shape[:3], np.nan, np.float32) for _ in range(2)] if int8 else None
+    def __init__(self, heads: int, pages: int, page_size: int, kind: str | None = None) -> None:
+        self.kind = kind
+        nothing = np.full((heads, pages, page_size, D), np.nan)
+        self.blank = kv_oracle.stored(nothing, kind)
+        self.k, self.v = (kv_oracle.stored(nothing, kind) for _ in "kv")  # numbers or codes, scales
 
     def put(self, places: tuple[np.ndarray, np.ndarray], k: np.ndarray, v: np.ndarray) -> None:
         """Tokens [n, heads, D] into ``places`` = (pages [n], offsets [n])."""
-        for i, (pool, x) in enumerate(((self.k, k), (self.v, v))):
-            x = x.swapaxes(0, 1)
-            if self.scales is not None:
-                scale = np.abs(x).max(axis=-1) / 127
-                self.scales[i][:, *places] = scale
-                x = np.round(x / scale[..., None])
-            pool[:, *places] = x
+        for pool, x in ((self.k, k), (self.v, v)):
+            for array, new in zip(pool, kv_oracle.stored(x.swapaxes(0, 1), self.kind), strict=True):
+                array[:, *places] = new
 
     def get(self, places: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """k, v [n, heads, D] as stored."""
@@ -58,19 +55,16 @@ class Pool:
 
     def poison(self, keep: np.ndarray) -> None:
         """NaN wherever ``keep`` [heads, pages, page_size] is false."""
-        for x in (self.k, self.v) if self.scales is None else self.scales:
-            x[~keep] = np.nan
+        for pool in (self.k, self.v):
+            for array, blank in zip(pool, self.blank, strict=True):
+                array[~keep] = blank[~keep]
 
     def values(self) -> tuple[np.ndarray, np.ndarray]:
         """What the pages say, float64 [heads, pages, page_size, D]."""
-        k, v = self.k.astype(float), self.v.astype(float)
-        if self.scales is None:
-            return k, v
-        return k * self.scales[0][..., None], v * self.scales[1][..., None]
+        return kv_oracle.values(*self.k), kv_oracle.values(*self.v)
 
     def arrays(self) -> KVPages:
-        scales = () if self.scales is None else map(jnp.asarray, self.scales)
-        return KVPages(jnp.asarray(self.k), jnp.asarray(self.v), *scales)
+        return kv_oracle.pages(self.k, self.v)
 
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -116,7 +110,7 @@ def check_prefill(
     page_size: int = 16,
     heads: tuple[int, int],
     group: int = 1,
-    int8: bool = False,
+    kind: str | None = None,
     seed: int = 0,
     listed: float | None = None,
 ) -> None:
@@ -129,11 +123,11 @@ def check_prefill(
     for x in (q, k[start:], v[start:]):
         x[length:] = np.nan
 
-    retrieval = Pool(Kr, table_pages + 2, page_size, int8)
+    retrieval = Pool(Kr, table_pages + 2, page_size, kind)
     table = rng.permutation(table_pages + 2)[:table_pages].astype(np.int32)
     # A ring just large enough: most pages of the sequence lie where a later page lies now.
     sink_pages, local_pages = -(-sink // page_size), -(-local // page_size) + 1
-    streaming = Pool(Ks, sink_pages + local_pages + 1, page_size, int8)
+    streaming = Pool(Ks, sink_pages + local_pages + 1, page_size, kind)
     ring = rng.permutation(sink_pages + local_pages + 1).astype(np.int32)
     ring_table = np.array(
         [ring[oracle.ring_index(p, sink_pages, local_pages)] for p in range(table_pages)]
@@ -146,7 +140,7 @@ def check_prefill(
     ):
         places = (pages[kept // page_size], kept % page_size)
         pool.put(places, k[kept, part], v[kept, part])
-        k[kept, part], v[kept, part] = pool.get(places)  # int8 pages hold rounded values
+        k[kept, part], v[kept, part] = pool.get(places)  # pages of codes hold rounded values
     lists = None if listed is None else random_lists(rng, Kr, start, length, listed)
     out, lse = prefill(
         jnp.asarray(q),
@@ -201,13 +195,13 @@ def test_prefill_around_tiles_and_blocks(
 
 
 @pytest.mark.parametrize(
-    ("heads", "group", "page_size", "int8"),
+    ("heads", "group", "page_size", "kind"),
     [
-        ((1, 2), 3, 16, False),
-        ((2, 1), 4, 64, False),
-        ((0, 2), 1, 16, False),
-        ((2, 0), 3, 16, False),
-        ((1, 1), 4, 16, True),
+        ((1, 2), 3, 16, None),
+        ((2, 1), 4, 64, "fp8"),
+        ((0, 2), 1, 16, None),
+        ((2, 0), 3, 16, None),
+        ((1, 1), 4, 16, "int4"),
     ],
 )
 @properties
@@ -216,7 +210,7 @@ def test_prefill_any_chunk(
     heads: tuple[int, int],
     group: int,
     page_size: int,
-    int8: bool,
+    kind: str | None,
     start: int,
     length: int,
     seed: int,
@@ -230,7 +224,7 @@ def test_prefill_any_chunk(
         page_size=page_size,
         heads=heads,
         group=group,
-        int8=int8,
+        kind=kind,
         seed=seed,
     )
 
@@ -244,22 +238,22 @@ def test_prefill_of_many_tiles_by_groups_of_heads() -> None:
         table_pages=80,
         heads=(2, 1),
         group=3,
-        int8=True,
+        kind="int8",
     )
 
 
 # Blocks listed at random, all of them (causal), and none at all; more than are read in a step.
 @pytest.mark.parametrize(
-    ("start", "length", "heads", "group", "page_size", "int8", "share"),
+    ("start", "length", "heads", "group", "page_size", "kind", "share"),
     [
-        (0, 300, (2, 0), 1, 16, False, 0.5),
-        (1000, 300, (2, 1), 2, 64, False, 0.5),
-        (777, 257, (1, 1), 3, 48, True, 0.7),
-        (128, 129, (1, 0), 1, 256, False, 1.0),
-        (100, 128, (2, 0), 2, 16, False, 0.0),
+        (0, 300, (2, 0), 1, 16, None, 0.5),
+        (1000, 300, (2, 1), 2, 64, None, 0.5),
+        (777, 257, (1, 1), 3, 48, "int4", 0.7),
+        (128, 129, (1, 0), 1, 256, None, 1.0),
+        (100, 128, (2, 0), 2, 16, None, 0.0),
     ],
 )
-def test_prefill_of_listed_blocks(start, length, heads, group, page_size, int8, share) -> None:
+def test_prefill_of_listed_blocks(start, length, heads, group, page_size, kind, share) -> None:
     check_prefill(
         start=start,
         length=length,
@@ -269,7 +263,7 @@ def test_prefill_of_listed_blocks(start, length, heads, group, page_size, int8, 
         page_size=page_size,
         heads=heads,
         group=group,
-        int8=int8,
+        kind=kind,
         listed=share,
     )
 
@@ -291,7 +285,7 @@ class PagedCase:
         entries: int = 40,
         heads: tuple[int, int] = (2, 1),
         group: int = 2,
-        int8: bool = False,
+        kind: str | None = None,
         together: int = 1,  # listed pages in a page of the pools
     ) -> None:
         K, self.split, self.together = sum(heads), heads[0], together
@@ -309,7 +303,7 @@ class PagedCase:
         self.lists = PageList(pages, starts, stops)
         self.pools = []
         for part in (slice(None, self.split), slice(self.split, None)):
-            pool = Pool(len(keep[part]), count, page_size, int8)
+            pool = Pool(len(keep[part]), count, page_size, kind)
             places = np.divmod(np.arange(count * page_size), page_size)
             tokens = normal(rng, 2, len(places[0]), len(keep[part]), D)
             pool.put(places, *tokens)
@@ -364,12 +358,12 @@ def token_ranges(draw: st.DrawFn, count: int, entries: int, page_size: int) -> l
 
 
 @pytest.mark.parametrize(
-    ("page_size", "entries", "heads", "group", "int8"),
+    ("page_size", "entries", "heads", "group", "kind"),
     [
-        (16, 40, (2, 1), 2, False),  # more tokens than one block of 512
-        (16, 7, (0, 2), 4, False),
-        (64, 3, (2, 0), 1, True),
-        (64, 9, (1, 1), 3, True),
+        (16, 40, (2, 1), 2, None),  # more tokens than one block of 512
+        (16, 7, (0, 2), 4, "fp8"),
+        (64, 3, (2, 0), 1, "int8"),
+        (64, 9, (1, 1), 3, "int4"),
     ],
 )
 @pytest.mark.parametrize("together", [1, 4])
@@ -381,7 +375,7 @@ def test_paged_attention(
     entries: int,
     heads: tuple[int, int],
     group: int,
-    int8: bool,
+    kind: str | None,
     data: st.DataObject,
     seed: int,
 ) -> None:
@@ -394,7 +388,7 @@ def test_paged_attention(
         entries=entries,
         heads=heads,
         group=group,
-        int8=int8,
+        kind=kind,
         together=together,
     )
     out, lse = case.run()
@@ -433,17 +427,17 @@ def test_a_row_does_not_depend_on_its_neighbours(row: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("page_size", "length", "int8"),
-    [(16, 1, False), (16, 15, False), (16, 16, True), (16, 640, False), (64, 193, True)],
+    ("page_size", "length", "kind"),
+    [(16, 1, None), (16, 15, "int8"), (16, 16, "fp8"), (16, 640, None), (64, 193, "int4")],
 )
-def test_prefix_attention(page_size: int, length: int, int8: bool) -> None:
+def test_prefix_attention(page_size: int, length: int, kind: str | None) -> None:
     """All rows attend the same tokens, none masked; everything else in the pool is NaN."""
     rng = np.random.default_rng(length)
     B, K, group, count = 3, 2, 2, 41
     table = rng.permutation(count).astype(np.int32)
     token = np.arange(length)
     places = table[token // page_size], token % page_size
-    pool = Pool(K, count, page_size, int8)
+    pool = Pool(K, count, page_size, kind)
     pool.put(places, *normal(rng, 2, length, K, D))
     used = np.zeros((K, count, page_size), bool)
     used[:, *places] = True
@@ -464,7 +458,7 @@ def test_a_prefix_joined_with_what_rows_have_of_their_own() -> None:
     rng = np.random.default_rng(3)
     B, K, group, S, u = 4, 2, 2, 37, 5
     k, v = normal(rng, 2, S, K, D)
-    pool = Pool(K, 4, 16, False)
+    pool = Pool(K, 4, 16)
     pool.put((np.arange(S) // 16, np.arange(S) % 16), k, v)
     q, own_k, own_v = normal(rng, B, K * group, D), *normal(rng, 2, B, u, K, D)
     own_out = np.full(q.shape, np.nan, np.float32)
@@ -491,7 +485,7 @@ def test_a_prefix_joined_with_what_rows_have_of_their_own() -> None:
 
 
 def test_an_empty_prefix_gives_zero_and_minus_infinity() -> None:
-    pool = Pool(1, 2, 16, False)
+    pool = Pool(1, 2, 16)
     pool.poison(np.zeros((1, 2, 16), bool))
     q = jnp.ones((2, 3, D))
     out, lse = prefix(q, pool.arrays(), jnp.array([1]), jnp.int32(0))

@@ -27,6 +27,7 @@ from op_examples import (
     f32,
     flags,
     i32,
+    int4_pages,
     int8_pages,
     lists,
     pages,
@@ -104,6 +105,43 @@ from pallas_kernels.api import BlockList, OwnAttention
             "paged_attention",
             {"retrieval": int8_pages(KR)._replace(k_scale=f32(KR, N))},
             "retrieval.k_scale has shape (1, 5), expected [1, 5, 16]",
+        ),
+        (
+            "paged_attention",
+            {"retrieval": int4_pages(KR)._replace(v_scale=(i32(KR, N, P),))},
+            "retrieval.v_scale must be 2 arrays for int4 pages, got 1",
+        ),
+        (
+            "paged_attention",
+            {"retrieval": int4_pages(KR)._replace(k_scale=(i32(KR, N, P), i32(KR, N)))},
+            "retrieval.k_scale has shape (1, 5), expected [1, 5, 16]",
+        ),
+        (
+            "paged_attention",
+            {"retrieval": int4_pages(KR)._replace(k_scale=(f32(KR, N, P),) * 2)},
+            "retrieval.k_scale has dtype float32, expected int32",
+        ),
+        (
+            "paged_attention",
+            {"retrieval": int8_pages(KR)._replace(k=Struct((KR, N, P, D), jnp.uint8))},
+            "retrieval.k has shape (1, 5, 16, 8), expected [any, any, any, 4]",
+        ),
+        (
+            "prefix_attention",
+            {"q": f32(B, 2, 7), "pages": int4_pages(KR)},
+            "pages pages of 4 bits need an even head_dim, got 7",
+        ),
+        (
+            "append_kv",
+            {"retrieval": int4_pages(KR), "key_stats": f32(KR, N, LOGICAL, 2, D // 2)},
+            "key_stats has shape (1, 5, 2, 2, 4), expected [any, 5, any, 2, 8]",
+        ),
+        ("store_kv", {"v": f32(B, H, 4)}, "v has shape (2, 6, 4), expected [2, 6, 8]"),
+        ("quantize_kv", {"kind": "int5"}, "kind='int5' is unknown; known: int8, fp8, int4"),
+        (
+            "quantize_kv",
+            {"x": f32(B, H, 7), "kind": "int4"},
+            "codes of 4 bits need an even number of channels, got 7",
         ),
         ("prefill_attention", {"q": f32(T, D)}, "q has shape (24, 8), expected [any, any, any]"),
         (
@@ -274,6 +312,11 @@ from pallas_kernels.api import BlockList, OwnAttention
             "dequantize_kv",
             {"codes": f32(B, H, D)},
             "codes has dtype float32, expected int8, float8",
+        ),
+        (
+            "dequantize_kv",
+            {"codes": Struct((B, H, D // 2), jnp.uint8)},
+            "scale must be 2 arrays for int4 pages, got 1",
         ),
         ("dequantize_kv", {"scale": bf16(B, H)}, "scale has dtype bfloat16, expected float32"),
         (

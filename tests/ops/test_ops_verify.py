@@ -5,6 +5,7 @@ Places of a page past a row's last query, and pages that no row uses, are NaN.
 
 import jax
 import jax.numpy as jnp
+import kv_oracle
 import numpy as np
 import oracle
 import pytest
@@ -23,7 +24,9 @@ TOLERANCE = 2e-5
 class Case:
     """Rows at ``positions``, T query tokens each; those at negative ones attend nothing."""
 
-    def __init__(self, positions: list[int], T: int, heads: int, group: int, int8: bool) -> None:
+    def __init__(
+        self, positions: list[int], T: int, heads: int, group: int, kind: str | None = None
+    ) -> None:
         rng = np.random.default_rng([T, *map(abs, positions)])
         B, N = len(positions), len(positions) * M + 1
         self.positions, self.group = positions, group
@@ -34,24 +37,16 @@ class Case:
             token = np.arange(max(position + T, 0))
             used[self.tables[row, token // P], token % P] = True
         k, v = rng.standard_normal((2, heads, N, P, D), np.float32)
-        if int8:
-            (k, k_scale), (v, v_scale) = api.quantize_kv(k), api.quantize_kv(v)
-            scales = [jnp.where(used, x, jnp.nan) for x in (k_scale, v_scale)]
-            self.pages = KVPages(k, v, *scales)
-            self.k, self.v = (
-                np.asarray(x, float) * np.asarray(scale, float)[..., None]
-                for x, scale in ((k, scales[0]), (v, scales[1]))
-            )
-        else:
-            self.k, self.v = (np.where(used[..., None], x, np.nan) for x in (k, v))
-            self.pages = KVPages(jnp.asarray(self.k), jnp.asarray(self.v))
+        k, v = (kv_oracle.stored(np.where(used[..., None], x, np.nan), kind) for x in (k, v))
+        self.k, self.v = kv_oracle.values(*k), kv_oracle.values(*v)
+        self.pages = kv_oracle.pages(k, v)
 
     def run(self) -> tuple[jax.Array, jax.Array]:
         positions = jnp.asarray(self.positions, jnp.int32)
         return verify(jnp.asarray(self.q), self.pages, jnp.asarray(self.tables), positions)
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("kind", [None, *api.KV_KINDS])
 @pytest.mark.parametrize(
     ("positions", "T", "group"),
     [
@@ -62,9 +57,9 @@ class Case:
     ],
 )
 def test_every_token_attends_up_to_its_own_position(
-    positions: list[int], T: int, group: int, int8: bool
+    positions: list[int], T: int, group: int, kind: str | None
 ) -> None:
-    case = Case(positions, T, 2, group, int8)
+    case = Case(positions, T, 2, group, kind)
     out, lse = case.run()
     assert out.shape == case.q.shape and lse.shape == case.q.shape[:3]
     for row, t, h in np.ndindex(case.q.shape[:3]):
@@ -78,7 +73,7 @@ def test_every_token_attends_up_to_its_own_position(
 
 def test_tokens_together_are_tokens_one_by_one() -> None:
     """As decode would attend them, each after the one before was written."""
-    case = Case([37, 250], 4, 2, 2, False)
+    case = Case([37, 250], 4, 2, 2)
     out, lse = case.run()
     nothing = KVPages(*(x[:0] for x in case.pages[:2]))
     pages, zero = jnp.asarray(case.tables)[:, None], jnp.zeros((2, 1), jnp.int32)
@@ -91,7 +86,7 @@ def test_tokens_together_are_tokens_one_by_one() -> None:
 
 
 def test_a_row_without_a_token_attends_nothing() -> None:
-    out, lse = Case([-3, 20, -7], 3, 1, 2, False).run()
+    out, lse = Case([-3, 20, -7], 3, 1, 2).run()
     assert_array_equal(out[::2], 0.0)
     assert_array_equal(lse[::2], -np.inf)
     assert np.isfinite(lse[1]).all()

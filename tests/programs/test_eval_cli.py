@@ -218,23 +218,29 @@ def test_a_missing_matplotlib_is_said_at_once(capsys, monkeypatch):
     assert "lserve-jax[plot]" in refusal(capsys, "--model", "no-such-model", "--plot")
 
 
-def test_a_study_knows_its_weights(capsys, checkpoint, tmp_path):
+def test_a_study_knows_its_weights_and_keys(capsys, checkpoint, tmp_path):
     argv = ["--model", checkpoint, "--output", tmp_path, "--tasks", "perplexity", "--windows", 2]
     argv += ["--lengths", 80, "--scored-tokens", 9, "--compare", "dense", "--max-num-seqs", 2]
     losses = []
-    for weights in ([], ["--weights", "fp8"]):
-        code, out, err = run(capsys, *argv, *weights)
+    rounded = ["--weights", "fp8", "--kv-dtype", "int4"]
+    for kinds in ([], rounded):
+        code, out, err = run(capsys, *argv, *kinds)
         assert code == 0, err
-        assert ("weights fp8" in out) == bool(weights)
+        assert ("weights fp8, keys and values int4" in out) == bool(kinds)
         result = json.loads((tmp_path / "results.json").read_text())
         losses.append([row["logprobs"] for row in result["predictions"]])
         (tmp_path / "results.json").rename(tmp_path / f"{len(losses)}.json")
     assert losses[0] != losses[1]
-    np.testing.assert_allclose(*losses, atol=0.3, rtol=0)  # weights have three bits of mantissa
+    # Weights have three bits of mantissa, keys and values four bits.
+    np.testing.assert_allclose(*losses, atol=0.6, rtol=0)
     (tmp_path / "2.json").rename(tmp_path / "results.json")
-    code, _, err = run(capsys, *argv, "--resume", "--weights", "int8")
-    assert code == 2
-    assert "its weights is fp8, now it is int8; give another output directory" in err
+    for kinds, words in (
+        (["--weights", "int8", *rounded[2:]], "its weights is fp8, now it is int8; give another"),
+        (rounded[:2], "its kv_dtype is int4, now it is None; give another output directory"),
+    ):
+        code, _, err = run(capsys, *argv, "--resume", *kinds)
+        assert code == 2
+        assert words in err
 
 
 @pytest.mark.slow

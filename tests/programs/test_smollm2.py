@@ -233,8 +233,8 @@ def test_needle_is_found(long_context, optimised):
     assert output.outputs[0].token_ids == expected["needle"]["greedy_ids"]
 
 
-def cached_perplexity(config, params, ids, chunk=16) -> float:
-    """Perplexity when all but the last ``chunk`` keys are read back from an int8 cache."""
+def cached_perplexity(config, params, ids, kv_dtype, chunk=16) -> float:
+    """Perplexity when all but the last ``chunk`` keys are read back from a cache of codes."""
     spec = make_spec(
         config,
         sparsity=None,
@@ -243,7 +243,7 @@ def cached_perplexity(config, params, ids, chunk=16) -> float:
         max_num_seqs=1,
         num_pages=-(-len(ids) // 64),
         max_prefixes=0,
-        kv_dtype="int8",
+        kv_dtype=kv_dtype,
     )
     caches = [
         init_layer_cache(config, spec, layer, jnp.float32)
@@ -279,8 +279,9 @@ def cached_perplexity(config, params, ids, chunk=16) -> float:
 
 
 @pytest.mark.slow
-def test_int8_cache_keeps_perplexity(base, optimised):
+@pytest.mark.parametrize(("kv_dtype", "most"), [("int8", 0.01), ("int4", 0.03)])
+def test_a_cache_of_codes_keeps_perplexity(base, kv_dtype, most, optimised):
     _, arrays = golden("smollm2-135m-instruct")
     ids = arrays["text_ids"][:512]
     plain = np.exp(arrays["text_nll"][:511].mean())
-    assert cached_perplexity(*base, ids) == pytest.approx(plain, rel=0.01)
+    assert cached_perplexity(*base, ids, kv_dtype) == pytest.approx(plain, rel=most)

@@ -20,7 +20,8 @@ def checkpoint(tmp_path_factory) -> str:
 
 
 def test_it_serves_logs_and_finishes_what_runs_at_its_end(checkpoint):
-    with program("--model", checkpoint, env={"LSERVE_API_KEY": "sesame"}) as (process, url):
+    argv = ("--model", checkpoint, "--kv-dtype", "int4")
+    with program(*argv, env={"LSERVE_API_KEY": "sesame"}) as (process, url):
         key = {"Authorization": "Bearer sesame"}
         models = httpx.get(f"{url}/v1/models", headers=key, timeout=None).json()["data"]
         assert [model["id"] for model in models] == ["tiny"]  # not where it lies

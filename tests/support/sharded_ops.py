@@ -59,16 +59,25 @@ retrieval, streaming = (KVPages(normal(2, N, P, D), normal(2, N, P, D)) for _ in
 stats = -np.sort(-normal(2, N, 2, 2, D), axis=3)  # kmax above kmin
 
 
+def of_codes(pool: KVPages) -> KVPages:
+    (k, k_scale), (v, v_scale) = (api.quantize_kv(x, "int4") for x in pool[:2])
+    return KVPages(k, v, k_scale, v_scale)
+
+
+POOLS = [(retrieval, streaming), (of_codes(retrieval), of_codes(streaming))]
+
+
 def paged_attention() -> None:
     q = normal(B, 8, D)
     ids, start = (rng.integers(0, N, (B, 2, 3)), rng.integers(0, 20, (B, 2)))
     own = PageList(*(x.astype(np.int32) for x in (ids, start, start + 15)))
     shared = PageList(*(x[:, :1] for x in own))
     op = sharded(api.paged_attention, (TOKENS, POOL, POOL, TOKENS, ALL), TOKENS)
-    args = retrieval, streaming, own, shared
-    out = op(queries(q), *args)
-    alone = jax.jit(api.paged_attention)(q, *args)
-    same(out, tuple(map(queries, alone)))
+    for pools in POOLS:
+        args = *pools, own, shared
+        out = op(queries(q), *args)
+        alone = jax.jit(api.paged_attention)(q, *args)
+        same(out, tuple(map(queries, alone)))
 
 
 def verify_attention() -> None:
@@ -122,13 +131,14 @@ def append_kv_chunk() -> None:
 
 def append_kv() -> None:
     q, k, v, angle = normal(B, 8, D), normal(B, 4, D), normal(B, 4, D), normal(B, D // 2)
-    before = (np.cos(angle), np.sin(angle), retrieval, streaming, stats)
     where = (integers(1, 4), integers(5, 0), integers(0, 9))
     specs = (TOKENS, TOKENS, TOKENS, ALL, ALL, POOL, POOL, POOL, ALL, ALL, ALL)
     op = sharded(api.append_kv, specs, (TOKENS, POOL, POOL, POOL))
-    rotated, *caches = op(queries(q), kv(k), kv(v), *before, *where)
-    true_rotated, *true_caches = jax.jit(api.append_kv)(q, k, v, *before, *where)
-    same([rotated, *caches], [queries(true_rotated), *true_caches])
+    for pools in POOLS:
+        before = (np.cos(angle), np.sin(angle), *pools, stats)
+        rotated, *caches = op(queries(q), kv(k), kv(v), *before, *where)
+        true_rotated, *true_caches = jax.jit(api.append_kv)(q, k, v, *before, *where)
+        same([rotated, *caches], [queries(true_rotated), *true_caches])
 
 
 def page_scores_and_select_pages() -> None:

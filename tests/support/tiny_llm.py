@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kv_oracle import NAN_WORD
 from numpy.testing import assert_array_equal
 from numpy.typing import ArrayLike, NDArray
 from oracle_model import Oracle, log_softmax
@@ -87,12 +88,15 @@ def poison(llm: LLM) -> None:
     """
     llm.reset_prefix_cache()
 
-    def spoil(x: jax.ShapeDtypeStruct) -> jax.Array:
-        # int8 codes have scales that are NaN; the others are selected pages.
+    def spoil(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
+        # Codes have scales that are NaN, of 4 bits words of two bf16; the others are selected
+        # pages.
         value = np.nan if jnp.issubdtype(x.dtype, jnp.floating) else 127
+        if x.dtype == jnp.int32 and "scale" in jax.tree_util.keystr(path):
+            value = NAN_WORD
         return jnp.asarray(np.full(x.shape, value, x.dtype))  # jnp.full compiles each shape
 
-    llm.engine.runner.fill_caches(lambda cache, layer: jax.tree.map(spoil, cache))
+    llm.engine.runner.fill_caches(lambda cache, layer: jax.tree.map_with_path(spoil, cache))
 
 
 def sample_alike(monkeypatch: pytest.MonkeyPatch, params: Sequence[SamplingParams]) -> None:
