@@ -278,7 +278,6 @@ def build_engine(
     alike = dataclasses.replace(options, warmup="none", compilation_cache=False)
     programs = Programs(_program_files(options), f"{config}\n{alike}")
     programs.preload()
-    programs.expect_compiling()
 
     def make() -> Params:
         made = params() if callable(params) else params
@@ -290,44 +289,45 @@ def build_engine(
             )
         return made
 
-    prepared = intake.first(make)
-    spec = make_spec(
-        config,
-        sparsity=sparsity,
-        heads=policy.budgets,
-        max_model_len=max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        num_pages=1,
-        max_prefixes=options.max_prefixes,
-        kv_dtype=options.kv_dtype,
-        exact=(options.max_draft_tokens, options.draft) if options.exact else None,
-    )
-    spec = dataclasses.replace(spec, num_pages=_plan_pages(config, spec, dtype, options))
-    num_window_pages = _plan_windows(config, spec, dtype, options)
-    spec = dataclasses.replace(spec, num_window_pages=num_window_pages)
-    runner = runner_class(
-        config,
-        prepared,
-        spec,
-        dtype=dtype,
-        prefill_dtype=options.prefill_dtype,
-        backend=options.backend,
-        chunk_size=options.prefill_chunk_size,
-        programs=programs,
-    )
-    engine = Engine(
-        runner,
-        max_model_len=max_model_len,
-        eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *eos_token_ids))),
-        burst_steps=options.burst_steps,
-        enable_prefix_caching=options.enable_prefix_caching,
-        host_cache_bytes=options.host_cache_bytes,
-        relay=options.relay,
-        deterministic=options.deterministic,
-        head_order=policy.partition.order,
-        intake=intake,
-    )
-    warm_up(engine, options.warmup, progress=progress)
+    with programs.expect_compiling():
+        prepared = intake.first(make)
+        spec = make_spec(
+            config,
+            sparsity=sparsity,
+            heads=policy.budgets,
+            max_model_len=max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            num_pages=1,
+            max_prefixes=options.max_prefixes,
+            kv_dtype=options.kv_dtype,
+            exact=(options.max_draft_tokens, options.draft) if options.exact else None,
+        )
+        spec = dataclasses.replace(spec, num_pages=_plan_pages(config, spec, dtype, options))
+        num_window_pages = _plan_windows(config, spec, dtype, options)
+        spec = dataclasses.replace(spec, num_window_pages=num_window_pages)
+        runner = runner_class(
+            config,
+            prepared,
+            spec,
+            dtype=dtype,
+            prefill_dtype=options.prefill_dtype,
+            backend=options.backend,
+            chunk_size=options.prefill_chunk_size,
+            programs=programs,
+        )
+        engine = Engine(
+            runner,
+            max_model_len=max_model_len,
+            eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *eos_token_ids))),
+            burst_steps=options.burst_steps,
+            enable_prefix_caching=options.enable_prefix_caching,
+            host_cache_bytes=options.host_cache_bytes,
+            relay=options.relay,
+            deterministic=options.deterministic,
+            head_order=policy.partition.order,
+            intake=intake,
+        )
+        warm_up(engine, options.warmup, progress=progress)
     return engine
 
 

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -141,19 +141,25 @@ class Programs:
 
     def run(self, call: Call) -> Any:
         """What the call's function returns."""
-        self._end_processes()  # what the first calls need is there, or was asked for by one
+        self._end_processes()  # ``prepare`` has taken them, or nothing is to be compiled ahead
         if not self.are_kept:
             return call.plain()
         return self._get(call)(*call.arrays)
 
-    def expect_compiling(self) -> None:
+    @contextmanager
+    def expect_compiling(self) -> Iterator[None]:
         """Where no program of these settings is known, begins the processes that lower kernels.
 
-        They take as long to be there as weights do to be read.
+        They take as long to be there as weights do to be read. Within, an engine is built; if that
+        fails they end.
         """
         if self._files is not None and not self._preloaded:
             self._processes = LoweringProcesses(_at_most(MOST_HELPERS))
             self._processes.start()
+        with ExitStack() as failed:
+            failed.callback(self._end_processes)
+            yield
+            failed.pop_all()
 
     def _end_processes(self) -> None:
         processes, self._processes = self._processes, None

@@ -140,6 +140,17 @@ def test_processes_for_kernels_begin_before_the_weights_are_there(
     assert seen == ["close"]
 
 
+def test_processes_for_kernels_end_where_no_engine_comes_of_it(tmp_path, monkeypatch) -> None:
+    """As for weights that are of another model, or a cache with no room for a page."""
+    seen: list[str] = []
+    for name in ("start", "close"):
+        monkeypatch.setattr(LoweringProcesses, name, lambda _, name=name: seen.append(name))
+    options = EngineOptions(**OPTIONS, compilation_cache=tmp_path / "programs", kv_cache_bytes=1)
+    with pytest.raises(ValueError, match="kv_cache_bytes"):
+        build_engine(CONFIG, tiny_params(CONFIG), options)
+    assert seen == ["start", "close"]
+
+
 def test_a_second_warmup_loads(tmp_path) -> None:
     for source in ("compiled", "loaded"):
         llm = build(warmup="auto", compilation_cache=tmp_path / "programs")
