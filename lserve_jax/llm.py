@@ -188,9 +188,9 @@ class LLM:
         What prompts begin with that was computed before, in this call or an earlier one, is not
         computed again (docs/prefix-cache.md), unless their ``prompt_logprobs`` are asked for: these
         run every token of the prompt. Where there are more than can run at once, those that begin
-        alike run after each other. ``shared_prefix`` is one that all prompts must begin with.
-        ``deadline`` seconds from now every completion ends with what it has (``finish_reason``
-        "deadline").
+        alike run after each other, whatever the order they are given in. ``shared_prefix`` is one
+        that all prompts must begin with. ``deadline`` seconds from now every completion ends with
+        what it has (``finish_reason`` "deadline").
 
         Several threads may call it: they take turns.
 

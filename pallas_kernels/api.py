@@ -401,7 +401,7 @@ def append_kv(
     expect_shape("sin", sin, (B, D // 2))
     expect_dtype("float32", cos=cos, sin=sin)
     expect_pools(retrieval, streaming, k.shape[1], D)
-    expect_stats(key_stats, retrieval, k.shape[-1])
+    expect_stats(key_stats, retrieval, k.shape[2])
     expect_int32((B,), page=page, streaming_page=streaming_page, offset=offset)
     check_range("offset", offset, retrieval.k.shape[2] - 1)
     check_targets("page", page, retrieval)
@@ -450,7 +450,7 @@ def append_kv_chunk(
     T, Hk, D = k.shape
     expect_shape("v", v, k.shape)
     expect_pools(retrieval, streaming, Hk, D)
-    expect_stats(key_stats, retrieval, k.shape[-1])
+    expect_stats(key_stats, retrieval, k.shape[2])
     expect_int32((None,), page_table=page_table)
     expect_int32((T,), streaming_page=streaming_page)
     expect_int32((), start=start, length=length)

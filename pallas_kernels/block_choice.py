@@ -57,6 +57,9 @@ def choose_blocks(
     has G query heads for each of the pool's KV heads, which share a list. ``most_heads``, None: Kr,
     is the most retrieval heads of any layer: layers with the same share a kernel.
 
+    No kernel finds lists of more than 4096 blocks (524,288 tokens, where all may be listed): those
+    XLA does.
+
     Raises ``ValueError`` for pages whose tokens do not divide 128, and unless one of ``threshold``
     and ``density`` is given, in (0, 1].
 

@@ -187,13 +187,13 @@ def expect_kv_scale(
     name: str, scale: KVScale | None, kind: KVKind | None, shape: tuple[int, ...]
 ) -> None:
     """A ``scale`` of codes of one kind, of which there are vectors of ``shape``."""
-    wanted = {None: 0, "int4": 2}.get(kind, 1)
-    arrays = () if scale is None else scale if isinstance(scale, tuple) else (scale,)
-    if len(arrays) != wanted:
-        raise ValueError(
-            f"{name} must be {wanted} arrays for {kind or 'plain'} pages, got {len(arrays)}"
-        )
-    for array in arrays:
+    wanted = {None: "None", "int4": "two arrays"}.get(kind, "an array")
+    given = "None" if scale is None else "an array"
+    if isinstance(scale, tuple):
+        given = "two arrays" if len(scale) == 2 else f"a tuple of {len(scale)}"
+    if given != wanted:
+        raise ValueError(f"{name} must be {wanted} for {kind or 'plain'} pages, got {given}")
+    for array in jax.tree.leaves(scale):
         expect_shape(name, array, shape)
         expect_dtype("int32" if kind == "int4" else "float32", **{name: array})
 

@@ -27,7 +27,8 @@ bytes, written and read in L2.
 
 Pages of codes. K stays codes: the query is split into two int8 vectors, q = scale * (high + low /
 254), which keeps 15 bits of it, and the tensor cores multiply int8 by int8; a token's scale
-multiplies its row of scores. For fp8 they are two e4m3, which keep all of a bf16 q. V has to be
+multiplies its row of scores. For fp8 they are two e4m3, which keep of a bf16 q all but what lies
+2^-18 below its largest element; sums of e4m3 products have fewer digits than float32. V has to be
 transposed, which wgmma can do for 16-bit operands only, so V alone passes through shared memory a
 second time, as bf16 codes; its scales multiply P.
 

@@ -258,7 +258,9 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
 
 
 def _stored_codes(kind: KVKind, P: int, D: int) -> _Stored:
-    codes = plgpu.SMEM((P, stored_channels(kind, D)), CODE_TYPES[kind])
+    row = stored_channels(kind, D)
+    as_it_is = (plgpu.TilingTransform((row // 2,)),)  # as for tokens
+    codes = plgpu.SMEM((P, row), CODE_TYPES[kind], transforms=as_it_is)
     if kind == "int4":
         return _Stored(codes, (plgpu.SMEM((P,), jnp.int32), plgpu.SMEM((P,), jnp.int32)))
     return _Stored(codes, plgpu.SMEM((P,), jnp.float32))

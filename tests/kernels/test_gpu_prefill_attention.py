@@ -18,8 +18,8 @@ from pallas_kernels import reference
 from pallas_kernels.hopper.block_scores import block_scores
 from pallas_kernels.hopper.prefill_attention import prefill_attention
 from pallas_kernels.hopper.prefix_attention import prefix_attention
-from pallas_kernels.kv_codes import float_pages
-from pallas_kernels.types import BlockList, KVPages, OwnAttention
+from pallas_kernels.kv_codes import float_pages, values
+from pallas_kernels.types import BlockList, KVPages, KVScale, OwnAttention
 
 QUERIES = 256  # a tile of the bf16 computation
 
@@ -32,13 +32,13 @@ def distance(x: jax.Array, truth: jax.Array) -> float:
 def tokens_of(pages: KVPages, table: jax.Array) -> tuple[jax.Array, jax.Array]:
     """K and V [K, tokens, D] in bf16, 0 for NaN."""
 
-    def read(x: jax.Array, scale: jax.Array | None) -> jax.Array:
-        x = x[:, table].astype(jnp.float32)
-        if scale is not None:
-            x = x * scale[:, table][..., None]
+    taken = jax.tree.map(lambda x: x[:, table], pages)
+
+    def read(codes: jax.Array, scale: KVScale | None) -> jax.Array:
+        x = values(codes, scale)
         return jnp.nan_to_num(x.reshape(x.shape[0], -1, x.shape[-1])).astype(jnp.bfloat16)
 
-    return read(pages.k, pages.k_scale), read(pages.v, pages.v_scale)
+    return read(taken.k, taken.k_scale), read(taken.v, taken.v_scale)
 
 
 def bf16_attention(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:

@@ -94,12 +94,12 @@ from pallas_kernels.api import BlockList, OwnAttention
         (
             "paged_attention",
             {"retrieval": int8_pages(KR)._replace(v_scale=None)},
-            "retrieval.v_scale must be 1 arrays for int8 pages, got 0",
+            "retrieval.v_scale must be an array for int8 pages, got None",
         ),
         (
             "paged_attention",
             {"streaming": pages(KS)._replace(k_scale=f32(KS, N, P))},
-            "streaming.k_scale must be 0 arrays for plain pages, got 1",
+            "streaming.k_scale must be None for plain pages, got an array",
         ),
         (
             "paged_attention",
@@ -109,7 +109,7 @@ from pallas_kernels.api import BlockList, OwnAttention
         (
             "paged_attention",
             {"retrieval": int4_pages(KR)._replace(v_scale=(i32(KR, N, P),))},
-            "retrieval.v_scale must be 2 arrays for int4 pages, got 1",
+            "retrieval.v_scale must be two arrays for int4 pages, got an array",
         ),
         (
             "paged_attention",
@@ -316,7 +316,7 @@ from pallas_kernels.api import BlockList, OwnAttention
         (
             "dequantize_kv",
             {"codes": Struct((B, H, D // 2), jnp.uint8)},
-            "scale must be 2 arrays for int4 pages, got 1",
+            "scale must be two arrays for int4 pages, got an array",
         ),
         ("dequantize_kv", {"scale": bf16(B, H)}, "scale has dtype bfloat16, expected float32"),
         (
