@@ -169,8 +169,10 @@ def _choose(
         wanted = there
     counts = jnp.clip(wanted, least, there)
     counts = jnp.broadcast_to(counts, shares.shape[:2]).astype(jnp.int32)
+    # A tile with a query of NaN lists the blocks that are always listed: NaN would rank above them.
+    ranked = jnp.where(jnp.isnan(shares), 0.0, shares)
     ids = implementation("select_pages", "reference" if most > MOST_SELECTED_PAGES else backend)(
-        jnp.where(always, jnp.inf, shares).swapaxes(0, 1),
+        jnp.where(always, jnp.inf, ranked).swapaxes(0, 1),
         jnp.broadcast_to(there[0], (tiles,)).astype(jnp.int32),
         counts.T,
         num_pages=most,

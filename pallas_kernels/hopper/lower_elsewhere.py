@@ -12,6 +12,7 @@ import os
 import pickle
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +40,9 @@ class Processes:
         self._threads = ThreadPoolExecutor(count, "lserve-lowering")  # each talks to a process
         self._idle: SimpleQueue[subprocess.Popen] = SimpleQueue()
         self._all: list[subprocess.Popen] = []
+        # Without it they stay where nobody closes this: ``subprocess`` keeps what still runs, and
+        # with it the pipe whose end would be theirs.
+        self._end = weakref.finalize(self, _end, self._all)
         self._begun: dict[Lowering, Future[None]] = {}
         self._said = False
 
@@ -53,9 +57,7 @@ class Processes:
     def close(self) -> None:
         """Ends them."""
         self._threads.shutdown(cancel_futures=True)
-        for process in self._all:
-            process.terminate()
-            process.communicate()  # closes the pipes
+        self._end()
 
     def begin(self, jaxpr: Any) -> list[Future[None]]:
         """Sends away what a traced program needs that was not lowered yet: done when it is."""
@@ -95,6 +97,12 @@ class Processes:
         self._said = True
 
 
+def _end(processes: list[subprocess.Popen]) -> None:
+    for process in processes:
+        process.terminate()
+        process.communicate()  # closes the pipes
+
+
 def lowerings(jaxpr: Any) -> Iterator[Lowering]:
     """Of the kernels that a program calls, each once."""
     seen: set[int] = set()
@@ -131,6 +139,7 @@ def _process() -> subprocess.Popen:
     )
     assert process.stdin is not None
     pickle.dump({name: getattr(jax.config, name) for name in SETTINGS}, process.stdin)
+    process.stdin.flush()  # one that nobody sends a kernel ends without a word
     return process
 
 

@@ -1,7 +1,10 @@
 """Kernels that another process lowers are those that this one would have made; no GPU."""
 
+import gc
 import logging
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import jax
@@ -103,6 +106,26 @@ def test_processes_that_began_early_do_the_work(processes: Processes) -> None:
     assert len(early) == 2 and processes._all == early
     processes.close()
     assert all(process.returncode is not None for process in early)
+
+
+def test_processes_that_nobody_closes_end_with_their_owner() -> None:
+    """As where an engine cannot be built, or no request ever comes."""
+    owner = Processes(1)
+    owner.start()
+    [process] = owner._all
+    del owner
+    gc.collect()
+    assert process.returncode is not None
+
+
+def test_a_process_without_work_ends_without_a_word() -> None:
+    """As where the program that began it is killed: only the pipe's end tells."""
+    code = (
+        "import os; from pallas_kernels.hopper.lower_elsewhere import Processes;"
+        "Processes(1).start(); os._exit(0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, check=True)
+    assert done.stderr == b""
 
 
 def test_a_kernel_that_no_process_lowers_is_lowered_here(

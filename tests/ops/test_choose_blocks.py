@@ -101,6 +101,17 @@ def test_a_density_lists_the_best_blocks() -> None:
         assert len(lists[0][1]) in (count, count + 1)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])  # that of NaN is the machine's
+@pytest.mark.parametrize("how", [{"density": 0.1}, {"threshold": 0.5}])
+def test_a_tile_with_nan_lists_what_is_always_listed(
+    how: dict[str, float], sign: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args, _, _ = case(start=640, length=256)
+    shares = jnp.asarray(np.copysign(np.full((K, 2, 9), np.nan, np.float32), sign))
+    monkeypatch.setattr(block_choice, "attention_shares", lambda *args, **how: shares)
+    assert listed(api.choose_blocks(*args, **how)) == [[[0, 4, 5], [0, 5, 6]]] * K
+
+
 def test_spans_of_keys_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a chunk, or its history, has more keys than are scored at a time."""
     args, _, _ = case(start=331, length=500, rows=512)
