@@ -226,8 +226,9 @@ class LLM:
                 check_begins(shared_prefix, [prompt.ids.ids for prompt in checked])
             elif shared_prefix is not None:
                 raise TypeError(f"{shared_prefix=} must be a Prefix or None")
+            numbers = self.text_engine.numbers(len(checked))
             requests = [
-                (position, (checked[position], sampling_params[position]))
+                (position, (checked[position], sampling_params[position]), numbers[position])
                 for position in self._in_turn(checked)
             ]
             outputs = {}
@@ -247,7 +248,7 @@ class LLM:
         """
         order = list(range(len(prompts)))
         if self.engine.enable_prefix_caching and len(prompts) > self.engine.spec.max_num_seqs:
-            order.sort(key=lambda i: prompts[i].ids.ids.tobytes())
+            order.sort(key=lambda i: (prompts[i].cache_salt or "", prompts[i].ids.ids.tobytes()))
         return order
 
     def stream(
@@ -273,7 +274,8 @@ class LLM:
         if not is_listing(requests):
             raise TypeError(f"{requests=} must give pairs of a prompt and its SamplingParams")
         check_deadline(deadline)
-        return self._stream(enumerate(requests), on_text, lambda: deadline)
+        drawn = ((position, request, None) for position, request in enumerate(requests))
+        return self._stream(drawn, on_text, lambda: deadline)
 
     def _until(self, deadline: float | None) -> Callable[[], float | None]:
         """What is left of ``deadline`` seconds that begin now."""
@@ -285,7 +287,7 @@ class LLM:
 
     def _stream(
         self,
-        requests: Iterable[tuple[int, tuple[Prompt | CheckedPrompt, SamplingParams]]],
+        requests: Iterable[tuple[int, tuple[Prompt | CheckedPrompt, SamplingParams], int | None]],
         on_text: OnText | None,
         deadline: Callable[[], float | None],
     ) -> Generator[tuple[int, RequestOutput]]:
@@ -298,14 +300,15 @@ class LLM:
         def advance() -> list[tuple[int, RequestOutput]] | None:
             """One step; what has finished in it, None at the end."""
             while self.engine.room > 0 and (new := next(drawn, None)) is not None:
-                position, request = new
+                position, request, number = new
                 if not isinstance(request, tuple | list) or len(request) != 2:
                     raise TypeError(
                         f"requests must give pairs of a prompt and its SamplingParams, got "
                         f"{request!r:.200} at {position}"
                     )
                 prompt, sampling = request
-                position_of[text.submit(prompt, sampling, deadline=deadline())] = position
+                new_id = text.submit(prompt, sampling, number=number, deadline=deadline())
+                position_of[new_id] = position
             if not text.has_unfinished_requests:
                 if position_of:
                     raise ValueError(f"the engine was reset while {len(position_of)} requests ran")

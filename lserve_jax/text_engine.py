@@ -184,24 +184,34 @@ class TextEngine:
             )
         return PromptIds.check(ids, self.engine.config.vocab_size)
 
+    def numbers(self, count: int) -> list[int]:
+        """Numbers for ``count`` requests: a request without a seed derives its own from its number.
+
+        So that what it draws does not depend on when it is submitted.
+        """
+        return list(itertools.islice(self._numbers, count))
+
     def submit(
         self,
         prompt: Prompt | CheckedPrompt,
         sampling: SamplingParams,
         *,
+        number: int | None = None,
         deadline: float | None = None,
         record_reads: bool = False,
     ) -> str:
         """Queues a request and returns its id; others may be running.
 
-        ``deadline`` seconds from now it ends with what it has (``finish_reason`` "deadline").
+        ``number`` is one of ``numbers``; None takes the next. ``deadline`` seconds from now it ends
+        with what it has (``finish_reason`` "deadline").
         ``record_reads`` as in ``Engine.add_request``.
 
         Raises ``ValueError`` for a request that could never run; nothing is queued then.
         """
         checked = self.check(prompt, sampling)
         check_deadline(deadline)  # here, where nothing is queued that would have to be ended
-        number = next(self._numbers)
+        if number is None:
+            number = next(self._numbers)
         seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])
         request = _Running(
             request_id=str(number),

@@ -135,6 +135,14 @@ def test_prompts_of_one_call_that_begin_alike_run_after_each_other(build: Build)
         assert output.outputs[0].token_ids == alone.outputs[0].token_ids
 
 
+def test_what_is_drawn_does_not_depend_on_the_order_in_which_prompts_run(build: Build) -> None:
+    drawn = SamplingParams(max_tokens=8, ignore_eos=True)
+    prompts = [ids(prompt) for prompt in random_prompts(3, [40] * 5)]
+    together, in_turn = (build("dense", max_num_seqs=n).generate(prompts, drawn) for n in (8, 2))
+    for one, other in zip(together, in_turn, strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+
+
 def test_each_turn_of_a_chat_computes_what_is_new(build: Build) -> None:
     """The answer's tokens too, since decode steps make other keys than a prefill."""
     llm, computed, known = build(), 0, 0

@@ -109,7 +109,7 @@ from pallas_kernels.api import BlockList, OwnAttention
         (
             "paged_attention",
             {"retrieval": int4_pages(KR)._replace(v_scale=(i32(KR, N, P),))},
-            "retrieval.v_scale must be two arrays for int4 pages, got an array",
+            "retrieval.v_scale must be two arrays for int4 pages, got a tuple of 1",
         ),
         (
             "paged_attention",
