@@ -243,13 +243,24 @@ class LLM:
     def _in_turn(self, prompts: Sequence[CheckedPrompt]) -> list[int]:
         """In which order prompts begin to run.
 
-        Where not all run at once those that begin alike follow each other: what they share may not
-        be there any more when all others have run.
+        Where not all run at once those that share a page or more follow the first of them: what
+        they share may not be there any more when all others have run.
         """
         order = list(range(len(prompts)))
-        if self.engine.enable_prefix_caching and len(prompts) > self.engine.spec.max_num_seqs:
-            order.sort(key=lambda i: (prompts[i].cache_salt or "", prompts[i].ids.ids.tobytes()))
-        return order
+        if not self.engine.enable_prefix_caching or len(prompts) <= self.engine.spec.max_num_seqs:
+            return order
+        P = self.engine.spec.page_size
+        first: dict[tuple[str | None, bytes], int] = {}  # position of the first with such a page
+        for i, prompt in enumerate(prompts):
+            first.setdefault((prompt.cache_salt, prompt.ids.ids[:P].tobytes()), i)
+
+        def place(i: int) -> tuple[int, bytes]:
+            ids = prompts[i].ids.ids
+            if len(ids) < P:
+                return i, b""
+            return first[prompts[i].cache_salt, ids[:P].tobytes()], ids.tobytes()
+
+        return sorted(order, key=place)
 
     def stream(
         self,
