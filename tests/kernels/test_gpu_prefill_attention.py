@@ -193,6 +193,7 @@ def test_prefix_attention_joined_with_the_rows_own(shape: PrefixShape) -> None:
     assert_near("lse", lse, true_lse, 1e-5)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", PREFILL, ids=lambda x: x.name)
 def test_block_scores(shape: PrefillShape) -> None:
     """Of every 64th query, all heads of the retrieval pool, against the plain op in float32."""
