@@ -331,7 +331,11 @@ def time_cudnn(tokens: int, heads: int = 32, kv_heads: int = 8, head_dim: int = 
     }
 
 
-def measurements() -> list[Callable[[], dict[str, object]]]:
+def kind(row: partial[dict[str, object]]) -> str:
+    return row.func.__name__.removeprefix("time_")
+
+
+def measurements() -> list[partial[dict[str, object]]]:
     """The rows in the order in which they are made, decode first."""
     rows = [partial(time_decode, shape) for shape in DECODE]
     rows += [partial(time_decode, shape, dealt=False) for shape in DECODE if shape.dense_heads]
@@ -357,11 +361,18 @@ def measurements() -> list[Callable[[], dict[str, object]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    output = parser.parse_args().output
+    parser.add_argument(
+        "--only", nargs="+", metavar="KIND", help="rows of these kinds alone: decode, verify, ..."
+    )
+    args = parser.parse_args()
+    wanted = [row for row in measurements() if args.only is None or kind(row) in args.only]
+    if not wanted:
+        raise ValueError(f"--only {args.only} names no kind; kinds: {set(map(kind, measurements()))}")
+    output = args.output
     output.mkdir(parents=True, exist_ok=True)
     result: dict[str, object] = provenance()
     rows = result["rows"] = []
-    for measure in measurements():
+    for measure in wanted:
         row = measure()
         rows.append(row)
         products = f"{row['tflops']:4.0f} TFLOP/s  " if "tflops" in row else ""

@@ -29,7 +29,7 @@ from lserve_jax.async_engine import AsyncEngine
 from lserve_jax.cli import exit_code, flag
 from lserve_jax.engine.relay import RelayMode
 from lserve_jax.model_args import ModelArgs
-from lserve_jax.serve.app import create_app
+from lserve_jax.serve.app import KEEP_ALIVE_SECONDS, create_app
 from lserve_jax.serve.service import Service, ServiceOptions
 
 log = logging.getLogger("lserve_jax.serve")
@@ -140,6 +140,7 @@ def _serve(args: ServeArgs, keys: tuple[str, ...], listener: socket.socket) -> N
         log_config=None,
         access_log=False,  # ours has the request's id
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=args.shutdown_seconds,
     )
     _Server(config).run(sockets=[listener])

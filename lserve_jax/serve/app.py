@@ -39,6 +39,9 @@ from lserve_jax.serve.tokens import (
 
 # The beginnings of paths that need a key, where there are keys.
 _GUARDED = ("/v1", "/tokenize", "/detokenize", "/tokenizer_info")
+# Before a connection without a request is closed: longer than clients (httpx 5, a load balancer
+# mostly 60) keep one. Else it is closed now and then while a request is on its way.
+KEEP_ALIVE_SECONDS = 75
 
 
 def create_app(service: Service) -> Starlette:

@@ -17,7 +17,7 @@ from tiny_llm import tiny_config, tiny_params
 
 from lserve_jax import LLM
 from lserve_jax.async_engine import AsyncEngine
-from lserve_jax.serve.app import create_app
+from lserve_jax.serve.app import KEEP_ALIVE_SECONDS, create_app
 from lserve_jax.serve.service import Service, ServiceOptions
 from lserve_jax.tokenizer import Tokenizer
 
@@ -96,7 +96,12 @@ def serve(llm: LLM, **options: Any) -> Iterator[Served]:
     )
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(service), log_config=None, lifespan="on")
+    config = uvicorn.Config(
+        create_app(service),
+        log_config=None,
+        lifespan="on",
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+    )
     server = _Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
