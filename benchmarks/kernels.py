@@ -367,7 +367,9 @@ def main() -> None:
     args = parser.parse_args()
     wanted = [row for row in measurements() if args.only is None or kind(row) in args.only]
     if not wanted:
-        raise ValueError(f"--only {args.only} names no kind; kinds: {set(map(kind, measurements()))}")
+        raise ValueError(
+            f"--only {args.only} names no kind; kinds: {set(map(kind, measurements()))}"
+        )
     output = args.output
     output.mkdir(parents=True, exist_ok=True)
     result: dict[str, object] = provenance()

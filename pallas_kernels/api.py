@@ -36,6 +36,7 @@ from pallas_kernels.checks import (
     check_table,
     check_targets,
     expect_blocks,
+    expect_chunks,
     expect_dtype,
     expect_groups,
     expect_int32,
@@ -242,22 +243,23 @@ def verify_attention(
 
 
 def prefill_attention(
-    q: Float[Array, "T H D"],
-    k: Float[Array, "T Hk D"],
-    v: Float[Array, "T Hk D"],
+    q: Float[Array, "*R T H D"],
+    k: Float[Array, "*R T Hk D"],
+    v: Float[Array, "*R T Hk D"],
     retrieval: KVPages,
     streaming: KVPages,
-    page_table: Int[Array, " M"],
-    streaming_table: Int[Array, " M"],
-    start: Int[Array, ""],
-    length: Int[Array, ""],
+    page_table: Int[Array, "*R M"],
+    streaming_table: Int[Array, "*R M"],
+    start: Int[Array, "*R"],
+    length: Int[Array, "*R"],
     *,
     sink: int,
     local: int,
     blocks: BlockList | None = None,
     backend: Backend = "auto",
-) -> tuple[Float[Array, "T H D"], Float[Array, "T H"]]:
-    """A chunk of one sequence attends its cached history and itself (LServe, prefilling stage).
+) -> tuple[Float[Array, "*R T H D"], Float[Array, "*R T H"]]:
+    """A chunk of a sequence, or of each of R, attends its cached history and itself (LServe,
+    prefilling stage).
 
     Query t stands at position ``start + t``; q and k are already rotated. The history (positions
     below ``start``) is read from pages through the tables, the chunk's own keys from ``k``/``v``;
@@ -268,6 +270,7 @@ def prefill_attention(
     have been overwritten, as long as those hold no position visible to the chunk.
 
     Only the first ``length`` tokens of the chunk exist; outputs of the others are unspecified.
+    Chunks of several sequences know nothing of each other: each has the numbers that it has alone.
     Memory is O(T), never T x T.
 
     Returns (out in q's dtype, lse float32).
@@ -291,19 +294,19 @@ def prefill_attention(
     >>> jnp.exp(lse[:3]).round().tolist()  # keys that each query attends
     [[1.0, 12.0], [2.0, 12.0], [3.0, 12.0]]
     """
-    expect_shape("q", q, (None, None, None))
-    T, H, D = q.shape
-    expect_shape("k", k, (T, None, D))
+    rows = expect_chunks("q", q)
+    T, H, D = q.shape[-3:]
+    expect_shape("k", k, (*rows, T, None, D))
     expect_shape("v", v, k.shape)
-    expect_groups(H, k.shape[1])
-    expect_pools(retrieval, streaming, k.shape[1], D)
-    expect_table("page_table", page_table)
+    expect_groups(H, k.shape[-2])
+    expect_pools(retrieval, streaming, k.shape[-2], D)
+    expect_table("page_table", page_table, *rows)
     expect_int32(page_table.shape, streaming_table=streaming_table)
-    expect_int32((), start=start, length=length)
+    expect_int32(rows, start=start, length=length)
     if sink < 0 or local < 1:
         raise ValueError(f"need sink >= 0 and local >= 1, got {sink=} {local=}")
     if blocks is not None:
-        expect_blocks(blocks, retrieval.k.shape[0], T)
+        expect_blocks(blocks, rows, retrieval.k.shape[0], T)
     check_range("length", length, T)
     check_table("page_table", page_table, retrieval, start)
     check_table("streaming_table", streaming_table, streaming, start)
@@ -412,26 +415,27 @@ def append_kv(
 
 
 def append_kv_chunk(
-    k: Float[Array, "T Hk D"],
-    v: Float[Array, "T Hk D"],
+    k: Float[Array, "*R T Hk D"],
+    v: Float[Array, "*R T Hk D"],
     retrieval: KVPages,
     streaming: KVPages,
     key_stats: Float[Array, "Kq N g 2 D"] | None,
-    page_table: Int[Array, " M"],
-    streaming_page: Int[Array, " T"],
-    start: Int[Array, ""],
-    length: Int[Array, ""],
+    page_table: Int[Array, "*R M"],
+    streaming_page: Int[Array, "*R T"],
+    start: Int[Array, "*R"],
+    length: Int[Array, "*R"],
     *,
     backend: Backend = "auto",
 ) -> tuple[KVPages, KVPages, Float[Array, "Kq N g 2 D"] | None]:
-    """Writes the first ``length`` tokens of a prefill chunk, positions ``start`` on.
+    """Writes the first ``length`` tokens of a prefill chunk, or of each of R: positions ``start``
+    on.
 
     k is already rotated. Retrieval heads write every token through ``page_table``; streaming
     heads write token t to page ``streaming_page[t]`` of their pool, or not at all if that is
-    negative (a ring keeps only sink and local tokens). Two tokens must not name the same place of a
-    page, and ``page_table`` must reach as far as ``start + length``. Statistics, of the first
-    Kq <= Kr retrieval heads, are merged correctly whether or not ``start`` and ``start + length``
-    fall on logical page edges.
+    negative (a ring keeps only sink and local tokens). Two tokens, of whichever chunks, must
+    not name the same place of a page, and ``page_table`` must reach as far as ``start + length``.
+    Statistics, of the first Kq <= Kr retrieval heads, are merged correctly whether or not ``start``
+    and ``start + length`` fall on logical page edges.
 
     Returns (retrieval, streaming, key_stats).
 
@@ -446,14 +450,14 @@ def append_kv_chunk(
     >>> float(s.k.sum())
     0.0
     """
-    expect_shape("k", k, (None, None, None))
-    T, Hk, D = k.shape
+    rows = expect_chunks("k", k)
+    T, Hk, D = k.shape[-3:]
     expect_shape("v", v, k.shape)
     expect_pools(retrieval, streaming, Hk, D)
-    expect_stats(key_stats, retrieval, k.shape[2])
-    expect_int32((None,), page_table=page_table)
-    expect_int32((T,), streaming_page=streaming_page)
-    expect_int32((), start=start, length=length)
+    expect_stats(key_stats, retrieval, D)
+    expect_int32((*rows, None), page_table=page_table)
+    expect_int32((*rows, T), streaming_page=streaming_page)
+    expect_int32(rows, start=start, length=length)
     check_range("length", length, T)
     check_table("page_table", page_table, retrieval, start + length)
     check_targets("streaming_page", streaming_page, streaming)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import checkify
 from jaxtyping import Array
 
@@ -66,6 +67,12 @@ def expect_shape(name: str, x: Array, shape: tuple[int | None, ...]) -> None:
     ):
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(f"{name} has shape {x.shape}, expected [{wanted}]")
+
+
+def expect_chunks(name: str, x: Array) -> tuple[int, ...]:
+    """``x`` is of one chunk [T, heads, D], or of R chunks [R, T, heads, D]; returns R, or none."""
+    expect_shape(name, x, (None,) * (4 if x.ndim == 4 else 3))
+    return x.shape[:-3]
 
 
 def expect_dtype(dtype: str, **arrays: Array) -> None:
@@ -241,11 +248,12 @@ def check_list(
         check_range(f"{name}.stop", lists.stop[:rows], tokens)
 
 
-def expect_blocks(blocks: BlockList, heads: int, tokens: int) -> None:
+def expect_blocks(blocks: BlockList, rows: tuple[int, ...], heads: int, tokens: int) -> None:
+    """``rows``: R, where there are chunks of several sequences."""
     tiles = -(-tokens // TILE_QUERIES)
-    expect_int32((heads, tiles, None), **{"blocks.ids": blocks.ids})
-    expect_int32((heads, tiles), **{"blocks.counts": blocks.counts})
-    if blocks.ids.shape[2] == 0:
+    expect_int32((*rows, heads, tiles, None), **{"blocks.ids": blocks.ids})
+    expect_int32((*rows, heads, tiles), **{"blocks.counts": blocks.counts})
+    if blocks.ids.shape[-1] == 0:
         raise ValueError(f"blocks.ids has shape {blocks.ids.shape}, needs an entry")
 
 
@@ -253,20 +261,23 @@ def check_blocks(blocks: BlockList, start: Array, length: Array) -> None:
     """Under ``value_checks``: tiles with a token list blocks that there are, in ascending order."""
     if not _checks_values.value or blocks.ids.size == 0:
         return
-    _, tiles, entries = blocks.ids.shape
-    exists = jnp.arange(tiles) * TILE_QUERIES < length
-    counts = jnp.where(exists[None], blocks.counts, 0)
-    check_range("blocks.counts", counts, entries)
-    listed = jnp.arange(entries)[None, None] < counts[..., None]
+    shape = blocks.ids.shape  # [*R, Kr, tiles, entries]
+    start, length = (
+        jnp.broadcast_to(x[..., None, None, None], (*x.shape, *shape[-3:])) for x in (start, length)
+    )
+    tile, entry = (lax.broadcasted_iota(jnp.int32, shape, len(shape) - n) for n in (2, 1))
+    counts = jnp.where(tile * TILE_QUERIES < length, blocks.counts[..., None], 0)
+    check_range("blocks.counts", counts, shape[-1])
+    listed = entry < counts
     last = sum(-(-n // BLOCK_KEYS) for n in (start, length)) - 1
     ids = jnp.where(listed, blocks.ids, last)
-    before = jnp.pad(ids[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=-1)
+    before = jnp.concatenate([jnp.full_like(ids[..., :1], -1), ids[..., :-1]], axis=-1)
     wrong = listed & ((ids <= before) | (ids > last))
     at = jnp.argmax(wrong)
     checkify.debug_check(
         ~wrong.any(),
         "blocks.ids must ascend and lie in [0, {last}], got {found} after {before}",
-        last=last,
+        last=last.ravel()[at],
         found=ids.ravel()[at],
         before=before.ravel()[at],
     )

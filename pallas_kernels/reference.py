@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_scores import block_scores as block_scores
+from pallas_kernels.chunk_rows import rows_or_one, scan_rows
 from pallas_kernels.kv_codes import as_stored
 from pallas_kernels.listed_attention import (
     BLOCK_TOKENS,
@@ -210,40 +211,51 @@ def _prefill_one_class(
     return out[:T], lse[:T]
 
 
+@rows_or_one(
+    *("q", "k", "v", "page_table", "streaming_table", "start", "length", "blocks"), results=True
+)
 @partial(jax.jit, static_argnames=("sink", "local"))
 def prefill_attention(
-    q: Float[Array, "T H D"],
-    k: Float[Array, "T Hk D"],
-    v: Float[Array, "T Hk D"],
+    q: Float[Array, "R T H D"],
+    k: Float[Array, "R T Hk D"],
+    v: Float[Array, "R T Hk D"],
     retrieval: KVPages,
     streaming: KVPages,
-    page_table: Int[Array, " M"],
-    streaming_table: Int[Array, " M"],
-    start: Int[Array, ""],
-    length: Int[Array, ""],
+    page_table: Int[Array, "R M"],
+    streaming_table: Int[Array, "R M"],
+    start: Int[Array, " R"],
+    length: Int[Array, " R"],
     *,
     sink: int,
     local: int,
     blocks: BlockList | None = None,
-) -> tuple[Float[Array, "T H D"], Float[Array, "T H"]]:
-    T, H, D = q.shape
-    Hk, split = k.shape[1], retrieval.k.shape[0]
-    grouped = q.reshape(T, Hk, H // Hk, D)
-    outs, lses = [], []
-    for pages, table, window, part in (
-        (retrieval, page_table, None, slice(None, split)),
-        (streaming, streaming_table, (sink, local), slice(split, None)),
-    ):
-        if pages.k.shape[0] > 0:
-            args = grouped[:, part], k[:, part], v[:, part], pages, table, start, length
-            if window is None and blocks is not None:
-                out, lse = attend_blocks(*args, blocks)
-            else:
-                out, lse = _prefill_one_class(*args, window)
-            outs.append(out)
-            lses.append(lse)
-    out, lse = jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
-    return out.reshape(T, H, D).astype(q.dtype), lse.reshape(T, H)
+) -> tuple[Float[Array, "R T H D"], Float[Array, "R T H"]]:
+    """A chunk knows nothing of the others, so that its numbers are those that it has alone."""
+    _, T, H, D = q.shape
+    Hk, split = k.shape[2], retrieval.k.shape[0]
+
+    def attend_row(_: None, row: tuple) -> tuple[None, tuple[Array, Array]]:
+        q, k, v, page_table, streaming_table, start, length, blocks = row
+        grouped = q.reshape(T, Hk, H // Hk, D)
+        outs, lses = [], []
+        for pages, table, window, part in (
+            (retrieval, page_table, None, slice(None, split)),
+            (streaming, streaming_table, (sink, local), slice(split, None)),
+        ):
+            if pages.k.shape[0] > 0:
+                args = grouped[:, part], k[:, part], v[:, part], pages, table, start, length
+                if window is None and blocks is not None:
+                    out, lse = attend_blocks(*args, blocks)
+                else:
+                    out, lse = _prefill_one_class(*args, window)
+                outs.append(out)
+                lses.append(lse)
+        out, lse = jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
+        return None, (out.reshape(T, H, D).astype(q.dtype), lse.reshape(T, H))
+
+    rows = q, k, v, page_table, streaming_table, start, length, blocks
+    _, results = scan_rows(attend_row, None, rows)
+    return results
 
 
 @jax.jit
@@ -356,36 +368,49 @@ def append_kv(
     return q, retrieval, streaming, key_stats
 
 
+@rows_or_one("k", "v", "page_table", "streaming_page", "start", "length", results=False)
 @jax.jit
 def append_kv_chunk(
-    k: Float[Array, "T Hk D"],
-    v: Float[Array, "T Hk D"],
+    k: Float[Array, "R T Hk D"],
+    v: Float[Array, "R T Hk D"],
     retrieval: KVPages,
     streaming: KVPages,
     key_stats: Float[Array, "Kq N g 2 D"] | None,
-    page_table: Int[Array, " M"],
-    streaming_page: Int[Array, " T"],
-    start: Int[Array, ""],
-    length: Int[Array, ""],
+    page_table: Int[Array, "R M"],
+    streaming_page: Int[Array, "R T"],
+    start: Int[Array, " R"],
+    length: Int[Array, " R"],
 ) -> tuple[KVPages, KVPages, Float[Array, "Kq N g 2 D"] | None]:
-    T, split, P = k.shape[0], retrieval.k.shape[0], retrieval.k.shape[2]
-    position = start + jnp.arange(T)
-    valid = jnp.arange(T) < length
-    page = jnp.where(valid, page_table[jnp.minimum(position // P, page_table.shape[0] - 1)], -1)
-    streaming_page = jnp.where(valid, streaming_page, -1)
-    offset = position % P
-    retrieval = _write_tokens(retrieval, k[:, :split], v[:, :split], page, offset)
-    streaming = _write_tokens(streaming, k[:, split:], v[:, split:], streaming_page, offset)
-    if key_stats is not None:
-        key_stats = _pool_statistics(
-            k[:, : key_stats.shape[0]],
-            key_stats,
-            page_table,
-            start,
-            length,
-            P // key_stats.shape[2],
+    T, split, P = k.shape[1], retrieval.k.shape[0], retrieval.k.shape[2]
+
+    def append_row(
+        pools: tuple[KVPages, KVPages, Array | None], row: tuple[Array, ...]
+    ) -> tuple[tuple[KVPages, KVPages, Array | None], None]:
+        (retrieval, streaming, key_stats), (k, v, page_table, streaming_page, start, length) = (
+            pools,
+            row,
         )
-    return retrieval, streaming, key_stats
+        position = start + jnp.arange(T)
+        valid = jnp.arange(T) < length
+        page = jnp.where(valid, page_table[jnp.minimum(position // P, page_table.shape[0] - 1)], -1)
+        streaming_page = jnp.where(valid, streaming_page, -1)
+        offset = position % P
+        retrieval = _write_tokens(retrieval, k[:, :split], v[:, :split], page, offset)
+        streaming = _write_tokens(streaming, k[:, split:], v[:, split:], streaming_page, offset)
+        if key_stats is not None:
+            key_stats = _pool_statistics(
+                k[:, : key_stats.shape[0]],
+                key_stats,
+                page_table,
+                start,
+                length,
+                P // key_stats.shape[2],
+            )
+        return (retrieval, streaming, key_stats), None
+
+    rows = k, v, page_table, streaming_page, start, length
+    pools, _ = scan_rows(append_row, (retrieval, streaming, key_stats), rows)
+    return pools
 
 
 def _pool_statistics(

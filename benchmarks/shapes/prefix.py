@@ -57,8 +57,6 @@ def prefix_inputs(shape: PrefixShape, *, seed: int = 0) -> tuple:
     used = np.zeros((width, P), bool)
     used[table] = np.arange(width * P).reshape(width, P) < shape.tokens
     key, q_key = jax.random.split(jax.random.key(seed))
-    pages = random_pages(
-        key, jnp.broadcast_to(jnp.asarray(used), (shape.heads, width, P)), D, None
-    )
+    pages = random_pages(key, jnp.broadcast_to(jnp.asarray(used), (shape.heads, width, P)), D, None)
     q = jax.random.normal(q_key, (shape.rows, shape.heads * shape.group, D), jnp.bfloat16)
     return q, pages, jnp.asarray(table), jnp.int32(shape.tokens)

@@ -9,7 +9,7 @@ layer calls:
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -91,20 +91,6 @@ def alike_layers(config: ModelConfig, spec: CacheSpec) -> list[int]:
     return [kinds.index(kind) for kind in kinds]
 
 
-# Retrieval pages, those of prefill windows, key statistics.
-_Pools = tuple[KVPages, KVPages, Array | None]
-
-
-def _scan_rows[C, X](
-    step: Callable[[C, tuple[Array, ...]], tuple[C, X]], carry: C, rows: tuple[Array, ...]
-) -> tuple[C, X]:
-    """``lax.scan`` over the first axis of ``rows``; a single row runs without a loop."""
-    if rows[0].shape[0] > 1:
-        return jax.lax.scan(step, carry, rows)
-    carry, out = step(carry, tuple([row[0] for row in rows]))
-    return carry, jax.tree.map(lambda x: x[None], out)
-
-
 def prefill_attend(
     config: ModelConfig,
     spec: CacheSpec,
@@ -124,8 +110,7 @@ def prefill_attend(
     ``window_table`` has the window's pages, -1 for pages of the prompt that are not kept. Since all
     windows are read first, a page that a chunk moves out of sight may be one that is written.
 
-    A row knows nothing of the others, so that its numbers are those that it has alone: attention
-    and writing take one row after the other.
+    A row knows nothing of the others, so that its numbers are those that it has alone.
 
     If ``block_sparse``, what stands for a layer's cache behind it is a pair: the cache, and how
     many blocks its tiles attended, summed over retrieval KV heads.
@@ -145,63 +130,55 @@ def prefill_attend(
         q, k = api.apply_rotary(q, *angles), api.apply_rotary(k, *angles)
         Kr = cache.retrieval.k.shape[0]
 
-        def attend_row(attended: Array, row: tuple[Array, ...]) -> tuple[Array, Array]:
-            q, k, v, page_table, window_table, start, length = row
-            blocks = None
-            if block_sparse and Kr > 0:
-                blocks = api.choose_blocks(
-                    q[:, : Kr * config.group_size],
-                    k[:, :Kr],
+        attended, blocks = jnp.int32(0), None
+        if block_sparse and Kr > 0:
+            chosen = [
+                api.choose_blocks(
+                    q[row, :, : Kr * config.group_size],
+                    k[row, :, :Kr],
                     cache.retrieval,
-                    page_table,
-                    start,
-                    length,
+                    rows.page_table[row],
+                    rows.start[row],
+                    rows.length[row],
                     **chosen_by(spec),
                     most_heads=max(spec.heads.num_retrieval),
                     backend=backend,
                 )
-                attended += blocks.counts.sum()
-            out, _ = api.prefill_attention(
-                q,
-                k,
-                v,
-                cache.retrieval,
-                cache.prefill_window,
-                page_table,
-                window_table,
-                start,
-                length,
-                sink=window.sink,
-                local=window.local,
-                blocks=blocks,
-                backend=backend,
-            )
-            return attended, out
-
-        of_rows = rows.page_table, window_table, rows.start, rows.length
-        attended, out = _scan_rows(attend_row, jnp.int32(0), (q, k, v, *of_rows))
+                for row in range(q.shape[0])
+            ]
+            blocks = jax.tree.map(lambda *each: jnp.stack(each), *chosen)
+            attended = blocks.counts.sum()
+        out, _ = api.prefill_attention(
+            q,
+            k,
+            v,
+            cache.retrieval,
+            cache.prefill_window,
+            rows.page_table,
+            window_table,
+            rows.start,
+            rows.length,
+            sink=window.sink,
+            local=window.local,
+            blocks=blocks,
+            backend=backend,
+        )
         # The pools are written after they were read. Without this order XLA copies them whole.
         out, retrieval, kept_window = jax.lax.optimization_barrier(
             (out, cache.retrieval, cache.prefill_window)
         )
-
-        def append_row(pools: _Pools, row: tuple[Array, ...]) -> tuple[_Pools, None]:
-            k, v, page_table, window_page, start, length = row
-            pools = api.append_kv_chunk(
-                k,
-                v,
-                *pools,
-                page_table,
-                window_page,
-                start,
-                length,
-                backend=backend,
-            )
-            return pools, None
-
-        pools: _Pools = retrieval, kept_window, cache.key_stats
-        of_rows = rows.page_table, window_page, rows.start, rows.length
-        (retrieval, kept_window, key_stats), _ = _scan_rows(append_row, pools, (k, v, *of_rows))
+        retrieval, kept_window, key_stats = api.append_kv_chunk(
+            k,
+            v,
+            retrieval,
+            kept_window,
+            cache.key_stats,
+            rows.page_table,
+            window_page,
+            rows.start,
+            rows.length,
+            backend=backend,
+        )
         cache = dataclasses.replace(
             cache, retrieval=retrieval, prefill_window=kept_window, key_stats=key_stats
         )

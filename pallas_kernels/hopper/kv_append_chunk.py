@@ -1,6 +1,6 @@
 """The new keys and values of a prefill chunk into their pages, in place, Hopper (Mosaic GPU).
 
-Prefill, ``append_kv_chunk``. The grid is (page i of the chunk, keys or values, KV head h). The
+Prefill, ``append_kv_chunk``. The grid is (chunk r, page i of it, keys or values, KV head h). A
 chunk's tokens stand at positions start, start + 1, ...; its pages hold P of them, the first and the
 last fewer:
 
@@ -23,6 +23,7 @@ codes of 8 bits, 16 with codes of 4, and 4 * D bytes of statistics a logical pag
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.chunk_rows import rows_or_one
 from pallas_kernels.hopper.kv_append import (
     append_in_place,
     load_unoptimised,
@@ -52,17 +54,18 @@ ROWS_OF_STORE = 8
 NO_PAGE, MANY_PAGES = -1, -2
 
 
+@rows_or_one("k", "v", "page_table", "streaming_page", "start", "length", results=False)
 @jax.jit
 def append_kv_chunk(
-    k: Float[Array, "T Hk D"],
-    v: Float[Array, "T Hk D"],
+    k: Float[Array, "R T Hk D"],
+    v: Float[Array, "R T Hk D"],
     retrieval: KVPages,
     streaming: KVPages,
     key_stats: Float[Array, "Kq N g 2 D"] | None,
-    page_table: Int[Array, " M"],
-    streaming_page: Int[Array, " T"],
-    start: Int[Array, ""],
-    length: Int[Array, ""],
+    page_table: Int[Array, "R M"],
+    streaming_page: Int[Array, "R T"],
+    start: Int[Array, " R"],
+    length: Int[Array, " R"],
 ) -> tuple[KVPages, KVPages, Float[Array, "Kq N g 2 D"] | None]:
     """``pallas_kernels.api.append_kv_chunk`` on a Hopper GPU (or under Mosaic GPU's interpreter).
 
@@ -76,19 +79,18 @@ def append_kv_chunk(
     if key_stats is not None and P // key_stats.shape[2] < 4:
         reasons.append(f"logical pages must hold 4 tokens or more, got {P // key_stats.shape[2]}")
     refuse("append_kv_chunk", reasons)
-    if k.shape[0] < P:  # a tile of P tokens must lie inside the arrays
-        missing = P - k.shape[0]
-        k, v = (jnp.pad(x, ((0, missing), (0, 0), (0, 0))) for x in (k, v))
-        streaming_page = jnp.pad(streaming_page, (0, missing), constant_values=NO_PAGE)
+    missing = max(P - k.shape[1], 0)  # a tile of P tokens must lie inside the chunk
+    k, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (k, v))
+    streaming_page = jnp.pad(streaming_page, ((0, 0), (0, missing)), constant_values=NO_PAGE)
     token_page = _inside(streaming_page, streaming)
     chunk = _Chunk(
-        k=k,
-        v=v,
+        k=k.reshape(-1, *k.shape[2:]),
+        v=v.reshape(-1, *v.shape[2:]),
         page_table=page_table,
         token_page=token_page,
-        ring_page=_page_of_ring(token_page, start, length, P),
-        start=start.reshape(1),
-        length=length.reshape(1),
+        ring_page=jax.vmap(partial(_page_of_ring, P=P))(token_page, start, length),
+        start=start,
+        length=length,
     )
     return _append_pages(chunk, retrieval, streaming, key_stats)
 
@@ -96,13 +98,13 @@ def append_kv_chunk(
 class _Chunk(NamedTuple):
     """What the kernel reads, in device memory."""
 
-    k: Any  # [T, Hk, D] bf16
-    v: Any  # [T, Hk, D] bf16
-    page_table: Any  # [M] int32, of the retrieval pool
-    token_page: Any  # [T] int32: page of the streaming pool that a token goes to, or NO_PAGE
-    ring_page: Any  # [pages] int32: the same for a page of the chunk, or MANY_PAGES
-    start: Any  # [1] int32
-    length: Any  # [1] int32
+    k: Any  # [R * T, Hk, D] bf16
+    v: Any  # [R * T, Hk, D] bf16
+    page_table: Any  # [R, M] int32, of the retrieval pool
+    token_page: Any  # [R, T] int32: page of the streaming pool that a token goes to, or NO_PAGE
+    ring_page: Any  # [R, pages] int32: the same for a page of the chunk, or MANY_PAGES
+    start: Any  # [R] int32
+    length: Any  # [R] int32
 
 
 class _Tile(NamedTuple):
@@ -166,13 +168,13 @@ def _page_of_ring(
 def _append_pages(
     chunk: _Chunk, retrieval: KVPages, streaming: KVPages, key_stats: Array | None
 ) -> tuple[KVPages, KVPages, Array | None]:
-    T, Hk, D = chunk.k.shape
-    P, M, pages = retrieval.k.shape[2], chunk.page_table.shape[0], chunk.ring_page.shape[0]
+    (R, T), (_, Hk, D) = chunk.token_page.shape, chunk.k.shape
+    P, M, pages = retrieval.k.shape[2], chunk.page_table.shape[1], chunk.ring_page.shape[1]
     kinds = {kv_kind(pool.k.dtype) for pool in (retrieval, streaming)}
     heads = retrieval.k.shape[0], 0 if key_stats is None else key_stats.shape[0]
     return append_in_place(
         _make_kernel,
-        _Settings(T, Hk, D, P, M, pages, tuple(kind for kind in KV_KINDS if kind in kinds)),
+        _Settings(R, T, Hk, D, P, M, pages, tuple(kind for kind in KV_KINDS if kind in kinds)),
         (chunk, sizes(*heads)),
         (retrieval, streaming, key_stats),
         most_heads=Hk,
@@ -182,6 +184,7 @@ def _append_pages(
 class _Settings(NamedTuple):
     """What a kernel is lowered for, beside the shapes of its arrays."""
 
+    rows: int  # R
     tokens: int  # T
     heads: int  # Hk
     head_dim: int  # D
@@ -192,7 +195,7 @@ class _Settings(NamedTuple):
 
 
 def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
-    T, Hk, D, P, M, pages, kinds = settings
+    R, T, Hk, D, P, M, pages, kinds = settings
 
     def append_page(
         chunk_gmem,  # see _Chunk
@@ -204,8 +207,8 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
     ):
         # The last page first: it may be written in part, which takes longer.
         i = pages - 1 - lax.axis_index("page")
-        part, h = lax.axis_index("part"), lax.axis_index("head")
-        start, length = chunk_gmem.start[0], chunk_gmem.length[0]
+        r, part, h = (lax.axis_index(name) for name in ("row", "part", "head"))
+        start, length = chunk_gmem.start[r], chunk_gmem.length[r]
         first_streaming, ranked = sizes_gmem[0], sizes_gmem[1]
         number = lax.div(start, jnp.int32(P)) + i  # of the page in its sequence
         first = number * P - start
@@ -215,7 +218,7 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
 
         def append(pool, stats, head, page, page_of_token):
             """Writes head h of the chunk as head ``head`` of a pool: its keys or its values."""
-            source, to = pl.ds(top, P), (ranked, head, page, page_of_token)
+            source, to = pl.ds(r * T + top, P), (ranked, head, page, page_of_token)
 
             @pl.when(part == 0)
             def _():
@@ -230,14 +233,17 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         @pl.when(h < first_streaming)
         def _():
             if retrieval_gmem is not None:
-                page = _inside(chunk_gmem.page_table[jnp.minimum(number, M - 1)], retrieval_gmem)
+                page = chunk_gmem.page_table[r, jnp.minimum(number, M - 1)]
+                page = _inside(page, retrieval_gmem)
                 append(retrieval_gmem, stats_gmem, h, page, lambda token: page)
 
         @pl.when(h >= first_streaming)
         def _():
             if streaming_gmem is not None:
-                head, page = h - first_streaming, chunk_gmem.ring_page[i]
-                append(streaming_gmem, None, head, page, lambda token: chunk_gmem.token_page[token])
+                head, page = h - first_streaming, chunk_gmem.ring_page[r, i]
+                append(
+                    streaming_gmem, None, head, page, lambda token: chunk_gmem.token_page[r, token]
+                )
 
     # Row after row, as it says: left open, it could be swizzled, and halves or a few rows of it,
     # which do not begin where the swizzle does, would be read wrong.
@@ -251,8 +257,8 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         append_page,
         out_type=(),
         # Neighbouring CTAs read the heads of the same tokens, which lie side by side.
-        grid=(pages, 2, Hk),
-        grid_names=("page", "part", "head"),
+        grid=(R, pages, 2, Hk),
+        grid_names=("row", "page", "part", "head"),
         scratch_types=[tile],
     )
 

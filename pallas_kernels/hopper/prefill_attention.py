@@ -12,7 +12,10 @@ from pages through the table, then those of the chunk, read from ``k`` and ``v``
       streaming tile   x     (gap: never visited)  \\    x     x     \\             sink, local
                        sink                           local
 
-      program          (tiles - 1 - tile) * G + query head in the group, of each KV head in turn
+      program          (tiles - 1 - tile) * G + query head in the group, of each KV head in turn,
+                       of each chunk in turn
+
+Chunks of several sequences are one launch: short prompts would else wait for launches.
 
 Tiles of a head are launched from the last, which sees most, to the first; the tiles that run
 together read the same KV head at about the same place, so that K and V come from L2. Streaming
@@ -41,6 +44,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.chunk_rows import rows_or_one, scan_rows
 from pallas_kernels.hopper.mosaic import MATRIX, cdiv, refuse
 from pallas_kernels.hopper.query_tiles import (
     BLOCK,
@@ -79,23 +83,26 @@ def choose_config(head_dim: int) -> Config:
     return Config(stages=256 // head_dim)
 
 
+@rows_or_one(
+    *("q", "k", "v", "page_table", "streaming_table", "start", "length", "blocks"), results=True
+)
 @partial(jax.jit, static_argnames=("sink", "local", "config"))
 def prefill_attention(
-    q: Float[Array, "T H D"],
-    k: Float[Array, "T Hk D"],
-    v: Float[Array, "T Hk D"],
+    q: Float[Array, "R T H D"],
+    k: Float[Array, "R T Hk D"],
+    v: Float[Array, "R T Hk D"],
     retrieval: KVPages,
     streaming: KVPages,
-    page_table: Int[Array, " M"],
-    streaming_table: Int[Array, " M"],
-    start: Int[Array, ""],
-    length: Int[Array, ""],
+    page_table: Int[Array, "R M"],
+    streaming_table: Int[Array, "R M"],
+    start: Int[Array, " R"],
+    length: Int[Array, " R"],
     *,
     sink: int,
     local: int,
     blocks: BlockList | None = None,
     config: Config | None = None,
-) -> tuple[Float[Array, "T H D"], Float[Array, "T H"]]:
+) -> tuple[Float[Array, "R T H D"], Float[Array, "R T H"]]:
     """``pallas_kernels.api.prefill_attention`` on a Hopper GPU (or under Mosaic GPU's interpreter).
 
     q, k and v bf16; D 64 or 128; P 16 to 128; any T and group. Pages bf16, or codes: then the pages
@@ -103,31 +110,55 @@ def prefill_attention(
     has checked. Raises ``NotImplementedError`` for anything else.
     """
     _refuse_unsupported(q, k, v, retrieval, streaming)
-    T, D = q.shape[0], q.shape[2]
+    R, T, _, D = q.shape
+    if R > 1 and kv_kind(retrieval.k.dtype) is not None:
+        # One after the other: room for the pages of one is needed, as numbers.
+        how = {"sink": sink, "local": local, "config": config}
+
+        def attend_row(_: None, row: tuple) -> tuple[None, tuple[Array, Array]]:
+            (q, k, v), bounds, blocks = row
+            return None, prefill_attention(
+                q, k, v, retrieval, streaming, *bounds, blocks=blocks, **how
+            )
+
+        bounds = page_table, streaming_table, start, length
+        return scan_rows(attend_row, None, ((q, k, v), bounds, blocks))[1]
     classes = [
-        float_pages(pool, table, jnp.bfloat16)
+        _float_pages(pool, table)
         for pool, table in ((retrieval, page_table), (streaming, streaming_table))
         if pool.k.shape[0] > 0
     ]
-    q, k, v = (jnp.pad(x, ((0, -T % ROWS), (0, 0), (0, 0))) for x in (q, k, v))
-    out, lse = _attend_chunk(
+    q, k, v = (
+        jnp.pad(x, ((0, 0), (0, -T % ROWS), (0, 0), (0, 0))).reshape(-1, *x.shape[2:])
+        for x in (q, k, v)
+    )
+    if blocks is not None:
+        blocks = jax.tree.map(lambda x: x.swapaxes(0, 1), blocks)
+    out, lse = _attend_chunks(
         q,
         k,
         v,
         [pool for pool, _ in classes],
         jnp.stack([table for _, table in classes]),
-        jnp.stack([start, length, jnp.int32(retrieval.k.shape[0])]),
+        jnp.stack([start, length, jnp.full((R,), retrieval.k.shape[0], jnp.int32)], axis=1),
         blocks if retrieval.k.shape[0] > 0 else None,
         (sink, min(local, EVERYTHING)),
         choose_config(D) if config is None else config,
     )
-    return out[:T], lse.T[:T]
+    out, lse = (x.reshape(R, -1, *x.shape[1:])[:, :T] for x in (out, lse.T))
+    return out, lse
+
+
+def _float_pages(pool: KVPages, table: Int[Array, "R M"]) -> tuple[KVPages, Int[Array, "R M"]]:
+    """``float_pages``; R is 1 where there are codes."""
+    pool, flat = float_pages(pool, table.reshape(-1), jnp.bfloat16)
+    return pool, flat.reshape(table.shape)
 
 
 def _refuse_unsupported(
     q: Array, k: Array, v: Array, retrieval: KVPages, streaming: KVPages
 ) -> None:
-    head_dim, page_size = q.shape[2], retrieval.k.shape[2]
+    head_dim, page_size = q.shape[3], retrieval.k.shape[2]
     reasons = []
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype != jnp.bfloat16:
@@ -142,25 +173,25 @@ def _refuse_unsupported(
     refuse("prefill_attention", reasons)
 
 
-def _attend_chunk(
-    q: Float[Array, "T H D"],
-    k: Float[Array, "T Hk D"],
-    v: Float[Array, "T Hk D"],
+def _attend_chunks(
+    q: Float[Array, "R*T H D"],
+    k: Float[Array, "R*T Hk D"],
+    v: Float[Array, "R*T Hk D"],
     pools: list[KVPages],  # bf16, of the classes that have heads
-    tables: Int[Array, "classes M"],
-    bounds: Int[Array, " 3"],  # start, length, split
-    blocks: BlockList | None,
+    tables: Int[Array, "classes R M"],
+    bounds: Int[Array, "R 3"],  # start, length, split
+    blocks: BlockList | None,  # heads first: [Kr, R, tiles, L]
     window: tuple[int, int],  # sink, local
     config: Config,
-) -> tuple[Float[Array, "T H D"], Float[Array, "H T"]]:
+) -> tuple[Float[Array, "R*T H D"], Float[Array, "H R*T"]]:
     """T is a multiple of 128."""
-    (T, H, D), P, Hk = q.shape, pools[0].k.shape[2], k.shape[1]
-    settings = _Settings(T, H, Hk, D, P, window, config.stages)
+    (tokens, H, D), P, Hk, R = q.shape, pools[0].k.shape[2], k.shape[1], bounds.shape[0]
+    settings = _Settings(R, tokens // R, H, Hk, D, P, window, config.stages)
     out, lse = call_shared(
         _make_kernel,
         settings,
         (q, k, v, tables, bounds, pools, blocks),
-        (jax.ShapeDtypeStruct((T, H, D), q.dtype), jax.ShapeDtypeStruct((H, T), jnp.float32)),
+        (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((H, tokens), jnp.float32)),
         longest=(*[None] * 5, Hk, Hk),
         longest_results=(None, None),
     )
@@ -170,6 +201,7 @@ def _attend_chunk(
 class _Settings(NamedTuple):
     """What a kernel is lowered for, beside the shapes of its arrays."""
 
+    rows: int  # R
     tokens: int  # T
     heads: int  # H
     kv_heads: int  # Hk
@@ -180,7 +212,7 @@ class _Settings(NamedTuple):
 
 
 def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
-    T, H, kv_heads, D, P, window, stages = settings
+    R, T, H, kv_heads, D, P, window, stages = settings
 
     def attend_chunk(
         q_gmem,  # q, k, v, tables, bounds as above
@@ -189,9 +221,9 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         tables_gmem,
         bounds_gmem,
         pools_gmem,  # k, v [Kp, N, P, D]
-        lists_gmem,  # ids [Kr, tiles, L], counts [Kr, tiles]; None: everything is attended
-        out_gmem,  # [T, H, D]
-        lse_gmem,  # [H, T] float32
+        lists_gmem,  # ids [Kr, R, tiles, L], counts [Kr, R, tiles]; None: everything is attended
+        out_gmem,  # [R * T, H, D]
+        lse_gmem,  # [H, R * T] float32
         tile,  # a Tile
     ):
         plan = partial(
@@ -202,6 +234,7 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
             tables_gmem,
             bounds_gmem,
             lists_gmem,
+            T,
             window,
         )
         attend(tile, plan)
@@ -209,8 +242,8 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
     return plgpu.kernel(
         attend_chunk,
         out_type=results,
-        grid=(kv_heads, T // ROWS * (H // kv_heads)),
-        grid_names=("kv_head", "program"),
+        grid=(R, kv_heads, T // ROWS * (H // kv_heads)),
+        grid_names=("row", "kv_head", "program"),
         num_threads=WARPGROUPS,
         thread_name="warpgroup",
         scratch_types=[tile_scratch(D, jnp.bfloat16, stages, BLOCK // P)],
@@ -219,26 +252,27 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
 
 
 def _plan(
-    rows_gmem: tuple,  # q [T, H, D], out [T, H, D], lse [H, T]
-    chunk_gmem: tuple,  # k, v [T, Hk, D]
+    rows_gmem: tuple,  # q [R * T, H, D], out [R * T, H, D], lse [H, R * T]
+    chunk_gmem: tuple,  # k, v [R * T, Hk, D]
     pools_gmem: list[KVPages],  # k, v [Kp, N, P, D]
-    tables_gmem,  # [classes, M]
-    bounds_gmem,  # [3]
-    lists_gmem,  # ids [Kr, tiles, L], counts [Kr, tiles]; or None
+    tables_gmem,  # [classes, R, M]
+    bounds_gmem,  # [R, 3]
+    lists_gmem,  # ids [Kr, R, tiles, L], counts [Kr, R, tiles]; or None
+    T: int,
     window: tuple[int, int],
 ) -> Work:
     """Which blocks the tile of this program attends, and how."""
     q_gmem, out_gmem, lse_gmem = rows_gmem
-    T, H, _ = q_gmem.shape
-    M, P = tables_gmem.shape[1], pools_gmem[0].k.shape[2]
+    H = q_gmem.shape[1]
+    M, P = tables_gmem.shape[2], pools_gmem[0].k.shape[2]
     G, tiles, pages_per_block = H // chunk_gmem[0].shape[1], T // ROWS, BLOCK // P
     sink, local = window
 
-    kv_head, program = lax.axis_index("kv_head"), lax.axis_index("program")
+    row, kv_head, program = (lax.axis_index(name) for name in ("row", "kv_head", "program"))
     tile = tiles - 1 - lax.div(program, jnp.int32(G))
     first = tile * ROWS  # of the tile's queries
     head = kv_head * G + lax.rem(program, jnp.int32(G))
-    start, length, split = (bounds_gmem[i] for i in range(3))
+    start, length, split = (bounds_gmem[row, i] for i in range(3))
     retrieval = kv_head < split
     near = jnp.where(retrieval, EVERYTHING, local)
 
@@ -264,11 +298,12 @@ def _plan(
 
     def listed(step):
         # Of a step after the last one, too: that is not used, but read.
-        block = lists_gmem.ids[kv_head, tile, jnp.minimum(step, lists_gmem.ids.shape[2] - 1)]
+        entry = jnp.minimum(step, lists_gmem.ids.shape[3] - 1)
+        block = lists_gmem.ids[kv_head, row, tile, entry]
         return jnp.maximum(block, 0)
 
     def listed_count():
-        count = jnp.minimum(lists_gmem.counts[kv_head, tile], lists_gmem.ids.shape[2])
+        count = jnp.minimum(lists_gmem.counts[kv_head, row, tile], lists_gmem.ids.shape[3])
         return jnp.where(exists, count, 0)
 
     def of_class(retrieval_heads, streaming_heads, *args):
@@ -286,7 +321,7 @@ def _plan(
         return of_history, number, begin, jnp.where(of_history, start, start + length)
 
     def rows_of(half):
-        rows = pl.ds(first + half * HALF, HALF)
+        rows = pl.ds(row * T + first + half * HALF, HALF)
         return q_gmem.at[rows, head], out_gmem.at[rows, head], lse_gmem.at[head, rows]
 
     def fetch(block, part, to, ready):
@@ -294,7 +329,7 @@ def _plan(
 
         def from_pool(index, head):
             def page_id(j):
-                return tables_gmem[index, jnp.minimum(number * pages_per_block + j, M - 1)]
+                return tables_gmem[index, row, jnp.minimum(number * pages_per_block + j, M - 1)]
 
             copy_pages(pools_gmem[index][part], head, page_id, to, ready)
 
@@ -309,7 +344,7 @@ def _plan(
         @pl.when(jnp.logical_not(of_history))
         def _():
             for j in range(0, BLOCK, P):  # in as many copies as blocks of the history
-                tokens = pl.ds(number * BLOCK + j, P)
+                tokens = pl.ds(row * T + number * BLOCK + j, P)
                 plgpu.copy_gmem_to_smem(
                     chunk_gmem[part].at[tokens, kv_head], to.at[pl.ds(j, P)], ready
                 )

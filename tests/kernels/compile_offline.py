@@ -117,8 +117,9 @@ VERIFY_CASES = {
 }
 
 
-def append_arguments(rows=2, tokens=None, logical_page_size=16, ranked=None, **case):
-    """What both appending ops take, the caches first: then what they need besides."""
+def append_arguments(rows=2, tokens=None, prompts=(), logical_page_size=16, ranked=None, **case):
+    """What both appending ops take, the caches first: then what they need besides. ``prompts``:
+    how many there are chunks of, if several."""
     q, retrieval, streaming, *lists = decode_arguments(rows=rows, pages=1 << 15, **case)
     array, heads = jax.ShapeDtypeStruct, (retrieval.k.shape[0], streaming.k.shape[0])
     _, pages, page_size = retrieval.k.shape[:3]
@@ -126,10 +127,11 @@ def append_arguments(rows=2, tokens=None, logical_page_size=16, ranked=None, **c
     g = page_size // logical_page_size
     ranked = heads[0] if ranked is None else ranked
     caches = retrieval, streaming, array((ranked, pages, g, 2, head_dim), jnp.bfloat16)
-    kv = array((rows if tokens is None else tokens, sum(heads), head_dim), jnp.bfloat16)
+    size = (rows,) if tokens is None else (*prompts, tokens)
+    kv = array((*size, sum(heads), head_dim), jnp.bfloat16)
     if tokens is not None:
-        number = array((), jnp.int32)
-        ids = array((64,), jnp.int32), array((tokens,), jnp.int32)
+        number = array(prompts, jnp.int32)
+        ids = array((*prompts, 64), jnp.int32), array((*prompts, tokens), jnp.int32)
         return caches, (kv, kv), (*ids, number, number)
     angle, ids = array((rows, head_dim // 2), jnp.float32), array((rows,), jnp.int32)
     return caches, (q, kv, kv, angle, angle), (ids, ids, ids), lists
@@ -182,6 +184,10 @@ APPEND_CASES = {
     "append chunk, int8": (prefill_steps, {"tokens": 512, "int8": True, "page_size": 128}),
     "append chunk, fp8": (prefill_steps, {"tokens": 512, "kind": "fp8"}),
     "append chunk, int4": (prefill_steps, {"tokens": 512, "kind": "int4"}),
+    "append chunk, 8 prompts": (
+        prefill_steps,
+        {"tokens": 64, "prompts": (8,), "head_dim": 64, "streaming": 0},
+    ),
     "append chunk, D 64, retrieval only": (
         prefill_steps,
         {"tokens": 500, "head_dim": 64, "page_size": 16, "logical_page_size": 8, "streaming": 0},
@@ -238,15 +244,16 @@ def prefill_arguments(
     page_size=64,
     int8=False,
     listed=None,
+    rows=(),
 ):
-    """``listed``: most blocks that a tile lists; None: no lists."""
+    """``listed``: most blocks that a tile lists; None: no lists. ``rows``: prompts, if several."""
     case = {"head_dim": head_dim, "page_size": page_size}
     _, full, *_ = decode_arguments(retrieval=retrieval, int8=int8, **case)
     _, _, ring, *_ = decode_arguments(streaming=streaming, **case)
     array = jax.ShapeDtypeStruct
     heads = retrieval + streaming
-    q, k = (array((tokens, n, head_dim), jnp.bfloat16) for n in (heads * group, heads))
-    table, scalar = array((64,), jnp.int32), array((), jnp.int32)
+    q, k = (array((*rows, tokens, n, head_dim), jnp.bfloat16) for n in (heads * group, heads))
+    table, scalar = array((*rows, 64), jnp.int32), array(rows, jnp.int32)
     blocks = None
     if listed is not None:
         shape = (retrieval, -(-tokens // TILE_QUERIES), listed)
@@ -266,6 +273,9 @@ PREFILL_CASES = {
     "prefill, int8, pages of 16": {"int8": True, "page_size": 16},
     "prefill, 4 retrieval and 4 streaming heads": {"retrieval": 4, "streaming": 4},
     "prefill, D 64, group 3, pages of 16": {"head_dim": 64, "group": 3, "page_size": 16},
+    "prefill, 8 prompts, D 64, group 3": {
+        **{"rows": (8,), "tokens": 128, "head_dim": 64, "group": 3, "streaming": 0}
+    },
     "prefill of lists": {"listed": 100},
     "prefill of lists, pages of 32": {"listed": 100, "page_size": 32},
     "prefill of lists, dense, pages of 16": {"listed": 100, "page_size": 16, "streaming": 0},

@@ -81,3 +81,14 @@ def test_append_kv(shape: AppendShape) -> None:
 def test_append_kv_chunk(shape: AppendShape) -> None:
     fixed, (places,) = append_chunk_inputs(shape)
     check_caches(append_kv_chunk, reference.append_kv_chunk, (*fixed, *places), slice(2, 5))
+
+
+@pytest.mark.parametrize(
+    "shape", [x for x in APPEND_CHUNK if x.tokens == 1000], ids=lambda shape: shape.name
+)
+def test_append_kv_chunk_of_several_prompts(shape: AppendShape) -> None:
+    """The same tokens on pages of three sequences, in one launch."""
+    (k, v, *fixed), places = append_chunk_inputs(shape, calls=3)
+    k, v = (jnp.stack([x, 2 * x, -x]) for x in (k, v))
+    places = (jnp.stack(each) for each in zip(*places, strict=True))
+    check_caches(append_kv_chunk, reference.append_kv_chunk, (k, v, *fixed, *places), slice(2, 5))

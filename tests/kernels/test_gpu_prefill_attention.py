@@ -158,6 +158,23 @@ def test_prefill_attention(shape: PrefillShape, density: float | None) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", PREFILL, ids=lambda shape: shape.name)
+def test_prefill_attention_of_several_prompts(shape: PrefillShape) -> None:
+    """One launch gives each prompt the numbers that it has alone, bit for bit."""
+    (q, k, v, retrieval, streaming, *bounds), window = prefill_inputs(shape)
+    lengths = shape.tokens - 1, 0, shape.tokens // 3
+    scaled = [jnp.stack([x, x, 2 * x]) for x in (q, k, v)]
+    tables = [jnp.stack([x] * 3) for x in bounds[:3]]
+    pools = retrieval, streaming
+    out, lse = prefill_attention(*scaled, *pools, *tables, jnp.array(lengths), **window)
+    for row, length in enumerate(lengths):
+        each = [x[row] for x in scaled]
+        alone = prefill_attention(*each, *pools, *bounds[:3], jnp.int32(length), **window)
+        for found, expected in zip((out[row], lse[row]), alone, strict=True):
+            np.testing.assert_array_equal(found[:length], expected[:length])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", PREFIX, ids=lambda shape: shape.name)
 def test_prefix_attention(shape: PrefixShape) -> None:
     q, *args = prefix_inputs(shape)

@@ -168,6 +168,29 @@ def test_append_kv_chunk(case: tuple) -> None:
     same(jax.jit(append_kv_chunk)(*arguments), reference.append_kv_chunk(*arguments))
 
 
+@pytest.mark.parametrize("kind", ["int8", jnp.bfloat16], ids=str)
+def test_append_kv_chunk_of_several_prompts(kind: Any) -> None:
+    """In one launch: pages of whole tiles, edges of pages, and a row without a prompt."""
+    spans, pages = ((21, 40), (0, 0), (16, 19)), (slice(0, 4), slice(0), slice(4, 7))
+    alone = [
+        chunk_problem(40, start, length, 1, 1, 64, 16, 4, kind, everything)
+        for start, length in spans
+    ]
+    table, ring_page = np.full((3, 4), -1, np.int32), np.full((3, 40), -1, np.int32)
+    for row, ((start, _), mine) in enumerate(zip(spans, pages, strict=True)):
+        ids = np.random.default_rng(0).permutation(PAGES)[mine]  # nobody else's
+        table[row, : len(ids)] = ids
+        ring_page[row] = table[row, np.minimum((start + np.arange(40)) // 16, 3)]
+    k, v, start, length = (np.stack([args[i] for args in alone]) for i in (0, 1, 7, 8))
+    expected = pools = alone[0][2:5]
+    for row in range(3):
+        each = (x[row] for x in (table, ring_page, start, length))
+        expected = reference.append_kv_chunk(k[row], v[row], *expected, *each)
+    arguments = k, v, *pools, table, ring_page, start, length
+    same(jax.jit(append_kv_chunk)(*arguments), expected)
+    same(reference.append_kv_chunk(*arguments), expected)
+
+
 def test_each_pool_has_codes_of_its_own_kind() -> None:
     k, v, _, _, *rest = chunk_problem(20, 30, 20, 1, 1, 64, 16, 4, "int4", everything)
     arguments = k, v, pool(1, 16, 64, "int4"), pool(1, 16, 64, "fp8"), *rest

@@ -171,6 +171,40 @@ def test_edges_of_a_short_chunk(start, length, sink, local) -> None:
     check(*problem(case))
 
 
+@pytest.mark.parametrize("how", [{}, {"listed": 0.4}, {"int8": True}], ids=str)
+def test_chunks_of_several_prompts(how: dict) -> None:
+    """One launch; each has the numbers that it has alone, where there is no prompt, too."""
+    spans = ((333, 130), (0, 0), (40, 200))
+    shape = {"tokens": 200, "sink": 20, "local": 70, "page_size": 16} | how
+    rows = [problem(Case(start=start, length=length, **shape)) for start, length in spans]
+    largest = max(len(args[5]) for args, _ in rows)
+    widest = max(0 if how["blocks"] is None else how["blocks"].ids.shape[2] for _, how in rows)
+    pools = jax.tree.map(jnp.nan_to_num, rows[0][0][3:5])  # rows see other tokens of them
+    args = []
+    for *arrays, table, ring_table, start, length in (args for args, _ in rows):
+        tables = (
+            jnp.pad(x % pool.k.shape[1], (0, largest - len(x)))
+            for x, pool in zip((table, ring_table), pools, strict=True)
+        )
+        args.append((*arrays[:3], *tables, start, length))
+    blocks = None
+    if "listed" in how:
+        pad = [(0, 0), (0, 0)]
+        blocks = [
+            BlockList(jnp.pad(ids, (*pad, (0, widest - ids.shape[2]))), counts)
+            for ids, counts in (how["blocks"] for _, how in rows)
+        ]
+        blocks = jax.tree.map(lambda *each: jnp.stack(each), *blocks)
+    q, k, v, *bounds = (jnp.stack(each) for each in zip(*args, strict=True))
+    window = rows[0][1] | {"blocks": None}
+    together = prefill_attention(q, k, v, *pools, *bounds, **window | {"blocks": blocks})
+    for row, (*arrays, table, ring_table, start, length) in enumerate(args):
+        window["blocks"] = jax.tree.map(lambda x, row=row: x[row], blocks)
+        alone = prefill_attention(*arrays, *pools, table, ring_table, start, length, **window)
+        for found, expected in zip(together, alone, strict=True):
+            np.testing.assert_array_equal(found[row][: spans[row][1]], expected[: spans[row][1]])
+
+
 def test_length_decides_what_is_computed() -> None:
     """Tiles of padding alone give 0, and the first one is as if they were not there."""
     case = Case(tokens=256, start=40, length=128, sink=8, local=50, streaming=0)
