@@ -130,9 +130,10 @@ class Completion:
         for i, token in enumerate(new.token_ids):
             self._token_ids.append(token)
             self._logprobs.append(new.logprobs[i])
-            self._top.append({**new.top_logprobs[i], token: new.logprobs[i]})
-            self._top_ids.append([*new.top_logprobs[i]])
-            self._top_logprobs.append([*new.top_logprobs[i].values()])
+            if self.sampling.logprobs is not None:
+                self._top.append({**new.top_logprobs[i], token: new.logprobs[i]})
+                self._top_ids.append([*new.top_logprobs[i]])
+                self._top_logprobs.append([*new.top_logprobs[i].values()])
             ends_here = stopped_by_token and i == len(new.token_ids) - 1
             if token in self._stop_of_id and len(self._token_ids) > self.sampling.min_tokens:
                 self._end_at_token(self._stop_of_id[token])

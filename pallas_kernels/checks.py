@@ -269,7 +269,7 @@ def check_blocks(blocks: BlockList, start: Array, length: Array) -> None:
     counts = jnp.where(tile * TILE_QUERIES < length, blocks.counts[..., None], 0)
     check_range("blocks.counts", counts, shape[-1])
     listed = entry < counts
-    last = sum(-(-n // BLOCK_KEYS) for n in (start, length)) - 1
+    last = -(-start // BLOCK_KEYS) + -(-length // BLOCK_KEYS) - 1
     ids = jnp.where(listed, blocks.ids, last)
     before = jnp.concatenate([jnp.full_like(ids[..., :1], -1), ids[..., :-1]], axis=-1)
     wrong = listed & ((ids <= before) | (ids > last))

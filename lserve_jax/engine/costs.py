@@ -104,6 +104,7 @@ class RequestCosts:
     drafted: int = 0
     confirmed: int = 0
     draft_reason: str = ""
+    seconds: float = 0.0  # from the first token to the newest
 
     def add(
         self, row: BurstRow, units: CacheUnits, position: int, decision: RelayDecision | None
@@ -131,13 +132,20 @@ class RequestCosts:
         self.relay_reason = "nobody shares its beginning" if decision is None else decision.reason
 
     def metrics(
-        self, metrics: RequestMetrics, units: CacheUnits, *, cached_tokens: int
+        self,
+        metrics: RequestMetrics,
+        units: CacheUnits,
+        *,
+        generated_tokens: int,
+        cached_tokens: int,
     ) -> RequestMetrics:
         """``metrics`` with these sums in it; ``cached_tokens`` is the length of the sequence."""
         steps, pages = max(self.steps, 1), -(-cached_tokens // units.page_size)
         read = self.read * units.token + self.scored * units.statistics
         return dataclasses.replace(
             metrics,
+            generated_tokens=generated_tokens,
+            decode_seconds=self.seconds,
             decode_steps=self.steps,
             relay_steps=self.relay_steps,
             relay_reason=self.relay_reason,

@@ -20,7 +20,7 @@ another one's end; then they are the tree's, until others want them.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
@@ -175,16 +175,21 @@ class PrefixCache:
         windows = {number: there[number] for number in self._kept(end) if number in there}
         return Match(node, behind[: max(end - len(path), 0)], windows)
 
-    def will_have_more(self, prompt: PromptPages, match: Match, other: PromptPages) -> bool:
-        """Whether a prompt will find more than ``match`` once ``other``, in prefill, is through."""
-        kinds = {(each.cache_salt, each.block_sparse) for each in (prompt, other)}
-        if not self.enabled or len(kinds) > 1:
-            return False
+    def will_have_more(
+        self, prompt: PromptPages, match: Match, others: Iterable[PromptPages]
+    ) -> bool:
+        """Whether a prompt will find more than ``match`` once one of ``others``, which are in
+        prefill, is through."""
         pages = match.depth + len(match.behind) + self.tree.grain_of(prompt.block_sparse)
         end = pages * self.spec.page_size
-        if end > min(len(prompt.prompt) - 1, len(other.prompt)):
+        if not self.enabled or end > len(prompt.prompt) - 1:
             return False
-        return np.array_equal(prompt.prompt[:end], other.prompt[:end])
+        kind, begins = (prompt.cache_salt, prompt.block_sparse), prompt.prompt[:end]
+        return any(
+            kind == (other.cache_salt, other.block_sparse)
+            and np.array_equal(begins, other.prompt[:end])
+            for other in others
+        )
 
     def begin(self, prompt: PromptPages, match: Match) -> None:
         """Gives a prompt the pages of what it goes on from, those in the tree."""

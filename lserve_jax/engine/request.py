@@ -223,8 +223,7 @@ class Request(PromptPages):
         """Adds what its row of a burst cost, fetched ``now``, before its tokens are taken."""
         assert self.first_token is not None  # it came before any burst was fetched
         self.costs.add(row, units, len(self.prompt) + self.received - 1, decision)
-        seconds = now - self.first_token
-        self.metrics = dataclasses.replace(self.metrics, decode_seconds=seconds)
+        self.costs.seconds = now - self.first_token
 
     def take(self, samples: Sample) -> Sample:
         """Adds sampled tokens (leaves ``[n, ...]``); returns those not known before.
@@ -234,15 +233,18 @@ class Request(PromptPages):
         count = len(samples.token)
         replayed = min(max(len(self.tokens) - self.received, 0), count)
         self.received += count
-        new: Sample = jax.tree.map(lambda x: x[replayed:], samples)
+        new: Sample = samples
+        if replayed > 0:
+            new = jax.tree.map(lambda x: x[replayed:], samples)
         finite = np.isfinite(new.logprob)
         if not finite.all():
             # Tokens from here on mean nothing.
             new = jax.tree.map(lambda x: x[: int(finite.argmin())], new)
-        for token in new.token:
-            self.tokens.append(int(token))
-            if self.rules is not None:
-                self.rules.accept(int(token))
+        tokens = new.token.tolist()
+        self.tokens += tokens
+        if self.rules is not None:
+            for token in tokens:
+                self.rules.accept(token)
         if not finite.all():
             self.error = _not_finite(
                 f"after {len(self.prompt)} tokens of prompt and {len(self.tokens)} of output"
@@ -278,8 +280,9 @@ class Request(PromptPages):
     ) -> TokenOutput:
         """New tokens as they are returned, with the metrics up to now; None: no new ones."""
         self.metrics = self.costs.metrics(
-            dataclasses.replace(self.metrics, generated_tokens=len(self.tokens)),
+            self.metrics,
             units,
+            generated_tokens=len(self.tokens),
             # The last token is never fed back; a request that never ran holds nothing.
             cached_tokens=0
             if self.first_token is None
@@ -288,8 +291,7 @@ class Request(PromptPages):
         prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
         token_ids, logprobs, top_logprobs = [], [], []
         if new is not None:
-            token_ids = [int(token) for token in new.token]
-            logprobs = [float(x) for x in new.logprob]
+            token_ids, logprobs = new.token.tolist(), new.logprob.tolist()
             top_logprobs = _top(new, self.sampling.logprobs)
         return TokenOutput(
             request_id=self.request_id,
@@ -314,6 +316,8 @@ def _not_finite(where: str) -> FloatingPointError:
 
 def _top(samples: Sample, wanted: int | None) -> list[dict[int, float]]:
     """Per token, {id: logprob} of the ``wanted`` most likely ones; fewer than were computed."""
-    ids = samples.top_ids[:, : wanted or 0].tolist()
-    values = samples.top_logprobs[:, : wanted or 0].tolist()
+    if not wanted:
+        return [{} for _ in samples.token]
+    ids = samples.top_ids[:, :wanted].tolist()
+    values = samples.top_logprobs[:, :wanted].tolist()
     return [dict(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)]

@@ -203,14 +203,12 @@ class Scheduler:
         match = Match(None, [])
         if request.sampling.prompt_logprobs is None:  # else each of its tokens is to be judged
             match = cache.match(request)
-            if any(cache.will_have_more(request, match, other) for other in self.prefilling):
+            if cache.will_have_more(request, match, self.prefilling):
                 return None
         needed = self.pages_for(len(request.prompt) + self._first_steps(request))
-        needed += self._missing(self.burst_steps) + sum(
-            self._lacks(other, len(other.prompt) + self._first_steps(other))
-            for other in self.prefilling
-        )
-        if needed - match.depth > cache.free_beside(match.node):
+        left = cache.free_beside(match.node) + match.depth - needed
+        # Mostly there is room for whatever they lack: adding it up takes as long as they are many.
+        if left < self._most_lacking() and left < self._lacking():
             return None
         if not cache.has_windows([*self.prefilling, request]):
             return None
@@ -284,6 +282,18 @@ class Scheduler:
             return unit if others else 1
         records = any(r.records_selections for r in self.running.values())
         return min(unit if records else self.burst_steps, -(-max(others, default=0) // unit) * unit)
+
+    def _lacking(self) -> int:
+        """Pages that all placed requests lack for their next burst."""
+        return self._missing(self.burst_steps) + sum(
+            self._lacks(other, len(other.prompt) + self._first_steps(other))
+            for other in self.prefilling
+        )
+
+    def _most_lacking(self) -> int:
+        """No less than ``_lacking``: what a request has scheduled so far, it has pages for."""
+        placed = len(self.running) + len(self.prefilling)
+        return placed * (self.pages_for(self.burst_steps) + 1)
 
     def _missing(self, steps: int) -> int:
         """Pages that running requests lack for their next ``steps``."""
