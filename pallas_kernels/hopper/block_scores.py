@@ -42,9 +42,10 @@ from pallas_kernels.hopper.mosaic import (
     spread_rows,
     store_unoptimised,
     tile_transforms,
+    unsupported,
 )
 from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
-from pallas_kernels.kv_codes import float_pages, kv_kind
+from pallas_kernels.kv_codes import float_pages
 from pallas_kernels.types import BLOCK_KEYS, KVPages
 
 ROWS, HALF = 128, 64  # queries of a CTA, and of one product
@@ -70,7 +71,8 @@ def block_scores(
     Queries and keys bf16, pages bf16 or codes, of which those that the table names are first
     converted by XLA; D 64 or 128; P 16 to 128. Raises ``NotImplementedError`` for anything else.
     """
-    _refuse_unsupported(queries, keys, pages)
+    arrays = {"queries": queries, "keys": keys}
+    refuse("block_scores", unsupported(queries.shape[2], arrays, {"pages": pages}))
     pages, page_table = float_pages(pages, page_table, jnp.bfloat16)
     (K, R, _), P = queries.shape, pages.k.shape[2]
     tiles = pl.cdiv(R, ROWS)
@@ -106,21 +108,6 @@ def block_scores(
     chunk = number[None] - most_history <= last[:R, None] // BLOCK
     looked_at = jnp.where(of_history[None], history[None], chunk & (last[:R, None] >= 0))
     return jnp.where(looked_at[None], found, -jnp.inf)
-
-
-def _refuse_unsupported(queries: Array, keys: Array, pages: KVPages) -> None:
-    head_dim, page_size = queries.shape[2], pages.k.shape[2]
-    reasons = []
-    for name, x in (("queries", queries), ("keys", keys)):
-        if x.dtype != jnp.bfloat16:
-            reasons.append(f"{name} must be bfloat16, got {x.dtype}")
-    if pages.k.dtype != jnp.bfloat16 and kv_kind(pages.k.dtype) is None:
-        reasons.append(f"pages must be bfloat16 or codes, got {pages.k.dtype}")
-    if head_dim not in (64, 128):
-        reasons.append(f"head_dim must be 64 or 128, got {head_dim}")
-    if page_size not in (16, 32, 64, 128):
-        reasons.append(f"page size must be 16, 32, 64 or 128, got {page_size}")
-    refuse("block_scores", reasons)
 
 
 class _Settings(NamedTuple):

@@ -1,15 +1,18 @@
 """What the Mosaic GPU kernels share: layouts, tile transforms, and where they may run."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
 
 from pallas_kernels.device import is_hopper
+from pallas_kernels.kv_codes import kv_kind
+from pallas_kernels.types import KVPages
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
@@ -46,6 +49,28 @@ def refuse(op: str, reasons: list[str]) -> None:
         raise NotImplementedError(
             f"{op} kernel: {'; '.join(reasons)}. backend='reference' has no such limits"
         )
+
+
+def unsupported(
+    head_dim: int, arrays: Mapping[str, Array], pools: Mapping[str, KVPages]
+) -> list[str]:
+    """Reasons why none of the kernels that read whole pages of prompts can run; by name."""
+    reasons = [
+        f"{name} must be bfloat16, got {x.dtype}"
+        for name, x in arrays.items()
+        if x.dtype != jnp.bfloat16
+    ]
+    reasons += [
+        f"{name} must be bfloat16 or codes, got {pool.k.dtype}"
+        for name, pool in pools.items()
+        if pool.k.dtype != jnp.bfloat16 and kv_kind(pool.k.dtype) is None
+    ]
+    if head_dim not in (64, 128):
+        reasons.append(f"head_dim must be 64 or 128, got {head_dim}")
+    page_size = next(iter(pools.values())).k.shape[2]  # of all of them
+    if page_size not in (16, 32, 64, 128):
+        reasons.append(f"page size must be 16, 32, 64 or 128, got {page_size}")
+    return reasons
 
 
 def tile_transforms(row: int, dtype: jax.typing.DTypeLike) -> tuple[plgpu.Transform, ...]:

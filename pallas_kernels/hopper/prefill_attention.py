@@ -45,7 +45,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.chunk_rows import rows_or_one, scan_rows
-from pallas_kernels.hopper.mosaic import MATRIX, cdiv, refuse
+from pallas_kernels.hopper.mosaic import MATRIX, cdiv, refuse, unsupported
 from pallas_kernels.hopper.query_tiles import (
     BLOCK,
     HALF,
@@ -109,7 +109,8 @@ def prefill_attention(
     that the table names are first converted to bf16, all of them, by XLA. Shapes are those the api
     has checked. Raises ``NotImplementedError`` for anything else.
     """
-    _refuse_unsupported(q, k, v, retrieval, streaming)
+    pools = {"retrieval pages": retrieval, "streaming pages": streaming}
+    refuse("prefill_attention", unsupported(q.shape[3], {"q": q, "k": k, "v": v}, pools))
     R, T, _, D = q.shape
     if R > 1 and kv_kind(retrieval.k.dtype) is not None:
         # One after the other: room for the pages of one is needed, as numbers.
@@ -153,24 +154,6 @@ def _float_pages(pool: KVPages, table: Int[Array, "R M"]) -> tuple[KVPages, Int[
     """``float_pages``; R is 1 where there are codes."""
     pool, flat = float_pages(pool, table.reshape(-1), jnp.bfloat16)
     return pool, flat.reshape(table.shape)
-
-
-def _refuse_unsupported(
-    q: Array, k: Array, v: Array, retrieval: KVPages, streaming: KVPages
-) -> None:
-    head_dim, page_size = q.shape[3], retrieval.k.shape[2]
-    reasons = []
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype != jnp.bfloat16:
-            reasons.append(f"{name} must be bfloat16, got {x.dtype}")
-    for name, pool in (("retrieval", retrieval), ("streaming", streaming)):
-        if pool.k.dtype != jnp.bfloat16 and kv_kind(pool.k.dtype) is None:
-            reasons.append(f"{name} pages must be bfloat16 or codes, got {pool.k.dtype}")
-    if head_dim not in (64, 128):
-        reasons.append(f"head_dim must be 64 or 128, got {head_dim}")
-    if page_size not in (16, 32, 64, 128):
-        reasons.append(f"page size must be 16, 32, 64 or 128, got {page_size}")
-    refuse("prefill_attention", reasons)
 
 
 def _attend_chunks(

@@ -41,6 +41,7 @@ from pallas_kernels.hopper.mosaic import (
     cdiv,
     refuse,
     store_unoptimised,
+    unsupported,
 )
 from pallas_kernels.hopper.query_tiles import (
     BLOCK,
@@ -54,7 +55,7 @@ from pallas_kernels.hopper.query_tiles import (
     zero_rows,
 )
 from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
-from pallas_kernels.kv_codes import float_pages, kv_kind
+from pallas_kernels.kv_codes import float_pages
 from pallas_kernels.types import KVPages, OwnAttention
 
 # Elements a warpgroup of the merging kernel holds: one a thread.
@@ -107,7 +108,7 @@ def prefix_attention(
     the table names are first converted to bf16, all of them, by XLA, which all rows share. Shapes
     are those the api has checked. Raises ``NotImplementedError`` for anything else.
     """
-    _refuse_unsupported(q, pages)
+    refuse("prefix_attention", unsupported(q.shape[2], {"q": q}, {"pages": pages}))
     B, H, D = q.shape
     K, _, P, _ = pages.k.shape
     rows = B * (H // K)
@@ -121,20 +122,6 @@ def prefix_attention(
     pages, page_table = float_pages(pages, page_table, jnp.bfloat16)
     parts, lses = _attend_prefix(by_head, pages, page_table, length[None], config)
     return merge_parts(parts, lses, own, B, H)
-
-
-def _refuse_unsupported(q: Array, pages: KVPages) -> None:
-    head_dim, page_size = q.shape[2], pages.k.shape[2]
-    reasons = []
-    if q.dtype != jnp.bfloat16:
-        reasons.append(f"q must be bfloat16, got {q.dtype}")
-    if pages.k.dtype != jnp.bfloat16 and kv_kind(pages.k.dtype) is None:
-        reasons.append(f"pages must be bfloat16 or codes, got {pages.k.dtype}")
-    if head_dim not in (64, 128):
-        reasons.append(f"head_dim must be 64 or 128, got {head_dim}")
-    if page_size not in (16, 32, 64, 128):
-        reasons.append(f"page size must be 16, 32, 64 or 128, got {page_size}")
-    refuse("prefix_attention", reasons)
 
 
 def _attend_prefix(
