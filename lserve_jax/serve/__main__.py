@@ -10,6 +10,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it, no traceback
 
 import asyncio
+import gc
 import logging
 import os
 import secrets
@@ -143,6 +144,10 @@ def _serve(args: ServeArgs, keys: tuple[str, ...], listener: socket.socket) -> N
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=args.shutdown_seconds,
     )
+    # What is there now stays. Python's collector would go through all of it now and then, some
+    # half a second in which no answer goes on.
+    gc.collect()
+    gc.freeze()
     _Server(config).run(sockets=[listener])
 
 
