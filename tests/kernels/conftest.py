@@ -1,11 +1,14 @@
 """Kernels run under Mosaic GPU's interpreter on a CPU, and every data race fails its test."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax._src import callback as jax_callback
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, shared_memory
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import decode_operands, query_tiles, shared_kernel
@@ -24,6 +27,25 @@ def interpreter() -> Iterator[None]:
     found = state._races is not None and state._races.races_found
     state.reset_gpu_interpret_mode_state()
     assert not found, "the interpreter found a data race"
+
+
+@pytest.fixture(autouse=True)
+def plain_callbacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's every load, store and wait is a callback, and it computes in NumPy.
+
+    JAX makes a device array of each of a callback's ten or twenty numbers first: half its time.
+    """
+
+    def call(*arguments: np.ndarray, callback: Callable, **how: Any) -> Any:
+        return jax.tree.map(np.asarray, callback(*arguments))
+
+    def number(x: Any) -> Any:
+        return x.item() if isinstance(x, np.ndarray) else to_int(x)
+
+    if jax.default_backend() == "cpu":
+        to_int = shared_memory._to_int
+        monkeypatch.setattr(jax_callback, "io_callback_impl", call)
+        monkeypatch.setattr(shared_memory, "_to_int", number)
 
 
 @pytest.fixture(autouse=True)

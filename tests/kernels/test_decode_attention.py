@@ -119,17 +119,17 @@ def test_any_number_of_splits(count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("retrieval", "streaming", "kind", "counts"),
+    ("rows", "retrieval", "streaming", "kind", "counts"),
     [
-        (2, 2, None, (2, 2, 7, 1)),  # two loads of parts for one head, one for the others
+        (2, 2, 2, None, (2, 2, 7, 1)),  # two loads of parts for one head, one for the others
         # No more tiles than stages: the interpreter takes the next copy of scales for a race with
         # their load, which the maximum over the tile's rows waits for.
-        (3, 1, "int8", (2, 5, 2, 5)),
-        (0, 3, None, (4, 2, 2)),
+        (1, 3, 1, "int8", (2, 5, 2, 5)),
+        (1, 0, 3, None, (4, 2, 2)),
     ],
 )
-def test_heads_have_splits_of_their_own(retrieval, streaming, kind, counts) -> None:
-    args = problem(2, retrieval, streaming, 4, 64, 32, 7, kind, seed=8)
+def test_heads_have_splits_of_their_own(rows, retrieval, streaming, kind, counts) -> None:
+    args = problem(rows, retrieval, streaming, 4, 64, 32, 7, kind, seed=8)
     check(args, Config(splits=counts, parts=4))
 
 
@@ -158,7 +158,7 @@ def test_start_beyond_the_first_tiles() -> None:
     check((*args, lists, empty), Config(splits=(2, 2), parts=2))
 
 
-@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+@pytest.mark.parametrize("kind", [None, "int4"])
 def test_lists_name_parts_of_pages(kind: KVKind | None) -> None:
     q, *pools, retrieval_list, ring = problem(1, 1, 1, 4, 64, 16, 11, kind, seed=4)
     # Pages of 64 in the same memory.
@@ -176,7 +176,7 @@ def test_heads_share_a_list() -> None:
     shared = shared._replace(stop=shared.stop.at[1].set(0))
     bounds = own._replace(start=own.start[:, :1] * 0, stop=own.stop[:, :1] * 0 + 70)
     whole = KVPages(*(jnp.nan_to_num(x) for x in retrieval[:2]))
-    check((q, whole, valid, bounds, shared), Config(splits=(2,) * 5, parts=2))
+    check((q, whole, valid, bounds, shared), Config(splits=(1,) * 5, parts=1))
 
 
 def test_choice_of_config() -> None:

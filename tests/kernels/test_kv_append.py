@@ -88,8 +88,7 @@ def token_problem(rows, group, retrieval, streaming, head_dim, page_size, g, dty
 TOKEN_CASES = {
     "bf16": (3, 4, 1, 1, 128, 64, 4, jnp.bfloat16, jnp.bfloat16),
     "int8, two heads a CTA": (2, 2, 4, 2, 64, 16, 2, "int8", jnp.float32),
-    "int8, retrieval only, four heads": (3, 1, 4, 0, 128, 32, 16, "int8", jnp.bfloat16),
-    "fp8": (2, 1, 1, 1, 64, 16, 2, "fp8", jnp.bfloat16),
+    "fp8, retrieval only, four heads": (3, 1, 4, 0, 128, 32, 16, "fp8", jnp.bfloat16),
     "int4": (2, 1, 1, 1, 128, 16, 2, "int4", jnp.float32),
     "streaming only": (1, 3, 0, 3, 64, 128, 0, jnp.bfloat16, None),
 }
@@ -101,11 +100,11 @@ def test_append_kv(case: tuple) -> None:
     same(jax.jit(append_kv)(*arguments), reference.append_kv(*arguments))
 
 
-@pytest.mark.parametrize("ranked", [0, 2, 3])
+@pytest.mark.parametrize("ranked", [0, 3])  # of four, in two CTAs
 def test_append_kv_with_statistics_of_the_first_heads(ranked: int) -> None:
     arguments = list(token_problem(*TOKEN_CASES["int8, two heads a CTA"]))
     arguments[7] = arguments[7][:ranked]
-    result = append_kv(*arguments)
+    result = jax.jit(append_kv)(*arguments)
     assert result[-1].shape == arguments[7].shape
     same(result, reference.append_kv(*arguments))
 
@@ -155,9 +154,8 @@ CHUNK_CASES = {
     "pages kept in part": (40, 53, 37, 1, 1, 64, 16, 4, jnp.bfloat16, sink_and_local),
     "shorter than a page, in two": (5, 62, 4, 1, 0, 64, 64, 2, "int8", everything),
     "inside a page": (5, 66, 2, 1, 1, 128, 128, 4, jnp.bfloat16, everything),
-    "no token": (16, 7, 0, 1, 1, 64, 16, 2, "int8", everything),
+    "no token": (40, 53, 0, 1, 1, 64, 16, 4, jnp.bfloat16, sink_and_local),
     "streaming only": (33, 31, 33, 0, 1, 64, 32, 0, "int8", sink_and_local),
-    "fp8, all of it": (48, 53, 47, 1, 1, 64, 16, 4, "fp8", sink_and_local),
     "int4, all of it": (48, 53, 47, 1, 1, 128, 16, 4, "int4", sink_and_local),
 }
 
@@ -192,8 +190,8 @@ def test_append_kv_chunk_of_several_prompts(kind: Any) -> None:
 
 
 def test_each_pool_has_codes_of_its_own_kind() -> None:
-    k, v, _, _, *rest = chunk_problem(20, 30, 20, 1, 1, 64, 16, 4, "int4", everything)
-    arguments = k, v, pool(1, 16, 64, "int4"), pool(1, 16, 64, "fp8"), *rest
+    k, v, _, _, *rest = chunk_problem(48, 53, 47, 1, 1, 64, 16, 4, "fp8", sink_and_local)
+    arguments = k, v, pool(1, 16, 64, "fp8"), pool(1, 16, 64, "int4"), *rest
     same(jax.jit(append_kv_chunk)(*arguments), reference.append_kv_chunk(*arguments))
 
 
@@ -259,14 +257,14 @@ def test_codes_are_the_nearest_of_either_op(kind: str) -> None:
 
 
 @pytest.mark.parametrize("ranked", [0, 1])
-@pytest.mark.parametrize(("start", "length"), [(64, 64), (21, 69)], ids=["whole", "in part"])
+@pytest.mark.parametrize(("start", "length"), [(64, 64), (85, 69)], ids=["whole", "in part"])
 def test_append_kv_chunk_with_statistics_of_the_first_heads(
     start: int, length: int, ranked: int
 ) -> None:
     case = 72, start, length, 2, 0, 64, 32, 2, jnp.bfloat16, everything
     *arguments, stats, table, ring_page, first, count = chunk_problem(*case)
     arguments += [stats[:ranked], table, ring_page, first, count]
-    result = append_kv_chunk(*arguments)
+    result = jax.jit(append_kv_chunk)(*arguments)
     assert result[-1].shape == arguments[4].shape
     same(result, reference.append_kv_chunk(*arguments))
 
