@@ -28,6 +28,9 @@ serve_ready  := $(VENV)/.ready-$(subst $(comma),-,$(serve_extras))
 test_ready   := $(VENV)/.ready-$(subst $(comma),-,$(test_extras))
 docs_ready   := $(VENV)/.ready-docs
 
+# Otherwise every process that a test starts compiles all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: generate serve test lint docs clean
 
 # The prompt travels as an environment variable, as given: quotes and dollars in it are text.
