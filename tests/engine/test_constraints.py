@@ -19,7 +19,7 @@ import pytest
 from constraint_cases import END, TEXTS, TOKENIZER, VOCAB, allowed_next, prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_llm import check_nothing_left
+from tiny_llm import check_nothing_left, sample_alike
 
 from lserve_jax import LLM, CompletionOutput, SamplingParams, StructuredOutputs
 from lserve_jax.engine.token_rules import packed
@@ -194,15 +194,20 @@ BATCH: list[tuple[dict[str, Any], Callable[[str], None]]] = [
 
 @pytest.mark.parametrize(("attention", "kinds"), [("dense", 7), ("sparse", 4)])
 def test_requests_of_several_kinds_beside_one_another(
-    attention: str, kinds: int, request: pytest.FixtureRequest
+    attention: str,
+    kinds: int,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All texts are what was asked for, and each is the one that its request makes alone.
 
     Every way to sample is a program. Attention knows nothing of it: sparse, those that end bursts
-    early run beside those that do not.
+    early run beside those that do not, and one program runs them.
     """
     llm, batch = request.getfixturevalue(attention), BATCH[:kinds]
     asked = prompts(2, [10, 40, 80, 20, 5, 30, 15][:kinds])
+    if attention == "sparse":
+        sample_alike(monkeypatch, [SamplingParams(**changes) for changes, _ in batch])
     for seed in range(3):
         sampling = [
             SamplingParams(**{"max_tokens": 100, "seed": seed} | changes) for changes, _ in batch

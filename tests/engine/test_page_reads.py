@@ -83,7 +83,16 @@ def check(oracle: Oracle, prompt: list[int], answer: Answer, page_size: int) -> 
     assert oracle.closest_call > 1e-5, "two pages tie as far as float32 can tell; other seed"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        "page 16, reuse 1",
+        "page 64, reuse 8",
+        "page 64, selected 16, reuse 24",
+        "page 64, selected 32, reuse 4",
+        "shares",
+    ],
+)
 def test_pages_are_those_that_the_oracle_attends(case: str, build_case: Build) -> None:
     """Prompts around page edges and the budget; more requests than slots, some of them recorded."""
     llm, sizes = build_case(case), CASES[case].sizes

@@ -129,7 +129,7 @@ def test_prompts_of_one_call_that_begin_alike_run_after_each_other(build: Build)
     prompts = [ids(documents[i % 5] + own) for i, own in enumerate(questions)]
     outputs = llm.generate(prompts, GREEDY)
     assert sorted(output.num_cached_tokens for output in outputs) == [0] * 5 + [12 * P] * 10
-    by_themselves = build(enable_prefix_caching=False).generate(prompts, GREEDY)
+    by_themselves = build(enable_prefix_caching=False, max_num_seqs=2).generate(prompts, GREEDY)
     for output, alone in zip(outputs, by_themselves, strict=True):
         assert output.prompt_token_ids == alone.prompt_token_ids
         assert output.outputs[0].token_ids == alone.outputs[0].token_ids
