@@ -86,8 +86,8 @@ def problem(case: Case) -> tuple[tuple, dict[str, Any]]:
 
 
 def random_blocks(rng: np.random.Generator, case: Case) -> BlockList:
-    """Anything stands behind a list and in tiles of padding; the first tile of the first head
-    lists nothing."""
+    """A block that is seen but not listed stands behind a list, then anything, as in tiles of
+    padding; the first tile of the first head lists nothing."""
     blocks = -(-case.start // 128) + -(-case.length // 128)
     shape = (case.retrieval, -(-case.tokens // 128), blocks + 1)
     ids = rng.integers(-9, 99, shape).astype(np.int32)
@@ -95,7 +95,9 @@ def random_blocks(rng: np.random.Generator, case: Case) -> BlockList:
     for head, tile in np.ndindex(case.retrieval, -(-case.length // 128)):
         share = 0.0 if head == tile == 0 else case.listed
         chosen = np.flatnonzero(rng.random(blocks) < share)
-        ids[head, tile, : len(chosen)] = chosen
+        left_out = np.setdiff1d(np.arange(blocks), chosen)[:1]
+        behind = np.concatenate([chosen, left_out])
+        ids[head, tile, : len(behind)] = behind
         counts[head, tile] = len(chosen)
     return BlockList(jnp.asarray(ids), jnp.asarray(counts))
 
