@@ -5,10 +5,11 @@ A reader says how rows of codes are read (``Coded``): as they are stored, or rou
 of its parts, with two codes of 4 bits in a byte.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, UInt4, UInt8
 from numpy.typing import DTypeLike
 
-from lserve_jax.model.quantise import CODE_DTYPES
+from lserve_jax.model.quantise import CODE_DTYPES, axis_of
 from pallas_kernels.api import PackedWeight, Weight, WeightKind, quantize_weight, unpack_weight
 
 # Outputs read at once: few, because rounding makes several copies in float32.
@@ -26,7 +27,10 @@ _ALIGNMENT = 64  # bytes
 
 
 class CodedRows(NamedTuple):
-    """Rows of a quantised matrix of [out, in]: ``(codes - zero) * scale``, in groups of inputs."""
+    """Rows of a quantised matrix of [out, in]: ``(codes - zero) * scale``, in groups of inputs.
+
+    Those of an embedding table, [V, E], have its channels as inputs.
+    """
 
     codes: np.ndarray  # [rows, in]  int8, uint8 or uint4 below 16, or float8_e4m3fn
     scale: np.ndarray  # [rows, groups] float32
@@ -50,9 +54,8 @@ def rounded(
 
     def read(start: int, stop: int) -> CodedRows:
         block = jnp.asarray(rows(start, stop).astype(np.float32))
-        weight = quantize_weight(block.T, kind=kind, group=group)
-        codes, scale = (np.asarray(x).T for x in (weight.codes, weight.scale))
-        return CodedRows(codes, scale, None if weight.zero is None else np.asarray(weight.zero).T)
+        weight = quantize_weight(block, kind=kind, group=group, axis=1)
+        return CodedRows(*jax.tree.map(np.asarray, weight))
 
     grouped = kind == "int4"
     groups = inputs // group if grouped else 1
@@ -83,7 +86,7 @@ def aligned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
 
 
 class CodedLeaf:
-    """A quantised leaf of [in, out] on its way: its parts side by side.
+    """A quantised leaf on its way, a kernel of [in, out] or a table: its parts side by side.
 
     Parts may differ in bits and groups: 4 bits are held as int8 beside 8, and a group is cut where
     another part's ends. Both are exact.
@@ -103,25 +106,26 @@ class CodedLeaf:
         dtypes = {part.dtype for part in parts}
         return len(dtypes) == 1 or dtypes == {"int8", "uint4"}
 
-    def read(self, coded: Coded, outputs: slice) -> None:
-        """Takes in one part, which lies at ``outputs``."""
+    def read(self, coded: Coded, first: int, count: int) -> None:
+        """Takes in one part: ``count`` outputs from ``first`` on, or all rows of a table."""
+        axis = axis_of(self.name)
         if not self._host:
-            scales = (self._groups, self._shape[1])
-            count = 2 if self._has_zero else 1
+            scales = shape_along(axis, self._shape, self._groups)
+            parts = 2 if self._has_zero else 1
             self._host = (
                 aligned(self._shape, self._dtype),
-                *(aligned(scales, np.float32) for _ in range(count)),
+                *(aligned(scales, np.float32) for _ in range(parts)),
             )
+        by_rows = [x if axis == 1 else x.T for x in self._host]
         split = self._groups // coded.groups
-        count = outputs.stop - outputs.start
         for start in range(0, count, _BLOCK_ROWS):
             stop = min(start + _BLOCK_ROWS, count)
             codes, scale, zero = coded.rows(start, stop)
             zero = np.zeros_like(scale) if zero is None else zero
-            place = slice(outputs.start + start, outputs.start + stop)
-            self._host[0][:, place] = codes.astype(self._dtype).T
-            for whole, part in zip(self._host[1:], (scale, zero), strict=False):
-                whole[:, place] = np.repeat(part, split, axis=1).T
+            place = slice(first + start, first + stop)
+            by_rows[0][place] = codes.astype(self._dtype)
+            for whole, part in zip(by_rows[1:], (scale, zero), strict=False):
+                whole[place] = np.repeat(part, split, axis=1)
 
     def finish(self, sharding: Sharding | None) -> Weight:
         """The leaf on its devices. The host's copy is given up."""
@@ -150,20 +154,24 @@ def weight_shardings(
     """
     if not isinstance(sharding, NamedSharding):
         return sharding, sharding, sharding
-    spec = (*sharding.spec, None, None)[:2]
-    groups = weight.scale.shape[0]
-    along = 1
-    for axis in () if spec[0] is None else spec[0] if isinstance(spec[0], tuple) else (spec[0],):
-        along *= sharding.mesh.shape[axis]
-    inputs = spec[0]
+    spec = list((*sharding.spec, None, None)[:2])
+    axis = axis_of(leaf)
+    groups, names, along = weight.scale.shape[axis], spec[axis], 1
+    for name in () if names is None else names if isinstance(names, tuple) else (names,):
+        along *= sharding.mesh.shape[name]
     if groups == 1:
-        inputs = None  # one scale for all inputs: every shard has it
+        spec[axis] = None  # one scale for all inputs: every shard has it
     elif groups % along:
         raise ValueError(
             f"{leaf} is quantised in {groups} groups of inputs, which {along} shards would cut"
         )
-    scales = NamedSharding(sharding.mesh, PartitionSpec(inputs, spec[1]))
+    scales = NamedSharding(sharding.mesh, PartitionSpec(*spec))
     return sharding, scales, scales
+
+
+def shape_along(axis: Literal[0, 1], shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """A shape of two axes with another size along one."""
+    return (*shape[:axis], size, *shape[axis + 1 :])
 
 
 # In our own checkpoints.
@@ -185,26 +193,30 @@ def stored(flat: dict[str, Array | Weight | PackedWeight]) -> Iterator[tuple[str
         codes, scale, zero = value
         del value
         if codes.dtype == jnp.uint4:
-            if codes.shape[0] % 2:
+            axis = axis_of(leaf)
+            inputs = codes.shape[axis]
+            if inputs % 2:
                 raise ValueError(
-                    f"{leaf} has {codes.shape[0]} inputs of 4 bits, and a byte holds those of two"
+                    f"{leaf} has {inputs} inputs of 4 bits, and a byte holds those of two"
                 )
-            codes = jax.block_until_ready(_pack(codes))
+            codes = jax.block_until_ready(_pack(codes, axis))
         yield f"{leaf}.codes", codes
         yield f"{leaf}.scale", scale
         if zero is not None:
             yield f"{leaf}.zero", zero
 
 
-@jax.jit
-def _pack(codes: UInt4[Array, "K out"]) -> UInt8[Array, "K/2 out"]:
-    pairs = codes.astype(jnp.uint8).reshape(-1, 2, codes.shape[1])
-    return pairs[:, 0] | pairs[:, 1] << jnp.uint8(4)
+@functools.partial(jax.jit, static_argnames="axis")
+def _pack(codes: UInt4[Array, "K out"], axis: Literal[0, 1]) -> UInt8[Array, "K/2 out"]:
+    """Two neighbours along an axis in a byte."""
+    wide = codes.astype(jnp.uint8)
+    first, second = (jax.lax.slice_in_dim(wide, i, None, 2, axis) for i in (0, 1))
+    return first | second << jnp.uint8(4)
 
 
-def _unpack(packed: UInt8[Array, "K/2 out"]) -> UInt4[Array, "K out"]:
-    pairs = jnp.stack([packed & jnp.uint8(15), packed >> jnp.uint8(4)], axis=1)
-    return pairs.reshape(-1, packed.shape[1]).astype(jnp.uint4)
+def _unpack(packed: UInt8[Array, "K/2 out"], axis: Literal[0, 1]) -> UInt4[Array, "K out"]:
+    pairs = jnp.stack([packed & jnp.uint8(15), packed >> jnp.uint8(4)], axis=axis + 1)
+    return pairs.reshape(shape_along(axis, packed.shape, -1)).astype(jnp.uint4)
 
 
 def coded_leaves(arrays: Mapping[str, Any], where: str) -> dict[str, Weight]:
@@ -224,20 +236,23 @@ def coded_leaves(arrays: Mapping[str, Any], where: str) -> dict[str, Weight]:
                 f"{where}: {name} is {dtype} {shape}, expected two axes of int8, float8_e4m3fn or "
                 "uint8 with two codes of 4 bits each"
             )
+        axis = axis_of(leaf)
         if dtype == "uint8":
-            dtype, shape = "uint4", (2 * shape[0], shape[1])
+            dtype, shape = "uint4", shape_along(axis, shape, 2 * shape[axis])
         scale, zero = arrays.get(f"{leaf}.scale"), arrays.get(f"{leaf}.zero")
         if scale is None:
             raise ValueError(f"{where}: {leaf} has codes, and {leaf}.scale is missing")
-        groups = scale.shape[0] if len(scale.shape) == 2 else 0
-        fits = groups > 0 and tuple(scale.shape) == (groups, shape[1]) and shape[0] % groups == 0
+        inputs, groups = shape[axis], scale.shape[axis] if len(scale.shape) == 2 else 0
+        fits = groups > 0 and inputs % groups == 0
+        fits = fits and tuple(scale.shape) == shape_along(axis, shape, groups)
         for part, x in (("scale", scale), ("zero", zero)):
             if x is None:
                 continue
             if not fits or tuple(x.shape) != tuple(scale.shape) or np.dtype(x.dtype) != np.float32:
                 raise ValueError(
                     f"{where}: {leaf}.{part} is {np.dtype(x.dtype)} {tuple(x.shape)}, expected "
-                    f"float32 for groups that divide {shape[0]} inputs, times {shape[1]} outputs"
+                    f"float32 for groups that divide {inputs} inputs, times {shape[1 - axis]} "
+                    f"{'rows' if axis else 'outputs'}"
                 )
         struct: Any = jax.ShapeDtypeStruct
         scales = struct(tuple(scale.shape), jnp.float32)
@@ -251,34 +266,38 @@ def stored_parts(
     leaf: str, weight: Weight, sharding: Sharding | None
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """What ``stored`` gives for a leaf, by name, where it is to lie under ``sharding``."""
-    parts = {}
+    parts, axis = {}, axis_of(leaf)
     shardings = weight_shardings(leaf, weight, sharding)
     for part, x, to in zip(Weight._fields, weight, shardings, strict=True):
         if x is not None:
             shape, dtype = x.shape, x.dtype
             if dtype == jnp.uint4:
-                shape, dtype = (shape[0] // 2, shape[1]), jnp.uint8
+                shape, dtype = shape_along(axis, shape, shape[axis] // 2), jnp.uint8
             parts[f"{leaf}.{part}"] = jax.ShapeDtypeStruct(shape, dtype, sharding=to)
     return parts
 
 
 def stored_rows(
-    leaf: str, weight: Weight, arrays: Callable[[], Mapping[str, np.ndarray]], outputs: slice
+    leaf: str, weight: Weight, arrays: Callable[[], Mapping[str, np.ndarray]], first: int
 ) -> Coded:
-    """How the ``outputs`` of a quantised leaf are read from what ``stored`` gave for it."""
+    """How a quantised leaf is read from what ``stored`` gave for it.
+
+    As rows of [out, in], from output ``first`` on, or those of a table.
+    """
+    axis = axis_of(leaf)
 
     def read(start: int, stop: int) -> CodedRows:
-        part = slice(outputs.start + start, outputs.start + stop)
-        codes, scale, zero = (arrays().get(f"{leaf}.{name}") for name in Weight._fields)
+        stored = (arrays().get(f"{leaf}.{name}") for name in Weight._fields)
+        parts = (None if x is None else x if axis == 1 else x.T for x in stored)
+        codes, scale, zero = (None if x is None else x[first + start : first + stop] for x in parts)
         assert codes is not None and scale is not None  # as ``coded_leaves`` found them
-        codes = codes[:, part]
         if codes.dtype == np.uint8:
-            codes = np.asarray(_unpack(jnp.asarray(codes)))
-        return CodedRows(codes.T, scale[:, part].T, None if zero is None else zero[:, part].T)
+            codes = np.asarray(_unpack(jnp.asarray(codes), 1))
+        return CodedRows(codes, scale, zero)
 
     return Coded(
         dtype=str(np.dtype(weight.codes.dtype)),
-        groups=weight.scale.shape[0],
+        groups=weight.scale.shape[axis],
         has_zero=weight.zero is not None,
         rows=read,
     )
@@ -289,6 +308,7 @@ def joined(leaf: str, arrays: dict[str, Array]) -> Weight:
     codes, scale, zero = (arrays.pop(f"{leaf}.{part}", None) for part in Weight._fields)
     assert codes is not None and scale is not None  # as ``coded_leaves`` found them
     if codes.dtype == jnp.uint8:
-        codes = jax.jit(_unpack, out_shardings=codes.sharding)(codes)
+        unpack = functools.partial(_unpack, axis=axis_of(leaf))
+        codes = jax.jit(unpack, out_shardings=codes.sharding)(codes)
         codes.block_until_ready()
     return Weight(codes, scale, zero)

@@ -56,13 +56,15 @@ from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.params import Params, abstract_params
 from lserve_jax.model.quantise import (
     CODE_DTYPES,
+    TABLE,
     WeightForm,
+    axis_of,
     check_groups,
-    expect_kind,
-    kind_of,
+    expect_kinds,
+    kinds_of,
     require_fp8,
 )
-from pallas_kernels.api import PackedWeight, Weight, WeightKind, quantize_weight
+from pallas_kernels.api import PackedWeight, Weight, quantize_weight
 
 _PARAMS = "params"
 _FILES = "files.json"
@@ -245,8 +247,9 @@ def restore(
         if isinstance(value, Weight) and value.codes.dtype == CODE_DTYPES["fp8"]:
             require_fp8(f"{directory}: {leaf}, whose codes are fp8,")
     kind = None if weights == "checkpoint" else weights
+    kinds = {} if kind is None else kinds_of(leaves, kind)
     if kind is not None:
-        _expect_kinds(directory, leaves, kind, weight_group)
+        expect_kinds(leaves, kind, weight_group, where=f"{directory}: ")
         check_groups({leaf: value.shape for leaf, value in leaves.items()}, kind, weight_group)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     flat: dict[str, Array | Weight] = {}
@@ -257,8 +260,7 @@ def restore(
             if isinstance(value, Weight):
                 wanted |= stored_parts(leaf, value, sharding)
             else:
-                rounds = kind is not None and kind_of(leaf, kind) is not None
-                kept = value.dtype if dtype is None or rounds else dtype
+                kept = value.dtype if dtype is None or leaf in kinds else dtype
                 wanted[leaf] = jax.ShapeDtypeStruct(value.shape, kept, sharding=sharding)
         arrays = _restore(directory, wanted)
         for leaf, value in portion.items():
@@ -268,17 +270,11 @@ def restore(
                 continue
             array = flat[leaf] = arrays.pop(leaf)
             require_finite(leaf, array, str(directory))
-            to = None if kind is None else kind_of(leaf, kind)
-            if to is not None:
-                weight = quantize_weight(array, kind=to, group=weight_group)
+            if leaf in kinds:
+                how = {"kind": kinds[leaf], "group": weight_group, "axis": axis_of(leaf)}
+                weight = quantize_weight(array, **how)
                 flat[leaf] = jax.block_until_ready(place(leaf, weight, array.sharding))
     return unflatten(flat)
-
-
-def _expect_kinds(directory: Path, leaves: Mapping[str, Any], kind: WeightKind, group: int) -> None:
-    for leaf, value in leaves.items():
-        if isinstance(value, Weight):
-            expect_kind(leaf, value, kind, group, where=f"{directory}: ")
 
 
 def _layers(leaves: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -299,7 +295,7 @@ def read_orbax(
     """
     leaves = _stored(directory, config)
     if weights is not None and weights != "checkpoint":
-        _expect_kinds(directory, leaves, weights, weight_group)
+        expect_kinds(leaves, weights, weight_group, where=f"{directory}: ")
 
     @functools.cache
     def arrays() -> dict[str, np.ndarray]:
@@ -315,15 +311,17 @@ def read_orbax(
     def tensor(slot: TensorSlot) -> FileTensor:
         value, read, coded = leaves[slot.leaf], functools.partial(rows, slot), None
         if isinstance(value, Weight):
-            coded = stored_rows(slot.leaf, value, arrays, slot.columns)
+            coded = stored_rows(slot.leaf, value, arrays, slot.columns.start)
             read = functools.partial(numbers, coded)
         return FileTensor(name=slot.hf, shape=slot.shape, rows=read, coded=coded)
 
+    table = leaves[TABLE]
     return Checkpoint(
         where=str(directory),
         config={},
         naming="hf",
-        dtype=np.dtype(leaves["embed_tokens.embedding"].dtype),
+        # Of a table in codes that of the activations, which its rows become.
+        dtype=np.dtype((leaves["norm.scale"] if isinstance(table, Weight) else table).dtype),
         tensors=[tensor(slot) for slot in tensor_slots(config)],
         keeps_codes=any(isinstance(value, Weight) for value in leaves.values()),
     )

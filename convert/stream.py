@@ -33,7 +33,14 @@ from convert.names import (
 )
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.params import Params
-from lserve_jax.model.quantise import CODE_DTYPES, WeightForm, check_groups, kind_of, require_fp8
+from lserve_jax.model.quantise import (
+    CODE_DTYPES,
+    WeightForm,
+    check_groups,
+    kinds_of,
+    quantisable,
+    require_fp8,
+)
 from pallas_kernels.api import Weight
 
 # One sharding for all leaves, or one chosen by a leaf's dotted path. None: the default device.
@@ -185,7 +192,7 @@ def assemble(
         slot = by_name[tensor.name]
         awaited[slot.leaf] -= 1
         if slot.leaf in leaves:
-            leaves[slot.leaf].read(coded[tensor.name], slot.columns)
+            leaves[slot.leaf].read(coded[tensor.name], slot.columns.start, tensor.shape[0])
             if not awaited[slot.leaf]:
                 weight = leaves.pop(slot.leaf).finish(sharding_of(placement, slot.leaf))
                 require_finite_weight(slot.leaf, weight, checkpoint.where)
@@ -228,8 +235,11 @@ def _coded(
         weights = "checkpoint"
     if weights is None:
         return {}, {}
+    shapes = {slot.leaf: slot.leaf_shape for slot in slots.values()}
+    kinds, may_be = {}, quantisable(shapes)
     if weights != "checkpoint":
-        check_groups({slot.leaf: slot.leaf_shape for slot in slots.values()}, weights, group)
+        kinds = kinds_of(shapes, weights)
+        check_groups(shapes, weights, group)
     coded: dict[str, Coded] = {}
     parts: dict[str, list[FileTensor]] = {}
     for tensor in checkpoint.tensors:
@@ -244,7 +254,7 @@ def _coded(
                     f"{checkpoint.where}: {tensor.uncoded}, which weights='checkpoint' cannot "
                     "keep; weights=None makes floats of all"
                 )
-            if tensor.coded is None or not slot.transposed:
+            if tensor.coded is None or slot.leaf not in may_be:
                 continue
             if change is not None:
                 floats = "" if checkpoint.keeps_codes else ", weights=None leaves them floats"
@@ -258,11 +268,9 @@ def _coded(
             coded[tensor.name] = tensor.coded
         elif checkpoint.keeps_codes and tensor.coded is not None and change is None:
             coded[tensor.name] = tensor.coded
-        else:
-            kind = kind_of(slot.leaf, weights)
-            if kind is not None:
-                rows = _rows(tensor, change)
-                coded[tensor.name] = rounded(rows, tensor.shape[1], kind, group)
+        elif slot.leaf in kinds:
+            rows, kind = _rows(tensor, change), kinds[slot.leaf]
+            coded[tensor.name] = rounded(rows, tensor.shape[1], kind, group)
     leaves = {}
     for leaf, tensors in parts.items():
         found = [coded[tensor.name] for tensor in tensors if tensor.name in coded]

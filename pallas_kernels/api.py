@@ -90,6 +90,7 @@ from pallas_kernels.weights import (
     WEIGHT_KINDS,
     WeightKind,
     dequantize_weight,
+    look_up,
     quantize_weight,
 )
 
@@ -128,6 +129,7 @@ __all__ = [
     "fused_linear",
     "has_fp8",
     "has_w8a8_codes",
+    "look_up",
     "merge_attention",
     "pack_weight",
     "page_scores",

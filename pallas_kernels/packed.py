@@ -46,6 +46,8 @@ def cannot_pack(weight: Weight) -> str | None:
     'K=100 and out=64 must be multiples of 128 and 64'
     """
     (K, out), groups = weight.shape, weight.scale.shape[0]
+    if weight.scale.shape[1] != out:
+        return f"its scales, {weight.scale.shape}, are those of rows"
     if K % INPUTS or out % ROWS:
         return f"K={K} and out={out} must be multiples of {INPUTS} and {ROWS}"
     if weight.zero is None and weight.codes.dtype == jnp.uint4:

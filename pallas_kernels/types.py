@@ -39,6 +39,9 @@ class Weight(NamedTuple):
     Kinds: int8 with a scale for each output channel (g = 1); uint4 with scale and zero point for
     each group of K / g inputs; float8 e4m3 with a scale for each output channel. A pytree: jit,
     sharding and checkpoints see its arrays.
+
+    Of a table whose rows are looked up, [V, E], the groups are along E: scale is [V, g], so that
+    rows of its arrays are a ``Weight`` of these rows. It is not multiplied with.
     """
 
     codes: Array  # [K, out]  int8, uint4 or float8_e4m3fn

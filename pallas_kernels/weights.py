@@ -11,7 +11,8 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.nan import keep_nan, largest_magnitude
 from pallas_kernels.types import Weight
@@ -25,11 +26,14 @@ _FP8_MAX = 448.0
 _FEW_ROWS = 32
 
 
-@partial(jax.jit, static_argnames=("kind", "group"))
-def quantize_weight(kernel: Float[Array, "K out"], *, kind: WeightKind, group: int = 32) -> Weight:
+@partial(jax.jit, static_argnames=("kind", "group", "axis"))
+def quantize_weight(
+    kernel: Float[Array, "K out"], *, kind: WeightKind, group: int = 32, axis: Literal[0, 1] = 0
+) -> Weight:
     """The nearest ``Weight`` of a kind; ``group`` is how many inputs share a scale in 4 bits.
 
-    Raises ``ValueError`` for an unknown kind or group, and a group that does not divide K.
+    ``axis`` is that along which they share it: 0, or 1 of a table whose rows are looked up. Raises
+    ``ValueError`` for an unknown kind or group, and a group that does not divide the axis.
 
     >>> import jax.numpy as jnp
     >>> weight = quantize_weight(jnp.array([[1.0], [-2.54]]), kind="int8")
@@ -38,14 +42,14 @@ def quantize_weight(kernel: Float[Array, "K out"], *, kind: WeightKind, group: i
     """
     w = kernel.astype(jnp.float32)
     if kind == "int4":
-        if group not in WEIGHT_GROUPS or w.shape[0] % group:
+        if group not in WEIGHT_GROUPS or w.shape[axis] % group:
             raise ValueError(
-                f"{group=} must be one of {WEIGHT_GROUPS} and divide the {w.shape[0]} inputs"
+                f"{group=} must be one of {WEIGHT_GROUPS} and divide the {w.shape[axis]} inputs"
             )
-        return _quantize_int4(w, group)
+        return _quantize_int4(w, group, axis)
     if kind not in WEIGHT_KINDS:
         raise ValueError(f"{kind=} is unknown; known: {', '.join(WEIGHT_KINDS)}")
-    return Weight(*nearest_codes(w, jnp.float8_e4m3fn if kind == "fp8" else jnp.int8, axis=0))
+    return Weight(*nearest_codes(w, jnp.float8_e4m3fn if kind == "fp8" else jnp.int8, axis=axis))
 
 
 def nearest_codes(x: Float[Array, "..."], dtype, *, axis: int) -> tuple[Array, Array]:
@@ -62,14 +66,16 @@ def nearest_codes(x: Float[Array, "..."], dtype, *, axis: int) -> tuple[Array, A
     return (x / scale).astype(dtype), scale
 
 
-def _quantize_int4(w: Float[Array, "K out"], group: int) -> Weight:
-    grouped = w.reshape(-1, group, w.shape[1])  # [g, n, out]
-    low, high = keep_nan(grouped.min(axis=1), grouped, axis=1), grouped.max(axis=1)
+def _quantize_int4(w: Float[Array, "K out"], group: int, axis: Literal[0, 1]) -> Weight:
+    grouped = w.reshape(*w.shape[:axis], -1, group, *w.shape[axis + 1 :])  # [g, n, out], [V, g, n]
+    along = axis + 1
+    low, high = keep_nan(grouped.min(axis=along), grouped, axis=along), grouped.max(axis=along)
     # A group of equal numbers would have scale 0; with any other they are its zero point.
     scale = jnp.where(low == high, 1.0, (high - low) / 15.0)
     # No integer: of 16 codes half a step would be lost at either end.
     zero = -low / scale
-    codes = jnp.clip(jnp.round(grouped / scale[:, None] + zero[:, None]), 0.0, 15.0)
+    steps = grouped / jnp.expand_dims(scale, along) + jnp.expand_dims(zero, along)
+    codes = jnp.clip(jnp.round(steps), 0.0, 15.0)
     return Weight(codes.reshape(w.shape).astype(jnp.uint4), scale, zero)
 
 
@@ -81,11 +87,32 @@ def dequantize_weight(weight: Weight) -> Float[Array, "K out"]:
     >>> dequantize_weight(Weight(codes, scale, zero)).tolist()
     [[1.0], [0.0]]
     """
-    (K, out), g = weight.codes.shape, weight.scale.shape[0]
-    codes = weight.codes.astype(jnp.float32).reshape(g, K // g, out)
+    (K, out), (rows, columns) = weight.codes.shape, weight.scale.shape
+    blocks = rows, K // rows, columns, out // columns  # one of the two that are shared is 1
+    codes = weight.codes.astype(jnp.float32).reshape(blocks)
     if weight.zero is not None:
-        codes = codes - weight.zero[:, None]
-    return (codes * weight.scale[:, None]).reshape(K, out)
+        codes = codes - weight.zero[:, None, :, None]
+    return (codes * weight.scale[:, None, :, None]).reshape(K, out)
+
+
+def look_up(table: Weight, ids: Int[Array, "..."], dtype: DTypeLike) -> Float[Array, "... E"]:
+    """Rows of a quantised table of [V, E], rounded to ``dtype``. They alone become numbers.
+
+    ids in [0, V); what others give means nothing. Raises ``ValueError`` for a ``Weight`` whose
+    scales are not those of rows.
+
+    >>> import jax.numpy as jnp
+    >>> table = quantize_weight(jnp.array([[1.0, -2.54], [127.0, 3.0]]), kind="int8", axis=1)
+    >>> look_up(table, jnp.array([1]), jnp.bfloat16).tolist()
+    [[127.0, 3.0]]
+    """
+    if table.scale.shape[0] != table.shape[0]:
+        raise ValueError(
+            f"table.scale has shape {table.scale.shape}, expected [{table.shape[0]}, any]: each "
+            "row has scales of its own"
+        )
+    rows = jax.tree.map(lambda part: part[ids.reshape(-1)], table)
+    return dequantize_weight(rows).astype(dtype).reshape(*ids.shape, table.shape[1])
 
 
 def product(x: Float[Array, "... K"], kernel: Array | Weight) -> Float[Array, "... out"]:

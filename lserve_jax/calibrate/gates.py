@@ -249,7 +249,7 @@ def _hidden(
     model = one_layer(config, stacked, layer_weights(stacked, 0))
     x, returned = jax.lax.scan(
         jax.checkpoint(layer, prevent_cse=False),  # a scan's body cannot be merged with its redo
-        model.embed_tokens(tokens),
+        model.embed(tokens),
         (stacked["layers"], caches),
     )
     return model.norm(x), returned

@@ -247,7 +247,7 @@ def dense_run(
         after, (cut, missed) = module(0, Stream(now), window, history, "reference")
         return (past.value, after.value), (history, now[0], cut, missed)
 
-    x = one_layer(config, stacked, layer_weights(stacked, 0)).embed_tokens(tokens[None])
+    x = one_layer(config, stacked, layer_weights(stacked, 0)).embed(tokens[None])
     (_, last), (history, inputs, cut, missed) = jax.lax.scan(
         layer, (x[:, :N], x[:, N:]), stacked["layers"]
     )

@@ -81,7 +81,7 @@ def score_steps(
         distributions=jnp.zeros((N, B, program.config.vocab_size if distributions else 0)),
         hidden=jnp.zeros(
             (N, B, program.config.hidden_size if keep_hidden else 0),
-            params["embed_tokens"]["embedding"].dtype,
+            params["norm"]["scale"].dtype,
         ),
     )
     steps = jnp.clip(forced.length.max() - first, 0, N)

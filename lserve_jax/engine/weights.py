@@ -120,15 +120,19 @@ class Intake:
     def _prepare(self, params: Params) -> Params:
         """In dicts of its own."""
         params = jax.tree.map(self._array, params, is_leaf=is_quantised)
+        head: Params = {}
         if self.config.tie_word_embeddings and jax.default_backend() == "cpu":
             # XLA's CPU matrix-vector product is five times slower on a transposed matrix, and the
             # output projection is a fifth of a small model's weights.
-            kernel = params["embed_tokens"]["embedding"].T
-            params = params | {"lm_head": {"kernel": kernel}}
-        # Before heads move, so that a model's codes do not depend on how it is attended.
+            head = {"lm_head": {"kernel": params["embed_tokens"]["embedding"].T}}
+        # Before heads move, so that a model's codes do not depend on how it is attended. The copy
+        # apart, so that a tied model's table is the same everywhere.
         if self.weights is not None:
-            params = quantise_params(params, self.weights, group=self.weight_group)
-        return permute_heads(self.config, params, self.partition)
+            params, head = (
+                quantise_params(tree, self.weights, group=self.weight_group)
+                for tree in (params, head)
+            )
+        return permute_heads(self.config, params | head, self.partition)
 
     def _array(self, x: Any) -> Any:
         """A leaf on a device. Codes, scales and zero points keep their types."""

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lserve_jax.model.config import ModelConfig
@@ -103,8 +104,10 @@ class Embedding(nnx.Module):
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape).astype(dtype))
 
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
-        return self.embedding[...][tokens]
+    def __call__(self, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T E"]:
+        """Rows of a quantised table in ``dtype``, of one of floats as they are."""
+        table = self.embedding.get_value()
+        return api.look_up(table, tokens, dtype) if isinstance(table, api.Weight) else table[tokens]
 
 
 class Llama(nnx.Module):
@@ -138,7 +141,7 @@ class Llama(nnx.Module):
         computes the rest again. ``alike`` names for each layer one that ``attend`` treats like it,
         if the caches are of the same shapes: such layers are traced once, and are one function.
         """
-        x = Stream(self.embed_tokens(tokens))
+        x = Stream(self.embed(tokens))
         new_caches = []
         attend = _kept(attend) if remat else attend
 
@@ -157,6 +160,10 @@ class Llama(nnx.Module):
             x, cache = run(x, cache=cache)
             new_caches.append(cache)
         return self.norm(x.value), new_caches
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+        """What the first layer reads."""
+        return self.embed_tokens(tokens, self.norm.scale[...].dtype)
 
     def unembed(
         self, hidden: Float[Array, "... E"], *, backend: Backend = "auto"

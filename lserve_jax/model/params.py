@@ -79,8 +79,16 @@ def _shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_params(config: ModelConfig, params: Params) -> None:
-    """Raises ``ValueError`` unless ``params`` has the leaves and shapes of ``config``'s model."""
+    """Raises ``ValueError`` unless ``params`` has the leaves and shapes of ``config``'s model.
+
+    And for codes in a table that is the output layer too.
+    """
     if config.tie_word_embeddings:  # an engine's may have a copy of the table for an output layer
+        if is_quantised(params.get("embed_tokens", {}).get("embedding")):
+            raise ValueError(
+                "embed_tokens.embedding is quantised and, with tie_word_embeddings, the output "
+                "layer too: it must be floats"
+            )
         params = {name: leaves for name, leaves in params.items() if name != "lm_head"}
     wanted, found = _shapes_of(config), _shapes(params)
     wrong = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))

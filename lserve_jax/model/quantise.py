@@ -1,9 +1,10 @@
-"""Parameters whose matrices are quantised: the projections of all layers, and the output layer.
+"""Parameters whose matrices are quantised: projections of all layers, output layer, embedding.
 
-Embeddings, norms and biases stay as they are: they are read a row at a time, or are small.
+An embedding table that is the output layer too stays as it is, and so do norms and biases, which
+are small.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import jax
@@ -33,6 +34,7 @@ from pallas_kernels.api import (
 WeightForm = WeightKind | Literal["checkpoint"]
 # Of the codes of each kind.
 CODE_DTYPES: dict[WeightKind, str] = {"int8": "int8", "int4": "uint4", "fp8": "float8_e4m3fn"}
+TABLE, OUTPUT_LAYER = "embed_tokens.embedding", "lm_head.kernel"
 
 
 def check_weights(weights: object, group: int) -> None:
@@ -69,52 +71,69 @@ def require_fp8(what: str) -> None:
         )
 
 
-def kind_of(leaf: str, kind: WeightKind) -> WeightKind | None:
-    """What a leaf becomes where matrices become ``kind``; None: it stays as it is.
+def quantisable(leaves: Collection[str]) -> list[str]:
+    """Which of a model's leaves may be codes: matrices, and a table that is no output layer too.
 
-    ``leaf`` is its dotted path, such as ``layers.0.mlp.down_proj.kernel``. Where the others get 4
-    bits the output layer gets 8.
+    ``leaves`` are all dotted paths, such as ``layers.0.mlp.down_proj.kernel``.
     """
-    if not leaf.endswith(".kernel"):
-        return None
+    matrices = [leaf for leaf in leaves if leaf.endswith(".kernel")]
+    return [*matrices, TABLE] if TABLE in leaves and OUTPUT_LAYER in leaves else matrices
+
+
+def kinds_of(leaves: Collection[str], kind: WeightKind) -> dict[str, WeightKind]:
+    """What the leaves of a model become where matrices become ``kind``; others stay as they are.
+
+    ``leaves`` are those of ``quantisable``. Where the others get 4 bits the output layer gets 8; a
+    table's rows are read and not multiplied, so that fp8 would gain it nothing over int8.
+    """
     # An output layer of 4 bits cost SmolLM2 8 % of perplexity, one of 8 bits nothing.
-    return "int8" if leaf == "lm_head.kernel" and kind == "int4" else kind
+    own: dict[str, WeightKind] = {
+        OUTPUT_LAYER: "int8" if kind == "int4" else kind,
+        TABLE: "int8" if kind == "fp8" else kind,
+    }
+    return {leaf: own.get(leaf, kind) for leaf in quantisable(leaves)}
+
+
+def axis_of(leaf: str) -> Literal[0, 1]:
+    """Along which axis numbers of a leaf share a scale: a kernel's inputs, a token's channels."""
+    return 1 if leaf == TABLE else 0
 
 
 def check_groups(shapes: Mapping[str, tuple[int, ...]], kind: WeightKind, group: int) -> None:
     """Raises ``ValueError`` naming a leaf (by dotted path) whose inputs ``group`` does not divide.
 
-    For callers to know before they read or round anything.
+    ``shapes`` are those of all leaves. For callers to know before they read or round anything.
     """
-    for leaf, shape in shapes.items():
-        if kind_of(leaf, kind) == "int4" and shape[0] % group:
+    for leaf, to in kinds_of(shapes, kind).items():
+        inputs = shapes[leaf][axis_of(leaf)]
+        if to == "int4" and inputs % group:
             raise ValueError(
-                f"{leaf} has {shape[0]} inputs, which weight_group={group} does not divide"
+                f"{leaf} has {inputs} inputs, which weight_group={group} does not divide"
             )
 
 
-def expect_kind(
-    leaf: str, weight: Weight, kind: WeightKind, group: int, *, where: str = ""
+def expect_kinds(
+    leaves: Mapping[str, Any], kind: WeightKind, group: int, *, where: str = ""
 ) -> None:
-    """Raises ``ValueError`` unless a leaf that is quantised already is what ``kind`` makes of it.
+    """Raises ``ValueError`` unless leaves that are quantised already are what ``kind`` makes.
 
-    ``where`` goes before the message.
+    ``leaves`` are all, by dotted path. ``where`` goes before the message.
     """
-    wanted = kind_of(leaf, kind)
-    codes, scale, zero = weight
-    (inputs, _), groups = codes.shape, scale.shape[0]
-    right = inputs / group if wanted == "int4" else 1
-    if (
-        wanted is None
-        or np.dtype(codes.dtype) != np.dtype(CODE_DTYPES[wanted])
-        or (groups, zero is not None) != (right, wanted == "int4")
-    ):
-        raise ValueError(
-            f"{where}{leaf} is quantised already, as {np.dtype(codes.dtype)} with "
-            f"{inputs // groups} inputs to a scale and {'no ' if zero is None else ''}zero points; "
-            f"weights={kind!r} in groups of {group} would round it again: keep it by weights=None, "
-            "or begin with floats"
-        )
+    for leaf, wanted in kinds_of(leaves, kind).items():
+        if not isinstance(leaves[leaf], Weight):
+            continue
+        (codes, scale, zero), axis = leaves[leaf], axis_of(leaf)
+        inputs, groups = codes.shape[axis], scale.shape[axis]
+        right = inputs / group if wanted == "int4" else 1
+        if np.dtype(codes.dtype) != np.dtype(CODE_DTYPES[wanted]) or (
+            (groups, zero is not None) != (right, wanted == "int4")
+        ):
+            raise ValueError(
+                f"{where}{leaf} is quantised already, as {np.dtype(codes.dtype)} with "
+                f"{inputs // groups} inputs to a scale and {'no ' if zero is None else ''}zero "
+                f"points; weights={kind!r} in groups of {group} would round it again: keep it by "
+                "weights=None, or begin with floats"
+            )
 
 
 def code_types(params: Params) -> str:
@@ -126,26 +145,30 @@ def code_types(params: Params) -> str:
 
 
 def quantise_params(params: Params, kind: WeightKind, *, group: int = 32) -> Params:
-    """The same tree with a ``Weight`` for each matrix that a token is multiplied with.
+    """The same tree with a ``Weight`` for each leaf of ``kinds_of``.
 
     Those that are of the kind already stay. ``group``: inputs that share a scale and a zero point
     in 4 bits. The tree given is left as it is; a matrix of it is freed as soon as its owner drops
     it. Raises ``ValueError`` for a group that does not divide a matrix's inputs, and for a matrix
     that is quantised in another way.
     """
+    leaves = {
+        ".".join(str(key.key) for key in path): value
+        for path, value in jax.tree.flatten_with_path(params, is_leaf=is_quantised)[0]
+    }
+    expect_kinds(leaves, kind, group)
+    check_groups({leaf: value.shape for leaf, value in leaves.items()}, kind, group)
+    kinds = kinds_of(leaves, kind)
+    del leaves  # or it would hold what its owner drops
 
     def visit(tree: Any, path: list[str]) -> Any:
         if isinstance(tree, dict):
             return {key: visit(value, [*path, str(key)]) for key, value in tree.items()}
         leaf = ".".join(path)
-        if isinstance(tree, Weight):
-            expect_kind(leaf, tree, kind, group)
-        to = kind_of(leaf, kind)
-        if to is None or isinstance(tree, Weight):
+        if leaf not in kinds or isinstance(tree, Weight):
             return tree
-        check_groups({leaf: tree.shape}, kind, group)
-        # Or all copies in flight would be held at once.
-        return jax.block_until_ready(quantize_weight(tree, kind=to, group=group))
+        weight = quantize_weight(tree, kind=kinds[leaf], group=group, axis=axis_of(leaf))
+        return jax.block_until_ready(weight)  # or all copies in flight would be held at once
 
     return visit(params, [])
 

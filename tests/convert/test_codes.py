@@ -53,7 +53,8 @@ def test_rounded_on_the_way_and_back(tmp_path, kind, tied):
     assert_same(convert.load(tmp_path / "orbax", weights="checkpoint")[1], params)
     # A dtype is that of what stays floats.
     _, wide = convert.load(tmp_path / "orbax", dtype="float32")
-    assert wide["embed_tokens"]["embedding"].dtype == jnp.float32
+    assert wide["norm"]["scale"].dtype == jnp.float32
+    assert is_weight(wide["embed_tokens"]["embedding"]) != tied
     assert_same(*(tree["layers"][0]["mlp"]["down_proj"] for tree in (wide, params)))
 
 
@@ -75,6 +76,10 @@ def test_two_codes_of_4_bits_take_a_byte(tmp_path, floats):
     assert stored[f"{leaf}.codes"].shape == (128, 128)  # of [256, 128]
     assert stored[f"{leaf}.scale"].shape == stored[f"{leaf}.zero"].shape == (8, 128)
     assert stored["lm_head.kernel.codes"].dtype == np.int8
+    table = "embed_tokens.embedding"
+    assert stored[f"{table}.codes"].dtype == np.uint8
+    assert stored[f"{table}.codes"].shape == (48, 64)  # of [48, 128], along the channels
+    assert stored[f"{table}.scale"].shape == stored[f"{table}.zero"].shape == (48, 4)
 
 
 @pytest.mark.parametrize("weights", [None, *WEIGHT_KINDS])
@@ -160,7 +165,7 @@ def rewrite(path: Path, edit) -> None:
     (path / "files.json").unlink()
 
 
-DOWN = "layers.0.mlp.down_proj.kernel"
+DOWN, TABLE = "layers.0.mlp.down_proj.kernel", "embed_tokens.embedding"
 
 
 @pytest.mark.parametrize(
@@ -191,6 +196,11 @@ DOWN = "layers.0.mlp.down_proj.kernel"
         (
             lambda x: x.update({f"{DOWN}.scale": jnp.full((8, 128), jnp.nan)}),
             rf"{DOWN}.scale holds values that are not finite",
+        ),
+        (
+            lambda x: x.update({f"{TABLE}.scale": jnp.ones((4, 128))}),
+            rf"{TABLE}.scale is float32 \(4, 128\), expected float32 for groups that divide 128 "
+            "inputs, times 48 rows",
         ),
         (
             lambda x: x.update({"layers.7.mlp.down_proj.kernel.codes": x[f"{DOWN}.codes"]}),

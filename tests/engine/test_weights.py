@@ -1,9 +1,11 @@
 """Engines with quantised weights: their answers are those of the numbers that the weights are."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from lserve_cases import CASES
@@ -11,7 +13,7 @@ from numpy.testing import assert_allclose
 from tiny_llm import random_prompts, tiny_config, tiny_params
 
 from lserve_jax import LLM, SamplingParams
-from lserve_jax.engine.scoring import score
+from lserve_jax.engine.scoring import score, score_rollouts
 from lserve_jax.functional import logits
 from lserve_jax.model.quantise import code_types, pack_params, quantise_params
 from pallas_kernels import api
@@ -106,23 +108,64 @@ def test_prompts_are_remembered() -> None:
     assert (cold.num_cached_tokens, warm.num_cached_tokens) == (0, 64)
 
 
-def test_what_they_take() -> None:
-    params = tiny_params(CONFIG)
-    plans = {
-        kind: LLM((CONFIG, params), weights=kind).memory_plan()["parameters"]
-        for kind in (None, *api.WEIGHT_KINDS)
-    }
-    matrices = sum(
-        leaf.size
-        for path, leaf in jax.tree.flatten_with_path(params)[0]
-        if "kernel" in jax.tree_util.keystr(path)
-    )
-    # On a CPU a tied model's output layer is a matrix of its own.
-    matrices += CONFIG.vocab_size * CONFIG.hidden_size * CONFIG.tie_word_embeddings
-    assert plans[None] - plans["int8"] < 3 * matrices  # scales
-    assert plans[None] - plans["int8"] > 2.8 * matrices
-    assert plans["fp8"] == plans["int8"]
-    assert plans["int8"] - plans["int4"] > 0.25 * matrices
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", [None, *api.WEIGHT_KINDS])
+def test_what_they_take(kind, tied) -> None:
+    """By the plan, by the shapes, and on the device."""
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
+    params = tiny_params(config)
+    llm = LLM((config, params), dtype="bfloat16", weights=kind)
+    sizes = {jax.tree_util.keystr(x): y.shape for x, y in jax.tree.flatten_with_path(params)[0]}
+    if tied:  # on a CPU its output layer is a matrix of its own
+        sizes["['lm_head']['kernel']"] = sizes["['embed_tokens']['embedding']"][::-1]
+    wanted = 0
+    for name, shape in sizes.items():
+        bits, scales = 16, 0  # of a number; bytes of scales and zero points
+        table = "embedding" in name and not tied
+        if kind is not None and ("kernel" in name or table):
+            bits = 4 if kind == "int4" and "lm_head" not in name else 8
+            inputs, outputs = shape[::-1] if table else shape
+            scales = 8 * outputs * (inputs // 32) if bits == 4 else 4 * outputs
+        wanted += math.prod(shape) * bits // 8 + scales
+    assert llm.memory_plan()["parameters"] == wanted
+    held = jax.tree.leaves(llm.engine.params)
+    assert sum(x.on_device_size_in_bytes() for x in held) == wanted
+
+
+@pytest.mark.parametrize("kind", api.WEIGHT_KINDS)
+def test_a_table_of_codes(kind) -> None:
+    """Only where an output layer stands beside it; its rows are of the engine's dtype."""
+    for tied in (False, True):
+        config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
+        params = quantise_params(tiny_params(config), kind)
+        engine = LLM((config, tiny_params(config)), dtype="bfloat16", weights=kind).engine
+        for tree in (params, engine.params):
+            table = tree["embed_tokens"]["embedding"]
+            assert isinstance(table, api.Weight) != tied
+            if isinstance(table, api.Weight):
+                assert table.codes.dtype == ("uint4" if kind == "int4" else "int8")
+                assert table.scale.shape == (config.vocab_size, 2 if kind == "int4" else 1)
+                with pytest.raises(ValueError, match=r"embedding is quantised and, with tie_word"):
+                    LLM((dataclasses.replace(config, tie_word_embeddings=True), params))
+        [scores] = score_rollouts(engine, [[3, 1, 4]], [[1, 5, 9]], keep_hidden=True)
+        assert scores.hidden is not None
+        assert scores.hidden.dtype == jnp.bfloat16
+
+
+def test_an_update_is_rounded_too() -> None:
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=False)
+    llm = LLM((config, tiny_params(config)), weights="int4")
+    llm.update_params(tiny_params(config, seed=1))
+    wanted = LLM((config, tiny_params(config, seed=1)), weights="int4").engine.params
+    jax.tree.map(np.testing.assert_array_equal, llm.engine.params, wanted)
+    # Codes are updated by codes.
+    codes = quantise_params(tiny_params(config), "int4")
+    llm = LLM((config, codes))
+    llm.update_params(quantise_params(tiny_params(config, seed=1), "int4"))
+    jax.tree.map(np.testing.assert_array_equal, llm.engine.params, wanted)
+    codes["embed_tokens"] = tiny_params(config)["embed_tokens"]
+    with pytest.raises(ValueError, match=r"\['embed_tokens'\]\['embedding'\].codes is missing"):
+        llm.update_params(codes)
 
 
 def test_refusals() -> None:

@@ -58,6 +58,7 @@ LISTS = {"retrieval_list": lists(B, KR, L), "streaming_list": lists(B, 1, L)}
 STATS = {"key_stats": f32(KR, N, LOGICAL, 2, D)}
 
 INT8_WEIGHT = Weight(Struct((64, 10), jnp.int8), f32(1, 10))
+TABLE = Weight(Struct((64, 10), jnp.int8), f32(64, 1))
 WHOLE_BLOCK = Weight(Struct((128, 64), jnp.int8), f32(1, 64))
 PACKED_BLOCK = PackedWeight(
     words=i32(1, 1, 32, 64),
@@ -213,6 +214,7 @@ ACCEPTED: dict[str, tuple[dict[str, Any], Any]] = {
     "quantize_weight": ({"kernel": f32(64, 10), "kind": "int8"}, INT8_WEIGHT),
     "pack_weight": ({"weight": WHOLE_BLOCK}, PACKED_BLOCK),
     "unpack_weight": ({"packed": PACKED_BLOCK}, WHOLE_BLOCK),
+    "look_up": ({"table": TABLE, "ids": i32(B, T), "dtype": "bfloat16"}, bf16(B, T, 10)),
     "dequantize_weight": ({"weight": INT8_WEIGHT}, f32(64, 10)),
     "dequantize_kv": (
         {"codes": Struct((B, H, D), jnp.int8), "scale": f32(B, H)},

@@ -71,6 +71,32 @@ def test_how_near_they_are() -> None:
     assert_allclose(again, grid, atol=2e-6)
 
 
+@pytest.mark.parametrize("kind", api.WEIGHT_KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_of_a_table(kind, dtype: str) -> None:
+    """Quantised as its transpose is, by columns; rows are what its definition says."""
+    table = jnp.asarray(matrix().T)  # [OUT, K]
+    quantised = api.quantize_weight(table, kind=kind, group=64, axis=1)
+    by_columns = api.quantize_weight(table.T, kind=kind, group=64)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.T), quantised, by_columns)
+    assert quantised.scale.shape == (OUT, 3 if kind == "int4" else 1)
+    ids = np.array([[7, 0, 7], [OUT - 1, 3, 1]])
+    got = jax.jit(api.look_up, static_argnums=2)(quantised, ids, dtype)
+    assert got.dtype == dtype
+    wanted = numbers(by_columns).T[ids]
+    assert_allclose(got, wanted, rtol=3e-7 if dtype == "float32" else 2**-8, atol=0)
+    assert_allclose(api.dequantize_weight(quantised), numbers(by_columns).T, rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_no_other_rows_become_numbers(kind) -> None:
+    """The program takes room for a few rows, not for a table."""
+    table = api.quantize_weight(jnp.ones((4096, 256)), kind=kind, axis=1)
+    look_up = jax.jit(lambda table, ids: api.look_up(table, ids, jnp.float32))
+    memory = look_up.lower(table, jnp.arange(8)).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= 8 * 256 * 4
+
+
 def test_fused_linear_takes_them() -> None:
     """Norm in front, gate, residual behind: as with the matrix that they stand for."""
     rng = np.random.default_rng(2)
@@ -106,3 +132,10 @@ def test_what_does_not_fit() -> None:
             api.quantize_weight(jnp.ones((inputs, 4)), kind="int4", group=group)
     with pytest.raises(ValueError, match="kind='int3' is unknown"):
         api.quantize_weight(jnp.ones((64, 4)), kind="int3")
+    with pytest.raises(ValueError, match=r"table.scale has shape \(6, 40\), expected \[192, any\]"):
+        api.look_up(weight, jnp.array([0]), jnp.float32)
+    table = api.quantize_weight(jnp.ones((128, 64)), kind="int8", axis=1)
+    with pytest.raises(ValueError, match=r"scale has shape \(128, 1\)"):
+        api.fused_linear(jnp.ones((1, 128)), table)
+    with pytest.raises(ValueError, match=r"cannot be packed: its scales, \(128, 1\), are .* rows"):
+        api.pack_weight(table)

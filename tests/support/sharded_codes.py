@@ -29,10 +29,13 @@ RAW = LLAMA | {
 }
 # Inputs are cut in these, outputs in the other matrices.
 BY_INPUTS = ("o_proj.kernel", "down_proj.kernel")
+TABLE = "embed_tokens.embedding"
 
 
 def tensor_parallel(leaf: str) -> NamedSharding:
     if leaf.endswith(BY_INPUTS):
+        return NamedSharding(MESH, Spec("model"))
+    if leaf == TABLE:  # by tokens, as ``convert.tensor_parallel`` has it
         return NamedSharding(MESH, Spec("model"))
     return NamedSharding(MESH, Spec(None, "model") if leaf.endswith("kernel") else Spec())
 
@@ -43,7 +46,8 @@ def fsdp(leaf: str) -> NamedSharding:
 
 
 def both(leaf: str) -> NamedSharding:
-    return NamedSharding(MESH, Spec("data", "model") if leaf.endswith("kernel") else Spec())
+    cut = leaf.endswith("kernel") or leaf == TABLE
+    return NamedSharding(MESH, Spec("data", "model") if cut else Spec())
 
 
 def check(params: dict, alone: dict, rule: Callable[[str], NamedSharding]) -> None:
@@ -56,18 +60,21 @@ def check(params: dict, alone: dict, rule: Callable[[str], NamedSharding]) -> No
         (layer["mlp"]["gate_up_proj"]["kernel"], "gate_up_proj.kernel"),
         (layer["mlp"]["down_proj"]["kernel"], "down_proj.kernel"),
         (params["lm_head"]["kernel"], "lm_head.kernel"),
+        (params["embed_tokens"]["embedding"], TABLE),
     ):
         assert isinstance(matrix, Weight)
-        by_inputs, by_outputs = (
+        shards = [
             size // shard
             for size, shard in zip(matrix.shape, rule(leaf).shard_shape(matrix.shape), strict=True)
-        )
+        ]
         for part in matrix:
             if part is None:
                 continue
-            rows, out = part.shape
             # One scale for all inputs is on every device.
-            cut = (rows if rows == 1 else rows // by_inputs, out // by_outputs)
+            cut = tuple(
+                size if size == 1 else size // count
+                for size, count in zip(part.shape, shards, strict=True)
+            )
             shapes = {shard.data.shape for shard in part.addressable_shards}
             assert shapes == {cut}, (leaf, part.shape, shapes)
             assert len(part.addressable_shards) == 4
