@@ -87,8 +87,10 @@ def load(
         make; None is the default device.
     weights: None: floats, except that codes of an Orbax checkpoint stay codes. "int8", "int4" or
         "fp8": matrices are rounded as they come (``api.quantize_weight``; the output layer to int8
-        beside "int4"), after an adapter is merged. "checkpoint": matrices of a quantised
-        checkpoint keep the codes that are stored, where the parts of a leaf are all quantised.
+        beside "int4"), after an adapter is merged; so are rows of an embedding table with an output
+        layer beside it (to int8 beside "fp8"). "checkpoint": matrices and such a table of a
+        quantised checkpoint keep the codes that are stored, where the parts of a leaf are all
+        quantised.
     weight_group: inputs that share a scale and a zero point in "int4": 32, 64 or 128.
     progress: progress bars on stderr.
 

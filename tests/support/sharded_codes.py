@@ -90,6 +90,7 @@ def main(directory: Path) -> None:
     # Groups of 64 are cut where heads of 32 move; four shards of 128 inputs need groups of 32.
     for kind, group, rule in (
         *((kind, 64, tensor_parallel) for kind in WEIGHT_KINDS),
+        ("int8", 64, both),
         ("int4", 64, both),
         ("int4", 32, fsdp),
     ):
@@ -117,6 +118,16 @@ def main(directory: Path) -> None:
             )
         else:
             raise AssertionError("a shard has a part of a group")
+    by_channels = NamedSharding(MESH, Spec(None, ("data", "model")))
+    try:
+        convert.load(
+            directory / "int4-both",
+            sharding=lambda leaf: by_channels if leaf == TABLE else NamedSharding(MESH, Spec()),
+        )
+    except ValueError as error:
+        assert f"{TABLE} is quantised in 2 groups of inputs, which 4 shards would cut" in str(error)
+    else:
+        raise AssertionError("a shard has a part of a group")
 
 
 if __name__ == "__main__":
