@@ -44,9 +44,8 @@ not fit, or less than 1K tokens beside them. One slot and no held prefixes (`max
 `memory_fraction={EngineOptions().memory_fraction}` is for keys and values, the rest for
 activations. What a model was trained for may be less than what fits.
 
-`weights="int4"` is in groups of {GROUP}, with the output layer in int8. An embedding table that is not
-the output layer too is in the same bits as the layers; that of the two smallest models is, and
-stays bfloat16.
+`weights="int4"` is in groups of {GROUP}, with the output layer in int8. The embedding table has the
+bits of the layers, but bfloat16 where it is the output layer too, as in the two smallest models.
 GPUs other than Hopper have no kernels here: they use XLA.
 """
 

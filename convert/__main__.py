@@ -31,7 +31,8 @@ class Arguments:
     # Directory of a PEFT LoRA adapter to merge.
     adapter: Path | None = None
     # Matrices, and an embedding table with an output layer beside it, as codes: rounded to int8,
-    # int4 or fp8, or "checkpoint" for those of a quantised checkpoint as they are. Without it they are floats; codes in Orbax format stay codes.
+    # int4 or fp8, or "checkpoint" for those of a quantised checkpoint as they are. Without it they
+    # are floats; codes in Orbax format stay codes.
     weights: WeightForm | None = None
     # Inputs that share a scale and a zero point in int4: 32, 64 or 128.
     weight_group: Annotated[int, tyro.conf.arg(name="group")] = 32
