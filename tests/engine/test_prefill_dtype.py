@@ -71,7 +71,13 @@ def test_prompts_in_8_bits_and_answers_in_floats(
             model = oracle()
             if weights is not None:
                 model.params = jax.tree.map_with_path(
-                    lambda path, x: codes(x, weights, axis=0) if "kernel" in str(path) else x,
+                    lambda path, x: (
+                        codes(x, weights, axis=0)
+                        if "kernel" in str(path)
+                        else codes(x, weights, axis=1)
+                        if "embedding" in str(path)
+                        else x
+                    ),
                     model.params,
                 )
             monkeypatch.setattr(oracle_model, "_linear", linear)
