@@ -386,10 +386,8 @@ def append_kv_chunk(
     def append_row(
         pools: tuple[KVPages, KVPages, Array | None], row: tuple[Array, ...]
     ) -> tuple[tuple[KVPages, KVPages, Array | None], None]:
-        (retrieval, streaming, key_stats), (k, v, page_table, streaming_page, start, length) = (
-            pools,
-            row,
-        )
+        retrieval, streaming, key_stats = pools
+        k, v, page_table, streaming_page, start, length = row
         position = start + jnp.arange(T)
         valid = jnp.arange(T) < length
         page = jnp.where(valid, page_table[jnp.minimum(position // P, page_table.shape[0] - 1)], -1)

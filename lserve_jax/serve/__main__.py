@@ -144,8 +144,8 @@ def _serve(args: ServeArgs, keys: tuple[str, ...], listener: socket.socket) -> N
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=args.shutdown_seconds,
     )
-    # What is there now stays. Python's collector would go through all of it now and then, some
-    # half a second in which no answer goes on.
+    # What is there now stays. Python's collector would go through all of it now and then, and no
+    # answer goes on meanwhile.
     gc.collect()
     gc.freeze()
     _Server(config).run(sockets=[listener])

@@ -112,7 +112,7 @@ def prefill_attention(
     pools = {"retrieval pages": retrieval, "streaming pages": streaming}
     refuse("prefill_attention", unsupported(q.shape[3], {"q": q, "k": k, "v": v}, pools))
     R, T, _, D = q.shape
-    if R > 1 and kv_kind(retrieval.k.dtype) is not None:
+    if R > 1 and any(kv_kind(pool.k.dtype) is not None for pool in pools.values()):
         # One after the other: room for the pages of one is needed, as numbers.
         how = {"sink": sink, "local": local, "config": config}
 
