@@ -180,6 +180,7 @@ def test_append_kv_chunk_of_several_prompts(kind: Any) -> None:
         table[row, : len(ids)] = ids
         ring_page[row] = table[row, np.minimum((start + np.arange(40)) // 16, 3)]
     k, v, start, length = (np.stack([args[i] for args in alone]) for i in (0, 1, 7, 8))
+    k, v = (x * np.array([1, 2, -1], x.dtype)[:, None, None, None] for x in (k, v))
     expected = pools = alone[0][2:5]
     for row in range(3):
         each = (x[row] for x in (table, ring_page, start, length))
