@@ -124,11 +124,13 @@ def test_a_thousand_requests_leave_nothing_behind():
                 await asyncio.gather(*(one(client, i) for i in range(first, first + count)))
 
         asyncio.run(many(0, 500))  # allocators and pools grow to their size
-        compiled = served.llm.engine.metrics().compilations
         resident = [_resident()]
         count = 150
         for first in range(500, 500 + 7 * count, count):
             asyncio.run(many(first, count))
             resident.append(_resident())
         assert statistics.median(np.diff(resident)) < count * 4096
-        assert served.llm.engine.metrics().compilations == compiled
+        # Prompts of one length: a chunk alone or with others, their inserts, and bursts. Which of
+        # them were needed by when depends on how requests met.
+        bursts = len(served.llm.engine.shape_buckets()["slots"])
+        assert served.llm.engine.metrics().compilations <= 2 + 2 + bursts
