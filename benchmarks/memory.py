@@ -21,13 +21,13 @@ from lserve_jax.engine.build import EngineOptions, room_for_pages
 from lserve_jax.engine.head_policy import head_policy
 from lserve_jax.engine.runner import device_bytes
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.params import abstract_params
+from lserve_jax.model.params import abstract_params, is_quantised
 from lserve_jax.model.quantise import quantise_params
-from pallas_kernels.api import Weight, WeightKind
+from pallas_kernels.api import Weight, WeightKind, cannot_pack
 
 # MiB, as nvidia-smi says it; of consumer cards and with error correction a little less or more.
-GPUS = {"12 GB": 12288, "16 GB": 16384, "24 GB": 24576, "48 GB": 46068}
-GPUS |= {"H100, 80 GB": 81559, "H200, 141 GB": 143771}
+OTHERS = {"12 GB": 12288, "16 GB": 16384, "24 GB": 24576, "48 GB": 46068}
+HOPPER = {"H100, 80 GB": 81559, "H200, 141 GB": 143771}
 XLA_SHARE = 0.95  # XLA_PYTHON_CLIENT_MEM_FRACTION
 WEIGHTS: tuple[WeightKind | None, ...] = (None, "int8", "int4")
 GROUP = 128
@@ -46,7 +46,9 @@ activations. What a model was trained for may be less than what fits.
 
 `weights="int4"` is in groups of {GROUP}, with the output layer in int8. The embedding table has the
 bits of the layers, but bfloat16 where it is the output layer too, as in the two smallest models.
-GPUs other than Hopper have no kernels here: they use XLA.
+GPUs other than Hopper have no kernels here: they use XLA. In the order of Hopper's kernels zero
+points take no room of their own, hence the second number of gigabytes; the last two columns have
+it.
 """
 
 
@@ -103,17 +105,20 @@ ATTENTION = (
 )
 
 
-def parameter_bytes(config: ModelConfig, kind: WeightKind | None) -> int:
-    """Of the parameters on a GPU; what is not quantised is bfloat16."""
+def parameter_bytes(config: ModelConfig, kind: WeightKind | None, *, packed: bool) -> int:
+    """Of the parameters; what is not quantised is bfloat16. ``packed``: as on a Hopper GPU."""
     params = abstract_params(config)
     if kind is not None:
         params = jax.eval_shape(lambda tree: quantise_params(tree, kind, group=GROUP), params)
     total = 0
-    for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Weight)):
-        parts = (
-            leaf if isinstance(leaf, Weight) else [jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)]
-        )
-        total += sum(device_bytes(part) for part in parts if part is not None)
+    for leaf in jax.tree.leaves(params, is_leaf=is_quantised):
+        if not isinstance(leaf, Weight):
+            parts = [jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)]
+        elif packed and cannot_pack(leaf) is None:  # rounded zero points lie in bytes of the scales
+            parts = [leaf.codes, leaf.scale]
+        else:
+            parts = [part for part in leaf if part is not None]
+        total += sum(device_bytes(part) for part in parts)
     return total
 
 
@@ -160,21 +165,23 @@ def _row(cells: Sequence[str]) -> str:
 def tables(directory: Path) -> str:
     """The document. ``directory`` is for what it needs on the way."""
     weights = {
-        (name, kind): parameter_bytes(config, kind)
+        (name, kind): [parameter_bytes(config, kind, packed=x) for x in (False, True)]
         for name, config in MODELS.items()
         for kind in WEIGHTS
     }
     lines = [INTRODUCTION]
     for attention in ATTENTION:
-        head = ["model", "weights", "GB", *GPUS]
+        head = ["model", "weights", "GB", *OTHERS, *HOPPER]
         lines += [f"## {attention.title}", "", _row(head), "|" + "---|" * len(head)]
         for name, config in MODELS.items():
             spec, sizes = plan(config, attention, directory / name)
             for kind in WEIGHTS:
-                held = weights[name, kind]
-                free = [int(XLA_SHARE * (mib << 20)) - held for mib in GPUS.values()]
+                plain, packed = weights[name, kind]
+                free = [int(XLA_SHARE * (mib << 20)) - plain for mib in OTHERS.values()]
+                free += [int(XLA_SHARE * (mib << 20)) - packed for mib in HOPPER.values()]
                 found = [_tokens(longest(spec, sizes, n)) for n in free]
-                lines.append(_row([name, kind or "bfloat16", f"{held / 1e9:.1f}", *found]))
+                held = " / ".join(sorted({f"{x / 1e9:.1f}" for x in (plain, packed)}, reverse=True))
+                lines.append(_row([name, kind or "bfloat16", held, *found]))
         lines.append("")
     return "\n".join(lines)
 

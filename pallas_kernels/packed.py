@@ -13,8 +13,9 @@ neighbours, and it takes its x as it lies in a row, 16 bytes at a time.
 A word holds 8 codes of 4 bits, of one product: code (e, b, h) at bit 16 e + 8 b + 4 h; or 4 codes
 of 8 bits, of half a product: code (h, e) at bit 16 h + 8 e. Behind its codes a block has for each
 of its groups of inputs a float32 scale of every row, and its zero points. Zero points that are
-integers below 256 take the low bytes of the scales, if these are zero (as in all scales that were
-float16 or bfloat16), and else words of their own.
+multiples of an eighth, and below 32, take the low bytes of the scales as eighths, if these are zero
+(as in all scales that were float16 or bfloat16, and those of ``quantize_weight``), and else words
+of their own.
 """
 
 import math
@@ -27,6 +28,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.types import PackedWeight, Weight
+from pallas_kernels.weights import ZERO_STEPS
 
 ROWS, INPUTS = 64, 128  # of a block
 BITS = {"int8": 8, "uint4": 4, "float8_e4m3fn": 8}
@@ -93,8 +95,9 @@ def pack_weight(weight: Weight, *, paired: bool = False, in_words: bool = False)
 @jax.jit
 def _fit_bytes(scale: Float[Array, "g out"], zero: Float[Array, "g out"]) -> Array:
     low = lax.bitcast_convert_type(scale, jnp.uint32) & 0xFF
-    whole = (zero == jnp.round(zero)) & (zero < 256) & ~jnp.signbit(zero)  # no -0.0
-    return jnp.all((low == 0) & whole)
+    steps = zero * ZERO_STEPS
+    fits = (steps == jnp.round(steps)) & (steps < 256) & ~jnp.signbit(steps)  # no -0.0
+    return jnp.all((low == 0) & fits)
 
 
 def _sizes(K: int, out: int, axes: str) -> list[int]:
@@ -137,7 +140,7 @@ def _pack(weight: Weight, *, zeros: Literal["none", "byte", "word"], paired: boo
     scale = block_rows(_bitcast(weight.scale, jnp.uint32))
     behind = [scale]
     if weight.zero is not None and zeros == "byte":
-        behind = [scale | block_rows(weight.zero.astype(jnp.uint32))]
+        behind = [scale | block_rows((weight.zero * ZERO_STEPS).astype(jnp.uint32))]
     elif weight.zero is not None:
         behind.append(block_rows(_bitcast(weight.zero, jnp.uint32)))
     words = _bitcast(jnp.concatenate([words, *behind], axis=2), jnp.int32)
@@ -185,7 +188,8 @@ def unpack_weight(packed: PackedWeight) -> Weight:
     scale, own = group_order(blocks[:, :, 4 * bits : first]), blocks[:, :, first:]
     zero = None
     if packed.zeros == "byte":
-        zero, scale = (scale & 0xFF).astype(jnp.float32), scale & jnp.uint32(0xFFFFFF00)
+        zero = (scale & 0xFF).astype(jnp.float32) / ZERO_STEPS
+        scale = scale & jnp.uint32(0xFFFFFF00)
     elif packed.zeros == "word":
         zero = _bitcast(group_order(own), jnp.float32)
     return Weight(codes, _bitcast(scale, jnp.float32), zero)

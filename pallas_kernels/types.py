@@ -83,7 +83,8 @@ class PackedWeight:
     channel_scale: Float[Array, "blocks 64"] | None  # float32, where a channel has one scale
     codes: str = field(metadata={"static": True})  # dtype: int8, uint4 or float8_e4m3fn
     groups: int = field(metadata={"static": True})  # scales along K, as the ``Weight`` had them
-    # Where the zero points are: nowhere, in the low byte of each scale, or in words of their own.
+    # Where the zero points are: nowhere, in eighths in the low byte of each scale, or in words of
+    # their own.
     zeros: Literal["none", "byte", "word"] = field(metadata={"static": True})
     # Whether the first half of the channels alternates with the second, eight by eight.
     paired: bool = field(metadata={"static": True})

@@ -21,6 +21,8 @@ WeightKind = Literal["int8", "int4", "fp8"]
 WEIGHT_KINDS: tuple[WeightKind, ...] = get_args(WeightKind)
 # Inputs that may share a scale and a zero point of 4 bits.
 WEIGHT_GROUPS = (32, 64, 128)
+# Zero points of 4 bits are multiples of an eighth, so that a byte holds one: see ``packed.py``.
+ZERO_STEPS = 8
 _FP8_MAX = 448.0
 # Rows up to which a product goes group by group: its parts are g times as large as its result.
 _FEW_ROWS = 32
@@ -69,14 +71,21 @@ def nearest_codes(x: Float[Array, "..."], dtype, *, axis: int) -> tuple[Array, A
 def _quantize_int4(w: Float[Array, "K out"], group: int, axis: Literal[0, 1]) -> Weight:
     grouped = w.reshape(*w.shape[:axis], -1, group, *w.shape[axis + 1 :])  # [g, n, out], [V, g, n]
     along = axis + 1
-    low, high = keep_nan(grouped.min(axis=along), grouped, axis=along), grouped.max(axis=along)
-    # A group of equal numbers would have scale 0; with any other they are its zero point.
-    scale = jnp.where(low == high, 1.0, (high - low) / 15.0)
+    low = jnp.minimum(keep_nan(grouped.min(axis=along), grouped, axis=along), 0.0)
+    high = jnp.maximum(grouped.max(axis=along), 0.0)
+    # A group of zeros would have scale 0; with any other its zero point represents them exactly.
+    scale = _without_low_byte(jnp.where(low == high, 1.0, (high - low) / 15.0))
     # No integer: of 16 codes half a step would be lost at either end.
-    zero = -low / scale
+    zero = jnp.round(jnp.abs(low) / scale * ZERO_STEPS) / ZERO_STEPS  # and never -0.0
     steps = grouped / jnp.expand_dims(scale, along) + jnp.expand_dims(zero, along)
     codes = jnp.clip(jnp.round(steps), 0.0, 15.0)
     return Weight(codes.reshape(w.shape).astype(jnp.uint4), scale, zero)
+
+
+def _without_low_byte(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The nearest float32 whose last 8 bits are 0: there a packed matrix has its zero point."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    return lax.bitcast_convert_type((bits + 0x80) & jnp.uint32(0xFFFFFF00), jnp.float32)
 
 
 def dequantize_weight(weight: Weight) -> Float[Array, "K out"]:

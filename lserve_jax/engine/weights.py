@@ -143,21 +143,9 @@ class Intake:
         """From the dicts that ``_prepare`` made, which nobody else holds."""
         # Before matrices are packed, which frees them.
         twins = {} if self.prefill_dtype is None else w8a8_twins(params, self.prefill_dtype)
-        params = self._packed(params)
+        if self.packed:
+            pack_params(params, self._in_words)
         return EngineParams(params, with_twins(params, twins))
-
-    def _packed(self, params: Params) -> Params:
-        """The dicts that ``_prepare`` made, with packed matrices in them."""
-        if not self.packed:
-            return params
-        if self.weights is not None:
-            # Rounded zero points fit into bytes by chance, such as those of a matrix of zeros.
-            self._in_words |= {
-                ".".join(str(key.key) for key in path)
-                for path, x in jax.tree.flatten_with_path(params, is_leaf=is_quantised)[0]
-            }
-        pack_params(params, self._in_words)
-        return params
 
 
 def _on_auto_axes(x: Any) -> Any:

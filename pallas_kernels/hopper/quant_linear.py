@@ -52,6 +52,7 @@ from pallas_kernels.hopper.quant_plan import Config, choose_config
 from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
 from pallas_kernels.packed import BITS, INPUTS, ROWS, group_size
 from pallas_kernels.types import PackedWeight
+from pallas_kernels.weights import ZERO_STEPS
 
 
 def _refuse_unsupported(
@@ -372,7 +373,7 @@ def _scale_and_zero(here, packed: PackedWeight, part: int, parts: int):
     word = plgpu.load(here.at[first + part], layout=PER_ROW)
     if packed.zeros == "byte":
         scale = lax.bitcast_convert_type(word & -256, jnp.float32)
-        return scale, (word & 0xFF).astype(jnp.float32)
+        return scale, (word & 0xFF).astype(jnp.float32) * (1 / ZERO_STEPS)
     scale = lax.bitcast_convert_type(word, jnp.float32)
     if packed.zeros == "none":
         return scale, None

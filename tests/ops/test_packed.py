@@ -37,17 +37,29 @@ def test_groups_of_several_blocks() -> None:
 
 def test_zero_points_that_no_byte_holds() -> None:
     """Or that are to have words of their own, so that all numbers are packed alike."""
-    weight = random_weight("int4, group 32, integer zeros", 128, 64)
+    weight = random_weight("int4, group 32, zeros in bytes", 128, 64)
     assert api.pack_weight(weight).zeros == "byte"
     assert api.pack_weight(weight, in_words=True).zeros == "word"
     assert weight.zero is not None
-    for other in (-0.0, -1.0, 0.5, 256.0, jnp.nan):
+    largest = weight._replace(zero=weight.zero.at[1, 7].set(31.875))
+    assert api.pack_weight(largest).zeros == "byte"
+    for other in (-0.0, -0.125, 0.0625, 32.0, jnp.nan):
         changed = weight._replace(zero=weight.zero.at[1, 7].set(other))
         packed = api.pack_weight(changed)
         assert packed.zeros == "word"
         for got, wanted in zip(api.unpack_weight(packed), changed, strict=True):
             as_bytes = (np.asarray(x).view(np.uint8) for x in (got, wanted))
             np.testing.assert_array_equal(*as_bytes)
+
+
+def test_rounded_ones_fit_into_bytes() -> None:
+    """Also of groups that have one sign, or a number once or everywhere."""
+    w = np.random.default_rng(0).standard_normal((192, 64, 64)).astype(np.float32)
+    w[0], w[1], w[2], w[3], w[4] = abs(w[0]), -abs(w[1]), 0, -0.3, 1e-30
+    w[5, 1:] = 0
+    for group in api.WEIGHT_GROUPS:
+        weight = api.quantize_weight(w.reshape(-1, 64), kind="int4", group=group)
+        assert api.pack_weight(weight).zeros == "byte"
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,16 @@ from jax import lax
 
 from pallas_kernels.types import Weight
 
-# Codes, inputs of a group (None: one scale a channel), and zero points: of what float format the
-# scales are, so that integer ones fit beside them ("byte") or not ("word").
+# Codes, inputs of a group (None: one scale a channel), and zero points: "byte" are multiples of an
+# eighth beside scales that were float16, "word" any.
 KINDS = {
     "int8": ("int8", None, None),
     "fp8": ("float8_e4m3fn", None, None),
     "int4, group 32": ("uint4", 32, "word"),
     "int4, group 64": ("uint4", 64, "word"),
     "int4, group 128": ("uint4", 128, "word"),
-    "int4, group 32, integer zeros": ("uint4", 32, "byte"),
-    "int4, group 128, integer zeros": ("uint4", 128, "byte"),
+    "int4, group 32, zeros in bytes": ("uint4", 32, "byte"),
+    "int4, group 128, zeros in bytes": ("uint4", 128, "byte"),
     "int8, group 32": ("int8", 32, None),  # as GGUF's Q8_0
     "fp8, blocks of 128": ("float8_e4m3fn", 128, None),
 }
@@ -36,7 +36,7 @@ def random_weight(kind: str, K: int, out: int, seed: int = 0) -> Weight:
     zero = None
     if codes == "uint4":
         values = jnp.asarray(rng.integers(0, 16, (K, out)), jnp.uint4)
-        zero = rng.integers(0, 17, shape) if zeros == "byte" else rng.uniform(-1, 16, shape)
+        zero = rng.integers(0, 137, shape) / 8 if zeros == "byte" else rng.uniform(-1, 16, shape)
         zero = jnp.asarray(zero, jnp.float32)
     elif codes == "int8":
         values = jnp.asarray(rng.integers(-128, 128, (K, out)), jnp.int8)
