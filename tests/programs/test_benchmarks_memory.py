@@ -8,7 +8,8 @@ import pytest
 from tiny_llm import tiny_config, tiny_params
 
 from lserve_jax import LLM
-from pallas_kernels.api import WEIGHT_KINDS
+from lserve_jax.engine import build
+from pallas_kernels.api import WEIGHT_KINDS, WeightKind
 
 ROOT = Path(__file__).parents[2]
 CONFIG = dataclasses.replace(
@@ -23,9 +24,15 @@ def test_the_document_is_what_the_program_writes(tmp_path: Path) -> None:
     assert (ROOT / "docs" / "memory.md").read_text() == memory.tables(tmp_path)
 
 
-@pytest.mark.parametrize("kind", [None, *WEIGHT_KINDS])
-def test_parameters_take_what_it_says(kind) -> None:
-    said = memory.parameter_bytes(CONFIG, kind)
+@pytest.mark.parametrize(
+    ("kind", "packed"), [*((kind, False) for kind in (None, *WEIGHT_KINDS)), ("int4", True)]
+)
+def test_parameters_take_what_it_says(
+    kind: WeightKind | None, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = memory.parameter_bytes(CONFIG, kind, packed=packed)
+    if packed:  # as for the kernels of a Hopper GPU; here it unpacks them again
+        monkeypatch.setattr(build, "resolve_backend", lambda _: "mosaic")
     llm = LLM(
         (CONFIG, tiny_params(CONFIG)),
         dtype="bfloat16",
