@@ -24,8 +24,8 @@ pytestmark = pytest.mark.usefixtures("all_slots")
 # As in test_lserve.py: float32 roundings against float64; a page more or less changes 1e-3.
 ORACLE = {"atol": 2e-5, "rtol": 0}
 
-CONFIG = tiny_config(layers=2, kv_heads=2, group=2)
-GATES = [[0.9, 0.1], [0.2, 0.7]]
+CONFIG = tiny_config(layers=1, kv_heads=2, group=2)
+GATES = [[0.9, 0.1]]
 CHUNK = {"prefill_chunk_size": 64}  # one shape of prompt to compile
 SIZES = {
     "page_size": 16,

@@ -12,7 +12,7 @@ from lserve_jax.engine.scoring import score
 
 pytestmark = pytest.mark.usefixtures("all_slots")
 
-CONFIG = tiny_config(layers=2, kv_heads=2)
+CONFIG = tiny_config(layers=1, kv_heads=2)
 BAD = 95  # the token whose embedding is not finite
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 DRAWN = SamplingParams(max_tokens=12, seed=3, top_k=5, ignore_eos=True)

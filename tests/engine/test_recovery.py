@@ -7,7 +7,7 @@ from tiny_llm import check_nothing_left, tiny_config, tiny_params
 import lserve_jax.engine.runner
 from lserve_jax import LLM, SamplingParams, SparsityConfig
 
-CONFIG = tiny_config(layers=2, kv_heads=2)
+CONFIG = tiny_config(layers=1, kv_heads=2)
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 PROMPTS = [{"prompt_token_ids": [1, 2, 3]}, {"prompt_token_ids": [4, 5]}]
 

@@ -26,9 +26,9 @@ from lserve_jax.engine.judging import _batches
 from lserve_jax.model.bound import bind
 from lserve_jax.model.params import Params
 
-CONFIG = tiny_config(layers=2, kv_heads=2, group=2, max_len=4096)
+CONFIG = tiny_config(layers=1, kv_heads=2, group=2, max_len=4096)
 PARAMS = tiny_params(CONFIG, seed=3)
-GATES = [[0.9, 0.1], [0.2, 0.7]]
+GATES = [[0.9, 0.1]]
 SIZES = {
     "page_size": 16,
     "token_budget": 64,

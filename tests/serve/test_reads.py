@@ -33,7 +33,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         streaming_fraction=0.25,
         **sizes(16, 16, 64, 4, (16, 32, 32, 64)),
     )
-    with serve(tiny_llm(attention="lserve", sparsity=sparsity)) as served:
+    with serve(tiny_llm(layers=2, attention="lserve", sparsity=sparsity)) as served:
         yield served
 
 

@@ -15,8 +15,8 @@ from tiny_llm import (
 from lserve_jax import LLM, SamplingParams
 
 P = 16
-CONFIG = tiny_config(layers=2, kv_heads=2, group=2, max_len=4608)
-GATES = [[0.2, 0.9], [0.8, 0.7]]
+CONFIG = tiny_config(layers=1, kv_heads=2, group=2, max_len=4608)
+GATES = [[0.2, 0.9]]
 SIZES = {
     "page_size": P,
     "token_budget": 96,

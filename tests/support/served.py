@@ -46,10 +46,11 @@ def byte_tokenizer(template: str = TEMPLATE) -> Tokenizer:
     )
 
 
-def tiny_llm(tokenizer: Tokenizer | None = None, **options: Any) -> LLM:
+def tiny_llm(tokenizer: Tokenizer | None = None, *, layers: int = 1, **options: Any) -> LLM:
     """Random weights over the vocabulary of ``byte_tokenizer``."""
     tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
-    config = tiny_config(layers=2, kv_heads=2, max_len=2048, vocab_size=tokenizer.vocab_size)
+    vocabulary = tokenizer.vocab_size
+    config = tiny_config(layers=layers, kv_heads=2, max_len=2048, vocab_size=vocabulary)
     options = {"max_num_seqs": 4, "max_model_len": 1024, "burst_steps": 4} | options
     return LLM((config, tiny_params(config)), tokenizer=tokenizer, **options)
 
