@@ -176,7 +176,7 @@ def test_with_nothing_remembered_a_released_prefix_is_gone(build: Build) -> None
 
 def test_a_held_prefix_takes_no_room_from_prompts_that_begin_with_it(build: Build) -> None:
     """Of thirteen pages it has eight; with their salt others cannot read it."""
-    llm = build("dense", kv_cache_bytes=13 * 64 * 2 * 2 * 2 * 16 * 4, max_model_len=1024)
+    llm = build("dense", kv_cache_bytes=13 * 64 * 2 * 2 * 16 * 4, max_model_len=1024)
     [document] = random_prompts(10, [8 * 64])
     llm.prefix(ids(document))
     prompt = PromptIds.check([*document, 1, 2, 3], CONFIG.vocab_size)
@@ -205,7 +205,7 @@ def test_prompts_of_another_salt_are_not_found(build: Build) -> None:
 
 def test_what_runs_gets_pages_before_what_is_remembered(build: Build) -> None:
     """Thirteen pages for prompts of five: each runs, and the oldest are forgotten."""
-    llm = build("dense", max_num_seqs=2, kv_cache_bytes=13 * 64 * 2 * 2 * 2 * 16 * 4)
+    llm = build("dense", max_num_seqs=2, kv_cache_bytes=13 * 64 * 2 * 2 * 16 * 4)
     assert llm.spec.num_pages == 13
     prompts = random_prompts(9, [300] * 6)
     cold = run(build("dense", enable_prefix_caching=False), prompts, 8)
@@ -222,7 +222,7 @@ def test_what_runs_gets_pages_before_what_is_remembered(build: Build) -> None:
 
 def test_what_a_preempted_request_finds_of_itself_does_not_count(build: Build) -> None:
     """Two of 300 and 150 tokens need sixteen pages of thirteen."""
-    llm = build("dense", max_num_seqs=2, kv_cache_bytes=13 * 64 * 2 * 2 * 2 * 16 * 4)
+    llm = build("dense", max_num_seqs=2, kv_cache_bytes=13 * 64 * 2 * 2 * 16 * 4)
     sampling = SamplingParams(temperature=0, max_tokens=150)
     outputs = llm.generate([ids(prompt) for prompt in random_prompts(11, [300, 300])], sampling)
     metrics = llm.engine.metrics()
@@ -233,7 +233,7 @@ def test_what_a_preempted_request_finds_of_itself_does_not_count(build: Build) -
 
 def test_what_a_prompt_finds_of_itself_does_not_count(build: Build) -> None:
     """It is preempted while its seven chunks are read, beside a request that grows."""
-    options = {"kv_cache_bytes": 10 * 64 * 2 * 2 * 2 * 16 * 4, "relay": "never"}
+    options = {"kv_cache_bytes": 10 * 64 * 2 * 2 * 16 * 4, "relay": "never"}
     engine = build("dense", max_num_seqs=2, burst_steps=64, **options).engine
     running, read = random_prompts(3, [60, 420])
     long = SamplingParams(temperature=0, max_tokens=320, ignore_eos=True)

@@ -157,7 +157,7 @@ def test_a_file_with_other_arrays_or_ids_is_broken(build: Build, tmp_path: Path)
 
 
 def test_prefixes_that_are_refused(build: Build) -> None:
-    llm = build(kv_cache_bytes=40_000)
+    llm = build(kv_cache_bytes=20_000)
     pages = llm.spec.num_pages
     with pytest.raises(ValueError, match="600 tokens, more than max_model_len=512"):
         llm.prefix({"prompt_token_ids": [1] * 600})
