@@ -47,7 +47,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     sparsity = SparsityConfig(
         pattern=gates, streaming_fraction=0.25, **sizes(16, 16, 64, 4, (16, 32, 32, 64))
     )
-    llm = tiny_llm(trapping_tokenizer(), attention="lserve", sparsity=sparsity)
+    llm = tiny_llm(trapping_tokenizer(), layers=2, attention="lserve", sparsity=sparsity)
     with serve(llm) as served:
         yield served
 
