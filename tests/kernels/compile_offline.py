@@ -333,9 +333,10 @@ LINEAR_CASES = {
 GATED_CASES = {"linear, gated": {"norm": True, "out": 28672, "gated": True}}
 
 
-def packed_weight(codes: str, K: int, out: int, group: int | None, paired: bool) -> PackedWeight:
-    """One whose zero points, if it has 4 bits, are no integers."""
-    array, zeros = jax.ShapeDtypeStruct, "word" if codes == "uint4" else "none"
+def packed_weight(
+    codes: str, K: int, out: int, group: int | None, paired: bool, zeros: str
+) -> PackedWeight:
+    array = jax.ShapeDtypeStruct
     behind = 0 if group is None else 128 // group * (2 if zeros == "word" else 1)
     return PackedWeight(
         words=array((out // 64, K // 128, 4 * BITS[codes] + behind, 64), jnp.int32),
@@ -347,25 +348,27 @@ def packed_weight(codes: str, K: int, out: int, group: int | None, paired: bool)
     )
 
 
-def packed_arguments(codes="int8", group=None, gated=False, **case):
+def packed_arguments(codes="int8", group=None, gated=False, zeros="none", **case):
     x, kernel, *around = linear_arguments(gated=gated, **case)
-    return x, packed_weight(codes, *kernel.shape, group, gated), *around
+    return x, packed_weight(codes, *kernel.shape, group, gated, zeros), *around
 
 
-INT4 = {"codes": "uint4", "group": 128}
+INT4 = {"codes": "uint4", "group": 128, "zeros": "byte"}
+GGUF = {"codes": "uint4", "group": 32, "zeros": "word"}
 PACKED_CASES = {
     "int8 linear, norm": {"norm": True, "out": 6144},
     "int8 linear, residual, 8 rows": {"residual": True, "K": 14336, "rows": 8},
     "fp8 linear, residual, 32 rows": {"codes": "float8_e4m3fn", "residual": True, "rows": 32},
     "int4 linear, norm": INT4 | {"norm": True, "out": 6144},
     "int4 linear, residual, 32 rows": INT4 | {"residual": True, "K": 14336, "rows": 32},
-    "int4 linear, SmolLM2, groups of 32": INT4 | {"group": 32, "K": 1536, "out": 576},
+    "int4 linear, SmolLM2 from GGUF": GGUF | {"K": 1536, "out": 576},
 }
 WIDE = {"norm": True, "out": 28672, "gated": True}
 GATED_PACKED_CASES = {
     "int8 linear, gated, 16 rows": WIDE | {"rows": 16},
     "int4 linear, gated": INT4 | WIDE,
     "int4 linear, gated, groups of 32, 16 rows": INT4 | WIDE | {"group": 32, "rows": 16},
+    "int4 linear, gated, from GGUF, 16 rows": GGUF | WIDE | {"rows": 16},
     "int4 linear, gated, groups of 64, 32 rows": INT4 | WIDE | {"group": 64, "rows": 32},
 }
 
