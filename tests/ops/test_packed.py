@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from packed_cases import KINDS, random_weight
+from packed_cases import KINDS, numbers, random_weight
 
 from pallas_kernels import api
 from pallas_kernels.packed import group_size
@@ -53,13 +53,18 @@ def test_zero_points_that_no_byte_holds() -> None:
 
 
 def test_rounded_ones_fit_into_bytes() -> None:
-    """Also of groups that have one sign, or a number once or everywhere."""
+    """Also of groups that have one sign, or a number once or everywhere; and they are near."""
     w = np.random.default_rng(0).standard_normal((192, 64, 64)).astype(np.float32)
-    w[0], w[1], w[2], w[3], w[4] = abs(w[0]), -abs(w[1]), 0, -0.3, 1e-30
-    w[5, 1:] = 0
+    w[:2], w[2:4], w[4:6], w[6:8], w[8:10] = abs(w[:2]) + 2, -abs(w[2:4]) - 2, 0, -0.3, 1e-30
+    w[10, 1:] = 0
     for group in api.WEIGHT_GROUPS:
         weight = api.quantize_weight(w.reshape(-1, 64), kind="int4", group=group)
         assert api.pack_weight(weight).zeros == "byte"
+        groups = w.reshape(-1, group, 64)
+        step = (groups.max(1).clip(min=0) - groups.min(1).clip(max=0)) / 15
+        error = np.abs(numbers(weight).reshape(groups.shape) - groups).max(1)
+        # Half a step, half of one of zero points, and scales have 24 bits.
+        assert (error <= step * (9 / 16 + 1e-3)).all()
 
 
 @pytest.mark.parametrize(
