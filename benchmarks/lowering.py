@@ -40,7 +40,7 @@ from training import CONFIG as SMOLLM2
 from lserve_jax.attention.attend import ChunkRows
 from lserve_jax.attention.cache import CacheSpec, init_layer_cache, make_spec
 from lserve_jax.attention.config import SparsityConfig
-from lserve_jax.engine.buckets import MOST_JOINED_TOKENS, MOST_ROWS, SMALLEST_CHUNK, buckets
+from lserve_jax.engine.buckets import SMALLEST_CHUNK, buckets, row_counts
 from lserve_jax.engine.head_policy import head_policy
 from lserve_jax.engine.sampling import SamplingMode
 from lserve_jax.engine.state import DecodeState, DecodeTables, Program, SlotStarts
@@ -166,8 +166,11 @@ def warmup_seconds(program: Program, chunk: int, dtype) -> list[dict[str, Any]]:
     """Of the programs that ``lserve_jax.engine.warmup`` names, a row a kind."""
     slots = program.spec.max_num_seqs
     chunks = [(size, 1) for size in buckets(SMALLEST_CHUNK, chunk)]
-    most = [min(MOST_ROWS, slots, min(chunk, MOST_JOINED_TOKENS) // size) for size, _ in chunks]
-    joined = [(size, rows) for (size, _), rows in zip(chunks, most, strict=True) if rows > 1]
+    parameters = sum(x.size for x in jax.tree.leaves(abstract_params(program.config)))
+    how = {"most_tokens": chunk, "parameters": parameters}
+    joined = [
+        (size, rows) for size, _ in chunks for rows in row_counts(size, slots, **how) if rows > 1
+    ]
     starts = sorted({1, *(rows for _, rows in joined)})
     kinds = {
         "chunks": [partial(traced_chunk, program, n, dtype, rows) for n, rows in chunks + joined],

@@ -6,8 +6,11 @@ Prompts are padded to such chunk lengths, decode runs on such numbers of slots.
 from lserve_jax.attention.cache import CacheSpec
 
 SMALLEST_CHUNK = 64  # tokens; shorter prompts are padded to this
-MOST_ROWS = 8  # prompts that are prefilled in one call
+FEW_ROWS, MANY_ROWS = 8, 32  # prompts that are prefilled in one call
 MOST_JOINED_TOKENS = 4096  # of those, padding included
+# Operations of products that take a GPU as long as launching a call and the host's work for it,
+# some 5 ms on an H200: from there on more prompts in a call save nothing.
+BUSY_OPERATIONS = 4e12
 
 
 def bucket(n: int, smallest: int, largest: int) -> int:
@@ -21,6 +24,28 @@ def buckets(smallest: int, largest: int) -> list[int]:
     while sizes[-1] < largest:
         sizes.append(min(2 * sizes[-1], largest))
     return sizes
+
+
+def row_counts(size: int, most: int, *, most_tokens: int, parameters: int | None) -> list[int]:
+    """Numbers of prompts of ``size`` padded tokens that a call can have, descending; the last is 1.
+
+    ``most`` bounds them, rounded down to a power of two, and ``most_tokens`` and
+    ``MOST_JOINED_TOKENS`` bound a call's tokens. ``MANY_ROWS`` are for models of so few
+    ``parameters`` that a call of ``FEW_ROWS`` leaves the GPU waiting; None: they are for none.
+
+    >>> row_counts(64, 128, most_tokens=8192, parameters=135_000_000)
+    [32, 8, 1]
+    >>> row_counts(64, 128, most_tokens=8192, parameters=8_000_000_000)
+    [8, 1]
+    >>> row_counts(1024, 128, most_tokens=8192, parameters=135_000_000)
+    [4, 1]
+    """
+    most = min(most, min(most_tokens, MOST_JOINED_TOKENS) // size)
+    most = 1 << max(most, 1).bit_length() - 1
+    counts = {1, min(FEW_ROWS, most)}
+    if parameters is not None and 2 * parameters * FEW_ROWS * size <= BUSY_OPERATIONS:
+        counts.add(min(MANY_ROWS, most))
+    return sorted(counts, reverse=True)
 
 
 def most_groups(spec: CacheSpec) -> int:

@@ -231,12 +231,13 @@ class Engine:
     def shape_buckets(self) -> dict[str, list[int]]:
         """All sizes that jitted functions run with.
 
-        A prompt chunk compiles once a size, and once more where several run in one call
-        ("joined_tokens"), a burst once for each combination of slots, relay groups, prefix pages
-        (with relay) and ``SamplingMode`` that occurs; ``prompt_logprobs`` are chunks of their own.
+        A prompt chunk compiles once a size, and once more for each number of prompts that run in
+        one call (their size as often in "joined_tokens"), a burst once for each combination of
+        slots, relay groups, prefix pages (with relay) and ``SamplingMode`` that occurs;
+        ``prompt_logprobs`` are chunks of their own.
         """
         chunks, relays = self.runner.chunk_buckets(), self.relay != "never"
-        joined = [size for size in chunks if self.runner.rows_for(size) > 1]
+        joined = [n for n in chunks for rows in self.runner.row_counts(n) if rows > 1]
         return shape_buckets(
             self.spec,
             chunks,

@@ -1,6 +1,6 @@
 """Which prompts are prefilled together: the calls of a step, as far as its budget goes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from lserve_jax.engine.request import Request
@@ -53,20 +53,26 @@ def _calls(
 ) -> Iterator[PrefillCall]:
     for (size, _), requests in groups.items():
         begin = 0
-        for rows in rows_of_calls(len(requests), runner.rows_for(size), size):
+        for rows in rows_of_calls(len(requests), runner.row_counts(size), size):
             yield PrefillCall(requests[begin : begin + rows], rows, size)
             begin += rows
 
 
-def rows_of_calls(prompts: int, rows: int, size: int) -> list[int]:
-    """Rows of each call that prefills some of so many prompts, with calls of ``rows`` rows or one.
+def rows_of_calls(prompts: int, counts: Sequence[int], size: int) -> list[int]:
+    """Rows of each call that prefills some of so many prompts, with calls of any of ``counts``.
 
-    Rows without a prompt are computed too. So there are never as many as those with one, and none
-    where ``rows`` of ``size`` tokens are more than ``LEAST_BUSY``.
+    Those are ``row_counts`` of ``size`` tokens. Rows without a prompt are computed too. So there
+    are never as many as those with one, and none where a call has more tokens than ``LEAST_BUSY``.
 
-    >>> rows_of_calls(19, 8, 64), rows_of_calls(15, 8, 64), rows_of_calls(15, 8, 512)
-    ([8, 8, 1, 1, 1], [8, 8], [8, 1, 1, 1, 1, 1, 1, 1])
+    >>> rows_of_calls(19, [8, 1], 64), rows_of_calls(15, [8, 1], 64), rows_of_calls(10, [8, 1], 512)
+    ([8, 8, 1, 1, 1], [8, 8], [8, 1, 1])
+    >>> rows_of_calls(47, [32, 8, 1], 64)
+    [32, 8, 8]
     """
-    full, rest = divmod(prompts, rows)
-    filled_up = 2 * rest > rows and rows * size <= LEAST_BUSY
-    return [rows] * full + ([rows] if filled_up else [1] * rest)
+    calls: list[int] = []
+    for rows in counts:
+        full, prompts = divmod(prompts, rows)
+        calls += [rows] * full
+        if 2 * prompts > rows and rows * size <= LEAST_BUSY:
+            return [*calls, rows]
+    return calls

@@ -17,13 +17,7 @@ from jaxtyping import Array, UInt32
 
 from lserve_jax.attention.attend import ChunkRows, PrefixGroups
 from lserve_jax.attention.cache import CacheSpec, LayerCache, cache_bytes, init_layer_cache
-from lserve_jax.engine.buckets import (
-    MOST_JOINED_TOKENS,
-    MOST_ROWS,
-    SMALLEST_CHUNK,
-    bucket,
-    buckets,
-)
+from lserve_jax.engine.buckets import SMALLEST_CHUNK, bucket, buckets, row_counts
 from lserve_jax.engine.forced_steps import score_steps
 from lserve_jax.engine.inputs import BurstInputs, Chunk, Start
 from lserve_jax.engine.programs import Call, Programs
@@ -54,7 +48,7 @@ from lserve_jax.engine.steps import (
 from lserve_jax.engine.token_rules import TokenRules
 from lserve_jax.engine.weights import EngineParams
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.params import Params, is_quantised
+from lserve_jax.model.params import Params, abstract_params, is_quantised
 from lserve_jax.model.quantise import unpack_params
 from pallas_kernels.api import MOST_SELECTED_PAGES, Backend, W8A8Kind, resolve_backend
 
@@ -91,11 +85,12 @@ class ModelRunner:
                 "select; lower the one or raise the other"
             )
         self.config, self.spec = config, spec
-        self.params, self.prefill_params = params
+        self._set_params(params)
         self.dtype, self.backend, self.chunk_size = dtype, backend, chunk_size
         self.prefill_dtype = prefill_dtype
         arrays = {id(x): device_bytes(x) for x in jax.tree.leaves(params)}  # each of them once
         self.parameter_bytes = sum(arrays.values())
+        self.num_parameters = sum(x.size for x in jax.tree.leaves(abstract_params(config)))
         self.programs = Programs(None) if programs is None else programs
         self.programs.sharded = len(_devices(self.params)) > 1
         self.prompt_tokens = 0  # prefilled so far, padding left out
@@ -127,8 +122,13 @@ class ModelRunner:
 
         The old ones go first: there may be no room for both. If ``make`` fails there are none.
         """
-        self.params, self.prefill_params = {}, {}
-        self.params, self.prefill_params = make()
+        self._set_params(EngineParams({}, {}))
+        self._set_params(make())
+
+    def _set_params(self, params: EngineParams) -> None:
+        self.params, self.prefill_params = params
+        # Looked at for every request, and there are hundreds.
+        self._params_leaves = jax.tree.leaves(params)
 
     def check_params(self) -> None:
         """Raises ``ValueError`` where an update failed, or somebody else donated what it shares."""
@@ -136,7 +136,7 @@ class ModelRunner:
             raise ValueError(
                 "the engine has no params since an update of them failed: update again"
             )
-        if any(leaf.is_deleted() for leaf in jax.tree.leaves((self.params, self.prefill_params))):
+        if any(leaf.is_deleted() for leaf in self._params_leaves):
             raise ValueError(
                 "the engine's params were donated to another computation or deleted: give it those "
                 "that followed (update_params)"
@@ -155,11 +155,12 @@ class ModelRunner:
         """All lengths that ``padded`` can return."""
         return buckets(SMALLEST_CHUNK, self.chunk_size)
 
-    def rows_for(self, size: int) -> int:
-        """Most prompts of that padded length in one call: a power of two, 1 where only one can."""
-        tokens = min(self.chunk_size, MOST_JOINED_TOKENS)
-        most = min(MOST_ROWS, self.spec.max_num_seqs, tokens // size)
-        return 1 << max(most, 1).bit_length() - 1
+    def row_counts(self, size: int) -> list[int]:
+        """How many prompts of that padded length a call can have, descending; the last is 1."""
+        # The plain ops take one row after the other, so more rows would save them little.
+        parameters = self.num_parameters if self.backend == "mosaic" else None
+        most = self.spec.max_num_seqs
+        return row_counts(size, most, most_tokens=self.chunk_size, parameters=parameters)
 
     def wait(self) -> None:
         """Returns when the device is idle. Raises ``RuntimeError`` if a computation failed."""
@@ -177,7 +178,7 @@ class ModelRunner:
     ) -> tuple[jax.Array, Sample | None, jax.Array | None]:
         """Runs chunks of one padded length; returns the logits (float32) after their last tokens.
 
-        The call has ``rows`` rows, 1 or ``rows_for`` that length, and so have the logits [R, V];
+        The call has ``rows`` rows, one of ``row_counts``, and so have the logits [R, V];
         those behind the chunks mean nothing. Beside them what the model thought of a single chunk's
         ``following``, padded as the chunk is, and of block-sparse chunks the blocks that were
         attended, summed over layers and retrieval heads.

@@ -4,6 +4,7 @@ The float64 oracle is the standard for numbers; caches hold NaN first. A call ha
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from oracle_model import Oracle
 from tiny_llm import VOCAB, check_nothing_left, expected, poison, random_prompts, tiny_params
 
 from lserve_jax import LLM, RequestOutput, SamplingParams, SparsityConfig
+from lserve_jax.engine.buckets import row_counts
 from lserve_jax.engine.inputs import Chunk
 from lserve_jax.engine.prefill_calls import rows_of_calls
 from lserve_jax.engine.runner import ModelRunner
@@ -245,19 +247,61 @@ def test_who_is_admitted_leaves_pages_for_the_others(small: Calls) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "rows", "size", "calls"),
+    ("prompts", "counts", "size", "calls"),
     [
-        (1, 8, 64, [1]),
-        (4, 8, 64, [1] * 4),
-        (5, 8, 128, [8]),
-        (7, 8, 256, [1] * 7),
-        (8, 8, 256, [8]),
-        (21, 8, 64, [8, 8, 8]),
-        (20, 8, 64, [8, 8, 1, 1, 1, 1]),
-        (3, 2, 64, [2, 1]),
-        (3, 1, 64, [1, 1, 1]),
+        (1, [8, 1], 64, [1]),
+        (4, [8, 1], 64, [1] * 4),
+        (5, [8, 1], 128, [8]),
+        (7, [8, 1], 256, [1] * 7),
+        (8, [8, 1], 256, [8]),
+        (21, [8, 1], 64, [8, 8, 8]),
+        (20, [8, 1], 64, [8, 8, 1, 1, 1, 1]),
+        (3, [2, 1], 64, [2, 1]),
+        (3, [1], 64, [1, 1, 1]),
+        (31, [32, 8, 1], 64, [8, 8, 8, 8]),
+        (31, [32, 8, 1], 32, [32]),
+        (75, [32, 8, 1], 128, [32, 32, 8, 1, 1, 1]),
     ],
 )
-def test_rows_of_calls(prompts: int, rows: int, size: int, calls: list[int]) -> None:
+def test_rows_of_calls(prompts: int, counts: list[int], size: int, calls: list[int]) -> None:
     """Rows without a prompt are fewer than those with one, and in small calls only."""
-    assert rows_of_calls(prompts, rows, size) == calls
+    assert rows_of_calls(prompts, counts, size) == calls
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "tokens", "parameters", "counts"),
+    [
+        (64, 256, 8192, 135_000_000, [32, 8, 1]),
+        (128, 256, 8192, 135_000_000, [32, 8, 1]),
+        (256, 256, 8192, 135_000_000, [16, 8, 1]),  # 4,096 tokens are the most
+        (512, 256, 8192, 135_000_000, [8, 1]),
+        (128, 24, 8192, 135_000_000, [16, 8, 1]),
+        (128, 5, 8192, 135_000_000, [4, 1]),
+        (128, 256, 512, 135_000_000, [4, 1]),
+        (128, 256, 8192, 1_900_000_000, [32, 8, 1]),
+        (128, 256, 8192, 2_000_000_000, [8, 1]),  # 4.1e12 operations of eight prompts
+        (64, 256, 8192, None, [8, 1]),
+        (64, 1, 8192, 135_000_000, [1]),
+        (8192, 256, 8192, 135_000_000, [1]),
+    ],
+)
+def test_row_counts(
+    size: int, most: int, tokens: int, parameters: int | None, counts: list[int]
+) -> None:
+    """More than eight only where those leave a GPU waiting."""
+    assert row_counts(size, most, most_tokens=tokens, parameters=parameters) == counts
+
+
+def test_many_prompts_in_a_call(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose kernels take all rows at once; numbers are those of the model."""
+    counts = partial(row_counts, parameters=135_000_000)
+    monkeypatch.setattr(
+        ModelRunner, "row_counts", lambda self, size: counts(size, 40, most_tokens=4096)
+    )
+    calls = build("lserve", pattern, max_num_seqs=40, prefill_chunk_size=4096)
+    prompts = random_prompts(8, [1 + n for n in range(41)])
+    outputs = run(calls.llm, prompts, greedy(2))
+    assert [rows for rows, _ in calls.take()] == [32, 8, 1]
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert_allclose(logprobs(output), expected(oracle(), prompt, tokens_of(output)), **ORACLE)
+    check_nothing_left(calls.llm.engine)
