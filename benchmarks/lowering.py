@@ -114,6 +114,7 @@ def traced_chunk(program: Program, tokens: int, dtype, rows: int = 1) -> jax.sta
             start=array(rows),
             length=array(rows),
             prompt_length=array(rows),
+            whole_from=array(rows),
         ),
         None,
         top=0,

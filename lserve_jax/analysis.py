@@ -28,7 +28,7 @@ import tyro
 from jaxtyping import Array, Float
 from tyro.conf import OmitArgPrefixes, SuppressFixed, arg
 
-from lserve_jax.attention.attend import chosen_by
+from lserve_jax.attention.attend import WHOLE_TAIL, chosen_by
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.attention.config import SparsityConfig
 from lserve_jax.attention.selection import choose_pages, first_tail_page
@@ -327,6 +327,8 @@ def _prefill_recall(
             jnp.int32(0),
             length,
             **chosen_by(spec),
+            whole_from=length - WHOLE_TAIL,
+            dense_heads=spec.heads.num_dense[layer],
             backend="reference",
         )
 

@@ -45,6 +45,8 @@ def choose_blocks(
     *,
     threshold: float | None = None,
     density: float | None = None,
+    whole_from: Int[Array, ""] | None = None,
+    dense_heads: int = 0,
     most_heads: int | None = None,
     backend: Backend = "auto",
 ) -> BlockList:
@@ -53,15 +55,17 @@ def choose_blocks(
     Each tile of 128 queries lists the fewest blocks, the best first, whose estimated share of its
     attention reaches ``threshold``; 1 lists all that it sees. Or, of all that it sees, the share
     ``density``, rounded up. The first block, the tile's own and the one before it (of a history
-    that ends within a block the two before it) are always among them. q and k are rotated; ``q``
-    has G query heads for each of the pool's KV heads, which share a list. ``most_heads``, None: Kr,
-    is the most retrieval heads of any layer: layers with the same share a kernel.
+    that ends within a block the two before it) are always among them. Tiles with a query at
+    position ``whole_from`` or behind it list all that they see (None: there are none), and so does
+    every tile of the pool's last ``dense_heads`` heads. q and k are rotated; ``q`` has G query
+    heads for each of the pool's KV heads, which share a list. ``most_heads``, None: Kr, is the most
+    retrieval heads of any layer: layers with the same share a kernel.
 
     No kernel finds lists of more than 4096 blocks (524,288 tokens, where all may be listed): those
     XLA does.
 
     Raises ``ValueError`` for pages whose tokens do not divide 128, and unless one of ``threshold``
-    and ``density`` is given, in (0, 1].
+    and ``density`` is given, in (0, 1]; and for more dense heads than there are.
 
     >>> import jax.numpy as jnp
     >>> pool = KVPages(jnp.ones((1, 4, 64, 8)), jnp.ones((1, 4, 64, 8)))
@@ -80,6 +84,10 @@ def choose_blocks(
     expect_groups(H, K)
     expect_table("page_table", page_table)
     expect_int32((), start=start, length=length)
+    if whole_from is not None:
+        expect_int32((), whole_from=whole_from)
+    if not 0 <= dense_heads <= K:
+        raise ValueError(f"{dense_heads=} must lie in [0, {K}], the heads of pages")
     if BLOCK_KEYS % page_size:
         raise ValueError(f"pages of {page_size} tokens must divide blocks of {BLOCK_KEYS}")
     if (threshold is None) == (density is None):
@@ -92,8 +100,8 @@ def choose_blocks(
     expect_most_heads(most_heads, K)
     args = q, k, pages, page_table, start, length
     shares = attention_shares(*args, most_heads=most_heads, backend=backend)
-    how = {"threshold": threshold, "density": density}
-    return _choose(shares, start, length, **how, most_heads=most_heads, backend=backend)
+    how = {"threshold": threshold, "density": density, "dense_heads": dense_heads}
+    return _choose(shares, start, length, whole_from, **how, most_heads=most_heads, backend=backend)
 
 
 @partial(jax.jit, static_argnames=("most_heads", "backend"))
@@ -133,19 +141,21 @@ def attention_shares(
     return shares / jnp.maximum(shares.sum(axis=-1, keepdims=True), 1.0)  # a query's sum is 1
 
 
-@partial(jax.jit, static_argnames=("threshold", "density", "most_heads", "backend"))
+@partial(jax.jit, static_argnames=("threshold", "density", "dense_heads", "most_heads", "backend"))
 def _choose(
     shares: Float[Array, "K tiles N"],
     start: Int[Array, ""],
     length: Int[Array, ""],
+    whole_from: Int[Array, ""] | None,
     *,
     threshold: float | None,
     density: float | None,
+    dense_heads: int,
     most_heads: int | None,
     backend: Backend,
 ) -> BlockList:
     """From the shares of ``attention_shares`` to lists."""
-    _, tiles, N = shares.shape
+    K, tiles, N = shares.shape
     history = (start + BLOCK_KEYS - 1) // BLOCK_KEYS
     # The chunk's blocks right behind those that the history has, so that places are numbers.
     shares = lax.dynamic_update_slice(shares, shares[..., N - tiles :], (0, 0, history))
@@ -154,12 +164,18 @@ def _choose(
     visible = (number <= own) & (tile * TILE_QUERIES < length)
     cut_short = (tile == 0) & (start % BLOCK_KEYS > 0)  # the history's last block
     oldest = own - jnp.where(cut_short, 2, 1)
-    always = visible & ((number == 0) | (number >= oldest))
-    there, least = visible.sum(axis=-1), always.sum(axis=-1)  # [1, tiles]
+    always = (number == 0) | (number >= oldest)
+    if whole_from is not None:
+        always |= start + (tile + 1) * TILE_QUERIES > whole_from
+    if dense_heads:
+        always |= jnp.arange(K)[:, None, None] >= K - dense_heads
+    always = jnp.broadcast_to(always & visible, shares.shape)
+    there, least = visible.sum(axis=-1), always.sum(axis=-1)  # [1, tiles], [K, tiles]
     most = N
     if density is not None:
         wanted = jnp.ceil(density * there.astype(jnp.float32) - 1e-4).astype(jnp.int32)
-        most = min(N, math.ceil(density * N) + MOST_ALWAYS)
+        if whole_from is None and not dense_heads:
+            most = min(N, math.ceil(density * N) + MOST_ALWAYS)
     elif threshold is not None and threshold < 1:
         others = jnp.sort(jnp.where(visible & ~always, shares, 0.0), descending=True)
         before = jnp.where(always, shares, 0.0).sum(axis=-1, keepdims=True)

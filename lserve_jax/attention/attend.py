@@ -77,6 +77,7 @@ class ChunkRows:
     start: Int[Array, " R"]  # position of the chunk's first token
     length: Int[Array, " R"]  # tokens of the chunk, padding left out; 0: there is no prompt
     prompt_length: Int[Array, " R"]  # tokens of the whole prompt
+    whole_from: Int[Array, " R"]  # from this position on block-sparse tiles attend everything
 
 
 def alike_layers(config: ModelConfig, spec: CacheSpec) -> list[int]:
@@ -91,6 +92,11 @@ def alike_layers(config: ModelConfig, spec: CacheSpec) -> list[int]:
     return [kinds.index(kind) for kind in kinds]
 
 
+# Tokens at the end of a prompt that is read block-sparsely, whose queries attend everything: they
+# hold what is asked, and a tile's few queries that choose blocks may not be those that ask.
+WHOLE_TAIL = api.TILE_QUERIES
+
+
 def prefill_attend(
     config: ModelConfig,
     spec: CacheSpec,
@@ -103,9 +109,9 @@ def prefill_attend(
     """One chunk of each of R prompts: positions ``start`` to ``start + length - 1``.
 
     Retrieval heads attend causally, if ``block_sparse`` only the blocks of keys that each tile of
-    queries chooses; streaming heads attend through the lambda mask of the prefill window. The
-    chunk's K and V are written after they were attended, unquantised, by the chunk itself; later
-    chunks and decode read them back from the cache.
+    queries chooses, but for dense heads and from ``whole_from`` on; streaming heads attend through
+    the lambda mask of the prefill window. The chunk's K and V are written after they were attended,
+    unquantised, by the chunk itself; later chunks and decode read them back from the cache.
 
     ``window_table`` has the window's pages, -1 for pages of the prompt that are not kept. Since all
     windows are read first, a page that a chunk moves out of sight may be one that is written.
@@ -141,6 +147,8 @@ def prefill_attend(
                     rows.start[row],
                     rows.length[row],
                     **chosen_by(spec),
+                    whole_from=rows.whole_from[row],
+                    dense_heads=spec.heads.num_dense[layer],
                     most_heads=max(spec.heads.num_retrieval),
                     backend=backend,
                 )

@@ -61,6 +61,7 @@ class SparsityConfig:
     reuse_interval: int = 4
     # What retrieval heads attend while a prompt is read: everything, or blocks of 128 keys that
     # each 128 queries choose by the attention of two of them, the first and the newest always.
+    # Heads that read everything in decode, and a prompt's last 128 tokens, attend everything.
     prefill: Prefill = "causal"
     # Blocks are the fewest that hold this share of the attention, as estimated; 1: all of them.
     prefill_threshold: float = 0.9

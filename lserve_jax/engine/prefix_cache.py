@@ -30,7 +30,14 @@ import numpy as np
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.engine.host_tier import HostPage, HostTier
 from lserve_jax.engine.pages import PagePool
-from lserve_jax.engine.prefix_tree import Node, Pin, PrefixTree, root_digest
+from lserve_jax.engine.prefix_tree import (
+    Node,
+    Pin,
+    PrefixTree,
+    findable,
+    root_digest,
+    unlike_longer,
+)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -40,11 +47,17 @@ class PromptPages:
     prompt: np.ndarray  # [prompt length] int32
     cache_salt: str | None = None  # prompts of one salt share
     block_sparse: bool = False  # how it is read; prompts of one kind share
+    goes_on: bool = False  # it is only the beginning of prompts
     pages: list[int] = field(default_factory=list)  # in order, those of ``node`` first
     node: Node | None = None  # the last page of it that is in the tree, locked
     window: dict[int, int] = field(default_factory=dict)  # window page of pages of the prompt
     shared_tokens: int = 0  # of the prompt, that were there when it began
     prefilled: int = 0  # prompt tokens that are in the cache
+
+    @property
+    def reusable(self) -> int:
+        """First tokens that are read as in longer prompts that begin with them."""
+        return len(self.prompt) - (0 if self.goes_on else unlike_longer(self.block_sparse))
 
 
 class Match(NamedTuple):
@@ -158,7 +171,7 @@ class PrefixCache:
         tokens, kind = prompt.prompt, (prompt.cache_salt, prompt.block_sparse)
         if self.host is None:
             return Match(self.tree.match(tokens, *kind), [])
-        tokens, P = tokens[:-1], self.spec.page_size
+        tokens, P = findable(tokens, prompt.block_sparse), self.spec.page_size
         path = self.tree.walk(tokens, *kind)
         rest = tokens[len(path) * P : len(tokens) // P * P].astype(np.int32, copy=False)
         keys = [page.tobytes() for page in rest.reshape(-1, P)]
@@ -182,11 +195,12 @@ class PrefixCache:
         prefill, is through."""
         pages = match.depth + len(match.behind) + self.tree.grain_of(prompt.block_sparse)
         end = pages * self.spec.page_size
-        if not self.enabled or end > len(prompt.prompt) - 1:
+        if not self.enabled or end > len(findable(prompt.prompt, prompt.block_sparse)):
             return False
         kind, begins = (prompt.cache_salt, prompt.block_sparse), prompt.prompt[:end]
         return any(
             kind == (other.cache_salt, other.block_sparse)
+            and end <= other.reusable
             and np.array_equal(begins, other.prompt[:end])
             for other in others
         )
@@ -269,7 +283,7 @@ class PrefixCache:
         """The next ``tokens`` of a prompt are computed; with ``remember`` they enter the tree."""
         prompt.prefilled += tokens
         begin = 0 if prompt.node is None else prompt.node.depth
-        end = self.whole_pages(prompt.prefilled, prompt.block_sparse)
+        end = self.whole_pages(min(prompt.prefilled, prompt.reusable), prompt.block_sparse)
         if not remember or end <= begin:
             return
         P = self.spec.page_size

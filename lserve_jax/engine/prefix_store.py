@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lserve_jax.attention.attend import chosen_by
+from lserve_jax.attention.attend import WHOLE_TAIL, chosen_by
 from lserve_jax.engine.prefix import Prefix, read_prefix
 from lserve_jax.engine.prefix_cache import Match, PromptPages
+from lserve_jax.engine.prefix_tree import unlike_longer
 from lserve_jax.engine.request import PromptIds
 from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.engine.scheduler import Scheduler
@@ -101,7 +102,8 @@ class PrefixStore:
             chosen = ", ".join(f"{name} {value}" for name, value in chosen_by(spec).items())
             sizes.append(
                 f"block-sparse from {spec.sparsity.prefill_min_tokens} tokens on in chunks of "
-                f"{self.runner.chunk_size}, {chosen}"
+                f"{self.runner.chunk_size}, {chosen}, {sum(spec.heads.num_dense)} heads and the "
+                f"last {WHOLE_TAIL} tokens whole"
             )
         codes = code_types(self.runner.params)
         if self.runner.prefill_dtype is not None:
@@ -154,7 +156,7 @@ class PrefixStore:
         # Prompts that begin with it are at least as long.
         block_sparse = self.runner.spec.is_block_sparse(len(ids))
         num_pages = cache.whole_pages(len(ids), block_sparse)
-        prompt = PromptPages(prompt=ids[: num_pages * P], block_sparse=block_sparse)
+        prompt = PromptPages(prompt=ids[: num_pages * P], block_sparse=block_sparse, goes_on=True)
         if num_pages == 0:
             fill(prompt)
             return prefix
@@ -162,8 +164,9 @@ class PrefixStore:
         def match() -> Match:
             if not goes_on:
                 return Match(None, [])
-            # Of a prompt of one token more, since none of it needs to run.
-            longer = np.append(prompt.prompt, np.int32(0))
+            # Of a prompt of which all this can be found, since none of it needs to run.
+            more = max(unlike_longer(block_sparse), 1)
+            longer = np.append(prompt.prompt, np.zeros((more,), np.int32))
             return cache.match(PromptPages(prompt=longer, block_sparse=block_sparse))
 
         self.scheduler.check_prefix(prompt, match().node)

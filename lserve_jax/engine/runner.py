@@ -210,6 +210,7 @@ class ModelRunner:
                 start=_int32([chunk.start for chunk in filled]),
                 length=_int32([len(chunk.tokens) for chunk in filled]),
                 prompt_length=_int32([chunk.prompt_length for chunk in filled]),
+                whole_from=_int32([chunk.whole_from for chunk in filled]),
             ),
             None if following is None else jnp.asarray(_filled_up(following, size)),
             block_sparse=chunks[0].block_sparse,

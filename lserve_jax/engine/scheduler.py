@@ -80,6 +80,7 @@ class Scheduler:
             start=prompt.prefilled,
             prompt_length=len(prompt.prompt),
             block_sparse=prompt.block_sparse,
+            whole_from=prompt.reusable,
         )
 
     def computed(self, request: Request, tokens: int) -> None:

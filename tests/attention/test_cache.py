@@ -143,6 +143,7 @@ class Sequence:
                 start=start[None],
                 length=length[None],
                 prompt_length=total[None],
+                whole_from=start[None],
             ),
             self.chunk,
             backend="reference",

@@ -24,19 +24,24 @@ from tiny_llm import (
     write_pattern,
 )
 
+from convert.head_shares import save_head_shares
 from lserve_jax import LLM, SamplingParams, SparsityConfig
+from lserve_jax.analysis import prefill_recall
+from lserve_jax.attention.config import Prefill
 from lserve_jax.engine import build
 from lserve_jax.engine.build import EngineOptions
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.programs import Call, Programs
 from lserve_jax.engine.warmup import Warmup, warm_up
+from lserve_jax.model.head_shares import MISSED_AT, HeadSensitivity
 from lserve_jax.stats import BatchTimes, CompileClock, batch_summary, request_summary
 
 pytestmark = pytest.mark.usefixtures("all_slots")
 
-CONFIG = tiny_config(layers=1, kv_heads=2, group=2)
-GATES = [[0.2, 0.9]]
+CONFIG = tiny_config(layers=2, kv_heads=2, group=2)
+GATES = [[0.2, 0.9], [0.8, 0.7]]
 CHUNK, LEAST = 256, 400
+TAIL = 128  # last tokens of a prompt: their tiles attend everything
 SPARSITY = SparsityConfig(
     head_shares=None,
     token_budget=1024,  # decode reads everything
@@ -51,7 +56,7 @@ SPARSITY = SparsityConfig(
 )
 FIRST = SamplingParams(temperature=0, max_tokens=1, logprobs=VOCAB)
 # Those who share 512 tokens, 300, and 100 with the first; and one that is read causally.
-LONG, SHORT = random_prompts(1, [700])[0], 390
+LONG, SHORT = random_prompts(1, [1000])[0], 390
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +64,9 @@ def pattern(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_pattern(tmp_path_factory.mktemp("patterns") / "p", GATES)
 
 
-def make(pattern: str, changes: dict[str, Any] | None = None, **settings: Any) -> LLM:
-    sparsity = dataclasses.replace(
-        SPARSITY, pattern=pattern, streaming_fraction=0.25, **(changes or {})
-    )
+def make(pattern: str | None, changes: dict[str, Any] | None = None, **settings: Any) -> LLM:
+    changes = {"pattern": pattern, "streaming_fraction": 0.25} | (changes or {})
+    sparsity = dataclasses.replace(SPARSITY, **changes)
     settings = {"max_num_seqs": 2, "prefill_chunk_size": CHUNK, "relay": "never"} | settings
     llm = LLM((CONFIG, tiny_params(CONFIG)), attention="lserve", sparsity=sparsity, **settings)
     poison(llm)
@@ -102,6 +106,9 @@ class BlockSparse(Oracle):
             keys = self.keys[layer][:end, head : head + 1]
             shares = oracle.block_shares(queries[start:end], keys, start)
             lists = oracle.fewest_blocks(shares, start, self.threshold)
+            for tile in range(len(lists[0])):
+                if start + 128 * (tile + 1) > self.length - TAIL:
+                    lists[0][tile] = list(range(start // 128 + tile + 1))
             mask[start:end, :end] = oracle.block_mask(start, end - start, lists)[0]
             self.blocks += sum(map(len, lists[0]))
             self.causal += sum(range(start // 128 + 1, -(-end // 128) + 1))
@@ -141,6 +148,32 @@ def test_threshold_one_is_causal(pattern: str) -> None:
     assert made.metrics.prefill_density == 1.0
 
 
+def test_dense_heads_are_read_causally(tmp_path: Path) -> None:
+    """Of which decode reads everything, too. The others choose as ever."""
+    worth = np.array([[1.0, 2.0], [4.0, 3.0]])
+    missed = np.linspace(1, 0.1, len(MISSED_AT))[:, None, None] * np.ones_like(worth)
+    sensitivity = HeadSensitivity(
+        streaming=worth, selecting=worth, missed=missed, name="made up", context=1024
+    )
+    save_head_shares(tmp_path, sensitivity, np.full((2, 2), 0.125), {})
+
+    def with_dense(heads: int, prefill: Prefill = "block_sparse") -> LLM:
+        changes = {"head_shares": str(tmp_path), "dense_heads": heads, "prefill": prefill}
+        changes |= {"prefill_threshold": 0.01, "streaming_fraction": 0.0}
+        return make(None, changes)
+
+    every = Run(with_dense(4), LONG)
+    assert every.metrics.prefill_density == 1.0
+    causal = Run(with_dense(4, "causal"), LONG)
+    assert_allclose(every.logprobs, causal.logprobs, atol=1e-5, rtol=0)
+    llm = with_dense(1)
+    # Of eight tiles of one head the first six list the least: 1, 2, 3, 3, 3, 3.
+    least = (1 + 2 + 3 + 3 + 3 + 3 + 7 + 8) / 36
+    assert Run(llm, LONG).metrics.prefill_density == pytest.approx((1 + 3 * least) / 4)
+    density = prefill_recall(llm, {"prompt_token_ids": LONG}).density
+    assert_allclose(density, [[least, least], [1.0, least]], rtol=1e-6)
+
+
 def test_a_short_prompt_is_causal_to_the_bit(llm: LLM, pattern: str) -> None:
     causal = make(pattern, {"prefill": "causal"})
     made = Run(llm, LONG[:SHORT])
@@ -150,8 +183,8 @@ def test_a_short_prompt_is_causal_to_the_bit(llm: LLM, pattern: str) -> None:
 
 def test_a_density_says_how_many(pattern: str) -> None:
     made = Run(make(pattern, {"prefill_density": 0.5}), LONG)
-    # Of one, two, three, ... six blocks, with three always: 1, 2, 3, 3, 3, 3.
-    assert made.metrics.prefill_density == pytest.approx((1 + 2 + 3 + 3 + 3 + 3) / 21)
+    # Of one, two, three, ... six blocks, with three always: 1, 2, 3, 3, 3, 3; and all at the end.
+    assert made.metrics.prefill_density == pytest.approx((1 + 2 + 3 + 3 + 3 + 3 + 7 + 8) / 36)
 
 
 @pytest.mark.parametrize("settings", [{}, {"deterministic": True}, {"kv_dtype": "int4"}])
@@ -159,7 +192,9 @@ def test_cold_is_warm_bit_for_bit(settings: dict[str, Any], pattern: str) -> Non
     """Whatever was read before, and whoever read it: a short prompt, a long one, a prefix."""
     cold = make(pattern, enable_prefix_caching=False, **settings)
     own = random_prompts(2, [150])[0]
-    prompts = [LONG[:SHORT], LONG, LONG[:600] + own, LONG[:500] + own, LONG[:300] + own, LONG]
+    prompts = [LONG[:SHORT], LONG, LONG[:600] + own, LONG[:500] + own, LONG[:300] + own]
+    # Tails that begin in a chunk before the last: that chunk is not as in longer prompts.
+    prompts += [LONG[:560], LONG[:512], LONG]
     wanted = [Run(cold, prompt).logprobs for prompt in prompts]
     llm = make(pattern, **settings)
     for order in (prompts, prompts[::-1]):
@@ -169,7 +204,8 @@ def test_cold_is_warm_bit_for_bit(settings: dict[str, Any], pattern: str) -> Non
             assert_array_equal(made.logprobs, wanted[prompts.index(prompt)])
     llm.reset_prefix_cache()
     found = [Run(llm, prompt).output.num_cached_tokens for prompt in prompts]
-    assert found == [0, 0, 512, 256, 256, 512]  # a prompt of 390 tokens leaves nothing to them
+    # A prompt of 390 tokens leaves nothing to them.
+    assert found == [0, 0, 512, 256, 256, 256, 256, 768]
     # Of a causal prompt whole pages are shared, as ever, but where chunks must agree.
     again = Run(llm, LONG[: SHORT - 4]).output.num_cached_tokens
     assert again == (256 if settings else 384)
@@ -202,6 +238,7 @@ def test_a_prefix_is_read_as_those_that_begin_with_it(pattern: str, tmp_path: Pa
 
 
 def test_what_was_attended_is_said(llm: LLM) -> None:
+    llm.reset_prefix_cache()
     metrics, clock = Run(llm, LONG).metrics, CompileClock()
     of_request = request_summary(metrics, clock, sparse=True)
     of_batch = batch_summary(llm.engine.metrics(), BatchTimes(), clock)

@@ -101,6 +101,23 @@ def test_a_density_lists_the_best_blocks() -> None:
         assert len(lists[0][1]) in (count, count + 1)
 
 
+@pytest.mark.parametrize("how", [{"threshold": 0.5}, {"density": 0.3}])
+def test_whole_tiles_and_dense_heads_list_everything(how: dict[str, float]) -> None:
+    """Tiles of queries 640 to 895, and the last of two heads; the others as without them."""
+    args, _, _ = case(start=640, length=256)
+    everything = [list(range(6)), list(range(7))]
+    usual = listed(api.choose_blocks(*args, **how))
+    assert everything[0] not in [head[0] for head in usual]
+    for whole_from, tiles in ((0, (0, 1)), (767, (0, 1)), (768, (1,)), (895, (1,)), (896, ())):
+        made = listed(api.choose_blocks(*args, **how, whole_from=jnp.int32(whole_from)))
+        for head in range(K):
+            wanted = [everything[t] if t in tiles else usual[head][t] for t in (0, 1)]
+            assert made[head] == wanted
+    made = listed(api.choose_blocks(*args, **how, dense_heads=1))
+    assert made == [usual[0], everything]
+    assert listed(api.choose_blocks(*args, **how, dense_heads=2)) == [everything] * 2
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])  # that of NaN is the machine's
 @pytest.mark.parametrize("how", [{"density": 0.1}, {"threshold": 0.5}])
 def test_a_tile_with_nan_lists_what_is_always_listed(
@@ -140,6 +157,7 @@ def test_attention_over_the_lists_of_threshold_one_is_causal() -> None:
         ({"threshold": 0.5, "density": 0.5}, "give one of"),
         ({"threshold": 0.0}, r"threshold=0.0 must lie in \(0, 1\]"),
         ({"density": 1.5}, r"density=1.5 must lie in \(0, 1\]"),
+        ({"density": 0.5, "dense_heads": 3}, r"dense_heads=3 must lie in \[0, 2\]"),
     ],
 )
 def test_refusals(how: dict[str, float], message: str) -> None:

@@ -262,6 +262,7 @@ def cached_perplexity(config, params, ids, kv_dtype, chunk=16) -> float:
                 start=start[None],
                 length=jnp.array([chunk]),
                 prompt_length=jnp.array([len(ids)]),
+                whole_from=jnp.array([0]),
             ),
             chunk,
             backend="reference",
