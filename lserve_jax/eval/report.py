@@ -354,6 +354,13 @@ def _budget_figure(result: Mapping[str, Any]) -> dict[str, "Figure"]:
     return {"budget": figure}
 
 
+def _threshold(setting: str) -> str:
+    """What a setting says of ``prefill_threshold`` or ``prefill_density``; nothing: ""."""
+    entries = (entry.partition("=") for entry in setting.replace(":", ",").split(","))
+    names = ("prefill_threshold", "prefill_density")
+    return next((value for name, _, value in entries if name in names), "")
+
+
 def _prefill_figure(result: Mapping[str, Any]) -> dict[str, "Figure"]:
     from matplotlib.figure import Figure
 
@@ -370,7 +377,13 @@ def _prefill_figure(result: Mapping[str, Any]) -> dict[str, "Figure"]:
                 density = np.mean(_densities(mine) or [1.0])
                 points.append((density, np.mean(_scores(mine)), setting))
             for density, score, setting in points:
-                axis.annotate(_wrapped(setting), (density, score), fontsize=3)
+                axis.annotate(
+                    _threshold(setting),
+                    (density, score),
+                    (-4, -14 if i else 7),  # of two lengths next to each other either is read
+                    textcoords="offset points",
+                    fontsize="x-small",
+                )
             line = sorted(points)
             axis.plot(
                 [point[0] for point in line],
@@ -382,5 +395,5 @@ def _prefill_figure(result: Mapping[str, Any]) -> dict[str, "Figure"]:
         axis.set(xlabel="share of blocks attended", ylabel="score", xlim=(0, 1.03), title=task)
         axis.set_ylim(-0.03, 1.03)
         axis.legend(fontsize="x-small")
-    figure.suptitle(f"{result['model']}; at 1 prompts are read causally")
+    figure.suptitle(f"{result['model']}; numbers: threshold; at 1 prompts are read causally")
     return {"prefill": figure}
