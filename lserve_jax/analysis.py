@@ -268,8 +268,9 @@ class PrefillRecall:
 def prefill_recall(llm: LLM, prompt: Prompt) -> PrefillRecall:
     """Runs ``prompt`` densely and measures what ``llm``'s block-sparse prefill would have covered.
 
-    Every layer sees dense activations. ``prefill_min_tokens`` does not count, and chunks are taken
-    to begin at multiples of 128 tokens. Time is that of dense attention, memory O(prompt).
+    Every layer sees dense activations. Dense heads and the last 128 tokens attend everything, as
+    they do in an engine. ``prefill_min_tokens`` does not count, and chunks are taken to begin at
+    multiples of 128 tokens. Time is that of dense attention, memory O(prompt).
 
     Raises ``ValueError`` unless ``llm`` has ``prefill="block_sparse"`` and the prompt, of at least
     one token, fits the model.

@@ -10,7 +10,6 @@ first product of causal attention, and reads each key once.
     query 127    0.2       0.1       0.3          shares: 0.3, 0.1, 0.15, ...
 """
 
-import math
 from functools import partial
 
 import jax
@@ -32,7 +31,6 @@ from pallas_kernels.device import MOST_SELECTED_PAGES, Backend, implementation
 from pallas_kernels.types import BLOCK_KEYS, TILE_QUERIES, BlockList, KVPages
 
 STRIDE = 64  # divides a tile
-MOST_ALWAYS = 4  # blocks that a tile attends whatever their shares
 
 
 def choose_blocks(
@@ -166,16 +164,13 @@ def _choose(
     oldest = own - jnp.where(cut_short, 2, 1)
     always = (number == 0) | (number >= oldest)
     if whole_from is not None:
-        always |= start + (tile + 1) * TILE_QUERIES > whole_from
+        always |= start + jnp.minimum((tile + 1) * TILE_QUERIES, length) > whole_from
     if dense_heads:
         always |= jnp.arange(K)[:, None, None] >= K - dense_heads
     always = jnp.broadcast_to(always & visible, shares.shape)
     there, least = visible.sum(axis=-1), always.sum(axis=-1)  # [1, tiles], [K, tiles]
-    most = N
     if density is not None:
         wanted = jnp.ceil(density * there.astype(jnp.float32) - 1e-4).astype(jnp.int32)
-        if whole_from is None and not dense_heads:
-            most = min(N, math.ceil(density * N) + MOST_ALWAYS)
     elif threshold is not None and threshold < 1:
         others = jnp.sort(jnp.where(visible & ~always, shares, 0.0), descending=True)
         before = jnp.where(always, shares, 0.0).sum(axis=-1, keepdims=True)
@@ -183,15 +178,14 @@ def _choose(
         wanted = least + (before < threshold).sum(axis=-1)
     else:
         wanted = there
-    counts = jnp.clip(wanted, least, there)
-    counts = jnp.broadcast_to(counts, shares.shape[:2]).astype(jnp.int32)
+    counts = jnp.clip(wanted, least, there).astype(jnp.int32)
     # A tile with a query of NaN lists the blocks that are always listed: NaN would rank above them.
     ranked = jnp.where(jnp.isnan(shares), 0.0, shares)
-    ids = implementation("select_pages", "reference" if most > MOST_SELECTED_PAGES else backend)(
+    ids = implementation("select_pages", "reference" if N > MOST_SELECTED_PAGES else backend)(
         jnp.where(always, jnp.inf, ranked).swapaxes(0, 1),
         jnp.broadcast_to(there[0], (tiles,)).astype(jnp.int32),
         counts.T,
-        num_pages=most,
+        num_pages=N,
         sink_pages=0,
         most_heads=most_heads,
     )

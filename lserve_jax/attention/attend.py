@@ -92,8 +92,9 @@ def alike_layers(config: ModelConfig, spec: CacheSpec) -> list[int]:
     return [kinds.index(kind) for kind in kinds]
 
 
-# Tokens at the end of a prompt that is read block-sparsely, whose queries attend everything: they
-# hold what is asked, and a tile's few queries that choose blocks may not be those that ask.
+# Tokens at the end of a prompt that is read block-sparsely whose queries attend everything, as far
+# as its last chunk holds them: they say what is asked, and a tile's few queries that choose blocks
+# may not be those that ask. Chunks before the last are so as in longer prompts.
 WHOLE_TAIL = api.TILE_QUERIES
 
 

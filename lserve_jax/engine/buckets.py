@@ -6,7 +6,7 @@ Prompts are padded to such chunk lengths, decode runs on such numbers of slots.
 from lserve_jax.attention.cache import CacheSpec
 
 SMALLEST_CHUNK = 64  # tokens; shorter prompts are padded to this
-FEW_ROWS, MANY_ROWS = 8, 32  # prompts that are prefilled in one call
+FEW_ROWS, MANY_ROWS = 8, 32  # prompts that are prefilled in one call, if there is room for them
 MOST_JOINED_TOKENS = 4096  # of those, padding included
 # Operations of products that take a GPU as long as launching a call and the host's work for it,
 # some 5 ms on an H200: from there on more prompts in a call save nothing.
@@ -58,7 +58,7 @@ def shape_buckets(
 ) -> dict[str, list[int]]:
     """What ``Engine.shape_buckets`` returns; ``chunks`` are the lengths of prompt chunks.
 
-    ``joined``: those of which several can run in one call.
+    ``joined``: those of which several can run in one call, once for each number of them.
     """
     slots, groups = [spec.max_num_seqs], buckets(1, most_groups(spec))
     return {

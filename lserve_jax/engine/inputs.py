@@ -25,7 +25,7 @@ class Chunk:
     top_logprobs: int = 0  # beside those, of so many likeliest tokens
     keep_hidden: bool = False  # beside those, hidden states
     block_sparse: bool = False  # whether retrieval heads choose what they attend
-    whole_from: int = 0  # if so: the position from which on they attend everything
+    whole_from: int = 0  # if so, a position, from which on they attend everything
 
 
 @dataclass(frozen=True, kw_only=True)

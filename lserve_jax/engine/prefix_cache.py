@@ -30,14 +30,7 @@ import numpy as np
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.engine.host_tier import HostPage, HostTier
 from lserve_jax.engine.pages import PagePool
-from lserve_jax.engine.prefix_tree import (
-    Node,
-    Pin,
-    PrefixTree,
-    findable,
-    root_digest,
-    unlike_longer,
-)
+from lserve_jax.engine.prefix_tree import Node, Pin, PrefixTree, root_digest
 
 
 @dataclass(kw_only=True, eq=False)
@@ -47,7 +40,7 @@ class PromptPages:
     prompt: np.ndarray  # [prompt length] int32
     cache_salt: str | None = None  # prompts of one salt share
     block_sparse: bool = False  # how it is read; prompts of one kind share
-    goes_on: bool = False  # it is only the beginning of prompts
+    goes_on: bool = False  # it is only the beginning of longer prompts
     pages: list[int] = field(default_factory=list)  # in order, those of ``node`` first
     node: Node | None = None  # the last page of it that is in the tree, locked
     window: dict[int, int] = field(default_factory=dict)  # window page of pages of the prompt
@@ -56,8 +49,11 @@ class PromptPages:
 
     @property
     def reusable(self) -> int:
-        """First tokens that are read as in longer prompts that begin with them."""
-        return len(self.prompt) - (0 if self.goes_on else unlike_longer(self.block_sparse))
+        """Tokens whose whole pages are as in longer prompts: the end of a block-sparse one is not.
+
+        Its last chunk, that is, since such prompts share whole chunks.
+        """
+        return len(self.prompt) - (self.block_sparse and not self.goes_on)
 
 
 class Match(NamedTuple):
@@ -171,7 +167,7 @@ class PrefixCache:
         tokens, kind = prompt.prompt, (prompt.cache_salt, prompt.block_sparse)
         if self.host is None:
             return Match(self.tree.match(tokens, *kind), [])
-        tokens, P = findable(tokens, prompt.block_sparse), self.spec.page_size
+        tokens, P = tokens[:-1], self.spec.page_size
         path = self.tree.walk(tokens, *kind)
         rest = tokens[len(path) * P : len(tokens) // P * P].astype(np.int32, copy=False)
         keys = [page.tobytes() for page in rest.reshape(-1, P)]
@@ -195,7 +191,7 @@ class PrefixCache:
         prefill, is through."""
         pages = match.depth + len(match.behind) + self.tree.grain_of(prompt.block_sparse)
         end = pages * self.spec.page_size
-        if not self.enabled or end > len(findable(prompt.prompt, prompt.block_sparse)):
+        if not self.enabled or end > len(prompt.prompt) - 1:
             return False
         kind, begins = (prompt.cache_salt, prompt.block_sparse), prompt.prompt[:end]
         return any(

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lserve_jax.attention.attend import WHOLE_TAIL, chosen_by
+from lserve_jax.attention.attend import chosen_by
 from lserve_jax.engine.prefix import Prefix, read_prefix
 from lserve_jax.engine.prefix_cache import Match, PromptPages
-from lserve_jax.engine.prefix_tree import unlike_longer
 from lserve_jax.engine.request import PromptIds
 from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.engine.scheduler import Scheduler
@@ -102,8 +101,7 @@ class PrefixStore:
             chosen = ", ".join(f"{name} {value}" for name, value in chosen_by(spec).items())
             sizes.append(
                 f"block-sparse from {spec.sparsity.prefill_min_tokens} tokens on in chunks of "
-                f"{self.runner.chunk_size}, {chosen}, {sum(spec.heads.num_dense)} heads and the "
-                f"last {WHOLE_TAIL} tokens whole"
+                f"{self.runner.chunk_size}, {chosen}, dense heads whole"
             )
         codes = code_types(self.runner.params)
         if self.runner.prefill_dtype is not None:
@@ -118,7 +116,7 @@ class PrefixStore:
             # With whole chunks only a prefix has fewer pages.
             "number of pages that are shared at once": shared,
             "number of retrieval heads": str(spec.heads.num_retrieval),
-            # Those have statistics; whether others read everything, their pages do not tell.
+            # Those have statistics; the others read everything, in block-sparse prefill too.
             "number of ranked heads": str(spec.heads.num_ranked),
             "sink and local sizes": ", ".join(sizes),
             "type of codes in the weights": codes,
@@ -164,9 +162,8 @@ class PrefixStore:
         def match() -> Match:
             if not goes_on:
                 return Match(None, [])
-            # Of a prompt of which all this can be found, since none of it needs to run.
-            more = max(unlike_longer(block_sparse), 1)
-            longer = np.append(prompt.prompt, np.zeros((more,), np.int32))
+            # Of a prompt of one token more, since none of it needs to run.
+            longer = np.append(prompt.prompt, np.int32(0))
             return cache.match(PromptPages(prompt=longer, block_sparse=block_sparse))
 
         self.scheduler.check_prefix(prompt, match().node)

@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lserve_jax.attention.attend import WHOLE_TAIL
 from lserve_jax.attention.cache import StreamingWindow
 from lserve_jax.engine.pages import PagePool
 
@@ -70,16 +69,6 @@ class Pin(NamedTuple):
 
     node: Node
     windows: list[Node]  # whose window pages it keeps
-
-
-def unlike_longer(block_sparse: bool) -> int:
-    """Last tokens of a prompt that are not read as in a longer one: ``WHOLE_TAIL``, or none."""
-    return WHOLE_TAIL if block_sparse else 0
-
-
-def findable(tokens: np.ndarray, block_sparse: bool) -> np.ndarray:
-    """What of a prompt others can have left. Its last token always runs, for its logits."""
-    return tokens[: max(len(tokens) - max(unlike_longer(block_sparse), 1), 0)]
 
 
 def root_digest(salt: str | None, block_sparse: bool = False) -> bytes:
@@ -149,17 +138,17 @@ class PrefixTree:
     def match(
         self, tokens: np.ndarray, salt: str | None, block_sparse: bool = False
     ) -> Node | None:
-        """Where a prompt can go on from: the deepest node of what is ``findable``.
+        """Where a prompt can go on from: the deepest node that leaves it a token to compute.
 
-        None: nothing of it is there.
+        The last token of a prompt always runs, for its logits. None: nothing of it is there.
         """
-        path = self.walk(findable(tokens, block_sparse), salt, block_sparse)
+        path = self.walk(tokens[:-1], salt, block_sparse)
         deepest = self.deepest_end([node.window >= 0 for node in path], block_sparse)
         return path[deepest - 1] if deepest else None
 
     def pinned_match(self, tokens: np.ndarray, salt: str | None, block_sparse: bool = False) -> int:
         """Pages of a prompt that are sure to be found: they are pinned, and so is the window."""
-        walked = self.walk(findable(tokens, block_sparse), salt, block_sparse)
+        walked = self.walk(tokens[:-1], salt, block_sparse)
         path = itertools.takewhile(lambda n: n.pins, walked)
         return self.deepest_end([node.window_pins > 0 for node in path], block_sparse)
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lserve_jax.attention.attend import PrefixGroups
+from lserve_jax.attention.attend import WHOLE_TAIL, PrefixGroups
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.engine.inputs import BurstInputs, Chunk, Start
 from lserve_jax.engine.metrics import DraftDecision
@@ -71,6 +71,7 @@ class Scheduler:
         """The next tokens of a prompt, which has its pages, and window pages for them."""
         tokens = prompt.prompt[prompt.prefilled :][:chunk_size]
         end = prompt.prefilled + len(tokens)
+        ends = end == len(prompt.prompt) and not prompt.goes_on
         page_table = np.zeros((self.spec.pages_per_sequence,), np.int32)
         page_table[: len(prompt.pages)] = prompt.pages
         return Chunk(
@@ -80,7 +81,7 @@ class Scheduler:
             start=prompt.prefilled,
             prompt_length=len(prompt.prompt),
             block_sparse=prompt.block_sparse,
-            whole_from=prompt.reusable,
+            whole_from=end - WHOLE_TAIL if ends else end,
         )
 
     def computed(self, request: Request, tokens: int) -> None:

@@ -38,9 +38,8 @@ def warm_up(engine: Engine, how: Warmup, *, progress: bool = False) -> None:
     runner, scheduler = engine.runner, engine.scheduler
     calls = [prefill_call(runner, n, 1, block_sparse=kind) for kind in kinds for n in chunks]
     calls += [insert_call(runner, sampling, 1) for sampling in usual]
-    if how == "full" and not shortest:  # who is read block-sparsely runs alone
-        sizes_joined = sorted(set(sizes["joined_tokens"]))
-        together = [(n, r) for n in sizes_joined for r in runner.row_counts(n) if r > 1]
+    if how == "full" and not shortest and not engine.deterministic:  # else each runs alone
+        together = [(n, r) for n in chunks for r in runner.row_counts(n) if r > 1]
         calls += [prefill_call(runner, n, r, block_sparse=False) for n, r in together]
         calls += [insert_call(runner, s, rows) for rows in {r for _, r in together} for s in usual]
     for rows in slots:

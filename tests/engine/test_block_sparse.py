@@ -55,7 +55,7 @@ SPARSITY = SparsityConfig(
     prefill_local=64,
 )
 FIRST = SamplingParams(temperature=0, max_tokens=1, logprobs=VOCAB)
-# Those who share 512 tokens, 300, and 100 with the first; and one that is read causally.
+# A prompt, and the length of one that is read causally.
 LONG, SHORT = random_prompts(1, [1000])[0], 390
 
 
@@ -106,8 +106,8 @@ class BlockSparse(Oracle):
             keys = self.keys[layer][:end, head : head + 1]
             shares = oracle.block_shares(queries[start:end], keys, start)
             lists = oracle.fewest_blocks(shares, start, self.threshold)
-            for tile in range(len(lists[0])):
-                if start + 128 * (tile + 1) > self.length - TAIL:
+            for tile in range(len(lists[0]) if end == self.length else 0):
+                if min(start + 128 * (tile + 1), end) > end - TAIL:
                     lists[0][tile] = list(range(start // 128 + tile + 1))
             mask[start:end, :end] = oracle.block_mask(start, end - start, lists)[0]
             self.blocks += sum(map(len, lists[0]))
@@ -193,8 +193,7 @@ def test_cold_is_warm_bit_for_bit(settings: dict[str, Any], pattern: str) -> Non
     cold = make(pattern, enable_prefix_caching=False, **settings)
     own = random_prompts(2, [150])[0]
     prompts = [LONG[:SHORT], LONG, LONG[:600] + own, LONG[:500] + own, LONG[:300] + own]
-    # Tails that begin in a chunk before the last: that chunk is not as in longer prompts.
-    prompts += [LONG[:560], LONG[:512], LONG]
+    prompts += [LONG[:560], LONG[:512], LONG]  # the last chunk of 512 is not as in longer ones
     wanted = [Run(cold, prompt).logprobs for prompt in prompts]
     llm = make(pattern, **settings)
     for order in (prompts, prompts[::-1]):
@@ -205,15 +204,38 @@ def test_cold_is_warm_bit_for_bit(settings: dict[str, Any], pattern: str) -> Non
     llm.reset_prefix_cache()
     found = [Run(llm, prompt).output.num_cached_tokens for prompt in prompts]
     # A prompt of 390 tokens leaves nothing to them.
-    assert found == [0, 0, 512, 256, 256, 256, 256, 768]
+    assert found == [0, 0, 512, 256, 256, 512, 256, 768]
     # Of a causal prompt whole pages are shared, as ever, but where chunks must agree.
     again = Run(llm, LONG[: SHORT - 4]).output.num_cached_tokens
     assert again == (256 if settings else 384)
     check_nothing_left(llm.engine)
 
 
+def test_chunks_shorter_than_a_tile(pattern: str) -> None:
+    """Only the last chunk is unlike those of longer prompts, however short it is."""
+    small = {"prefill_chunk_size": 64}
+    cold, llm = make(pattern, enable_prefix_caching=False, **small), make(pattern, **small)
+    own = random_prompts(3, [20])[0]
+    prompts = [LONG[:772], LONG[:640] + own, LONG[:704], LONG[:768]]
+    wanted = [Run(cold, prompt).logprobs for prompt in prompts]
+    for prompt, logprobs in zip(prompts, wanted, strict=True):
+        assert_array_equal(Run(llm, prompt).logprobs, logprobs)
+    found = [Run(llm, prompt).output.num_cached_tokens for prompt in prompts]
+    assert found == [768, 640, 640, 704]
+
+
+def test_prompts_of_one_kind_wait_for_what_they_share(llm: LLM) -> None:
+    """Who ends where another goes on leaves it the chunk before, and nobody waits in vain."""
+    llm.reset_prefix_cache()
+    prompts = [LONG[:512], LONG[:512], LONG[:600], LONG]
+    given = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = llm.generate(given, FIRST)
+    assert [output.num_cached_tokens for output in outputs] == [0, 256, 256, 512]
+    check_nothing_left(llm.engine)
+
+
 def test_a_prefix_is_read_as_those_that_begin_with_it(pattern: str, tmp_path: Path) -> None:
-    llm = make(pattern)
+    llm, own = make(pattern), random_prompts(4, [LEAST])[0]
     logprobs = Run(llm, LONG).logprobs
     llm.reset_prefix_cache()
     file = tmp_path / "prefix.safetensors"
@@ -223,6 +245,13 @@ def test_a_prefix_is_read_as_those_that_begin_with_it(pattern: str, tmp_path: Pa
     made = Run(llm, LONG)
     assert made.output.num_cached_tokens == CHUNK
     assert_array_equal(made.logprobs, logprobs)
+    # A prompt of few tokens more goes on from its end, too.
+    cold = make(pattern, enable_prefix_caching=False)
+    for tokens in (1, 20, 130):
+        made = Run(llm, LONG[:CHUNK] + own[: LEAST - CHUNK] + own[:tokens])
+        assert made.output.num_cached_tokens == CHUNK
+        wanted = Run(cold, LONG[:CHUNK] + own[: LEAST - CHUNK] + own[:tokens])
+        assert_array_equal(made.logprobs, wanted.logprobs)
     prefix.release()
     shorter = llm.prefix({"prompt_token_ids": LONG[: LEAST - 1]})  # is read causally
     assert shorter.num_shared_tokens == Run(llm, LONG[:SHORT]).output.num_cached_tokens == 384

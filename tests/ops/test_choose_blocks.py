@@ -113,6 +113,11 @@ def test_whole_tiles_and_dense_heads_list_everything(how: dict[str, float]) -> N
         for head in range(K):
             wanted = [everything[t] if t in tiles else usual[head][t] for t in (0, 1)]
             assert made[head] == wanted
+    cut, _, _ = case(start=640, length=64, rows=128)  # a tile of 64 queries
+    usual_cut = listed(api.choose_blocks(*cut, **how))
+    for whole_from, whole in ((703, True), (704, False), (767, False)):
+        made = listed(api.choose_blocks(*cut, **how, whole_from=jnp.int32(whole_from)))
+        assert made == ([[everything[0]]] * K if whole else usual_cut)
     made = listed(api.choose_blocks(*args, **how, dense_heads=1))
     assert made == [usual[0], everything]
     assert listed(api.choose_blocks(*args, **how, dense_heads=2)) == [everything] * 2
