@@ -43,7 +43,8 @@ class ModelArgs:
     ] = None
     """Read prompts by products of 8 bits on both sides: faster, at some cost in quality."""
     prefill_chunk_size: int = 8192
-    """Most prompt tokens that run at once. With quantised keys only whole chunks are remembered."""
+    """Most prompt tokens that run at once. With quantised keys and with block-sparse prefill only
+    whole chunks are remembered."""
     prefix_cache: Annotated[bool, flag("", "remember")] = True
     """Remember prompts, so that one that begins alike goes on from there, or forget them."""
     host_cache_bytes: int = 0
