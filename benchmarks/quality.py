@@ -44,7 +44,8 @@ Part = Literal["heads", "pages", "text", "ruler", "shares", "prefill"]
 BUDGETS = (512, 1024, 4096)
 INTERVALS = (1, 8, 16)
 THRESHOLDS = (0.8, 0.9, 0.95)
-# Up to fifteen processes share the GPU. Five haystacks of 31K tokens with their prompts fit into this.
+# Fifteen processes, or fewer, share the GPU. Five haystacks of 31K tokens with their prompts fit
+# into this.
 OPTIONS = SharedOptions(max_num_seqs=32, kv_cache_bytes=4 << 30)
 
 
