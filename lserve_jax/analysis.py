@@ -467,6 +467,9 @@ def _main(args: AnalysisArgs) -> None:
             mean, least = np.nanmean(mass), np.nanmin(mass)
             attended, most = np.nanmean(density), np.nanmax(density)
             print(f"{layer:5d}  {mean:.3f}  {least:.3f}    {attended:.3f}  {most:.3f}")
+    if not np.isnan(prefill.mass).all():
+        print(f"  all  {np.nanmean(prefill.mass):.3f}  {np.nanmin(prefill.mass):.3f}", end="    ")
+        print(f"{np.nanmean(prefill.density):.3f}  {np.nanmax(prefill.density):.3f}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -63,14 +63,15 @@ class CompileClock:
     def _listen(self, event: str, start_time: float, end_time: float, **kwargs: str | int) -> None:
         if not event.startswith("/jax/core/compile/"):
             return
-        # A span is reported when it ends, so those inside it came before: count them once.
-        while self._spans and self._spans[-1][0] >= start_time:
-            self._spans.pop()
         self._spans.append((start_time, end_time))
 
     def seconds(self) -> float:
-        """Seconds so far, of all functions."""
-        return sum(end - start for start, end in self._spans)
+        """Seconds so far; those of several at the same time, or within another's, count once."""
+        covered, until = 0.0, float("-inf")
+        for start, end in sorted(self._spans):
+            covered += max(end - max(start, until), 0.0)
+            until = max(until, end)
+        return covered
 
 
 def request_summary(metrics: RequestMetrics, clock: CompileClock, sparse: bool) -> list[str]:

@@ -1,13 +1,17 @@
 """Page recall against its definition, written out in NumPy on the model's own queries and keys."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from numpy.testing import assert_allclose
 from oracle_model import log_softmax
+from tiny_checkpoints import save_character_tokenizer
 
 from lserve_jax import LLM, ModelConfig, SparsityConfig
 from lserve_jax.analysis import main, page_recall, plot_page_recall, prefill_recall
@@ -172,6 +176,28 @@ def test_dense_has_no_recall(params):
 def test_command_line_names_a_missing_file(capsys):
     assert main(["--prompt-file", "nowhere.txt"]) == 2
     assert "nowhere.txt" in capsys.readouterr().err
+
+
+def test_command_line_prints_both_tables(conformance, tmp_path, capsys):
+    """The last row of either is over all layers, which have as many heads each."""
+    directory, text = tmp_path / "model", tmp_path / "text.txt"
+    shutil.copytree(conformance / "llama-tied", directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    save_character_tokenizer(directory, [chr(32 + i) for i in range(160)])
+    text.write_text("".join(map(chr, np.random.default_rng(2).integers(40, 120, 900))))
+    words = ["--model", str(directory), "--prompt-file", str(text), "--max-tokens", "880"]
+    words += ["--num-queries", "8", "--prefill", "block_sparse", "--prefill-threshold", "0.1"]
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for head in ("layer   mean    min", "layer   mass    min  density    max"):
+        table = [line.split() for line in lines[lines.index(head) + 1 :]]
+        end = [row[0] for row in table].index("all")
+        rows = np.array([row[1:] for row in table[: end + 1]], float)
+        # Printed to three digits.
+        assert_allclose(rows[-1, 0], rows[:-1, 0].mean(), atol=1e-3, rtol=0)
+        assert rows[-1, 1] == rows[:-1, 1].min()
+    assert rows[-1, 2] < 0.95 and rows[-1, 3] == rows[:-1, 3].max()
 
 
 def test_prefill_recall_is_the_mass_of_the_blocks(params, pattern):

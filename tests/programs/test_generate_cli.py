@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax.monitoring
 import numpy as np
 import pytest
 from tiny_checkpoints import save_character_tokenizer
 
 from lserve_jax import generate, model_args
 from lserve_jax.cli import read_stdin, read_text
-from lserve_jax.stats import end_summary, request_summary
+from lserve_jax.stats import CompileClock, end_summary, request_summary
 
 PROMPT_LENGTH = 40  # of the goldens in tests/data/conformance
 
@@ -264,6 +265,18 @@ def test_a_prefill_that_compiled_meanwhile_has_no_speed():
         decode,
         "compile   0.00 s",
     ]
+
+
+def test_compile_seconds_at_the_same_time_count_once():
+    clock = CompileClock()
+    with clock:
+        assert clock.seconds() == 0.0
+        for span in ((2.0, 3.0), (1.0, 5.0), (4.0, 8.0), (10.0, 11.5)):
+            jax.monitoring.record_event_time_span("/jax/core/compile/made_up", *span)
+        jax.monitoring.record_event_time_span("/jax/something/else", 0.0, 100.0)
+    assert clock.seconds() == 8.5
+    jax.monitoring.record_event_time_span("/jax/core/compile/made_up", 20.0, 30.0)  # behind it
+    assert clock.seconds() == 8.5
 
 
 def test_lserve_attention_prunes_and_says_so(capsys, checkpoint):
