@@ -292,6 +292,17 @@ def test_row_counts(
     assert row_counts(size, most, most_tokens=tokens, parameters=parameters) == counts
 
 
+def test_many_rows_are_for_kernels(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = calls.llm.engine.runner
+    monkeypatch.setattr(runner, "spec", dataclasses.replace(runner.spec, max_num_seqs=64))
+    monkeypatch.setattr(runner, "chunk_size", 4096)
+    assert runner.row_counts(64) == [8, 1]
+    monkeypatch.setattr(runner, "backend", "mosaic")
+    assert runner.row_counts(64) == [32, 8, 1]
+    monkeypatch.setattr(runner, "num_parameters", 8_000_000_000)
+    assert runner.row_counts(64) == [8, 1]
+
+
 def test_many_prompts_in_a_call(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, whose kernels take all rows at once; numbers are those of the model."""
     counts = partial(row_counts, parameters=135_000_000)
