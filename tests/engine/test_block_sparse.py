@@ -239,22 +239,22 @@ def test_prompts_of_one_kind_wait_for_what_they_share(llm: LLM) -> None:
 
 
 def test_a_prefix_is_read_as_those_that_begin_with_it(pattern: str, tmp_path: Path) -> None:
-    llm, own = make(pattern), random_prompts(4, [LEAST])[0]
+    llm, own = make(pattern), random_prompts(4, [130])[0]
     logprobs = Run(llm, LONG).logprobs
     llm.reset_prefix_cache()
     file = tmp_path / "prefix.safetensors"
-    prefix = llm.prefix({"prompt_token_ids": LONG[:LEAST]})
-    assert prefix.num_shared_tokens == CHUNK
+    prefix = llm.prefix({"prompt_token_ids": LONG[: 3 * CHUNK + 5]})
+    assert prefix.num_shared_tokens == 3 * CHUNK
     prefix.save(file)
     made = Run(llm, LONG)
-    assert made.output.num_cached_tokens == CHUNK
+    assert made.output.num_cached_tokens == 3 * CHUNK
     assert_array_equal(made.logprobs, logprobs)
     # A prompt of few tokens more goes on from its end, too.
     cold = make(pattern, enable_prefix_caching=False)
     for tokens in (1, 20, 130):
-        made = Run(llm, LONG[:CHUNK] + own[: LEAST - CHUNK] + own[:tokens])
-        assert made.output.num_cached_tokens == CHUNK
-        wanted = Run(cold, LONG[:CHUNK] + own[: LEAST - CHUNK] + own[:tokens])
+        made = Run(llm, LONG[: 3 * CHUNK] + own[:tokens])
+        assert made.output.num_cached_tokens == 3 * CHUNK
+        wanted = Run(cold, LONG[: 3 * CHUNK] + own[:tokens])
         assert_array_equal(made.logprobs, wanted.logprobs)
     prefix.release()
     shorter = llm.prefix({"prompt_token_ids": LONG[: LEAST - 1]})  # is read causally
@@ -263,7 +263,7 @@ def test_a_prefix_is_read_as_those_that_begin_with_it(pattern: str, tmp_path: Pa
     llm.reset_prefix_cache()
     llm.load_prefix(file)
     made = Run(llm, LONG)
-    assert made.output.num_cached_tokens == CHUNK
+    assert made.output.num_cached_tokens == 3 * CHUNK
     assert_array_equal(made.logprobs, logprobs)
     for other in ({"prefill": "causal"}, {"prefill_threshold": 0.7}):
         with pytest.raises(ValueError, match="block-sparse from 400 tokens on in chunks of 256"):
