@@ -69,6 +69,9 @@ class Args:
     """Prompt lengths of part prefill."""
     prefill_haystacks: int = 25
     """Part prefill: for each length and task, with 5 prompts each (4 of niah_multikey)."""
+    processes: int | None = None
+    """Most parts and settings at the same time; None: all. A kernel of cuBLAS may fail where
+    processes share a GPU (docs/kernels.md)."""
     seed: int = 0
     output: Annotated[Path, arg(metavar="DIR")] = Path(__file__).parent / "results" / "quality"
 
@@ -208,10 +211,15 @@ def run(study: Study) -> dict[str, Any]:
 def main(args: Args) -> None:
     if not args.parts or len(set(args.parts)) < len(args.parts):
         raise ValueError(f"--parts {' '.join(args.parts)} must name parts, each of them once")
+    if args.processes is not None and args.processes < 1:
+        raise ValueError(f"--processes {args.processes} must be at least 1")
     runs = studies(args)  # all of them checked before the first runs
     begin = time.perf_counter()
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the processes share the GPU
-    with multiprocessing.get_context("spawn").Pool(len(runs)) as processes:
+    most = min(args.processes or len(runs), len(runs))
+    # A process for each run: its memory is given back when it ends.
+    pool = multiprocessing.get_context("spawn").Pool(most, maxtasksperchild=1)
+    with pool as processes:
         results = processes.map(run, runs, chunksize=1)
     apart = settings_apart(args)
     at = len(runs) - sum(map(len, apart.values()))

@@ -92,3 +92,5 @@ def test_settings_that_ran_apart_are_compared(tmp_path: Path):
 def test_a_part_given_twice_is_refused():
     with pytest.raises(ValueError, match="must name parts, each of them once"):
         quality.main(quality.Args(pattern=PATTERN, parts=("heads", "heads")))
+    with pytest.raises(ValueError, match="--processes 0 must be at least 1"):
+        quality.main(quality.Args(pattern=PATTERN, processes=0))
