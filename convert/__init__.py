@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.typing import DTypeLike
 
 from convert import hf, orbax
@@ -41,11 +42,12 @@ from convert.sources import ModelSource, resolve
 from convert.stream import Checkpoint, Placement, assemble, parse_dtype, settle_tie
 from convert.tokenizers import load_tokenizer
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.params import Params
-from lserve_jax.model.quantise import WeightForm, check_weights
+from lserve_jax.model.params import Params, abstract_params
+from lserve_jax.model.quantise import WeightForm, check_weights, quantise_params
 
 __all__ = [
     "ModelSource",
+    "expected_params",
     "export_hf",
     "fsdp",
     "load",
@@ -135,6 +137,26 @@ def load(
         weights=weights,
         weight_group=weight_group,
     )
+
+
+def expected_params(
+    source: ModelSource,
+    config: ModelConfig,
+    *,
+    dtype: DTypeLike,
+    weights: WeightForm | None = None,
+    weight_group: int = 32,
+) -> Params | None:
+    """Shapes and dtypes of what ``load`` returns of a model with that ``config``.
+
+    None where the files say what becomes codes: they are not read.
+    """
+    if weights == "checkpoint" or orbax.is_orbax(source.path):
+        return None
+    params = abstract_params(config, dtype)
+    if weights is None:
+        return params
+    return jax.eval_shape(lambda tree: quantise_params(tree, weights, group=weight_group), params)
 
 
 def read_config(source: ModelSource) -> ModelConfig:

@@ -80,6 +80,7 @@ class LLM:
             raise TypeError(f"{adapter=} must be the directory of an adapter")
         if adapter is not None:
             check_path("adapter", adapter)
+        expected = None
         if isinstance(model, tuple):
             if adapter is not None:
                 raise ValueError(f"{adapter=} needs a checkpoint; merge it into the params given")
@@ -96,23 +97,23 @@ class LLM:
                 self.options = with_shipped_shares(self.options, source)
             config = convert.read_config(source)
             tokenizer = convert.load_tokenizer(source.path)
+            form = {
+                "dtype": resolve_dtype(self.options.dtype),
+                "weights": self.options.weights,
+                "weight_group": self.options.weight_group,
+            }
+            if self.options.warmup != "none":  # else nothing is compiled before they are there
+                expected = convert.expected_params(source, config, **form)
 
             def params() -> Params:
-                dtype = resolve_dtype(self.options.dtype)
-                return convert.load(
-                    source,
-                    dtype=dtype,
-                    adapter=adapter,
-                    weights=self.options.weights,
-                    weight_group=self.options.weight_group,
-                    progress=progress,
-                )[1]
+                return convert.load(source, adapter=adapter, progress=progress, **form)[1]
 
         with memory_errors():
             self.engine = build_engine(
                 config,
                 params,
                 self.options,
+                expected=expected,
                 eos_token_ids=() if tokenizer is None else tokenizer.eos_token_ids,
                 progress=progress,
             )

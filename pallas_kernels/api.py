@@ -63,7 +63,7 @@ from pallas_kernels.forward_mode import forward_only
 from pallas_kernels.kernel_lowering import LoweringProcesses
 from pallas_kernels.kv_codes import KV_KINDS, KVKind
 from pallas_kernels.linear_ops import fused_linear, product
-from pallas_kernels.packed import cannot_pack, pack_weight, unpack_weight
+from pallas_kernels.packed import cannot_pack, pack_weight, packed_shape, unpack_weight
 from pallas_kernels.plain_ops import (
     apply_rotary,
     causal_attention,
@@ -132,6 +132,7 @@ __all__ = [
     "look_up",
     "merge_attention",
     "pack_weight",
+    "packed_shape",
     "page_scores",
     "paged_attention",
     "prefill_attention",

@@ -92,6 +92,18 @@ def pack_weight(weight: Weight, *, paired: bool = False, in_words: bool = False)
     return _pack(weight, zeros=zeros, paired=paired)
 
 
+def packed_shape(weight: Weight, *, paired: bool = False) -> PackedWeight:
+    """What ``pack_weight`` makes of a matrix of these shapes, where zero points fit beside scales.
+
+    >>> import jax.numpy as jnp
+    >>> codes, scale = jnp.ones((256, 128), jnp.int8), jnp.full((1, 128), 0.5)
+    >>> packed_shape(Weight(codes, scale, None)).words
+    ShapeDtypeStruct(shape=(2, 2, 32, 64), dtype=int32)
+    """
+    zeros: Literal["none", "byte"] = "none" if weight.zero is None else "byte"
+    return jax.eval_shape(partial(_pack, zeros=zeros, paired=paired), weight)
+
+
 @jax.jit
 def _fit_bytes(scale: Float[Array, "g out"], zero: Float[Array, "g out"]) -> Array:
     low = lax.bitcast_convert_type(scale, jnp.uint32) & 0xFF

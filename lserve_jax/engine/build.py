@@ -23,8 +23,8 @@ from lserve_jax.engine.head_policy import head_policy
 from lserve_jax.engine.program_files import ProgramFiles
 from lserve_jax.engine.programs import Programs
 from lserve_jax.engine.relay import RelayMode, check_mode
-from lserve_jax.engine.runner import ModelRunner
-from lserve_jax.engine.warmup import Warmup, warm_up
+from lserve_jax.engine.runner import ModelRunner, tree_bytes
+from lserve_jax.engine.warmup import Warmup, warmup_calls
 from lserve_jax.engine.weights import Intake
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.params import Params, check_params, is_quantised
@@ -232,6 +232,7 @@ def build_engine(
     params: Params | Callable[[], Params],
     options: EngineOptions,
     *,
+    expected: Params | None = None,
     eos_token_ids: Sequence[int] = (),
     runner_class: type[ModelRunner] = ModelRunner,
     progress: bool = False,
@@ -242,11 +243,16 @@ def build_engine(
     packed one by one, each freed before the next. It is called once options and ``config`` are
     found to agree.
 
+    ``expected``: shapes and dtypes of what the function will return (``convert.expected_params``).
+    Then the cache is planned by these, and programs are compiled while the function runs. None: it
+    runs first.
+
     ``eos_token_ids`` end a completion, beside the config's own. ``progress`` shows a bar on stderr
     while programs are compiled ahead of time.
 
-    Raises ``ValueError`` where options and model contradict each other or no page of the cache
-    fits, and ``NotImplementedError`` for what the kernels cannot run.
+    Raises ``ValueError`` where options and model contradict each other, no page of the cache fits
+    or ``params`` are not as ``expected``, and ``NotImplementedError`` for what the kernels cannot
+    run.
     """
     dtype, sparsity = resolve_dtype(options.dtype), options.resolved_sparsity
     kernels = resolve_backend(options.backend) == "mosaic"
@@ -290,7 +296,10 @@ def build_engine(
         return made
 
     with programs.expect_compiling():
-        prepared = intake.first(make)
+        if expected is None:
+            shapes = prepared = intake.first(make)
+        else:
+            shapes, prepared = intake.expected(expected), None
         spec = make_spec(
             config,
             sparsity=sparsity,
@@ -302,12 +311,14 @@ def build_engine(
             kv_dtype=options.kv_dtype,
             exact=(options.max_draft_tokens, options.draft) if options.exact else None,
         )
-        spec = dataclasses.replace(spec, num_pages=_plan_pages(config, spec, dtype, options))
+        coming = tree_bytes(shapes) if prepared is None else 0
+        num_pages = _plan_pages(config, spec, dtype, options, coming)
+        spec = dataclasses.replace(spec, num_pages=num_pages)
         num_window_pages = _plan_windows(config, spec, dtype, options)
         spec = dataclasses.replace(spec, num_window_pages=num_window_pages)
         runner = runner_class(
             config,
-            prepared,
+            shapes,
             spec,
             dtype=dtype,
             prefill_dtype=options.prefill_dtype,
@@ -327,7 +338,9 @@ def build_engine(
             head_order=policy.partition.order,
             intake=intake,
         )
-        warm_up(engine, options.warmup, progress=progress)
+        calls = warmup_calls(engine, options.warmup)
+        with programs.preparing(calls, progress=progress):
+            runner.begin(prepared or intake.first(make, shapes))
     return engine
 
 
@@ -383,10 +396,13 @@ def _rounded(pages: int) -> int:
     return pages >> low << low
 
 
-def _plan_pages(config: ModelConfig, spec: CacheSpec, dtype, options: EngineOptions) -> int:
+def _plan_pages(
+    config: ModelConfig, spec: CacheSpec, dtype, options: EngineOptions, coming: int
+) -> int:
     """How many retrieval pages to allocate, given a spec with one page.
 
-    Never more than can be used at once. Raises ``ValueError`` if not even one page fits.
+    ``coming``: bytes that parameters will take which are not there yet. Never more pages than can
+    be used at once. Raises ``ValueError`` if not even one page fits.
     """
     sizes = cache_bytes(config, spec, dtype)
     page_bytes = sizes["retrieval"] + sizes["key_stats"]
@@ -395,7 +411,7 @@ def _plan_pages(config: ModelConfig, spec: CacheSpec, dtype, options: EngineOpti
         stats = jax.local_devices()[0].memory_stats()  # None on the CPU
         kv_cache_bytes = CPU_CACHE_BYTES
         if stats is not None:
-            free = stats["bytes_limit"] - stats["bytes_in_use"]
+            free = stats["bytes_limit"] - stats["bytes_in_use"] - coming
             kv_cache_bytes = room_for_pages(sizes, free, options.memory_fraction)
     pages = kv_cache_bytes // max(page_bytes, 1)
     if stats is not None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -38,7 +39,7 @@ def insert_call(runner: ModelRunner, sampling: SamplingParams, rows: int) -> Cal
         window_table=np.zeros((runner.spec.pages_per_sequence,), np.int32),
         rules=None,
     )
-    logits = jnp.asarray(np.zeros((rows, runner.config.vocab_size), np.float32))
+    logits = jax.ShapeDtypeStruct((rows, runner.config.vocab_size), jnp.float32)
     return runner.insert_call(logits, [start] * rows)
 
 

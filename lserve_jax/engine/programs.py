@@ -11,13 +11,14 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Hashable, Iterator, Sequence, Sized
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from tqdm import tqdm
@@ -34,7 +35,10 @@ MOST_HELPERS = 8  # threads that read programs, and processes that lower kernels
 
 @dataclass(frozen=True)
 class Call:
-    """A jitted function with its arguments, of which those by name and ``Program``s are static."""
+    """A jitted function with its arguments, of which those by name and ``Program``s are static.
+
+    To prepare its program, arrays may be described: a ``jax.ShapeDtypeStruct`` each.
+    """
 
     function: Any
     args: tuple[Any, ...]
@@ -63,20 +67,20 @@ class Call:
         """Tells the programs of one runner apart; if ``sharded``, where arrays lie counts too."""
         leaves, tree = jax.tree.flatten(self.arrays)
         kinds = tuple([(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves])
-        places = tuple([(leaf.sharding, leaf.committed) for leaf in leaves]) if sharded else ()
+        places = tuple(places_of(leaves)) if sharded else ()
         return self.function, tuple(self.static.items()), tree, kinds, places
 
     def description(self) -> str:
         """All that the program depends on but for the sources and the machine."""
         leaves, tree = jax.tree.flatten(self.arrays)
-        shardings = {id(leaf.sharding): leaf.sharding for leaf in leaves}
+        places = places_of(leaves)
+        shardings = {id(sharding): sharding for sharding, _ in places}
         described = {key: _describe_sharding(sharding) for key, sharding in shardings.items()}
         lines = [self.function.__module__, self.name, repr(sorted(self.static.items())), str(tree)]
         lines += [repr(arg) for arg in self.args if isinstance(arg, Program)]
         lines += [
-            f"{leaf.shape} {leaf.dtype} {leaf.weak_type} {leaf.committed} "
-            f"{described[id(leaf.sharding)]}"
-            for leaf in leaves
+            f"{leaf.shape} {leaf.dtype} {leaf.weak_type} {committed} {described[id(sharding)]}"
+            for leaf, (sharding, committed) in zip(leaves, places, strict=True)
         ]
         return "\n".join(lines)
 
@@ -86,14 +90,29 @@ class Call:
         Raises ``ValueError`` for arrays on several devices without a mesh, or on different meshes.
         """
         orders = set()
-        for leaf in jax.tree.leaves(self.arrays):
-            if len(leaf.sharding.device_set) > 1:
-                if not isinstance(leaf.sharding, NamedSharding):
-                    raise ValueError(f"its arrays lie on several devices by {leaf.sharding}")
-                orders.add(tuple(leaf.sharding.mesh.devices.flat))
+        for sharding, _ in places_of(jax.tree.leaves(self.arrays)):
+            if len(sharding.device_set) > 1:
+                if not isinstance(sharding, NamedSharding):
+                    raise ValueError(f"its arrays lie on several devices by {sharding}")
+                orders.add(tuple(sharding.mesh.devices.flat))
         if len(orders) > 1:
             raise ValueError("its arrays lie on different meshes")
         return list(orders.pop()) if orders else []
+
+
+def places_of(leaves: Sequence[Any]) -> list[tuple[jax.sharding.Sharding, bool]]:
+    """Where arrays lie, and whether they are bound there (committed).
+
+    One that is only described is bound where that says so; else it will come to lie where whatever
+    nobody places does.
+    """
+    anywhere = jax.device_put(np.int32(0)).sharding
+    return [
+        (leaf.sharding or anywhere, leaf.sharding is not None)
+        if isinstance(leaf, jax.ShapeDtypeStruct)
+        else (leaf.sharding, leaf.committed)
+        for leaf in leaves
+    ]
 
 
 def _describe_sharding(sharding: jax.sharding.Sharding) -> str:
@@ -161,8 +180,13 @@ class Programs:
             yield
             failed.pop_all()
 
+    def _take_processes(self) -> LoweringProcesses | None:
+        with self._lock:  # the thread of ``preparing`` comes for them, too
+            processes, self._processes = self._processes, None
+        return processes
+
     def _end_processes(self) -> None:
-        processes, self._processes = self._processes, None
+        processes = self._take_processes()
         if processes is not None:
             processes.close()
 
@@ -197,52 +221,100 @@ class Programs:
 
         ``progress`` shows a bar on stderr.
         """
-        missing: dict[Hashable, Call] = {}
+        missing = self._missing(calls)
+        with _bar(missing, progress) as bar:
+            self._prepare(missing, bar, threading.Event())
+
+    @contextmanager
+    def preparing(self, calls: Sequence[Call], *, progress: bool = False) -> Iterator[None]:
+        """Does what ``prepare`` does while the body runs, such as one that reads weights.
+
+        On another thread, unless JAX's settings are this thread's own: then after the body. If the
+        body fails nobody waits: of the programs those are finished that are being compiled.
+        """
+        if not calls:
+            yield
+            return
+        missing, settings, stopped = self._missing(calls), _settings(), threading.Event()
+        bar, thread = _bar(missing, progress), ThreadPoolExecutor(1, "lserve-programs")
+
+        def prepare_alike() -> bool:
+            alike = _settings() == settings
+            if alike:
+                self._prepare(missing, bar, stopped)
+            return alike
+
+        try:
+            alike = thread.submit(prepare_alike)
+            yield
+            if not alike.result():
+                self._prepare(missing, bar, stopped)
+        finally:
+            stopped.set()
+            thread.shutdown(wait=False)
+            bar.close()
+
+    def _missing(self, calls: Sequence[Call]) -> dict[Hashable, Call]:
+        """Those that are not ready, by signature."""
+        found: dict[Hashable, Call] = {}
         for call in calls:
-            missing.setdefault(call.signature(sharded=self.sharded), call)
-        missing = {mark: call for mark, call in missing.items() if mark not in self._ready}
-        bar = tqdm(total=len(missing), desc="programs", unit="program", disable=not progress)
-        threads = ThreadPoolExecutor(_at_most(MOST_COMPILING), "lserve-programs")
-        processes, self._processes = self._processes, None
+            found.setdefault(call.signature(sharded=self.sharded), call)
+        return {mark: call for mark, call in found.items() if mark not in self._ready}
+
+    def _prepare(self, missing: dict[Hashable, Call], bar: tqdm, stopped: threading.Event) -> None:
+        processes = self._take_processes()
         if processes is None:
             processes = LoweringProcesses(_at_most(MOST_HELPERS))
-        with bar, threads as pool, closing(processes), _no_collection():
+        threads = ThreadPoolExecutor(_at_most(MOST_COMPILING), "lserve-programs")
+        with threads as pool, closing(processes), _no_collection():
             try:
-                self._ready |= self._prepare(missing, pool, processes, bar)
+                self._ready |= self._made(missing, pool, processes, bar, stopped)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _prepare(
+    def _made(
         self,
         missing: dict[Hashable, Call],
         pool: ThreadPoolExecutor,
         processes: LoweringProcesses,
         bar: tqdm,
+        stopped: threading.Event,
     ) -> dict[Hashable, Future[Any]]:
         """Their programs, finished. Files are read and code is compiled in ``pool``.
 
         Keys and traces are made here: JAX's settings may be this thread's own. Tracing holds
         Python's lock anyway. While ``processes`` lower the kernels of one, the next are traced.
+        Once it is ``stopped`` none is begun.
         """
+
+        def begin(make: Callable[..., Any], *given: Any) -> Future[Any]:
+            def unless_stopped() -> Any:
+                _go_on(stopped)
+                return make(*given)
+
+            return pool.submit(unless_stopped)
+
         keys = {signature: self._key(call) for signature, call in missing.items()}
         made: dict[Hashable, Future[Any]] = {}
         kept = [signature for signature in missing if self._is_kept(keys[signature])]
         for signature in kept:
-            made[signature] = pool.submit(self._load, missing[signature], keys[signature])
+            made[signature] = begin(self._load, missing[signature], keys[signature])
         waiting: deque[tuple[Hashable, _Traced, list[Future[None]]]] = deque()  # for kernels
 
         def compile_next() -> None:
             signature, traced, kernels = waiting.popleft()
             wait(kernels)
+            _go_on(stopped)
             call, key = missing[signature], keys[signature]
-            made[signature] = pool.submit(self._compile_and_keep, call, key, traced.lower())
+            made[signature] = begin(self._compile_and_keep, call, key, traced.lower())
             made[signature].add_done_callback(lambda _: bar.update())
 
         for signature in [signature for signature in missing if signature not in made] + kept:
             if signature in made and made[signature].result() is not None:
                 bar.update()
                 continue
+            _go_on(stopped)
             traced = _Traced.of(missing[signature])
             waiting.append((signature, traced, processes.begin(traced.traced.jaxpr)))
             while waiting and all(kernel.done() for kernel in waiting[0][2]):
@@ -336,6 +408,21 @@ class Programs:
         said, self._said = self._said, True  # threads may come at the same time
         if not said:
             log.warning("compiled programs are not kept: %s", error)
+
+
+def _bar(missing: Sized, progress: bool) -> tqdm:
+    return tqdm(total=len(missing), desc="programs", unit="program", disable=not progress)
+
+
+def _settings() -> tuple[Any, ...]:
+    """What JAX's programs depend on and a thread may have for itself."""
+    return jax.config.values, jax.sharding.get_abstract_mesh()
+
+
+def _go_on(stopped: threading.Event) -> None:
+    """Raises ``CancelledError`` where nobody waits for programs any more."""
+    if stopped.is_set():
+        raise CancelledError
 
 
 @contextmanager

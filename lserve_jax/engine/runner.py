@@ -13,14 +13,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, UInt32
 
 from lserve_jax.attention.attend import ChunkRows, PrefixGroups
-from lserve_jax.attention.cache import CacheSpec, LayerCache, cache_bytes, init_layer_cache
+from lserve_jax.attention.cache import (
+    CacheSpec,
+    LayerCache,
+    cache_bytes,
+    init_layer_cache,
+    layer_cache_shapes,
+)
 from lserve_jax.engine.buckets import SMALLEST_CHUNK, bucket, buckets, row_counts
 from lserve_jax.engine.forced_steps import score_steps
 from lserve_jax.engine.inputs import BurstInputs, Chunk, Start
-from lserve_jax.engine.programs import Call, Programs
+from lserve_jax.engine.programs import Call, Programs, places_of
 from lserve_jax.engine.reads import selected_pages
 from lserve_jax.engine.sampling import SamplingMode
 from lserve_jax.engine.speculate import exact_burst
@@ -56,6 +63,9 @@ from pallas_kernels.api import MOST_SELECTED_PAGES, Backend, W8A8Kind, resolve_b
 class ModelRunner:
     """Runs jitted steps on parameters, caches and decode state that nobody else holds.
 
+    Made of the shapes of parameters, or of these themselves: then its calls can be prepared. It
+    runs them once it has parameters (``begin``), which come after that with their caches.
+
     ``params`` have their heads in the order of ``spec``: retrieval first (``model/heads.py``).
     ``dtype`` is the compute dtype, ``prefill_dtype`` that of the products of prefill, for which
     ``params`` were made. ``chunk_size`` is the most tokens of a ``Chunk``. ``programs`` compile the
@@ -88,8 +98,7 @@ class ModelRunner:
         self._set_params(params)
         self.dtype, self.backend, self.chunk_size = dtype, backend, chunk_size
         self.prefill_dtype = prefill_dtype
-        arrays = {id(x): device_bytes(x) for x in jax.tree.leaves(params)}  # each of them once
-        self.parameter_bytes = sum(arrays.values())
+        self.parameter_bytes = tree_bytes(params)
         self.num_parameters = sum(x.size for x in jax.tree.leaves(abstract_params(config)))
         self.programs = Programs(None) if programs is None else programs
         self.programs.sharded = len(_devices(self.params)) > 1
@@ -98,24 +107,52 @@ class ModelRunner:
             config=config, spec=spec, backend=backend, prefill_dtype=prefill_dtype
         )
         self._shapes: set[tuple] = set()  # that jitted functions were called with
+        self._caches: Caches = self._cache_shapes()
+        self._state = self._empty_state()
+
+    def begin(self, params: EngineParams) -> None:
+        """Runs these from now on, with an empty cache: the arrays whose shapes it was made of."""
+        self._set_params(params)
         self.reset()
+
+    def _bound(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` makes, on the device of the parameters, and bound to it if they are.
+
+        As every step returns it. Bound to a device and not bound are two programs.
+        """
+        device = _own_device(self.params)
+        with jax.default_device(device):
+            made = make()
+        return made if device is None else jax.device_put(made, device)
+
+    def _cache_shapes(self) -> Caches:
+        """What ``reset`` will make."""
+        device = _own_device(self.params)
+        where = None if device is None else SingleDeviceSharding(device)
+        return [
+            jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+                layer_cache_shapes(self.config, self.spec, layer, self.dtype),
+            )
+            for layer in range(self.config.num_hidden_layers)
+        ]
+
+    def _empty_state(self) -> DecodeState:
+        return self._bound(lambda: DecodeState.empty(self.spec))
 
     def reset(self) -> None:
         """Begins with an empty cache, also after a failure on the device.
 
         What a failed call was given to update in place is lost.
         """
-        self._caches: Caches = []  # the old ones go first: there may be no room for both
-        device = _own_device(self.params)
-        with jax.default_device(device):
-            self._caches = [
+        self._caches = []  # the old ones go first: there may be no room for both
+        self._caches = self._bound(
+            lambda: [
                 init_layer_cache(self.config, self.spec, layer, self.dtype)
                 for layer in range(self.config.num_hidden_layers)
             ]
-            self._state = DecodeState.empty(self.spec)
-        if device is not None:
-            # As every step returns them. Bound to a device and not bound are two programs.
-            self._caches, self._state = jax.device_put((self._caches, self._state), device)
+        )
+        self._state = self._empty_state()
 
     def update_params(self, make: Callable[[], EngineParams]) -> None:
         """Runs what ``make`` returns from now on: the same trees with other numbers.
@@ -230,10 +267,12 @@ class ModelRunner:
         self._state, self._caches, first = self.programs.run(call)
         return first
 
-    def insert_call(self, logits: jax.Array, starts: Sequence[Start]) -> Call:
+    def insert_call(
+        self, logits: jax.Array | jax.ShapeDtypeStruct, starts: Sequence[Start]
+    ) -> Call:
         """What ``insert`` runs."""
-        prompt_mask = self._prompt_masks(starts, len(logits))
-        filled = [*starts, *[starts[-1]] * (len(logits) - len(starts))]
+        prompt_mask = self._prompt_masks(starts, logits.shape[0])
+        filled = [*starts, *[starts[-1]] * (logits.shape[0] - len(starts))]
         sampling = self._state.sampling.with_rows([(x.slot, x.sampling_row) for x in filled])
         # Beyond the last slot is nobody's.
         slots = [x.slot if i < len(starts) else len(sampling.seed) for i, x in enumerate(filled)]
@@ -368,17 +407,15 @@ class ModelRunner:
         """Puts back what ``read_block`` read, on other pages; on none beyond those of a pool."""
         self._caches = self.programs.run(self.write_block_call(block, pages, windows))
 
-    def write_block_call(
-        self, block: list[jax.Array], pages: np.ndarray, windows: np.ndarray
-    ) -> Call:
+    def write_block_call(self, block: list[Any], pages: np.ndarray, windows: np.ndarray) -> Call:
         """What ``write_block`` runs."""
         return Call.of(write_block, self._caches, block, jnp.asarray(pages), jnp.asarray(windows))
 
-    def empty_block(self, pages: np.ndarray, windows: np.ndarray) -> list[jax.Array]:
-        """Zeros in place of what ``read_block`` returns for these pages."""
+    def block_shapes(self, pages: np.ndarray, windows: np.ndarray) -> list[jax.ShapeDtypeStruct]:
+        """Of what ``read_block`` returns for these pages, where it lies when it comes back."""
         shapes = jax.eval_shape(read_block, self._caches, pages, windows)
-        where = jax.tree.leaves(self._caches)[0].sharding
-        return [jax.device_put(jnp.zeros(x.shape, x.dtype), where) for x in shapes]
+        [(where, _)] = places_of(jax.tree.leaves(self._caches)[:1])
+        return [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for x in shapes]
 
     def page_shapes(self, pages: np.ndarray, windows: np.ndarray) -> list[dict]:
         """Shapes of what ``read_pages`` returns for these pages."""
@@ -453,15 +490,21 @@ def _tables(page_table: np.ndarray, groups: PrefixGroups | None) -> DecodeTables
 
 
 def _devices(params: Params) -> set[jax.Device]:
-    return {device for leaf in jax.tree.leaves(params) for device in leaf.devices()}
+    places = places_of(jax.tree.leaves(params))
+    return {device for sharding, _ in places for device in sharding.device_set}
 
 
 def _own_device(params: Params) -> jax.Device | None:
     """The device to which parameters were bound; None where they follow, or lie on several."""
     devices, leaves = _devices(params), jax.tree.leaves(params)
-    if len(devices) > 1 or not any(leaf.committed for leaf in leaves):
+    if len(devices) > 1 or not any(committed for _, committed in places_of(leaves)):
         return None
     return devices.pop()
+
+
+def tree_bytes(params: EngineParams) -> int:
+    """What they take on a device, each array once."""
+    return sum({id(x): device_bytes(x) for x in jax.tree.leaves(params)}.values())
 
 
 def device_bytes(x: Array | jax.ShapeDtypeStruct) -> int:

@@ -23,10 +23,10 @@ _USUAL = (SamplingParams(temperature=0), SamplingParams())
 _FILTERED = SamplingParams(top_p=0.9)
 
 
-def warm_up(engine: Engine, how: Warmup, *, progress: bool = False) -> None:
-    """Compiles ahead of time, or loads; nothing runs. ``progress`` shows a bar on stderr."""
+def warmup_calls(engine: Engine, how: Warmup) -> list[Call]:
+    """What to compile ahead of time, or to load."""
     if how == "none":
-        return
+        return []
     sizes = engine.shape_buckets()
     chunks, slots, usual = sizes["chunk_tokens"], sizes["slots"], _USUAL
     if how == "auto":
@@ -50,10 +50,10 @@ def warm_up(engine: Engine, how: Warmup, *, progress: bool = False) -> None:
         for pages in host.sizes:
             for windows in {0, pages if scheduler.prefix_cache.streams else 0}:
                 calls += _blocks(runner, pages, windows)
-    runner.programs.prepare(calls, progress=progress)
+    return calls
 
 
 def _blocks(runner: ModelRunner, pages: int, windows: int) -> list[Call]:
     """Pages that go to host memory, and come back."""
     ids = np.zeros((pages,), np.int32), np.zeros((windows,), np.int32)
-    return [runner.read_block_call(*ids), runner.write_block_call(runner.empty_block(*ids), *ids)]
+    return [runner.read_block_call(*ids), runner.write_block_call(runner.block_shapes(*ids), *ids)]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from lserve_jax.engine.programs import places_of
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.heads import HeadPartition, permute_heads
 from lserve_jax.model.params import Params, is_quantised
@@ -53,13 +54,25 @@ class Intake:
     # Packed matrices, by path, whose zero points take words of their own.
     _in_words: set[str] = field(init=False, default_factory=set)
 
-    def first(self, make: Callable[[], Params]) -> EngineParams:
+    def expected(self, params: Params) -> EngineParams:
+        """What ``first`` will make of parameters of which only the shapes are known.
+
+        ``params`` are bound to no device, and 4-bit ones such as ``quantize_weight`` makes.
+        """
+        return self._finished(jax.eval_shape(self._prepare, params))
+
+    def first(
+        self, make: Callable[[], Params], expected: EngineParams | None = None
+    ) -> EngineParams:
         """The parameters that the engine begins with; ``check`` compares later ones with them.
 
         Nobody here holds what ``make`` returns: a matrix that is packed is freed at once, unless
-        the caller has it.
+        the caller has it. Raises ``ValueError`` where they are not what was ``expected``.
         """
-        return self._finished(self._prepare(self._remembered(unpack_params(make()))))
+        made = self._finished(self._prepare(self._remembered(unpack_params(make()))))
+        if expected is not None:
+            _check_expected(expected, made)
+        return made
 
     def later(self, params: Params) -> EngineParams:
         """Others in their place, checked before; each on the devices of the one before it."""
@@ -160,7 +173,30 @@ def _on_auto_axes(x: Any) -> Any:
     return jax.device_put(x, NamedSharding(mesh, sharding.spec))
 
 
-def _leaves(params: Params) -> dict[str, Any]:
+def _check_expected(expected: EngineParams, made: EngineParams) -> None:
+    """Raises ``ValueError`` naming what is not as expected: programs were made for that."""
+
+    def described(params: EngineParams) -> dict[str, str]:
+        leaves = _leaves(params)
+        places = places_of(list(leaves.values()))
+        return {
+            name: f"{leaf.dtype} {leaf.shape} {leaf.weak_type=} {place}"
+            for (name, leaf), place in zip(leaves.items(), places, strict=True)
+        }
+
+    wanted, found = described(expected), described(made)
+    wrong = [
+        f"{name} is {found.get(name)}, not {wanted.get(name)}"
+        for name in sorted(wanted.keys() | found.keys())
+        if wanted.get(name) != found.get(name)
+    ]
+    if jax.tree.structure(expected) != jax.tree.structure(made):
+        wrong.append("matrices are of other kinds")
+    if wrong:
+        raise ValueError(f"params differ from those expected in {len(wrong)}: {'; '.join(wrong)}")
+
+
+def _leaves(params: Params | EngineParams) -> dict[str, Any]:
     leaves, _ = jax.tree.flatten_with_path(params)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 

@@ -281,5 +281,7 @@ def _take(
     leaf: Shaped[Array, "..."], positions: Int32[np.ndarray, " n"], *, axis: int
 ) -> Shaped[Array, "..."]:
     moved = jnp.take(leaf, positions, axis=axis)
+    if isinstance(leaf, jax.core.Tracer):  # its shape is asked for
+        return moved
     # A gather along a sharded axis comes back replicated, which might not fit.
     return moved if moved.sharding == leaf.sharding else jax.device_put(moved, leaf.sharding)

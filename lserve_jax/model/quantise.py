@@ -4,7 +4,8 @@ An embedding table that is the output layer too stays as it is, and so do norms 
 are small.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -25,6 +26,7 @@ from pallas_kernels.api import (
     has_fp8,
     has_w8a8_codes,
     pack_weight,
+    packed_shape,
     quantize_weight,
     unpack_weight,
     w8a8_weight,
@@ -167,8 +169,8 @@ def quantise_params(params: Params, kind: WeightKind, *, group: int = 32) -> Par
         leaf = ".".join(path)
         if leaf not in kinds or isinstance(tree, Weight):
             return tree
-        weight = quantize_weight(tree, kind=kinds[leaf], group=group, axis=axis_of(leaf))
-        return jax.block_until_ready(weight)  # or all copies in flight would be held at once
+        how = {"kind": kinds[leaf], "group": group, "axis": axis_of(leaf)}
+        return _ready(partial(quantize_weight, **how), tree)
 
     return visit(params, [])
 
@@ -182,22 +184,36 @@ def pack_params(params: Params, in_words: set[str], path: tuple[str, ...] = ()) 
     in_words: matrices, by dotted path, whose zero points are not to lie in the bytes of scales even
         if they fit. Those that do not fit are added: other numbers in their place are packed alike.
     path: where in the parameters the tree is.
+
+    Of matrices of which only shapes are there (``jax.ShapeDtypeStruct``) zero points fit.
     """
     for key in params:
         leaf = (*path, str(key))
         if isinstance(params[key], dict):
             pack_params(params[key], in_words, leaf)
         elif isinstance(params[key], Weight) and _packs(params[key]):
-            name = ".".join(leaf)
-            how = {"paired": "gate_up_proj" in leaf, "in_words": name in in_words}
-            # One after the other, as in ``quantise_params``.
-            params[key] = jax.block_until_ready(pack_weight(params[key], **how))
+            name, paired = ".".join(leaf), "gate_up_proj" in leaf
+            if _is_shape(params[key]):
+                params[key] = packed_shape(params[key], paired=paired)
+                continue
+            pack = partial(pack_weight, paired=paired, in_words=name in in_words)
+            params[key] = _ready(pack, params[key])
             if params[key].zeros == "word":
                 in_words.add(name)
 
 
 def _packs(weight: Weight) -> bool:
-    return len(weight.codes.devices()) == 1 and cannot_pack(weight) is None
+    on_one_device = _is_shape(weight) or len(weight.codes.devices()) == 1
+    return on_one_device and cannot_pack(weight) is None
+
+
+def _is_shape(leaf: Any) -> bool:
+    return isinstance(jax.tree.leaves(leaf)[0], jax.ShapeDtypeStruct)
+
+
+def _ready(make: Callable[[Any], Any], leaf: Any) -> Any:
+    """``make(leaf)``, ready: copies in flight would all be held at once. Of a shape, its shape."""
+    return jax.eval_shape(make, leaf) if _is_shape(leaf) else jax.block_until_ready(make(leaf))
 
 
 def unpack_params(params: Params) -> Params:
@@ -222,8 +238,7 @@ def w8a8_twins(params: Params, kind: W8A8Kind) -> dict[Path, W8A8Weight]:
     twins = {}
     for path, leaf in jax.tree.flatten_with_path(params["layers"], is_leaf=is_quantised)[0]:
         if path[-1].key == "kernel" and not has_w8a8_codes(leaf, kind):
-            # One after the other, as in ``quantise_params``.
-            twins[path] = jax.block_until_ready(w8a8_weight(leaf, kind=kind))
+            twins[path] = _ready(partial(w8a8_weight, kind=kind), leaf)
     return twins
 
 

@@ -31,8 +31,7 @@ from lserve_jax.attention.config import Prefill
 from lserve_jax.engine import build
 from lserve_jax.engine.build import EngineOptions
 from lserve_jax.engine.engine import Engine
-from lserve_jax.engine.programs import Call, Programs
-from lserve_jax.engine.warmup import Warmup, warm_up
+from lserve_jax.engine.warmup import Warmup, warmup_calls
 from lserve_jax.model.head_shares import MISSED_AT, HeadSensitivity
 from lserve_jax.stats import BatchTimes, CompileClock, batch_summary, request_summary
 
@@ -288,15 +287,9 @@ def test_judged_prompts_are_read_in_the_same_way(llm: LLM) -> None:
     assert judged.metrics.prefill_density == pytest.approx(expected()[1], abs=1e-6)
 
 
-def test_a_full_warmup_has_both_ways_to_read(
-    llm: LLM, pattern: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[Call] = []
-    monkeypatch.setattr(Programs, "prepare", lambda self, new, *, progress: calls.extend(new))
-
+def test_a_full_warmup_has_both_ways_to_read(llm: LLM, pattern: str) -> None:
     def prefills(engine: Engine, how: Warmup) -> list[tuple[int, bool]]:
-        calls.clear()
-        warm_up(engine, how)
+        calls = warmup_calls(engine, how)
         of_chunks = [call for call in calls if call.name == "prefill_chunks"]
         found = [(*call.args[3].shape, call.static["block_sparse"]) for call in of_chunks]
         assert not any(kind for rows, _, kind in found if rows > 1)  # together: short prompts only
