@@ -4,11 +4,15 @@
     python benchmarks/startup.py --geometry 8b --rows 1 32      # a GPU: 8B, random weights
     python benchmarks/startup.py --geometry 8b --attention lserve --rows 1 32
     python benchmarks/startup.py --geometry 8b --attention lserve --rows 32 --warmup full
+    python benchmarks/startup.py --geometry 8b-read --attention lserve --rows 32 --warmup full
     python benchmarks/startup.py --rows --runs 7 --beside ../other --label now --other-label before
 
 Every start is a process of its own with an empty cache directory (cold), then with what that one
 left there (second). JAX's monitoring events tell tracing, lowering and compiling apart; they
-overlap with the steps in which they happen, and on several threads with each other. "processor" is
+overlap with the steps in which they happen, and on several threads with each other. "weights" is
+what reading them took, and "engine" what building it took beyond that: with a warm-up, programs are
+compiled while weights are read. With ``8b-read`` that is a checkpoint of 16 GB, written once into
+a temporary directory (``TMPDIR``), so that the file system's cache has it. "processor" is
 what all threads of the process took, which other work on the machine disturbs least. The command
 line's whole time for one token is measured from outside, with the processor seconds of the process;
 ``--beside`` another checkout of this repository in turn with it, since a machine's speed drifts.
@@ -41,6 +45,7 @@ PARTS = {
     "processor": "processor",
 }
 COMMAND = ("wall", "user", "system", "processor")
+MODELS = {"default": "SmolLM2", "8b": "8B, random", "8b-read": "8B, read"}
 EVENTS = {
     "/jax/core/compile/jaxpr_trace_duration": "tracing",
     "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowering",
@@ -50,8 +55,9 @@ EVENTS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
-    geometry: Literal["default", "8b"] = "default"
-    """The default model from its file, or Llama-3-8B's shapes with random weights."""
+    geometry: Literal["default", "8b", "8b-read"] = "default"
+    """The default model from its file, or Llama-3-8B's shapes with random weights that are made, or
+    read from a checkpoint."""
     attention: Literal["dense", "lserve"] = "dense"
     rows: tuple[int, ...] = (1, 32)
     """Slots, of which all decode in the first burst."""
@@ -91,7 +97,23 @@ class Spans:
         return result
 
 
-def child(args: Args, rows: int, began: float) -> dict[str, float]:
+def options_8b(args: Args, rows: int) -> dict[str, Any]:
+    import llama_8b
+
+    sparsity = llama_8b.LSERVE if args.attention == "lserve" else None
+    options = llama_8b.options(sparsity, max_num_seqs=rows, max_prefixes=0, max_model_len=16384)
+    return {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+
+
+def write_8b(directory: str) -> None:
+    import llama_8b
+
+    import convert
+
+    convert.export_hf(directory, llama_8b.CONFIG, llama_8b.random_params())
+
+
+def child(args: Args, rows: int, model: str, began: float) -> dict[str, float]:
     """One start in this process, which began at ``began`` (``time.monotonic``): its seconds."""
     parts: dict[str, float] = {}
     last = began
@@ -107,23 +129,15 @@ def child(args: Args, rows: int, began: float) -> dict[str, float]:
 
     done("imports")
     spans = Spans()
-    cache = keep_compiled(True)
+    how = {"compilation_cache": keep_compiled(True), "warmup": args.warmup}
+    prompts: Any = [{"prompt_token_ids": list(range(1, 65))}] * rows
     if args.geometry == "8b":
         import jax
         import llama_8b
 
         params = jax.block_until_ready(llama_8b.random_params())
         done("weights")
-        sparsity = llama_8b.LSERVE if args.attention == "lserve" else None
-        engine_options = llama_8b.options(
-            sparsity, max_num_seqs=rows, max_prefixes=0, max_model_len=16384
-        )
-        options = {
-            f.name: getattr(engine_options, f.name) for f in dataclasses.fields(engine_options)
-        }
-        options |= {"compilation_cache": cache, "warmup": args.warmup}
-        llm = LLM((llama_8b.CONFIG, params), **options)
-        prompts: Any = [{"prompt_token_ids": list(range(1, 65))}] * rows
+        llm = LLM((llama_8b.CONFIG, params), **options_8b(args, rows) | how)
     else:
         import convert
 
@@ -136,17 +150,14 @@ def child(args: Args, rows: int, began: float) -> dict[str, float]:
             return result
 
         convert.load = timed
-        llm = LLM(
-            "smollm2-135m-instruct",
-            attention=args.attention,
-            max_num_seqs=rows,
-            max_prefixes=0,
-            compilation_cache=cache,
-            warmup=args.warmup,
-        )
+        if args.geometry == "default":
+            options = {"attention": args.attention, "max_num_seqs": rows, "max_prefixes": 0}
+            prompts = [PROMPT] * rows
+        else:
+            options = options_8b(args, rows)
+        llm = LLM(model, **options | how)
         parts["weights"] = seconds[0]
         last += seconds[0]
-        prompts = [PROMPT] * rows
     done("engine")
     sampling = SamplingParams(temperature=0, max_tokens=llm.engine.burst_steps + 1, ignore_eos=True)
     [first] = llm.generate(prompts[:1], sampling)
@@ -166,10 +177,10 @@ def environment(cache: Path) -> dict[str, str]:
     return {**kept, "XDG_CACHE_HOME": str(cache)}
 
 
-def start(args: Args, rows: int, cache: Path) -> dict[str, float]:
+def start(args: Args, rows: int, cache: Path, model: str) -> dict[str, float]:
     """One start in a process of its own."""
     given = json.dumps({**dataclasses.asdict(args), "rows": [rows], "beside": None})
-    command = [sys.executable, __file__, "--child", given, str(time.monotonic())]
+    command = [sys.executable, __file__, "--child", given, model, str(time.monotonic())]
     done = subprocess.run(
         command,
         env=environment(cache),
@@ -206,7 +217,7 @@ def measure(args: Args) -> list[dict[str, Any]]:
     from convert.artefacts import SMOLLM2_135M_INSTRUCT, fetch
 
     measured: list[dict[str, Any]] = []
-    model = fetch(SMOLLM2_135M_INSTRUCT) if args.geometry == "default" else None
+    file = fetch(SMOLLM2_135M_INSTRUCT) if args.geometry == "default" else None
     about = {"geometry": args.geometry, "attention": args.attention, "warmup": args.warmup}
 
     def add(what: str, rows: int, which: str, seconds: dict[str, float], label: str) -> None:
@@ -218,16 +229,22 @@ def measure(args: Args) -> list[dict[str, Any]]:
     def cache_of(directory: str) -> Path:
         cache = Path(directory)
         (cache / "lserve-jax").mkdir()
-        if model is not None:
-            (cache / "lserve-jax" / model.name).symlink_to(model)
+        if file is not None:
+            (cache / "lserve-jax" / file.name).symlink_to(file)
         return cache
 
-    for rows in args.rows:
-        with tempfile.TemporaryDirectory() as directory:
-            cache = cache_of(directory)
-            add("parts", rows, "cold", medians([start(args, rows, cache)]), args.label)
-            again = [start(args, rows, cache) for _ in range(args.runs)]
-            add("parts", rows, "second", medians(again), args.label)
+    with tempfile.TemporaryDirectory() as models:
+        model = "smollm2-135m-instruct"
+        if args.geometry == "8b-read":
+            model = str(Path(models) / "8b")
+            # In a process of its own, which leaves the device's memory to the others.
+            subprocess.run([sys.executable, __file__, "--write", model], check=True)
+        for rows in args.rows:
+            with tempfile.TemporaryDirectory() as directory:
+                cache = cache_of(directory)
+                add("parts", rows, "cold", medians([start(args, rows, cache, model)]), args.label)
+                again = [start(args, rows, cache, model) for _ in range(args.runs)]
+                add("parts", rows, "second", medians(again), args.label)
     if args.geometry == "default" and args.attention == "dense":
         checkouts = {args.label: HERE.parent}
         if args.beside is not None:
@@ -268,8 +285,13 @@ def markdown(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         if row["what"] != "parts":
             continue
-        model = "8B, random" if row["geometry"] == "8b" else "SmolLM2"
-        cells = [row["label"], model, row["attention"], row["warmup"], str(row["rows"])]
+        cells = [
+            row["label"],
+            MODELS[row["geometry"]],
+            row["attention"],
+            row["warmup"],
+            str(row["rows"]),
+        ]
         cells.append(row["start"])
         cells += [f"{row['seconds'][kind]:.2f}" if kind in row["seconds"] else "" for kind in kinds]
         lines.append(f"| {' | '.join(cells)} |")
@@ -317,7 +339,9 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         given = json.loads(sys.argv[2])
         [rows] = given["rows"]
-        print(json.dumps(child(Args(**given), rows, float(sys.argv[3]))))
+        print(json.dumps(child(Args(**given), rows, sys.argv[3], float(sys.argv[4]))))
+    elif sys.argv[1:2] == ["--write"]:
+        write_8b(sys.argv[2])
     else:
         import tyro
 
