@@ -340,7 +340,11 @@ def build_engine(
         )
         calls = warmup_calls(engine, options.warmup)
         with programs.preparing(calls, progress=progress):
-            runner.begin(prepared or intake.first(make, shapes))
+            if prepared is None:
+                prepared = intake.first(make, shapes)
+        # After it: while programs are compiled that are kept, JAX keeps none of the small ones that
+        # make caches.
+        runner.begin(prepared)
     return engine
 
 
