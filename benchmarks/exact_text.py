@@ -1,11 +1,14 @@
 """Exact mode on a real model and real text: tokens a second, acceptance, and whether answers agree.
 
     python benchmarks/exact_text.py [--lengths 31744] [--rows 16]
+    python benchmarks/exact_text.py --dtype float32 --rows 50 --tokens 64 --runs 1 \
+        --lengths 4096 8192 16384 31744 --settings dense exact --output exact_float32.json
 
 Greedy continuations of windows of two texts, by dense attention, by sparse attention alone and in
 exact mode (drafts by sparse steps, and looked up). Prompts are computed first; a figure is the wall
 time from then on over the tokens made, its second run of three. Where an answer differs from dense
-attention's, the two likeliest tokens there are compared: a tie says that rounding decided. Writes
+attention's, the two likeliest tokens there are compared: a tie says that rounding decided. float32
+has no kernels: XLA runs it, whatever the device, with products that round nothing more. Writes
 ``benchmarks/results/exact_text.json``.
 """
 
@@ -85,6 +88,7 @@ def main(args: Args) -> None:
         llm = LLM(
             args.model,
             dtype=args.dtype,
+            backend="reference" if args.dtype == "float32" else "auto",
             max_num_seqs=args.rows,
             max_model_len=max(args.lengths) + args.tokens,
             max_prefixes=0,
