@@ -5,10 +5,11 @@
         --lengths 4096 8192 16384 31744 --settings dense exact --output exact_float32.json
 
 Greedy continuations of windows of two texts, by dense attention, by sparse attention alone and in
-exact mode (drafts by sparse steps, and looked up). Prompts are computed first; a figure is the wall
-time from then on over the tokens made, its second run of three. Where an answer differs from dense
-attention's, the two likeliest tokens there are compared: a tie says that rounding decided. float32
-has no kernels: XLA runs it, whatever the device, with products that round nothing more. Writes
+exact mode (drafts by sparse steps, also with quantised weights, and looked up). Prompts are
+computed first; a figure is the wall time from then on over the tokens made, the median of the runs
+but the first, which compiles. Where an answer differs from dense attention's, the two likeliest
+tokens there are compared: a tie says that rounding decided. float32 has no kernels: XLA runs it,
+whatever the device, with products that round nothing more. Writes
 ``benchmarks/results/exact_text.json``.
 """
 
@@ -42,11 +43,14 @@ class Args:
 
 
 def settings_of(name: str, args: Args) -> dict[str, Any]:
-    sparsity = SparsityConfig(pattern=args.pattern)
+    sparse = {"attention": "lserve", "sparsity": SparsityConfig(pattern=args.pattern)}
+    exact = sparse | {"exact": True}
     return {
         "dense": {},
-        "sparse": {"attention": "lserve", "sparsity": sparsity},
-        "exact": {"attention": "lserve", "sparsity": sparsity, "exact": True},
+        "sparse": sparse,
+        "exact": exact,
+        "exact_int8": exact | {"draft_weights": "int8"},
+        "exact_int4": exact | {"draft_weights": "int4"},
         "ngram": {"attention": "lserve", "exact": True, "draft": "ngram"},
     }[name]
 

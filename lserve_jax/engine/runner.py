@@ -88,8 +88,9 @@ class ModelRunner:
         self._set_params(params)
         self.dtype, self.backend, self.chunk_size = dtype, backend, chunk_size
         self.prefill_dtype = prefill_dtype
-        arrays = {id(x): device_bytes(x) for x in jax.tree.leaves(params)}  # each of them once
-        self.parameter_bytes = sum(arrays.values())
+        self.parameter_bytes = _bytes_of(params)
+        # What a step reads, and one that drafts.
+        self.step_bytes, self.draft_step_bytes = _bytes_of(params.decode), _bytes_of(params.draft)
         self.num_parameters = sum(x.size for x in jax.tree.leaves(abstract_params(config)))
         self.programs = Programs(None) if programs is None else programs
         self.programs.sharded = len(_devices(self.params)) > 1
@@ -122,11 +123,11 @@ class ModelRunner:
 
         The old ones go first: there may be no room for both. If ``make`` fails there are none.
         """
-        self._set_params(EngineParams({}, {}))
+        self._set_params(EngineParams({}, {}, {}))
         self._set_params(make())
 
     def _set_params(self, params: EngineParams) -> None:
-        self.params, self.prefill_params = params
+        self.params, self.prefill_params, self.draft_params = params
         # Looked at for every request, and there are hundreds.
         self._params_leaves = jax.tree.leaves(params)
 
@@ -303,7 +304,8 @@ class ModelRunner:
         most = self.spec.max_drafts if inputs.drafts.any() else 0
         drafts = jnp.asarray(inputs.drafts)
         static = {"mode": inputs.mode, "most_drafts": most}
-        return Call.of(exact_burst, *begin, tables, *steps, drafts, rules, **static)
+        own = self.draft_params if most and self.draft_params is not self.params else None
+        return Call.of(exact_burst, *begin, tables, *steps, drafts, rules, own, **static)
 
     def selected_pages(self, slot: int) -> list[jax.Array]:
         """Physical pages that each layer's ranked heads chose for a slot at its last selection.
@@ -462,6 +464,11 @@ def _own_device(params: Params) -> jax.Device | None:
     if len(devices) > 1 or not any(leaf.committed for leaf in leaves):
         return None
     return devices.pop()
+
+
+def _bytes_of(params: Any) -> int:
+    """What the arrays of a tree take, each of them once."""
+    return sum({id(x): device_bytes(x) for x in jax.tree.leaves(params)}.values())
 
 
 def device_bytes(x: Array | jax.ShapeDtypeStruct) -> int:
