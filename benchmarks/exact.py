@@ -139,9 +139,10 @@ def main(args: Args) -> None:
                 row |= {"ms_per_token": median(times), "fastest": min(times), "slowest": max(times)}
                 if isinstance(engine.runner, SetAcceptance):
                     done = engine.runner.bursts
+                    # Forced tokens count as known, not as confirmed.
                     verified = sum(int(burst.verified.sum()) for burst in done)
-                    confirmed = sum(int(burst.confirmed.sum()) for burst in done)
-                    row["tokens_per_verification"] = 1 + confirmed / verified
+                    made = sum(int(burst.steps.sum()) for burst in done)
+                    row["tokens_per_verification"] = made / verified
                 rows.append(row)
                 args.output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
                 seconds_all = time.perf_counter() - begin

@@ -113,5 +113,7 @@ def test_codes_are_refused_and_groups_that_do_not_divide_before_weights_are_read
     def read() -> Params:
         raise AssertionError("weights were read")
 
-    with pytest.raises(ValueError, match=r"down_proj\.kernel has 240 inputs, which weight_group=32"):
+    with pytest.raises(
+        ValueError, match=r"down_proj\.kernel has 240 inputs, which weight_group=32"
+    ):
         build.build_engine(odd, read, options)
