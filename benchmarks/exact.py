@@ -1,23 +1,26 @@
 """Exact mode beside dense attention, with Llama-3-8B's geometry, on one GPU.
 
     python benchmarks/exact.py [--shapes 65536x8 524288x1 131072x1] [--drafts 4 6]
+                               [--draft-weights bf16 int8 int4]
 
 Both engines are real, weights are random bf16, and prompts are not computed, as in ``decode.py``.
 Random weights confirm next to no draft, so acceptance is set: tokens are forced, which drafting and
 verification both follow, and a tenth of the places, drawn at random but always the same ones, is
 drafted wrong. All work is done as it would be. Half of the heads draft by windows, the others by
-4096 tokens. A figure is the median wall time of a burst over its tokens. Writes
+4096 tokens. Drafts run by the bf16 weights, or by codes of them (int4 in groups of 128, the output
+layer in int8). A figure is the median wall time of a burst over its tokens. Writes
 ``benchmarks/results/exact.json``.
 """
 
 import dataclasses
 import gc
+import itertools
 import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +90,7 @@ def spoilt_drafts() -> None:
 class Args:
     shapes: tuple[str, ...] = ("65536x8", "524288x1", "131072x1")  # context x rows
     drafts: tuple[int, ...] = (4, 6)
+    draft_weights: tuple[Literal["bf16", "int8", "int4"], ...] = ("bf16",)
     bursts: int = 3  # timed ones
     output: Path = Path(__file__).parent / "results" / "exact.json"
 
@@ -100,10 +104,12 @@ def main(args: Args) -> None:
     for batch in sorted({batch for _, batch in shapes}, reverse=True):
         contexts = [context for context, n in shapes if n == batch]
         longest = max(contexts) + BURST * (args.bursts + 4) + 64
-        for drafts in (*args.drafts, None):
+        settings = [*itertools.product(args.draft_weights, args.drafts), ("bf16", None)]
+        for weights, drafts in settings:
             changes: dict[str, Any] = {}
             if drafts is not None:
-                changes = {"exact": True, "max_draft_tokens": drafts}
+                changes = {"exact": True, "max_draft_tokens": drafts, "weight_group": 128}
+                changes["draft_weights"] = None if weights == "bf16" else weights
             engine = build_engine(
                 CONFIG,
                 params,
@@ -124,6 +130,7 @@ def main(args: Args) -> None:
                 begin = time.perf_counter()
                 prompts = [np.zeros((context,), np.int32)] * batch
                 row: dict[str, Any] = {"context": context, "batch": batch, "drafts": drafts}
+                row["draft_weights"] = weights if drafts else None
                 if isinstance(engine.runner, SetAcceptance):
                     engine.runner.drafts = drafts
                     engine.runner.bursts.clear()
@@ -132,9 +139,10 @@ def main(args: Args) -> None:
                 row |= {"ms_per_token": median(times), "fastest": min(times), "slowest": max(times)}
                 if isinstance(engine.runner, SetAcceptance):
                     done = engine.runner.bursts
+                    # Forced tokens count as known, not as confirmed.
                     verified = sum(int(burst.verified.sum()) for burst in done)
-                    confirmed = sum(int(burst.confirmed.sum()) for burst in done)
-                    row["tokens_per_verification"] = 1 + confirmed / verified
+                    made = sum(int(burst.steps.sum()) for burst in done)
+                    row["tokens_per_verification"] = made / verified
                 rows.append(row)
                 args.output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
                 seconds_all = time.perf_counter() - begin

@@ -1,11 +1,15 @@
 """Exact mode on a real model and real text: tokens a second, acceptance, and whether answers agree.
 
     python benchmarks/exact_text.py [--lengths 31744] [--rows 16]
+    python benchmarks/exact_text.py --dtype float32 --rows 50 --alike 10 --tokens 64 --runs 1 \
+        --lengths 4096 8192 16384 31744 --settings dense exact --output exact_float32.json
 
 Greedy continuations of windows of two texts, by dense attention, by sparse attention alone and in
-exact mode (drafts by sparse steps, and looked up). Prompts are computed first; a figure is the wall
-time from then on over the tokens made, its second run of three. Where an answer differs from dense
-attention's, the two likeliest tokens there are compared: a tie says that rounding decided. Writes
+exact mode (drafts by sparse steps, also with quantised weights, and looked up). Prompts are
+computed first; a figure is the wall time from then on over the tokens made, the median of the runs
+but the first, which compiles. Where an answer differs from dense attention's, the two likeliest
+tokens there are compared: a tie says that rounding decided. float32 has no kernels: XLA runs it,
+whatever the device, with products that round nothing more. Writes
 ``benchmarks/results/exact_text.json``.
 """
 
@@ -24,6 +28,8 @@ from lserve_jax import LLM, SamplingParams, SparsityConfig
 from lserve_jax.engine.request import TokenOutput
 from lserve_jax.eval.prompts import read_text
 
+TAIL = 256  # tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
@@ -31,6 +37,8 @@ class Args:
     pattern: str = "SmolLM2-135M-Instruct-32K"
     lengths: tuple[int, ...] = (4096, 16384, 31744)
     rows: int = 16
+    alike: int = 1
+    """Prompts that share all but their last 256 tokens, so that these are computed once."""
     tokens: int = 256
     runs: int = 3
     dtype: str = "bfloat16"
@@ -39,11 +47,14 @@ class Args:
 
 
 def settings_of(name: str, args: Args) -> dict[str, Any]:
-    sparsity = SparsityConfig(pattern=args.pattern)
+    sparse = {"attention": "lserve", "sparsity": SparsityConfig(pattern=args.pattern)}
+    exact = sparse | {"exact": True}
     return {
         "dense": {},
-        "sparse": {"attention": "lserve", "sparsity": sparsity},
-        "exact": {"attention": "lserve", "sparsity": sparsity, "exact": True},
+        "sparse": sparse,
+        "exact": exact,
+        "exact_int8": exact | {"draft_weights": "int8"},
+        "exact_int4": exact | {"draft_weights": "int4"},
         "ngram": {"attention": "lserve", "exact": True, "draft": "ngram"},
     }[name]
 
@@ -78,6 +89,24 @@ def agreement(wanted: dict[str, list], got: dict[str, list]) -> dict[str, Any]:
     return {"same": len(wanted) - len(gaps), "of": len(wanted), "gaps": sorted(gaps)}
 
 
+def prompts_of(texts: list[list[int]], length: int, args: Args) -> list[list[int]]:
+    """Windows of the texts in turn, at even distances, or beginnings with several ends each."""
+
+    def windows(count: int, size: int) -> list[list[int]]:
+        found = []
+        for i in range(count):
+            ids = texts[i % 2]
+            start = (len(ids) - size) * (i // 2) // max((count - 1) // 2, 1)
+            found.append(list(ids[start : start + size]))
+        return found
+
+    if args.alike == 1:
+        return windows(args.rows, length)
+    beginnings = windows(-(-args.rows // args.alike), length - TAIL)
+    ends = windows(args.rows, TAIL)
+    return [beginnings[i // args.alike] + ends[i] for i in range(args.rows)]
+
+
 def main(args: Args) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     about, rows, dense = provenance(), [], {}
@@ -85,6 +114,7 @@ def main(args: Args) -> None:
         llm = LLM(
             args.model,
             dtype=args.dtype,
+            backend="reference" if args.dtype == "float32" else "auto",
             max_num_seqs=args.rows,
             max_model_len=max(args.lengths) + args.tokens,
             max_prefixes=0,
@@ -97,11 +127,7 @@ def main(args: Args) -> None:
             texts = [
                 read_text(llm.tokenizer, text, length) for text in ("documentation", "stories")
             ]
-            prompts = []
-            for row in range(args.rows):
-                ids = list(texts[row % 2])
-                start = (len(ids) - length) * (row // 2) // max(args.rows // 2 - 1, 1)
-                prompts.append(ids[start : start + length])
+            prompts = prompts_of(texts, length, args)
             seconds, answers = [], {}
             for _ in range(args.runs):
                 spent, answers = run(llm, prompts, args.tokens)

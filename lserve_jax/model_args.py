@@ -55,6 +55,10 @@ class ModelArgs:
     """With --attention lserve: it only drafts, and dense attention verifies: dense answers."""
     draft: Literal["sparse", "ngram"] = "sparse"
     """Where --exact has its drafts from: sparse steps, or what followed the same words before."""
+    draft_weights: Annotated[
+        Literal["int8", "int4", "fp8"] | None, flag("{int8,int4,fp8}", "the weights")
+    ] = None
+    """Quantise weights at load for the sparse steps that draft, beside those that verify."""
     max_draft_tokens: int = 7
     """Most tokens that are drafted before they are verified."""
     sparsity: SuppressFixed[OmitArgPrefixes[SparsityConfig]] = field(default_factory=SparsityConfig)
@@ -90,6 +94,7 @@ class ModelArgs:
             sparsity=self.sparsity if self.attention == "lserve" and sparsity_given else None,
             exact=self.exact,
             draft=self.draft,
+            draft_weights=self.draft_weights,
             max_draft_tokens=self.max_draft_tokens,
             enable_prefix_caching=self.prefix_cache,
             host_cache_bytes=self.host_cache_bytes,

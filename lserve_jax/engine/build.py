@@ -27,9 +27,22 @@ from lserve_jax.engine.runner import ModelRunner, tree_bytes
 from lserve_jax.engine.warmup import Warmup, warmup_calls
 from lserve_jax.engine.weights import Intake
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.params import Params, check_params, is_quantised
-from lserve_jax.model.quantise import WeightForm, check_prefill_dtype, check_weights, require_fp8
-from pallas_kernels.api import KV_KINDS, Backend, W8A8Kind, resolve_backend
+from lserve_jax.model.params import Params, abstract_params, check_params, is_quantised
+from lserve_jax.model.quantise import (
+    WeightForm,
+    check_groups,
+    check_prefill_dtype,
+    check_weights,
+    require_fp8,
+)
+from pallas_kernels.api import (
+    KV_KINDS,
+    WEIGHT_KINDS,
+    Backend,
+    W8A8Kind,
+    WeightKind,
+    resolve_backend,
+)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _INTEGERS = (
@@ -85,6 +98,9 @@ class EngineOptions:
         Needs attention="lserve", and no relay="always".
     draft: where exact mode's drafts come from: "sparse", sparse steps, or "ngram", what followed
         the same two or three tokens before, in the prompt or the answer (prompt lookup).
+    draft_weights: what sparse steps draft by: "int8", "int4" or "fp8", the matrices quantised at
+        load, as ``weights`` would, and held beside the floats; None: the weights themselves. A
+        draft then reads less, and more are wrong; answers stay dense attention's with the floats.
     max_draft_tokens: most tokens that a request drafts before they are verified, in exact mode.
         Each drafts as many as pay by what was confirmed before, none where the context is short.
     prefill_chunk_size: prompt tokens run at once, a power of two; bounds activation memory.
@@ -122,6 +138,7 @@ class EngineOptions:
     deterministic: bool = False
     exact: bool = False
     draft: DraftSource = "sparse"
+    draft_weights: WeightKind | None = None
     max_draft_tokens: int = 7
     prefill_chunk_size: int = 8192
     burst_steps: int = 16
@@ -183,6 +200,20 @@ class EngineOptions:
             raise ValueError("draft='ngram' needs exact=True: drafts are verified there")
         if self.draft == "ngram" and self.sparsity is not None:
             raise ValueError("draft='ngram' has no sparse steps, so that sparsity must be None")
+        if self.draft_weights is not None:
+            check_choice("draft_weights", self.draft_weights, WEIGHT_KINDS)
+            if self.draft_weights == "fp8":
+                require_fp8("draft_weights='fp8'")
+            if not self.exact or self.draft != "sparse":
+                raise ValueError(
+                    f"draft_weights={self.draft_weights!r} needs exact=True and draft='sparse': "
+                    "sparse steps draft by them"
+                )
+            if self.weights is not None:
+                raise ValueError(
+                    f"draft_weights={self.draft_weights!r} needs weights=None, got "
+                    f"weights={self.weights!r}: they are quantised from floats, which verify"
+                )
         if not 1 <= self.max_draft_tokens <= MOST_DRAFTS:
             raise ValueError(
                 f"max_draft_tokens={self.max_draft_tokens} must lie in [1, {MOST_DRAFTS}]"
@@ -271,6 +302,10 @@ def build_engine(
     config = _choose_longrope(config, max_model_len)
     if options.draft == "ngram":
         sparsity = None  # there are no sparse steps
+    if options.draft_weights is not None:
+        leaves, _ = jax.tree.flatten_with_path(abstract_params(config))
+        shapes = {".".join(str(key.key) for key in path): x.shape for path, x in leaves}
+        check_groups(shapes, options.draft_weights, options.weight_group)
     policy = head_policy(config, sparsity, exact=options.exact)
     intake = Intake(
         config=config,
@@ -280,6 +315,7 @@ def build_engine(
         weight_group=options.weight_group,
         packed=kernels,
         prefill_dtype=options.prefill_dtype,
+        draft_weights=options.draft_weights,
     )
     alike = dataclasses.replace(options, warmup="none", compilation_cache=False)
     programs = Programs(_program_files(options), f"{config}\n{alike}")
@@ -292,6 +328,11 @@ def build_engine(
         if options.weights == "checkpoint" and not coded:
             raise ValueError(
                 "weights='checkpoint' needs quantised weights; all of these are floats"
+            )
+        if options.draft_weights is not None and coded:
+            raise ValueError(
+                f"draft_weights={options.draft_weights!r} needs floats to quantise; these weights "
+                "are codes already"
             )
         return made
 

@@ -50,14 +50,15 @@ def decide_drafts(
     *,
     length: int,
     weight_bytes: float,
+    draft_weight_bytes: float,
 ) -> DraftDecision:
-    """For a request of ``length`` tokens whose share of the weights is ``weight_bytes``."""
+    """For a request of ``length`` tokens, with its share of the weights that a pass reads."""
     assert spec.max_drafts is not None  # exact mode
     context = units.kv_heads * units.token
     dense = weight_bytes + length * context
     sparse = 0.0  # to look tokens up reads next to nothing
     if spec.draft == "sparse":
-        sparse = weight_bytes + spec.tokens_listed(length) * context
+        sparse = draft_weight_bytes + spec.tokens_listed(length) * context
     acceptance = acceptance_of(costs, spec.max_drafts)
 
     def speed(drafts: int) -> float:
@@ -96,7 +97,8 @@ def decide_all(
             units,
             request.costs,
             length=request.length,
-            weight_bytes=runner.parameter_bytes / len(requests),
+            weight_bytes=runner.step_bytes / len(requests),
+            draft_weight_bytes=runner.draft_step_bytes / len(requests),
         )
         request.costs.draft_reason = decision.reason
         decisions[slot] = decision

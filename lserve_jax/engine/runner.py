@@ -99,6 +99,8 @@ class ModelRunner:
         self.dtype, self.backend, self.chunk_size = dtype, backend, chunk_size
         self.prefill_dtype = prefill_dtype
         self.parameter_bytes = tree_bytes(params)
+        # What a step reads, and one that drafts.
+        self.step_bytes, self.draft_step_bytes = tree_bytes(params.decode), tree_bytes(params.draft)
         self.num_parameters = sum(x.size for x in jax.tree.leaves(abstract_params(config)))
         self.programs = Programs(None) if programs is None else programs
         self.programs.sharded = len(_devices(self.params)) > 1
@@ -159,11 +161,11 @@ class ModelRunner:
 
         The old ones go first: there may be no room for both. If ``make`` fails there are none.
         """
-        self._set_params(EngineParams({}, {}))
+        self._set_params(EngineParams({}, {}, {}))
         self._set_params(make())
 
     def _set_params(self, params: EngineParams) -> None:
-        self.params, self.prefill_params = params
+        self.params, self.prefill_params, self.draft_params = params
         # Looked at for every request, and there are hundreds.
         self._params_leaves = jax.tree.leaves(params)
 
@@ -342,7 +344,8 @@ class ModelRunner:
         most = self.spec.max_drafts if inputs.drafts.any() else 0
         drafts = jnp.asarray(inputs.drafts)
         static = {"mode": inputs.mode, "most_drafts": most}
-        return Call.of(exact_burst, *begin, tables, *steps, drafts, rules, **static)
+        own = self.draft_params if most and self.draft_params is not self.params else None
+        return Call.of(exact_burst, *begin, tables, *steps, drafts, rules, own, **static)
 
     def selected_pages(self, slot: int) -> list[jax.Array]:
         """Physical pages that each layer's ranked heads chose for a slot at its last selection.
@@ -502,7 +505,7 @@ def _own_device(params: Params) -> jax.Device | None:
     return devices.pop()
 
 
-def tree_bytes(params: EngineParams) -> int:
+def tree_bytes(params: Params | EngineParams) -> int:
     """What they take on a device, each array once."""
     return sum({id(x): device_bytes(x) for x in jax.tree.leaves(params)}.values())
 

@@ -51,6 +51,7 @@ def exact_burst(
     num_steps: Int[Array, ""],
     drafts: Int[Array, " B"],
     rules: TokenRules | None = None,
+    draft_params: Params | None = None,
     *,
     mode: SamplingMode,
     most_drafts: int,
@@ -60,7 +61,8 @@ def exact_burst(
     A row drafts up to ``drafts[b]`` tokens a round, at most the static ``most_drafts`` (K); 0 is a
     step of dense attention. Rows that have their tokens wait for the others. ``tables``, ``forced``
     and ``rules`` are those of ``decode_burst``; no row reads its prefix with others. With rows that
-    take one step a burst, ``num_steps`` is 1.
+    take one step a burst, ``num_steps`` is 1. ``draft_params``: the model by which sparse steps
+    draft, the heads in the same order; None: ``params``.
     """
     burst, B = forced.shape
     whole = state
@@ -80,8 +82,9 @@ def exact_burst(
             )
             attended = jnp.zeros((B,), jnp.float32)
         else:
+            by = params if draft_params is None else draft_params
             tokens, caches, attended = draft_sparse(
-                program, params, caches, state, tables, wanted_tokens, wanted, mode, rules
+                program, by, caches, state, tables, wanted_tokens, wanted, mode, rules
             )
         position, count = state.position, jnp.where(left > 0, wanted + 1, 0)
         hidden, caches, keys = verify(

@@ -24,13 +24,15 @@ from pallas_kernels.api import W8A8Kind, Weight, WeightKind
 
 
 class EngineParams(NamedTuple):
-    """What an engine runs: one model twice, sharing all arrays that are the same.
+    """What an engine runs: one model three times, sharing all arrays that are the same.
 
     With ``prefill_dtype`` prefill's projections are ``W8A8Weight``s, or codes that decode has too.
+    With ``draft_weights`` exact mode drafts by quantised matrices, else by those of decode.
     """
 
     decode: Params
     prefill: Params
+    draft: Params
 
 
 @dataclass(kw_only=True, eq=False)
@@ -39,7 +41,7 @@ class Intake:
 
     The result shares every array that need not change: those of ``dtype`` whose heads stay where
     they are. The others are copies: heads put in order, a tied model's output projection on a CPU,
-    matrices that are quantised, or packed for kernels, and those of prefill.
+    matrices that are quantised, or packed for kernels, and those of prefill and of drafts.
     """
 
     config: ModelConfig
@@ -49,6 +51,7 @@ class Intake:
     weight_group: int
     packed: bool  # whether quantised matrices go into the order of the kernels
     prefill_dtype: W8A8Kind | None = None  # of prefill's products
+    draft_weights: WeightKind | None = None  # what matrices of floats are quantised to for drafts
     # Shape, dtype and sharding of each leaf that came first, by path.
     _first: dict[str, jax.ShapeDtypeStruct] = field(init=False, default_factory=dict)
     # Packed matrices, by path, whose zero points take words of their own.
@@ -156,9 +159,16 @@ class Intake:
         """From the dicts that ``_prepare`` made, which nobody else holds."""
         # Before matrices are packed, which frees them.
         twins = {} if self.prefill_dtype is None else w8a8_twins(params, self.prefill_dtype)
+        draft = params
+        if self.draft_weights is not None:
+            # A table is there already, and a draft reads one row of it.
+            table = {key: params[key] for key in params if key == "embed_tokens"}
+            rest = {key: params[key] for key in params if key not in table}
+            draft = table | quantise_params(rest, self.draft_weights, group=self.weight_group)
         if self.packed:
-            pack_params(params, self._in_words)
-        return EngineParams(params, with_twins(params, twins))
+            for tree in (params, draft):  # one of them has codes, if any
+                pack_params(tree, self._in_words)
+        return EngineParams(params, with_twins(params, twins), draft)
 
 
 def _on_auto_axes(x: Any) -> Any:

@@ -39,7 +39,7 @@ def build(make, *, expected: Params | None = None, **options) -> Engine:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("weights", [None, "int8", "int4"])
 def test_the_shapes_of_parameters_are_known_before_these(weights, tied) -> None:
-    """With heads in their order and in another, with a type of prefill's own, and packed.
+    """With heads in their order and in another, matrices of prefill's and drafts' own, and packed.
 
     Quantised when they are read, or by the engine.
     """
@@ -56,7 +56,9 @@ def test_the_shapes_of_parameters_are_known_before_these(weights, tied) -> None:
         ]
     for streams in ([[False, False]], [[True, False]]):
         heads = np.array(streams)
-        for prefill_dtype in (None, "int8"):
+        kinds = [{}, {"prefill_dtype": "int8"}]
+        kinds += [{"draft_weights": "int4"}] if weights is None else []
+        for kind in kinds:
             for packed in (False, True):
                 for params, described in forms:
                     intake = Intake(
@@ -66,7 +68,7 @@ def test_the_shapes_of_parameters_are_known_before_these(weights, tied) -> None:
                         weights=weights,
                         weight_group=32,
                         packed=packed,
-                        prefill_dtype=prefill_dtype,
+                        **kind,
                     )
                     expected = intake.expected(described)
                     # Fails where they differ.

@@ -74,7 +74,7 @@ def make_engine(backend: Backend, sparsity: SparsityConfig, max_model_len: int) 
     params = init_params(CONFIG, dtype=jnp.bfloat16)
     runner = ReferencePrefill(
         CONFIG,
-        EngineParams(decode=params, prefill=params),
+        EngineParams(decode=params, prefill=params, draft=params),
         spec,
         dtype=jnp.bfloat16,
         backend=backend,
