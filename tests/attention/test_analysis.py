@@ -1,6 +1,7 @@
 """Page recall against its definition, written out in NumPy on the model's own queries and keys."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -12,11 +13,11 @@ import pytest
 from numpy.testing import assert_allclose
 from oracle_model import log_softmax
 from tiny_checkpoints import save_character_tokenizer
+from tiny_llm import fresh_params
 
 from lserve_jax import LLM, ModelConfig, SparsityConfig
 from lserve_jax.analysis import main, page_recall, plot_page_recall, prefill_recall
 from lserve_jax.model.bound import bind
-from lserve_jax.model.llama import init_params
 from lserve_jax.model.rope import rotary_angles
 from pallas_kernels.api import apply_rotary
 
@@ -40,7 +41,7 @@ TOKENS = np.random.default_rng(0).integers(0, 96, 300).tolist()
 @pytest.fixture(scope="module")
 def params():
     # Larger weights than a fresh model's: attention must not be flat, or every page is the same.
-    return jax.tree.map(lambda x: x * 2 if x.ndim == 2 else x, init_params(CONFIG))
+    return jax.tree.map(lambda x: x * 2 if x.ndim == 2 else x, fresh_params(CONFIG))
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,11 @@ def pattern(tmp_path_factory):
 
 def queries_and_keys(params, tokens=TOKENS):
     """Rotated q ``[L, T, H, D]`` and k ``[L, T, Hk, D]`` of dense attention, checkpoint order."""
+    return [[np.asarray(x, np.float64) for x in layer] for layer in _seen(params, tuple(tokens))]
+
+
+@functools.partial(jax.jit, static_argnums=1)  # one program, in place of one for every operation
+def _seen(params, tokens):
     seen = []
     positions = jnp.arange(len(tokens))[None]
     cos, sin = rotary_angles(CONFIG, positions, jnp.array([len(tokens)]))
@@ -61,9 +67,9 @@ def queries_and_keys(params, tokens=TOKENS):
     def attend(layer, q, k, v, cache):
         if layer != 1:  # which has no rotary embedding
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        seen.append((np.asarray(q[0], np.float64), np.asarray(k[0], np.float64)))
+        seen.append((q[0], k[0]))
         scores = jnp.einsum("bqkgd,btkd->bkgqt", q.reshape(*q.shape[:2], 3, 2, 16), k) / 4
-        visible = jnp.tril(jnp.ones((1, 1, 1, len(tokens), len(tokens)), bool))
+        visible = np.tril(np.ones((1, 1, 1, len(tokens), len(tokens)), bool))
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
         return jnp.einsum("bkgqt,btkd->bqkgd", weights, v).reshape(q.shape), None
 
@@ -126,24 +132,27 @@ def test_a_budget_for_everything_loses_nothing(params):
     np.testing.assert_allclose(recall.recall, 1.0, atol=1e-6)
 
 
-def test_plot_is_a_picture(params, tmp_path):
-    llm = LLM((CONFIG, params), attention="lserve", sparsity=SPARSITY)
-    recall = page_recall(llm, {"prompt_token_ids": TOKENS}, num_queries=4)
+@pytest.fixture(scope="module")
+def recall(params, pattern):
+    """Of the last six tokens; the same programs as in ``test_recall_is_its_definition``."""
+    sparsity = dataclasses.replace(SPARSITY, pattern=pattern, streaming_fraction=0.45)
+    llm = LLM((CONFIG, params), attention="lserve", sparsity=sparsity)
+    return page_recall(llm, {"prompt_token_ids": TOKENS}, num_queries=6)
+
+
+def test_plot_is_a_picture(recall, tmp_path):
     figure = plot_page_recall(recall, tmp_path / "recall.png")
     assert len(figure.axes) == 3  # heads, their colours, layers
     assert plot_page_recall(recall).axes[0].get_title() == "page recall"
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_recall_as_a_table(params, pattern):
-    sparsity = dataclasses.replace(SPARSITY, pattern=pattern, streaming_fraction=0.45)
-    llm = LLM((CONFIG, params), attention="lserve", sparsity=sparsity)
-    recall = page_recall(llm, {"prompt_token_ids": TOKENS}, num_queries=5)
+def test_recall_as_a_table(recall):
     table = recall.table()
-    assert {len(column) for column in table.values()} == {3 * 6 * 5}
+    assert {len(column) for column in table.values()} == {3 * 6 * 6}
     for layer, head, position in ((0, 5, 295), (1, 2, 299), (2, 0, 297)):
         row = (table["layer"] == layer) & (table["head"] == head) & (table["position"] == position)
-        assert table["recall"][row].tolist() == [recall.recall[layer, head, position - 295]]
+        assert table["recall"][row].tolist() == [recall.recall[layer, head, position - 294]]
         assert table["kv_head"][row].tolist() == [head // 2]
         assert table["is_retrieval"][row].tolist() == [recall.is_retrieval[layer, head // 2]]
 

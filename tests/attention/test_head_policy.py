@@ -215,8 +215,12 @@ def test_memory_follows_the_heads() -> None:
     assert spec.most_tokens(0, 1) == (257 * 16, 129 * 16, 16384, 7 * 64)
 
 
-def test_dense_heads_alone_are_dense_attention(directory: str) -> None:
+def test_dense_heads_alone_are_dense_attention(tmp_path) -> None:
     """All heads dense: the tokens of dense attention; and what a step reads says so."""
+    config = tiny_config(layers=1, kv_heads=4)
+    shares, sensitivity = np.full((1, 4), 0.125), random_sensitivity(0, (1, 4))
+    directory = write_pattern(tmp_path / "one", GATES[:1])
+    save_head_shares(directory, sensitivity, shares, {})
     prompt = {"prompt_token_ids": random_prompts(3, [700])[0]}
     params = SamplingParams(max_tokens=20, temperature=0.0)
     answers, reads = [], []
@@ -225,11 +229,11 @@ def test_dense_heads_alone_are_dense_attention(directory: str) -> None:
         {
             "attention": "lserve",
             "sparsity": SparsityConfig(
-                pattern=directory, dense_heads=12, token_budget=64, streaming_fraction=1.0
+                pattern=directory, dense_heads=4, token_budget=64, streaming_fraction=1.0
             ),
         },
     ):
-        llm = LLM((CONFIG, tiny_params(CONFIG)), max_num_seqs=1, **settings)
+        llm = LLM((config, tiny_params(config)), max_num_seqs=1, **settings)
         (output,) = llm.generate([prompt], params)
         answers.append(output.outputs[0].token_ids)
         metrics = output.metrics
@@ -325,7 +329,7 @@ def test_wanted_pages_at_every_length(
     tails = np.arange(max_len // selected)
     got = np.asarray(spec.wanted_pages(0, tails))
     assert got.max() <= spec.num_ranked(0)
-    oracle = Oracle(config, tiny_params(config), sparsity=sparsity, shares=[list(shares)])
+    oracle = Oracle(config, {}, sparsity=sparsity, shares=[list(shares)])  # it only counts
     for tail in tails:
         oracle.tail = int(tail)
         wanted = [min(oracle._count(0, head), tail) for head in range(8)]

@@ -59,7 +59,8 @@ def check(case: str, prompts: list[Tokens], generations: list[Generation]) -> li
     return oracles
 
 
-@pytest.mark.parametrize("case", CASES)
+# The case of one layer of page 32 is for tests below.
+@pytest.mark.parametrize("case", [case for case in CASES if case != "page 32, one layer"])
 def test_every_step_equals_the_oracle(case: str, build: Build) -> None:
     """Prompts around page edges and the budget, in chunks; twice as many requests as slots."""
     P, budget = (CASES[case].sizes[name] for name in ("page_size", "token_budget"))
@@ -86,7 +87,7 @@ def test_d1_d5_statistics_on_fresh_and_recycled_pages(kv_dtype: str, build: Buil
 
     Both kinds of page: fresh ones hold NaN, and the second round reuses those of the first.
     """
-    case = "page 32, reuse 4"
+    case = "page 32, reuse 4" if kv_dtype == "auto" else "page 32, one layer"
     P, logical = 32, 16
     llm = build(case, kv_dtype=kv_dtype)
     ends = record_ends(llm)
@@ -99,7 +100,7 @@ def test_d1_d5_statistics_on_fresh_and_recycled_pages(kv_dtype: str, build: Buil
             oracle = CASES[case].oracle()
             oracle.prefill([*prompt, *generation.tokens[:-1]])
             # Keys of layer 0 depend on nothing attended, so they are the same in 4 bits.
-            # Its retrieval head is the checkpoint's second.
+            # Its first retrieval head is the checkpoint's second.
             keys = oracle.keys[0][:, 1]
             stats = cache.key_stats[0]  # [N, g, 2, D]
             for first in range(0, len(keys), logical):
@@ -122,7 +123,8 @@ def test_d2_page_crossing_inside_a_reuse_interval(case: str, build: Build) -> No
     prompts = random_prompts(5, [start + P - step for step in range(1, C + 1, -(-C // 4))])
     generations = generate(build(case), prompts, C + 2 * P)
     for oracle in check(case, prompts, generations):
-        assert len(oracle.attended[1, 0]) < oracle.length
+        last = CASES[case].config.num_hidden_layers - 1
+        assert len(oracle.attended[last, 0]) < oracle.length
 
 
 def test_d3_prompts_of_whole_pages(build: Build) -> None:
@@ -166,25 +168,27 @@ def test_nothing_depends_on_neighbours(build: Build) -> None:
         assert_allclose(other.logprobs, first.logprobs, **SAME)
 
 
-@pytest.mark.parametrize("chunk", [128, 1024])
-def test_nothing_depends_on_the_chunk_size(chunk: int, build: Build) -> None:
+def test_nothing_depends_on_the_chunk_size(build: Build) -> None:
     """1024 holds each prompt whole, the prefill window (128 tokens) is a fraction of it."""
-    case = "page 32, reuse 4"
-    prompts = random_prompts(13, [700, 129, 300, 512])
-    runs = [generate(build(case, prefill_chunk_size=size), prompts, 12) for size in (64, chunk)]
-    for one, other in zip(*runs, strict=True):
-        assert one.tokens == other.tokens
-        assert_allclose(one.logprobs, other.logprobs, **SAME)
+    case = "page 32, one layer"
+    prompts = random_prompts(13, [700, 129, 590, 768])  # few sizes of a last chunk
+    chunked = generate(build(case), prompts, 12)  # of 64 tokens
+    for size in (128, 1024):
+        others = generate(build(case, prefill_chunk_size=size), prompts, 12)
+        for one, other in zip(chunked, others, strict=True):
+            assert one.tokens == other.tokens
+            assert_allclose(one.logprobs, other.logprobs, **SAME)
 
 
 def test_unpruned_is_dense_at_any_page_size() -> None:
-    """Budget >= context and no streaming heads, 300 tokens: dense, and the model without a cache.
+    """Budget >= context and no streaming heads: dense, and the model without a cache.
 
-    So the page size cannot matter either.
+    So the page size cannot matter either. 150 tokens: two of the prompts end in another page of
+    128 tokens than they began in.
     """
-    config = tiny_config(layers=2, kv_heads=2, group=2)
+    config = tiny_config(layers=1, kv_heads=2, group=2)
     params = tiny_params(config, seed=5)
-    prompts, count = random_prompts(14, [1, 65, 300, 700]), [300, 40, 100, 300]
+    prompts, count = random_prompts(14, [1, 65, 300, 700]), [150, 40, 60, 150]
 
     def run(**settings: Any) -> list[Generation]:
         llm = LLM(
@@ -244,7 +248,7 @@ def test_prompts_of_a_bucket_compile_nothing_new(build: Build) -> None:
 @pytest.mark.parametrize(("kv_dtype", "least", "most"), [("int8", 1e-3, 0.1), ("int4", 1e-2, 1.0)])
 def test_quantised_kv(kv_dtype: str, least: float, most: float, build: Build) -> None:
     """Every cached number is within half a step of the true one; the output stays close."""
-    case = "page 32, reuse 4"
+    case = "page 32, one layer"
     prompts = random_prompts(15, [500, 100, 260, 33])
     llm = build(case, kv_dtype=kv_dtype)
     ends = record_ends(llm)
@@ -255,7 +259,7 @@ def test_quantised_kv(kv_dtype: str, least: float, most: float, build: Build) ->
         # A step is 1/127 of the largest channel, or 1/15 of what eight channels span. Where two
         # pages nearly tie, the other one may be chosen: hence a quantile and not the maximum.
         assert least < np.quantile(np.abs(generation.logprobs - wanted), 0.9) < most
-        # Layer 0, head 1 of the checkpoint: the retrieval head, whose keys attend nothing.
+        # Layer 0, head 1 of the checkpoint: the first retrieval head, whose keys attend nothing.
         positions = np.arange(oracle.length)
         page, offset = np.array(pages)[positions // 32], positions % 32
         for codes, scale, true in (

@@ -10,7 +10,7 @@ from jax.experimental import checkify
 from numpy.testing import assert_allclose
 from tiny_llm import check_nothing_left, random_prompts, tiny_config, tiny_params
 
-from lserve_jax import LLM, SamplingParams, SparsityConfig
+from lserve_jax import LLM, ModelConfig, SamplingParams, SparsityConfig
 from lserve_jax.analysis import page_recall
 from lserve_jax.attention.policy import Candidates
 from lserve_jax.attention.selection import choose_pages
@@ -18,8 +18,9 @@ from lserve_jax.model.bound import bind
 from lserve_jax.model.rope import rotary_angles
 from pallas_kernels import api
 
-CONFIG = tiny_config(layers=2, kv_heads=2, group=2, max_len=512)
-PARAMS = tiny_params(CONFIG, seed=3)
+CONFIG = tiny_config(layers=1, kv_heads=2, group=2, max_len=512)
+# For a policy that does not treat all layers alike.
+TWO_LAYERS = dataclasses.replace(CONFIG, num_hidden_layers=2)
 SPARSITY = SparsityConfig(page_size=16, token_budget=96, reuse_interval=4, forced_sink_pages=0)
 [PROMPT] = random_prompts(0, [230])
 STEPS = 24
@@ -63,10 +64,14 @@ def first_and_last(pages: Candidates):
     return counts, jnp.stack([jnp.zeros_like(last), last], axis=2)
 
 
-def build(select=None, **options) -> LLM:
-    sparsity = dataclasses.replace(SPARSITY, select=select)
-    options = {"max_num_seqs": 2, "prefill_chunk_size": 256} | options
-    return LLM((CONFIG, PARAMS), attention="lserve", sparsity=sparsity, **options)
+def build(select=None, config: ModelConfig = CONFIG) -> LLM:
+    return LLM(
+        (config, tiny_params(config, seed=3)),
+        attention="lserve",
+        sparsity=dataclasses.replace(SPARSITY, select=select),
+        max_num_seqs=2,
+        prefill_chunk_size=256,
+    )
 
 
 def run(llm: LLM):
@@ -108,25 +113,26 @@ def test_what_is_chosen_is_what_is_attended() -> None:
     @jax.jit
     def of_the_text(params):
         model = bind(CONFIG, params)
-        hidden, _ = model(jnp.asarray([text]), attend, [None, None])
+        hidden, _ = model(jnp.asarray([text]), attend, [None])
         return jax.nn.log_softmax(model.unembed(hidden[0]))
 
-    logprobs = np.asarray(of_the_text(PARAMS))
+    params = tiny_params(CONFIG, seed=3)
+    logprobs = np.asarray(of_the_text(params))
     expected = logprobs[np.arange(n - 1, len(text) - 1), answer.token_ids]
     assert_allclose(answer.token_logprobs, expected, atol=3e-5)
-    dense = LLM((CONFIG, PARAMS)).score({"prompt_token_ids": PROMPT}, [answer.token_ids])
+    dense = LLM((CONFIG, params)).score({"prompt_token_ids": PROMPT}, [answer.token_ids])
     assert np.abs(dense[0].logprobs - answer.token_logprobs).max() > 0.01
 
 
-@pytest.mark.parametrize("policy", [by_middle, at_random])
-def test_other_policies_run_and_are_scored_as_they_ran(policy) -> None:
-    llm = build(policy)
+@pytest.mark.parametrize(("policy", "config"), [(by_middle, CONFIG), (at_random, TWO_LAYERS)])
+def test_other_policies_run_and_are_scored_as_they_ran(policy, config: ModelConfig) -> None:
+    llm = build(policy, config)
     answer = run(llm)
     assert answer.token_ids == run(llm).token_ids
     [new] = llm.score({"prompt_token_ids": PROMPT}, [answer.token_ids])
     assert_allclose(new.logprobs, answer.token_logprobs, atol=3e-5)
     recall = page_recall(llm, {"prompt_token_ids": PROMPT}, num_queries=8)
-    plain = page_recall(build(), {"prompt_token_ids": PROMPT}, num_queries=8)
+    plain = page_recall(build(config=config), {"prompt_token_ids": PROMPT}, num_queries=8)
     assert 0 < recall.mean.mean() < 1
     assert not np.allclose(recall.recall, plain.recall)
 
@@ -135,14 +141,15 @@ def chosen(select, tail: int = 5):
     llm = build(select)
     spec = llm.spec
     arrays = (
-        jnp.ones((1, 4, 16)),
-        jnp.zeros((1, 2, 32)),
-        jnp.ones((2, 40, 1, 2, 16)),
-        jnp.arange(32)[None],
-        jnp.array([tail * 16 + 1]),
-        jnp.array([tail]),
+        np.ones((1, 4, 16), np.float32),
+        np.zeros((1, 2, 32), np.float32),
+        np.ones((2, 40, 1, 2, 16), np.float32),
+        np.arange(32, dtype=np.int32)[None],
+        np.array([tail * 16 + 1], np.int32),
+        np.array([tail], np.int32),
     )
-    return lambda: choose_pages(spec, 0, select, *arrays)
+    # One program, in place of one for every operation.
+    return jax.jit(lambda: choose_pages(spec, 0, select, *map(jnp.asarray, arrays)))
 
 
 def test_pages_out_of_range_are_clamped_or_reported() -> None:

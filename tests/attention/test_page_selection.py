@@ -124,8 +124,9 @@ def test_dense_list() -> None:
     position = jnp.array([0, 63, 64, 299, 130], jnp.int32)
     table = jnp.arange(25, dtype=jnp.int32).reshape(5, 5)
     active = jnp.array([True, True, True, True, False])
-    stop = retrieval_stop(spec, 0, jnp.zeros(5, jnp.int32), position, active)
-    lists = PageList(table[:, None], jnp.zeros_like(stop), stop)
+    stop_of = jax.jit(retrieval_stop, static_argnums=(0, 1))
+    stop = stop_of(spec, 0, jnp.zeros(5, jnp.int32), position, active)
+    lists = PageList(table[:, None], np.zeros(stop.shape, np.int32), stop)
     for row, last in enumerate([0, 63, 64, 299]):
         attended = [(page - 5 * row) * 64 + offset for page, offset in slots(lists, row, 0, 64)]
         assert attended == list(range(last + 1))
@@ -142,19 +143,34 @@ def of_ring(sink: int, local: int, page_size: int, selected_page_size: int) -> C
     return make(sparsity, 4096)
 
 
-@pytest.mark.parametrize(("page_size", "listed"), [(16, 16), (64, 64), (64, 16), (64, 32)])
-@pytest.mark.parametrize(("sink", "local"), [(2, 4), (0, 1), (1, 1)])
+@functools.partial(jax.jit, static_argnums=0)
+def make_window_list(spec, slot, position, active) -> PageList:
+    return window_list(spec, slot, position, active)
+
+
+@pytest.mark.parametrize(
+    ("page_size", "listed", "sink", "local"),
+    [
+        *((16, 16, *window) for window in ((2, 4), (0, 1), (1, 1))),
+        *((64, 16, *window) for window in ((2, 4), (0, 1), (1, 1))),
+        (64, 64, 2, 4),
+        (64, 32, 0, 1),
+    ],
+)
 def test_ring_list(page_size: int, listed: int, sink: int, local: int) -> None:
-    """At every position from 0 to 2,000, the ring being written token by token."""
+    """At every position from 0 to 1,000, the ring being written token by token.
+
+    That is more than twice round the largest, of five pages of 64 tokens behind two that stay.
+    """
     spec = of_ring(sink * page_size, local * page_size, page_size, listed)
     ring, cut = spec.decode_window, page_size // listed
-    positions = jnp.arange(2001, dtype=jnp.int32)
-    slot = jnp.full_like(positions, 3)
+    positions = np.arange(1001, dtype=np.int32)
+    slot = np.full_like(positions, 3)
     pages = sink + local + 1
-    make_list = jax.jit(window_list, static_argnums=0)
-    lists = make_list(spec, slot, positions, jnp.ones_like(positions, bool))
+    made = make_window_list(spec, slot, positions, np.ones_like(positions, bool))
+    lists = PageList(*map(np.asarray, made))
     held: dict[tuple[int, int], int] = {}  # (physical page, offset): position of its token
-    for position in range(2001):
+    for position in range(1001):
         page, offset = divmod(position, page_size)
         place = page if page < sink else sink + (page - sink) % (local + 1)
         held[(3 * pages + place) * cut + offset // listed, offset % listed] = position
@@ -166,8 +182,8 @@ def test_ring_list(page_size: int, listed: int, sink: int, local: int) -> None:
 
 def test_ring_list_of_inactive_rows() -> None:
     spec = of_ring(16, 32, 16, 16)
-    position = jnp.array([100, 100], jnp.int32)
-    lists = window_list(spec, jnp.arange(2), position, jnp.array([False, True]))
+    position = np.array([100, 100], np.int32)
+    lists = make_window_list(spec, np.arange(2), position, np.array([False, True]))
     assert slots(lists, 0, 0, 16) == []
     assert len(slots(lists, 1, 0, 16)) == 48
 

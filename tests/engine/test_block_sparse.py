@@ -25,7 +25,7 @@ from tiny_llm import (
 )
 
 from convert.head_shares import save_head_shares
-from lserve_jax import LLM, SamplingParams, SparsityConfig
+from lserve_jax import LLM, ModelConfig, SamplingParams, SparsityConfig
 from lserve_jax.analysis import prefill_recall
 from lserve_jax.attention.config import Prefill
 from lserve_jax.engine import build
@@ -37,8 +37,11 @@ from lserve_jax.stats import BatchTimes, CompileClock, batch_summary, request_su
 
 pytestmark = pytest.mark.usefixtures("all_slots")
 
+# Whose blocks are compared with the oracle's, layer by layer.
 CONFIG = tiny_config(layers=2, kv_heads=2, group=2)
 GATES = [[0.2, 0.9], [0.8, 0.7]]
+# For all else: half as much to compile, for every size of a chunk twice.
+ONE_LAYER = tiny_config(layers=1, kv_heads=2, group=2)
 CHUNK, LEAST = 256, 400
 TAIL = 128  # last tokens of a prompt: their tiles attend everything
 SPARSITY = SparsityConfig(
@@ -60,14 +63,26 @@ LONG, SHORT = random_prompts(1, [1000])[0], 390
 
 @pytest.fixture(scope="module")
 def pattern(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_pattern(tmp_path_factory.mktemp("patterns") / "p", GATES)
+    return write_pattern(tmp_path_factory.mktemp("patterns") / "one", GATES[:1])
 
 
-def make(pattern: str | None, changes: dict[str, Any] | None = None, **settings: Any) -> LLM:
-    changes = {"pattern": pattern, "streaming_fraction": 0.25} | (changes or {})
+@pytest.fixture(scope="module")
+def two_layers_pattern(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_pattern(tmp_path_factory.mktemp("patterns") / "two", GATES)
+
+
+def make(
+    pattern: str | None,
+    changes: dict[str, Any] | None = None,
+    config: ModelConfig = ONE_LAYER,
+    **settings: Any,
+) -> LLM:
+    """One head streams."""
+    fraction = 0.5 / config.num_hidden_layers
+    changes = {"pattern": pattern, "streaming_fraction": fraction} | (changes or {})
     sparsity = dataclasses.replace(SPARSITY, **changes)
     settings = {"max_num_seqs": 2, "prefill_chunk_size": CHUNK, "relay": "never"} | settings
-    llm = LLM((CONFIG, tiny_params(CONFIG)), attention="lserve", sparsity=sparsity, **settings)
+    llm = LLM((config, tiny_params(config)), attention="lserve", sparsity=sparsity, **settings)
     poison(llm)
     return llm
 
@@ -75,6 +90,11 @@ def make(pattern: str | None, changes: dict[str, Any] | None = None, **settings:
 @pytest.fixture(scope="module")
 def llm(pattern: str) -> LLM:
     return make(pattern)
+
+
+@pytest.fixture(scope="module")
+def two_layers(two_layers_pattern: str) -> LLM:
+    return make(two_layers_pattern, config=CONFIG)
 
 
 class Run:
@@ -121,7 +141,10 @@ def expected() -> tuple[np.ndarray, float]:
     return log_softmax(model.prefill(LONG)[-1]), model.blocks / model.causal
 
 
-def test_a_long_prompt_is_read_as_the_oracle_reads_it(llm: LLM, pattern: str) -> None:
+def test_a_long_prompt_is_read_as_the_oracle_reads_it(
+    two_layers: LLM, two_layers_pattern: str
+) -> None:
+    llm = two_layers
     logprobs, density = expected()
     before = llm.engine.metrics()
     made = Run(llm, LONG)
@@ -135,7 +158,7 @@ def test_a_long_prompt_is_read_as_the_oracle_reads_it(llm: LLM, pattern: str) ->
         for name in ("prefill_blocks", "causal_prefill_blocks")
     )
     assert blocks / causal == pytest.approx(density)
-    causal = Run(make(pattern, {"prefill": "causal"}), LONG)
+    causal = Run(make(two_layers_pattern, {"prefill": "causal"}, CONFIG), LONG)
     assert abs(causal.logprobs - logprobs).max() > 1e-2  # that it matters which blocks are read
     assert causal.metrics.prefill_density == 1.0
 
@@ -159,7 +182,7 @@ def test_dense_heads_are_read_causally(tmp_path: Path) -> None:
     def with_dense(heads: int, prefill: Prefill = "block_sparse") -> LLM:
         changes = {"head_shares": str(tmp_path), "dense_heads": heads, "prefill": prefill}
         changes |= {"prefill_threshold": 0.01, "streaming_fraction": 0.0}
-        return make(None, changes)
+        return make(None, changes, CONFIG)
 
     every = Run(with_dense(4), LONG)
     assert every.metrics.prefill_density == 1.0
@@ -281,9 +304,9 @@ def test_what_was_attended_is_said(llm: LLM) -> None:
     assert not any("blocks" in line for line in request_summary(short, clock, sparse=True))
 
 
-def test_judged_prompts_are_read_in_the_same_way(llm: LLM) -> None:
-    judged = Run(llm, LONG, prompt_logprobs=1)
-    assert_allclose(judged.logprobs, Run(llm, LONG).logprobs, atol=1e-5, rtol=0)
+def test_judged_prompts_are_read_in_the_same_way(two_layers: LLM) -> None:
+    judged = Run(two_layers, LONG, prompt_logprobs=1)
+    assert_allclose(judged.logprobs, Run(two_layers, LONG).logprobs, atol=1e-5, rtol=0)
     assert judged.metrics.prefill_density == pytest.approx(expected()[1], abs=1e-6)
 
 

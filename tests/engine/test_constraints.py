@@ -39,6 +39,16 @@ def sparse(pattern: str) -> LLM:
     return cases.build(pattern)
 
 
+@pytest.fixture
+def one_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every batch is sampled in one mode: for tests that ask what a mask does, not who draws how.
+
+    Dense attention runs under the others: greedy in ``test_each_token_is_the_likeliest``, and all
+    that there are in ``test_requests_of_several_kinds_beside_one_another``.
+    """
+    sample_alike(monkeypatch, [SamplingParams(**BATCH[5][0], top_p=0.9, logprobs=VOCAB)])
+
+
 def run(llm: LLM, prompt: dict, **sampling: Any) -> CompletionOutput:
     [output] = llm.generate(prompt, SamplingParams(**sampling))
     return output.outputs[0]
@@ -111,6 +121,8 @@ def test_each_token_is_the_likeliest_that_may_come(
 ) -> None:
     """The first token, after a prompt of several chunks, too."""
     llm = request.getfixturevalue(attention)
+    if attention == "sparse":
+        request.getfixturevalue("one_mode")
     asked, texts = LANGUAGES[kind]
     language = {text.encode() for text in texts}
     wanted = StructuredOutputs(**asked)
@@ -125,6 +137,7 @@ def test_each_token_is_the_likeliest_that_may_come(
         assert (found.token_ids[-1] == END) == continues
 
 
+@pytest.mark.usefixtures("one_mode")
 def test_texts_end_without_a_token_for_it() -> None:
     llm = cases.build(tokenizer=cases.make_tokenizer(has_end=False))
     found = run(llm, PROMPT, **GREEDY, structured_outputs=StructuredOutputs(choice=["cab", "ok"]))
@@ -194,10 +207,7 @@ BATCH: list[tuple[dict[str, Any], Callable[[str], None]]] = [
 
 @pytest.mark.parametrize(("attention", "kinds"), [("dense", 7), ("sparse", 4)])
 def test_requests_of_several_kinds_beside_one_another(
-    attention: str,
-    kinds: int,
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
+    attention: str, kinds: int, request: pytest.FixtureRequest
 ) -> None:
     """All texts are what was asked for, and each is the one that its request makes alone.
 
@@ -207,7 +217,7 @@ def test_requests_of_several_kinds_beside_one_another(
     llm, batch = request.getfixturevalue(attention), BATCH[:kinds]
     asked = prompts(2, [10, 40, 80, 20, 5, 30, 15][:kinds])
     if attention == "sparse":
-        sample_alike(monkeypatch, [SamplingParams(**changes) for changes, _ in batch])
+        request.getfixturevalue("one_mode")
     for seed in range(3):
         sampling = [
             SamplingParams(**{"max_tokens": 100, "seed": seed} | changes) for changes, _ in batch
@@ -224,6 +234,7 @@ def test_requests_of_several_kinds_beside_one_another(
     check_nothing_left(llm.engine)
 
 
+@pytest.mark.usefixtures("one_mode")
 def test_any_json_object(dense: LLM) -> None:
     # Quotes and brackets are made likely, so that it comes to an end.
     bias = {token: 30 for token, text in enumerate(TEXTS) if text in (b'"', b"}", b":")}
@@ -235,6 +246,7 @@ def test_any_json_object(dense: LLM) -> None:
         assert isinstance(json.loads(found.text), dict)
 
 
+@pytest.mark.usefixtures("one_mode")
 def test_text_of_any_alphabet(dense: LLM) -> None:
     """A character's bytes are tokens by themselves; the text is whole characters all the same."""
     wanted = StructuredOutputs(regex="[\N{GREEK SMALL LETTER ALPHA}-\N{GREEK SMALL LETTER OMEGA}"
@@ -247,6 +259,7 @@ def test_text_of_any_alphabet(dense: LLM) -> None:
 # --- its life in the engine -------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("one_mode")
 def test_preempted_requests_go_on_where_they_were(pattern: str) -> None:
     """Twenty pages for four long requests: the newer ones begin again, and make the same."""
     letters = StructuredOutputs(regex="([ab]{5}c){15}")
@@ -262,6 +275,7 @@ def test_preempted_requests_go_on_where_they_were(pattern: str) -> None:
     check_nothing_left(llm.engine)
 
 
+@pytest.mark.usefixtures("one_mode")
 def test_a_cancelled_request_lets_go_of_its_grammar(dense: LLM) -> None:
     text = TextEngine(dense.engine, TOKENIZER)
     sampling = SamplingParams(
@@ -309,6 +323,7 @@ def test_masks_are_no_part_of_a_program(pattern: str) -> None:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.usefixtures("one_mode")
 def test_only_masks_that_change_shorten_bursts(sparse: LLM) -> None:
     engine = sparse.engine
     text = TextEngine(engine, TOKENIZER)
@@ -369,6 +384,7 @@ def test_bad_words_never_come(dense: LLM, words: list[str], seed: int) -> None:
         assert allowed(drawn.token_ids[:i])[token]
 
 
+@pytest.mark.usefixtures("one_mode")
 def test_words_that_are_forbidden_would_have_come(dense: LLM) -> None:
     """Of one token, of several, in the middle of a text and where it begins."""
     free = run(dense, PROMPT, **GREEDY, allowed_token_ids=LETTERS)
@@ -381,6 +397,7 @@ def test_words_that_are_forbidden_would_have_come(dense: LLM) -> None:
             assert tuple(ids) not in set(windows)
 
 
+@pytest.mark.usefixtures("one_mode")
 def test_allowed_ids_and_bias(dense: LLM) -> None:
     rng = np.random.default_rng(0)
     ids = sorted(rng.choice(VOCAB, 20, replace=False).tolist())
@@ -412,6 +429,7 @@ def test_packed_bits() -> None:
 # --- together with what ends a text ------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("one_mode")
 def test_ends_of_a_text(dense: LLM) -> None:
     word = StructuredOutputs(regex="abcab")
     found = run(dense, PROMPT, **GREEDY, structured_outputs=word, stop="ca")
@@ -432,6 +450,7 @@ def test_ends_of_a_text(dense: LLM) -> None:
         assert len(found.token_ids) >= 10
 
 
+@pytest.mark.usefixtures("one_mode")
 def test_a_mask_that_leaves_nothing_ends_the_text(dense: LLM) -> None:
     """Bad words and allowed ids that come to forbid everything, in the course of the text."""
     a, b = TOKENIZER.encode("a")[0], TOKENIZER.encode("b")[0]
@@ -441,6 +460,7 @@ def test_a_mask_that_leaves_nothing_ends_the_text(dense: LLM) -> None:
     assert (found.token_ids, found.finish_reason) == ([a], "stop")
 
 
+@pytest.mark.usefixtures("one_mode")
 def test_exact_mode() -> None:
     """Verification honours masks that never change; for others nothing is drafted."""
     exact = cases.build(attention="lserve", exact=True, draft="ngram")

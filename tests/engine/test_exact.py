@@ -26,6 +26,13 @@ TWO_LAYERS = CASE._replace(
     gates=CASE.gates[::2],
     shares=CASE.shares[::2],
 )
+# The first of them, for tests whose question is not what lies between layers.
+ONE_LAYER = CASE._replace(
+    config=dataclasses.replace(CASE.config, num_hidden_layers=1),
+    gates=CASE.gates[:1],
+    shares=CASE.shares[:1],
+    fraction=1 / 4,
+)
 # Two computations of the same float32 sums, of a token alone and of several.
 SAME = {"atol": 2e-5, "rtol": 0}
 LENGTHS = [700, 300, 65, 500, 128, 900]
@@ -66,15 +73,21 @@ TWO_WAYS = [GREEDY, DRAWN, GREEDY, DRAWN, GREEDY, STOPPED]
 
 
 @pytest.mark.parametrize(
-    ("kv_dtype", "params"), [("auto", MIXED), ("int4", TWO_WAYS)], ids=["auto", "int4"]
+    ("kv_dtype", "params", "case"),
+    [("auto", MIXED, TWO_LAYERS), ("int4", TWO_WAYS, ONE_LAYER)],
+    ids=["auto", "int4"],
 )
 def test_answers_are_those_of_dense_attention(
-    tmp_path: Path, kv_dtype: Any, params: list[SamplingParams], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    kv_dtype: Any,
+    params: list[SamplingParams],
+    case: lserve_cases.Case,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Greedy and drawn, with filters, penalties, several completions and stop tokens, in a batch
     of mixed lengths that is longer than there are slots."""
     sample_alike(monkeypatch, params)
-    settings = {"kv_dtype": kv_dtype, **ALL_SLOTS}
+    settings = {"kv_dtype": kv_dtype, "case": case, **ALL_SLOTS}
     prompts = random_prompts(1, LENGTHS)
     dense = answers(build(None, **settings), prompts, params)
     llm = build(tmp_path, **settings)
@@ -111,7 +124,7 @@ def test_looked_up_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
         SamplingParams(max_tokens=60, temperature=0.0),
         SamplingParams(max_tokens=60, temperature=0.0),
     ]
-    sample_alike(monkeypatch, params)
+    sample_alike(monkeypatch, MIXED)  # what dense attention has compiled for the test above
     wanted = answers(build(None, **ALL_SLOTS), prompts, params)
     llm = build(None, attention="lserve", exact=True, draft="ngram", **ALL_SLOTS)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
@@ -146,8 +159,9 @@ def test_statistics_are_of_confirmed_tokens(tmp_path: Path) -> None:
     assert llm.engine.runner.read_cache(1).key_stats is None  # in layer 1 no head ranks
 
 
-def test_prefixes_preemption_and_replay(tmp_path: Path) -> None:
+def test_prefixes_preemption_and_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few pages, so that requests are preempted and begin again; half of them share a prefix."""
+    sample_alike(monkeypatch, MIXED)
     prefix, *rest = random_prompts(4, [192, 100, 200, 300, 50])
     prompts = [prefix + rest[0], prefix + rest[1], rest[2], prefix + rest[3]]
     params = SamplingParams(max_tokens=60, temperature=0.9, seed=3)
@@ -167,7 +181,7 @@ def test_up_to_the_last_position(tmp_path: Path) -> None:
     max_len = 448  # whole pages: the place behind them is another sequence's
     prompts = random_prompts(5, [400, 440, 447, 433])
     params = [SamplingParams(max_tokens=max_len - len(p), temperature=0.0) for p in prompts]
-    settings = {"max_model_len": max_len, **ALL_SLOTS}
+    settings = {"case": ONE_LAYER, "max_model_len": max_len, **ALL_SLOTS}
     wanted = answers(build(None, **settings), prompts, params)
     got = answers(build(tmp_path, **settings), prompts, params)
     assert [x.token_ids for x in got] == [x.token_ids for x in wanted]
@@ -177,8 +191,8 @@ def test_scoring_is_that_of_dense_attention(tmp_path: Path) -> None:
     from lserve_jax.engine.scoring import score
 
     prompts, continuations = random_prompts(6, [500, 70]), random_prompts(7, [20, 33])
-    wanted = score(build(None).engine, prompts, continuations)
-    got = score(build(tmp_path).engine, prompts, continuations)
+    wanted = score(build(None, ONE_LAYER).engine, prompts, continuations)
+    got = score(build(tmp_path, ONE_LAYER).engine, prompts, continuations)
     for a, b in zip(wanted, got, strict=True):
         assert_allclose(b.logprobs, a.logprobs, **SAME)
         assert_array_equal(b.likeliest, a.likeliest)

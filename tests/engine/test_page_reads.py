@@ -241,7 +241,7 @@ def test_a_prefix_that_is_read_together(build: BuildRelay) -> None:
 
 @pytest.mark.parametrize("draft", ["sparse", "ngram"])
 def test_exact_mode_reads_everything(tmp_path: Path, draft: Any) -> None:
-    case = CASES["shares"]
+    case = CASES["page 32, one layer"]
     settings: dict[str, Any] = {"attention": "lserve", "exact": True, "draft": draft}
     if draft == "sparse":
         settings["sparsity"] = case.sparsity(case.write(tmp_path / "heads"))
@@ -254,11 +254,11 @@ def test_exact_mode_reads_everything(tmp_path: Path, draft: Any) -> None:
 
 
 def test_dense_attention_reads_everything() -> None:
-    case = CASES["shares"]
+    case = CASES["page 32, one layer"]
     engine = LLM((case.config, case.params()), max_num_seqs=1).engine
     [answer] = run(engine, random_prompts(26, [300]), [20], {0})
     assert not answer.reads.exact and answer.reads.page_size == 64
-    assert answer.reads.pages(19).shape == (3, 4, (300 + 18) // 64 + 1)
+    assert answer.reads.pages(19).shape == (1, 3, (300 + 18) // 64 + 1)
     assert answer.reads.pages(19).all()
     assert ("selected_pages",) not in engine.runner._shapes
 

@@ -21,6 +21,7 @@ from lserve_jax.tokenizer import Tokenizer
 
 CONFIG = tiny_config(layers=1, kv_heads=1)
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
+SIZES = {"max_num_seqs": 2, "max_model_len": 256}  # the same programs for all
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def params() -> dict:
 
 @pytest.fixture
 def text(params: dict, tokenizer: Tokenizer) -> TextEngine:
-    options = EngineOptions(max_num_seqs=2, max_model_len=256, burst_steps=4)
+    options = EngineOptions(**SIZES, burst_steps=4)
     return TextEngine(build_engine(CONFIG, params, options), tokenizer)
 
 
@@ -51,7 +52,7 @@ def test_requests_may_be_added_while_others_run(text: TextEngine, params: dict) 
     deltas = text.step() + text.step()
     later = [text.submit(ids(prompt), GREEDY) for prompt in prompts[2:]]
     deltas += run(text)
-    llm = LLM((CONFIG, params), max_num_seqs=1, max_model_len=256)
+    llm = LLM((CONFIG, params), **SIZES)
     for request_id, prompt in zip(first + later, prompts, strict=True):
         own = [delta for delta in deltas if delta.request_id == request_id]
         [alone] = llm.generate(ids(prompt), GREEDY)
@@ -118,7 +119,7 @@ def test_cancelling_ends_all_completions(text: TextEngine) -> None:
 
 
 def test_a_deadline_ends_a_request_with_what_it_has(params: dict, tokenizer: Tokenizer) -> None:
-    engine = build_engine(CONFIG, params, EngineOptions(max_model_len=256, burst_steps=1))
+    engine = build_engine(CONFIG, params, EngineOptions(**SIZES, burst_steps=1))
     now = 0.0
     engine.clock = lambda: now
     text = TextEngine(engine, tokenizer)
@@ -156,7 +157,7 @@ def test_a_deadline_and_a_stop_string_in_one_step(
     step: int, params: dict, tokenizer: Tokenizer
 ) -> None:
     """Whichever comes first, a request ends once and takes no other with it."""
-    engine = build_engine(CONFIG, params, EngineOptions(max_model_len=256, burst_steps=4))
+    engine = build_engine(CONFIG, params, EngineOptions(**SIZES, burst_steps=4))
     text, now = TextEngine(engine, tokenizer), 0.0
     engine.clock = lambda: now
     [prompt] = random_prompts(1, [20])
@@ -209,7 +210,7 @@ def test_ctrl_c_in_submit_leaves_nothing(text: TextEngine, monkeypatch: pytest.M
 def test_ctrl_c_while_requests_are_drawn_leaves_nothing(
     params: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    llm = LLM((CONFIG, params), max_model_len=512)
+    llm = LLM((CONFIG, params), **SIZES)
     [common] = random_prompts(7, [128])
     prompts = [ids([*common, last]) for last in (1, 2)]
     with monkeypatch.context() as patch:
@@ -222,7 +223,7 @@ def test_ctrl_c_while_requests_are_drawn_leaves_nothing(
 
 def test_ctrl_c_a_second_time_leaves_nothing(params: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first ends the call, the second comes while its requests are being ended."""
-    llm = LLM((CONFIG, params), max_model_len=256, max_num_seqs=2)
+    llm = LLM((CONFIG, params), **SIZES)
     prompts = [ids(prompt) for prompt in random_prompts(9, [10, 20, 30])]
     expected = [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)]
 
@@ -245,7 +246,7 @@ def test_ctrl_c_a_second_time_leaves_nothing(params: dict, monkeypatch: pytest.M
 
 
 def test_a_reset_is_no_end_of_a_stream(params: dict) -> None:
-    llm = LLM((CONFIG, params), max_model_len=256, max_num_seqs=2)
+    llm = LLM((CONFIG, params), **SIZES)
     prompts = [ids(prompt) for prompt in random_prompts(10, [10] * 5)]
     stream = llm.stream((prompt, GREEDY) for prompt in prompts)
     next(stream)
@@ -269,7 +270,7 @@ def test_params_of_another_model(params: dict, changes: dict, message: str) -> N
 
 
 def test_no_more_is_drawn_than_can_run_and_wait(params: dict) -> None:
-    llm = LLM((CONFIG, params), max_model_len=256, max_num_seqs=2)
+    llm = LLM((CONFIG, params), **SIZES)
     drawn, prompts = [], random_prompts(8, [10] * 6)
 
     def requests():

@@ -49,7 +49,7 @@ def test_greedy_tokens_of_transformers(conformance: Path, name: str) -> None:
 def test_dynamic_scaling_of_a_prompt_in_chunks() -> None:
     """Every chunk turns by the length of the whole prompt."""
     rope = RopeConfig(rope_type="dynamic", factor=4.0)
-    config = tiny_config(layers=2, kv_heads=2, max_len=64, rope=rope)
+    config = tiny_config(layers=1, kv_heads=2, max_len=64, rope=rope)
     params = tiny_params(config)
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, (1, 150))
     llm = LLM((config, params), max_num_seqs=1, prefill_chunk_size=64)
@@ -96,7 +96,7 @@ def test_longrope_formula() -> None:
 
 def test_longrope_of_an_engine_is_one_for_all_lengths() -> None:
     """A prompt that outgrows the original length keeps its cached keys, and may share them."""
-    config = longrope(tiny_config(layers=2, kv_heads=2))
+    config = longrope(tiny_config(layers=1, kv_heads=2))
     params = tiny_params(config)
     rope = dataclasses.replace(config.rope, short_factor=config.rope.long_factor)
     long = dataclasses.replace(config, rope=rope)
