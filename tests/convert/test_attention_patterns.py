@@ -1,21 +1,17 @@
 """Head patterns, the partition made of them, and the permutation of the parameters."""
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_checkpoints import run_script
 
 from convert.attention_patterns import load_pattern, shipped_patterns
 from lserve_jax import ModelConfig, logits
 from lserve_jax.model.heads import HeadPartition, HeadPattern, partition_heads, permute_heads
 from lserve_jax.model.params import abstract_params
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # Of each shipped pattern: layers, KV heads, % of gates below 0.5, % at or above 0.999, median gate;
 # and at half of the heads streaming: fewest and most retrieval heads of a layer, layers with no
@@ -422,8 +418,7 @@ assert moved["qkv_proj"]["kernel"].sharding == columns, moved["qkv_proj"]["kerne
 assert moved["o_proj"]["kernel"].sharding == rows, moved["o_proj"]["kernel"].sharding
 assert (moved["o_proj"]["kernel"][:4] == attention["o_proj"]["kernel"][4:]).all()
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_script(script)
 
 
 def test_partition_of_another_model():

@@ -173,7 +173,7 @@ def test_edges_of_a_short_chunk(start, length, sink, local) -> None:
     check(*problem(case))
 
 
-@pytest.mark.parametrize("how", [{}, {"listed": 0.4}, {"int8": True}], ids=str)
+@pytest.mark.parametrize("how", [{"listed": 0.4}, {"int8": True}], ids=str)
 def test_chunks_of_several_prompts(how: dict) -> None:
     """One launch; each has the numbers that it has alone, where there is no prompt, too."""
     spans = ((333, 130), (0, 0), (40, 200))
@@ -185,7 +185,7 @@ def test_chunks_of_several_prompts(how: dict) -> None:
     args = []
     for *arrays, table, ring_table, start, length in (args for args, _ in rows):
         tables = (
-            jnp.pad(x % pool.k.shape[1], (0, largest - len(x)))
+            np.pad(np.asarray(x) % pool.k.shape[1], (0, largest - len(x)))
             for x, pool in zip((table, ring_table), pools, strict=True)
         )
         args.append((*arrays[:3], *tables, start, length))
@@ -193,13 +193,14 @@ def test_chunks_of_several_prompts(how: dict) -> None:
     if "listed" in how:
         pad = [(0, 0), (0, 0)]
         blocks = [
-            BlockList(jnp.pad(ids, (*pad, (0, widest - ids.shape[2]))), counts)
+            BlockList(np.pad(ids, (*pad, (0, widest - ids.shape[2]))), counts)
             for ids, counts in (how["blocks"] for _, how in rows)
         ]
-        blocks = jax.tree.map(lambda *each: jnp.stack(each), *blocks)
-    q, k, v, *bounds = (jnp.stack(each) for each in zip(*args, strict=True))
+        blocks = jax.tree.map(lambda *each: np.stack(each), *blocks)
+    q, k, v, *bounds = (np.stack(each) for each in zip(*args, strict=True))
     window = rows[0][1] | {"blocks": None}
     together = prefill_attention(q, k, v, *pools, *bounds, **window | {"blocks": blocks})
+    together = [np.asarray(x) for x in together]
     for row, (*arrays, table, ring_table, start, length) in enumerate(args):
         window["blocks"] = jax.tree.map(lambda x, row=row: x[row], blocks)
         alone = prefill_attention(*arrays, *pools, table, ring_table, start, length, **window)

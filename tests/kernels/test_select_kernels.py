@@ -90,9 +90,10 @@ def test_any_number_of_tiles(tiles: int, stages: int, together: int) -> None:
     check_scores(args, 128, Config(tiles=tiles, stages=stages), together=together)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_weights_of_the_lower_bound(weight: float) -> None:
-    """Those that lose nothing in bf16, against the reference and the oracle."""
+    """The ends, which lose nothing in bf16, against the reference and the oracle; all other scores
+    here are with 0.5."""
     args = problem(1, 1, 2, 64, 2, 32, 6, seed=2)
     scores = check_scores(args, 32, Config(tiles=1), weight, together=2)
     q, stats, table, length = args

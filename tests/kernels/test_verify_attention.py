@@ -22,6 +22,9 @@ OUT_TOLERANCE = 2**-6
 LSE_TOLERANCE = {None: 1e-5, "int8": 2e-3, "fp8": 5e-4, "int4": 2e-3}
 
 
+store = jax.jit(stored, static_argnums=2)  # one program in place of an op's each
+
+
 def problem(positions, tokens, heads, group, head_dim, page_size, width, kind=None):
     rng = np.random.default_rng(tokens)
     B, N = len(positions), len(positions) * width + 1
@@ -30,8 +33,8 @@ def problem(positions, tokens, heads, group, head_dim, page_size, width, kind=No
     for row, position in enumerate(positions):
         token = np.arange(max(position + tokens, 0))
         used[table[row, token // page_size], token % page_size] = True
-    numbers = jnp.asarray(rng.normal(size=(2, heads, N, page_size, head_dim)), jnp.bfloat16)
-    (k, k_scale), (v, v_scale) = (stored(x, jnp.asarray(used), kind) for x in numbers)
+    numbers = rng.normal(size=(2, heads, N, page_size, head_dim)).astype(jnp.bfloat16)
+    (k, k_scale), (v, v_scale) = (store(x, used, kind) for x in numbers)
     pages = KVPages(k, v, k_scale, v_scale)
     q = jnp.asarray(rng.normal(size=(B, tokens, heads * group, head_dim)), jnp.bfloat16)
     return q, pages, jnp.asarray(table), jnp.asarray(positions, jnp.int32)

@@ -170,10 +170,18 @@ def check_prefill(
     assert_allclose(np.asarray(lse)[:length], true_lse, atol=TOLERANCE, rtol=0)
 
 
-# (sink, local): causal; own token only; both small; windows larger than a query tile (256) and a
-# key block (512), ending beside their edges; everything visible.
+# (sink, local): own token only; both small, beside a causal head; windows larger than a query tile
+# (256) and a key block (512), ending beside their edges; everything visible.
 @pytest.mark.parametrize(
-    "window", [None, (0, 1), (40, 24), (0, 300), (520, 1), (513, 257), (16, 5000)]
+    ("window", "causal"),
+    [
+        ((0, 1), 0),
+        ((40, 24), 1),
+        ((0, 300), 0),
+        ((520, 1), 0),
+        ((513, 257), 0),
+        ((16, 5000), 0),
+    ],
 )
 # Chunks that start at 0, inside the sink, on a page edge, where sink and local tokens touch,
 # around a block of history; and end around tiles and blocks of the chunk.
@@ -182,15 +190,15 @@ def check_prefill(
     [(0, 600), (5, 1), (16, 255), (45, 257), (511, 513), (512, 512), (513, 511), (1030, 600)],
 )
 def test_prefill_around_tiles_and_blocks(
-    window: tuple[int, int] | None, start: int, length: int
+    window: tuple[int, int], causal: int, start: int, length: int
 ) -> None:
     check_prefill(
         start=start,
         length=length,
-        window=window or (0, 1),
+        window=window,
         chunk=600,
         table_pages=80,
-        heads=(0, 1) if window else (1, 0),
+        heads=(causal, 1),
     )
 
 
@@ -358,24 +366,25 @@ def token_ranges(draw: st.DrawFn, count: int, entries: int, page_size: int) -> l
 
 
 @pytest.mark.parametrize(
-    ("page_size", "entries", "heads", "group", "kind"),
+    ("page_size", "entries", "heads", "group", "kind", "together"),
     [
-        (16, 40, (2, 1), 2, None),  # more tokens than one block of 512
-        (16, 7, (0, 2), 4, "fp8"),
-        (64, 3, (2, 0), 1, "int8"),
-        (64, 9, (1, 1), 3, "int4"),
+        (16, 40, (2, 1), 2, None, 1),  # more tokens than one block of 512
+        (16, 40, (2, 1), 2, None, 4),
+        (16, 7, (0, 2), 4, "fp8", 1),
+        (16, 7, (0, 2), 4, "fp8", 4),
+        (64, 3, (2, 0), 1, "int8", 1),
+        (64, 9, (1, 1), 3, "int4", 4),
     ],
 )
-@pytest.mark.parametrize("together", [1, 4])
 @properties
 @given(data=st.data(), seed=st.integers(0, 99))
 def test_paged_attention(
-    together: int,
     page_size: int,
     entries: int,
     heads: tuple[int, int],
     group: int,
     kind: str | None,
+    together: int,
     data: st.DataObject,
     seed: int,
 ) -> None:

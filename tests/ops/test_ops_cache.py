@@ -17,6 +17,7 @@ from pallas_kernels.api import KVPages
 append = jax.jit(api.append_kv)
 append_chunk = jax.jit(api.append_kv_chunk)
 quantize = jax.jit(api.quantize_kv, static_argnames="kind")
+dequantize = jax.jit(api.dequantize_kv)
 rotary = jax.jit(api.apply_rotary)
 
 D, KR, KS, GROUP = 8, 2, 1, 2
@@ -307,12 +308,12 @@ def test_codes_are_off_by_half_a_step_at_most(
             assert_allclose(step, true_step, rtol=2**-7)
     else:
         assert_allclose(found[1], wanted[1], rtol=1e-6)
-    restored = np.asarray(api.dequantize_kv(codes, scale))
+    restored = np.asarray(dequantize(codes, scale))
     assert_allclose(restored, kv_oracle.values(*found).astype(np.float32), rtol=0, atol=TINY)
     assert_array_equal(restored[~x.any(axis=-1)], 0.0)
 
 
-@pytest.mark.parametrize("rows", [3, 300, 5000])
+@pytest.mark.parametrize("rows", [3, 5000])  # fewer than a register holds, and parts for threads
 @pytest.mark.parametrize("kind", api.KV_KINDS)
 def test_nan_stays_nan(kind: api.KVKind, rows: int) -> None:
     """In the vector that has it, or its half, and nowhere else: XLA's max may lose it."""
@@ -323,7 +324,7 @@ def test_nan_stays_nan(kind: api.KVKind, rows: int) -> None:
     x[spoilt[0]] = np.nan
     wanted = np.isnan(x).reshape(rows, 2 if kind == "int4" else 1, -1).any(axis=-1)
     for function in (quantize, api.quantize_kv):
-        restored = np.asarray(api.dequantize_kv(*function(jnp.asarray(x), kind)))
+        restored = np.asarray(dequantize(*function(jnp.asarray(x), kind)))
         found = np.isnan(restored).reshape(*wanted.shape, -1)
         assert_array_equal(found, np.broadcast_to(wanted[..., None], found.shape))
 

@@ -46,14 +46,19 @@ class Case:
         return verify(jnp.asarray(self.q), self.pages, jnp.asarray(self.tables), positions)
 
 
-@pytest.mark.parametrize("kind", [None, *api.KV_KINDS])
+# A query's keys end inside a page, at its end, on the next.
+PAGE_ENDS = [0, 12, 16, 630], 5, 3
+# Over the edge of a block of 512; a row that attends nothing.
+BLOCK_ENDS = [507, -9, 511], 9, 1
+
+
 @pytest.mark.parametrize(
-    ("positions", "T", "group"),
+    ("positions", "T", "group", "kind"),
     [
-        ([0, 14, 15, 16], 1, 2),
-        ([0, 12, 16, 630], 5, 3),  # a query's keys end inside a page, at its end, on the next
-        ([507, -9, 511], 9, 1),  # over the edge of a block of 512; a row that attends nothing
-        ([-3, -1, 20], 5, 2),  # rows of fewer tokens than there are queries
+        ([0, 14, 15, 16], 1, 2, None),
+        ([-3, -1, 20], 5, 2, None),  # rows of fewer tokens than there are queries
+        *((*PAGE_ENDS, kind) for kind in (None, *api.KV_KINDS)),
+        *((*BLOCK_ENDS, kind) for kind in (None, *api.KV_KINDS)),
     ],
 )
 def test_every_token_attends_up_to_its_own_position(

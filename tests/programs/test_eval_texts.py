@@ -126,16 +126,21 @@ def make_llm(checkpoint: Path, **options) -> LLM:
     return LLM(checkpoint, relay="never", deterministic=True, **sizes, **options)
 
 
-@pytest.mark.parametrize("pages", [48, 9])
-def test_haystacks_are_read_once(checkpoint, pages):
-    cases = random_cases(haystacks=3, prompts=3)  # six pages a haystack, three of them shared
-    llm = make_llm(checkpoint)
-    alone = []
-    for case in cases:
-        alone += answer(llm, "dense", [case], progress=unwatched)
+@pytest.fixture(scope="module")
+def alone(checkpoint) -> tuple[list[dict], int]:
+    """Answers to the cases of three haystacks one by one, and the bytes of a page."""
+    llm, rows = make_llm(checkpoint), []
+    for case in random_cases(haystacks=3, prompts=3):
+        rows += answer(llm, "dense", [case], progress=unwatched)
         llm.reset_prefix_cache()
     plan = llm.memory_plan()
-    page_bytes = (plan["retrieval"] + plan["key_stats"]) // llm.spec.num_pages
+    return rows, (plan["retrieval"] + plan["key_stats"]) // llm.spec.num_pages
+
+
+@pytest.mark.parametrize("pages", [48, 9])
+def test_haystacks_are_read_once(checkpoint, alone, pages):
+    cases = random_cases(haystacks=3, prompts=3)  # six pages a haystack, three of them shared
+    alone, page_bytes = alone
     llm = make_llm(checkpoint, kv_cache_bytes=pages * page_bytes)
     assert llm.spec.num_pages == pages
     done = []

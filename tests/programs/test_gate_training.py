@@ -93,25 +93,30 @@ def test_blended_attention_between_its_ends():
     config = tiny_config(layers=1, kv_heads=2, group=2)
     T, sink, recent = 45, 5, 16
     q, k, v = random_qkv(T, 4, 2, 16)
-    positions = jnp.arange(T)[None]
-    causal, _ = causal_attend(config, positions)(0, q, k, v, None)
-    full, handed_on = teacher_attend(config, T, backend="reference")(0, q, k, v, None)
+    positions = np.arange(T)[None]
+
+    def run(attend, gates_and_full=None):
+        return jax.jit(partial(attend, 0))(q, k, v, gates_and_full)
+
+    causal, _ = map(np.asarray, run(causal_attend(config, positions)))
+    full, handed_on = run(teacher_attend(config, T, backend="reference"))
     np.testing.assert_allclose(full, causal, atol=2e-6)
     np.testing.assert_array_equal(handed_on, full)
 
     attend = blended_attend(config, T, sink=sink, recent=recent)
-    ones, _ = attend(0, q, k, v, (jnp.ones(2), full))
+    ones, _ = run(attend, (np.ones(2, np.float32), full))
     np.testing.assert_allclose(ones, causal, atol=2e-6)
 
-    cos, sin = rotary_angles(config, positions, jnp.array([T]))
-    rotated = [apply_rotary(x, cos, sin)[0] for x in (q, k)]
-    arrays = (np.asarray(x, np.float64) for x in (*rotated, v[0]))
+    cos, sin = jax.jit(partial(rotary_angles, config))(positions, np.array([T]))
+    rotated = [jax.jit(apply_rotary)(x, cos, sin) for x in (q, k)]
+    arrays = (np.asarray(x, np.float64)[0] for x in (*rotated, v))
     streaming = masked_attention(*arrays, oracle.lambda_mask(np.arange(T), T, sink, recent))
     assert np.abs(streaming - causal[0]).max() > 0.1  # else the ends could not be told apart
-    zeros, _ = attend(0, q, k, v, (jnp.zeros(2), full))
+    zeros, _ = map(np.asarray, run(attend, (np.zeros(2, np.float32), full)))
     np.testing.assert_allclose(zeros[0], streaming, atol=2e-6)
 
-    mixed, _ = attend(0, q, k, v, (jnp.array([0.25, 1.0]), full))
+    gates = np.array([0.25, 1.0], np.float32)
+    mixed, _ = map(np.asarray, run(attend, (gates, full)))
     np.testing.assert_allclose(
         mixed[0, :, :2], 0.25 * causal[0, :, :2] + 0.75 * streaming[:, :2], atol=2e-6
     )
@@ -194,12 +199,14 @@ def test_bfloat16_computes_the_same_loss_roughly(params):
 
 
 def test_gradient_by_finite_differences(params):
-    gates = jnp.asarray(np.random.default_rng(1).uniform(0.2, 0.8, (3, 2)), jnp.float32)
+    gates = np.random.default_rng(1).uniform(0.2, 0.8, (3, 2)).astype(np.float32)
     gradient = jax.grad(loss_of, argnums=1)(params, gates)
     step = 0.02  # the loss is float32: smaller steps drown in its rounding
     differences = np.zeros((3, 2))
     for index in np.ndindex(3, 2):
-        up, down = (loss_of(params, gates.at[index].add(sign * step)) for sign in (1, -1))
+        moved = np.zeros_like(gates)
+        moved[index] = step
+        up, down = (float(loss_of(params, gates + sign * moved)) for sign in (1, -1))
         differences[index] = (up - down) / (2 * step)
     assert (differences < 0).any()  # opening a gate brings the student nearer
     # The loss is not quite quadratic in a gate.

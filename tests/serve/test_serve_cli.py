@@ -5,6 +5,7 @@ import json
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 
 import httpx
@@ -62,7 +63,7 @@ def cut_off(url: str, ended: Callable[[], None]) -> tuple[httpx.Response, list[s
         next(lines)
         whole = pool.submit(httpx.post, path, json={**body, "n": 3, "best_of": 3}, timeout=None)
         while 'lserve:num_requests_running{model_name="tiny"} 4' not in metrics(url):
-            pass
+            time.sleep(0.05)
         ended()
         rest = list(lines)
         return whole.result(), rest
