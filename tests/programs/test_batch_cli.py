@@ -99,7 +99,8 @@ def test_options_that_older_outputs_lack_leave_their_header_as_it_was(run, tmp_p
     assert "skip_special_tokens is null there and false here" in difference
     output.unlink()
     assert run(prompts, "--max-tokens", 2, "--skip-special-tokens")[0] == 0
-    younger = {"stop_token_ids", "skip_special_tokens", "exact", "draft", "draft_weights"}
+    younger = {"stop_token_ids", "skip_special_tokens", "exact", "draft"}
+    younger |= {"draft_weights", "max_draft_tokens"}
     assert not younger & read_output(output)[0]["run"].keys()
     difference = error_of(run(prompts, "--max-tokens", 2, "--max-draft-tokens", 3))
     assert "max_draft_tokens is null there and 3 here" in difference

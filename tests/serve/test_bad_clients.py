@@ -123,10 +123,10 @@ def test_a_thousand_requests_leave_nothing_behind():
             ) as client:
                 await asyncio.gather(*(one(client, i) for i in range(first, first + count)))
 
-        asyncio.run(many(0, 250))  # allocators and pools grow to their size
+        asyncio.run(many(0, 500))  # allocators and pools grow to their size
         resident = [_resident()]
         count = 150
-        for first in range(250, 250 + 5 * count, count):
+        for first in range(500, 500 + 5 * count, count):
             asyncio.run(many(first, count))
             resident.append(_resident())
         assert statistics.median(np.diff(resident)) < count * 4096
