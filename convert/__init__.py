@@ -110,11 +110,6 @@ def load(
         raise TypeError(f"{overrides=} must map attributes of config.json to values")
     wanted = None if dtype is None else parse_dtype(dtype)
     source = model if isinstance(model, ModelSource) else resolve(model, progress=progress)
-    if adapter is not None and source.adapter is not None:
-        raise ValueError(
-            f"model {source.name!r} brings an adapter of its own, so adapter={str(adapter)!r} "
-            "cannot be merged too"
-        )
     config, checkpoint, changes = _describe(
         source, overrides or {}, adapter, weights=weights, weight_group=weight_group
     )
@@ -147,7 +142,7 @@ def expected_params(
     weights: WeightForm | None = None,
     weight_group: int = 32,
 ) -> Params | None:
-    """Shapes and dtypes of what ``load`` returns of a model with that ``config``.
+    """Shapes and dtypes of what ``load`` returns of a model with that ``config``, unplaced.
 
     None where the files say what becomes codes: they are not read.
     """
@@ -159,14 +154,16 @@ def expected_params(
     return jax.eval_shape(lambda tree: quantise_params(tree, weights, group=weight_group), params)
 
 
-def read_config(source: ModelSource) -> ModelConfig:
-    """The architecture that ``load`` returns, without reading the weights.
+def read_config(
+    source: ModelSource, *, adapter: str | os.PathLike[str] | None = None
+) -> ModelConfig:
+    """The architecture that ``load`` returns, with that adapter, without reading the weights.
 
-    Of these it reads at most the two that may be tied: they decide ``tie_word_embeddings``.
-    Raises what ``load`` raises for a configuration and for the source's own adapter, and for
-    files that are missing or whose headers are damaged.
+    Of these it reads at most the two that may be tied: they decide ``tie_word_embeddings``, and so
+    does an adapter that changes one of them. Raises what ``load`` raises for a configuration and
+    for an adapter, and for files that are missing or whose headers are damaged.
     """
-    return _describe(source, {}, None)[0]
+    return _describe(source, {}, adapter)[0]
 
 
 def _describe(
@@ -178,6 +175,11 @@ def _describe(
     weight_group: int = 32,
 ) -> tuple[ModelConfig, Checkpoint | None, dict[str, Change]]:
     """Architecture, tensors and changes to them; no tensors where ``orbax.restore`` reads them."""
+    if adapter is not None and source.adapter is not None:
+        raise ValueError(
+            f"model {source.name!r} brings an adapter of its own, so adapter={str(adapter)!r} "
+            "cannot be merged too"
+        )
     path, chosen = source.path, source.adapter if adapter is None else adapter
     if chosen is None and is_file(path / "adapter_config.json"):
         raise ValueError(

@@ -95,7 +95,7 @@ class LLM:
             source = convert.resolve(model, progress=progress)
             if adapter is None:
                 self.options = with_shipped_shares(self.options, source)
-            config = convert.read_config(source)
+            config = convert.read_config(source, adapter=adapter)
             tokenizer = convert.load_tokenizer(source.path)
             form = {
                 "dtype": resolve_dtype(self.options.dtype),

@@ -81,6 +81,8 @@ class ModelArgs:
             raise ValueError("the options of lserve attention need --attention lserve")
         if self.max_draft_tokens != ModelArgs.max_draft_tokens and not self.exact:
             raise ValueError(f"--max-draft-tokens {self.max_draft_tokens} needs --exact")
+        if self.draft_weights is not None and not self.exact:
+            raise ValueError(f"--draft-weights {self.draft_weights} needs --exact")
         if self.draft == "ngram" and sparsity_given:
             raise ValueError(
                 "--draft ngram has no sparse steps for the options of lserve attention"

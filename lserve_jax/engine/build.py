@@ -73,7 +73,8 @@ class EngineOptions:
         "checkpoint" keeps the codes of a quantised checkpoint. They take a half or a quarter of the
         memory. On a Hopper GPU decode has a kernel for them: in bfloat16, on one device, where a
         matrix has a multiple of 128 inputs and of 64 outputs. Others XLA multiplies.
-    weight_group: inputs of a group of "int4": 32, 64 or 128. It must divide those of every matrix.
+    weight_group: inputs of a group of "int4", of ``weights`` and ``draft_weights``: 32, 64 or 128.
+        It must divide those of every matrix.
     prefill_dtype: type of both sides of prefill's products, "int8" or "fp8": each token's numbers
         are rounded as they come, with a scale of their own. None takes that of the weights. Codes
         of that type with a scale for each output are used as they are; all other matrices of the
@@ -99,8 +100,9 @@ class EngineOptions:
     draft: where exact mode's drafts come from: "sparse", sparse steps, or "ngram", what followed
         the same two or three tokens before, in the prompt or the answer (prompt lookup).
     draft_weights: what sparse steps draft by: "int8", "int4" or "fp8", the matrices quantised at
-        load, as ``weights`` would, and held beside the floats; None: the weights themselves. A
-        draft then reads less, and more are wrong; answers stay dense attention's with the floats.
+        load, as ``weights`` would but for the embedding table, and held beside the floats; None:
+        the weights themselves. A draft then reads less, and more are wrong; answers stay dense
+        attention's with the floats.
     max_draft_tokens: most tokens that a request drafts before they are verified, in exact mode.
         Each drafts as many as pay by what was confirmed before, none where the context is short.
     prefill_chunk_size: prompt tokens run at once, a power of two; bounds activation memory.
@@ -274,16 +276,16 @@ def build_engine(
     packed one by one, each freed before the next. It is called once options and ``config`` are
     found to agree.
 
-    ``expected``: shapes and dtypes of what the function will return (``convert.expected_params``).
-    Then the cache is planned by these, and programs are compiled while the function runs. None: it
-    runs first.
+    ``expected``: shapes and dtypes of what the function will return, bound to no device
+    (``convert.expected_params``). Then the cache is planned by these, and programs are compiled
+    while the function runs; Python looks for no cycles until they are. None: it runs first.
 
     ``eos_token_ids`` end a completion, beside the config's own. ``progress`` shows a bar on stderr
     while programs are compiled ahead of time.
 
     Raises ``ValueError`` where options and model contradict each other, no page of the cache fits
-    or ``params`` are not as ``expected``, and ``NotImplementedError`` for what the kernels cannot
-    run.
+    or ``params`` are not as ``expected``, ``MemoryError`` where those do not fit, and
+    ``NotImplementedError`` for what the kernels cannot run.
     """
     dtype, sparsity = resolve_dtype(options.dtype), options.resolved_sparsity
     kernels = resolve_backend(options.backend) == "mosaic"
@@ -304,8 +306,8 @@ def build_engine(
         sparsity = None  # there are no sparse steps
     if options.draft_weights is not None:
         leaves, _ = jax.tree.flatten_with_path(abstract_params(config))
-        shapes = {".".join(str(key.key) for key in path): x.shape for path, x in leaves}
-        check_groups(shapes, options.draft_weights, options.weight_group)
+        sizes = {".".join(str(key.key) for key in path): x.shape for path, x in leaves}
+        check_groups(sizes, options.draft_weights, options.weight_group)
     policy = head_policy(config, sparsity, exact=options.exact)
     intake = Intake(
         config=config,
@@ -324,6 +326,10 @@ def build_engine(
     def make() -> Params:
         made = params() if callable(params) else params
         check_params(config, made)
+        if config.tie_word_embeddings and "lm_head" in made:
+            raise ValueError(
+                "params have an lm_head, which a config with tie_word_embeddings=True has not"
+            )
         coded = any(is_quantised(x) for x in jax.tree.leaves(made, is_leaf=is_quantised))
         if options.weights == "checkpoint" and not coded:
             raise ValueError(
@@ -447,7 +453,8 @@ def _plan_pages(
     """How many retrieval pages to allocate, given a spec with one page.
 
     ``coming``: bytes that parameters will take which are not there yet. Never more pages than can
-    be used at once. Raises ``ValueError`` if not even one page fits.
+    be used at once. Raises ``ValueError`` if not even one page fits, and ``MemoryError`` if those
+    parameters do not.
     """
     sizes = cache_bytes(config, spec, dtype)
     page_bytes = sizes["retrieval"] + sizes["key_stats"]
@@ -456,7 +463,10 @@ def _plan_pages(
         stats = jax.local_devices()[0].memory_stats()  # None on the CPU
         kv_cache_bytes = CPU_CACHE_BYTES
         if stats is not None:
-            free = stats["bytes_limit"] - stats["bytes_in_use"] - coming
+            free = stats["bytes_limit"] - stats["bytes_in_use"]
+            if coming > free:
+                raise MemoryError(f"{coming} bytes for the weights, where {free} are free")
+            free -= coming
             kv_cache_bytes = room_for_pages(sizes, free, options.memory_fraction)
     pages = kv_cache_bytes // max(page_bytes, 1)
     if stats is not None:

@@ -106,13 +106,16 @@ def places_of(leaves: Sequence[Any]) -> list[tuple[jax.sharding.Sharding, bool]]
     One that is only described is bound where that says so; else it will come to lie where whatever
     nobody places does.
     """
-    anywhere = jax.device_put(np.int32(0)).sharding
-    return [
-        (leaf.sharding or anywhere, leaf.sharding is not None)
-        if isinstance(leaf, jax.ShapeDtypeStruct)
-        else (leaf.sharding, leaf.committed)
-        for leaf in leaves
-    ]
+    places, anywhere = [], None
+    for leaf in leaves:
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            places.append((leaf.sharding, leaf.committed))
+        elif leaf.sharding is None:
+            anywhere = anywhere or jax.device_put(np.int32(0)).sharding
+            places.append((anywhere, False))
+        else:
+            places.append((leaf.sharding, True))
+    return places
 
 
 def _describe_sharding(sharding: jax.sharding.Sharding) -> str:
@@ -160,7 +163,7 @@ class Programs:
 
     def run(self, call: Call) -> Any:
         """What the call's function returns."""
-        self._end_processes()  # ``prepare`` has taken them, or nothing is to be compiled ahead
+        self._end_processes()  # they were taken, or nothing is to be compiled ahead
         if not self.are_kept:
             return call.plain()
         return self._get(call)(*call.arrays)
@@ -415,7 +418,7 @@ def _bar(missing: Sized, progress: bool) -> tqdm:
 
 
 def _settings() -> tuple[Any, ...]:
-    """What JAX's programs depend on and a thread may have for itself."""
+    """JAX's settings as this thread has them. Contexts that users make of their own are no part."""
     return jax.config.values, jax.sharding.get_abstract_mesh()
 
 

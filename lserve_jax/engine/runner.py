@@ -99,8 +99,8 @@ class ModelRunner:
         self.dtype, self.backend, self.chunk_size = dtype, backend, chunk_size
         self.prefill_dtype = prefill_dtype
         self.parameter_bytes = tree_bytes(params)
-        # What a step reads, and one that drafts.
-        self.step_bytes, self.draft_step_bytes = tree_bytes(params.decode), tree_bytes(params.draft)
+        # Of what a step multiplies by, and of one that drafts.
+        self.step_bytes, self.draft_step_bytes = map(_step_bytes, (params.decode, params.draft))
         self.num_parameters = sum(x.size for x in jax.tree.leaves(abstract_params(config)))
         self.programs = Programs(None) if programs is None else programs
         self.programs.sharded = len(_devices(self.params)) > 1
@@ -508,6 +508,12 @@ def _own_device(params: Params) -> jax.Device | None:
 def tree_bytes(params: Params | EngineParams) -> int:
     """What they take on a device, each array once."""
     return sum({id(x): device_bytes(x) for x in jax.tree.leaves(params)}.values())
+
+
+def _step_bytes(params: Params) -> int:
+    """Of all but a table that is no output layer: a step reads a row of it for each token."""
+    table = {"embed_tokens"} if "lm_head" in params else set()
+    return tree_bytes({key: params[key] for key in params.keys() - table})
 
 
 def device_bytes(x: Array | jax.ShapeDtypeStruct) -> int:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from convert.json_values import shortened
 from lserve_jax.engine.programs import places_of
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.heads import HeadPartition, permute_heads
@@ -185,28 +186,30 @@ def _on_auto_axes(x: Any) -> Any:
 
 def _check_expected(expected: EngineParams, made: EngineParams) -> None:
     """Raises ``ValueError`` naming what is not as expected: programs were made for that."""
-
-    def described(params: EngineParams) -> dict[str, str]:
-        leaves = _leaves(params)
-        places = places_of(list(leaves.values()))
-        return {
-            name: f"{leaf.dtype} {leaf.shape} {leaf.weak_type=} {place}"
-            for (name, leaf), place in zip(leaves.items(), places, strict=True)
-        }
-
-    wanted, found = described(expected), described(made)
-    wrong = [
-        f"{name} is {found.get(name)}, not {wanted.get(name)}"
-        for name in sorted(wanted.keys() | found.keys())
-        if wanted.get(name) != found.get(name)
-    ]
+    wrong: dict[str, str] = {}
+    for one, other in zip(expected, made, strict=True):
+        wanted, found = _described(one), _described(other)
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                wrong[name] = f"{name} is {found.get(name)}, not {wanted.get(name)}"
     if jax.tree.structure(expected) != jax.tree.structure(made):
-        wrong.append("matrices are of other kinds")
+        wrong.setdefault("", "matrices are of other kinds")
     if wrong:
-        raise ValueError(f"params differ from those expected in {len(wrong)}: {'; '.join(wrong)}")
+        said = "; ".join(shortened([*wrong.values()]))
+        raise ValueError(f"params differ from those expected in {len(wrong)} leaves: {said}")
 
 
-def _leaves(params: Params | EngineParams) -> dict[str, Any]:
+def _described(params: Params) -> dict[str, str]:
+    leaves = _leaves(params)
+    places = places_of([*leaves.values()])
+    return {
+        name: f"{leaf.dtype} {leaf.shape}{' weak' * leaf.weak_type} "
+        f"{'bound to' if bound else 'on'} {place}"
+        for (name, leaf), (place, bound) in zip(leaves.items(), places, strict=True)
+    }
+
+
+def _leaves(params: Params) -> dict[str, Any]:
     leaves, _ = jax.tree.flatten_with_path(params)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 

@@ -1,5 +1,6 @@
 """LoRA adapters: merged weights against a float64 computation, and each variant refused by name."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -408,3 +409,26 @@ def test_broken_adapters_are_refused(tmp_path):
         (tmp_path / "adapter" / name).rmdir()
         with pytest.raises(ValueError, match=f"adapter has no {name}"):
             convert.load(path, adapter=tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("warmup", ["none", "auto"])
+def test_an_adapter_with_an_output_layer_of_its_own_runs_with_it(tmp_path, warmup):
+    """On a tied model: which ties no more, and that is known before the weights are read."""
+    tied = {**BASE, "tie_word_embeddings": True}
+    tensors = random_tensors(tied)
+    path = write_hf(tmp_path / "hf", tied, tensors)
+    own = np.random.default_rng(3).standard_normal((300, 32), np.float32)
+    adapter = {"base_model.model.lm_head.weight": own}
+    write_adapter(tmp_path / "adapter", adapter, target_modules=[], modules_to_save=["lm_head"])
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+    def tokens(llm: LLM) -> list[int]:
+        return llm.generate({"prompt_token_ids": [3, 5]}, sampling)[0].outputs[0].token_ids
+
+    wanted = tokens(LLM(convert.load(path, adapter=tmp_path / "adapter"), max_model_len=64))
+    llm = LLM(path, adapter=tmp_path / "adapter", max_model_len=64, warmup=warmup)
+    assert tokens(llm) == wanted != tokens(LLM(path, max_model_len=64))
+    assert not llm.config.tie_word_embeddings
+    config, params = convert.load(path, adapter=tmp_path / "adapter")
+    with pytest.raises(ValueError, match="params have an lm_head"):
+        LLM((dataclasses.replace(config, tie_word_embeddings=True), params))

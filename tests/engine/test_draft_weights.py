@@ -12,7 +12,7 @@ from tiny_llm import random_prompts, tiny_config, tiny_params
 
 from lserve_jax import LLM, SamplingParams, SparsityConfig
 from lserve_jax.engine import build
-from lserve_jax.engine.runner import device_bytes
+from lserve_jax.engine.runner import tree_bytes
 from lserve_jax.model.params import Params, is_quantised
 from lserve_jax.model.quantise import quantise_params
 from pallas_kernels.api import PackedWeight, Weight
@@ -59,9 +59,13 @@ def test_answers_are_those_of_the_floats(config, kind) -> None:
     runner = llm.engine.runner
     assert not codes(runner.params) and not codes(runner.prefill_params)
     assert len(codes(runner.draft_params)) == 5
-    own = sum(device_bytes(x) for x in jax.tree.leaves(codes(runner.draft_params)))
-    assert llm.memory_plan()["parameters"] == runner.step_bytes + own
-    assert runner.draft_step_bytes < runner.step_bytes
+    own = tree_bytes(codes(runner.draft_params))
+    assert llm.memory_plan()["parameters"] == tree_bytes(runner.params) + own
+    # A draft reads these and the norms, not the embedding table, which is no output layer here.
+    norms = tree_bytes([x for x in jax.tree.leaves(runner.params) if x.ndim == 1])
+    assert runner.draft_step_bytes == own + norms
+    table = tree_bytes(runner.params["embed_tokens"])
+    assert runner.step_bytes == tree_bytes(runner.params) - table
 
 
 def test_an_update_changes_the_drafts_too() -> None:

@@ -212,3 +212,7 @@ def test_pages_are_planned_by_the_parameters_that_will_come(monkeypatch) -> None
     stats["bytes_in_use"] = 1000
     after = build_engine(CONFIG, read, EngineOptions(**OPTIONS, max_prefixes=2**20))
     assert before.spec == after.spec
+
+    stats["bytes_in_use"] = stats["bytes_limit"] - 1000
+    with pytest.raises(MemoryError, match=r"\d{5} bytes for the weights, where 1000 are free"):
+        build(lambda: pytest.fail("they were read"))

@@ -71,15 +71,17 @@ def make_engine(backend: Backend, sparsity: SparsityConfig, max_model_len: int) 
         max_prefixes=0,
         kv_dtype="int8",
     )
-    params = init_params(CONFIG, dtype=jnp.bfloat16)
+    made = init_params(CONFIG, dtype=jnp.bfloat16)
+    params = EngineParams(decode=made, prefill=made, draft=made)
     runner = ReferencePrefill(
         CONFIG,
-        EngineParams(decode=params, prefill=params, draft=params),
+        params,
         spec,
         dtype=jnp.bfloat16,
         backend=backend,
         chunk_size=128,
     )
+    runner.begin(params)
     return Engine(runner, max_model_len=max_model_len, eos_token_ids=(), burst_steps=4)
 
 

@@ -309,6 +309,7 @@ def test_exact_answers_are_dense_ones_and_stats_say_what_drafts_did(draft, capsy
     for options, words in (
         ("--attention dense --exact", "exact=True needs attention='lserve'"),
         ("--attention lserve --max-draft-tokens 3", "--max-draft-tokens 3 needs --exact"),
+        ("--attention lserve --draft-weights int4", "--draft-weights int4 needs --exact"),
         ("--attention lserve --draft ngram", "draft='ngram' needs exact=True"),
         ("--attention lserve --exact --draft ngram --dense-heads 1", "has no sparse steps"),
         ("--attention lserve --exact --draft ngram --budget-share 0.5", "has no sparse steps"),
