@@ -373,6 +373,8 @@ def build_engine(
             chunk_size=options.prefill_chunk_size,
             programs=programs,
         )
+        if prepared is not None:
+            runner.begin(prepared)
         engine = Engine(
             runner,
             max_model_len=max_model_len,
@@ -387,11 +389,11 @@ def build_engine(
         )
         calls = warmup_calls(engine, options.warmup)
         with programs.preparing(calls, progress=progress):
-            if prepared is None:
-                prepared = intake.first(make, shapes)
+            read = intake.first(make, shapes) if prepared is None else None
         # After it: while programs are compiled that are kept, JAX keeps none of the small ones that
         # make caches.
-        runner.begin(prepared)
+        if read is not None:
+            runner.begin(read)
     return engine
 
 

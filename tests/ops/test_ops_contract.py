@@ -45,7 +45,7 @@ def test_the_table_of_accepted_arguments_covers_every_op() -> None:
         "TILE_QUERIES",
     }
     others = types | limits | {"check_range", "check_selection", "has_fp8", "has_w8a8_codes"}
-    others |= {"resolve_backend", "cannot_pack", "value_checks"}
+    others |= {"resolve_backend", "cannot_pack", "packed_shape", "value_checks"}
     assert set(ACCEPTED) | others == set(api.__all__)
 
 
