@@ -6,6 +6,7 @@ what JAX's transformations must leave true.
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -191,7 +192,8 @@ def test_parameters_are_plain(dtype) -> None:
 
 def test_parameters_come_from_the_seed() -> None:
     one, again, other = (init_params(ONE_LAYER, seed) for seed in (1, 1, 2))
-    jax.tree.map(assert_array_equal, one, fresh_params(ONE_LAYER, 1))  # as tests make them
+    # As tests make them: but for the last bit, which depends on what XLA compiles together.
+    jax.tree.map(partial(assert_allclose, rtol=3e-7, atol=0), one, fresh_params(ONE_LAYER, 1))
     assert_array_equal(one["lm_head"]["kernel"], again["lm_head"]["kernel"])
     assert np.all(one["lm_head"]["kernel"] != other["lm_head"]["kernel"])
 

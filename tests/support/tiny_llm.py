@@ -69,7 +69,7 @@ def _tiny_params(config: ModelConfig, seed: int) -> Params:
 
 
 def fresh_params(config: ModelConfig, seed: int = 0) -> Params:
-    """The same numbers as of ``init_params``, which compiles a program for every config.
+    """The numbers of ``init_params`` up to rounding, which compiles a program for every config.
 
     Here each shape is one, and configs share most of their shapes: a second less for each config.
     """
