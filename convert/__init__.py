@@ -144,7 +144,8 @@ def expected_params(
 ) -> Params | None:
     """Shapes and dtypes of what ``load`` returns of a model with that ``config``, unplaced.
 
-    None where the files say what becomes codes: they are not read.
+    None where the files say what becomes codes: they are not read. Raises ``ValueError`` for a
+    group that does not divide a matrix's inputs.
     """
     if weights == "checkpoint" or orbax.is_orbax(source.path):
         return None

@@ -467,7 +467,10 @@ def _plan_pages(
         if stats is not None:
             free = stats["bytes_limit"] - stats["bytes_in_use"]
             if coming > free:
-                raise MemoryError(f"{coming} bytes for the weights, where {free} are free")
+                raise MemoryError(
+                    f"{coming} bytes for the weights, which weights='int8' or 'int4' makes fewer, "
+                    f"where {free} are free"
+                )
             free -= coming
             kv_cache_bytes = room_for_pages(sizes, free, options.memory_fraction)
     pages = kv_cache_bytes // max(page_bytes, 1)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lserve_jax.engine.calls import Call
 from lserve_jax.engine.inputs import Chunk, Start
-from lserve_jax.engine.programs import Call
 from lserve_jax.engine.request import Request
 from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.engine.sampling import SamplingMode, sampling_row

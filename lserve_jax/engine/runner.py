@@ -25,9 +25,10 @@ from lserve_jax.attention.cache import (
     layer_cache_shapes,
 )
 from lserve_jax.engine.buckets import SMALLEST_CHUNK, bucket, buckets, row_counts
+from lserve_jax.engine.calls import Call, places_of
 from lserve_jax.engine.forced_steps import score_steps
 from lserve_jax.engine.inputs import BurstInputs, Chunk, Start
-from lserve_jax.engine.programs import Call, Programs, places_of
+from lserve_jax.engine.programs import Programs
 from lserve_jax.engine.reads import selected_pages
 from lserve_jax.engine.sampling import SamplingMode
 from lserve_jax.engine.speculate import exact_burst

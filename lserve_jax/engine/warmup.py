@@ -12,9 +12,9 @@ from typing import Literal
 
 import numpy as np
 
+from lserve_jax.engine.calls import Call
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.example_calls import decode_calls, insert_call, prefill_call
-from lserve_jax.engine.programs import Call
 from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.sampling_params import SamplingParams
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from convert.json_values import shortened
-from lserve_jax.engine.programs import places_of
+from lserve_jax.engine.calls import places_of
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.heads import HeadPartition, permute_heads
 from lserve_jax.model.params import Params, is_quantised

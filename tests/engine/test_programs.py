@@ -24,8 +24,9 @@ from tiny_llm import tiny_config, tiny_params
 
 from lserve_jax import LLM, SamplingParams, SparsityConfig
 from lserve_jax.engine import program_files
+from lserve_jax.engine.calls import Call
 from lserve_jax.engine.program_files import ProgramFiles
-from lserve_jax.engine.programs import Call, Programs, _compile_anew
+from lserve_jax.engine.programs import Programs, _compile_anew
 
 CONFIG = tiny_config(layers=1, kv_heads=2)
 OPTIONS = {"max_model_len": 128, "max_num_seqs": 2, "prefill_chunk_size": 64}

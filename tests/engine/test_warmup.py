@@ -8,7 +8,8 @@ from tiny_llm import tiny_config, tiny_params
 
 from lserve_jax import LLM, SamplingParams
 from lserve_jax.engine.build import EngineOptions, build_engine
-from lserve_jax.engine.programs import Call, Programs
+from lserve_jax.engine.calls import Call
+from lserve_jax.engine.programs import Programs
 from pallas_kernels.api import LoweringProcesses
 
 CONFIG = tiny_config(layers=1, kv_heads=2)
