@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, UInt32
 
 from lserve_jax.attention.attend import ChunkRows, PrefixGroups
@@ -64,8 +63,8 @@ from pallas_kernels.api import MOST_SELECTED_PAGES, Backend, W8A8Kind, resolve_b
 class ModelRunner:
     """Runs jitted steps on parameters, caches and decode state that nobody else holds.
 
-    Made of the shapes of parameters, or of these themselves: then its calls can be prepared. It
-    runs them once it has parameters (``begin``), which come after that with their caches.
+    Made of parameters, or of their shapes where they are bound to no device: its calls can be
+    prepared by these. It runs once it has parameters and, with them, caches (``begin``).
 
     ``params`` have their heads in the order of ``spec``: retrieval first (``model/heads.py``).
     ``dtype`` is the compute dtype, ``prefill_dtype`` that of the products of prefill, for which
@@ -129,14 +128,9 @@ class ModelRunner:
         return made if device is None else jax.device_put(made, device)
 
     def _cache_shapes(self) -> Caches:
-        """What ``reset`` will make."""
-        device = _own_device(self.params)
-        where = None if device is None else SingleDeviceSharding(device)
+        """What ``reset`` will make where parameters are bound to no device."""
         return [
-            jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-                layer_cache_shapes(self.config, self.spec, layer, self.dtype),
-            )
+            layer_cache_shapes(self.config, self.spec, layer, self.dtype)
             for layer in range(self.config.num_hidden_layers)
         ]
 

@@ -118,8 +118,7 @@ def test_programs_compile_while_weights_are_read(tmp_path, monkeypatch) -> None:
         assert len(times) == 5  # what was prepared fits
 
 
-@pytest.mark.parametrize("bound", [False, True])
-def test_a_call_made_of_shapes_is_that_made_of_arrays(bound, monkeypatch) -> None:
+def test_a_call_made_of_shapes_is_that_made_of_arrays(monkeypatch) -> None:
     """Its key too, so that each finds the programs that the other kept."""
     calls: list[Call] = []
 
@@ -129,11 +128,7 @@ def test_a_call_made_of_shapes_is_that_made_of_arrays(bound, monkeypatch) -> Non
 
     monkeypatch.setattr(Programs, "preparing", seen)
     options = {"attention": "lserve", "exact": True, "draft": "ngram", "host_cache_bytes": 1 << 20}
-    if bound:  # these are given: of shapes are the caches alone
-        params = jax.device_put(tiny_params(CONFIG), jax.devices()[0])
-        engine = build_engine(CONFIG, params, EngineOptions(**OPTIONS, **options, warmup="auto"))
-    else:
-        engine = build(lambda: tiny_params(CONFIG), **options, warmup="auto")
+    engine = build(lambda: tiny_params(CONFIG), **options, warmup="auto")
     assert {call.name for call in calls} >= {"prefill_chunks", "insert", "write_block"}
     for call, again in zip(calls, warmup_calls(engine, "auto"), strict=True):
         assert call.description() == again.description()
