@@ -133,6 +133,12 @@ def test_a_call_made_of_shapes_is_that_made_of_arrays(monkeypatch) -> None:
     for call, again in zip(calls, warmup_calls(engine, "auto"), strict=True):
         assert call.description() == again.description()
         assert call.signature(sharded=True) == again.signature(sharded=True)
+    # Blocks from the host are put where the caches lie: bound there, arrays and shapes alike.
+    pages, runner = np.zeros((1,), np.int32), engine.runner
+    shapes = runner.block_shapes(pages, pages[:0])
+    block = [jax.device_put(np.zeros(x.shape, x.dtype), x.sharding) for x in shapes]
+    described, real = (runner.write_block_call(x, pages, pages[:0]) for x in (shapes, block))
+    assert described.description() == real.description()
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
