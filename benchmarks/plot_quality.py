@@ -1,10 +1,12 @@
-"""Pictures of head shares: what they cost in quality, and what the heads they are for are worth.
+"""Pictures of what sparsity costs, of what heads are worth, and of drafts that are accepted.
 
     python benchmarks/plot_quality.py
 
-Reads ``results/quality/shares/results.json`` and the head shares shipped for both SmolLM2 models.
-Writes ``results/quality/shares/read.png`` (points from dense attention against what was read, by
-length and setting) and ``results/head-shares-NAME.png`` for either model. Needs no GPU.
+Reads ``results/quality/shares/results.json``, ``results/exact_text.json`` and the head shares
+shipped for both SmolLM2 models. Writes ``results/quality/shares/read.png`` (points from dense
+attention against what was read, by length and setting), ``results/exact_text.png`` (acceptance,
+tokens a verification and speed of exact mode against context) and
+``results/head-shares-NAME.png`` for either model. Needs no GPU.
 """
 
 import json
@@ -19,6 +21,12 @@ from lserve_jax.calibrate.pictures import plot_head_shares
 from lserve_jax.eval.report import mean_interval
 
 RESULTS = Path(__file__).parent / "results"
+DRAFTS = {
+    "exact": "sparse steps, bf16 weights",
+    "exact_int8": "sparse steps, int8 weights",
+    "exact_int4": "sparse steps, int4 weights",
+    "ngram": "looked up in the prompt",
+}
 MODELS = ("SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct-32K")
 
 
@@ -71,10 +79,47 @@ def read_plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def acceptance_plot(result: dict[str, Any], path: Path) -> None:
+    """Exact mode against context, a line for each way to draft."""
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in result["rows"]:
+        rows[row["setting"]].append(row)
+    dense = {row["length"]: row["tokens_per_second"] for row in rows["dense"]}
+    panels = {
+        "share of drafts accepted": lambda row: row["acceptance"],
+        "tokens a verification": lambda row: row["tokens_per_verification"],
+        "tokens a second, of dense attention's": lambda row: (
+            row["tokens_per_second"] / dense[row["length"]]
+        ),
+    }
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels))
+    for panel, (title, value) in zip(axes, panels.items(), strict=True):
+        for i, (name, words) in enumerate(DRAFTS.items()):
+            lengths = [row["length"] for row in rows[name]]
+            panel.plot(
+                lengths, [value(row) for row in rows[name]], f"C{i}{'os^D'[i]}-", label=words
+            )
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(sorted(dense), labels=[f"{x / 1024:.0f}K" for x in sorted(dense)])
+        panel.set(title=title, xlabel="context, tokens", ylim=(0, None))
+        panel.grid(alpha=0.3)
+    axes[0].set_ylim(0, 1)
+    axes[2].axhline(1.0, color="black", linewidth=0.8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    where = f"{result['gpu']}, JAX {result['jax']}, {result['date']}"
+    rows_of = rows["dense"][0]["rows"]
+    figure.suptitle(f"SmolLM2-135M-Instruct-32K, {rows_of} rows; {where}", fontsize="medium")
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     study = RESULTS / "quality" / "shares"
     result = json.loads((study / "results.json").read_text(encoding="utf-8"))
     read_plot(result, study / "read.png")
+    result = json.loads((RESULTS / "exact_text.json").read_text(encoding="utf-8"))
+    acceptance_plot(result, RESULTS / "exact_text.png")
     for name in MODELS:
         sensitivity, shares = convert.load_head_shares(name)
         assert sensitivity is not None  # it is shipped

@@ -8,6 +8,7 @@ of its parts, with two codes of 4 bits in a byte.
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, UInt4, UInt8
 from numpy.typing import DTypeLike
 
+from convert.blocks import each_block
 from lserve_jax.model.quantise import CODE_DTYPES, axis_of
 from pallas_kernels.api import PackedWeight, Weight, WeightKind, quantize_weight, unpack_weight
 
@@ -44,7 +46,7 @@ class Coded:
     dtype: str  # of a ``Weight``'s codes: int8, uint4 or float8_e4m3fn
     groups: int  # of inputs; 1: one scale for each output
     has_zero: bool
-    rows: Callable[[int, int], CodedRows]  # [start, stop) of the outputs
+    rows: Callable[[int, int], CodedRows]  # [start, stop) of the outputs; by several threads
 
 
 def rounded(
@@ -106,7 +108,7 @@ class CodedLeaf:
         dtypes = {part.dtype for part in parts}
         return len(dtypes) == 1 or dtypes == {"int8", "uint4"}
 
-    def read(self, coded: Coded, first: int, count: int) -> None:
+    def read(self, coded: Coded, first: int, count: int, threads: ThreadPoolExecutor) -> None:
         """Takes in one part: ``count`` outputs from ``first`` on, or all rows of a table."""
         axis = axis_of(self.name)
         if not self._host:
@@ -118,14 +120,16 @@ class CodedLeaf:
             )
         by_rows = [x if axis == 1 else x.T for x in self._host]
         split = self._groups // coded.groups
-        for start in range(0, count, _BLOCK_ROWS):
-            stop = min(start + _BLOCK_ROWS, count)
+
+        def store(start: int, stop: int) -> None:
             codes, scale, zero = coded.rows(start, stop)
             zero = np.zeros_like(scale) if zero is None else zero
             place = slice(first + start, first + stop)
             by_rows[0][place] = codes.astype(self._dtype)
             for whole, part in zip(by_rows[1:], (scale, zero), strict=False):
                 whole[place] = np.repeat(part, split, axis=1)
+
+        each_block(threads, count, _BLOCK_ROWS, store)
 
     def finish(self, sharding: Sharding | None) -> Weight:
         """The leaf on its devices. The host's copy is given up."""

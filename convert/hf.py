@@ -1,6 +1,7 @@
 """Hugging Face directories: ``config.json`` and safetensors, one file or an index of shards."""
 
 import functools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +123,14 @@ class _OneShard:
     def __init__(self, *, codes: bool):
         self._codes = codes
         self._shard: SafetensorsFile | None = None
+        self._lock = threading.Lock()  # a module's codes and scales may lie in two shards
 
     def open(self, path: Path) -> SafetensorsFile:
-        if self._shard is None or self._shard.path != path:
-            self._shard = None  # unmap before mapping the next
-            self._shard = SafetensorsFile(path, codes=self._codes)
-        return self._shard
+        with self._lock:
+            if self._shard is None or self._shard.path != path:
+                self._shard = None  # unmap before mapping the next
+                self._shard = SafetensorsFile(path, codes=self._codes)
+            return self._shard
 
     def part(self, path: Path, name: str, *bounds: int) -> np.ndarray:
         return self.open(path).part(name, *bounds)

@@ -3,7 +3,8 @@
 Every loader describes its file as a ``Checkpoint``: names, shapes and a way to read some rows.
 ``assemble`` does the rest once for all of them: check the names, allocate a leaf when its first
 tensor comes, convert block by block into its place, hand the finished leaf to its device. Host
-memory therefore holds no second copy of the parameters, whatever the format.
+memory therefore holds no second copy of the parameters, whatever the format. Blocks of a tensor are
+converted by several threads, tensors one after another.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
+from convert.blocks import each_block, reading_threads
 from convert.codes import Coded, CodedLeaf, aligned, rounded
 from convert.json_values import shortened
 from convert.lora import Change
@@ -59,7 +61,8 @@ class FileTensor:
 
     name: str  # as the file names it
     shape: tuple[int, ...]
-    rows: Callable[[int, int], np.ndarray]  # [start, stop) of the first axis, any float dtype
+    # [start, stop) of the first axis, any float dtype; called by several threads
+    rows: Callable[[int, int], np.ndarray]
     coded: Coded | None = None  # of a quantised matrix that a ``Weight`` can hold
     # Of another quantised matrix: what is in the way, as a sentence about its file's tensors.
     uncoded: str | None = None
@@ -188,32 +191,39 @@ def assemble(
     awaited = Counter(slot.leaf for slot in all_slots)
     unfinished: dict[str, np.ndarray] = {}
     flat: dict[str, jax.Array | Weight] = {}
-    for tensor in tqdm(tensors, desc="loading", unit="tensor", disable=not progress):
-        slot = by_name[tensor.name]
-        awaited[slot.leaf] -= 1
-        if slot.leaf in leaves:
-            leaves[slot.leaf].read(coded[tensor.name], slot.columns.start, tensor.shape[0])
+    with reading_threads() as threads:
+        for tensor in tqdm(tensors, desc="loading", unit="tensor", disable=not progress):
+            slot, outputs = by_name[tensor.name], tensor.shape[0]
+            awaited[slot.leaf] -= 1
+            if slot.leaf in leaves:
+                coded_leaf = leaves[slot.leaf]
+                coded_leaf.read(coded[tensor.name], slot.columns.start, outputs, threads)
+                if not awaited[slot.leaf]:
+                    weight = leaves.pop(slot.leaf).finish(sharding_of(placement, slot.leaf))
+                    require_finite_weight(slot.leaf, weight, checkpoint.where)
+                    flat[slot.leaf] = weight
+                continue
+            if slot.leaf not in unfinished:
+                unfinished[slot.leaf] = aligned(slot.leaf_shape, dtype)
+            rows = _rows(tensor, changes.get(slot.hf))
+            store = _store(rows, slot.view(unfinished[slot.leaf]))
+            each_block(threads, outputs, _BLOCK_ROWS, store)
             if not awaited[slot.leaf]:
-                weight = leaves.pop(slot.leaf).finish(sharding_of(placement, slot.leaf))
-                require_finite_weight(slot.leaf, weight, checkpoint.where)
-                flat[slot.leaf] = weight
-            continue
-        if slot.leaf not in unfinished:
-            unfinished[slot.leaf] = aligned(slot.leaf_shape, dtype)
-        target = slot.view(unfinished[slot.leaf])
-        rows = _rows(tensor, changes.get(slot.hf))
-        for start in range(0, tensor.shape[0], _BLOCK_ROWS):
-            stop = min(start + _BLOCK_ROWS, tensor.shape[0])
-            block = rows(start, stop)
-            # Cast before the transposing store: casting through strided memory is far slower.
-            with np.errstate(over="ignore"):  # found below
-                target[start:stop] = block.astype(dtype, copy=False)
-        if not awaited[slot.leaf]:
-            leaf = jax.device_put(unfinished.pop(slot.leaf), sharding_of(placement, slot.leaf))
-            # Without waiting, queued transfers would keep every host copy alive.
-            flat[slot.leaf] = leaf.block_until_ready()
-            require_finite(slot.leaf, leaf, checkpoint.where)
+                leaf = jax.device_put(unfinished.pop(slot.leaf), sharding_of(placement, slot.leaf))
+                # Without waiting, queued transfers would keep every host copy alive.
+                flat[slot.leaf] = leaf.block_until_ready()
+                require_finite(slot.leaf, leaf, checkpoint.where)
     return unflatten(flat)
+
+
+def _store(rows: Callable[[int, int], np.ndarray], to: np.ndarray) -> Callable[[int, int], None]:
+    def store(start: int, stop: int) -> None:
+        block = rows(start, stop)
+        # Cast before the transposing store: casting through strided memory is far slower.
+        with np.errstate(over="ignore"):  # found when the leaf is whole
+            to[start:stop] = block.astype(to.dtype, copy=False)
+
+    return store
 
 
 def _rows(tensor: FileTensor, change: Change | None) -> Callable[[int, int], np.ndarray]:

@@ -1,0 +1,35 @@
+"""Blocks of a tensor's rows, several at a time."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+
+# A thread transposes about 1 GB a second, and as much again is lost where memory is new; files in
+# memory are read at 8. Each thread holds a block, in float32 where it is rounded.
+_MOST_THREADS = 8
+
+
+def reading_threads() -> ThreadPoolExecutor:
+    """Threads for ``each_block``: NumPy leaves Python's lock while it copies and computes."""
+    return ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS), "lserve-reading")
+
+
+def each_block(
+    threads: ThreadPoolExecutor, count: int, size: int, work: Callable[[int, int], None]
+) -> None:
+    """Calls ``work(start, stop)`` for all of ``count`` rows, ``size`` of them at a time.
+
+    The first block comes alone: it may open a file. What ``work`` raises is raised, for the first
+    block that failed.
+    """
+    work(0, min(size, count))
+    device = jax.config.jax_default_device  # a thread's own, as a context sets it
+
+    def run(start: int) -> None:
+        with jax.default_device(device):
+            work(start, min(start + size, count))
+
+    for _ in threads.map(run, range(size, count, size)):
+        pass
