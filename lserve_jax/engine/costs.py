@@ -100,6 +100,7 @@ class RequestCosts:
     relay_steps: int = 0
     relay_reason: str = ""
     verified: int = 0
+    rounds: int = 0  # of these, those of bursts in which it was to draft
     judging: int = 0
     drafted: int = 0
     confirmed: int = 0

@@ -3,13 +3,15 @@
 A round of k drafts costs k sparse passes and one dense pass and makes, if each draft is confirmed
 with probability a, (1 - a^(k+1)) / (1 - a) tokens on average (Leviathan et al., arXiv 2211.17192).
 What a pass costs goes by the bytes that it reads: its share of the weights, and the keys and values
-of its request. So k grows with the context, and where it is short nothing is drafted.
+of its request. So k grows with the context, and where it is short nothing is drafted. Nor is it
+where rounds were seen to take longer than dense steps (``draft_times``).
 """
 
 from collections.abc import Sequence
 
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.engine.costs import CacheUnits, RequestCosts
+from lserve_jax.engine.draft_times import DraftTimes
 from lserve_jax.engine.metrics import DraftDecision
 from lserve_jax.engine.request import Request
 from lserve_jax.engine.runner import ModelRunner
@@ -68,38 +70,48 @@ def decide_drafts(
     known = (
         f"expected acceptance {acceptance:.2f}, a draft reads {sparse / dense:.2f} of a dense step"
     )
-    if best == 0:
-        return DraftDecision(drafts=0, reason=f"no draft pays: {known}")
-    return DraftDecision(drafts=best, reason=f"{best} drafts a round: {known}")
+    # Rounds may find nothing to draft, or have one token left to make.
+    drafting = (PRIOR_ROUNDS + costs.judging) / (PRIOR_ROUNDS + costs.rounds)
+    return DraftDecision(
+        drafts=best,
+        reason=f"{best} drafts a round: {known}" if best else f"no draft pays: {known}",
+        tokens=1 + drafting * (expected_tokens(acceptance, best) - 1),
+        dense_bytes=dense,
+        sparse_bytes=sparse,
+    )
 
 
 def decide_all(
     requests: Sequence[tuple[int, Request]],
     runner: ModelRunner,
     units: CacheUnits,
+    times: DraftTimes | None,
+    slots: int,
 ) -> dict[int, DraftDecision] | None:
     """By slot, for the requests of a burst, (slot, request); None outside of exact mode.
 
-    The requests share the weights. What is decided goes to their metrics.
+    The requests share the weights, and a program for that many slots. What is decided goes to their
+    metrics. Without ``times`` bytes alone decide.
     """
     if runner.spec.max_drafts is None:
         return None
-    decisions = {}
-    stepwise = any(request.is_stepwise for _, request in requests)
+    if any(request.is_stepwise for _, request in requests):
+        reason = "the burst is one step: it has a request whose next mask needs the last token"
+        decisions = {slot: DraftDecision(drafts=0, reason=reason) for slot, _ in requests}
+    else:
+        decisions = {
+            slot: decide_drafts(
+                runner.spec,
+                units,
+                request.costs,
+                length=request.length,
+                weight_bytes=runner.step_bytes / len(requests),
+                draft_weight_bytes=runner.draft_step_bytes / len(requests),
+            )
+            for slot, request in requests
+        }
+        if times is not None:
+            decisions = times.choose(slots, decisions)
     for slot, request in requests:
-        if stepwise:
-            reason = "the burst is one step: it has a request whose next mask needs the last token"
-            decisions[slot] = DraftDecision(drafts=0, reason=reason)
-            request.costs.draft_reason = reason
-            continue
-        decision = decide_drafts(
-            runner.spec,
-            units,
-            request.costs,
-            length=request.length,
-            weight_bytes=runner.step_bytes / len(requests),
-            draft_weight_bytes=runner.draft_step_bytes / len(requests),
-        )
-        request.costs.draft_reason = decision.reason
-        decisions[slot] = decision
+        request.costs.draft_reason = decisions[slot].reason
     return decisions

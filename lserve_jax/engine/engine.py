@@ -17,6 +17,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.checks import check_bool
 from lserve_jax.engine.buckets import bucket, shape_buckets
 from lserve_jax.engine.costs import BurstRow, CacheUnits
+from lserve_jax.engine.draft_times import DraftTimes
 from lserve_jax.engine.drafting import decide_all
 from lserve_jax.engine.host_tier import HostTier, check_pinned_memory, take_pinned_memory
 from lserve_jax.engine.metrics import EngineCounts, EngineMetrics, StepMetrics
@@ -93,6 +95,7 @@ class Engine:
         self.units = CacheUnits.of(runner.config, spec, runner.dtype)
         self.head_kinds = head_kinds(runner.config, spec, head_order)
         self._counts = EngineCounts()
+        self._draft_times = DraftTimes(clock)
         self._next_number = 0
         self.resets = 0  # how often it began anew
         if host_cache_bytes > 0:
@@ -495,9 +498,14 @@ class Engine:
         groups, decisions = group_by_prefix(
             requests, self.relay, self.runner, self.units, num_rows=rows
         )
-        drafts = decide_all(requests, self.runner, self.units)
+        times = None if self.deterministic else self._draft_times
+        drafts = decide_all(requests, self.runner, self.units, times, rows)
         inputs = self.scheduler.burst_inputs(steps, rows, groups, drafts)
         burst = self.runner.decode(inputs)
+        timed = None
+        if drafts is not None:
+            others = self.runner.prompt_tokens, self.runner.compilations
+            timed = self._draft_times.begin(rows, drafts, others)
         chosen = {s: self.runner.selected_pages(s) for s, r in requests if r.records_selections}
         self._counts.relay_bursts += groups is not None
         for _, request in requests:
@@ -507,7 +515,12 @@ class Engine:
                 # what it runs comes after the burst.
                 self.scheduler.release(request)
         in_flight = InFlight(
-            burst=burst, inputs=inputs, requests=requests, decisions=decisions, chosen=chosen
+            burst=burst,
+            inputs=inputs,
+            requests=requests,
+            decisions=decisions,
+            chosen=chosen,
+            timed=timed,
         )
         return in_flight, outputs
 
@@ -518,15 +531,21 @@ class Engine:
         if self._in_flight is None:
             return []
         in_flight, self._in_flight = self._in_flight, None
+        steps: Any = in_flight.burst.steps
+        waited = not steps.is_ready()
         result = jax.device_get(in_flight.burst)
         now = self.clock()
+        done = {slot: BurstRow.of(result, slot) for slot, _ in in_flight.requests}
+        if in_flight.timed is not None:
+            self._draft_times.end(in_flight.timed, done, now, waited=waited)
         outputs: list[TokenOutput] = []
         for slot, request in in_flight.requests:
             if request.finished:
                 continue
-            row = BurstRow.of(result, slot)
+            row, drafts = done[slot], in_flight.drafts(slot)
             request.record(in_flight, slot)
-            request.add_costs(row, self.units, in_flight.decisions.get(slot), now)
+            relay = in_flight.decisions.get(slot)
+            request.add_costs(row, self.units, relay, now, drafts=drafts)
             self._counts.tokens_attended += round(row.attended)
             self._counts.selector_runs += row.selections
             samples = jax.tree.map(lambda x, s=slot, n=row.steps: x[:n, s], result.samples)

@@ -1,5 +1,6 @@
 """What is counted: for a request, for a step of the engine, for the engine as a whole."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -20,6 +21,19 @@ class DraftDecision:
 
     drafts: int
     reason: str
+    # What was taken for that; 0 where nothing was weighed.
+    tokens: float = 0.0  # that a round is expected to make
+    dense_bytes: float = 0.0  # that a pass of dense attention reads
+    sparse_bytes: float = 0.0  # that a draft reads
+
+    @property
+    def round_bytes(self) -> float:
+        """Bytes that a round reads."""
+        return self.dense_bytes + self.drafts * self.sparse_bytes
+
+    def because(self, reason: str, **changes: Any) -> Self:
+        """The same for another reason."""
+        return dataclasses.replace(self, reason=reason, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)

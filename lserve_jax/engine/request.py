@@ -10,6 +10,7 @@ import numpy as np
 
 from lserve_jax.checks import is_integer, is_real
 from lserve_jax.engine.costs import BurstRow, CacheUnits, RequestCosts
+from lserve_jax.engine.draft_times import TimedBurst
 from lserve_jax.engine.inputs import BurstInputs
 from lserve_jax.engine.metrics import RelayDecision, RequestMetrics
 from lserve_jax.engine.prefix_cache import PromptPages
@@ -107,6 +108,11 @@ class InFlight:
     decisions: dict[int, RelayDecision]  # by slot, of those whose request has a prefix
     # By slot, of those whose request records selections: ``runner.selected_pages``.
     chosen: dict[int, list[jax.Array]]
+    timed: TimedBurst | None  # in exact mode
+
+    def drafts(self, slot: int) -> int:
+        """How many tokens a slot's request was to draft a round."""
+        return 0 if self.inputs.drafts is None else int(self.inputs.drafts[slot])
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -218,11 +224,21 @@ class Request(PromptPages):
         self.prompt_logprobs = [None, *({**top, token: value} for top, token, value in tokens)]
 
     def add_costs(
-        self, row: BurstRow, units: CacheUnits, decision: RelayDecision | None, now: float
+        self,
+        row: BurstRow,
+        units: CacheUnits,
+        decision: RelayDecision | None,
+        now: float,
+        *,
+        drafts: int,
     ) -> None:
-        """Adds what its row of a burst cost, fetched ``now``, before its tokens are taken."""
+        """Adds what its row of a burst cost, fetched ``now``, before its tokens are taken.
+
+        ``drafts``: what it was to draft a round.
+        """
         assert self.first_token is not None  # it came before any burst was fetched
         self.costs.add(row, units, len(self.prompt) + self.received - 1, decision)
+        self.costs.rounds += row.verified if drafts else 0
         self.costs.seconds = now - self.first_token
 
     def take(self, samples: Sample) -> Sample:

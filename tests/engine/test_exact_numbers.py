@@ -21,7 +21,7 @@ from lserve_jax.engine.metrics import DraftDecision
 def draft_as(monkeypatch: pytest.MonkeyPatch, count: Any) -> None:
     """Every request drafts ``count(most)`` tokens in its next burst, whatever pays."""
 
-    def decide_all(requests, runner, units) -> dict[int, DraftDecision] | None:
+    def decide_all(requests, runner, *_) -> dict[int, DraftDecision] | None:
         most = runner.spec.max_drafts
         if most is None:
             return None

@@ -1,0 +1,110 @@
+"""Drafts are left out where bursts with them took longer, as a clock of the test's own tells."""
+
+from typing import Any
+
+import pytest
+
+from lserve_jax.engine.costs import BurstRow
+from lserve_jax.engine.draft_times import FIRST_LOOK, KEPT, LOOK_AGAIN, DraftTimes
+from lserve_jax.engine.metrics import DraftDecision
+
+SLOTS = 4
+
+
+class Bursts:
+    """Runs bursts of one request, one after the other, that take as long as it is told."""
+
+    def __init__(self, *, round_seconds: float, dense_seconds: float):
+        self.now = 100.0
+        self.times = DraftTimes(lambda: self.now)
+        self.seconds = {True: round_seconds, False: dense_seconds}
+        self.others = 0
+        self.decision = DraftDecision(
+            drafts=3, reason="by bytes", tokens=3.0, dense_bytes=100.0, sparse_bytes=20.0
+        )
+
+    def run(self, *, waited: bool = True) -> DraftDecision:
+        """One burst of ten rounds or steps; what it was to draft."""
+        decisions = self.times.choose(SLOTS, {0: self.decision})
+        burst = self.times.begin(SLOTS, decisions, self.others)
+        self.now += 10 * self.seconds[burst.drafts]
+        row = BurstRow(
+            steps=30,
+            bypassed=0,
+            selections=0,
+            scored=0,
+            attended=0.0,
+            verified=10,
+            judging=10,
+            drafted=30,
+            confirmed=20,
+        )
+        self.times.end(burst, {0: row}, self.now, waited=waited)
+        return decisions[0]
+
+    def drafted(self, count: int, **how: Any) -> list[int]:
+        return [self.run(**how).drafts for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("round_seconds", "pays"),
+    [(0.029, True), (0.031, False)],  # three tokens a round beside one of 0.01 s each
+    ids=["pays", "does not"],
+)
+def test_the_faster_kind_is_run(round_seconds: float, pays: bool) -> None:
+    bursts = Bursts(round_seconds=round_seconds, dense_seconds=0.01)
+    # The very first burst is not timed: what went before it is not known.
+    assert bursts.drafted(FIRST_LOOK + 1) == [3] * FIRST_LOOK + [0]
+    decision = bursts.run()
+    assert decision.drafts == (3 if pays else 0)
+    took = f"a token took {1e3 * round_seconds / 3:.3g} ms with drafts and 10 ms without"
+    reason = f"by bytes; {took}" if pays else f"no draft pays: {took}"
+    assert decision.reason == reason
+
+
+def test_the_other_kind_is_measured_again() -> None:
+    bursts = Bursts(round_seconds=0.06, dense_seconds=0.01)
+    bursts.drafted(FIRST_LOOK + 2)
+    bursts.seconds[True] = 0.006  # drafts pay from now on
+    seen = bursts.drafted((KEPT + 1) * LOOK_AGAIN)
+    assert seen.index(3) < LOOK_AGAIN
+    assert seen[-1] == 3
+
+
+def test_bursts_of_other_lengths_are_measured_anew() -> None:
+    bursts = Bursts(round_seconds=0.06, dense_seconds=0.01)
+    bursts.drafted(FIRST_LOOK + 2)
+    assert bursts.run().drafts == 0
+    bursts.decision = DraftDecision(
+        drafts=3, reason="by bytes", tokens=3.0, dense_bytes=200.0, sparse_bytes=20.0
+    )
+    assert bursts.run().drafts == 3
+
+
+def test_what_is_not_known_to_the_clock_does_not_count() -> None:
+    """Ended before anybody looked, or beside other work, such as compiling."""
+    bursts = Bursts(round_seconds=0.06, dense_seconds=0.01)
+    assert bursts.drafted(40, waited=False) == [3] * 40
+    for _ in range(40):
+        bursts.others += 1
+        assert bursts.run().drafts == 3
+
+
+def test_a_try_that_tells_nothing_comes_rarely() -> None:
+    """A burst without drafts is slow where drafts pay: those that cannot be timed are few."""
+    bursts = Bursts(round_seconds=0.006, dense_seconds=0.01)
+    bursts.drafted(FIRST_LOOK)
+    tries = 0
+    for _ in range(1000):
+        is_try = bursts.times.choose(SLOTS, {0: bursts.decision})[0].drafts == 0
+        tries += is_try
+        bursts.others += is_try  # something else ran beside it
+        bursts.run()
+    assert tries <= 6  # after 4, 16, 64, 256, ... more
+
+
+def test_nothing_is_weighed_where_nothing_is_drafted() -> None:
+    bursts = Bursts(round_seconds=0.06, dense_seconds=0.01)
+    bursts.decision = DraftDecision(drafts=0, reason="no draft pays by bytes")
+    assert bursts.drafted(3) == [0, 0, 0]
+    assert bursts.run().reason == "no draft pays by bytes"
