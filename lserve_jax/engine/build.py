@@ -394,7 +394,14 @@ def build_engine(
         # make caches.
         if read is not None:
             runner.begin(read)
+    if options.warmup == "auto" and has_cores_beside():
+        programs.go_on(warmup_calls(engine, "full"))
     return engine
+
+
+def has_cores_beside() -> bool:
+    """Whether compiling leaves requests what they run on: not on a CPU."""
+    return jax.default_backend() != "cpu"
 
 
 def _program_files(options: EngineOptions) -> ProgramFiles | None:

@@ -37,6 +37,11 @@ class Call:
         """What the compiled program takes."""
         return tuple(arg for arg in self.args if not isinstance(arg, Program))
 
+    def described(self) -> "Call":
+        """The same of shapes alone: it holds no array, which another call may be given to keep."""
+        args = (arg if isinstance(arg, Program) else jax.tree.map(_shape, arg) for arg in self.args)
+        return Call(self.function, tuple(args), self.static)
+
     def plain(self) -> Any:
         """What the function returns where JAX's own caches are used."""
         return self.function(*self.args, **self.static)
@@ -94,6 +99,12 @@ def places_of(leaves: Sequence[Any]) -> list[tuple[jax.sharding.Sharding, bool]]
         else:
             places.append((leaf.sharding, True))
     return places
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    [(sharding, committed)] = places_of([leaf])
+    place = sharding if committed else None
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place, weak_type=leaf.weak_type)
 
 
 def _describe_sharding(sharding: jax.sharding.Sharding) -> str:

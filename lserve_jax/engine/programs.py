@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence, Sized
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 MOST_COMPILING = 16  # programs at a time, each a core's work for XLA
 MOST_HELPERS = 8  # threads that read programs, and processes that lower kernels
+HELPERS_BESIDE = 2  # such processes while requests run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +165,32 @@ class Programs:
             thread.shutdown(wait=False)
             bar.close()
 
+    def go_on(self, calls: Sequence[Call]) -> None:
+        """Begins to load or compile the programs of ``calls`` one after another, beside all else.
+
+        Who needs one that has begun waits for it; one that has not begun is made by whoever comes
+        first. The thread ends with the last program, with this object, or with Python: after the
+        one that is being made. Where JAX's settings are this thread's own it does nothing.
+        """
+        described, settings, programs = (
+            [c.described() for c in calls],
+            _settings(),
+            weakref.ref(self),
+        )
+
+        def work() -> None:
+            if _settings() != settings:
+                return
+            with closing(LoweringProcesses(_at_most(HELPERS_BESIDE))) as processes:
+                for call in described:
+                    mine = programs()
+                    if mine is None or not threading.main_thread().is_alive():
+                        return
+                    mine._get(call, processes)
+                    del mine
+
+        threading.Thread(target=work, name="lserve-programs").start()
+
     def _missing(self, calls: Sequence[Call]) -> dict[Hashable, Call]:
         """Those that are not ready, by signature."""
         found: dict[Hashable, Call] = {}
@@ -234,7 +262,7 @@ class Programs:
             future.result()
         return made
 
-    def _get(self, call: Call) -> Any:
+    def _get(self, call: Call, processes: LoweringProcesses | None = None) -> Any:
         signature = call.signature(sharded=self.sharded)
         if (ready := self._ready.get(signature)) is not None:
             return ready.result()
@@ -243,7 +271,7 @@ class Programs:
             ready = self._ready.setdefault(signature, own)
         if ready is own:
             try:
-                own.set_result(self._make(call, self._key(call)))
+                own.set_result(self._make(call, self._key(call), processes))
             except BaseException as error:
                 del self._ready[signature]
                 own.set_exception(error)
@@ -257,10 +285,13 @@ class Programs:
             return False
         return key in self._preloaded or self._files.has(key)
 
-    def _make(self, call: Call, key: str | None) -> Any:
+    def _make(self, call: Call, key: str | None, processes: LoweringProcesses | None) -> Any:
         program = self._load(call, key)
         if program is None:
-            return self._compile_and_keep(call, key, _Traced.of(call).lower())
+            traced = _Traced.of(call)
+            if processes is not None:
+                wait(processes.begin(traced.traced.jaxpr))
+            return self._compile_and_keep(call, key, traced.lower())
         return program
 
     def _load(self, call: Call, key: str | None) -> Any | None:

@@ -2,10 +2,11 @@
 
 "auto" is what any request needs: a short prompt, and bursts of one row, greedy and drawing. "full"
 is every length of a prompt's chunk, alone, read causally or block-sparsely, and beside others, and
-every number of slots, beside these with filters (top_k, top_p, min_p). Where pages go to host
-memory, both have the programs that move them. What remains compiles when it is first asked for:
-rows that read a prefix together, log probabilities, penalties, restricted tokens. Without a warm-up
-the engine compiles what its first request needs at the same time.
+every number of slots, beside these with filters (top_k, top_p, min_p). After "auto" a GPU's host
+compiles the rest of "full" while requests run. Where pages go to host memory, both have the
+programs that move them. What remains compiles when it is first asked for: rows that read a prefix
+together, log probabilities, penalties, restricted tokens. Without a warm-up the engine compiles
+what its first request needs at the same time.
 """
 
 from typing import Literal
@@ -36,15 +37,19 @@ def warmup_calls(engine: Engine, how: Warmup) -> list[Call]:
     shortest, longest = (engine.spec.is_block_sparse(n) for n in (1, engine.max_model_len))
     kinds = sorted({shortest} if how == "auto" else {shortest, longest})
     runner, scheduler = engine.runner, engine.scheduler
-    calls = [prefill_call(runner, n, 1, block_sparse=kind) for kind in kinds for n in chunks]
+    # Bursts first, which take longest.
+    calls = [
+        call
+        for rows in slots
+        for way in usual
+        for call in decode_calls(runner, scheduler, rows, way)
+    ]
+    calls += [prefill_call(runner, n, 1, block_sparse=kind) for kind in kinds for n in chunks]
     calls += [insert_call(runner, sampling, 1) for sampling in usual]
     if how == "full" and not shortest and not engine.deterministic:  # else each runs alone
         together = [(n, r) for n in chunks for r in runner.row_counts(n) if r > 1]
         calls += [prefill_call(runner, n, r, block_sparse=False) for n, r in together]
         calls += [insert_call(runner, s, rows) for rows in {r for _, r in together} for s in usual]
-    for rows in slots:
-        for sampling in usual:
-            calls += decode_calls(runner, scheduler, rows, sampling)
     host = scheduler.prefix_cache.host
     if host is not None and not runner.programs.sharded:  # else XLA says where blocks lie
         for pages in host.sizes:

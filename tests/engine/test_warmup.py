@@ -1,12 +1,16 @@
 """Programs compiled before the first request: of the requests that follow none compiles."""
 
 import dataclasses
+import gc
+import threading
 from concurrent.futures import Future
+from typing import Any
 
 import pytest
 from tiny_llm import tiny_config, tiny_params
 
 from lserve_jax import LLM, SamplingParams
+from lserve_jax.engine import build as build_module
 from lserve_jax.engine.build import EngineOptions, build_engine
 from lserve_jax.engine.calls import Call
 from lserve_jax.engine.programs import Programs
@@ -70,6 +74,65 @@ def test_auto_is_for_a_short_prompt_by_itself() -> None:
     assert compiled(llm) == before
     tokens(llm, (LONG, GREEDY))
     assert compiled(llm) == before + 1
+
+
+def made_beside() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "lserve-programs"]
+
+
+def test_the_rest_is_compiled_while_requests_run(monkeypatch) -> None:
+    """Where a device of its own runs them. A request waits for a program that has begun, and for
+    no other."""
+    monkeypatch.setattr(build_module, "has_cores_beside", lambda: True)
+    begun, go_on = threading.Event(), threading.Event()
+    compile_one = Programs._compile
+
+    def slowly(programs: Programs, call: Call, lowered: Any) -> Any:
+        if threading.current_thread() in made_beside() and call.name == "decode_burst":
+            begun.set()
+            assert go_on.wait(60)
+        return compile_one(programs, call, lowered)
+
+    llm = build(warmup="none")
+    wanted = tokens(llm, (SHORT, GREEDY), (LONG, GREEDY))
+    monkeypatch.setattr(Programs, "_compile", slowly)
+    llm = build(warmup="auto")
+    assert compiled(llm) == 5
+    assert begun.wait(60)
+    assert tokens(llm, (SHORT, GREEDY)) == wanted[:1]  # of one slot: it was there
+    go_on.set()
+    assert tokens(llm, (SHORT, GREEDY), (LONG, GREEDY)) == wanted
+    for thread in made_beside():
+        thread.join()
+    names = [made.name for made in llm.engine.runner.programs.times]
+    assert len(names) == 2 + 3 + 6 + (1 + 3)  # all of "full", each of them once
+    assert tokens(llm, (SHORT, DRAWN), (LONG, FILTERED)) == tokens(
+        build(), (SHORT, DRAWN), (LONG, FILTERED)
+    )
+    assert compiled(llm) == len(names)
+
+
+def test_nothing_more_is_compiled_for_an_engine_that_is_gone(monkeypatch) -> None:
+    monkeypatch.setattr(build_module, "has_cores_beside", lambda: True)
+    begun, go_on, seen = threading.Event(), threading.Event(), []
+    compile_one = Programs._compile
+
+    def slowly(programs: Programs, call: Call, lowered: Any) -> Any:
+        if threading.current_thread() in made_beside():
+            seen.append(call.name)
+            begun.set()
+            assert go_on.wait(60)
+        return compile_one(programs, call, lowered)
+
+    monkeypatch.setattr(Programs, "_compile", slowly)
+    llm = build(warmup="auto")
+    assert begun.wait(60)
+    del llm
+    gc.collect()
+    go_on.set()
+    for thread in made_beside():
+        thread.join()
+    assert len(seen) == 1
 
 
 def test_a_warmup_of_all_slots_where_tokens_must_not_depend_on_neighbours() -> None:
