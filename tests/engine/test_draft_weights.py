@@ -30,6 +30,8 @@ EXACT: dict[str, Any] = ROOM | {
     "attention": "lserve",
     "sparsity": SparsityConfig(token_budget=256),
     "exact": True,
+    "deterministic": True,  # else the time that bursts take has a say in how many drafts there are
+    "relay": "never",
 }
 
 
