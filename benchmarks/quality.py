@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --pattern SmolLM2-135M-Instruct-32K
 
-Six parts with directories of their own below ``--output``:
+Seven parts with directories of their own below ``--output``:
 
     heads   passkeys and sentences: head patterns and their controls, and selection alone
     pages   the same prompts: budgets, page sizes, reuse, and how pages are scored
@@ -12,10 +12,11 @@ Six parts with directories of their own below ``--output``:
             perplexity, on the language reference and on stories, which no head was calibrated on
     prefill block-sparse prefill at several thresholds beside causal prefill, all else being the
             default: long passkeys, sentences, keys among others, and perplexity, on stories
+    keys    RULER's needles on stories, dense and the default: one key, one among four, four at once
 
 The first four are about LServe's own policy (``shares=none``). The parts run at the same time, each
-in a process of its own: a small model leaves most of a GPU idle. Parts shares and prefill have a
-process for each setting, since most of a setting's time is compiling, and put their results
+in a process of its own: a small model leaves most of a GPU idle. Parts shares, prefill and keys
+have a process for each setting, since most of a setting's time is compiling, and put their results
 together.
 
 A part that was cut short goes on where it stopped (all but text); finished settings are not run
@@ -39,7 +40,7 @@ from lserve_jax.eval import report
 from lserve_jax.eval.model import SharedOptions
 from lserve_jax.eval.study import Study, run_study
 
-Part = Literal["heads", "pages", "text", "ruler", "shares", "prefill"]
+Part = Literal["heads", "pages", "text", "ruler", "shares", "prefill", "keys"]
 
 BUDGETS = (512, 1024, 4096)
 INTERVALS = (1, 8, 16)
@@ -69,6 +70,8 @@ class Args:
     """Prompt lengths of part prefill."""
     prefill_haystacks: int = 25
     """Part prefill: for each length and task, with 5 prompts each (4 of niah_multikey)."""
+    keys_haystacks: int = 40
+    """Part keys: for each length and task, with a prompt each (4 of niah_multikey)."""
     processes: int | None = None
     """Most parts and settings at the same time; None: all. A kernel of cuBLAS may fail where
     processes share a GPU (docs/kernels.md)."""
@@ -132,7 +135,7 @@ def patterns(pattern: str) -> list[str]:
 
 
 def studies(args: Args) -> list[Study]:
-    """All runs: one of each part, and one of each setting of parts shares and prefill."""
+    """All runs: one of each part, and one of each setting of parts shares, prefill and keys."""
     command = f"python benchmarks/quality.py {' '.join(sys.argv[1:])}"
     common = {"model": args.model, "lengths": args.lengths, "seed": args.seed, "options": OPTIONS}
     needles = {"tasks": ("needle",), "haystacks": args.haystacks, "plot": True, "resume": True}
@@ -164,18 +167,23 @@ def studies(args: Args) -> list[Study]:
             "lengths": args.prefill_lengths,
             "windows": 16,
         },
+        "keys": {
+            "texts": ("stories",),
+            "haystacks": args.keys_haystacks,
+            "tasks": ("ruler",),
+            "ruler_tasks": ("niah_single", "niah_multikey", "niah_multiquery"),
+        },
     }
+    both = {"tasks": ("needle", "ruler", "perplexity"), "ruler_tasks": ("niah_multikey",)}
     for part, names in settings_apart(args).items():
         runs += [
             Study(
                 command=command,
                 output=args.output / part / "settings" / str(number),
-                tasks=("needle", "ruler", "perplexity"),
-                ruler_tasks=("niah_multikey",),
                 depths=5,
                 compare=[name],
                 resume=True,
-                **common | by_setting[part],
+                **common | both | by_setting[part],
             )
             for number, name in enumerate(names)
         ]
@@ -187,6 +195,7 @@ def settings_apart(args: Args) -> dict[Part, list[str]]:
     every: dict[Part, list[str]] = {
         "shares": share_settings(args.pattern),
         "prefill": prefill_settings(args.pattern),
+        "keys": ["dense", setting(args.pattern)],
     }
     return {part: names for part, names in every.items() if part in args.parts}
 

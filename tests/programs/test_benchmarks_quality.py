@@ -27,6 +27,7 @@ def test_the_command_names_every_part(tmp_path):
         *("heads", "pages", "text", "ruler"),
         *["shares"] * shares,
         *["prefill"] * prefill,
+        *("keys", "keys"),
     ]
     assert len({run.output for run in runs}) == len(runs)
 
