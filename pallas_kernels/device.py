@@ -40,7 +40,7 @@ MOST_SELECTED_PAGES = 4096
 MOST_LINEAR_ROWS = 4
 
 # The same for packed weights. With more rows they are unpacked first; see ``linear_ops.py``.
-MOST_PACKED_ROWS = 32
+MOST_PACKED_ROWS = 128
 
 
 def is_hopper(device: jax.Device) -> bool:

@@ -20,6 +20,7 @@ kernel that has it. Roundings to bf16 are where unfused layers have them.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -119,7 +120,8 @@ class _Settings(NamedTuple):
     finishes: bool = True  # whether the first kernel does what follows on its sums
 
 
-class _RowTiles(NamedTuple):
+@dataclass(frozen=True)
+class _RowTiles:
     """Tiles of the rows of x. The last one may have fewer of them than the others."""
 
     rows: int  # of x, B
