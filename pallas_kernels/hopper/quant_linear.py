@@ -94,7 +94,7 @@ def packed_linear(
     else:
         norm_scale = norm_scale.reshape(-1, 32)
         if square_sums is None:
-            square_sums, summed = first_square_sums(x, tiles.count * tiles.size), 1
+            square_sums, summed = first_square_sums(x, tiles.padded), 1
     config = choose_config(packed, len(x)) if config is None else config
     settings = _Settings(config, gated, epsilon, summed)
     return _run(settings, x, packed, (norm_scale, square_sums), (bias, residual), x.dtype)
@@ -136,6 +136,11 @@ class _RowTiles:
         return pl.cdiv(self.rows, self.size)
 
     @property
+    def padded(self) -> int:
+        """Rows of all tiles in memory."""
+        return self.count * self.size
+
+    @property
     def held(self) -> int:
         """Rows that a tile has at most."""
         return min(self.rows, self.size)
@@ -169,8 +174,7 @@ def _run(
     after: tuple[Array | None, Array | None],  # bias, residual
     dtype: jax.typing.DTypeLike,
 ) -> tuple[Array, Array | None]:
-    B = x.shape[0]
-    padded = _RowTiles(B).count * _RowTiles(B).size
+    B, padded = len(x), _RowTiles(len(x)).padded
     blocks, config, residual = packed.words.shape[0], settings.config, after[1]
     width = packed.shape[1] // (2 if settings.gated else 1)
     results = [jax.ShapeDtypeStruct((B, width), dtype)]
