@@ -41,8 +41,8 @@ _MEASURED = {
 
 
 def tile_rows(rows: int) -> int:
-    """Rows of a tile, a multiple of 8: as few tiles as there can be, and those about equal."""
-    return 8 * pl.cdiv(pl.cdiv(rows, pl.cdiv(rows, _TILE_ROWS)), 8)
+    """Rows of a tile in memory: of a single one a multiple of 8."""
+    return min(8 * pl.cdiv(rows, 8), _TILE_ROWS)
 
 
 def choose_config(packed: PackedWeight, rows: int) -> Config:

@@ -15,7 +15,7 @@ from packed_cases import KINDS, normal, numbers, random_weight
 from pallas_kernels import api, reference
 from pallas_kernels.hopper import quant_operands
 from pallas_kernels.hopper.quant_linear import packed_linear, packed_product
-from pallas_kernels.hopper.quant_plan import Config, tile_rows
+from pallas_kernels.hopper.quant_plan import Config
 from pallas_kernels.packed import pack_weight, unpack_weight
 from pallas_kernels.types import PackedWeight, Weight
 
@@ -98,12 +98,6 @@ def test_product_of_every_kind(kind: str) -> None:
 @pytest.mark.parametrize("rows", [48, 64])
 def test_product_of_several_tiles(rows: int) -> None:
     check_product("int4, group 32", rows)
-
-
-def test_tiles_are_few_and_equal() -> None:
-    assert [tile_rows(rows) for rows in (1, 8, 9, 32)] == [8, 8, 16, 32]
-    # Two of 17 and 16 rows, of 24 each, of 32 each; four of 25, where 32 is the next multiple of 8.
-    assert [tile_rows(rows) for rows in (33, 48, 64, 100)] == [24, 24, 32, 32]
 
 
 @pytest.mark.parametrize(
