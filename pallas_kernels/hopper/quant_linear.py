@@ -162,7 +162,7 @@ class _RowTiles:
         i = self.first() + row
         if row < self.rows - (self.count - 1) * self.size:
             store(i)
-        elif self.count > 1:
+        else:
             pl.when(i < self.rows)(lambda: store(i))
 
 
