@@ -1,19 +1,24 @@
 """The linear layers of Llama-3-8B at a few rows, bf16 beside quantised weights, on one GPU.
 
-    python benchmarks/linear.py [--kinds bf16 int8 int4] [--rows 1 8]
+    python benchmarks/linear.py [--rows 1 8] [--kinds bf16 int8 int4] [--ways kernel unpacked]
 
 "kernel" is the time of a layer's product by the GPU's own counters (CUPTI), over matrices that
 together exceed the L2 cache, each after a kernel of XLA's; where K is split, a second kernel adds
 the parts ("add", which begins before the first has ended). "step" is the wall time of all 32 layers
 and ``lm_head`` one after the other, as a decode step has them but for attention, inside one jit:
-with launches, norms, gates and residuals. int4 has groups of 128. Writes
-``benchmarks/results/linear.json``.
+with launches, norms, gates and residuals. int4 has groups of 128. The way "unpacked" is what
+quantised weights go with more rows than the kernel is for: unpacked first, multiplied by XLA. There
+a layer's time is that of all its kernels. Writes ``benchmarks/results/linear.json``.
 """
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +32,17 @@ from shapes.linear import LINEAR, Kind, LinearShape, kernel_weight, linear_layer
 from pallas_kernels import api
 
 ROUNDS = 5  # steps inside a jit
+Way = Literal["kernel", "unpacked"]
+BACKENDS: dict[Way, api.Backend] = {"kernel": "auto", "unpacked": "reference"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
     kinds: tuple[Kind, ...] = ("bf16", "int8", "int4")
     rows: tuple[int, ...] = (1, 8)
+    ways: tuple[Way, ...] = ("kernel",)  # of quantised weights; bf16 has one
+    levels: tuple[Literal["step", "layer"], ...] = ("step", "layer")
+    layers: int = 32  # of a step; fewer compile faster
     output: Path = Path(__file__).parent / "results" / "linear.json"
 
 
@@ -40,7 +50,7 @@ def normal(*shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
 
 
-def time_layer(shape: LinearShape, kind: Kind, rows: int) -> dict[str, object]:
+def time_layer(shape: LinearShape, kind: Kind, rows: int, way: Way) -> dict[str, object]:
     """Microseconds of one layer, kernels only."""
     first = kernel_weight(shape, kind, 0)
     moved = sum(x.nbytes for x in jax.tree.leaves(first))
@@ -49,7 +59,7 @@ def time_layer(shape: LinearShape, kind: Kind, rows: int) -> dict[str, object]:
 
     def run(x, residual, weights):
         for weight in weights:
-            y = linear_layer(shape, x, weight, residual)
+            y = linear_layer(shape, x, weight, residual, BACKENDS[way])
             x = x.at[0, 0].add(y[0, 0].astype(x.dtype) * jnp.bfloat16(1e-30))
         return x
 
@@ -57,62 +67,69 @@ def time_layer(shape: LinearShape, kind: Kind, rows: int) -> dict[str, object]:
     kernels = kernel_times(run, *args, calls=calls)
     # bf16 with many rows, and logits, are XLA's.
     ours = {name: t for name, t in kernels.items() if "multiply" in name or "add_mosaic" in name}
-    product = sum(t for name, t in ours.items() if "multiply" in name) or max(kernels.values())
+    took = sum(t for name, t in ours.items() if "multiply" in name) or max(kernels.values())
+    if way == "unpacked":
+        took = sum(kernels.values())
     return {
         "op": "layer",
         "shape": shape.name,
         "kind": kind,
+        "way": way,
         "rows": rows,
-        "us": product,
+        "us": took,
         "kernels_us": kernels,
         "bytes": moved,
-        "share_of_copy_rate": moved / product / COPY_RATE * 1e6,
+        "share_of_copy_rate": moved / took / COPY_RATE * 1e6,
     }
 
 
-def time_step(kind: Kind, batch_sizes: tuple[int, ...]) -> list[dict[str, object]]:
+def time_step(
+    kind: Kind, batch_sizes: tuple[int, ...], ways: tuple[Way, ...], layers: int
+) -> Iterator[dict[str, object]]:
     """Milliseconds of all layers."""
     made = {
-        shape.name: [kernel_weight(shape, kind, seed) for seed in range(shape.layers)]
+        shape.name: [kernel_weight(shape, kind, seed) for seed in range(min(layers, shape.layers))]
         for shape in LINEAR
     }
     moved = sum(x.nbytes for x in jax.tree.leaves(made))
 
-    def step(x, weights):
+    def step(x, weights, backend):
         ones, sums = jnp.ones((4096,), x.dtype), None
         norm = {"norm_scale": ones, "epsilon": 1e-5}
+        linear = partial(api.fused_linear, backend=backend)
         for qkv, o, gate_up, down in zip(
             *(weights[name] for name in ("qkv", "o", "gate_up", "down")), strict=True
         ):
-            y, _ = api.fused_linear(x, qkv, square_sums=sums, **norm)
-            x, sums = api.fused_linear(y[:, :4096], o, residual=x)
-            y, _ = api.fused_linear(x, gate_up, square_sums=sums, gated=True, **norm)
-            x, sums = api.fused_linear(y, down, residual=x)
-        return api.product(x, weights["lm_head"][0])[:, :4096].astype(x.dtype)
+            y, _ = linear(x, qkv, square_sums=sums, **norm)
+            x, sums = linear(y[:, :4096], o, residual=x)
+            y, _ = linear(x, gate_up, square_sums=sums, gated=True, **norm)
+            x, sums = linear(y, down, residual=x)
+        return api.product(x, weights["lm_head"][0], backend=backend)[:, :4096].astype(x.dtype)
 
-    run = jax.jit(lambda x, weights: lax.fori_loop(0, ROUNDS, lambda _, x: step(x, weights), x))
-    rows = []
-    for batch in batch_sizes:
+    @partial(jax.jit, static_argnames="backend")
+    def run(x, weights, backend):
+        return lax.fori_loop(0, ROUNDS, lambda _, x: step(x, weights, backend), x)
+
+    for batch, way in product(batch_sizes, ways):
         x, times = normal(batch, 4096), []
-        jax.block_until_ready(run(x, made))
+        jax.block_until_ready(run(x, made, BACKENDS[way]))
         for _ in range(5):
             begin = time.perf_counter()
-            jax.block_until_ready(run(x, made))
+            jax.block_until_ready(run(x, made, BACKENDS[way]))
             times.append((time.perf_counter() - begin) / ROUNDS * 1e3)
         milliseconds = float(np.median(times))
-        rows.append(
-            {
-                "op": "step",
-                "kind": kind,
-                "rows": batch,
-                "ms": milliseconds,
-                "fastest": min(times),
-                "slowest": max(times),
-                "bytes": moved,
-                "share_of_copy_rate": moved / milliseconds / COPY_RATE * 1e3,
-            }
-        )
-    return rows
+        yield {
+            "op": "step",
+            "kind": kind,
+            "way": way,
+            "rows": batch,
+            "layers": layers,
+            "ms": milliseconds,
+            "fastest": min(times),
+            "slowest": max(times),
+            "bytes": moved,
+            "share_of_copy_rate": moved / milliseconds / COPY_RATE * 1e3,
+        }
 
 
 def main(args: Args) -> None:
@@ -122,18 +139,23 @@ def main(args: Args) -> None:
     def keep(row: dict[str, object]) -> None:
         rows.append(row)
         args.output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-        what = f"{row['op']:6s}{row.get('shape', ''):8s} {row['kind']:5s} {row['rows']:2d} rows "
+        what = f"{row['op']:6s}{row.get('shape', ''):8s} {row['kind']:5s} {row['way']:8s} "
+        what += f"{row['rows']:3d} rows "
         took = f"{row['ms']:8.3f} ms" if "ms" in row else f"{row['us']:8.2f} us"
         names = {name[:24]: round(t, 2) for name, t in row.get("kernels_us", {}).items()}
         print(f"{what} {took} {row['share_of_copy_rate']:5.0%} {names}", flush=True)
 
-    for kind in args.kinds:
-        for row in time_step(kind, args.rows):
-            keep(row)
-    for batch in args.rows:
-        for shape in LINEAR:
-            for kind in args.kinds:
-                keep(time_layer(shape, kind, batch))
+    def ways(kind: Kind) -> tuple[Way, ...]:
+        return ("kernel",) if kind == "bf16" else args.ways
+
+    if "step" in args.levels:
+        for kind in args.kinds:
+            for row in time_step(kind, args.rows, ways(kind), args.layers):
+                keep(row)
+    if "layer" in args.levels:
+        for batch, shape, kind in product(args.rows, LINEAR, args.kinds):
+            for way in ways(kind):
+                keep(time_layer(shape, kind, batch, way))
 
 
 if __name__ == "__main__":

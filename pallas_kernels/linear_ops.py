@@ -58,7 +58,8 @@ def fused_linear(
     With a residual, also returns what the norm of the next layer needs to know of ``out``, to be
     handed to it as ``square_sums``; None if the kernel did not run.
 
-    The kernels are for decode: they read the weights once, in one or two launches. With more than
+    The kernels are for decode: they read the weights once, in one or two launches; packed weights
+    of more than 32 rows once more from the L2 cache for each further 32. With more than
     ``MOST_LINEAR_ROWS`` rows XLA's matrix product was measured to be faster, so the reference
     implementation runs whatever the backend. A quantised matrix has a kernel if it is packed, for
     up to ``MOST_PACKED_ROWS`` rows; with more it is unpacked first. A gated layer's is packed

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import api
-from pallas_kernels.api import PackedWeight, Weight
+from pallas_kernels.api import Backend, PackedWeight, Weight
 
 Kind = Literal["bf16", "int8", "int4", "fp8"]
 
@@ -57,11 +57,15 @@ def kernel_weight(shape: LinearShape, kind: Kind, seed: int) -> jax.Array | Pack
 
 
 def linear_layer(
-    shape: LinearShape, x: jax.Array, weight: jax.Array | PackedWeight, residual: jax.Array
+    shape: LinearShape,
+    x: jax.Array,
+    weight: jax.Array | PackedWeight,
+    residual: jax.Array,
+    backend: Backend = "auto",
 ) -> jax.Array:
     """The layer with a norm whose scale is 1; ``residual`` [rows, out] where it has one."""
     if shape.around == "logits":
-        return api.product(x, weight)
+        return api.product(x, weight, backend=backend)
     norm = jnp.ones((shape.K,), x.dtype) if shape.around in ("norm", "gated") else None
     out, _ = api.fused_linear(
         x,
@@ -70,5 +74,6 @@ def linear_layer(
         epsilon=1e-5,
         residual=residual if shape.around == "residual" else None,
         gated=shape.gated,
+        backend=backend,
     )
     return out

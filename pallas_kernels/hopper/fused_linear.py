@@ -248,7 +248,11 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         y = y.astype(jnp.bfloat16).astype(jnp.float32)
         if out_sums_gmem is not None:
             store_unoptimised(out_sums_gmem.at[c], (y * y).sum(axis=0))
-        store_columns(out_gmem, y, B, own)
+
+        def store(row, column):
+            store_unoptimised(out_gmem.at[row, own], column.astype(dtype))
+
+        store_columns(store, y, B)
 
     kernel_tile = plgpu.SMEM(
         (stages, halves, T, COLUMNS),

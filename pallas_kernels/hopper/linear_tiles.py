@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.hopper.mosaic import MATRIX, full, spread_rows, store_unoptimised
+from pallas_kernels.hopper.mosaic import MATRIX, full, spread_rows
 
 COLUMNS = 64  # output channels that a sum of squares is over
 
@@ -28,13 +28,12 @@ def gather_columns(load: Callable, rows: int, shape: tuple[int, int], layout=MAT
     return matrix
 
 
-def store_columns(out_gmem, y, rows: int, channels, layout=MATRIX) -> None:
-    """Column b of ``y`` [C, N] to ``out_gmem[b, channels]``, for ``rows`` rows."""
+def store_columns(store: Callable, y, rows: int, layout=MATRIX) -> None:
+    """``store(b, column)`` for column b of ``y`` [C, N], of ``rows`` rows."""
     column = plgpu.broadcasted_iota(jnp.int32, y.shape, 1, layout=layout)
     for row in range(rows):
         # The only element that counts in a sum over columns: a column without a gather.
-        values = jnp.where(column == row, y, 0.0).sum(axis=1)
-        store_unoptimised(out_gmem.at[row, channels], values.astype(out_gmem.dtype))
+        store(row, jnp.where(column == row, y, 0.0).sum(axis=1))
 
 
 def first_square_sums(x: Float[Array, "B K"], N: int) -> Float[Array, "64 N"]:

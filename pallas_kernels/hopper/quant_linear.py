@@ -3,14 +3,16 @@
 What ``fused_linear`` is for bf16, for codes of 4 or 8 bits. Weights are operand A of mma.sync, from
 registers, where codes become bf16 exactly; x^T is operand B, from shared memory.
 
-Index map. Grid: tiles of W blocks of 64 output channels, a warpgroup each; splits of K, S of them.
+Index map. Grid: tiles of W blocks of 64 output channels, a warpgroup each; splits of K, S of them;
+tiles of N rows, at most 32.
 
-      words  [blocks, K / 128, ..]   a ring of ``stages`` steps of ``steps_of`` blocks a warpgroup
+      words  [blocks, K / 128, ..]   a ring of ``stages`` steps of ``blocks`` blocks a warpgroup
       x      [N, K / S] bf16         normed, once a CTA: it waits for nothing but the first weights
       acc    [64, N]            +=   scale * (codes @ x - zero * (sum of x)), group by group
 
 What must move: the words, once. Everything about them is asked for before the kernel ahead has
-ended (programmatic dependent launch), x after that.
+ended (programmatic dependent launch), x after that. Tiles of rows are the grid's fastest axis: they
+run next to each other, so that all but one of them find the words in the L2 cache.
 
 A small layer has too few blocks to fill the GPU: its K is split, and a second kernel adds the
 splits. What follows on the sum (bias, gate, residual, squares for the next norm) is done by the
@@ -18,6 +20,7 @@ kernel that has it. Roundings to bf16 are where unfused layers have them.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,7 +31,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.device import MOST_PACKED_ROWS
 from pallas_kernels.hopper import quant_operands as operands
 from pallas_kernels.hopper.linear_tiles import (
     COLUMNS,
@@ -48,7 +50,7 @@ from pallas_kernels.hopper.mosaic import (
     spread_rows,
     store_unoptimised,
 )
-from pallas_kernels.hopper.quant_plan import Config, choose_config
+from pallas_kernels.hopper.quant_plan import Config, choose_config, tile_rows
 from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
 from pallas_kernels.packed import BITS, INPUTS, ROWS, group_size
 from pallas_kernels.types import PackedWeight
@@ -59,8 +61,6 @@ def _refuse_unsupported(
     x: Array, packed: PackedWeight, gated: bool, residual: Array | None
 ) -> None:
     reasons = []
-    if x.shape[0] > MOST_PACKED_ROWS:
-        reasons.append(f"at most {MOST_PACKED_ROWS} rows, got {x.shape[0]}")
     if x.dtype != jnp.bfloat16:
         reasons.append(f"x must be bfloat16, got {x.dtype}")
     if gated != packed.paired:
@@ -85,16 +85,16 @@ def packed_linear(
 ) -> tuple[Float[Array, "B out"], Float[Array, "tiles N"] | None]:
     """``pallas_kernels.api.fused_linear`` of packed weights on a Hopper GPU.
 
-    bf16 but for the weights; at most 32 rows. Raises ``NotImplementedError`` for anything else.
+    bf16 but for the weights, any number of rows. Raises ``NotImplementedError`` for anything else.
     """
     _refuse_unsupported(x, packed, gated, residual)
-    summed = packed.shape[0] // COLUMNS
+    summed, tiles = packed.shape[0] // COLUMNS, _RowTiles(len(x))
     if norm_scale is None:
         square_sums = None
     else:
         norm_scale = norm_scale.reshape(-1, 32)
         if square_sums is None:
-            square_sums, summed = first_square_sums(x, 8 * pl.cdiv(len(x), 8)), 1
+            square_sums, summed = first_square_sums(x, tiles.padded), 1
     config = choose_config(packed, len(x)) if config is None else config
     settings = _Settings(config, gated, epsilon, summed)
     return _run(settings, x, packed, (norm_scale, square_sums), (bias, residual), x.dtype)
@@ -120,6 +120,52 @@ class _Settings(NamedTuple):
     finishes: bool = True  # whether the first kernel does what follows on its sums
 
 
+@dataclass(frozen=True)
+class _RowTiles:
+    """Tiles of the rows of x. The last one may have fewer of them than the others."""
+
+    rows: int  # of x, B
+
+    @property
+    def size(self) -> int:
+        """N: rows of a tile in memory, some of which it may not have."""
+        return tile_rows(self.rows)
+
+    @property
+    def count(self) -> int:
+        return pl.cdiv(self.rows, self.size)
+
+    @property
+    def padded(self) -> int:
+        """Rows of all tiles in memory."""
+        return self.count * self.size
+
+    @property
+    def held(self) -> int:
+        """Rows that a tile has at most."""
+        return min(self.rows, self.size)
+
+    def first(self):
+        """The row of x that is the first of this CTA's tile."""
+        return lax.axis_index("rows") * self.size if self.count > 1 else 0
+
+    def columns(self):
+        """The tile in arrays whose columns are the rows of all tiles."""
+        return pl.ds(self.first(), self.size)
+
+    def at(self, row):
+        """Where a row of the tile is read: any row will do for one that the tile does not have."""
+        return jnp.minimum(self.first() + row, self.rows - 1) if self.count > 1 else row
+
+    def store(self, row: int, store: Callable[[Any], None]) -> None:
+        """``store(i)`` if the tile has that row: it is row i of x."""
+        i = self.first() + row
+        if row < self.rows - (self.count - 1) * self.size:
+            store(i)
+        else:
+            pl.when(i < self.rows)(lambda: store(i))
+
+
 def _run(
     settings: _Settings,
     x: Float[Array, "B K"],
@@ -128,13 +174,12 @@ def _run(
     after: tuple[Array | None, Array | None],  # bias, residual
     dtype: jax.typing.DTypeLike,
 ) -> tuple[Array, Array | None]:
-    B = x.shape[0]
-    N = 8 * pl.cdiv(B, 8)
+    B, padded = len(x), _RowTiles(len(x)).padded
     blocks, config, residual = packed.words.shape[0], settings.config, after[1]
     width = packed.shape[1] // (2 if settings.gated else 1)
     results = [jax.ShapeDtypeStruct((B, width), dtype)]
     if residual is not None:
-        results.append(square_sums_type(width, N))
+        results.append(square_sums_type(width, padded))
 
     # Sums over the rows of a tile take shared memory that warpgroups do not have for themselves.
     crowded = config.warpgroups > 1 and residual is not None
@@ -143,7 +188,7 @@ def _run(
         made = _call(_make_multiply, settings, (*multiplied, *after), results)
     else:
         split = settings._replace(finishes=False)
-        parts_type = jax.ShapeDtypeStruct((config.splits, blocks * ROWS, N), jnp.float32)
+        parts_type = jax.ShapeDtypeStruct((config.splits, blocks * ROWS, padded), jnp.float32)
         (parts,) = _call(_make_multiply, split, (*multiplied, None, None), [parts_type])
         made = _call(_make_add, settings, (parts, *after), results)
     out, *sums = made
@@ -169,7 +214,7 @@ def _call(
 
 def _make_add(settings: _Settings, results: Shapes) -> Callable[..., Any]:
     """The second kernel: adds the splits."""
-    splits = settings.config.splits
+    splits, tiles = settings.config.splits, _RowTiles(results[0].shape[0])
 
     def add(parts_gmem, bias_gmem, residual_gmem, *outputs):
         plgpu.griddepcontrol_launch_dependents()
@@ -177,7 +222,8 @@ def _make_add(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         block = lax.axis_index("columns")
         own = pl.ds(block * ROWS, ROWS)
         parts = [
-            plgpu.load(parts_gmem.at[s, own], layout=MATRIX, optimized=False) for s in range(splits)
+            plgpu.load(parts_gmem.at[s, own, tiles.columns()], layout=MATRIX, optimized=False)
+            for s in range(splits)
         ]
         total = sum(parts[1:], parts[0])
         _finish(total, block, bias_gmem, residual_gmem, outputs, settings.gated)
@@ -186,8 +232,8 @@ def _make_add(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         return plgpu.kernel(
             add,
             out_type=results,
-            grid=(parts.shape[1] // ROWS,),
-            grid_names=("columns",),
+            grid=(parts.shape[1] // ROWS, tiles.count),
+            grid_names=("columns", "rows"),
             compiler_params=plgpu.CompilerParams(approx_math=True),
         )(parts, *after)
 
@@ -208,9 +254,9 @@ def _multiply(
     *after: Array | None,  # bias, residual
 ) -> tuple[Array, ...]:
     """The first kernel. Its sums are finished, or go out as they are."""
-    config = settings.config
-    (B, *_), K, (blocks, _, rows, _) = x.shape, packed.shape[0], packed.words.shape
-    N, W, S = 8 * pl.cdiv(B, 8), config.warpgroups, config.splits
+    config, tiles = settings.config, _RowTiles(x.shape[0])
+    K, (blocks, _, rows, _) = packed.shape[0], packed.words.shape
+    N, W, S = tiles.size, config.warpgroups, config.splits
     length = K // S  # of x in a CTA
     steps = length // INPUTS // config.blocks
     if blocks % W or steps * config.blocks * INPUTS * S != K:
@@ -221,7 +267,7 @@ def _multiply(
     offset = operands.CODE_OFFSET[packed.codes] if group is not None else 0
     with_zeros = packed.zeros != "none"
     code_rows = 4 * BITS[packed.codes]
-    pieces = _pieces(length, B, W)
+    pieces = _pieces(length, tiles.held, W)
     piece = length // pieces
     flat = operands.row_layout(piece)
 
@@ -229,13 +275,13 @@ def _multiply(
         x_gmem,  # [B, K / 32, 32]
         packed_gmem,  # words [blocks, K / 128, rows, 64], channel_scale [blocks, 64]
         norm_gmem,  # [K / 32, 32]
-        sums_gmem,  # [tiles, N]
+        sums_gmem,  # [tiles, rows]
         bias_gmem,  # [out]
         residual_gmem,  # [B, width]
         *refs,
     ):
         (
-            *outputs,  # parts [S, out, N], or those of ``_finish``
+            *outputs,  # parts [S, out, rows], or those of ``_finish``
             x_smem,  # [length / 32, N, 32]
             totals_smem,  # [groups of the split, N]
             rms_smem,  # [W, N]
@@ -263,7 +309,8 @@ def _multiply(
 
         if sums_gmem is not None:
             summed, epsilon = settings.summed, settings.epsilon
-            rms = inverse_rms(sums_gmem, summed, K, epsilon, layout=operands.EACH_WARP)
+            own = sums_gmem.at[:, tiles.columns()]
+            rms = inverse_rms(own, summed, K, epsilon, layout=operands.EACH_WARP)
             store_unoptimised(rms_smem.at[wg], rms)
             plgpu.commit_smem()  # before other threads of the warpgroup read it
 
@@ -271,14 +318,14 @@ def _multiply(
             """A piece of a row of x, normed: warpgroups take them in turn."""
             row, at = lax.div(i, jnp.int32(pieces)), lax.rem(i, jnp.int32(pieces)) * (piece // 32)
             k = pl.ds(split * (length // 32) + at, piece // 32)
-            x = plgpu.load(x_gmem.at[row, k], layout=flat, optimized=False)
+            x = plgpu.load(x_gmem.at[tiles.at(row), k], layout=flat, optimized=False)
             if norm_gmem is not None:
                 x = (x.astype(jnp.float32) * rms_smem[wg, row]).astype(jnp.bfloat16)
                 scale = plgpu.load(norm_gmem.at[k], layout=flat, optimized=False)
                 x = (x.astype(jnp.float32) * scale.astype(jnp.float32)).astype(jnp.bfloat16)
             x_smem[pl.ds(at, piece // 32), row] = x
 
-        _in_turn(B * pieces, wg, W, copy_piece)
+        _in_turn(tiles.held * pieces, wg, W, copy_piece)
         meet()
 
         def load_x(k):
@@ -325,14 +372,15 @@ def _multiply(
         if settings.finishes:
             _finish(acc, block, bias_gmem, residual_gmem, outputs, settings.gated)
         else:
-            store_unoptimised(outputs[0].at[split, pl.ds(block * ROWS, ROWS)], acc)
+            own = outputs[0].at[split, pl.ds(block * ROWS, ROWS), tiles.columns()]
+            store_unoptimised(own, acc)
 
     totals = length // group if group is not None and with_zeros else 1
     return plgpu.kernel(
         multiply,
         out_type=results,
-        grid=(blocks // W, S),
-        grid_names=("columns", "split"),
+        grid=(blocks // W, S, tiles.count),
+        grid_names=("columns", "split", "rows"),
         num_threads=W,
         thread_name="wg",
         scratch_types=[
@@ -383,17 +431,16 @@ def _scale_and_zero(here, packed: PackedWeight, part: int, parts: int):
 
 def _finish(y, block, bias_gmem, residual_gmem, outputs: Sequence[Any], gated: bool) -> None:
     """What follows on the sums y [64, N] of a block: bias [out], residual [B, width], or None."""
-    out_gmem, *out_sums = outputs  # [B, width], [tiles, N]
-    rows, width = out_gmem.shape
+    out_gmem, *out_sums = outputs  # [B, width], [tiles, rows]
+    (B, width), dtype = out_gmem.shape, out_gmem.dtype
+    tiles = _RowTiles(B)
     layout, channels, halves = MATRIX, ROWS, (y,)
     if gated:
         layout, channels = operands.HALF, ROWS // 2
         halves = operands.split_pairs(y)
 
     def rounded(y):
-        if out_gmem.dtype == jnp.float32:
-            return y
-        return y.astype(out_gmem.dtype).astype(jnp.float32)
+        return y if dtype == jnp.float32 else y.astype(dtype).astype(jnp.float32)
 
     def with_bias(half, y):
         y = rounded(y)
@@ -410,11 +457,15 @@ def _finish(y, block, bias_gmem, residual_gmem, outputs: Sequence[Any], gated: b
     if residual_gmem is not None:
 
         def load_residual(row):
-            own_row = residual_gmem.at[row, own]
+            own_row = residual_gmem.at[tiles.at(row), own]
             return plgpu.load(own_row, layout=PER_ROW, optimized=False).astype(jnp.float32)
 
-        y = y + gather_columns(load_residual, rows, y.shape)
+        y = y + gather_columns(load_residual, tiles.held, y.shape)
     y = rounded(y)
     for sums_gmem in out_sums:
-        store_unoptimised(sums_gmem.at[block], (y * y).sum(axis=0))
-    store_columns(out_gmem, y, rows, own, layout)
+        store_unoptimised(sums_gmem.at[block, tiles.columns()], (y * y).sum(axis=0))
+
+    def store(row, column):
+        tiles.store(row, lambda i: store_unoptimised(out_gmem.at[i, own], column.astype(dtype)))
+
+    store_columns(store, y, tiles.held, layout)

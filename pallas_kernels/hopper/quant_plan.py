@@ -1,4 +1,4 @@
-"""How a quantised linear layer is cut for a Hopper GPU: warpgroups, splits of K, stages."""
+"""How a quantised linear layer is cut for a Hopper GPU: rows, warpgroups, splits of K, stages."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from pallas_kernels.hopper.mosaic import SM_COUNT
 from pallas_kernels.packed import BITS, INPUTS, ROWS, group_size
 from pallas_kernels.types import PackedWeight
 
+_TILE_ROWS = 32  # of x, at most: with its share of K they must fit into shared memory
 _SHARED_BYTES = 220 << 10  # of the 227 KB that a CTA can have
 _ENOUGH_BITS = 2048  # of codes that warpgroups of all CTAs hold: 256 of 8 bits, 512 of 4
 
@@ -39,11 +40,16 @@ _MEASURED = {
 }
 
 
+def tile_rows(rows: int) -> int:
+    """Rows of a tile in memory: of a single one a multiple of 8."""
+    return min(8 * pl.cdiv(rows, 8), _TILE_ROWS)
+
+
 def choose_config(packed: PackedWeight, rows: int) -> Config:
-    """The configuration for ``rows`` rows."""
+    """The configuration for ``rows`` rows: that of one tile of them, whatever their number."""
     (K, out), bits = packed.shape, BITS[packed.codes]
     measured = _MEASURED.get((K, out, bits), {})
-    padded = 8 * pl.cdiv(rows, 8)
+    padded = tile_rows(rows)
     most = min((n for n in measured if padded <= n), default=None)
     if most is None:
         return _by_rule(packed, padded)

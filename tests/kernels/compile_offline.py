@@ -361,6 +361,7 @@ PACKED_CASES = {
     "fp8 linear, residual, 32 rows": {"codes": "float8_e4m3fn", "residual": True, "rows": 32},
     "int4 linear, norm": INT4 | {"norm": True, "out": 6144},
     "int4 linear, residual, 32 rows": INT4 | {"residual": True, "K": 14336, "rows": 32},
+    "int8 linear, residual, tiles of rows": {"residual": True, "K": 14336, "rows": 100},
     "int4 linear, SmolLM2 from GGUF": GGUF | {"K": 1536, "out": 576},
 }
 WIDE = {"norm": True, "out": 28672, "gated": True}
@@ -370,6 +371,7 @@ GATED_PACKED_CASES = {
     "int4 linear, gated, groups of 32, 16 rows": INT4 | WIDE | {"group": 32, "rows": 16},
     "int4 linear, gated, from GGUF, 16 rows": GGUF | WIDE | {"rows": 16},
     "int4 linear, gated, groups of 64, 32 rows": INT4 | WIDE | {"group": 64, "rows": 32},
+    "int4 linear, gated, tiles of rows": INT4 | WIDE | {"rows": 64},
 }
 
 
@@ -377,7 +379,11 @@ def lm_head_arguments(**case):
     return packed_arguments(out=128256, **case)[:2]
 
 
-LM_HEAD_CASES = {"int8 lm_head, 8 rows": {"rows": 8}, "int4 lm_head": INT4}
+LM_HEAD_CASES = {
+    "int8 lm_head, 8 rows": {"rows": 8},
+    "int4 lm_head": INT4,
+    "int4 lm_head, tiles of rows": INT4 | {"rows": 128},
+}
 
 
 def main() -> None:

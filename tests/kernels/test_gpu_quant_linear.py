@@ -39,7 +39,7 @@ def weight_of(shape: LinearShape, form: str, seed: int = 0) -> api.Weight:
     return weight
 
 
-@pytest.mark.parametrize("rows", [1, 11, 32])
+@pytest.mark.parametrize("rows", [1, 11, 32, 33, 100])
 @pytest.mark.parametrize("form", FORMS)
 def test_products(form: str, rows: int, name: str = "down") -> None:
     shape = SHAPES[name]
@@ -53,12 +53,13 @@ def test_products(form: str, rows: int, name: str = "down") -> None:
     np.testing.assert_allclose(got, wanted, rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 64])
 @pytest.mark.parametrize("form", ["int8", "int4, groups of 128"])
-def test_output_layer(form: str) -> None:
-    test_products(form, 1, "lm_head")
+def test_output_layer(form: str, rows: int) -> None:
+    test_products(form, rows, "lm_head")
 
 
-@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize("rows", [1, 32, 48, 64, 128])
 @pytest.mark.parametrize("name", ["qkv", "o", "gate_up", "down"])
 @pytest.mark.parametrize("form", ["int8", "int4, groups of 128"])
 def test_layers(form: str, name: str, rows: int) -> None:
@@ -82,7 +83,7 @@ def test_layers(form: str, name: str, rows: int) -> None:
         np.testing.assert_allclose(counted, (got.astype(np.float64) ** 2).sum(axis=1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("rows", [1, 9, 100])
 def test_chains_of_layers_are_as_their_calls(rows: int) -> None:
     """A kernel begins before the one ahead has ended: results must be those of one at a time."""
     names = ("o", "gate_up", "down")

@@ -82,13 +82,22 @@ def config(warpgroups=1, splits=1, stages=2, blocks=1) -> Config:
     return Config(warpgroups=warpgroups, splits=splits, stages=stages, blocks=blocks)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_product_of_every_kind(kind: str) -> None:
-    x, weight = normal(0, 3, 256), random_weight(kind, 256, 128)
+def check_product(kind: str, rows: int) -> None:
+    x, weight = normal(0, rows, 256), random_weight(kind, 256, 128)
     got = packed_product(x, pack_weight(weight), config=config(warpgroups=2))
     wanted = np.asarray(x, np.float64) @ numbers(weight)
     # Sums in float32 of products that are exact; the zero points' part is a difference of two.
     np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_product_of_every_kind(kind: str) -> None:
+    check_product(kind, 3)
+
+
+@pytest.mark.parametrize("rows", [48, 64])
+def test_product_of_several_tiles(rows: int) -> None:
+    check_product("int4, group 32", rows)
 
 
 @pytest.mark.parametrize(
@@ -105,17 +114,22 @@ def test_configurations(kind: str, how: Config) -> None:
     compare(normal(0, 2, 512), random_weight(kind, 512, 256), how)
 
 
-# Few rows and many; finished by the first kernel, and by that which adds splits.
-@pytest.mark.parametrize(("rows", "splits"), [(1, 1), (9, 2)])
-def test_with_everything(rows: int, splits: int) -> None:
+# Few rows, and several tiles, the last of them whole or not; finished by the first kernel, and by
+# that which adds splits.
+@pytest.mark.parametrize(
+    ("rows", "warpgroups", "splits"), [(1, 2, 1), (9, 2, 2), (33, 1, 1), (100, 2, 2)]
+)
+def test_with_everything(rows: int, warpgroups: int, splits: int) -> None:
     """Two layers, the second with a norm of what the first one made."""
-    how = config(warpgroups=2, splits=splits)
+    how = config(warpgroups=warpgroups, splits=splits)
     residual = normal(2, rows, 256)
     x, sums = compare(normal(0, rows, 256), random_weight("fp8", 256, 256), how, residual=residual)
     counted = np.asarray(sums)[: 256 // 64, :rows].sum(axis=0)
     np.testing.assert_allclose(counted, (x.astype(np.float64) ** 2).sum(axis=1), rtol=1e-6)
 
-    x, sums = jnp.asarray(x, jnp.bfloat16), sums.at[256 // 64 :].set(jnp.nan)  # never written
+    # Never written, and columns that stand for no row.
+    sums = sums.at[256 // 64 :].set(jnp.nan).at[:, rows:].set(jnp.nan)
+    x = jnp.asarray(x, jnp.bfloat16)
     norm = {"norm_scale": normal(3, 256), "square_sums": sums}
     weight = random_weight("int4, group 32", 256, 128)
     compare(x, weight, how, bias=normal(5, 128), **norm)
@@ -123,32 +137,42 @@ def test_with_everything(rows: int, splits: int) -> None:
     compare(x, weight, how, gated=True, bias=normal(5, 128), **norm)
 
 
-def test_norm_of_what_no_layer_made() -> None:
-    compare(normal(0, 2, 128), random_weight("int8", 128, 64), norm_scale=normal(2, 128))
+@pytest.mark.parametrize("rows", [2, 40])
+def test_norm_of_what_no_layer_made(rows: int) -> None:
+    compare(normal(0, rows, 128), random_weight("int8", 128, 64), norm_scale=normal(2, 128))
 
 
-def test_rows_do_not_mix() -> None:
+@pytest.mark.parametrize(("rows", "spoiled"), [(3, 1), (33, 1), (33, 32)])
+def test_rows_do_not_mix(rows: int, spoiled: int) -> None:
     """A row of NaN stays alone, in the product, in the zero points' sums and in the norm."""
-    x, weight = normal(0, 3, 256), pack_weight(random_weight("int4, group 128", 256, 64))
-    arguments = (None, normal(2, 256), None, normal(3, 3, 64))
+    x, weight = normal(0, rows, 256), pack_weight(random_weight("int4, group 128", 256, 64))
+    arguments = (None, normal(2, 256), None, normal(3, rows, 64))
     clean, _ = packed_linear(x, weight, *arguments, gated=False, epsilon=1e-5)
-    spoiled = x.at[1].set(jnp.nan)
-    out, _ = packed_linear(spoiled, weight, *arguments, gated=False, epsilon=1e-5)
-    assert np.isnan(np.asarray(out[1], np.float32)).all()
-    np.testing.assert_array_equal(out[::2], clean[::2])
+    x = x.at[spoiled].set(jnp.nan)
+    out, _ = packed_linear(x, weight, *arguments, gated=False, epsilon=1e-5)
+    assert np.isnan(np.asarray(out[spoiled], np.float32)).all()
+    np.testing.assert_array_equal(*(np.delete(y, spoiled, axis=0) for y in (out, clean)))
+
+
+def test_a_row_is_the_same_in_any_tile() -> None:
+    """So that a request's numbers do not depend on the slot that it has."""
+    weight = pack_weight(random_weight("int4, group 64", 256, 128))
+    x = jnp.tile(normal(0, 1, 256), (64, 1))
+    norm = {"norm_scale": normal(2, 256)}
+    out, _ = packed_linear(x, weight, **PLAIN | norm, gated=False, epsilon=1e-5)
+    np.testing.assert_array_equal(out, np.tile(out[:1], (64, 1)))
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"rows": 33}, "at most 32 rows, got 33"),
         ({"dtype": jnp.float32}, "x must be bfloat16, got float32"),
         ({"gated": True}, "gated=True needs weights packed with paired=True"),
     ],
 )
 def test_refuses_by_name(changes, reason: str) -> None:
-    how = {"rows": 1, "dtype": jnp.bfloat16, "gated": False} | changes
-    x = normal(0, how["rows"], 128).astype(how["dtype"])
+    how = {"dtype": jnp.bfloat16, "gated": False} | changes
+    x = normal(0, 1, 128).astype(how["dtype"])
     packed = pack_weight(random_weight("int8", 128, 64))
     with pytest.raises(NotImplementedError, match=reason):
         packed_linear(x, packed, **PLAIN, gated=how["gated"], epsilon=1e-5)
@@ -156,7 +180,7 @@ def test_refuses_by_name(changes, reason: str) -> None:
 
 @pytest.mark.parametrize("rows", [1, api.MOST_PACKED_ROWS, api.MOST_PACKED_ROWS + 1])
 def test_ops_choose_by_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With more rows than the kernel has, a matrix is unpacked; so it is without kernels."""
+    """With more rows than the kernel is for, a matrix is unpacked; so it is without kernels."""
     runs = []
     stand_in = quant_operands.multiply
     monkeypatch.setattr(
