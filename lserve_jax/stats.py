@@ -78,8 +78,8 @@ def request_summary(metrics: RequestMetrics, clock: CompileClock, sparse: bool) 
     """Lines that say what one request cost.
 
     The prefill has no speed if something was compiled meanwhile: some of it is computed beside
-    that. All compilation falls before the first token, which is fetched when the first burst is on
-    its way, so decode always has one.
+    that. Compilation falls before the first token, which is fetched when the first burst is on its
+    way, but for exact mode's first burst without drafts: decode has a speed that includes it.
     """
     prefill = _speed(metrics.prompt_tokens, metrics.prefill_seconds)
     if clock.seconds() > 0:

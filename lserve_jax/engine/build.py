@@ -104,7 +104,8 @@ class EngineOptions:
         the weights themselves. A draft then reads less, and more are wrong; answers stay dense
         attention's with the floats.
     max_draft_tokens: most tokens that a request drafts before they are verified, in exact mode.
-        Each drafts as many as pay by what was confirmed before, none where the context is short.
+        Each drafts as many as pay by what was confirmed before; none where the context is short,
+        or where bursts of dense steps took less time a token.
     prefill_chunk_size: prompt tokens run at once, a power of two; bounds activation memory.
     burst_steps: decode steps between two looks at the queue, at most 1,024; tokens are returned at
         that grain.
@@ -115,7 +116,8 @@ class EngineOptions:
         executed: a directory that others can write to is not used.
     warmup: what is compiled before the engine is there, several programs at the same time: "none",
         "auto", what the coming requests will surely need, or "full", for every number of slots,
-        every length of a chunk and the usual ways to sample (see ``engine/warmup.py``).
+        every length of a chunk and the usual ways to sample (see ``engine/warmup.py``). On a GPU
+        "auto" goes on to what "full" has, while requests run.
 
     Raises ``ValueError`` or ``TypeError`` for a value that an option cannot have, ``ValueError``
     for settings that contradict each other, and ``NotImplementedError`` for kernels on a device
@@ -395,13 +397,13 @@ def build_engine(
         if read is not None:
             runner.begin(read)
     if options.warmup == "auto" and has_cores_beside():
-        programs.go_on(warmup_calls(engine, "full"))
+        programs.prepare_beside(warmup_calls(engine, "full"))
     return engine
 
 
 def has_cores_beside() -> bool:
-    """Whether compiling leaves requests what they run on: not on a CPU."""
-    return jax.default_backend() != "cpu"
+    """Whether compiling leaves requests what they run on: a device of its own, and some cores."""
+    return jax.default_backend() != "cpu" and (os.cpu_count() or 1) >= 4
 
 
 def _program_files(options: EngineOptions) -> ProgramFiles | None:

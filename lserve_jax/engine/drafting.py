@@ -7,7 +7,7 @@ of its request. So k grows with the context, and where it is short nothing is dr
 where rounds were seen to take longer than dense steps (``draft_times``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.engine.costs import CacheUnits, RequestCosts
@@ -87,11 +87,12 @@ def decide_all(
     units: CacheUnits,
     times: DraftTimes | None,
     slots: int,
+    is_ready: Callable[[], bool],
 ) -> dict[int, DraftDecision] | None:
     """By slot, for the requests of a burst, (slot, request); None outside of exact mode.
 
     The requests share the weights, and a program for that many slots. What is decided goes to their
-    metrics. Without ``times`` bytes alone decide.
+    metrics. Without ``times`` bytes alone decide. ``is_ready``: see ``DraftTimes.choose``.
     """
     if runner.spec.max_drafts is None:
         return None
@@ -111,7 +112,7 @@ def decide_all(
             for slot, request in requests
         }
         if times is not None:
-            decisions = times.choose(slots, decisions)
+            decisions = times.choose(slots, decisions, is_ready)
     for slot, request in requests:
         request.costs.draft_reason = decisions[slot].reason
     return decisions

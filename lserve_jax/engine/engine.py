@@ -29,7 +29,7 @@ from lserve_jax.engine.costs import BurstRow, CacheUnits
 from lserve_jax.engine.draft_times import DraftTimes
 from lserve_jax.engine.drafting import decide_all
 from lserve_jax.engine.host_tier import HostTier, check_pinned_memory, take_pinned_memory
-from lserve_jax.engine.metrics import EngineCounts, EngineMetrics, StepMetrics
+from lserve_jax.engine.metrics import DraftDecision, EngineCounts, EngineMetrics, StepMetrics
 from lserve_jax.engine.prefill import Prefill
 from lserve_jax.engine.prefix import Prefix
 from lserve_jax.engine.prefix_cache import PrefixCache
@@ -498,14 +498,19 @@ class Engine:
         groups, decisions = group_by_prefix(
             requests, self.relay, self.runner, self.units, num_rows=rows
         )
+
+        def dense_is_ready() -> bool:
+            none = dict.fromkeys(drafts_of, DraftDecision(drafts=0, reason=""))
+            return self.runner.has_program(self.scheduler.burst_inputs(steps, rows, groups, none))
+
         times = None if self.deterministic else self._draft_times
-        drafts = decide_all(requests, self.runner, self.units, times, rows)
+        drafts_of = [slot for slot, _ in requests]
+        drafts = decide_all(requests, self.runner, self.units, times, rows, dense_is_ready)
         inputs = self.scheduler.burst_inputs(steps, rows, groups, drafts)
-        burst = self.runner.decode(inputs)
-        timed = None
-        if drafts is not None:
+        burst, timed = self.runner.decode(inputs), None
+        if times is not None and drafts and all(d.dense_bytes for d in drafts.values()):
             others = self.runner.prompt_tokens, self.runner.compilations
-            timed = self._draft_times.begin(rows, drafts, others)
+            timed = times.begin(rows, drafts, others)
         chosen = {s: self.runner.selected_pages(s) for s, r in requests if r.records_selections}
         self._counts.relay_bursts += groups is not None
         for _, request in requests:
@@ -531,7 +536,7 @@ class Engine:
         if self._in_flight is None:
             return []
         in_flight, self._in_flight = self._in_flight, None
-        steps: Any = in_flight.burst.steps
+        steps: Any = in_flight.burst.steps  # an array, whose type says nothing of ``is_ready``
         waited = not steps.is_ready()
         result = jax.device_get(in_flight.burst)
         now = self.clock()

@@ -62,8 +62,8 @@ def first_calls(
 ) -> list[Call]:
     """What an engine's first request needs for sure; bursts if they will have ``rows`` rows.
 
-    Empty if it asks for something rare, whose programs look otherwise. In exact mode without a
-    burst: whether it drafts is decided when it comes.
+    Empty if it asks for something rare, whose programs look otherwise. In exact mode a burst with
+    drafts and one without: whether it drafts is decided when it comes.
     """
     sampling = request.sampling
     judged = sampling.prompt_logprobs is not None
@@ -74,6 +74,6 @@ def first_calls(
     calls = [prefill_call(runner, size, 1, block_sparse=request.block_sparse) for size in sizes]
     if sampling.max_tokens > 0:
         calls.append(insert_call(runner, sampling, 1))
-    if sampling.max_tokens > 1 and rows is not None and runner.spec.max_drafts is None:
+    if sampling.max_tokens > 1 and rows is not None:
         calls += decode_calls(runner, scheduler, rows, sampling)
     return calls

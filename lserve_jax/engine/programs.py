@@ -59,6 +59,7 @@ class Programs:
         self._ready: dict[Hashable, Future[Any]] = {}  # by signature
         self._preloaded: dict[str, Future[Any]] = {}  # by key; taken when their call comes
         self._used: list[str] = []  # keys
+        self._unused: dict[Hashable, str | None] = {}  # made beside requests, none of them ran it
         # Named now: JAX's settings may be this thread's own.
         self._list = None if files is None else files.key(settings)
         self._said = False  # that they cannot be kept
@@ -165,18 +166,23 @@ class Programs:
             thread.shutdown(wait=False)
             bar.close()
 
-    def go_on(self, calls: Sequence[Call]) -> None:
-        """Begins to load or compile the programs of ``calls`` one after another, beside all else.
+    def has(self, call: Call) -> bool:
+        """Whether its program is in memory or kept in a file; False where JAX keeps them."""
+        if not self.are_kept:
+            return False
+        ready = self._ready.get(call.signature(sharded=self.sharded))
+        return ready.done() if ready is not None else self._is_kept(self._key(call))
+
+    def prepare_beside(self, calls: Sequence[Call]) -> None:
+        """Loads or compiles the programs of ``calls``, one after another, beside all else.
 
         Who needs one that has begun waits for it; one that has not begun is made by whoever comes
         first. The thread ends with the last program, with this object, or with Python: after the
         one that is being made. Where JAX's settings are this thread's own it does nothing.
         """
-        described, settings, programs = (
-            [c.described() for c in calls],
-            _settings(),
-            weakref.ref(self),
-        )
+        described = [call.described() for call in calls]
+        settings = _settings()
+        programs = weakref.ref(self)
 
         def work() -> None:
             if _settings() != settings:
@@ -186,10 +192,26 @@ class Programs:
                     mine = programs()
                     if mine is None or not threading.main_thread().is_alive():
                         return
-                    mine._get(call, processes)
+                    mine._make_beside(call, processes)
                     del mine
 
         threading.Thread(target=work, name="lserve-programs").start()
+
+    def _make_beside(self, call: Call, processes: LoweringProcesses) -> None:
+        signature, key = call.signature(sharded=self.sharded), self._key(call)
+        own: Future[Any] = Future()
+        with self._lock:
+            if self._ready.setdefault(signature, own) is not own:
+                return
+            self._unused[signature] = key
+        try:
+            own.set_result(self._make(call, key, processes))
+        except BaseException as error:
+            del self._ready[signature]
+            own.set_result(None)  # who waits makes it, and hears of what is wrong
+            if not isinstance(error, jax.errors.JaxRuntimeError):  # as where memory is short
+                raise
+            log.warning("program %s is not made ahead: %s", call.name, error)
 
     def _missing(self, calls: Sequence[Call]) -> dict[Hashable, Call]:
         """Those that are not ready, by signature."""
@@ -227,7 +249,7 @@ class Programs:
 
         def begin(make: Callable[..., Any], *given: Any) -> Future[Any]:
             def unless_stopped() -> Any:
-                _go_on(stopped)
+                _raise_if_stopped(stopped)
                 return make(*given)
 
             return pool.submit(unless_stopped)
@@ -242,7 +264,7 @@ class Programs:
         def compile_next() -> None:
             signature, traced, kernels = waiting.popleft()
             wait(kernels)
-            _go_on(stopped)
+            _raise_if_stopped(stopped)
             call, key = missing[signature], keys[signature]
             made[signature] = begin(self._compile_and_keep, call, key, traced.lower())
             made[signature].add_done_callback(lambda _: bar.update())
@@ -251,7 +273,7 @@ class Programs:
             if signature in made and made[signature].result() is not None:
                 bar.update()
                 continue
-            _go_on(stopped)
+            _raise_if_stopped(stopped)
             traced = _Traced.of(missing[signature])
             waiting.append((signature, traced, processes.begin(traced.traced.jaxpr)))
             while waiting and all(kernel.done() for kernel in waiting[0][2]):
@@ -262,20 +284,22 @@ class Programs:
             future.result()
         return made
 
-    def _get(self, call: Call, processes: LoweringProcesses | None = None) -> Any:
+    def _get(self, call: Call) -> Any:
         signature = call.signature(sharded=self.sharded)
-        if (ready := self._ready.get(signature)) is not None:
-            return ready.result()
-        own: Future[Any] = Future()
-        with self._lock:
-            ready = self._ready.setdefault(signature, own)
-        if ready is own:
-            try:
-                own.set_result(self._make(call, self._key(call), processes))
-            except BaseException as error:
-                del self._ready[signature]
-                own.set_exception(error)
-        return ready.result()
+        if (ready := self._ready.get(signature)) is None:
+            own: Future[Any] = Future()
+            with self._lock:
+                ready = self._ready.setdefault(signature, own)
+            if ready is own:
+                try:
+                    own.set_result(self._make(call, self._key(call)))
+                except BaseException as error:
+                    del self._ready[signature]
+                    own.set_exception(error)
+        program = ready.result()
+        if (key := self._unused.pop(signature, None)) is not None:
+            self._remember(key)
+        return self._get(call) if program is None else program
 
     def _key(self, call: Call) -> str | None:
         return None if self._files is None else self._files.key(call.description())
@@ -285,11 +309,12 @@ class Programs:
             return False
         return key in self._preloaded or self._files.has(key)
 
-    def _make(self, call: Call, key: str | None, processes: LoweringProcesses | None) -> Any:
+    def _make(self, call: Call, key: str | None, processes: LoweringProcesses | None = None) -> Any:
         program = self._load(call, key)
         if program is None:
             traced = _Traced.of(call)
-            if processes is not None:
+            # A thread of a program that ends can begin nothing.
+            if processes is not None and threading.main_thread().is_alive():
                 wait(processes.begin(traced.traced.jaxpr))
             return self._compile_and_keep(call, key, traced.lower())
         return program
@@ -323,7 +348,7 @@ class Programs:
         """That it was used, for the next engine's ``preload``."""
         assert self._files is not None and self._list is not None
         with self._lock:  # while it is written, too: the last list is the longest
-            if key in self._used:
+            if key in self._used or key in self._unused.values():
                 return
             self._used.append(key)
             try:
@@ -355,11 +380,15 @@ def _bar(missing: Sized, progress: bool) -> tqdm:
 
 
 def _settings() -> tuple[Any, ...]:
-    """JAX's settings as this thread has them. Contexts that users make of their own are no part."""
-    return jax.config.values, jax.sharding.get_abstract_mesh()
+    """JAX's settings as this thread has them. Contexts that users make of their own are no part.
+
+    Nor is whether JAX's cache is on, which ``_JaxCacheOff`` changes for all threads.
+    """
+    values = {k: v for k, v in jax.config.values.items() if k != "jax_enable_compilation_cache"}
+    return values, jax.sharding.get_abstract_mesh()
 
 
-def _go_on(stopped: threading.Event) -> None:
+def _raise_if_stopped(stopped: threading.Event) -> None:
     """Raises ``CancelledError`` where nobody waits for programs any more."""
     if stopped.is_set():
         raise CancelledError

@@ -238,7 +238,8 @@ class Request(PromptPages):
         """
         assert self.first_token is not None  # it came before any burst was fetched
         self.costs.add(row, units, len(self.prompt) + self.received - 1, decision)
-        self.costs.rounds += row.verified if drafts else 0
+        replayed = self.received < len(self.tokens)  # these rounds do not judge their drafts
+        self.costs.rounds += row.verified if drafts and not replayed else 0
         self.costs.seconds = now - self.first_token
 
     def take(self, samples: Sample) -> Sample:

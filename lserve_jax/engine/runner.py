@@ -326,6 +326,10 @@ class ModelRunner:
         self._state, self._caches, burst = self.programs.run(call)
         return burst
 
+    def has_program(self, inputs: BurstInputs) -> bool:
+        """Whether ``decode`` will surely not have to compile."""
+        return self.programs.has(self.decode_call(inputs))
+
     def decode_call(self, inputs: BurstInputs) -> Call:
         """What ``decode`` runs."""
         begin = (self._program, self.params, self._caches, self._state)

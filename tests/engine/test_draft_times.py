@@ -1,11 +1,12 @@
 """Drafts are left out where bursts with them took longer, as a clock of the test's own tells."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 from lserve_jax.engine.costs import BurstRow
-from lserve_jax.engine.draft_times import FIRST_LOOK, KEPT, LOOK_AGAIN, DraftTimes
+from lserve_jax.engine.draft_times import COMPILING, FIRST_LOOK, KEPT, LOOK_AGAIN, DraftTimes
 from lserve_jax.engine.metrics import DraftDecision
 
 SLOTS = 4
@@ -18,14 +19,18 @@ class Bursts:
         self.now = 100.0
         self.times = DraftTimes(lambda: self.now)
         self.seconds = {True: round_seconds, False: dense_seconds}
-        self.others = 0
+        self.others, self.is_ready = 0, True
         self.decision = DraftDecision(
             drafts=3, reason="by bytes", tokens=3.0, dense_bytes=100.0, sparse_bytes=20.0
         )
 
-    def run(self, *, waited: bool = True) -> DraftDecision:
-        """One burst of ten rounds or steps; what it was to draft."""
-        decisions = self.times.choose(SLOTS, {0: self.decision})
+    def run(self, *, waited: bool = True, compiles: bool = False) -> DraftDecision:
+        """One burst of ten rounds or steps; what it was to draft.
+
+        ``compiles``: one without drafts does not run by itself.
+        """
+        decisions = self.times.choose(SLOTS, {0: self.decision}, lambda: self.is_ready)
+        self.others += compiles and not decisions[0].drafts
         burst = self.times.begin(SLOTS, decisions, self.others)
         self.now += 10 * self.seconds[burst.drafts]
         row = BurstRow(
@@ -57,7 +62,10 @@ def test_the_faster_kind_is_run(round_seconds: float, pays: bool) -> None:
     assert bursts.drafted(FIRST_LOOK + 1) == [3] * FIRST_LOOK + [0]
     decision = bursts.run()
     assert decision.drafts == (3 if pays else 0)
-    took = f"a token took {1e3 * round_seconds / 3:.3g} ms with drafts and 10 ms without"
+    took = (
+        f"by the bursts before, a token of the batch takes {1e3 * round_seconds / 3:.3g} ms with "
+        "drafts and 10 ms without"
+    )
     reason = f"by bytes; {took}" if pays else f"no draft pays: {took}"
     assert decision.reason == reason
 
@@ -75,9 +83,7 @@ def test_bursts_of_other_lengths_are_measured_anew() -> None:
     bursts = Bursts(round_seconds=0.06, dense_seconds=0.01)
     bursts.drafted(FIRST_LOOK + 2)
     assert bursts.run().drafts == 0
-    bursts.decision = DraftDecision(
-        drafts=3, reason="by bytes", tokens=3.0, dense_bytes=200.0, sparse_bytes=20.0
-    )
+    bursts.decision = dataclasses.replace(bursts.decision, dense_bytes=200.0)
     assert bursts.run().drafts == 3
 
 
@@ -93,14 +99,18 @@ def test_what_is_not_known_to_the_clock_does_not_count() -> None:
 def test_a_try_that_tells_nothing_comes_rarely() -> None:
     """A burst without drafts is slow where drafts pay: those that cannot be timed are few."""
     bursts = Bursts(round_seconds=0.006, dense_seconds=0.01)
-    bursts.drafted(FIRST_LOOK)
-    tries = 0
-    for _ in range(1000):
-        is_try = bursts.times.choose(SLOTS, {0: bursts.decision})[0].drafts == 0
-        tries += is_try
-        bursts.others += is_try  # something else ran beside it
-        bursts.run()
-    assert tries <= 6  # after 4, 16, 64, 256, ... more
+    tries = bursts.drafted(1000, compiles=True).count(0)
+    assert 4 < tries <= 8  # after 4, 8, 16, ... more
+
+
+def test_a_burst_that_must_be_compiled_is_tried_when_that_pays() -> None:
+    """When as long was drafted as compiling takes, and at once if it was compiled before."""
+    bursts = Bursts(round_seconds=0.06, dense_seconds=0.01)
+    bursts.is_ready = False
+    assert 0 not in bursts.drafted(int(COMPILING / 0.6))  # ten rounds each
+    assert 0 in bursts.drafted(20)
+    bursts.decision = dataclasses.replace(bursts.decision, dense_bytes=200.0)
+    assert bursts.drafted(FIRST_LOOK + 1)[-1] == 0
 
 
 def test_nothing_is_weighed_where_nothing_is_drafted() -> None:

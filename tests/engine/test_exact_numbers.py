@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_exact import ALL_SLOTS, CASE, answers, build
@@ -14,8 +16,11 @@ from lserve_jax import LLM, SamplingParams, SparsityConfig
 from lserve_jax.analysis import page_recall
 from lserve_jax.engine import engine as engine_module
 from lserve_jax.engine.costs import RequestCosts
+from lserve_jax.engine.draft_times import DraftTimes
 from lserve_jax.engine.drafting import PRIOR_ACCEPTANCE, acceptance_of
+from lserve_jax.engine.inputs import BurstInputs
 from lserve_jax.engine.metrics import DraftDecision
+from lserve_jax.engine.state import Burst
 
 
 def draft_as(monkeypatch: pytest.MonkeyPatch, count: Any) -> None:
@@ -139,11 +144,45 @@ def test_replays_say_nothing_of_acceptance(tmp_path: Path, monkeypatch: pytest.M
         engine.step()
     assert request.tokens == done
     assert request.costs.verified > costs.verified
-    for name in ("judging", "drafted", "confirmed"):
+    for name in ("rounds", "judging", "drafted", "confirmed"):
         assert getattr(request.costs, name) == getattr(costs, name)
     while engine.has_unfinished_requests:
         engine.step()
     assert request.costs.drafted > costs.drafted
+
+
+def test_an_engine_gives_up_drafts_that_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which a burst with drafts takes a hundred times as long as one without.
+
+    By bytes drafts that are looked up always pay.
+    """
+    settings = {"burst_steps": 4, "max_num_seqs": 1, "max_model_len": 704, "relay": "never"}
+    llm = build(None, attention="lserve", exact=True, draft="ngram", **settings)
+    dense = build(None, **settings)
+    engine, decode = llm.engine, llm.engine.runner.decode
+    now, running = [0.0], []
+
+    def decoded(inputs: BurstInputs) -> Burst:
+        running.append(1.0 if inputs.drafts is not None and inputs.drafts.any() else 0.01)
+        return decode(inputs)
+
+    def is_ready(_: jax.Array) -> bool:  # asked once a burst, when it is fetched
+        now[0] += running.pop(0)
+        return False
+
+    monkeypatch.setattr(engine.runner, "decode", decoded)
+    monkeypatch.setattr(type(jnp.zeros(())), "is_ready", is_ready)
+    monkeypatch.setattr(engine, "clock", lambda: now[0])
+    monkeypatch.setattr(engine, "_draft_times", DraftTimes(lambda: now[0]))
+    (prompt,) = random_prompts(4, [300])
+    params = SamplingParams(max_tokens=400, temperature=0.0)
+    [output] = llm.generate([{"prompt_token_ids": prompt}], params)
+    metrics = output.metrics
+    assert "no draft pays: by the bursts before" in metrics.draft_reason
+    # Bursts of four tokens, the first with drafts, and few of the others.
+    assert 0 < metrics.drafted_tokens < 100
+    monkeypatch.undo()
+    assert output.outputs[0].token_ids == answers(dense, [prompt], params)[0].token_ids
 
 
 def test_rounds_without_drafts_say_nothing_of_acceptance() -> None:
