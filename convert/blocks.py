@@ -22,10 +22,10 @@ def each_block(
     """Calls ``work(start, stop)`` for all of ``count`` rows, ``size`` of them at a time.
 
     The first block comes alone: it may open a file. What ``work`` raises is raised, for the first
-    block that failed.
+    block that failed. Of JAX's settings that are this thread's own only the device goes along.
     """
     work(0, min(size, count))
-    device = jax.config.jax_default_device  # a thread's own, as a context sets it
+    device = jax.config.jax_default_device
 
     def run(start: int) -> None:
         with jax.default_device(device):

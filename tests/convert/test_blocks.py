@@ -1,12 +1,17 @@
 """Blocks of rows on several threads: all of them once, errors, and the caller's device."""
 
+import sys
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from convert.blocks import each_block, reading_threads
+from convert.hf import _OneShard
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 40])
@@ -42,6 +47,32 @@ def test_the_first_block_that_fails_says_why() -> None:
 
     with reading_threads() as threads, pytest.raises(ValueError, match="rows from 16 on"):
         each_block(threads, 64, 8, work)
+
+
+@pytest.fixture
+def threads_that_change_often() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("threads_that_change_often")
+def test_two_files_read_in_turn_by_several_threads(tmp_path: Path) -> None:
+    """As a module's codes and scales may lie in two shards, of which one is open at a time."""
+    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for i, path in enumerate(paths):
+        save_file({"x": np.full((64, 8), i, np.float32)}, path)
+    shards, found = _OneShard(codes=False), np.zeros((2, 1024), np.float32)
+
+    def work(start: int, stop: int) -> None:
+        for row in range(start, stop):
+            for i, path in enumerate(paths):
+                found[i, row] = shards.part(path, "x", row % 64, row % 64 + 1).mean()
+
+    with reading_threads() as threads:
+        each_block(threads, 1024, 16, work)
+    assert (found == [[0], [1]]).all()
 
 
 def test_threads_use_the_callers_device() -> None:
