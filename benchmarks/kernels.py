@@ -10,6 +10,7 @@ tokamax has rows too if it is installed.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import time
@@ -34,7 +35,7 @@ from shapes.append import (
 )
 from shapes.decode import DECODE, DecodeShape, decode_inputs
 from shapes.prefill import LONG_PREFILL, PrefillShape, prefill_inputs
-from shapes.prefix import PREFIX, PrefixShape, prefix_inputs
+from shapes.prefix import PREFIX, PREFIX_KINDS, PrefixShape, prefix_inputs
 from shapes.selection import SELECTION, SelectionShape, selection_inputs
 from shapes.verify import VERIFY, VerifyShape, verify_inputs
 
@@ -48,6 +49,7 @@ from pallas_kernels.hopper.page_selection import select_pages
 from pallas_kernels.hopper.prefill_attention import prefill_attention
 from pallas_kernels.hopper.prefix_attention import prefix_attention
 from pallas_kernels.hopper.verify_attention import verify_attention
+from pallas_kernels.kv_codes import float_pages
 
 COPY_RATE = 4.3e12  # bytes a second, read and written, of a large device-to-device copy
 MATMUL_RATE = 723e12  # operations a second of XLA's bf16 product of two 8192 x 8192 matrices
@@ -274,6 +276,38 @@ def time_prefix(shape: PrefixShape) -> dict[str, object]:
     return _time_products("prefix_attention", shape, prefix_attention, *prefix_inputs(shape))
 
 
+def time_prefix_kinds(shape: PrefixShape, *, copied: bool = False) -> dict[str, object]:
+    """As ``time_prefix``, from memory: prefixes of their own for several calls.
+
+    ``copied``: codes become bf16 by XLA first. All kernels of a call count, and so does the loop
+    over calls, 1 to 2 us.
+    """
+    calls = max(2, min(16, 1 + 2 * L2_BYTES // shape.bytes_moved))
+    all_tokens = dataclasses.replace(shape, tokens=calls * shape.tokens)
+    q, pages, table, _ = prefix_inputs(all_tokens)
+
+    def attend(q, pages, table):
+        if copied:
+            pages, table = float_pages(pages, table, q.dtype)
+        return prefix_attention(q, pages, table, jnp.int32(shape.tokens))[0]
+
+    def all_tables(q, pages, tables):
+        return lax.map(lambda table: attend(q, pages, table), tables)
+
+    kernels = kernel_times(all_tables, q, pages, table.reshape(calls, -1), calls=calls)
+    total = sum(kernels.values())
+    return {
+        "op": "prefix, copied first" if copied else "prefix_attention",
+        "shape": shape.name,
+        "kernels_us": kernels,
+        "us": total,
+        "bytes": shape.bytes_moved,
+        "flops": shape.flops,
+        "tflops": shape.flops / total / 1e6,
+        "share_of_copy_rate": shape.bytes_moved / total / COPY_RATE * 1e6,
+    }
+
+
 def time_relay(shape: PrefixShape, private: int = 256) -> dict[str, object]:
     """Attention of a shared prefix, of each row's own ``private`` tokens, and their merging."""
     q, pages, table, length = prefix_inputs(shape)
@@ -355,6 +389,10 @@ def measurements() -> list[partial[dict[str, object]]]:
     if importlib.util.find_spec("tokamax") is not None:  # a peer, no dependency
         rows += [partial(time_tokamax_prefill, shape) for shape in causal]
     rows += [partial(time_prefix, shape) for shape in PREFIX]
+    for shape in PREFIX_KINDS:
+        rows.append(partial(time_prefix_kinds, shape))
+        if shape.kind in ("int8", "int4"):  # a copy of fp8 moves what one of int8 does
+            rows.append(partial(time_prefix_kinds, shape, copied=True))
     rows += [partial(time_append, shape) for shape in (*APPEND, *APPEND_CHUNK)]
     return rows
 

@@ -117,7 +117,7 @@ def engine_rows(
             auto = decide(
                 "auto",
                 built.spec,
-                token_bytes=built.units.retrieval_token,
+                token_bytes=built.units.heads_a_layer * built.units.token,
                 prefix_tokens=tokens,
                 private_tokens=PRIVATE,
                 requests=requests,

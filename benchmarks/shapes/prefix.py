@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shapes.pages import random_pages
+from pallas_kernels.api import KV_KINDS, KVKind
+from shapes.pages import random_pages, token_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class PrefixShape:
     group: int = 4
     head_dim: int = 128
     page_size: int = 64
+    kind: KVKind | None = None  # None: bf16
 
     @property
     def flops(self) -> int:
@@ -28,7 +30,7 @@ class PrefixShape:
     @property
     def bytes_moved(self) -> int:
         """Keys and values of the prefix, once."""
-        return 4 * self.tokens * self.heads * self.head_dim
+        return token_bytes(self.head_dim, self.kind) * self.tokens * self.heads
 
 
 PREFIX = (
@@ -47,6 +49,33 @@ PREFIX = (
     ),
 )
 
+# bf16 and codes.
+PREFIX_KINDS = tuple(
+    PrefixShape(
+        name=f"prefix {tokens // 1024}K, {rows} rows, {kind or 'bf16'}",
+        rows=rows,
+        tokens=tokens,
+        kind=kind,
+    )
+    for tokens, rows in ((8192, 8), (8192, 32), (8192, 128), (32768, 8), (32768, 128))
+    for kind in (None, *KV_KINDS)
+)
+# What has edges: a ragged last page, either head size, every page size.
+PREFIX_CODES = tuple(
+    PrefixShape(
+        name=f"prefix of {kind}, D {head_dim}, pages of {page_size}",
+        rows=7,
+        tokens=5000,
+        heads=2,
+        group=3,
+        head_dim=head_dim,
+        page_size=page_size,
+        kind=kind,
+    )
+    for kind in KV_KINDS
+    for head_dim, page_size in ((64, 16), (64, 128), (128, 16), (128, 32), (128, 64))
+)
+
 
 def prefix_inputs(shape: PrefixShape, *, seed: int = 0) -> tuple:
     """Arguments of ``prefix_attention``. Pages hold NaN past the prefix."""
@@ -57,6 +86,8 @@ def prefix_inputs(shape: PrefixShape, *, seed: int = 0) -> tuple:
     used = np.zeros((width, P), bool)
     used[table] = np.arange(width * P).reshape(width, P) < shape.tokens
     key, q_key = jax.random.split(jax.random.key(seed))
-    pages = random_pages(key, jnp.broadcast_to(jnp.asarray(used), (shape.heads, width, P)), D, None)
+    pages = random_pages(
+        key, jnp.broadcast_to(jnp.asarray(used), (shape.heads, width, P)), D, shape.kind
+    )
     q = jax.random.normal(q_key, (shape.rows, shape.heads * shape.group, D), jnp.bfloat16)
     return q, pages, jnp.asarray(table), jnp.int32(shape.tokens)

@@ -4,8 +4,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Self
 
-import jax.numpy as jnp
-
 from lserve_jax.attention.cache import CacheSpec, cache_bytes, token_bytes
 from lserve_jax.engine.metrics import RelayDecision, RequestMetrics
 from lserve_jax.engine.state import Burst
@@ -17,7 +15,6 @@ class CacheUnits:
     """Bytes of what a cache consists of. Frozen; made once for an engine."""
 
     token: int  # keys and values of a token in one KV head, scales included
-    token_together: int  # what moves for it where requests read it together
     page: int  # a retrieval page in all layers, statistics included
     remembered_page: int  # the same and a page of the prefill window
     statistics: int  # the statistics of a page in all layers
@@ -32,14 +29,10 @@ class CacheUnits:
         """The units of a cache of ``spec`` whose compute dtype is ``dtype``."""
         sizes = cache_bytes(config, spec, dtype)
         token = token_bytes(spec, config.head_dim, dtype)
-        # Codes of a prefix are converted for all rows at once: read, written and read as numbers.
-        numbers = 2 * config.head_dim * jnp.dtype(dtype).itemsize
-        together = token if spec.kv_dtype == "auto" else token + 2 * numbers
         windows = sizes["streaming"] // spec.num_streaming_pages
         page = (sizes["retrieval"] + sizes["key_stats"]) // spec.num_pages
         return cls(
             token=token,
-            token_together=together,
             page=page,
             remembered_page=page + sizes["prefill_window"] // spec.num_window_pages,
             statistics=sizes["key_stats"] // spec.num_pages,

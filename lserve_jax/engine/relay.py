@@ -10,7 +10,7 @@ While everything fits the budget, and in dense attention, A saves (B - 1) S toke
 case it saves some if ``B > S / (T - min(T, u))``, and never if the private part alone fills the
 budget. Saving some is not enough: A adds a few launches to every layer, and the tokens it saves are
 cheaper than others, because the second request to read a page of the prefix finds it in the
-L2 cache. Where pages hold codes, A converts the prefix to numbers first, which counts as bytes.
+L2 cache.
 
 A also attends more (the whole prefix), so it is at least as exact as B.
 """
@@ -54,7 +54,6 @@ def decide(
     spec: CacheSpec,
     *,
     token_bytes: float,
-    prefix_bytes: float,
     prefix_tokens: int,
     private_tokens: int,
     requests: int,
@@ -62,7 +61,6 @@ def decide(
     """For ``requests`` that share ``prefix_tokens`` and have ``private_tokens`` each on average.
 
     ``token_bytes``: K and V of a token in the retrieval heads of a layer, on average over layers.
-    ``prefix_bytes``: what moves for it where it is read together.
     """
 
     def decision(used: bool, reason: str) -> RelayDecision:
@@ -76,7 +74,7 @@ def decide(
         return decision(mode == "always", f"relay={mode!r}")
     together = spec.tokens_listed(private_tokens)
     one_by_one = spec.tokens_listed(prefix_tokens + private_tokens)
-    saved = requests * (one_by_one - together) * token_bytes - prefix_tokens * prefix_bytes
+    saved = (requests * (one_by_one - together) - prefix_tokens) * token_bytes
     amount, least = (f"{x / 2**20:,.1f} MiB" for x in (saved, LEAST_SAVED_BYTES))
     if saved < LEAST_SAVED_BYTES:
         return decision(False, f"it would save {amount} a layer < {least}")
@@ -111,7 +109,6 @@ def group_by_prefix(
             mode,
             spec,
             token_bytes=units.heads_a_layer * units.token,
-            prefix_bytes=units.heads_a_layer * units.token_together,
             prefix_tokens=shared,
             private_tokens=sum(alone[slot].length - shared for slot in members) // len(members),
             requests=len(members),

@@ -229,7 +229,7 @@ def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         grid_names=("row", "kv_head", "program"),
         num_threads=WARPGROUPS,
         thread_name="warpgroup",
-        scratch_types=[tile_scratch(D, jnp.bfloat16, stages, BLOCK // P)],
+        scratch_types=[tile_scratch(D, jnp.bfloat16, stages, P)],
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
 

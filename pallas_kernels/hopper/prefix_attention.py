@@ -15,6 +15,8 @@ the prefix are dealt to S splits, so that there are CTAs for all SMs.
 
 What must be computed: 4 * B * K * G * D * length operations. What must move: K and V of the prefix
 once a tile, 4 * length * K * D bytes; beyond about 200 rows a KV head the arithmetic takes longer.
+Of codes half or a quarter of that moves, and with a scale or two a token; each tile makes bf16 of
+them anew, beside its products (see ``query_tiles``).
 The second kernel joins the splits, and with them the attention that a row has of its own tokens:
 XLA would take four launches for it, in every layer of a decode step.
 """
@@ -50,12 +52,13 @@ from pallas_kernels.hopper.query_tiles import (
     WARPGROUPS,
     Work,
     attend,
+    copy_code_pages,
     copy_pages,
     tile_scratch,
     zero_rows,
 )
 from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
-from pallas_kernels.kv_codes import float_pages
+from pallas_kernels.kv_codes import KVKind, kv_kind
 from pallas_kernels.types import KVPages, OwnAttention
 
 # Elements a warpgroup of the merging kernel holds: one a thread.
@@ -104,9 +107,9 @@ def prefix_attention(
 ) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
     """``pallas_kernels.api.prefix_attention`` on a Hopper GPU (or under Mosaic GPU's interpreter).
 
-    Query bf16; D 64 or 128; P 16 to 128; any B and group. Pages bf16, or codes: then the pages that
-    the table names are first converted to bf16, all of them, by XLA, which all rows share. Shapes
-    are those the api has checked. Raises ``NotImplementedError`` for anything else.
+    Query bf16; D 64 or 128; P 16 to 128; any B and group. Pages bf16, or codes of any kind, which
+    give what pages of these numbers rounded to bf16 would, bit for bit. Shapes are those the api
+    has checked. Raises ``NotImplementedError`` for anything else.
     """
     refuse("prefix_attention", unsupported(q.shape[2], {"q": q}, {"pages": pages}))
     B, H, D = q.shape
@@ -119,7 +122,6 @@ def prefix_attention(
     # Merging reads LANES elements where a query's D begin: the last query needs some behind it.
     spare = pl.cdiv(LANES - D, D)
     by_head = jnp.pad(by_head, ((0, 0), (0, -(rows + spare) % ROWS + spare), (0, 0)))
-    pages, page_table = float_pages(pages, page_table, jnp.bfloat16)
     parts, lses = _attend_prefix(by_head, pages, page_table, length[None], config)
     return merge_parts(parts, lses, own, B, H)
 
@@ -133,7 +135,8 @@ def _attend_prefix(
 ) -> tuple[Float[Array, "S K R D"], Float[Array, "S K R"]]:
     """Attention of every split on its own. R is a multiple of 128."""
     K, R, D = q.shape
-    settings = _PrefixSettings(config, page_table.shape[0], pages.k.shape[2])
+    kind = kv_kind(pages.k.dtype)
+    settings = _PrefixSettings(config, page_table.shape[0], pages.k.shape[2], kind)
     shapes = ((config.splits, K, R, D), q.dtype), ((config.splits, K, R), jnp.float32)
     parts, lses = call_shared(
         _make_prefix_kernel,
@@ -152,15 +155,16 @@ class _PrefixSettings(NamedTuple):
     config: Config
     table: int  # M
     page_size: int  # P
+    kind: KVKind | None  # of the pages
 
 
 def _make_prefix_kernel(settings: _PrefixSettings, results: Shapes) -> Callable[..., Any]:
-    config, M, P = settings
+    config, M, P, kind = settings
     (S, K, R, D), dtype = results[0].shape, results[0].dtype
 
     def attend_prefix(
         q_gmem,  # [K, R, D]
-        pages_gmem,  # k, v [K, N, P, D]
+        pages_gmem,  # KVPages: k, v [K, N, P, D or D / 2]; of codes their scales [K, N, P]
         table_gmem,  # [M]
         length_gmem,  # [1]
         parts_gmem,  # [S, K, R, D], output
@@ -176,13 +180,15 @@ def _make_prefix_kernel(settings: _PrefixSettings, results: Shapes) -> Callable[
                 rows = pl.ds(first * ROWS + half * HALF, HALF)
                 return q_gmem.at[k, rows], parts_gmem.at[s, k, rows], lses_gmem.at[s, k, rows]
 
+            def page_id(block, j):
+                return table_gmem[jnp.minimum(block * (BLOCK // P) + j, M - 1)]
+
             def fetch(block, part, to, ready):
-                entry = block * (BLOCK // P)
+                copy_pages(pages_gmem[part], k, partial(page_id, block), to, ready)
 
-                def page_id(j):
-                    return table_gmem[jnp.minimum(entry + j, M - 1)]
-
-                copy_pages((pages_gmem.k, pages_gmem.v)[part], k, page_id, to, ready)
+            def fetch_codes(block, page, part, targets, ready):
+                arrays = [pages_gmem[part], *jax.tree.leaves(pages_gmem[2 + part])]
+                copy_code_pages(arrays, k, page, partial(page_id, block), targets, ready)
 
             def rest(block):
                 """Keys of the prefix from the block's first one on; 128 and more fill the block."""
@@ -207,6 +213,8 @@ def _make_prefix_kernel(settings: _PrefixSettings, results: Shapes) -> Callable[
                 fetch=fetch,
                 mask=mask,
                 clean=clean,
+                page_id=page_id,
+                fetch_codes=fetch_codes,
             )
 
         attend(tile, plan)
@@ -218,7 +226,7 @@ def _make_prefix_kernel(settings: _PrefixSettings, results: Shapes) -> Callable[
         grid_names=("split", "head", "tile"),
         num_threads=WARPGROUPS,
         thread_name="warpgroup",
-        scratch_types=[tile_scratch(D, dtype, config.stages, BLOCK // P)],
+        scratch_types=[tile_scratch(D, dtype, config.stages, P, kind)],
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
 

@@ -8,6 +8,11 @@ does its softmax. The third copies keys and values ahead of them.
     warpgroup 1         | Q K^T | softmax . . . . . | P V, Q K^T | softmax . . . . . |
     warpgroup 2   copies K and V of later blocks as buffers become free
 
+Pages of codes are copied to slots of their own, K and V in turn, and the third warpgroup makes bf16
+of them, ahead of those that compute too:
+
+    warpgroup 2   | slot 0 to K | slot 1 to V | slot 2 to K | slot 0 to V | as buffers become free
+
 For a block, with 64 rows in registers:
 
     scores [64, 128] = Q [64, D] @ K^T [D, 128]      both from shared memory
@@ -18,7 +23,7 @@ A kernel says which blocks a tile attends and how to fetch and mask them; whatev
 is attended. A tile may attend no block at all: its output is 0, its lse -inf.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +33,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
+from pallas_kernels.hopper.code_blocks import convert, scale_stride
 from pallas_kernels.hopper.mosaic import (
     LN_2,
     LOG2_E,
@@ -39,18 +45,31 @@ from pallas_kernels.hopper.mosaic import (
     spread_rows,
     tile_transforms,
 )
+from pallas_kernels.kv_codes import CODE_TYPES, KVKind, stored_channels
 from pallas_kernels.types import BLOCK_KEYS, TILE_QUERIES
 
 ROWS = TILE_QUERIES
 HALF = ROWS // 2  # queries of a compute warpgroup
 BLOCK = BLOCK_KEYS  # half as many keys leave the tensor cores idle a fifth of the time
+# A fourth to convert codes does not compile for D = 128 where budgets of registers are ignored (see
+# docs/kernels.md): each would have 128.
 WARPGROUPS = 3
-COPYING = 2  # the warpgroup that copies
-# Registers a thread, of 65536 for all: accumulators, scores and weights need many, copying few.
+COPYING = 2  # the warpgroup that copies, and converts codes
+# Registers a thread. All begin with 168 and hand over what they have, so that two budgets of the
+# first and one of the second are 504: accumulators, scores and weights need many, copying few.
 COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
+COMPUTE_BESIDE_CODES, CONVERT_REGISTERS = 216, 72
 
 # Positions of K and V where a function takes one or the other.
 KEYS, VALUES = 0, 1
+
+
+class Codes(NamedTuple):
+    """Shared memory and barriers for blocks as they are stored: of keys, of values, and so on."""
+
+    block: Any  # [slots, 128, D or D / 2]
+    scales: tuple[Any, ...]  # [slots, pages * stride] each, see ``code_blocks``
+    ready: Any  # [slots] barriers, after all copies of a block
 
 
 class Tile(NamedTuple):
@@ -61,17 +80,25 @@ class Tile(NamedTuple):
     v: Any  # [stages, 128, D]
     lse: Any  # [2, 64] float32
     q_ready: Any  # [2] barriers
-    k_ready: Any  # [stages] barriers, after all copies of a block
+    k_ready: Any  # [stages] barriers, after all copies of a block, or when it is converted
     v_ready: Any
     k_free: Any  # [stages] barriers, after both compute warpgroups have used a block
     v_free: Any
     turn: Any  # [2] barriers: a compute warpgroup may use the tensor cores
+    codes: Codes | None = None  # None: pages are bf16
 
 
-def tile_scratch(head_dim: int, dtype: jax.typing.DTypeLike, stages: int, copies: int) -> Tile:
-    """``copies`` is how many copies bring the keys (or the values) of one block."""
+def tile_scratch(
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+    stages: int,
+    page_size: int,
+    kind: KVKind | None = None,
+) -> Tile:
+    """For queries of ``dtype``, and pages of that or of codes of a kind."""
     transforms = tile_transforms(head_dim, dtype)
     block = plgpu.SMEM((stages, BLOCK, head_dim), dtype, transforms=transforms)
+    copies = BLOCK // page_size if kind is None else 1  # that bring a block; or its conversion
     ready = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
     free = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
     each = plgpu.Barrier(num_barriers=2)
@@ -86,6 +113,23 @@ def tile_scratch(head_dim: int, dtype: jax.typing.DTypeLike, stages: int, copies
         k_free=free,
         v_free=free,
         turn=each,
+        codes=None if kind is None else _code_scratch(head_dim, page_size, kind),
+    )
+
+
+def _code_scratch(head_dim: int, page_size: int, kind: KVKind) -> Codes:
+    # Three of 128 channels and 8 bits are what fits beside the tile: one is converted while two
+    # arrive.
+    slots = 3 * 128 // head_dim
+    stored, dtype = stored_channels(kind, head_dim), CODE_TYPES[kind]
+    pages, words = BLOCK // page_size, 2 if kind == "int4" else 1
+    scale = plgpu.SMEM(
+        (slots, pages * scale_stride(page_size)), jnp.int32 if kind == "int4" else jnp.float32
+    )
+    return Codes(
+        block=plgpu.SMEM((slots, BLOCK, stored), dtype, transforms=tile_transforms(stored, dtype)),
+        scales=(scale,) * words,
+        ready=plgpu.Barrier(num_arrivals=pages * (1 + words), num_barriers=slots),
     )
 
 
@@ -104,6 +148,11 @@ class Work(NamedTuple):
     # clean(block, v): zeroes rows of v [128, D] that may hold NaN, which a weight of zero does not
     # silence; called by one warpgroup before either uses them
     clean: Callable[[Any, Any], None]
+    # For pages of codes, instead of ``fetch``, in two steps. page_id(block, j): the j-th of a block
+    page_id: Callable[[Any, Any], Any] | None = None
+    # fetch_codes(block, its first page, KEYS or VALUES, targets, ready): starts the copies of codes
+    # to [128, D or D / 2], and of their scales
+    fetch_codes: Callable[[Any, Any, int, list[Any], Any], None] | None = None
 
 
 def attend(tile: Tile, plan: Callable[[], Work]) -> None:
@@ -114,16 +163,24 @@ def attend(tile: Tile, plan: Callable[[], Work]) -> None:
     """
 
     warpgroup = lax.axis_index("warpgroup")
+    codes = tile.codes
+    if codes is None:
+        compute_registers, other_registers = COMPUTE_REGISTERS, COPY_REGISTERS
+    else:
+        compute_registers, other_registers = COMPUTE_BESIDE_CODES, CONVERT_REGISTERS
 
     @pl.when(warpgroup < COPYING)
     def _():
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(compute_registers, action="increase")
         _compute(tile, warpgroup, plan())
 
     @pl.when(warpgroup == COPYING)
     def _():
-        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
-        _copy(tile, plan())
+        plgpu.set_max_registers(other_registers, action="decrease")
+        if codes is None:
+            _copy(tile, plan())
+        else:
+            _convert(tile, codes, plan())
 
 
 def zero_rows(v, keep: Callable[[Any], Any]) -> None:
@@ -242,6 +299,41 @@ def _copy(tile: Tile, work: Work) -> None:
     lax.fori_loop(0, steps, refill, None)
 
 
+def _convert(tile: Tile, codes: Codes, work: Work) -> None:
+    """Makes bf16 of blocks of codes, and copies others to where these were."""
+    steps, stages, slots = work.steps, tile.k.shape[0], codes.block.shape[0]
+    page_id, fetch_codes = work.page_id, work.fetch_codes
+    assert page_id is not None and fetch_codes is not None
+    parts = (tile.k, tile.k_ready, tile.k_free), (tile.v, tile.v_ready, tile.v_free)
+
+    def convert_step(step, _):
+        stage = lax.rem(step, jnp.int32(stages))
+        for part, (to, ready, free) in enumerate(parts):
+            slot = lax.rem(2 * step + part + slots, jnp.int32(slots))
+            scales = [scale.at[slot] for scale in codes.scales]
+            # What the slot gets afterwards. Its page is looked up before the conversion, which
+            # hides the wait.
+            later, later_part = step + (part + slots) // 2, (part + slots) % 2
+            block = work.block(jnp.maximum(later, 0))
+            page = page_id(block, 0)
+            pl.when(step >= stages)(lambda free=free: plgpu.barrier_wait(free.at[stage]))
+
+            @pl.when((step >= 0) & (step < steps))
+            def _(slot=slot, scales=scales, to=to, ready=ready):
+                plgpu.barrier_wait(codes.ready.at[slot])
+                convert(codes.block.at[slot], scales, to.at[stage])
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(ready.at[stage])
+
+            @pl.when((later >= 0) & (later < steps))
+            def _(slot=slot, scales=scales, later_part=later_part, block=block, page=page):
+                targets = [codes.block.at[slot], *scales]
+                fetch_codes(block, page, later_part, targets, codes.ready.at[slot])
+
+    # From where nothing but the first blocks is fetched to where all that was free is waited for.
+    lax.fori_loop(-((slots + 1) // 2), steps + stages, convert_step, None)
+
+
 def copy_pages(pages, head, page_id: Callable[[int], Any], to, ready) -> None:
     """Starts the copies of a block [128, D] from the pages [heads, N, P, D] of a head.
 
@@ -251,3 +343,24 @@ def copy_pages(pages, head, page_id: Callable[[int], Any], to, ready) -> None:
     for j in range(BLOCK // P):
         page = jnp.minimum(jnp.maximum(page_id(j), 0), N - 1)
         plgpu.copy_gmem_to_smem(pages.at[head, page], to.at[pl.ds(j * P, P)], ready)
+
+
+def copy_code_pages(
+    arrays: Sequence[Any], head, first, page_id: Callable[[Any], Any], targets: Sequence[Any], ready
+) -> None:
+    """The same for pages of codes and their scales, each [heads, N, P, ...], and page 0 known.
+
+    ``targets`` [128, ...] in shared memory; more of them leave gaps behind each page.
+    """
+    N, P = arrays[0].shape[1:3]
+
+    def copy_page(j, page):
+        later = page_id(j + 1)  # read while these copies start
+        page = jnp.minimum(jnp.maximum(page, 0), N - 1)
+        for array, to in zip(arrays, targets, strict=True):
+            at = pl.multiple_of(j * (to.shape[0] * P // BLOCK), P)
+            plgpu.copy_gmem_to_smem(array.at[head, page], to.at[pl.ds(at, P)], ready)
+        return later
+
+    # A loop: many copies in a row would take more registers than there are.
+    lax.fori_loop(0, BLOCK // P, copy_page, first)

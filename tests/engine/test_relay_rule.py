@@ -60,10 +60,8 @@ def test_any_split_is_whole_attention(total: int) -> None:
 
 @pytest.mark.parametrize(("kv_dtype", "token"), [("auto", 128), ("fp8", 40), ("int4", 32)])
 def test_what_moves_for_a_token(kv_dtype: str, token: int, build: Build) -> None:
-    """16 channels in float32; codes read together are also written and read as numbers."""
-    units = build("dense", kv_dtype=kv_dtype).engine.units
-    assert units.token == token
-    assert units.token_together == token + (0 if kv_dtype == "auto" else 2 * 128)
+    """16 channels in float32, or in codes with what these need."""
+    assert build("dense", kv_dtype=kv_dtype).engine.units.token == token
 
 
 def spec_of(sparsity: SparsityConfig | None):
@@ -89,14 +87,12 @@ def test_break_even() -> None:
         *,
         kv_heads: int = 8,
         token: int = 2 * 128 * 2,
-        together: int | None = None,
     ) -> int | None:
         for requests in range(1, 300):
             decision = decide(
                 "auto",
                 spec_of(sparsity),
                 token_bytes=kv_heads * token,  # of Llama-3-8B
-                prefix_bytes=kv_heads * (together or token),
                 prefix_tokens=prefix,
                 private_tokens=private,
                 requests=requests,
@@ -112,8 +108,9 @@ def test_break_even() -> None:
     assert least(None, 32768, 256) == 2
     assert least(None, 64, 256) is None
     assert least(None, 8192, 256, kv_heads=2) == 17
-    # In 4 bits, read with two words and written and read again in bf16: B S - (1 + 1024 / 144) S.
-    assert least(None, 8192, 256, token=144, together=144 + 2 * 512) == 23
+    # In 8 bits with a scale, and in 4 with two words: fewer bytes a token.
+    assert least(None, 8192, 256, token=2 * 128 + 8) == 9
+    assert least(None, 8192, 256, token=2 * 64 + 16) == 16
     lserve = SparsityConfig()  # budget 4096
     # B (4096 - 256) - S; by bytes alone 2.1, 8.5 and 34.1 requests.
     assert least(lserve, 8192, 256) == 11

@@ -283,8 +283,9 @@ PREFILL_CASES = {
 }
 
 
-def prefix_arguments(rows=128, heads=8, group=4, head_dim=128, page_size=64):
-    _, pages, *_ = decode_arguments(retrieval=heads, head_dim=head_dim, page_size=page_size)
+def prefix_arguments(rows=128, heads=8, group=4, **case):
+    head_dim = case.get("head_dim", 128)
+    _, pages, *_ = decode_arguments(retrieval=heads, **case)
     q = jax.ShapeDtypeStruct((rows, heads * group, head_dim), jnp.bfloat16)
     integers = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((512,), ()))
     lse = jax.ShapeDtypeStruct(q.shape[:2], jnp.float32)
@@ -309,6 +310,12 @@ SCORE_CASES = {
 PREFIX_CASES = {
     "prefix": {},
     "prefix, D 64, group 3, pages of 16": {"head_dim": 64, "group": 3, "page_size": 16, "rows": 5},
+    "prefix, int8": {"kind": "int8"},
+    "prefix, int8, D 64, pages of 128": {"kind": "int8", "head_dim": 64, "page_size": 128},
+    "prefix, fp8, pages of 16": {"kind": "fp8", "page_size": 16},
+    "prefix, fp8, D 64, pages of 32": {"kind": "fp8", "head_dim": 64, "page_size": 32},
+    "prefix, int4, pages of 32": {"kind": "int4", "page_size": 32},
+    "prefix, int4, D 64, pages of 16": {"kind": "int4", "head_dim": 64, "page_size": 16},
 }
 
 

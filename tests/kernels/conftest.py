@@ -11,7 +11,8 @@ from jax._src import callback as jax_callback
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, shared_memory
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import decode_operands, query_tiles, shared_kernel
+from pallas_kernels import kv_codes
+from pallas_kernels.hopper import code_blocks, decode_operands, query_tiles, shared_kernel
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +88,16 @@ def codes_in_plain_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     def e4m3_as_bf16(codes, layout):
         return jnp.where(jnp.isnan(codes), 480.0, codes.astype(jnp.float32)).astype(jnp.bfloat16)
 
+    def numbers(codes, scales, kind, layout):
+        if kind != "int4":
+            return ((codes.astype(jnp.float32) * scales[0]).astype(jnp.bfloat16),)
+        halves = zip((codes & 15, codes >> 4), map(kv_codes.word_values, scales), strict=True)
+        return tuple(
+            (half.astype(jnp.float32) * step + lowest).astype(jnp.bfloat16)
+            for half, (step, lowest) in halves
+        )
+
     if jax.default_backend() == "cpu":
         for stand_in in (register_matmul, nibbles_as_bf16, e4m3_as_bf16):
             monkeypatch.setattr(decode_operands, stand_in.__name__, stand_in)
+        monkeypatch.setattr(code_blocks, "numbers", numbers)

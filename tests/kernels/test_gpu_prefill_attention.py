@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 from shapes.prefill import PREFILL, PrefillShape, prefill_inputs, random_blocks
-from shapes.prefix import PREFIX, PrefixShape, prefix_inputs
+from shapes.prefix import PREFIX, PREFIX_CODES, PrefixShape, prefix_inputs
 
 from pallas_kernels import reference
 from pallas_kernels.hopper.block_scores import block_scores
@@ -189,6 +189,21 @@ def test_prefix_attention(shape: PrefixShape) -> None:
     plain = plain.reshape(K, B, H // K, D).swapaxes(0, 1).reshape(B, H, D)
     assert_near("out", out, truth, 2 * distance(plain, truth))
     assert_near("lse", lse, true_lse, 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", PREFIX_CODES, ids=lambda shape: shape.name)
+def test_prefix_attention_of_codes(shape: PrefixShape) -> None:
+    """Bit for bit that of the numbers that they stand for."""
+    q, pages, table, length = prefix_inputs(shape)
+    found = prefix_attention(q, pages, table, length)
+    expected = prefix_attention(q, *float_pages(pages, table, jnp.bfloat16), length)
+    for x, wanted in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(wanted, np.float32))
+    truth, true_lse = reference.prefix_attention(q.astype(jnp.float32), pages, table, length)
+    # Keys, values, weights and out are rounded to bf16, 2^-9 each.
+    assert_near("out", found[0], truth, 4 * 2.0**-9)
+    assert_near("lse", found[1], true_lse, 1e-4)
 
 
 @pytest.mark.gpu

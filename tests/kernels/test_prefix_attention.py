@@ -16,6 +16,7 @@ from pallas_kernels.hopper.prefix_attention import (
     merge_parts,
     prefix_attention,
 )
+from pallas_kernels.kv_codes import float_pages
 from pallas_kernels.types import KVPages, OwnAttention
 
 # As for decode: weights and out are rounded to bf16, here also the parts that are merged.
@@ -141,19 +142,40 @@ def test_refuses_other_dtypes() -> None:
         prefix_attention(q, KVPages(*(x.astype(jnp.float32) for x in pages[:2])), *rest)
 
 
-@pytest.mark.parametrize("kind", api.KV_KINDS)
-def test_pages_of_codes_are_read_as_the_numbers_that_they_stand_for(kind: api.KVKind) -> None:
-    q, pages, table, length = problem(2, 1, 4, 200)
+def as_codes(pages: KVPages, kind: api.KVKind) -> KVPages:
     (k, k_scale), (v, v_scale) = (api.quantize_kv(x, kind) for x in (pages.k, pages.v))
-    coded = KVPages(k, v, k_scale, v_scale)
-    numbers = KVPages(
-        *(api.dequantize_kv(*x).astype(jnp.bfloat16) for x in ((k, k_scale), (v, v_scale)))
+    return KVPages(k, v, k_scale, v_scale)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "length", "splits"),
+    [
+        (64, 16, 300, 1),  # a ragged last block; more blocks than stages have room for their codes
+        (128, 32, 600, 2),
+        (128, 16, 200, 1),
+        (64, 128, 130, 3),  # a split without a block
+        (128, 64, 0, 1),
+    ],
+)
+@pytest.mark.parametrize("kind", api.KV_KINDS)
+def test_codes_are_read_as_the_numbers_that_they_stand_for(
+    kind: api.KVKind, head_dim: int, page_size: int, length: int, splits: int
+) -> None:
+    """Bit for bit what pages of these numbers give."""
+    q, pages, table, length = problem(
+        2, 2 if length == 200 else 1, 3, length, head_dim=head_dim, page_size=page_size
     )
-    out, lse = prefix_attention(q, coded, table, length)
-    true_out, true_lse = softmax_attention(q, numbers, table, length)
-    assert_allclose(np.asarray(out, np.float32), true_out, atol=OUT_TOLERANCE, rtol=0)
-    # Conversion may fuse a product and a sum, after which a key can round to the next bf16.
-    assert_allclose(lse, true_lse, atol=1e-3, rtol=0)
+    pages = as_codes(pages, kind)
+    numbers = float_pages(pages, table, jnp.bfloat16)
+    config = Config(splits=splits, stages=256 // head_dim)
+    out, lse = prefix_attention(q, pages, table, length, config=config)
+    expected_out, expected_lse = prefix_attention(q, *numbers, length, config=config)
+    assert_array_equal(np.asarray(out, np.float32), np.asarray(expected_out, np.float32))
+    assert_array_equal(lse, expected_lse)
+    if length > 0:
+        true_out, true_lse = softmax_attention(q, *numbers, length)
+        assert_allclose(np.asarray(out, np.float32), true_out, atol=OUT_TOLERANCE, rtol=0)
+        assert_allclose(lse, true_lse, atol=LSE_TOLERANCE, rtol=0)
 
 
 def test_config_checks_itself() -> None:

@@ -7,13 +7,15 @@ thread. Instructions are interpreted as the PTX manual defines them.
 import re
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 from packed_cases import KINDS, normal, random_weight
 
-from pallas_kernels.hopper import decode_operands, quant_operands
+from pallas_kernels.hopper import code_blocks, decode_operands, quant_operands
+from pallas_kernels.kv_codes import CODE_TYPES, KV_KINDS, KVKind, values
 from pallas_kernels.packed import group_size, pack_weight
 
 THREADS = np.arange(128)
@@ -50,6 +52,10 @@ def select_bytes(a, b, selector: int) -> np.ndarray:
     return result
 
 
+def as_float32(x: np.ndarray) -> np.ndarray:
+    return x.view(np.float32)
+
+
 def run_ptx(text: str, *operands: np.ndarray) -> np.ndarray:
     registers = {f"${i + 1}": x for i, x in enumerate(operands)}
 
@@ -59,10 +65,17 @@ def run_ptx(text: str, *operands: np.ndarray) -> np.ndarray:
     for line in filter(None, (part.strip() for part in text.split(";"))):
         op, to, *names = re.split(r",?\s+", line)
         match op:
+            case ".reg":
+                continue
+            case "mov.b32" if to.startswith("{"):  # its halves
+                registers[to[1:]] = value(names[1]) & 0xFFFF
+                to, result = names[0][:-1], value(names[1]) >> 16
             case "mov.b32":
                 result = value(names[0])
             case "shr.b32":
                 result = value(names[0]) >> int(names[1])
+            case "xor.b32":
+                result = value(names[0]) ^ value(names[1])
             case "and.b32":
                 result = value(names[0]) & value(names[1])
             case "lop3.b32":
@@ -73,9 +86,23 @@ def run_ptx(text: str, *operands: np.ndarray) -> np.ndarray:
                 result = from_bf16(as_bf16(value(names[0])) - as_bf16(value(names[1])))
             case "mul.bf16x2":
                 result = from_bf16(as_bf16(value(names[0])) * as_bf16(value(names[1])))
+            case "cvt.rn.f16x2.e4m3x2":
+                pair = value(names[0]).astype(np.uint16)[:, None].view(ml_dtypes.float8_e4m3fn)
+                result = pair.astype(np.float16).view(np.uint32)[:, 0]
+            case "cvt.f32.f16":
+                result = value(names[0]).astype(np.uint16).view(np.float16).astype(np.float32)
+            case "mul.rn.f32":
+                result = as_float32(value(names[0])) * as_float32(value(names[1]))
+            case "fma.rn.f32":
+                a, b, c = (as_float32(value(name)).astype(np.float64) for name in names)
+                result = (a * b + c).astype(np.float32)  # what is tested fits into a float64
+            case "cvt.rn.bf16x2.f32":  # the upper half first
+                high, low = (as_float32(value(name)) for name in names)
+                pair = np.stack([low, high], axis=1).astype(ml_dtypes.bfloat16)
+                result = pair.view(np.uint32)[:, 0]
             case _:
                 raise AssertionError(f"{op} is not known here")
-        registers[to] = result
+        registers[to] = result.view(np.uint32) if result.dtype == np.float32 else result
     return registers["$0"]
 
 
@@ -203,3 +230,29 @@ def test_codes_of_values() -> None:
         for half, texts in zip((four & 15, four >> 4), decode_operands.NIBBLE_PAIRS, strict=True):
             pairs = [as_bf16(run_ptx(text, word)) for text in texts]
             assert_array_equal(np.concatenate(pairs, axis=1), half / 64)
+
+
+@pytest.mark.parametrize("kind", KV_KINDS)
+def test_codes_times_their_scales(kind: KVKind) -> None:
+    """Every byte at every place, bit for bit what ``values`` makes of it, rounded to bf16."""
+    rng = np.random.default_rng(0)
+    every = np.tile(np.arange(256, dtype=np.uint8)[:, None], (1, 4))
+    for four in np.split(rng.permuted(every, axis=0), 2):
+        word = np.ascontiguousarray(four).view(np.uint32)[:, 0]
+        scale = rng.lognormal(sigma=3, size=128).astype(np.float32)
+        if kind == "int4":
+            words = rng.integers(1 << 14, size=(2, 2, 128)) + 0x3000  # bf16 of usual sizes
+            words = (words[0] << 16 | words[1]).astype(np.int32)
+            scales = tuple(map(jnp.asarray, words))
+            wanted = values(jnp.asarray(four), scales)
+        else:
+            scales = (jnp.asarray(scale),)
+            wanted = values(jnp.asarray(four.view(CODE_TYPES[kind])), scales[0])
+        factors = code_blocks.factors(scales, kind)
+        pairs = [
+            as_bf16(run_ptx(text, word, *(np.asarray(x).view(np.uint32) for x in of_token)))
+            for texts, of_token in zip(code_blocks.PAIRS[kind], factors, strict=True)
+            for text in texts
+        ]
+        wanted = np.asarray(wanted).astype(ml_dtypes.bfloat16).astype(np.float32)
+        assert_array_equal(np.concatenate(pairs, axis=1), wanted)
