@@ -241,15 +241,22 @@ def test_the_first_request_compiles_all_that_it_needs_at_once(options, tmp_path,
     assert prepared == [4]
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_a_first_burst_that_may_look_otherwise_is_not_compiled_before(exact, tmp_path):
-    """Another prompt waits for the first one's page, or what is drafted is not known yet."""
-    options = {"attention": "lserve", "exact": True, "max_draft_tokens": 1} if exact else {}
-    llm = build(compilation_cache=tmp_path / "programs", prefill_chunk_size=256, **options)
-    prompts = [LONG] if exact else [LONG, {"prompt_token_ids": [3, 5] * 49 + [7]}]
+def test_a_first_burst_that_may_look_otherwise_is_not_compiled_before(tmp_path):
+    """Another prompt waits for the first one's page."""
+    llm = build(compilation_cache=tmp_path / "programs", prefill_chunk_size=256)
+    prompts = [LONG, {"prompt_token_ids": [3, 5] * 49 + [7]}]
     llm.generate(prompts, dataclasses.replace(GREEDY, max_tokens=5))
     names = [made.name for made in llm.engine.runner.programs.times]
-    assert names.count("exact_burst" if exact else "decode_burst") == 1
+    assert names.count("decode_burst") == 1
+
+
+def test_a_first_request_has_bursts_with_drafts_and_without(tmp_path):
+    """Whether it drafts is not known yet, and may change."""
+    options = {"attention": "lserve", "exact": True, "max_draft_tokens": 1}
+    llm = build(compilation_cache=tmp_path / "programs", prefill_chunk_size=256, **options)
+    llm.generate([LONG], dataclasses.replace(GREEDY, max_tokens=5))
+    names = [made.name for made in llm.engine.runner.programs.times]
+    assert names.count("exact_burst") == 2
 
 
 def test_a_program_that_cannot_be_compiled_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
