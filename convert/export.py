@@ -122,7 +122,7 @@ def save_adapter(
         "bias": "none",
     }
     with _directory(Path(path), sum(x.nbytes for x in tensors.values())) as partial:
-        save_file(tensors, partial / "adapter_model.safetensors", metadata=_METADATA)
+        _save(tensors, partial / "adapter_model.safetensors")
         _write_json(partial / "adapter_config.json", attributes)
 
 
@@ -146,6 +146,12 @@ def _directory(path: Path, size: int) -> Generator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    save_file(tensors, path, metadata=_METADATA)
+    # The library's file is its owner's alone. Those of the directory may be read as it is.
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def _write_tensors(
     directory: Path, flat: Mapping[str, Any], slots: list[TensorSlot], max_shard_bytes: int
 ) -> None:
@@ -166,7 +172,7 @@ def _write_tensors(
             name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         leaves = {leaf: jax.device_get(flat[leaf]) for leaf in {slot.leaf for slot in shard}}
         tensors = {slot.hf: np.ascontiguousarray(slot.view(leaves[slot.leaf])) for slot in shard}
-        save_file(tensors, directory / name, metadata=_METADATA)
+        _save(tensors, directory / name)
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
         total = sum(value.nbytes for value in flat.values())

@@ -107,10 +107,12 @@ def request_summary(metrics: RequestMetrics, clock: CompileClock, sparse: bool) 
                 "have attended causally while the prompt was read"
             )
         if metrics.verifications:  # in exact mode
+            drafts = "none"
+            if metrics.drafted_tokens:
+                drafts = f"{metrics.drafted_tokens}, {metrics.acceptance:.0%} confirmed"
             lines.append(
-                f"drafts    {metrics.drafted_tokens}, {metrics.acceptance:.0%} confirmed, "
-                f"{metrics.tokens_per_verification:.1f} tokens a verification; at the end "
-                f"{metrics.draft_reason}"
+                f"drafts    {drafts}, {metrics.tokens_per_verification:.1f} tokens a "
+                f"verification; at the end {metrics.draft_reason}"
             )
     return lines
 
@@ -152,14 +154,15 @@ def batch_summary(metrics: EngineMetrics, times: BatchTimes, clock: CompileClock
 def program_summary(times: Sequence[ProgramTime]) -> list[str]:
     """A line that says what became of the engine's programs; none where JAX alone compiled them.
 
-    What was read while the weights were costs no time but that of another core.
+    Seconds are summed over threads: what was read while the weights were costs no time but that of
+    another core.
     """
     parts = []
     for source in ("loaded", "compiled"):
         seconds = [made.seconds for made in times if made.source == source]
         if seconds:
             parts.append(f"{len(seconds)} {source} in {sum(seconds):.2f} s")
-    return [f"programs  {', '.join(parts)}"] if parts else []
+    return [f"programs  {', '.join(parts)}, summed over threads"] if parts else []
 
 
 def end_summary(eos_token_ids: Sequence[int], tokenizer: Tokenizer | None) -> str:

@@ -16,9 +16,9 @@ from lserve_jax.engine.costs import BurstRow
 from lserve_jax.engine.metrics import DraftDecision
 
 KEPT = 3  # measurements, of which the median counts
-# Bursts with drafts before one without is tried, and twice as many after each try that told
-# nothing. That is another program: one that may have to be compiled is tried when bursts with
-# drafts have taken about as long as that takes.
+# Bursts with drafts before one without is tried. The first run of a program is not timed, so a try
+# that told nothing is repeated at once; if that did not help, after twice as many bursts. One that
+# may have to be compiled waits until bursts with drafts have taken about as long as that takes.
 FIRST_LOOK = 4
 COMPILING = 10.0  # seconds
 LOOK_AGAIN = 64  # bursts of the one kind, after which the other is measured anew
@@ -88,7 +88,9 @@ class DraftTimes:
         first, second = drafting.seconds_a_byte(dense), plain.seconds_a_byte(dense)
         if first is None or drafting.others >= LOOK_AGAIN:
             return decided
-        wait = FIRST_LOOK * 2 ** min(plain.tries, 8) if second is None else LOOK_AGAIN
+        wait = LOOK_AGAIN
+        if second is None:
+            wait = 1 if plain.tries % 2 else FIRST_LOOK * 2 ** min(plain.tries // 2, 8)
         if plain.others >= wait:
             plain.tries += 1
             if plain.ran or drafting.spent >= COMPILING or is_ready():

@@ -39,6 +39,13 @@ def test_what_was_exported_loads_as_the_same(tmp_path: Path, name: str) -> None:
         )
 
 
+def test_whoever_may_read_the_directory_may_read_its_files(tmp_path: Path) -> None:
+    config, params = convert.load(CONFORMANCE / NAMES[0])
+    convert.export_hf(tmp_path / "out", config, params, max_shard_bytes=100_000)
+    readers = (tmp_path / "out").stat().st_mode & 0o444
+    assert {path.stat().st_mode & 0o444 for path in (tmp_path / "out").iterdir()} == {readers}
+
+
 def test_tensors_are_those_of_the_original(tmp_path: Path) -> None:
     """Names, orientation and values, read by somebody else."""
     config = LLAMA | {"attention_bias": True, "mlp_bias": True}

@@ -100,7 +100,7 @@ def test_a_try_that_tells_nothing_comes_rarely() -> None:
     """A burst without drafts is slow where drafts pay: those that cannot be timed are few."""
     bursts = Bursts(round_seconds=0.006, dense_seconds=0.01)
     tries = bursts.drafted(1000, compiles=True).count(0)
-    assert 4 < tries <= 8  # after 4, 8, 16, ... more
+    assert 8 < tries <= 16  # two after 4, 8, 16, ... more
 
 
 def test_a_burst_that_must_be_compiled_is_tried_when_that_pays() -> None:
