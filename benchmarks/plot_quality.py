@@ -84,6 +84,7 @@ def acceptance_plot(result: dict[str, Any], path: Path) -> None:
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in result["rows"]:
         rows[row["setting"]].append(row)
+    kinds = [name for name in DRAFTS if name in rows]
     dense = {row["length"]: row["tokens_per_second"] for row in rows["dense"]}
     panels = {
         "share of drafts accepted": lambda row: row["acceptance"],
@@ -95,10 +96,10 @@ def acceptance_plot(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels))
     for panel, (title, value) in zip(axes, panels.items(), strict=True):
-        for i, (name, words) in enumerate(DRAFTS.items()):
+        for i, name in enumerate(kinds):
             lengths = [row["length"] for row in rows[name]]
             panel.plot(
-                lengths, [value(row) for row in rows[name]], f"C{i}{'os^D'[i]}-", label=words
+                lengths, [value(row) for row in rows[name]], f"C{i}{'os^D'[i]}-", label=DRAFTS[name]
             )
         panel.set_xscale("log", base=2)
         panel.set_xticks(sorted(dense), labels=[f"{x / 1024:.0f}K" for x in sorted(dense)])

@@ -39,9 +39,9 @@ MOST_SELECTED_PAGES = 4096
 # Rows up to which ``fused_linear`` runs its kernel. With more, XLA's matrix product is faster.
 MOST_LINEAR_ROWS = 4
 
-# The same for packed weights, by an estimate of bytes and rates that no timing has corrected yet:
-# docs/kernels.md, "Quantised weights". With more rows they are unpacked first (``linear_ops.py``).
-MOST_PACKED_ROWS = 128
+# The same for packed weights: half of where lines through two timings meet (docs/kernels.md, "More
+# than 32 rows"). With more rows they are unpacked first (``linear_ops.py``).
+MOST_PACKED_ROWS = 256
 
 
 def is_hopper(device: jax.Device) -> bool:
