@@ -498,13 +498,12 @@ class Engine:
         groups, decisions = group_by_prefix(
             requests, self.relay, self.runner, self.units, num_rows=rows
         )
+        times = None if self.deterministic else self._draft_times
+        none = {slot: DraftDecision(drafts=0, reason="") for slot, _ in requests}
 
         def dense_is_ready() -> bool:
-            none = dict.fromkeys(drafts_of, DraftDecision(drafts=0, reason=""))
             return self.runner.has_program(self.scheduler.burst_inputs(steps, rows, groups, none))
 
-        times = None if self.deterministic else self._draft_times
-        drafts_of = [slot for slot, _ in requests]
         drafts = decide_all(requests, self.runner, self.units, times, rows, dense_is_ready)
         inputs = self.scheduler.burst_inputs(steps, rows, groups, drafts)
         burst, timed = self.runner.decode(inputs), None

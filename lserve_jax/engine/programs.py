@@ -297,8 +297,11 @@ class Programs:
                     del self._ready[signature]
                     own.set_exception(error)
         program = ready.result()
-        if (key := self._unused.pop(signature, None)) is not None:
-            self._remember(key)
+        if signature in self._unused:
+            with self._lock:  # others look through them
+                key = self._unused.pop(signature, None)
+            if key is not None:
+                self._remember(key)
         return self._get(call) if program is None else program
 
     def _key(self, call: Call) -> str | None:
