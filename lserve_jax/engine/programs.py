@@ -207,7 +207,8 @@ class Programs:
         try:
             own.set_result(self._make(call, key, processes))
         except BaseException as error:
-            del self._ready[signature]
+            if self._ready[signature] is own:  # a warm-up may have made it meanwhile
+                del self._ready[signature]
             own.set_result(None)  # who waits makes it, and hears of what is wrong
             if not isinstance(error, jax.errors.JaxRuntimeError):  # as where memory is short
                 raise
