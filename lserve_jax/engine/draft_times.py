@@ -88,7 +88,8 @@ class DraftTimes:
         first, second = drafting.seconds_a_byte(dense), plain.seconds_a_byte(dense)
         if first is None or drafting.others >= LOOK_AGAIN:
             return decided
-        wait = LOOK_AGAIN
+        # Sooner where a single measurement stands against drafts' many: it may be a bad one.
+        wait = min(FIRST_LOOK * 4 ** len(plain.seconds), LOOK_AGAIN)
         if second is None:
             wait = 1 if plain.tries % 2 else FIRST_LOOK * 2 ** min(plain.tries // 2, 8)
         if plain.others >= wait:

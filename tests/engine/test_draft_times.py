@@ -79,6 +79,15 @@ def test_the_other_kind_is_measured_again() -> None:
     assert seen[-1] == 3
 
 
+def test_one_bad_measurement_does_not_stand_for_long() -> None:
+    bursts = Bursts(round_seconds=0.06, dense_seconds=0.1)
+    bursts.drafted(FIRST_LOOK + 1)
+    bursts.seconds[False] = 0.01  # as it is when nothing else keeps the device busy
+    assert bursts.drafted(6 * FIRST_LOOK).count(0) == 1
+    bursts.drafted(LOOK_AGAIN)
+    assert bursts.run().drafts == 0
+
+
 def test_bursts_of_other_lengths_are_measured_anew() -> None:
     bursts = Bursts(round_seconds=0.06, dense_seconds=0.01)
     bursts.drafted(FIRST_LOOK + 2)
