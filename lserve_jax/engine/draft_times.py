@@ -123,6 +123,10 @@ class DraftTimes:
         self._kinds[slots, not burst.drafts].others += 1
         return burst
 
+    def untimed(self) -> None:
+        """Says that a burst ended whose time is not taken."""
+        self._free = None
+
     def end(
         self, burst: TimedBurst, rows: Mapping[int, BurstRow], now: float, *, waited: bool
     ) -> None:

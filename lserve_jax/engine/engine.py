@@ -540,7 +540,9 @@ class Engine:
         result = jax.device_get(in_flight.burst)
         now = self.clock()
         done = {slot: BurstRow.of(result, slot) for slot, _ in in_flight.requests}
-        if in_flight.timed is not None:
+        if in_flight.timed is None:
+            self._draft_times.untimed()
+        else:
             self._draft_times.end(in_flight.timed, done, now, waited=waited)
         outputs: list[TokenOutput] = []
         for slot, request in in_flight.requests:

@@ -105,6 +105,13 @@ def test_what_is_not_known_to_the_clock_does_not_count() -> None:
         assert bursts.run().drafts == 3
 
 
+def test_what_a_burst_that_is_not_timed_leaves_to_run_does_not_count() -> None:
+    bursts = Bursts(round_seconds=0.06, dense_seconds=0.01)
+    for _ in range(40):
+        assert bursts.run().drafts == 3
+        bursts.times.untimed()
+
+
 def test_a_try_that_tells_nothing_comes_rarely() -> None:
     """A burst without drafts is slow where drafts pay: those that cannot be timed are few."""
     bursts = Bursts(round_seconds=0.006, dense_seconds=0.01)
