@@ -229,10 +229,10 @@ def time_selection(shape: SelectionShape, op: str, how: Literal["kernel", "XLA"]
 
 
 def _time_products(
-    op: str, shape: PrefillShape | PrefixShape, f: Callable, *args: object
+    op: str, shape: PrefillShape | PrefixShape, f: Callable, *args: object, calls: int = 1
 ) -> dict[str, object]:
-    """A row for a kernel that is bound by its matrix products: medians of three calls."""
-    kernels = kernel_times(f, *args, calls=1, runs=3)
+    """A row for a kernel that multiplies matrices: medians of three runs of ``f``."""
+    kernels = kernel_times(f, *args, calls=calls, runs=3)
     total = sum(kernels.values())
     return {
         "op": op,
@@ -294,18 +294,9 @@ def time_prefix_kinds(shape: PrefixShape, *, copied: bool = False) -> dict[str, 
     def all_tables(q, pages, tables):
         return lax.map(lambda table: attend(q, pages, table), tables)
 
-    kernels = kernel_times(all_tables, q, pages, table.reshape(calls, -1), calls=calls)
-    total = sum(kernels.values())
-    return {
-        "op": "prefix, copied first" if copied else "prefix_attention",
-        "shape": shape.name,
-        "kernels_us": kernels,
-        "us": total,
-        "bytes": shape.bytes_moved,
-        "flops": shape.flops,
-        "tflops": shape.flops / total / 1e6,
-        "share_of_copy_rate": shape.bytes_moved / total / COPY_RATE * 1e6,
-    }
+    op = "prefix, copied first" if copied else "prefix_attention"
+    args = q, pages, table.reshape(calls, -1)
+    return _time_products(op, shape, all_tables, *args, calls=calls)
 
 
 def time_relay(shape: PrefixShape, private: int = 256) -> dict[str, object]:

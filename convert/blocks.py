@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
-# A thread transposes about 1 GB a second, and as much again is lost where memory is new; files in
-# memory are read at 8. Each thread holds a block, in float32 where it is rounded.
+# Transposing and touching new memory keep a thread busy, so several pay; but each holds a block, in
+# float32 where it is rounded, and reading the file has a rate of its own.
 _MOST_THREADS = 8
 
 
