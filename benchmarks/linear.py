@@ -5,10 +5,11 @@
 "kernel" is the time of a layer's product by the GPU's own counters (CUPTI), over matrices that
 together exceed the L2 cache, each after a kernel of XLA's; where K is split, a second kernel adds
 the parts ("add", which begins before the first has ended). "step" is the wall time of all 32 layers
-and ``lm_head`` one after the other, as a decode step has them but for attention, inside one jit:
-with launches, norms, gates and residuals. int4 has groups of 128. The way "unpacked" is what
-quantised weights go with more rows than the kernel is for: unpacked first, multiplied by XLA. There
-a layer's time is that of all its kernels. Writes ``benchmarks/results/linear.json``.
+and ``lm_head`` one after the other, as a decode step has them but for attention, inside one jit
+that is compiled as a burst is: with launches, norms, gates and residuals. int4 has groups of 128.
+The way "unpacked" is what quantised weights go with more rows than the kernel is for: unpacked
+first, multiplied by XLA. There a layer's time is that of all its kernels. Writes
+``benchmarks/results/linear.json``.
 """
 
 import json
@@ -29,6 +30,7 @@ from kernels import COPY_RATE, L2_BYTES, kernel_times
 from machine import provenance
 from shapes.linear import LINEAR, Kind, LinearShape, kernel_weight, linear_layer
 
+from lserve_jax.engine.steps import BURST_OPTIONS
 from pallas_kernels import api
 
 ROUNDS = 5  # steps inside a jit
@@ -106,7 +108,7 @@ def time_step(
             x, sums = linear(y, down, residual=x)
         return api.product(x, weights["lm_head"][0], backend=backend)[:, :4096].astype(x.dtype)
 
-    @partial(jax.jit, static_argnames="backend")
+    @partial(jax.jit, static_argnames="backend", compiler_options=BURST_OPTIONS)
     def run(x, weights, backend):
         return lax.fori_loop(0, ROUNDS, lambda _, x: step(x, weights, backend), x)
 
