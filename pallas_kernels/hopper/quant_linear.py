@@ -14,9 +14,10 @@ What must move: the words, once. Everything about them is asked for before the k
 ended (programmatic dependent launch), x after that. Tiles of rows are the grid's fastest axis: they
 run next to each other, so that all but one of them find the words in the L2 cache.
 
-A small layer has too few blocks to fill the GPU: its K is split, and a second kernel adds the
-splits. What follows on the sum (bias, gate, residual, squares for the next norm) is done by the
-kernel that has it. Roundings to bf16 are where unfused layers have them.
+A small layer has too few blocks to fill the GPU: its K is split. The splits of a block are a
+cluster, whose first CTA gets the others' sums and adds them, or a second kernel adds them. What
+follows on the sum (bias, gate, residual, squares for the next norm) is done by who has it.
+Roundings to bf16 are where unfused layers have them.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.hopper import clusters
 from pallas_kernels.hopper import quant_operands as operands
 from pallas_kernels.hopper.linear_tiles import (
     COLUMNS,
@@ -117,7 +119,7 @@ class _Settings(NamedTuple):
     gated: bool = False
     epsilon: float = 0.0
     summed: int = 0  # rows of square_sums that count
-    finishes: bool = True  # whether the first kernel does what follows on its sums
+    finishes: bool = True  # whether the first kernel does what follows on the sums
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def _run(
     # Sums over the rows of a tile take shared memory that warpgroups do not have for themselves.
     crowded = config.warpgroups > 1 and residual is not None
     multiplied = x.reshape(B, -1, 32), packed, *norm
-    if config.splits == 1 and not crowded:
+    if config.cluster or (config.splits == 1 and not crowded):
         made = _call(_make_multiply, settings, (*multiplied, *after), results)
     else:
         split = settings._replace(finishes=False)
@@ -286,6 +288,7 @@ def _multiply(
             totals_smem,  # [groups of the split, N]
             rms_smem,  # [W, N]
             words_smem,  # [W * stages, config.blocks, rows, 64]
+            parts_smem,  # [S, W, 64, N] of a cluster, in its first CTA
             x_ready,  # barrier of all warpgroups
             ready,  # [W * stages] barriers
         ) = refs
@@ -369,7 +372,17 @@ def _multiply(
         if group is None:
             scale = plgpu.load(packed_gmem.channel_scale.at[block], layout=PER_ROW, optimized=False)
             acc = acc * spread_rows(scale, acc)
-        if settings.finishes:
+        if config.cluster:
+            clusters.store_in_first(parts_smem.at[split, wg], acc)
+            clusters.meet()
+
+            @pl.when(split == 0)
+            def finish():
+                parts = [clusters.load_stored(parts_smem.at[s, wg]) for s in range(S)]
+                total, own = sum(parts[1:], parts[0]), parts_smem.at[0, wg]
+                _finish(total, block, bias_gmem, residual_gmem, outputs, settings.gated, own)
+
+        elif settings.finishes:
             _finish(acc, block, bias_gmem, residual_gmem, outputs, settings.gated)
         else:
             own = outputs[0].at[split, pl.ds(block * ROWS, ROWS), tiles.columns()]
@@ -379,8 +392,7 @@ def _multiply(
     return plgpu.kernel(
         multiply,
         out_type=results,
-        grid=(blocks // W, S, tiles.count),
-        grid_names=("columns", "split", "rows"),
+        **_axes(config, blocks // W, tiles.count),
         num_threads=W,
         thread_name="wg",
         scratch_types=[
@@ -388,11 +400,20 @@ def _multiply(
             plgpu.SMEM((totals, N), jnp.float32),
             plgpu.SMEM((W, N), jnp.float32),
             plgpu.SMEM((W * stages, config.blocks, rows, ROWS), jnp.int32),
+            plgpu.SMEM((S, W, ROWS, N) if config.cluster else (1,), jnp.float32),
             plgpu.Barrier(num_arrivals=W, num_barriers=1),
             plgpu.Barrier(num_arrivals=1, num_barriers=W * stages),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(x, packed, norm_scale, square_sums, *after)
+
+
+def _axes(config: Config, columns: int, rows: int) -> dict[str, Any]:
+    """Of the CTAs. Those of a cluster are its splits."""
+    if config.cluster:
+        cluster = {"cluster": (config.splits,), "cluster_names": ("split",)}
+        return {"grid": (columns, rows), "grid_names": ("columns", "rows"), **cluster}
+    return {"grid": (columns, config.splits, rows), "grid_names": ("columns", "split", "rows")}
 
 
 def _pieces(length: int, rows: int, warpgroups: int) -> int:
@@ -429,8 +450,14 @@ def _scale_and_zero(here, packed: PackedWeight, part: int, parts: int):
     return scale, lax.bitcast_convert_type(zero, jnp.float32)
 
 
-def _finish(y, block, bias_gmem, residual_gmem, outputs: Sequence[Any], gated: bool) -> None:
-    """What follows on the sums y [64, N] of a block: bias [out], residual [B, width], or None."""
+def _finish(
+    y, block, bias_gmem, residual_gmem, outputs: Sequence[Any], gated: bool, own_smem=None
+) -> None:
+    """What follows on the sums y [64, N] of a block: bias [out], residual [B, width], or None.
+
+    Squares are summed over rows in memory that is one for the CTA, or in ``own_smem`` [64, N] of
+    the warpgroup.
+    """
     out_gmem, *out_sums = outputs  # [B, width], [tiles, rows]
     (B, width), dtype = out_gmem.shape, out_gmem.dtype
     tiles = _RowTiles(B)
@@ -463,7 +490,12 @@ def _finish(y, block, bias_gmem, residual_gmem, outputs: Sequence[Any], gated: b
         y = y + gather_columns(load_residual, tiles.held, y.shape)
     y = rounded(y)
     for sums_gmem in out_sums:
-        store_unoptimised(sums_gmem.at[block, tiles.columns()], (y * y).sum(axis=0))
+        squares = y * y
+        if own_smem is not None:
+            store_unoptimised(own_smem, squares)
+            plgpu.commit_smem()
+            squares = plgpu.load(own_smem, layout=operands.EACH_WARP, optimized=False)
+        store_unoptimised(sums_gmem.at[block, tiles.columns()], squares.sum(axis=0))
 
     def store(row, column):
         tiles.store(row, lambda i: store_unoptimised(out_gmem.at[i, own], column.astype(dtype)))

@@ -22,18 +22,20 @@ class Config:
     splits: int  # of K, a CTA each
     stages: int  # steps in flight a warpgroup
     blocks: int  # of 128 inputs a step
+    cluster: bool = False  # whether the splits of a block are one, of 8 CTAs at most
 
 
 # What was fastest on one H200 for Llama-3-8B's layers, by K, out and bits of a code, up to a number
-# of rows: (warpgroups, splits, stages, blocks).
+# of rows: (warpgroups, splits, stages, blocks), and True for clusters. Measured one layer after the
+# other: a kernel begins before the one ahead has ended, and by itself another may be faster.
 _MEASURED = {
-    (4096, 6144, 4): {8: (1, 8, 4, 2)},
-    (4096, 4096, 4): {8: (1, 16, 2, 2)},
+    (4096, 6144, 4): {8: (2, 4, 3, 2, True)},
+    (4096, 4096, 4): {8: (1, 4, 4, 2, True)},
     (4096, 28672, 4): {8: (4, 1, 4, 2), 16: (4, 1, 2, 2), 32: (4, 2, 2, 2)},
-    (14336, 4096, 4): {8: (1, 8, 4, 2), 16: (4, 8, 3, 2), 32: (4, 8, 2, 2)},
+    (14336, 4096, 4): {16: (4, 8, 3, 2), 32: (4, 8, 2, 2)},
     (4096, 128256, 4): {8: (4, 1, 4, 2)},
-    (4096, 6144, 8): {8: (3, 4, 4, 1)},
-    (4096, 4096, 8): {8: (2, 4, 4, 1)},
+    (4096, 6144, 8): {1: (2, 4, 4, 1, True), 8: (3, 4, 4, 1)},
+    (4096, 4096, 8): {8: (1, 8, 2, 1, True)},
     (4096, 28672, 8): {8: (4, 1, 4, 1), 16: (4, 1, 2, 1), 32: (4, 2, 2, 1)},
     (14336, 4096, 8): {8: (2, 4, 4, 1), 16: (4, 8, 3, 1), 32: (4, 8, 3, 1)},
     (4096, 128256, 8): {8: (4, 1, 4, 1)},
@@ -50,21 +52,28 @@ def choose_config(packed: PackedWeight, rows: int) -> Config:
     (K, out), bits = packed.shape, BITS[packed.codes]
     measured = _MEASURED.get((K, out, bits), {})
     padded = tile_rows(rows)
-    most = min((n for n in measured if padded <= n), default=None)
+    most = min((n for n in measured if min(rows, padded) <= n), default=None)
     if most is None:
         return _by_rule(packed, padded)
-    warpgroups, splits, stages, blocks = measured[most]
-    config = Config(warpgroups=warpgroups, splits=splits, stages=stages, blocks=blocks)
+    warpgroups, splits, stages, blocks, *cluster = measured[most]
+    config = Config(
+        warpgroups=warpgroups,
+        splits=splits,
+        stages=stages,
+        blocks=blocks,
+        cluster=cluster == [True],
+    )
     return _fitted(packed, padded, config)
 
 
 def shared_bytes(packed: PackedWeight, padded_rows: int, config: Config) -> int:
-    """Shared memory of a CTA: x, its sums by group, and the ring of words."""
+    """Shared memory of a CTA: x, its sums by group, the ring of words, and a cluster's sums."""
     of_split = packed.shape[0] // config.splits
     group = group_size(packed)
     totals = 4 * padded_rows * (of_split // group) if group is not None else 0
     ring = config.warpgroups * config.stages * config.blocks * 4 * ROWS * packed.words.shape[2]
-    return 2 * padded_rows * of_split + totals + ring
+    parts = config.splits * config.warpgroups * 4 * ROWS * padded_rows if config.cluster else 0
+    return 2 * padded_rows * of_split + totals + ring + parts
 
 
 def _fitted(packed: PackedWeight, padded_rows: int, config: Config) -> Config:

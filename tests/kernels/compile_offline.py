@@ -363,10 +363,13 @@ def packed_arguments(codes="int8", group=None, gated=False, zeros="none", **case
 INT4 = {"codes": "uint4", "group": 128, "zeros": "byte"}
 GGUF = {"codes": "uint4", "group": 32, "zeros": "word"}
 PACKED_CASES = {
-    "int8 linear, norm": {"norm": True, "out": 6144},
+    "int8 linear, norm, a cluster": {"norm": True, "out": 6144},
+    "int8 linear, residual, a cluster": {"residual": True},
     "int8 linear, residual, 8 rows": {"residual": True, "K": 14336, "rows": 8},
     "fp8 linear, residual, 32 rows": {"codes": "float8_e4m3fn", "residual": True, "rows": 32},
-    "int4 linear, norm": INT4 | {"norm": True, "out": 6144},
+    "int4 linear, norm, a cluster": INT4 | {"norm": True, "out": 6144},
+    "int4 linear, residual, a cluster, 8 rows": INT4 | {"residual": True, "rows": 8},
+    "int4 linear, residual, 8 rows": INT4 | {"residual": True, "K": 14336, "rows": 8},
     "int4 linear, residual, 32 rows": INT4 | {"residual": True, "K": 14336, "rows": 32},
     "int8 linear, residual, tiles of rows": {"residual": True, "K": 14336, "rows": 100},
     "int4 linear, SmolLM2 from GGUF": GGUF | {"K": 1536, "out": 576},

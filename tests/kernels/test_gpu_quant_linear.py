@@ -15,6 +15,8 @@ from tiny_llm import random_prompts, tiny_config, tiny_params
 
 from lserve_jax import LLM, SamplingParams
 from pallas_kernels import api, reference
+from pallas_kernels.hopper.quant_linear import packed_linear
+from pallas_kernels.hopper.quant_plan import Config
 
 pytestmark = pytest.mark.gpu
 
@@ -87,6 +89,38 @@ def test_layers(form: str, name: str, rows: int) -> None:
     if shape.around == "residual":
         counted = np.asarray(sums)[: shape.out // 64, :rows].sum(axis=0)
         np.testing.assert_allclose(counted, (got.astype(np.float64) ** 2).sum(axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 8])
+@pytest.mark.parametrize(("warpgroups", "splits"), [(1, 8), (2, 4), (3, 2)])
+@pytest.mark.parametrize("form", ["int8", "int4, groups of 128"])
+def test_clusters_add_as_a_second_kernel_does(
+    form: str, warpgroups: int, splits: int, rows: int
+) -> None:
+    """Bit by bit, whatever follows on the sums."""
+    shape = LinearShape(name="small", K=2048, out=1536, around="norm")
+    weight = weight_of(shape, form)
+    around = {"bias": normal(2, 1536), "norm_scale": normal(3, 2048), "square_sums": None}
+    for gated, residual in ((False, normal(4, rows, 1536)), (False, None), (True, None)):
+        packed = api.pack_weight(weight, paired=gated)
+        (got, sums), (wanted, wanted_sums) = (
+            packed_linear(
+                normal(1, rows, 2048),
+                packed,
+                **around,
+                residual=residual,
+                gated=gated,
+                epsilon=1e-5,
+                config=Config(
+                    warpgroups=warpgroups, splits=splits, stages=2, blocks=1, cluster=cluster
+                ),
+            )
+            for cluster in (True, False)
+        )
+        np.testing.assert_array_equal(got, wanted)
+        if residual is not None:  # squares of 64 channels, added up in another order
+            own = np.s_[: 1536 // 64, :rows]
+            np.testing.assert_allclose(sums[own], wanted_sums[own], rtol=64 * 2.0**-24)
 
 
 @pytest.mark.parametrize("rows", [1, 9, 100])
