@@ -19,6 +19,7 @@ from lserve_jax.engine import build as build_module
 from lserve_jax.engine.build import EngineOptions, build_engine
 from lserve_jax.engine.calls import Call
 from lserve_jax.engine.programs import Programs, _Traced
+from lserve_jax.engine.warmup import calls_beside
 from pallas_kernels.api import LoweringProcesses
 
 CONFIG = tiny_config(layers=1, kv_heads=2)
@@ -177,6 +178,14 @@ def test_beside_requests_two_programs_compile_at_once_on_eight_cores(monkeypatch
     assert len(compiling) == 2
     assert compiled(llm) == 2 + 3 + 6 + (1 + 3)
     assert alone == [True] * 2 * (compiled(llm) - 5)
+
+
+def test_beside_requests_those_come_first_that_one_needs_by_itself() -> None:
+    names = [call.name for call in calls_beside(build().engine)]
+    assert names[:2] == ["prefill_chunks"] * 2
+    assert names[-6:] == ["decode_burst"] * 6
+    assert len(names) == 2 + 3 + 6 + (1 + 3)
+    assert set(names[:-6]) == {"prefill_chunks", "insert"}
 
 
 def test_beside_requests_a_program_is_made_though_processes_take_no_kernel(
