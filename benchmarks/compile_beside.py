@@ -5,10 +5,11 @@
 
 An engine with ``warmup="auto"`` is ready when one slot can decode, and a GPU's host compiles the
 rest of "full" meanwhile. One request after another decodes alone, while that goes on and for some
-time after it; a figure is the time of a burst. Then 2, 4, 8 … requests come at once, and nothing
-may have to be compiled for them. Every start is a process of its own: with an empty cache directory
-(cold), then with what that one left there (second). Writes
-``benchmarks/results/compile_beside.json``.
+time after it; figures are the times of bursts and of whole requests, all with one short prompt.
+Then 2, 4, 8 … requests come at once, and nothing may have to be compiled for them. Every start is a
+process of its own: with an empty cache directory (cold), then with what that one left there
+(second). Says on stderr after each request how many programs are made, and writes
+``benchmarks/results/compile_beside.json`` after each start.
 """
 
 import contextlib
@@ -62,6 +63,29 @@ def bursts(engine: Any, rows: int, tokens: int) -> list[float]:
     return np.diff(ends)[:-1].tolist()  # behind the last one is no other
 
 
+@dataclasses.dataclass
+class Requests:
+    """Requests that decode alone, one after another."""
+
+    engine: Any
+    tokens: int
+    burst_seconds: list[float] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)  # of whole requests
+
+    def run_one(self) -> None:
+        start = time.perf_counter()
+        self.burst_seconds += bursts(self.engine, 1, self.tokens)
+        self.seconds.append(time.perf_counter() - start)
+
+    def summary(self) -> dict[str, float]:
+        return {
+            **milliseconds(self.burst_seconds, self.engine.burst_steps),
+            "requests": len(self.seconds),
+            "request_seconds": round(median(self.seconds), 3),
+            "longest_request_seconds": round(max(self.seconds), 3),
+        }
+
+
 def milliseconds(seconds: list[float], steps: int) -> dict[str, float]:
     """A step's, from the seconds of bursts; and the longest time between two bursts' tokens."""
     cuts = quantiles(seconds, n=100)
@@ -94,12 +118,15 @@ def child(args: Args) -> dict[str, Any]:
     llm = LLM(model, **given | how)
     ready = time.perf_counter()
     engine, programs = llm.engine, llm.engine.runner.programs
-    beside: list[float] = []
+    beside, after = Requests(engine, args.tokens), Requests(engine, args.tokens)
     while making():
-        beside += bursts(engine, 1, args.tokens)
+        beside.run_one()
+        since = time.perf_counter() - ready
+        print(f"{since:.0f} s: {len(programs.times)} programs", file=sys.stderr, flush=True)
     done = time.perf_counter()
     made = len(programs.times)
-    after = [seconds for _ in range(args.after) for seconds in bursts(engine, 1, args.tokens)]
+    for _ in range(args.after):
+        after.run_one()
     steps = engine.burst_steps
     joined = {}
     for rows in engine.shape_buckets()["slots"]:
@@ -112,15 +139,16 @@ def child(args: Args) -> dict[str, Any]:
         "made": dict(Counter(f"{made.source} {made.name}" for made in programs.times)),
         "made_after": len(programs.times) - made,
         "burst_steps": steps,
-        "beside": milliseconds(beside, steps) if len(beside) > 1 else None,
-        "after": milliseconds(after, steps),
+        "beside": beside.summary() if len(beside.burst_seconds) > 1 else None,
+        "after": after.summary(),
         "seconds_of_rows_that_come_together": joined,
     }
 
 
 def main(args: Args) -> None:
     given = json.dumps(dataclasses.asdict(args))
-    starts = {}
+    output, starts = HERE / "results" / "compile_beside.json", {}
+    output.parent.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
         cache = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if args.geometry == "default":
@@ -136,19 +164,18 @@ def main(args: Args) -> None:
                 stdout=subprocess.PIPE,
                 check=True,
             )
-            starts[which] = json.loads(done.stdout.splitlines()[-1])
+            machine, starts[which] = json.loads(done.stdout.splitlines()[-1])
             print(which, json.dumps(starts[which], indent=1), flush=True)
-    from machine import provenance
-
-    result = {**provenance(), **dataclasses.asdict(args), "starts": starts}
-    output = HERE / "results" / "compile_beside.json"
-    output.parent.mkdir(exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
+            # What a run has that is cut off in the next start.
+            result = {**machine, **dataclasses.asdict(args), "starts": starts}
+            output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(child(Args(**json.loads(sys.argv[2])))))
+        from machine import provenance  # here: it takes the device, which is the child's
+
+        print(json.dumps([provenance(), child(Args(**json.loads(sys.argv[2])))]))
     else:
         import tyro
 

@@ -24,7 +24,7 @@ from lserve_jax.engine.program_files import ProgramFiles
 from lserve_jax.engine.programs import Programs
 from lserve_jax.engine.relay import RelayMode, check_mode
 from lserve_jax.engine.runner import ModelRunner, tree_bytes
-from lserve_jax.engine.warmup import Warmup, warmup_calls
+from lserve_jax.engine.warmup import Warmup, calls_beside, warmup_calls
 from lserve_jax.engine.weights import Intake
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.params import Params, abstract_params, check_params, is_quantised
@@ -397,7 +397,7 @@ def build_engine(
         if read is not None:
             runner.begin(read)
     if options.warmup == "auto" and has_cores_beside():
-        programs.prepare_beside(warmup_calls(engine, "full"))
+        programs.prepare_beside(calls_beside(engine))
     return engine
 
 

@@ -59,6 +59,7 @@ class Programs:
         self._ready: dict[Hashable, Future[Any]] = {}  # by signature
         self._preloaded: dict[str, Future[Any]] = {}  # by key; taken when their call comes
         self._used: list[str] = []  # keys
+        self._prepared: set[Hashable] = set()  # signatures, of which some may not be ready yet
         self._unused: dict[Hashable, str | None] = {}  # made beside requests, none of them ran it
         # Named now: JAX's settings may be this thread's own.
         self._list = None if files is None else files.key(settings)
@@ -174,52 +175,79 @@ class Programs:
         return ready.done() if ready is not None else self._is_kept(self._key(call))
 
     def prepare_beside(self, calls: Sequence[Call]) -> None:
-        """Loads or compiles the programs of ``calls``, one after another, beside all else.
+        """Loads or compiles the programs of ``calls`` in their order, beside all else.
 
-        Who needs one that has begun waits for it; one that has not begun is made by whoever comes
-        first. The thread ends with the last program, with this object, or with Python: after the
-        one that is being made. Where JAX's settings are this thread's own it does nothing.
+        Several at the same time, one for four cores; tracing and lowering take turns. Who needs one
+        that has begun waits for it; one that has not begun is made by whoever comes first. It ends
+        with the last program, with this object, or with Python: after those that are being made.
+        Where JAX's settings are this thread's own it does nothing.
         """
-        described = [call.described() for call in calls]
+        waiting = deque(call.described() for call in calls)
         settings = _settings()
         programs = weakref.ref(self)
+        processes = LoweringProcesses(_at_most(HELPERS_BESIDE))
+        tracing = threading.Lock()
+
+        def lower(call: Call) -> _Lowered:
+            # One at a time: it is Python, whose lock the thread needs that drives the device.
+            with tracing:
+                traced = _Traced.of(call)
+                kernels = _begin_kernels(processes, traced)
+            wait(kernels)
+            with tracing:
+                return traced.lower()
 
         def work() -> None:
             if _settings() != settings:
                 return
-            with closing(LoweringProcesses(_at_most(HELPERS_BESIDE))) as processes:
-                for call in described:
-                    mine = programs()
-                    if mine is None or not threading.main_thread().is_alive():
-                        return
-                    mine._make_beside(call, processes)
-                    del mine
+            while threading.main_thread().is_alive():
+                mine = programs()
+                if mine is None:
+                    return
+                try:
+                    call = waiting.popleft()
+                except IndexError:  # another thread took the last one
+                    return
+                mine._make_beside(call, lower)
+                del mine
 
-        threading.Thread(target=work, name="lserve-programs").start()
+        # An executor's threads would go on: its end is waited for while the main thread is alive.
+        count = max(_at_most(MOST_COMPILING) // 4, 1)
+        threads = [threading.Thread(target=work, name="lserve-programs") for _ in range(count)]
 
-    def _make_beside(self, call: Call, processes: LoweringProcesses) -> None:
+        def end() -> None:
+            for thread in threads:
+                thread.join()
+            processes.close()
+
+        for thread in (*threads, threading.Thread(target=end, name="lserve-programs")):
+            thread.start()
+
+    def _make_beside(self, call: Call, lower: "Callable[[Call], _Lowered]") -> None:
         signature, key = call.signature(sharded=self.sharded), self._key(call)
         own: Future[Any] = Future()
         with self._lock:
-            if self._ready.setdefault(signature, own) is not own:
+            if signature in self._prepared or self._ready.setdefault(signature, own) is not own:
                 return
             self._unused[signature] = key
         try:
-            own.set_result(self._make(call, key, processes))
+            own.set_result(self._make(call, key, lower))
         except BaseException as error:
-            if self._ready[signature] is own:  # a warm-up may have made it meanwhile
-                del self._ready[signature]
+            del self._ready[signature]
             own.set_result(None)  # who waits makes it, and hears of what is wrong
             if not isinstance(error, jax.errors.JaxRuntimeError):  # as where memory is short
                 raise
             log.warning("program %s is not made ahead: %s", call.name, error)
 
     def _missing(self, calls: Sequence[Call]) -> dict[Hashable, Call]:
-        """Those that are not ready, by signature."""
+        """Those that are not ready, by signature. From here on none of them is made beside."""
         found: dict[Hashable, Call] = {}
         for call in calls:
             found.setdefault(call.signature(sharded=self.sharded), call)
-        return {mark: call for mark, call in found.items() if mark not in self._ready}
+        with self._lock:
+            missing = {mark: call for mark, call in found.items() if mark not in self._ready}
+            self._prepared |= missing.keys()
+        return missing
 
     def _prepare(self, missing: dict[Hashable, Call], bar: tqdm, stopped: threading.Event) -> None:
         processes = self._take_processes()
@@ -313,14 +341,13 @@ class Programs:
             return False
         return key in self._preloaded or self._files.has(key)
 
-    def _make(self, call: Call, key: str | None, processes: LoweringProcesses | None = None) -> Any:
+    def _make(
+        self, call: Call, key: str | None, lower: "Callable[[Call], _Lowered] | None" = None
+    ) -> Any:
         program = self._load(call, key)
         if program is None:
-            traced = _Traced.of(call)
-            # A thread of a program that ends can begin nothing.
-            if processes is not None and threading.main_thread().is_alive():
-                wait(processes.begin(traced.traced.jaxpr))
-            return self._compile_and_keep(call, key, traced.lower())
+            lowered = _Traced.of(call).lower() if lower is None else lower(call)
+            return self._compile_and_keep(call, key, lowered)
         return program
 
     def _load(self, call: Call, key: str | None) -> Any | None:
@@ -431,6 +458,16 @@ class _Traced:
         start = time.perf_counter()
         lowered = self.traced.lower()
         return _Lowered(lowered, self.seconds + time.perf_counter() - start)
+
+
+def _begin_kernels(processes: LoweringProcesses, traced: _Traced) -> list[Future[None]]:
+    """What to wait for before a program that is made beside is lowered."""
+    try:
+        return processes.begin(traced.traced.jaxpr)
+    except RuntimeError as error:
+        # Python ends: then nothing can be begun, already while its main thread counts as alive.
+        log.warning("kernels are lowered by no other process: %s", error)
+        return []
 
 
 class _JaxCacheOff:

@@ -3,10 +3,10 @@
 "auto" is what any request needs: a short prompt, and bursts of one row, greedy and drawing. "full"
 is every length of a prompt's chunk, alone, read causally or block-sparsely, and beside others, and
 every number of slots, beside these with filters (top_k, top_p, min_p). After "auto" a GPU's host
-compiles the rest of "full" while requests run. Where pages go to host memory, both have the
-programs that move them. What remains compiles when it is first asked for: rows that read a prefix
-together, log probabilities, penalties, restricted tokens. Without a warm-up the engine compiles
-what its first request needs at the same time.
+compiles the rest of "full" while requests run, several programs at the same time. Where pages go to
+host memory, both have the programs that move them. What remains compiles when it is first asked
+for: rows that read a prefix together, log probabilities, penalties, restricted tokens. Without a
+warm-up the engine compiles what its first request needs at the same time.
 """
 
 from typing import Literal
@@ -17,6 +17,7 @@ from lserve_jax.engine.calls import Call
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.example_calls import decode_calls, insert_call, prefill_call
 from lserve_jax.engine.runner import ModelRunner
+from lserve_jax.engine.steps import insert, prefill_chunks
 from lserve_jax.sampling_params import SamplingParams
 
 Warmup = Literal["none", "auto", "full"]
@@ -56,6 +57,16 @@ def warmup_calls(engine: Engine, how: Warmup) -> list[Call]:
             for windows in {0, pages if scheduler.prefix_cache.streams else 0}:
                 calls += _blocks(runner, pages, windows)
     return calls
+
+
+def calls_beside(engine: Engine) -> list[Call]:
+    """All of "full", to be compiled while requests run.
+
+    Chunks and insertions first: one request needs those of its prompt's length, and a burst of more
+    slots only when others have come. Then bursts, those of fewer slots first.
+    """
+    before = prefill_chunks, insert
+    return sorted(warmup_calls(engine, "full"), key=lambda call: call.function not in before)
 
 
 def _blocks(runner: ModelRunner, pages: int, windows: int) -> list[Call]:

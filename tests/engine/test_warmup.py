@@ -2,10 +2,15 @@
 
 import dataclasses
 import gc
+import os
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 from tiny_llm import tiny_config, tiny_params
 
@@ -13,7 +18,8 @@ from lserve_jax import LLM, SamplingParams
 from lserve_jax.engine import build as build_module
 from lserve_jax.engine.build import EngineOptions, build_engine
 from lserve_jax.engine.calls import Call
-from lserve_jax.engine.programs import Programs
+from lserve_jax.engine.programs import Programs, _Traced
+from lserve_jax.engine.warmup import calls_beside
 from pallas_kernels.api import LoweringProcesses
 
 CONFIG = tiny_config(layers=1, kv_heads=2)
@@ -88,7 +94,7 @@ def test_the_rest_is_compiled_while_requests_run(monkeypatch) -> None:
     compile_one = Programs._compile
 
     def slowly(programs: Programs, call: Call, lowered: Any) -> Any:
-        if threading.current_thread() in made_beside() and call.name == "decode_burst":
+        if threading.current_thread() in made_beside():
             begun.set()
             assert go_on.wait(60)
         return compile_one(programs, call, lowered)
@@ -114,6 +120,7 @@ def test_the_rest_is_compiled_while_requests_run(monkeypatch) -> None:
 
 def test_nothing_more_is_compiled_for_an_engine_that_is_gone(monkeypatch) -> None:
     monkeypatch.setattr(build_module, "has_cores_beside", lambda: True)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)  # for one program at a time
     begun, go_on, seen = threading.Event(), threading.Event(), []
     compile_one = Programs._compile
 
@@ -133,6 +140,102 @@ def test_nothing_more_is_compiled_for_an_engine_that_is_gone(monkeypatch) -> Non
     for thread in made_beside():
         thread.join()
     assert len(seen) == 1
+
+
+def test_beside_requests_two_programs_compile_at_once_on_eight_cores(monkeypatch) -> None:
+    """And never are two traced or lowered: that is Python, which requests need."""
+    monkeypatch.setattr(build_module, "has_cores_beside", lambda: True)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    both, compiling, tracing = threading.Barrier(2), [], threading.Lock()
+    compile_one, trace, lower = Programs._compile, _Traced.of, _Traced.lower
+    alone: list[bool] = []
+
+    def together(programs: Programs, call: Call, lowered: Any) -> Any:
+        thread = threading.current_thread()
+        if thread in made_beside() and thread not in compiling:
+            compiling.append(thread)
+            both.wait(60)
+        return compile_one(programs, call, lowered)
+
+    def alone_for_a_while(work: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def works(given: Any) -> Any:
+            if threading.current_thread() not in made_beside():
+                return work(given)
+            alone.append(tracing.acquire(blocking=False))
+            time.sleep(0.05)  # in which another would begin
+            if alone[-1]:
+                tracing.release()
+            return work(given)
+
+        return works
+
+    monkeypatch.setattr(Programs, "_compile", together)
+    monkeypatch.setattr(_Traced, "of", alone_for_a_while(trace))
+    monkeypatch.setattr(_Traced, "lower", alone_for_a_while(lower))
+    llm = build(warmup="auto")
+    for thread in made_beside():
+        thread.join()
+    assert len(compiling) == 2
+    assert compiled(llm) == 2 + 3 + 6 + (1 + 3)
+    assert alone == [True] * 2 * (compiled(llm) - 5)
+
+
+def test_beside_requests_those_come_first_that_one_needs_by_itself() -> None:
+    names = [call.name for call in calls_beside(build().engine)]
+    assert names[:2] == ["prefill_chunks"] * 2
+    assert names[-6:] == ["decode_burst"] * 6
+    assert len(names) == 2 + 3 + 6 + (1 + 3)
+    assert set(names[:-6]) == {"prefill_chunks", "insert"}
+
+
+def test_beside_requests_a_program_is_made_though_processes_take_no_kernel(
+    monkeypatch, caplog
+) -> None:
+    """As when Python ends after it was traced."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(LoweringProcesses, "begin", refuse)
+    programs = Programs(None)
+    call = Call.of(jax.jit(lambda x: x + 1), jnp.zeros(3))
+    programs.prepare_beside([call])
+    for thread in made_beside():
+        thread.join()
+    assert "lowered by no other process" in caplog.text
+    assert programs.has(call)
+
+
+def test_what_a_request_compiles_ahead_is_not_made_beside_it(monkeypatch) -> None:
+    """Though its turn comes before it is ready."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    functions = [jax.jit(lambda x, n=n: x + n) for n in range(3)]
+    first, second, third = (Call.of(function, jnp.zeros(3)) for function in functions)
+    begun, go_on, left = threading.Event(), threading.Event(), threading.Event()
+    compile_one, compiling = Programs._compile, []
+
+    def slowly(programs: Programs, call: Call, lowered: Any) -> Any:
+        compiling.append(call.function)
+        if call.function is first.function:
+            begun.set()
+            assert go_on.wait(60)
+        elif compiling == [first.function, second.function]:
+            go_on.set()
+            assert left.wait(60)
+        else:
+            left.set()
+        return compile_one(programs, call, lowered)
+
+    monkeypatch.setattr(Programs, "_compile", slowly)
+    programs = Programs(None)
+    programs.prepare_beside([first, second, third])
+    assert begun.wait(60)
+    programs.prepare([second])
+    for thread in made_beside():
+        thread.join()
+    assert compiling == functions
+    assert [float(programs.run(call)[0]) for call in (first, second, third)] == [0, 1, 2]
+    assert compiling == functions
 
 
 def test_a_warmup_of_all_slots_where_tokens_must_not_depend_on_neighbours() -> None:
