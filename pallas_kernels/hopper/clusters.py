@@ -4,6 +4,8 @@ A thread's registers go to the thread of the same number there, so that they lie
 come, 8 bytes a thread: no bank is asked twice. The interpreter knows no such memory.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jax._src.lib.mlir import ir
@@ -44,7 +46,7 @@ def load_stored(ref):
         registers = np.empty(layout.registers_shape(shape), object)
         for i in range(registers.size):
             text = f"{_ADDRESS} $2; ld.shared.v2.f32 {{$0, $1}}, [a + {1024 * i}]; }}"
-            pair = llvm.inline_asm(
+            pair: Any = llvm.inline_asm(
                 llvm.StructType.get_literal([f32] * 2),
                 [base],
                 text,
