@@ -20,8 +20,9 @@ import tyro
 from machine import provenance
 
 from lserve_jax import ModelConfig, SamplingParams
-from lserve_jax.engine.build import EngineOptions, build_engine
+from lserve_jax.engine.build import build_engine
 from lserve_jax.engine.inputs import Chunk
+from lserve_jax.engine.options import EngineOptions
 from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.model.llama import init_params
 from lserve_jax.text_engine import TextEngine

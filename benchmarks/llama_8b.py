@@ -15,9 +15,9 @@ from convert.attention_patterns import load_pattern
 from convert.head_shares import save_head_shares
 from lserve_jax.attention.cache import LayerCache
 from lserve_jax.attention.config import SparsityConfig
-from lserve_jax.engine.build import EngineOptions
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.inputs import Chunk
+from lserve_jax.engine.options import EngineOptions
 from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.engine.state import Sample
 from lserve_jax.model.config import ModelConfig

@@ -17,9 +17,10 @@ import numpy as np
 import convert
 from lserve_jax.attention.cache import CacheSpec, KVDtype, cache_bytes, make_spec
 from lserve_jax.attention.config import SparsityConfig
-from lserve_jax.engine.build import EngineOptions, room_for_pages
+from lserve_jax.engine.array_bytes import device_bytes
 from lserve_jax.engine.head_policy import head_policy
-from lserve_jax.engine.runner import device_bytes
+from lserve_jax.engine.options import EngineOptions
+from lserve_jax.engine.page_plan import room_for_pages
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.params import abstract_params, is_quantised
 from lserve_jax.model.quantise import quantise_params

@@ -34,9 +34,10 @@ from machine import provenance
 import convert
 from lserve_jax import SamplingParams
 from lserve_jax.cli import keep_compiled
-from lserve_jax.engine.build import EngineOptions, build_engine, resolve_dtype, with_shipped_shares
+from lserve_jax.engine.build import build_engine
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.metrics import RequestMetrics
+from lserve_jax.engine.options import EngineOptions, resolve_dtype, with_shipped_shares
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.llama import Params
 

@@ -28,7 +28,7 @@ from report import write_throughput
 
 import convert
 from lserve_jax import LLM, SamplingParams
-from lserve_jax.engine.build import resolve_dtype
+from lserve_jax.engine.options import resolve_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,9 @@ from jaxtyping import Float
 import convert
 from lserve_jax.attention.cache import CacheSpec
 from lserve_jax.checks import check_choice, check_integer, check_path, is_listing
-from lserve_jax.engine.build import EngineOptions, build_engine, resolve_dtype, with_shipped_shares
+from lserve_jax.engine.build import build_engine
 from lserve_jax.engine.judging import embed, judge
+from lserve_jax.engine.options import EngineOptions, resolve_dtype, with_shipped_shares
 from lserve_jax.engine.prefix import Prefix, check_begins
 from lserve_jax.engine.request import PromptIds, check_deadline
 from lserve_jax.engine.scoring import Score
@@ -48,7 +49,7 @@ class LLM:
     seed: from which requests without a seed of their own derive theirs.
     progress: show progress bars on stderr while loading and compiling.
     options: those of the engine, by name, such as ``max_model_len=4096, attention="lserve"``:
-        ``engine.build.EngineOptions`` lists and explains them. Where ``sparsity`` names neither
+        ``engine.options.EngineOptions`` lists and explains them. Where ``sparsity`` names neither
         pattern nor head shares nor a token budget, lserve attention takes the head shares that are
         shipped for the model's name, if there are.
 

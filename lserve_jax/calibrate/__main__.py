@@ -57,7 +57,7 @@ from lserve_jax.calibrate.sensitivity import (
 )
 from lserve_jax.calibrate.windows import measured_sequences
 from lserve_jax.cli import Switch, exit_code, flag, keep_compiled, read_text
-from lserve_jax.engine.build import check_backend, resolve_dtype
+from lserve_jax.engine.options import check_backend, resolve_dtype
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.head_shares import HeadSensitivity, fit_shares
 from lserve_jax.tokenizer import Tokenizer

@@ -5,7 +5,6 @@ model that takes longer than to read the finished program from a file. So where 
 programs were made ahead of time, the runner's calls come here. Elsewhere JAX's own caches do.
 """
 
-import gc
 import logging
 import os
 import threading
@@ -19,10 +18,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
 from lserve_jax.engine.calls import Call
+from lserve_jax.engine.compiling import (
+    Lowered,
+    Traced,
+    begin_kernels,
+    compile_anew,
+    is_looked_into,
+    no_collection,
+    thread_settings,
+)
 from lserve_jax.engine.program_files import ProgramFiles
 from pallas_kernels.api import LoweringProcesses
 
@@ -69,7 +76,7 @@ class Programs:
     @property
     def are_kept(self) -> bool:
         """Whether programs come from here; else from JAX's own caches."""
-        return (self._files is not None or bool(self._ready)) and not _looked_into()
+        return (self._files is not None or bool(self._ready)) and not is_looked_into()
 
     def run(self, call: Call) -> Any:
         """What the call's function returns."""
@@ -148,11 +155,11 @@ class Programs:
         if not calls:
             yield
             return
-        missing, settings, stopped = self._missing(calls), _settings(), threading.Event()
+        missing, settings, stopped = self._missing(calls), thread_settings(), threading.Event()
         bar, thread = _bar(missing, progress), ThreadPoolExecutor(1, "lserve-programs")
 
         def prepare_alike() -> bool:
-            alike = _settings() == settings
+            alike = thread_settings() == settings
             if alike:
                 self._prepare(missing, bar, stopped)
             return alike
@@ -183,22 +190,22 @@ class Programs:
         Where JAX's settings are this thread's own it does nothing.
         """
         waiting = deque(call.described() for call in calls)
-        settings = _settings()
+        settings = thread_settings()
         programs = weakref.ref(self)
         processes = LoweringProcesses(_at_most(HELPERS_BESIDE))
         tracing = threading.Lock()
 
-        def lower(call: Call) -> _Lowered:
+        def lower(call: Call) -> Lowered:
             # One at a time: it is Python, whose lock the thread needs that drives the device.
             with tracing:
-                traced = _Traced.of(call)
-                kernels = _begin_kernels(processes, traced)
+                traced = Traced.of(call)
+                kernels = begin_kernels(processes, traced)
             wait(kernels)
             with tracing:
                 return traced.lower()
 
         def work() -> None:
-            if _settings() != settings:
+            if thread_settings() != settings:
                 return
             while threading.main_thread().is_alive():
                 mine = programs()
@@ -223,7 +230,7 @@ class Programs:
         for thread in (*threads, threading.Thread(target=end, name="lserve-programs")):
             thread.start()
 
-    def _make_beside(self, call: Call, lower: "Callable[[Call], _Lowered]") -> None:
+    def _make_beside(self, call: Call, lower: Callable[[Call], Lowered]) -> None:
         signature, key = call.signature(sharded=self.sharded), self._key(call)
         own: Future[Any] = Future()
         with self._lock:
@@ -254,7 +261,7 @@ class Programs:
         if processes is None:
             processes = LoweringProcesses(_at_most(MOST_HELPERS))
         threads = ThreadPoolExecutor(_at_most(MOST_COMPILING), "lserve-programs")
-        with threads as pool, closing(processes), _no_collection():
+        with threads as pool, closing(processes), no_collection():
             try:
                 self._ready |= self._made(missing, pool, processes, bar, stopped)
             except BaseException:
@@ -288,7 +295,7 @@ class Programs:
         kept = [signature for signature in missing if self._is_kept(keys[signature])]
         for signature in kept:
             made[signature] = begin(self._load, missing[signature], keys[signature])
-        waiting: deque[tuple[Hashable, _Traced, list[Future[None]]]] = deque()  # for kernels
+        waiting: deque[tuple[Hashable, Traced, list[Future[None]]]] = deque()  # for kernels
 
         def compile_next() -> None:
             signature, traced, kernels = waiting.popleft()
@@ -303,7 +310,7 @@ class Programs:
                 bar.update()
                 continue
             _raise_if_stopped(stopped)
-            traced = _Traced.of(missing[signature])
+            traced = Traced.of(missing[signature])
             waiting.append((signature, traced, processes.begin(traced.traced.jaxpr)))
             while waiting and all(kernel.done() for kernel in waiting[0][2]):
                 compile_next()
@@ -342,11 +349,11 @@ class Programs:
         return key in self._preloaded or self._files.has(key)
 
     def _make(
-        self, call: Call, key: str | None, lower: "Callable[[Call], _Lowered] | None" = None
+        self, call: Call, key: str | None, lower: Callable[[Call], Lowered] | None = None
     ) -> Any:
         program = self._load(call, key)
         if program is None:
-            lowered = _Traced.of(call).lower() if lower is None else lower(call)
+            lowered = Traced.of(call).lower() if lower is None else lower(call)
             return self._compile_and_keep(call, key, lowered)
         return program
 
@@ -365,7 +372,7 @@ class Programs:
             self._remember(key)
         return program
 
-    def _compile_and_keep(self, call: Call, key: str | None, lowered: "_Lowered") -> Any:
+    def _compile_and_keep(self, call: Call, key: str | None, lowered: Lowered) -> Any:
         program = self._compile(call, lowered)
         if self._files is not None and key is not None:
             try:
@@ -387,10 +394,10 @@ class Programs:
             except OSError as error:
                 self._say_once(error)
 
-    def _compile(self, call: Call, lowered: "_Lowered") -> Any:
+    def _compile(self, call: Call, lowered: Lowered) -> Any:
         start = time.perf_counter()
         program = (
-            lowered.lowered.compile() if self._files is None else _compile_anew(lowered.lowered)
+            lowered.lowered.compile() if self._files is None else compile_anew(lowered.lowered)
         )
         seconds = lowered.seconds + time.perf_counter() - start
         self._note(ProgramTime(name=call.name, source="compiled", seconds=seconds))
@@ -410,108 +417,10 @@ def _bar(missing: Sized, progress: bool) -> tqdm:
     return tqdm(total=len(missing), desc="programs", unit="program", disable=not progress)
 
 
-def _settings() -> tuple[Any, ...]:
-    """JAX's settings as this thread has them. Contexts that users make of their own are no part.
-
-    Nor is whether JAX's cache is on, which ``_JaxCacheOff`` changes for all threads.
-    """
-    values = {k: v for k, v in jax.config.values.items() if k != "jax_enable_compilation_cache"}
-    return values, jax.sharding.get_abstract_mesh()
-
-
 def _raise_if_stopped(stopped: threading.Event) -> None:
     """Raises ``CancelledError`` where nobody waits for programs any more."""
     if stopped.is_set():
         raise CancelledError
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python looks for no cycles: traces stay, and it would go through all of them ever again."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-@dataclass(frozen=True)
-class _Lowered:
-    lowered: Any
-    seconds: float  # that tracing and lowering took
-
-
-@dataclass(frozen=True)
-class _Traced:
-    traced: Any
-    seconds: float
-
-    @classmethod
-    def of(cls, call: Call) -> "_Traced":
-        start = time.perf_counter()
-        traced = call.function.trace(*call.args, **call.static)
-        return cls(traced, time.perf_counter() - start)
-
-    def lower(self) -> _Lowered:
-        start = time.perf_counter()
-        lowered = self.traced.lower()
-        return _Lowered(lowered, self.seconds + time.perf_counter() - start)
-
-
-def _begin_kernels(processes: LoweringProcesses, traced: _Traced) -> list[Future[None]]:
-    """What to wait for before a program that is made beside is lowered."""
-    try:
-        return processes.begin(traced.traced.jaxpr)
-    except RuntimeError as error:
-        # Python ends: then nothing can be begun, already while its main thread counts as alive.
-        log.warning("kernels are lowered by no other process: %s", error)
-        return []
-
-
-class _JaxCacheOff:
-    """While any thread is inside, JAX neither reads nor writes its own cache of compiled code."""
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._was = threading.Lock(), 0, True
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._was = jax.config.jax_enable_compilation_cache
-                self._switch(False)
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._switch(self._was)
-
-    def _switch(self, on: bool) -> None:
-        jax.config.update("jax_enable_compilation_cache", on)
-        compilation_cache.reset_cache()  # JAX looks at the setting once, until this
-
-
-_jax_cache_off = _JaxCacheOff()
-
-
-def _compile_anew(lowered: Any) -> Any:
-    """Neither from JAX's cache on disk nor from memory, which may have it from there.
-
-    Code for a CPU that came out of that cache can be serialised, but what is read back then lacks
-    functions (``findings/jax_cpu_cached_executable.sh``).
-    """
-    with _jax_cache_off:
-        # The default; but with an option JAX takes what it compiled with that one only.
-        return lowered.compile(compiler_options={"xla_embed_ir_in_executable": False})
-
-
-def _looked_into() -> bool:
-    """Whether JAX is to run functions step by step, if only to name the one that made a NaN."""
-    config = jax.config
-    return config.jax_debug_nans or config.jax_debug_infs or config.jax_disable_jit
 
 
 def _at_most(count: int) -> int:

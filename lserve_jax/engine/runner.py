@@ -6,14 +6,12 @@ that the device works while the host goes on.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, UInt32
 
 from lserve_jax.attention.attend import ChunkRows, PrefixGroups
 from lserve_jax.attention.cache import (
@@ -23,6 +21,7 @@ from lserve_jax.attention.cache import (
     init_layer_cache,
     layer_cache_shapes,
 )
+from lserve_jax.engine.array_bytes import fingerprint, step_bytes, tree_bytes
 from lserve_jax.engine.buckets import SMALLEST_CHUNK, bucket, buckets, row_counts
 from lserve_jax.engine.calls import Call, places_of
 from lserve_jax.engine.forced_steps import score_steps
@@ -55,8 +54,7 @@ from lserve_jax.engine.steps import (
 from lserve_jax.engine.token_rules import TokenRules
 from lserve_jax.engine.weights import EngineParams
 from lserve_jax.model.config import ModelConfig
-from lserve_jax.model.params import Params, abstract_params, is_quantised
-from lserve_jax.model.quantise import unpack_params
+from lserve_jax.model.params import Params, abstract_params
 from pallas_kernels.api import MOST_SELECTED_PAGES, Backend, W8A8Kind, resolve_backend
 
 
@@ -100,7 +98,7 @@ class ModelRunner:
         self.prefill_dtype = prefill_dtype
         self.parameter_bytes = tree_bytes(params)
         # Of what a step multiplies by, and of one that drafts.
-        self.step_bytes, self.draft_step_bytes = map(_step_bytes, (params.decode, params.draft))
+        self.step_bytes, self.draft_step_bytes = map(step_bytes, (params.decode, params.draft))
         self.num_parameters = sum(x.size for x in jax.tree.leaves(abstract_params(config)))
         self.programs = Programs(None) if programs is None else programs
         self.programs.sharded = len(_devices(self.params)) > 1
@@ -424,20 +422,8 @@ class ModelRunner:
         return jax.eval_shape(lambda caches: read_pages(caches, pages, windows), self._caches)
 
     def fingerprint(self) -> str:
-        """A digest of architecture and weights: every number of every weight counts.
-
-        Names, shapes and dtypes count too, and so does the order of heads. Whether matrices are
-        packed does not.
-        """
-        digest = hashlib.sha256(repr(self.config).encode())
-        paths, _ = jax.tree.flatten_with_path(jax.eval_shape(unpack_params, self.params))
-        for path, leaf in paths:
-            name = f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}"
-            digest.update(name.encode())
-        leaves = jax.tree.leaves(self.params, is_leaf=is_quantised)
-        for checksum in jax.tree.leaves(jax.device_get([_checksums(leaf) for leaf in leaves])):
-            digest.update(checksum.tobytes())
-        return digest.hexdigest()[:32]
+        """A digest of architecture and weights, as ``array_bytes.fingerprint`` says."""
+        return fingerprint(self.config, self.params)
 
     # Measurements and tests.
 
@@ -502,42 +488,3 @@ def _own_device(params: Params) -> jax.Device | None:
     if len(devices) > 1 or not any(committed for _, committed in places_of(leaves)):
         return None
     return devices.pop()
-
-
-def tree_bytes(params: Params | EngineParams) -> int:
-    """What they take on a device, each array once."""
-    return sum({id(x): device_bytes(x) for x in jax.tree.leaves(params)}.values())
-
-
-def _step_bytes(params: Params) -> int:
-    """Of all but a table that is no output layer: a step reads a row of it for each token."""
-    table = {"embed_tokens"} if "lm_head" in params else set()
-    return tree_bytes({key: params[key] for key in params.keys() - table})
-
-
-def device_bytes(x: Array | jax.ShapeDtypeStruct) -> int:
-    """What an array takes on a device, which has two numbers of 4 bits in a byte."""
-    if jnp.issubdtype(x.dtype, jnp.integer):
-        return x.size * jnp.iinfo(x.dtype).bits // 8
-    return x.size * x.dtype.itemsize
-
-
-@jax.jit
-def _checksums(leaf: Any) -> list[UInt32[Array, " 2"]]:
-    """Of each array of a leaf two sums of its bits, every number times an odd one of its place.
-
-    Modulo 2^32. So one changed number changes both, and numbers that trade places do too. A sum
-    runs where the array lies; nothing is fetched, and nothing of its size made but for what is
-    packed, one after the other.
-    """
-
-    def checksum(x: Array) -> Array:
-        if x.dtype == jnp.uint4:
-            x = x.astype(jnp.uint8)
-        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).ravel()
-        place = jax.lax.iota(jnp.uint32, bits.size)
-        factors = [(place * jnp.uint32(m)) | jnp.uint32(1) for m in (2654435761, 2246822519)]
-        return jnp.stack([jnp.sum(bits * factor, dtype=jnp.uint32) for factor in factors])
-
-    return [checksum(x) for x in jax.tree.leaves(unpack_params({"": leaf}))]

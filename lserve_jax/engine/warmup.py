@@ -9,18 +9,16 @@ for: rows that read a prefix together, log probabilities, penalties, restricted 
 warm-up the engine compiles what its first request needs at the same time.
 """
 
-from typing import Literal
-
 import numpy as np
 
 from lserve_jax.engine.calls import Call
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.example_calls import decode_calls, insert_call, prefill_call
+from lserve_jax.engine.options import Warmup
 from lserve_jax.engine.runner import ModelRunner
 from lserve_jax.engine.steps import insert, prefill_chunks
 from lserve_jax.sampling_params import SamplingParams
 
-Warmup = Literal["none", "auto", "full"]
 _USUAL = (SamplingParams(temperature=0), SamplingParams())
 _FILTERED = SamplingParams(top_p=0.9)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import convert
 from lserve_jax.attention.cache import KVDtype
 from lserve_jax.attention.config import SparsityConfig
-from lserve_jax.engine.build import resolve_dtype
+from lserve_jax.engine.options import resolve_dtype
 from lserve_jax.llm import LLM
 from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.params import Params
@@ -17,7 +17,7 @@ from pallas_kernels.api import Backend, W8A8Kind
 
 @dataclass(frozen=True, kw_only=True)
 class SharedOptions:
-    """How every setting's engine is built; ``engine.build.EngineOptions`` explains each."""
+    """How every setting's engine is built; ``engine.options.EngineOptions`` explains each."""
 
     dtype: str | None = None
     kv_dtype: KVDtype = "auto"

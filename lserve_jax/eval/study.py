@@ -21,8 +21,8 @@ from tqdm import tqdm
 import convert
 from convert.tokenizers import load_tokenizer
 from lserve_jax.analysis import require_matplotlib
-from lserve_jax.engine.build import resolve_dtype
 from lserve_jax.engine.head_policy import HeadPolicy, head_policy
+from lserve_jax.engine.options import resolve_dtype
 from lserve_jax.engine.scoring import Score
 from lserve_jax.eval import report
 from lserve_jax.eval.answers import answer

@@ -19,7 +19,7 @@ from tiny_checkpoints import LLAMA, random_tensors, write_hf
 
 import convert
 from lserve_jax import LLM, SamplingParams, logits
-from lserve_jax.engine.build import EngineOptions
+from lserve_jax.engine.options import EngineOptions
 from lserve_jax.model.heads import HeadPartition, permute_heads
 from pallas_kernels.api import Weight, has_fp8
 

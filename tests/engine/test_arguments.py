@@ -14,7 +14,7 @@ from tiny_llm import VOCAB, check_nothing_left, random_prompts, tiny_config, tin
 
 import convert
 from lserve_jax import LLM, SamplingParams, SparsityConfig
-from lserve_jax.engine.build import EngineOptions
+from lserve_jax.engine.options import EngineOptions
 from lserve_jax.text_engine import TextEngine
 from lserve_jax.tokenizer import Tokenizer
 

@@ -29,9 +29,9 @@ from lserve_jax import LLM, ModelConfig, SamplingParams, SparsityConfig
 from lserve_jax.analysis import prefill_recall
 from lserve_jax.attention.config import Prefill
 from lserve_jax.engine import build
-from lserve_jax.engine.build import EngineOptions
 from lserve_jax.engine.engine import Engine
-from lserve_jax.engine.warmup import Warmup, warmup_calls
+from lserve_jax.engine.options import EngineOptions, Warmup
+from lserve_jax.engine.warmup import warmup_calls
 from lserve_jax.model.head_shares import MISSED_AT, HeadSensitivity
 from lserve_jax.stats import BatchTimes, CompileClock, batch_summary, request_summary
 

@@ -12,7 +12,8 @@ from tiny_llm import random_prompts, tiny_config, tiny_params
 
 from lserve_jax import LLM, SamplingParams, SparsityConfig
 from lserve_jax.engine import build
-from lserve_jax.engine.runner import tree_bytes
+from lserve_jax.engine.array_bytes import tree_bytes
+from lserve_jax.engine.options import EngineOptions
 from lserve_jax.model.params import Params, is_quantised
 from lserve_jax.model.quantise import quantise_params
 from pallas_kernels.api import PackedWeight, Weight
@@ -114,7 +115,7 @@ def test_codes_are_refused_and_groups_that_do_not_divide_before_weights_are_read
     with pytest.raises(ValueError, match="draft_weights='int4' needs floats to quantise"):
         LLM((CONFIG, coded), draft_weights="int4", **EXACT)
     odd = dataclasses.replace(CONFIG, intermediate_size=240)
-    options = build.EngineOptions(draft_weights="int4", **EXACT)
+    options = EngineOptions(draft_weights="int4", **EXACT)
 
     def read() -> Params:
         raise AssertionError("weights were read")

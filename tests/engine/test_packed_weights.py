@@ -19,7 +19,8 @@ from tiny_llm import check_nothing_left, random_prompts, tiny_config, tiny_param
 import convert
 from lserve_jax import LLM, SamplingParams, SparsityConfig, logits
 from lserve_jax.engine import build
-from lserve_jax.engine.build import EngineOptions, build_engine
+from lserve_jax.engine.build import build_engine
+from lserve_jax.engine.options import EngineOptions
 from lserve_jax.model import quantise
 from lserve_jax.model.lora import init_adapter, merge
 from lserve_jax.model.params import Params, is_quantised

@@ -19,6 +19,7 @@ from lserve_jax.attention.cache import cache_bytes, make_spec
 from lserve_jax.engine import build as build_module
 from lserve_jax.engine import engine as engine_module
 from lserve_jax.engine import host_tier as host_tier_module
+from lserve_jax.engine import page_plan
 from lserve_jax.engine import runner as runner_module
 from lserve_jax.engine.host_tier import HostTier, check_pinned_memory, take_pinned_memory
 from lserve_jax.engine.prefix_tree import Evicted, next_digest, root_digest
@@ -82,7 +83,7 @@ def test_on_a_cpu_windows_take_half_of_what_pages_do_unless_asked_for(
     """But have room for the prompt in prefill, a window and a half, and another one."""
     window_page = 2 * 16 * 16 * 2 * 4  # two layers with a streaming head, as above
     for room, pages in ((40, 40), (10, 6 + 3 + 6), (1000, 9 * (6 + 3))):
-        monkeypatch.setattr(build_module, "CPU_CACHE_BYTES", 2 * room * window_page)
+        monkeypatch.setattr(page_plan, "CPU_CACHE_BYTES", 2 * room * window_page)
         assert build(sparsity, max_model_len=512).spec.num_window_pages == pages
     asked = build(sparsity, max_model_len=512, kv_cache_bytes=1 << 20)
     assert asked.spec.num_window_pages == 9 * (6 + 3)
@@ -179,14 +180,14 @@ def test_weights_do_not_exist_twice_while_pages_are_planned(
     config = dataclasses.replace(CONFIG, hidden_size=256)
     convert.save(tmp_path / "model", config, tiny_params(config))
     live = []
-    plan = build_module._plan_pages
+    plan = build_module.plan_pages
 
     def count(*args):
         gc.collect()
         live.append(sum(x.nbytes for x in jax.live_arrays()))
         return plan(*args)
 
-    monkeypatch.setattr(build_module, "_plan_pages", count)
+    monkeypatch.setattr(build_module, "plan_pages", count)
     gc.collect()
     before = sum(x.nbytes for x in jax.live_arrays())
     llm = LLM(tmp_path / "model", attention="lserve", sparsity=sparsity, max_num_seqs=2)

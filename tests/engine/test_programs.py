@@ -25,8 +25,9 @@ from tiny_llm import tiny_config, tiny_params
 from lserve_jax import LLM, SamplingParams, SparsityConfig
 from lserve_jax.engine import program_files
 from lserve_jax.engine.calls import Call
+from lserve_jax.engine.compiling import compile_anew
 from lserve_jax.engine.program_files import ProgramFiles
-from lserve_jax.engine.programs import Programs, _compile_anew
+from lserve_jax.engine.programs import Programs
 
 CONFIG = tiny_config(layers=1, kv_heads=2)
 OPTIONS = {"max_model_len": 128, "max_num_seqs": 2, "prefill_chunk_size": 64}
@@ -274,7 +275,7 @@ def test_a_disk_that_is_full(tmp_path, expected, caplog: LogCaptureFixture) -> N
 
 @pytest.fixture(scope="module")
 def program() -> jax.stages.Compiled:
-    return _compile_anew(jax.jit(lambda x: x + 1).lower(jnp.zeros(3)))
+    return compile_anew(jax.jit(lambda x: x + 1).lower(jnp.zeros(3)))
 
 
 def test_what_was_not_read_for_the_longest_time_goes_first(tmp_path, program) -> None:

@@ -8,7 +8,8 @@ import tokenizers
 from tiny_llm import random_prompts, tiny_config, tiny_params
 
 from lserve_jax import LLM, SamplingParams
-from lserve_jax.engine.build import EngineOptions, build_engine
+from lserve_jax.engine.build import build_engine
+from lserve_jax.engine.options import EngineOptions
 from lserve_jax.engine.request import PromptIds
 from lserve_jax.text_engine import TextEngine
 from lserve_jax.tokenizer import Tokenizer

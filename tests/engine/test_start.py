@@ -13,11 +13,13 @@ from tiny_llm import tiny_config, tiny_params
 import convert
 from lserve_jax import LLM, SamplingParams
 from lserve_jax.engine import programs
-from lserve_jax.engine.build import EngineOptions, build_engine
+from lserve_jax.engine.array_bytes import tree_bytes
+from lserve_jax.engine.build import build_engine
 from lserve_jax.engine.calls import Call
+from lserve_jax.engine.compiling import Traced
 from lserve_jax.engine.engine import Engine
+from lserve_jax.engine.options import EngineOptions
 from lserve_jax.engine.programs import Programs
-from lserve_jax.engine.runner import tree_bytes
 from lserve_jax.engine.warmup import warmup_calls
 from lserve_jax.engine.weights import Intake
 from lserve_jax.model.heads import partition_of
@@ -188,13 +190,13 @@ def test_parameters_that_are_not_as_expected() -> None:
 def test_settings_of_the_calling_thread_hold(monkeypatch) -> None:
     """Another thread would not have them, so programs are traced here, after the weights."""
     seen: list[object] = []
-    of = programs._Traced.of
+    of = Traced.of
 
     def traced(call: object) -> object:
         seen.append(threading.current_thread())
         return of(call)
 
-    monkeypatch.setattr(programs._Traced, "of", traced)
+    monkeypatch.setattr(Traced, "of", traced)
     with jax.default_matmul_precision("highest"):
         build(lambda: seen.append("read") or tiny_params(CONFIG), warmup="auto")
     assert seen == ["read", *[threading.current_thread()] * 5]

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from tiny_llm import check_nothing_left, random_prompts, tiny_config, tiny_params
 
 from lserve_jax import LLM, SamplingParams
-from lserve_jax.engine.build import EngineOptions, build_engine
+from lserve_jax.engine.build import build_engine
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.metrics import RequestMetrics
+from lserve_jax.engine.options import EngineOptions
 from lserve_jax.engine.request import TokenOutput
 from lserve_jax.outputs import Completion, TextDelta
 from lserve_jax.text_engine import TextEngine

@@ -16,9 +16,11 @@ from tiny_llm import tiny_config, tiny_params
 
 from lserve_jax import LLM, SamplingParams
 from lserve_jax.engine import build as build_module
-from lserve_jax.engine.build import EngineOptions, build_engine
+from lserve_jax.engine.build import build_engine
 from lserve_jax.engine.calls import Call
-from lserve_jax.engine.programs import Programs, _Traced
+from lserve_jax.engine.compiling import Traced
+from lserve_jax.engine.options import EngineOptions
+from lserve_jax.engine.programs import Programs
 from lserve_jax.engine.warmup import calls_beside
 from pallas_kernels.api import LoweringProcesses
 
@@ -147,7 +149,7 @@ def test_beside_requests_two_programs_compile_at_once_on_eight_cores(monkeypatch
     monkeypatch.setattr(build_module, "has_cores_beside", lambda: True)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     both, compiling, tracing = threading.Barrier(2), [], threading.Lock()
-    compile_one, trace, lower = Programs._compile, _Traced.of, _Traced.lower
+    compile_one, trace, lower = Programs._compile, Traced.of, Traced.lower
     alone: list[bool] = []
 
     def together(programs: Programs, call: Call, lowered: Any) -> Any:
@@ -170,8 +172,8 @@ def test_beside_requests_two_programs_compile_at_once_on_eight_cores(monkeypatch
         return works
 
     monkeypatch.setattr(Programs, "_compile", together)
-    monkeypatch.setattr(_Traced, "of", alone_for_a_while(trace))
-    monkeypatch.setattr(_Traced, "lower", alone_for_a_while(lower))
+    monkeypatch.setattr(Traced, "of", alone_for_a_while(trace))
+    monkeypatch.setattr(Traced, "lower", alone_for_a_while(lower))
     llm = build(warmup="auto")
     for thread in made_beside():
         thread.join()
