@@ -12,7 +12,6 @@ process of its own: with an empty cache directory (cold), then with what that on
 ``benchmarks/results/compile_beside.json`` after each start.
 """
 
-import contextlib
 import dataclasses
 import json
 import subprocess
@@ -105,15 +104,15 @@ def child(args: Args) -> dict[str, Any]:
     from lserve_jax.cli import keep_compiled
 
     how = {"compilation_cache": keep_compiled(True), "warmup": "auto"}
+    start_args = startup.Args(geometry=args.geometry, attention=args.attention)
     if args.geometry == "8b":
         import jax
         import llama_8b
 
         model: Any = (llama_8b.CONFIG, jax.block_until_ready(llama_8b.random_params()))
-        given = startup.options_8b(startup.Args(geometry="8b", attention=args.attention), args.rows)
+        given = startup.options_8b(start_args, args.rows)
     else:
-        model = "smollm2-135m-instruct"
-        given = {"attention": args.attention, "max_num_seqs": args.rows, "max_prefixes": 0}
+        model, given = "smollm2-135m-instruct", startup.options_default(start_args, args.rows)
     began = time.perf_counter()
     llm = LLM(model, **given | how)
     ready = time.perf_counter()
@@ -124,7 +123,7 @@ def child(args: Args) -> dict[str, Any]:
         since = time.perf_counter() - ready
         print(f"{since:.0f} s: {len(programs.times)} programs", file=sys.stderr, flush=True)
     done = time.perf_counter()
-    made = len(programs.times)
+    until_then = len(programs.times)
     for _ in range(args.after):
         after.run_one()
     steps = engine.burst_steps
@@ -137,7 +136,7 @@ def child(args: Args) -> dict[str, Any]:
         "ready_seconds": round(ready - began, 2),
         "beside_seconds": round(done - ready, 2),
         "made": dict(Counter(f"{made.source} {made.name}" for made in programs.times)),
-        "made_after": len(programs.times) - made,
+        "made_after": len(programs.times) - until_then,
         "burst_steps": steps,
         "beside": beside.summary() if len(beside.burst_seconds) > 1 else None,
         "after": after.summary(),
@@ -149,14 +148,8 @@ def main(args: Args) -> None:
     given = json.dumps(dataclasses.asdict(args))
     output, starts = HERE / "results" / "compile_beside.json", {}
     output.parent.mkdir(exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        cache = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        if args.geometry == "default":
-            from convert.artefacts import SMOLLM2_135M_INSTRUCT, fetch
-
-            file = fetch(SMOLLM2_135M_INSTRUCT)
-            (cache / "lserve-jax").mkdir()
-            (cache / "lserve-jax" / file.name).symlink_to(file)
+    with tempfile.TemporaryDirectory() as directory:
+        cache = startup.empty_cache(directory, args.geometry)
         for which in ("cold", "second"):
             done = subprocess.run(
                 [sys.executable, __file__, "--child", given],

@@ -3,11 +3,11 @@
     python benchmarks/linear.py [--rows 1 8] [--kinds bf16 int8 int4] [--ways kernel unpacked]
 
 "kernel" is the time of a layer's product by the GPU's own counters (CUPTI), over matrices that
-together exceed the L2 cache, each after a kernel of XLA's; where K is split, a second kernel adds
-the parts ("add", which begins before the first has ended). "step" is the wall time of all 32 layers
-and ``lm_head`` one after the other, as a decode step has them but for attention, inside one jit
-that is compiled as a burst is: with launches, norms, gates and residuals. int4 has groups of 128.
-The way "unpacked" is what quantised weights go with more rows than the kernel is for: unpacked
+together exceed the L2 cache, each after a kernel of XLA's; where K is split, a second kernel may
+add the parts ("add", which begins before the first has ended). "step" is the wall time of all 32
+layers and ``lm_head`` one after the other, as a decode step has them but for attention, inside one
+jit that is compiled as a burst is: with launches, norms, gates and residuals. int4 has groups of
+128. The way "unpacked" is what quantised weights go with more rows than the kernel is for: unpacked
 first, multiplied by XLA. There a layer's time is that of all its kernels. Writes
 ``benchmarks/results/linear.json``.
 """

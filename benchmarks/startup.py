@@ -97,6 +97,10 @@ class Spans:
         return result
 
 
+def options_default(args: Args, rows: int) -> dict[str, Any]:
+    return {"attention": args.attention, "max_num_seqs": rows, "max_prefixes": 0}
+
+
 def options_8b(args: Args, rows: int) -> dict[str, Any]:
     import llama_8b
 
@@ -151,7 +155,7 @@ def child(args: Args, rows: int, model: str, began: float) -> dict[str, float]:
 
         convert.load = timed
         if args.geometry == "default":
-            options = {"attention": args.attention, "max_num_seqs": rows, "max_prefixes": 0}
+            options = options_default(args, rows)
             prompts = [PROMPT] * rows
         else:
             options = options_8b(args, rows)
@@ -169,6 +173,21 @@ def child(args: Args, rows: int, model: str, began: float) -> dict[str, float]:
     parts["total"] = last - began
     parts["processor"] = time.process_time()
     return {**parts, **spans.seconds()}
+
+
+def empty_cache(directory: str, geometry: str) -> Path:
+    """A cache directory for starts that has nothing but the default model's file, if they read it.
+
+    That lies in this user's own cache, where it is fetched to.
+    """
+    from convert.artefacts import SMOLLM2_135M_INSTRUCT, fetch
+
+    cache = Path(directory)
+    (cache / "lserve-jax").mkdir()
+    if geometry == "default":
+        file = fetch(SMOLLM2_135M_INSTRUCT)
+        (cache / "lserve-jax" / file.name).symlink_to(file)
+    return cache
 
 
 def environment(cache: Path) -> dict[str, str]:
@@ -214,10 +233,7 @@ def medians(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def measure(args: Args) -> list[dict[str, Any]]:
-    from convert.artefacts import SMOLLM2_135M_INSTRUCT, fetch
-
     measured: list[dict[str, Any]] = []
-    file = fetch(SMOLLM2_135M_INSTRUCT) if args.geometry == "default" else None
     about = {"geometry": args.geometry, "attention": args.attention, "warmup": args.warmup}
 
     def add(what: str, rows: int, which: str, seconds: dict[str, float], label: str) -> None:
@@ -225,13 +241,6 @@ def measure(args: Args) -> list[dict[str, Any]]:
         row["seconds"] = seconds
         measured.append(row)
         print(json.dumps(row), flush=True)
-
-    def cache_of(directory: str) -> Path:
-        cache = Path(directory)
-        (cache / "lserve-jax").mkdir()
-        if file is not None:
-            (cache / "lserve-jax" / file.name).symlink_to(file)
-        return cache
 
     with tempfile.TemporaryDirectory() as models:
         model = "smollm2-135m-instruct"
@@ -241,7 +250,7 @@ def measure(args: Args) -> list[dict[str, Any]]:
             subprocess.run([sys.executable, __file__, "--write", model], check=True)
         for rows in args.rows:
             with tempfile.TemporaryDirectory() as directory:
-                cache = cache_of(directory)
+                cache = empty_cache(directory, args.geometry)
                 add("parts", rows, "cold", medians([start(args, rows, cache, model)]), args.label)
                 again = [start(args, rows, cache, model) for _ in range(args.runs)]
                 add("parts", rows, "second", medians(again), args.label)
@@ -251,7 +260,9 @@ def measure(args: Args) -> list[dict[str, Any]]:
             checkouts[args.other_label] = args.beside
         with contextlib.ExitStack() as stack:
             caches = {
-                label: cache_of(stack.enter_context(tempfile.TemporaryDirectory()))
+                label: empty_cache(
+                    stack.enter_context(tempfile.TemporaryDirectory()), args.geometry
+                )
                 for label in checkouts
             }
             for which, runs in (("cold", 1), ("second", args.runs)):

@@ -76,7 +76,7 @@ def begin_kernels(processes: LoweringProcesses, traced: Traced) -> list[Future[N
         return processes.begin(traced.traced.jaxpr)
     except RuntimeError as error:
         # Python ends: then nothing can be begun, already while its main thread counts as alive.
-        log.warning("kernels are lowered by no other process: %s", error)
+        log.info("kernels are lowered by no other process: %s", error)
         return []
 
 

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 MOST_COMPILING = 16  # programs at a time, each a core's work for XLA
 MOST_HELPERS = 8  # threads that read programs, and processes that lower kernels
 HELPERS_BESIDE = 2  # such processes while requests run
+CORES_BESIDE = 4  # of which one program that compiles while requests run takes one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,9 +186,10 @@ class Programs:
         """Loads or compiles the programs of ``calls`` in their order, beside all else.
 
         Several at the same time, one for four cores; tracing and lowering take turns. Who needs one
-        that has begun waits for it; one that has not begun is made by whoever comes first. It ends
-        with the last program, with this object, or with Python: after those that are being made.
-        Where JAX's settings are this thread's own it does nothing.
+        that was taken up waits for it; one that was not is made by whoever comes first. It ends
+        with the last program, with this object, or with Python: after those that are being made; a
+        thread ends with an error that is not XLA's. Where JAX's settings are this thread's own it
+        does nothing.
         """
         waiting = deque(call.described() for call in calls)
         settings = thread_settings()
@@ -219,7 +221,7 @@ class Programs:
                 del mine
 
         # An executor's threads would go on: its end is waited for while the main thread is alive.
-        count = max(_at_most(MOST_COMPILING) // 4, 1)
+        count = max(_at_most(MOST_COMPILING) // CORES_BESIDE, 1)
         threads = [threading.Thread(target=work, name="lserve-programs") for _ in range(count)]
 
         def end() -> None:

@@ -21,7 +21,10 @@ _ADDRESS = "{ .reg .b32 a; mov.u32 a, %tid.x; and.b32 a, a, 127; mad.lo.u32 a, a
 
 
 def store_in_first(ref, matrix) -> None:
-    """Stores ``matrix`` [64, N] float32, in ``MATRIX``, in the first CTA's ``ref`` [64, N]."""
+    """Stores ``matrix`` [64, N] float32, in ``MATRIX``, in the first CTA's ``ref`` [64, N].
+
+    That CTA has begun: where there are clusters Mosaic lets their CTAs meet at a kernel's start.
+    """
 
     def store(_, ref, matrix) -> None:
         base = _address(ref)

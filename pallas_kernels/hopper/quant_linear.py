@@ -263,6 +263,8 @@ def _multiply(
     steps = length // INPUTS // config.blocks
     if blocks % W or steps * config.blocks * INPUTS * S != K:
         raise ValueError(f"{config} does not divide {blocks} tiles and {K} inputs")
+    if config.cluster and S > 8:
+        raise ValueError(f"{config} has {S} splits, a cluster has at most 8 CTAs")
     stages = min(config.stages, steps)
     group = group_size(packed)
     parts = 1 if group is None else INPUTS // group  # groups of a block
@@ -492,6 +494,8 @@ def _finish(
     for sums_gmem in out_sums:
         squares = y * y
         if own_smem is not None:
+            # What was read there before is in registers: Pallas lets the warps of a warpgroup meet
+            # before a store.
             store_unoptimised(own_smem, squares)
             plgpu.commit_smem()
             squares = plgpu.load(own_smem, layout=operands.EACH_WARP, optimized=False)

@@ -52,7 +52,7 @@ def choose_config(packed: PackedWeight, rows: int) -> Config:
     (K, out), bits = packed.shape, BITS[packed.codes]
     measured = _MEASURED.get((K, out, bits), {})
     padded = tile_rows(rows)
-    most = min((n for n in measured if min(rows, padded) <= n), default=None)
+    most = min((n for n in measured if min(rows, _TILE_ROWS) <= n), default=None)
     if most is None:
         return _by_rule(packed, padded)
     warpgroups, splits, stages, blocks, *cluster = measured[most]
@@ -61,7 +61,7 @@ def choose_config(packed: PackedWeight, rows: int) -> Config:
         splits=splits,
         stages=stages,
         blocks=blocks,
-        cluster=cluster == [True],
+        cluster=bool(cluster),
     )
     return _fitted(packed, padded, config)
 

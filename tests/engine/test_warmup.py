@@ -201,9 +201,10 @@ def test_beside_requests_a_program_is_made_though_processes_take_no_kernel(
     monkeypatch.setattr(LoweringProcesses, "begin", refuse)
     programs = Programs(None)
     call = Call.of(jax.jit(lambda x: x + 1), jnp.zeros(3))
-    programs.prepare_beside([call])
-    for thread in made_beside():
-        thread.join()
+    with caplog.at_level("INFO", "lserve_jax"):
+        programs.prepare_beside([call])
+        for thread in made_beside():
+            thread.join()
     assert "lowered by no other process" in caplog.text
     assert programs.has(call)
 

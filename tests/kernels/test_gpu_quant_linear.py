@@ -61,7 +61,7 @@ def test_output_layer(form: str, rows: int) -> None:
     test_products(form, rows, "lm_head")
 
 
-@pytest.mark.parametrize("rows", [1, 32, 48, 64, 128])
+@pytest.mark.parametrize("rows", [1, 8, 32, 48, 64, 128])
 @pytest.mark.parametrize("name", ["qkv", "o", "gate_up", "down"])
 @pytest.mark.parametrize("form", ["int8", "int4, groups of 128"])
 def test_layers(form: str, name: str, rows: int) -> None:
@@ -93,7 +93,7 @@ def test_layers(form: str, name: str, rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 5, 8])
 @pytest.mark.parametrize(("warpgroups", "splits"), [(1, 8), (2, 4), (3, 2)])
-@pytest.mark.parametrize("form", ["int8", "int4, groups of 128"])
+@pytest.mark.parametrize("form", ["int8", "int4, groups of 32", "int4, groups of 128"])
 def test_clusters_add_as_a_second_kernel_does(
     form: str, warpgroups: int, splits: int, rows: int
 ) -> None:
@@ -126,17 +126,18 @@ def test_clusters_add_as_a_second_kernel_does(
 @pytest.mark.parametrize("rows", [1, 9, 100])
 def test_chains_of_layers_are_as_their_calls(rows: int) -> None:
     """A kernel begins before the one ahead has ended: results must be those of one at a time."""
-    names = ("o", "gate_up", "down")
+    forms = {"qkv": "int8", "o": "int4, groups of 128", "gate_up": "int8", "down": "fp8"}
     packed = {
         name: api.pack_weight(weight_of(SHAPES[name], form), paired=name == "gate_up")
-        for name, form in zip(names, ("int4, groups of 128", "int8", "fp8"), strict=True)
+        for name, form in forms.items()
     }
     scale = normal(3, 4096)
 
     def layers(x, wait=lambda y: y):
-        y, sums = wait(api.fused_linear(x, packed["o"], residual=x))
-        norm = {"norm_scale": scale, "epsilon": 1e-5, "square_sums": sums}
-        z, _ = wait(api.fused_linear(y, packed["gate_up"], gated=True, **norm))
+        norm = {"norm_scale": scale, "epsilon": 1e-5}
+        y, _ = wait(api.fused_linear(x, packed["qkv"], **norm))
+        y, sums = wait(api.fused_linear(y[:, :4096], packed["o"], residual=x))
+        z, _ = wait(api.fused_linear(y, packed["gate_up"], gated=True, square_sums=sums, **norm))
         return wait(api.fused_linear(z, packed["down"], residual=y))[0] * jnp.bfloat16(0.5)
 
     x = normal(1, rows, 4096)
