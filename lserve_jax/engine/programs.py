@@ -5,6 +5,7 @@ model that takes longer than to read the finished program from a file. So where 
 programs were made ahead of time, the runner's calls come here. Elsewhere JAX's own caches do.
 """
 
+import atexit
 import logging
 import os
 import threading
@@ -153,7 +154,7 @@ class Programs:
         On another thread, unless JAX's settings are this thread's own: then after the body. If the
         body fails nobody waits: of the programs those are finished that are being compiled.
         """
-        if not calls:
+        if not calls or not threading.main_thread().is_alive():
             yield
             return
         missing, settings, stopped = self._missing(calls), thread_settings(), threading.Event()
@@ -186,10 +187,10 @@ class Programs:
         """Loads or compiles the programs of ``calls`` in their order, beside all else.
 
         Several at the same time, one for four cores; tracing and lowering take turns. Who needs one
-        that was taken up waits for it; one that was not is made by whoever comes first. It ends
-        with the last program, with this object, or with Python: after those that are being made; a
-        thread ends with an error that is not XLA's. Where JAX's settings are this thread's own it
-        does nothing.
+        that was taken up waits for it; one that was not is made by whoever comes first. One that
+        fails is left to who needs it. It ends with the last program, with this object, when JAX's
+        settings change, or with Python: after those that are being made. Where JAX's settings are
+        this thread's own it does nothing.
         """
         waiting = deque(call.described() for call in calls)
         settings = thread_settings()
@@ -204,12 +205,13 @@ class Programs:
                 kernels = begin_kernels(processes, traced)
             wait(kernels)
             with tracing:
-                return traced.lower()
+                lowered = traced.lower()
+            if thread_settings() != settings:  # and its key says the old ones
+                raise CancelledError
+            return lowered
 
         def work() -> None:
-            if thread_settings() != settings:
-                return
-            while threading.main_thread().is_alive():
+            while threading.main_thread().is_alive() and thread_settings() == settings:
                 mine = programs()
                 if mine is None:
                     return
@@ -224,11 +226,18 @@ class Programs:
         count = max(_at_most(MOST_COMPILING) // CORES_BESIDE, 1)
         threads = [threading.Thread(target=work, name="lserve-programs") for _ in range(count)]
 
-        def end() -> None:
+        def wait_for_all() -> None:
             for thread in threads:
                 thread.join()
+
+        def end() -> None:
+            wait_for_all()
+            atexit.unregister(wait_for_all)
             processes.close()
 
+        # Python waits for threads, but not after a Ctrl-C meanwhile. Then this does, before JAX,
+        # whose own such function is older, takes the backends away for which XLA compiles.
+        atexit.register(wait_for_all)
         for thread in (*threads, threading.Thread(target=end, name="lserve-programs")):
             thread.start()
 
@@ -244,9 +253,10 @@ class Programs:
         except BaseException as error:
             del self._ready[signature]
             own.set_result(None)  # who waits makes it, and hears of what is wrong
-            if not isinstance(error, jax.errors.JaxRuntimeError):  # as where memory is short
+            if not isinstance(error, Exception):
                 raise
-            log.warning("program %s is not made ahead: %s", call.name, error)
+            if not isinstance(error, CancelledError):  # the next ones are made all the same
+                log.warning("program %s is not made ahead: %r", call.name, error)
 
     def _missing(self, calls: Sequence[Call]) -> dict[Hashable, Call]:
         """Those that are not ready, by signature. From here on none of them is made beside."""
@@ -259,6 +269,8 @@ class Programs:
         return missing
 
     def _prepare(self, missing: dict[Hashable, Call], bar: tqdm, stopped: threading.Event) -> None:
+        if not threading.main_thread().is_alive():
+            return  # Python begins no pool any more: each is made where it is called
         processes = self._take_processes()
         if processes is None:
             processes = LoweringProcesses(_at_most(MOST_HELPERS))

@@ -319,7 +319,7 @@ def _largest(
     """The largest key of which ``holds`` is true; it must be true of 0 and end only once."""
 
     def try_bit(i: Int[Array, ""], key: UInt32[Array, "B 1"]) -> UInt32[Array, "B 1"]:
-        larger = key | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        larger = key | (jnp.uint32(1 << 31) >> jnp.uint32(i))
         return jnp.where(holds(larger), larger, key)
 
     return jax.lax.fori_loop(0, 32, try_bit, jnp.zeros((num_rows, 1), jnp.uint32))

@@ -110,6 +110,14 @@ def test_ties_keep_exactly_k_of_the_lowest_ids():
         assert np.flatnonzero(np.isfinite(out[0])).tolist() == kept
 
 
+def test_filters_run_step_by_step_too():
+    """As under ``jax.disable_jit``, where a loop counts in Python's numbers."""
+    logits, arrays = jnp.asarray([[2.0, 1.0, 0.0, -1.0]]), make_arrays([SamplingParams(top_p=0.8)])
+    wanted = filtered(logits, arrays)
+    with jax.disable_jit():
+        np.testing.assert_array_equal(filtered(logits, arrays), wanted)
+
+
 def test_ties_at_the_end_of_top_p_keep_the_lowest_ids():
     arrays = make_arrays([SamplingParams(top_p=0.45)])
     for zero in (0.0, -0.0):  # which of the two zeros a logit is must not matter

@@ -3,10 +3,13 @@
 import dataclasses
 import gc
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +23,7 @@ from lserve_jax.engine.build import build_engine
 from lserve_jax.engine.calls import Call
 from lserve_jax.engine.compiling import Traced
 from lserve_jax.engine.options import EngineOptions
+from lserve_jax.engine.program_files import ProgramFiles
 from lserve_jax.engine.programs import Programs
 from lserve_jax.engine.warmup import calls_beside
 from pallas_kernels.api import LoweringProcesses
@@ -207,6 +211,108 @@ def test_beside_requests_a_program_is_made_though_processes_take_no_kernel(
             thread.join()
     assert "lowered by no other process" in caplog.text
     assert programs.has(call)
+
+
+def test_beside_requests_nothing_is_kept_of_settings_that_changed_meanwhile(tmp_path) -> None:
+    """Its key would say the old ones."""
+    began, go_on = threading.Event(), threading.Event()
+
+    def wide(x: jax.Array) -> jax.Array:
+        began.set()
+        assert go_on.wait(60)
+        return x + jnp.zeros(3, float)
+
+    programs, call = Programs(ProgramFiles(tmp_path)), Call.of(jax.jit(wide), jnp.zeros(3))
+    programs.prepare_beside([call, Call.of(jax.jit(lambda x: x + 1), jnp.zeros(3))])
+    assert began.wait(60)
+    jax.config.update("jax_enable_x64", True)
+    try:
+        go_on.set()
+        for thread in made_beside():
+            thread.join()
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert not programs.has(call) and not list(tmp_path.glob("*"))
+    assert programs.run(call).dtype == jnp.float32
+
+
+def test_beside_requests_one_that_fails_is_left_to_who_needs_it(monkeypatch, caplog) -> None:
+    """Whatever the error, the next ones are made."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    compile_one = Programs._compile
+
+    def fail(programs: Programs, call: Call, lowered: Any) -> Any:
+        if call is first:
+            raise ValueError("no such layout")
+        return compile_one(programs, call, lowered)
+
+    programs = Programs(None)
+    first, second = (Call.of(jax.jit(lambda x, n=n: x + n), jnp.zeros(3)) for n in range(2))
+    monkeypatch.setattr(Programs, "_compile", fail)
+    monkeypatch.setattr(Call, "described", lambda call: call)
+    programs.prepare_beside([first, second])
+    for thread in made_beside():
+        thread.join()
+    assert programs.has(second) and not programs.has(first)
+    assert "is not made ahead: ValueError('no such layout')" in caplog.text
+    with pytest.raises(ValueError, match="no such layout"):
+        programs.run(first)
+
+
+def run_as_a_script(code: str) -> subprocess.CompletedProcess:
+    begin = """
+import os, signal, sys, threading, time
+import jax, jax.numpy as jnp
+from lserve_jax.engine.calls import Call
+from lserve_jax.engine.program_files import ProgramFiles
+from lserve_jax.engine.programs import Programs
+programs, call = Programs(None), Call.of(jax.jit(lambda x: x + 1), jnp.zeros(3))
+"""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, "-c", begin + code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_ctrl_c_while_a_program_that_ended_waits_for_what_is_made() -> None:
+    """XLA compiles for a backend that must still be there."""
+    done = run_as_a_script("""
+compile_one, compiling = Programs._compile, threading.Event()
+def slowly(*given):
+    compiling.set()
+    time.sleep(2)
+    result = compile_one(*given)
+    print("made", flush=True)
+    return result
+Programs._compile = slowly
+def interrupt():
+    threading.main_thread().join()
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGINT)
+programs.prepare_beside([call])
+compiling.wait()
+threading.Thread(target=interrupt, daemon=True).start()
+""")
+    assert done.returncode >= 0 and done.stdout == "made\n", done
+
+
+def test_where_the_main_thread_has_ended_programs_are_made_as_they_are_called() -> None:
+    """Python begins no pool of threads any more."""
+    done = run_as_a_script("""
+def work():
+    threading.main_thread().join()
+    programs.prepare([call])
+    with programs.preparing([call]):
+        pass
+    print(programs.run(call))
+threading.Thread(target=work).start()
+""")
+    assert (done.returncode, done.stdout) == (0, "[1. 1. 1.]\n"), done
 
 
 def test_what_a_request_compiles_ahead_is_not_made_beside_it(monkeypatch) -> None:
