@@ -69,7 +69,7 @@ class ModelArgs:
     cache: Annotated[bool, flag("", "kept")] = True
     """Keep compiled programs for the next start, or compile anew and keep nothing."""
     warmup: Literal["none", "auto", "full"] = "none"
-    """Compile before anything runs: what any request needs, or for every number of slots too."""
+    """Compile before anything runs: what a short request alone needs, or all usual shapes."""
 
     def load(self, **options: Any) -> LLM:
         """The model, with ``options`` of ``LLM`` beside these.

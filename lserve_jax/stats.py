@@ -77,14 +77,15 @@ class CompileClock:
 def request_summary(metrics: RequestMetrics, clock: CompileClock, sparse: bool) -> list[str]:
     """Lines that say what one request cost.
 
-    The prefill has no speed if something was compiled meanwhile: some of it is computed beside
-    that. Compilation falls before the first token, which is fetched when the first burst is on its
-    way, but for exact mode's first burst without drafts: decode has a speed that includes it.
+    The prefill has no speed if anything was compiled meanwhile, be it a small function beside
+    programs that are loaded: some of it is computed beside that. Compilation falls before the first
+    token, which is fetched when the first burst is on its way, but for exact mode's first burst
+    without drafts: decode has a speed that includes it.
     """
     prefill = _speed(metrics.prompt_tokens, metrics.prefill_seconds)
     if clock.seconds() > 0:
         prefill = f"{metrics.prompt_tokens} tokens in {metrics.prefill_seconds:.2f} s, speed "
-        prefill += "unknown: compiled meanwhile"
+        prefill += "unknown: compiled or loaded meanwhile"
     lines = [
         f"prefill   {prefill}",
         f"decode    {_speed(metrics.generated_tokens - 1, metrics.decode_seconds)}",

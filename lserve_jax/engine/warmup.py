@@ -1,12 +1,13 @@
 """Programs that requests will need, compiled before the first one comes.
 
-"auto" is what any request needs: a short prompt, and bursts of one row, greedy and drawing. "full"
-is every length of a prompt's chunk, alone, read causally or block-sparsely, and beside others, and
-every number of slots, beside these with filters (top_k, top_p, min_p). After "auto" a GPU's host
-compiles the rest of "full" while requests run, several programs at the same time. Where pages go to
-host memory, both have the programs that move them. What remains compiles when it is first asked
-for: rows that read a prefix together, log probabilities, penalties, restricted tokens. Without a
-warm-up the engine compiles what its first request needs at the same time.
+"auto" is what a short request alone needs: a short prompt, and bursts of one row, greedy and
+drawing. "full" is every length of a prompt's chunk, alone, read causally or block-sparsely, and
+beside others, and every number of slots, beside these with filters (top_k, top_p, min_p). After
+"auto" a GPU's host compiles the rest of "full" while requests run, several programs at the same
+time. Where pages go to host memory, both have the programs that move them. What remains compiles
+when it is first asked for: rows that read a prefix together, log probabilities, penalties,
+restricted tokens. Without a warm-up the engine compiles what its first request needs at the same
+time.
 """
 
 import numpy as np

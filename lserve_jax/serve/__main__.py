@@ -60,7 +60,7 @@ class ServeArgs(ModelArgs):
     max_num_seqs: int = 8
     """So many completions run at the same time."""
     warmup: Literal["none", "auto", "full"] = "auto"
-    """Compile before it says ready: what any request needs, or for every number of slots too."""
+    """Compile before it says ready: what a short request alone needs, or all usual shapes."""
     max_queue: int = 256
     """So many more may wait; beyond it a request is answered 429."""
     relay: RelayMode = "auto"

@@ -255,7 +255,7 @@ def test_a_prefill_that_compiled_meanwhile_has_no_speed():
     decode = "decode    50 tokens in 5.00 s, 10.0 tokens/s"
     clock = SimpleNamespace(seconds=lambda: 8.0)  # all before the first token
     assert request_summary(metrics, clock, sparse=False) == [
-        "prefill   100 tokens in 10.00 s, speed unknown: compiled meanwhile",
+        "prefill   100 tokens in 10.00 s, speed unknown: compiled or loaded meanwhile",
         decode,
         "compile   8.00 s",
     ]
