@@ -20,8 +20,7 @@ follows on the sum (bias, gate, residual, squares for the next norm) is done by 
 Roundings to bf16 are where unfused layers have them.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,10 +36,8 @@ from pallas_kernels.hopper import quant_operands as operands
 from pallas_kernels.hopper.linear_tiles import (
     COLUMNS,
     first_square_sums,
-    gather_columns,
     inverse_rms,
     square_sums_type,
-    store_columns,
 )
 from pallas_kernels.hopper.mosaic import (
     MATRIX,
@@ -52,7 +49,8 @@ from pallas_kernels.hopper.mosaic import (
     spread_rows,
     store_unoptimised,
 )
-from pallas_kernels.hopper.quant_plan import Config, choose_config, tile_rows
+from pallas_kernels.hopper.quant_finish import RowTiles, finish
+from pallas_kernels.hopper.quant_plan import Config, choose_config
 from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
 from pallas_kernels.packed import BITS, INPUTS, ROWS, group_size
 from pallas_kernels.types import PackedWeight
@@ -90,7 +88,7 @@ def packed_linear(
     bf16 but for the weights, any number of rows. Raises ``NotImplementedError`` for anything else.
     """
     _refuse_unsupported(x, packed, gated, residual)
-    summed, tiles = packed.shape[0] // COLUMNS, _RowTiles(len(x))
+    summed, tiles = packed.shape[0] // COLUMNS, RowTiles(len(x))
     if norm_scale is None:
         square_sums = None
     else:
@@ -122,52 +120,6 @@ class _Settings(NamedTuple):
     finishes: bool = True  # whether the first kernel does what follows on the sums
 
 
-@dataclass(frozen=True)
-class _RowTiles:
-    """Tiles of the rows of x. The last one may have fewer of them than the others."""
-
-    rows: int  # of x, B
-
-    @property
-    def size(self) -> int:
-        """N: rows of a tile in memory, some of which it may not have."""
-        return tile_rows(self.rows)
-
-    @property
-    def count(self) -> int:
-        return pl.cdiv(self.rows, self.size)
-
-    @property
-    def padded(self) -> int:
-        """Rows of all tiles in memory."""
-        return self.count * self.size
-
-    @property
-    def held(self) -> int:
-        """Rows that a tile has at most."""
-        return min(self.rows, self.size)
-
-    def first(self):
-        """The row of x that is the first of this CTA's tile."""
-        return lax.axis_index("rows") * self.size if self.count > 1 else 0
-
-    def columns(self):
-        """The tile in arrays whose columns are the rows of all tiles."""
-        return pl.ds(self.first(), self.size)
-
-    def at(self, row):
-        """Where a row of the tile is read: any row will do for one that the tile does not have."""
-        return jnp.minimum(self.first() + row, self.rows - 1) if self.count > 1 else row
-
-    def store(self, row: int, store: Callable[[Any], None]) -> None:
-        """``store(i)`` if the tile has that row: it is row i of x."""
-        i = self.first() + row
-        if row < self.rows - (self.count - 1) * self.size:
-            store(i)
-        else:
-            pl.when(i < self.rows)(lambda: store(i))
-
-
 def _run(
     settings: _Settings,
     x: Float[Array, "B K"],
@@ -176,7 +128,7 @@ def _run(
     after: tuple[Array | None, Array | None],  # bias, residual
     dtype: jax.typing.DTypeLike,
 ) -> tuple[Array, Array | None]:
-    B, padded = len(x), _RowTiles(len(x)).padded
+    B, padded = len(x), RowTiles(len(x)).padded
     blocks, config, residual = packed.words.shape[0], settings.config, after[1]
     width = packed.shape[1] // (2 if settings.gated else 1)
     results = [jax.ShapeDtypeStruct((B, width), dtype)]
@@ -216,7 +168,7 @@ def _call(
 
 def _make_add(settings: _Settings, results: Shapes) -> Callable[..., Any]:
     """The second kernel: adds the splits."""
-    splits, tiles = settings.config.splits, _RowTiles(results[0].shape[0])
+    splits, tiles = settings.config.splits, RowTiles(results[0].shape[0])
 
     def add(parts_gmem, bias_gmem, residual_gmem, *outputs):
         plgpu.griddepcontrol_launch_dependents()
@@ -228,7 +180,7 @@ def _make_add(settings: _Settings, results: Shapes) -> Callable[..., Any]:
             for s in range(splits)
         ]
         total = sum(parts[1:], parts[0])
-        _finish(total, block, bias_gmem, residual_gmem, outputs, settings.gated)
+        finish(total, block, bias_gmem, residual_gmem, outputs, settings.gated)
 
     def call(parts, *after):
         return plgpu.kernel(
@@ -256,7 +208,7 @@ def _multiply(
     *after: Array | None,  # bias, residual
 ) -> tuple[Array, ...]:
     """The first kernel. Its sums are finished, or go out as they are."""
-    config, tiles = settings.config, _RowTiles(x.shape[0])
+    config, tiles = settings.config, RowTiles(x.shape[0])
     K, (blocks, _, rows, _) = packed.shape[0], packed.words.shape
     N, W, S = tiles.size, config.warpgroups, config.splits
     length = K // S  # of x in a CTA
@@ -285,7 +237,7 @@ def _multiply(
         *refs,
     ):
         (
-            *outputs,  # parts [S, out, rows], or those of ``_finish``
+            *outputs,  # parts [S, out, rows], or those of ``finish``
             x_smem,  # [length / 32, N, 32]
             totals_smem,  # [groups of the split, N]
             rms_smem,  # [W, N]
@@ -379,13 +331,13 @@ def _multiply(
             clusters.meet()
 
             @pl.when(split == 0)
-            def finish():
+            def add_up_splits():
                 parts = [clusters.load_stored(parts_smem.at[s, wg]) for s in range(S)]
                 total, own = sum(parts[1:], parts[0]), parts_smem.at[0, wg]
-                _finish(total, block, bias_gmem, residual_gmem, outputs, settings.gated, own)
+                finish(total, block, bias_gmem, residual_gmem, outputs, settings.gated, own)
 
         elif settings.finishes:
-            _finish(acc, block, bias_gmem, residual_gmem, outputs, settings.gated)
+            finish(acc, block, bias_gmem, residual_gmem, outputs, settings.gated)
         else:
             own = outputs[0].at[split, pl.ds(block * ROWS, ROWS), tiles.columns()]
             store_unoptimised(own, acc)
@@ -450,58 +402,3 @@ def _scale_and_zero(here, packed: PackedWeight, part: int, parts: int):
         return scale, None
     zero = plgpu.load(here.at[first + parts + part], layout=PER_ROW)
     return scale, lax.bitcast_convert_type(zero, jnp.float32)
-
-
-def _finish(
-    y, block, bias_gmem, residual_gmem, outputs: Sequence[Any], gated: bool, own_smem=None
-) -> None:
-    """What follows on the sums y [64, N] of a block: bias [out], residual [B, width], or None.
-
-    Squares are summed over rows in memory that is one for the CTA, or in ``own_smem`` [64, N] of
-    the warpgroup.
-    """
-    out_gmem, *out_sums = outputs  # [B, width], [tiles, rows]
-    (B, width), dtype = out_gmem.shape, out_gmem.dtype
-    tiles = _RowTiles(B)
-    layout, channels, halves = MATRIX, ROWS, (y,)
-    if gated:
-        layout, channels = operands.HALF, ROWS // 2
-        halves = operands.split_pairs(y)
-
-    def rounded(y):
-        return y if dtype == jnp.float32 else y.astype(dtype).astype(jnp.float32)
-
-    def with_bias(half, y):
-        y = rounded(y)
-        if bias_gmem is not None:
-            own = bias_gmem.at[pl.ds(half * width + block * channels, channels)]
-            bias = plgpu.load(own, layout=layout.reduce(1), optimized=False)
-            y = rounded(y + spread_rows(bias.astype(jnp.float32), y))
-        return y
-
-    y, *up = (with_bias(half, y) for half, y in enumerate(halves))
-    if up:
-        y = y / (1.0 + jnp.exp(-y)) * up[0]
-    own = pl.ds(block * channels, channels)
-    if residual_gmem is not None:
-
-        def load_residual(row):
-            own_row = residual_gmem.at[tiles.at(row), own]
-            return plgpu.load(own_row, layout=PER_ROW, optimized=False).astype(jnp.float32)
-
-        y = y + gather_columns(load_residual, tiles.held, y.shape)
-    y = rounded(y)
-    for sums_gmem in out_sums:
-        squares = y * y
-        if own_smem is not None:
-            # What was read there before is in registers: Pallas lets the warps of a warpgroup meet
-            # before a store.
-            store_unoptimised(own_smem, squares)
-            plgpu.commit_smem()
-            squares = plgpu.load(own_smem, layout=operands.EACH_WARP, optimized=False)
-        store_unoptimised(sums_gmem.at[block, tiles.columns()], squares.sum(axis=0))
-
-    def store(row, column):
-        tiles.store(row, lambda i: store_unoptimised(out_gmem.at[i, own], column.astype(dtype)))
-
-    store_columns(store, y, tiles.held, layout)
