@@ -41,6 +41,7 @@ from pallas_kernels.types import (
     W8A8Weight,
     Weight,
 )
+from pallas_kernels.unfused import unfused_layer
 from pallas_kernels.w8a8 import w8a8_product
 from pallas_kernels.weights import product
 
@@ -70,23 +71,17 @@ def fused_linear(
     epsilon: float,
 ) -> tuple[Float[Array, "R out"], None]:
     del square_sums  # x says it all
-    if norm_scale is not None:
-        x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-        x = (x32 * lax.rsqrt(mean_square + epsilon)).astype(x.dtype) * norm_scale[None]
-    # In the operands' dtype; float32 means float32, never TF32.
-    if isinstance(kernel, W8A8Weight):
-        y = w8a8_product(x, kernel).astype(x.dtype)
-    elif isinstance(kernel, Weight):
-        y = product(x, kernel).astype(x.dtype)
-    else:
-        y = jnp.matmul(x, kernel, precision=lax.Precision.HIGHEST)
-    if bias is not None:
-        y = y + bias[None]
-    if gated:
-        gate, up = jnp.split(y, 2, axis=-1)
-        y = jax.nn.silu(gate) * up
-    return y if residual is None else residual + y, None
+
+    def multiply(x: Float[Array, "R K"]) -> Float[Array, "R out"]:
+        """In the operands' dtype; float32 means float32, never TF32."""
+        if isinstance(kernel, W8A8Weight):
+            return w8a8_product(x, kernel).astype(x.dtype)
+        if isinstance(kernel, Weight):
+            return product(x, kernel).astype(x.dtype)
+        return jnp.matmul(x, kernel, precision=lax.Precision.HIGHEST)
+
+    around = bias, norm_scale, residual
+    return unfused_layer(multiply, x, *around, gated=gated, epsilon=epsilon), None
 
 
 @partial(jax.jit, static_argnames=("selected_page_size", "most_tokens"))

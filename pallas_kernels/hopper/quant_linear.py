@@ -50,11 +50,12 @@ from pallas_kernels.hopper.mosaic import (
     store_unoptimised,
 )
 from pallas_kernels.hopper.quant_finish import RowTiles, finish
-from pallas_kernels.hopper.quant_plan import Config, choose_config
+from pallas_kernels.hopper.quant_plan import MOST_FEW_ROWS, Config, choose_config
+from pallas_kernels.hopper.quant_rows import packed_rows
 from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
 from pallas_kernels.packed import BITS, INPUTS, ROWS, group_size
 from pallas_kernels.types import PackedWeight
-from pallas_kernels.weights import ZERO_STEPS
+from pallas_kernels.unfused import unfused_layer
 
 
 def _refuse_unsupported(
@@ -88,6 +89,10 @@ def packed_linear(
     bf16 but for the weights, any number of rows. Raises ``NotImplementedError`` for anything else.
     """
     _refuse_unsupported(x, packed, gated, residual)
+    if len(x) > MOST_FEW_ROWS and config is None:
+        multiply = partial(packed_rows, packed=packed, dtype=x.dtype)
+        around = bias, norm_scale, residual
+        return unfused_layer(multiply, x, *around, gated=gated, epsilon=epsilon), None
     summed, tiles = packed.shape[0] // COLUMNS, RowTiles(len(x))
     if norm_scale is None:
         square_sums = None
@@ -106,6 +111,8 @@ def packed_product(
 ) -> Float[Array, "B out"]:
     """``pallas_kernels.api.product``: as the sums are, in float32."""
     _refuse_unsupported(x, packed, False, None)
+    if len(x) > MOST_FEW_ROWS and config is None:
+        return packed_rows(x, packed, dtype=jnp.float32)
     config = choose_config(packed, len(x)) if config is None else config
     return _run(_Settings(config), x, packed, (None, None), (None, None), jnp.float32)[0]
 
@@ -314,7 +321,7 @@ def _multiply(
                     if group is None:
                         acc = acc + y
                         continue
-                    scale, zero = _scale_and_zero(here, packed, part, parts)
+                    scale, zero = operands.scale_and_zero(here, packed, part, parts)
                     if zero is not None:
                         totals = plgpu.load(totals_smem.at[k * parts + part], layout=PER_COLUMN)
                         y = y - spread_rows(zero - offset, y) * spread_columns(totals, y)
@@ -388,17 +395,3 @@ def _in_turn(count: int, wg, warpgroups: int, body) -> None:
             body(i, None)
 
     lax.fori_loop(0, pl.cdiv(count, warpgroups), turn, None)
-
-
-def _scale_and_zero(here, packed: PackedWeight, part: int, parts: int):
-    """[64] float32 each, of a group of the block ``here`` [rows, 64]; no zero: None."""
-    first = 4 * BITS[packed.codes]
-    word = plgpu.load(here.at[first + part], layout=PER_ROW)
-    if packed.zeros == "byte":
-        scale = lax.bitcast_convert_type(word & -256, jnp.float32)
-        return scale, (word & 0xFF).astype(jnp.float32) * (1 / ZERO_STEPS)
-    scale = lax.bitcast_convert_type(word, jnp.float32)
-    if packed.zeros == "none":
-        return scale, None
-    zero = plgpu.load(here.at[first + parts + part], layout=PER_ROW)
-    return scale, lax.bitcast_convert_type(zero, jnp.float32)

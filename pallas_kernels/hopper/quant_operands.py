@@ -14,13 +14,17 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm, vector
+from jax._src.lib.mlir.dialects import arith, llvm, memref, vector
 from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.mosaic import MATRIX, PER_COLUMN
-from pallas_kernels.packed import BITS, ROWS
+from pallas_kernels.hopper.mosaic import MATRIX, PER_COLUMN, PER_ROW
+from pallas_kernels.packed import BITS, INPUTS, ROWS
+from pallas_kernels.types import PackedWeight
+from pallas_kernels.weights import ZERO_STEPS
 
 # What is taken off codes of 4 bits, and so off their zero points.
 CODE_OFFSET = {"uint4": 8, "int8": 0, "float8_e4m3fn": 0}
@@ -72,6 +76,26 @@ def multiply(words, x, *, codes: str, part: int, parts: int):
     return plgpu.inline_mgpu(arg_types=layouts, return_type=result)(product)(words, x)
 
 
+def matrix(words, *, codes: str, part: int, parts: int):
+    """[64, 128 / parts] bf16: the codes of one of ``parts`` groups of a block, for wgmma.
+
+    ``words`` int32 in ``words_layout``, of a whole block. Inputs are in the order of ``packed.py``.
+    """
+    shape = ROWS, INPUTS // parts
+
+    def unpack(_, words):
+        operands = _operands_a(codes, words)
+        each = len(operands) // parts
+        pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        one = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
+        own = operands[part * each : (part + 1) * each]
+        values = [vector.bitcast(pair, vector.from_elements(one, [x])) for x in own]
+        return _array(MATRIX, shape, values)
+
+    result = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.bfloat16), layout=MATRIX)
+    return plgpu.inline_mgpu(arg_types=(words_layout(codes),), return_type=result)(unpack)(words)
+
+
 def row_totals(x, *, part: int, parts: int):
     """[N] float32: each row's sum over the inputs of one of ``parts`` groups: products with 1."""
     N = x.shape[1]
@@ -84,6 +108,48 @@ def row_totals(x, *, part: int, parts: int):
 
     result = plgpu.ShapeDtypeStruct((N,), _FLOAT32, layout=PER_COLUMN)
     return plgpu.inline_mgpu(arg_types=(X_TILE,), return_type=result)(product)(x)
+
+
+def scale_and_zero(here, packed: PackedWeight, part: int, parts: int):
+    """[64] float32 each, of a group of the block ``here`` [rows, 64]; no zero: None."""
+    first = 4 * BITS[packed.codes]
+    word = plgpu.load(here.at[first + part], layout=PER_ROW)
+    if packed.zeros == "byte":
+        scale = lax.bitcast_convert_type(word & -256, jnp.float32)
+        return scale, (word & 0xFF).astype(jnp.float32) * (1 / ZERO_STEPS)
+    scale = lax.bitcast_convert_type(word, jnp.float32)
+    if packed.zeros == "none":
+        return scale, None
+    zero = plgpu.load(here.at[first + parts + part], layout=PER_ROW)
+    return scale, lax.bitcast_convert_type(zero, jnp.float32)
+
+
+def store_transposed(ref, y) -> None:
+    """``y`` [64, N] into ``ref`` [N, 64] of device memory.
+
+    The eight threads of a warp that hold a column store 8 neighbours.
+    """
+
+    def store(_, ref, y):
+        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+
+        def constant(n: int) -> ir.Value:
+            return arith.constant(i32, ir.IntegerAttr.get(i32, n))
+
+        def place(first: ir.Value, n: int) -> ir.Value:
+            return arith.index_cast(index, arith.addi(first, constant(n)))
+
+        thread = arith.remui(utils.thread_idx(), constant(128))
+        warp, lane = arith.divui(thread, constant(32)), arith.remui(thread, constant(32))
+        row = arith.addi(arith.muli(warp, constant(16)), arith.divui(lane, constant(4)))
+        column = arith.muli(arith.remui(lane, constant(4)), constant(2))
+        for i, pair in enumerate(y.registers.flat):
+            for e in range(2):
+                value = vector.extract(pair, [], [e])
+                at = [place(column, 8 * (i // 2) + e), place(row, 8 * (i % 2))]
+                memref.store(value, ref, at)
+
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(), MATRIX))(store)(ref, y)
 
 
 def split_pairs(y):

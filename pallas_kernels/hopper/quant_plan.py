@@ -9,6 +9,7 @@ from pallas_kernels.hopper.mosaic import SM_COUNT
 from pallas_kernels.packed import BITS, INPUTS, ROWS, group_size
 from pallas_kernels.types import PackedWeight
 
+MOST_FEW_ROWS = 8  # with more, ``quant_rows.py`` has another kernel
 _TILE_ROWS = 32  # of x, at most: with its share of K they must fit into shared memory
 _SHARED_BYTES = 220 << 10  # of the 227 KB that a CTA can have
 _ENOUGH_BITS = 2048  # of codes that warpgroups of all CTAs hold: 256 of 8 bits, 512 of 4

@@ -10,30 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from packed_cases import KINDS, normal, numbers, random_weight
+from packed_cases import KINDS, normal, numbers, packed_codes, random_weight
 
 from pallas_kernels import api, reference
 from pallas_kernels.hopper import quant_operands
 from pallas_kernels.hopper.quant_linear import packed_linear, packed_product
 from pallas_kernels.hopper.quant_plan import Config
-from pallas_kernels.packed import pack_weight, unpack_weight
-from pallas_kernels.types import PackedWeight, Weight
+from pallas_kernels.packed import pack_weight
+from pallas_kernels.types import Weight
 
 PLAIN = {"bias": None, "norm_scale": None, "square_sums": None, "residual": None}
-
-
-def block_codes(words: jax.Array, codes: str) -> jax.Array:
-    """[64, 128] float32, less what is taken off, of the words [rows, 64] of a block."""
-    packed = PackedWeight(
-        words=words[None, None],
-        channel_scale=jnp.ones((1, 64)),
-        codes=codes,
-        groups=1,
-        zeros="none",
-        paired=False,
-    )
-    offset = quant_operands.CODE_OFFSET[codes]
-    return unpack_weight(packed).codes.astype(jnp.float32).T - offset
 
 
 def rows_of(x: jax.Array) -> jax.Array:
@@ -45,7 +31,7 @@ def rows_of(x: jax.Array) -> jax.Array:
 def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
     def multiply(words, x, *, codes, part, parts):
         own = slice(part * 128 // parts, (part + 1) * 128 // parts)
-        products = block_codes(words, codes)[:, own] @ rows_of(x)[:, own].T
+        products = packed_codes(words, codes)[:, own] @ rows_of(x)[:, own].T
         return products.astype(jnp.float32)
 
     def row_totals(x, *, part, parts):

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.types import Weight
+from pallas_kernels.hopper import quant_operands
+from pallas_kernels.packed import unpack_weight
+from pallas_kernels.types import PackedWeight, Weight
 
 # Codes, inputs of a group (None: one scale a channel), and zero points: "byte" are multiples of an
 # eighth beside scales that were float16, "word" any.
@@ -53,3 +55,17 @@ def numbers(weight: Weight) -> np.ndarray:
     each = len(codes) // len(scale)
     zero = 0.0 if weight.zero is None else np.repeat(np.asarray(weight.zero, float), each, axis=0)
     return (codes - zero) * np.repeat(scale, each, axis=0)
+
+
+def packed_codes(words: jax.Array, codes: str) -> jax.Array:
+    """[64, 128] float32, less what is taken off, of the words [rows, 64] of a block."""
+    packed = PackedWeight(
+        words=words[None, None],
+        channel_scale=jnp.ones((1, 64)),
+        codes=codes,
+        groups=1,
+        zeros="none",
+        paired=False,
+    )
+    offset = quant_operands.CODE_OFFSET[codes]
+    return unpack_weight(packed).codes.astype(jnp.float32).T - offset

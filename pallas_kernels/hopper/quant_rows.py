@@ -1,0 +1,254 @@
+"""Products of quantised weights with more than a few rows: Hopper (Mosaic GPU).
+
+``quant_linear.py`` is for a few rows, which each warp of a block's four reads by itself: with 32 of
+them that, not the weights, is what it waits for. Here wgmma reads x from shared memory, once for
+all warps. Codes are its operand A there as here, from registers, where they become bf16 exactly.
+
+Index map. Grid: tiles of W blocks of 64 output channels, a warpgroup each; splits of K, S of them;
+tiles of N rows, 16 to 128.
+
+      words  [blocks, K / 128, ..]   a ring of ``stages`` steps of ``blocks`` blocks a warpgroup
+      x      [N, 128]                a ring as long, for all warpgroups of the CTA
+      acc    [64, N]            +=   scale * (codes @ x^T - zero * (sum of x)), group by group
+      sums   [S, N, out]             float32 where they are added up, else x's dtype
+
+What must move: the words, once; x once a CTA and the sums, from and to L2. Tiles of rows are the
+grid's fastest axis: they run next to each other, so that all but one of them find the words in L2.
+
+XLA makes x what the kernel reads: inputs in the order of the packed words (``packed.py``), rows
+padded to tiles, and where there are zero points the sums of x by group. It does what follows, too:
+adds the splits, channels in their order, and what is around a layer. Both are done along with the
+norm before and the gate or residual behind, in loops that XLA has anyway for more than a few rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.hopper import quant_operands as operands
+from pallas_kernels.hopper.mosaic import (
+    MATRIX,
+    PER_COLUMN,
+    PER_ROW,
+    SM_COUNT,
+    full,
+    spread_columns,
+    spread_rows,
+    tile_transforms,
+)
+from pallas_kernels.hopper.query_tiles import add_product
+from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
+from pallas_kernels.packed import BITS, INPUTS, ROWS, group_size
+from pallas_kernels.types import PackedWeight
+
+_TILES = (16, 32, 64, 128)  # N
+_SHARED_BYTES = 220 << 10  # of the 227 KB that a CTA can have
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tuning of one call; ``choose_config`` gives a good one."""
+
+    warpgroups: int  # a CTA; each has 64 output channels
+    splits: int  # of K, a CTA each
+    stages: int  # steps in flight
+    blocks: int  # of 128 inputs a step
+
+
+def tile_rows(rows: int) -> int:
+    """N, rows of a tile."""
+    return next((n for n in _TILES if rows <= n), _TILES[-1])
+
+
+def choose_config(packed: PackedWeight, rows: int) -> Config:
+    """The configuration for ``rows`` rows: that of one tile of them, whatever their number."""
+    N, bits = tile_rows(rows), BITS[packed.codes]
+    tiles, steps = packed.words.shape[0], packed.shape[0] // INPUTS
+    blocks = 2 if bits == 4 and steps % 2 == 0 else 1
+    steps //= blocks
+    most = 4 if N < 64 else 2  # a thread's registers: accumulators take up to half of them
+    warpgroups = next(n for n in range(most, 0, -1) if tiles % n == 0)
+    ctas = tiles // warpgroups
+    # Whole waves of CTAs; every split's sums are written and read again.
+    cost = {
+        splits: pl.cdiv(ctas * splits, SM_COUNT) / (ctas * splits) * (1 + splits / 16)
+        for splits in range(1, min(steps, 8) + 1)
+        if steps % splits == 0
+    }
+    splits = min(cost, key=cost.__getitem__)
+    stage = blocks * (4 * ROWS * packed.words.shape[2] * warpgroups + 2 * N * INPUTS + 16 * N)
+    stages = max(2, min(_SHARED_BYTES // stage, 6, steps // splits))
+    return Config(warpgroups=warpgroups, splits=splits, stages=stages, blocks=blocks)
+
+
+@partial(jax.jit, static_argnames=("dtype", "config"))
+def packed_rows(
+    x: Float[Array, "B K"],
+    packed: PackedWeight,
+    *,
+    dtype: jax.typing.DTypeLike,
+    config: Config | None = None,
+) -> Float[Array, "B out"]:
+    """``x @ packed``, summed in float32, in ``dtype``. x bf16, any number of rows."""
+    (B, K), out = x.shape, packed.shape[1]
+    config = choose_config(packed, B) if config is None else config
+    N, group = tile_rows(B), group_size(packed)
+    padded = N * pl.cdiv(B, N)
+    x = jnp.pad(x, ((0, padded - B), (0, 0)))
+    totals = None
+    if packed.zeros != "none":
+        totals = x.astype(jnp.float32).reshape(padded, K // group, group).sum(axis=2).T
+    # From (t, s, b, e) to (s, b, t, e), the order of an operand's inputs: see packed.py.
+    x = x.reshape(padded, K // 32, 4, 2, 2, 2).transpose(0, 1, 3, 4, 2, 5).reshape(padded, K)
+    sums_type = jnp.float32 if config.splits > 1 else dtype
+    (sums,) = call_shared(
+        _make_kernel,
+        config,
+        (x, packed, totals),
+        (jax.ShapeDtypeStruct((config.splits, padded, out), sums_type),),
+        longest=(None,) * 3,
+        longest_results=(None,),
+    )
+    y = sums.sum(axis=0)[:B] if config.splits > 1 else sums[0, :B]
+    if packed.paired:  # gate and up by turns, 8 channels each
+        y = y.reshape(B, -1, 2, 8).swapaxes(1, 2).reshape(B, out)
+    return y.astype(dtype)
+
+
+def _make_kernel(config: Config, results: Shapes) -> Callable[..., Any]:
+    return partial(_multiply, config, results)
+
+
+class _Rings(NamedTuple):
+    """Shared memory."""
+
+    words: Any  # [W * stages, blocks, rows, 64]
+    x: Any  # [stages * groups of a step, N, inputs of a group]
+    totals: Any  # [stages, groups of a step, N]
+    words_ready: Any  # [W * stages] barriers
+    x_ready: Any  # [stages] barriers
+    x_used: Any  # [stages] barriers, of all warpgroups
+
+
+def _multiply(
+    config: Config,
+    results: Shapes,
+    x: Float[Array, "rows K"],
+    packed: PackedWeight,
+    totals: Float[Array, "K/group rows"] | None,
+) -> tuple[Array, ...]:
+    W, S, stages, each = config.warpgroups, config.splits, config.stages, config.blocks
+    (padded, K), (blocks, _, rows, _) = x.shape, packed.words.shape
+    N = tile_rows(padded)
+    steps = K // INPUTS // each // S
+    if blocks % W or steps * each * INPUTS * S != K:
+        raise ValueError(f"{config} does not divide {blocks} tiles and {K} inputs")
+    group = group_size(packed)
+    parts = 1 if group is None else INPUTS // group  # groups of a block
+    inputs, groups = INPUTS // parts, each * parts  # of a group, and groups of a step
+    offset = operands.CODE_OFFSET[packed.codes] if group is not None else 0
+    code_rows = 4 * BITS[packed.codes]
+
+    def multiply(
+        x_gmem,  # [padded, K]
+        packed_gmem,  # words [blocks, K / 128, rows, 64], channel_scale [blocks, 64]
+        totals_gmem,  # [K / group, padded] float32
+        sums_gmem,  # [S, padded, out], output
+        rings,
+    ):
+        wg, tile, split = (lax.axis_index(name) for name in ("wg", "columns", "split"))
+        block, ring = tile * W + wg, wg * stages
+        own_rows = pl.ds(lax.axis_index("rows") * N if padded > N else 0, N)
+
+        def fetch_words(step, slot):
+            k = pl.ds((split * steps + step) * each, each)
+            slot = ring + slot
+            plgpu.copy_gmem_to_smem(
+                packed_gmem.words.at[block, k], rings.words.at[slot], rings.words_ready.at[slot]
+            )
+
+        def fetch_x(step, slot):
+            first, ready = (split * steps + step) * groups, rings.x_ready.at[slot]
+            for i in range(groups):
+                k = pl.ds((first + i) * inputs, inputs)
+                plgpu.copy_gmem_to_smem(
+                    x_gmem.at[own_rows, k], rings.x.at[slot * groups + i], ready
+                )
+            if totals_gmem is not None:
+                own = totals_gmem.at[pl.ds(first, groups), own_rows]
+                plgpu.copy_gmem_to_smem(own, rings.totals.at[slot], ready)
+
+        for step in range(min(stages, steps)):
+            fetch_words(jnp.int32(step), jnp.int32(step))
+            pl.when(wg == 0)(lambda step=step: fetch_x(jnp.int32(step), jnp.int32(step)))
+
+        def multiply_step(step, acc):
+            slot = lax.rem(step, jnp.int32(stages))
+
+            # A step late, when the others have used it, too.
+            @pl.when((wg == 0) & (step > 0) & (step - 1 + stages < steps))
+            def _():
+                before = lax.rem(step - 1, jnp.int32(stages))
+                plgpu.barrier_wait(rings.x_used.at[before])
+                fetch_x(step - 1 + stages, before)
+
+            plgpu.barrier_wait(rings.words_ready.at[ring + slot])
+            plgpu.barrier_wait(rings.x_ready.at[slot])
+            for i in range(each):
+                here = rings.words.at[ring + slot, i]
+                layout = operands.words_layout(packed.codes)
+                words = plgpu.load(here.at[pl.ds(0, code_rows)], layout=layout)
+                for part in range(parts):
+                    codes = operands.matrix(words, codes=packed.codes, part=part, parts=parts)
+                    number = i * parts + part
+                    x = rings.x.at[slot * groups + number].transpose((1, 0))
+                    if group is None:
+                        acc = add_product(acc, codes, x, lambda: None)
+                        continue
+                    scale, zero = operands.scale_and_zero(here, packed, part, parts)
+                    totals = None
+                    if zero is not None:
+                        totals = plgpu.load(rings.totals.at[slot, number], layout=PER_COLUMN)
+                    y = add_product(full((ROWS, N), 0.0, MATRIX), codes, x, lambda: None)
+                    if zero is not None:
+                        y = y - spread_rows(zero - offset, y) * spread_columns(totals, y)
+                    acc = acc + y * spread_rows(scale, y)
+            plgpu.barrier_arrive(rings.x_used.at[slot])
+            pl.when(step + stages < steps)(lambda: fetch_words(step + stages, slot))
+            return acc
+
+        acc = lax.fori_loop(0, steps, multiply_step, full((ROWS, N), 0.0, MATRIX))
+        if group is None:
+            scale = plgpu.load(packed_gmem.channel_scale.at[block], layout=PER_ROW, optimized=False)
+            acc = acc * spread_rows(scale, acc)
+        own = sums_gmem.at[split, own_rows, pl.ds(block * ROWS, ROWS)]
+        operands.store_transposed(own, acc.astype(sums_gmem.dtype))
+
+    rings = _Rings(
+        words=plgpu.SMEM((W * stages, each, rows, ROWS), jnp.int32),
+        x=plgpu.SMEM(
+            (stages * groups, N, inputs), x.dtype, transforms=tile_transforms(inputs, x.dtype)
+        ),
+        totals=plgpu.SMEM((stages, groups, N), jnp.float32),
+        words_ready=plgpu.Barrier(num_arrivals=1, num_barriers=W * stages),
+        x_ready=plgpu.Barrier(num_arrivals=groups + (totals is not None), num_barriers=stages),
+        x_used=plgpu.Barrier(num_arrivals=W, num_barriers=stages),
+    )
+    return plgpu.kernel(
+        multiply,
+        out_type=results,
+        grid=(blocks // W, S, padded // N),
+        grid_names=("columns", "split", "rows"),
+        num_threads=W,
+        thread_name="wg",
+        scratch_types=[rings],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(x, packed, totals)
