@@ -51,6 +51,7 @@ from pallas_kernels.checks import (
     value_checks,
 )
 from pallas_kernels.device import (
+    MOST_FUSED_PACKED_ROWS,
     MOST_LINEAR_ROWS,
     MOST_PACKED_ROWS,
     MOST_SELECTED_PAGES,
@@ -97,6 +98,7 @@ from pallas_kernels.weights import (
 __all__ = [
     "BLOCK_KEYS",
     "KV_KINDS",
+    "MOST_FUSED_PACKED_ROWS",
     "MOST_LINEAR_ROWS",
     "MOST_PACKED_ROWS",
     "MOST_SELECTED_PAGES",

@@ -24,6 +24,8 @@ KERNELS: dict[str, dict[str, str]] = {
         "fused_linear": "pallas_kernels.hopper.fused_linear",
         "packed_linear": "pallas_kernels.hopper.quant_linear",
         "packed_product": "pallas_kernels.hopper.quant_linear",
+        "packed_rows_linear": "pallas_kernels.hopper.quant_rows",
+        "packed_rows_product": "pallas_kernels.hopper.quant_rows",
         "page_scores": "pallas_kernels.hopper.page_scores",
         "paged_attention": "pallas_kernels.hopper.decode_attention",
         "prefill_attention": "pallas_kernels.hopper.prefill_attention",
@@ -39,9 +41,11 @@ MOST_SELECTED_PAGES = 4096
 # Rows up to which ``fused_linear`` runs its kernel. With more, XLA's matrix product is faster.
 MOST_LINEAR_ROWS = 4
 
-# The same for packed weights: half of where lines through two timings meet (docs/kernels.md, "More
-# than 32 rows"). With more rows they are unpacked first (``linear_ops.py``).
-MOST_PACKED_ROWS = 256
+# Rows up to which a kernel for packed weights does what is around the product as well, and up to
+# which there is one for the product (docs/kernels.md, "More than 8 rows"). With more they are
+# unpacked first (``linear_ops.py``).
+MOST_FUSED_PACKED_ROWS = 8
+MOST_PACKED_ROWS = 512
 
 
 def is_hopper(device: jax.Device) -> bool:

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import weights
 from pallas_kernels.checks import expect_shape, expect_weight
 from pallas_kernels.device import (
+    MOST_FUSED_PACKED_ROWS,
     MOST_LINEAR_ROWS,
     MOST_PACKED_ROWS,
     Backend,
@@ -58,13 +59,13 @@ def fused_linear(
     With a residual, also returns what the norm of the next layer needs to know of ``out``, to be
     handed to it as ``square_sums``; None if the kernel did not run.
 
-    The kernels are for decode: they read the weights once, in one or two launches; packed weights
-    of more than 32 rows once more from the L2 cache for each further 32. With more than
+    The kernels are for decode: they read the weights once, in one or two launches. With more than
     ``MOST_LINEAR_ROWS`` rows XLA's matrix product was measured to be faster, so the reference
-    implementation runs whatever the backend. A quantised matrix has a kernel if it is packed, for
-    up to ``MOST_PACKED_ROWS`` rows; with more it is unpacked first. A gated layer's is packed
-    ``paired``. With a ``W8A8Weight`` rows are rounded to its 8 bits, after the norm, and XLA
-    multiplies.
+    implementation runs whatever the backend. A quantised matrix has kernels if it is packed: with
+    more than ``MOST_FUSED_PACKED_ROWS`` rows for the product alone, which reads weights once more
+    from the L2 cache for each further 128 rows; with more than ``MOST_PACKED_ROWS`` it is unpacked
+    first. A gated layer's is packed ``paired``. With a ``W8A8Weight`` rows are rounded to its 8
+    bits, after the norm, and XLA multiplies.
 
     >>> import jax.numpy as jnp
     >>> out, _ = fused_linear(jnp.ones((1, 4)), jnp.ones((4, 2)), residual=jnp.ones((1, 2)))
@@ -90,7 +91,8 @@ def fused_linear(
     how = {"gated": gated, "epsilon": epsilon}
     if isinstance(kernel, PackedWeight):
         if _runs_packed(R, backend):
-            return implementation("packed_linear", backend)(x, kernel, *around, **how)
+            name = "packed_linear" if R <= MOST_FUSED_PACKED_ROWS else "packed_rows_linear"
+            return implementation(name, backend)(x, kernel, *around, **how)
         kernel, backend = unpack_weight(kernel), "reference"
     # In this order: R is no int in a program exported for any batch.
     elif backend == "mosaic" and (isinstance(kernel, Weight | W8A8Weight) or R > MOST_LINEAR_ROWS):
@@ -127,5 +129,6 @@ def product(
     rows, backend = math.prod(x.shape[:-1]), resolve_backend(backend)
     if not _runs_packed(rows, backend):
         return weights.product(x, unpack_weight(kernel))
-    y = implementation("packed_product", backend)(x.reshape(rows, K), kernel)
+    name = "packed_product" if rows <= MOST_FUSED_PACKED_ROWS else "packed_rows_product"
+    y = implementation(name, backend)(x.reshape(rows, K), kernel)
     return y.reshape(*x.shape[:-1], out)

@@ -1,65 +1,16 @@
-"""What follows on the sums of a linear layer with quantised weights, and the rows that it has."""
+"""What follows on the sums of a linear layer with quantised weights."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import quant_operands as operands
 from pallas_kernels.hopper.linear_tiles import gather_columns, store_columns
 from pallas_kernels.hopper.mosaic import MATRIX, PER_ROW, spread_rows, store_unoptimised
-from pallas_kernels.hopper.quant_plan import tile_rows
 from pallas_kernels.packed import ROWS
-
-
-@dataclass(frozen=True)
-class RowTiles:
-    """Tiles of the rows of x. The last one may have fewer of them than the others."""
-
-    rows: int  # of x, B
-
-    @property
-    def size(self) -> int:
-        """N: rows of a tile in memory, some of which it may not have."""
-        return tile_rows(self.rows)
-
-    @property
-    def count(self) -> int:
-        return pl.cdiv(self.rows, self.size)
-
-    @property
-    def padded(self) -> int:
-        """Rows of all tiles in memory."""
-        return self.count * self.size
-
-    @property
-    def held(self) -> int:
-        """Rows that a tile has at most."""
-        return min(self.rows, self.size)
-
-    def first(self):
-        """The row of x that is the first of this CTA's tile."""
-        return lax.axis_index("rows") * self.size if self.count > 1 else 0
-
-    def columns(self):
-        """The tile in arrays whose columns are the rows of all tiles."""
-        return pl.ds(self.first(), self.size)
-
-    def at(self, row):
-        """Where a row of the tile is read: any row will do for one that the tile does not have."""
-        return jnp.minimum(self.first() + row, self.rows - 1) if self.count > 1 else row
-
-    def store(self, row: int, store: Callable[[Any], None]) -> None:
-        """``store(i)`` if the tile has that row: it is row i of x."""
-        i = self.first() + row
-        if row < self.rows - (self.count - 1) * self.size:
-            store(i)
-        else:
-            pl.when(i < self.rows)(lambda: store(i))
 
 
 def finish(
@@ -72,7 +23,6 @@ def finish(
     """
     out_gmem, *out_sums = outputs  # [B, width], [tiles, rows]
     (B, width), dtype = out_gmem.shape, out_gmem.dtype
-    tiles = RowTiles(B)
     layout, channels, halves = MATRIX, ROWS, (y,)
     if gated:
         layout, channels = operands.HALF, ROWS // 2
@@ -96,10 +46,10 @@ def finish(
     if residual_gmem is not None:
 
         def load_residual(row):
-            own_row = residual_gmem.at[tiles.at(row), own]
+            own_row = residual_gmem.at[row, own]
             return plgpu.load(own_row, layout=PER_ROW, optimized=False).astype(jnp.float32)
 
-        y = y + gather_columns(load_residual, tiles.held, y.shape)
+        y = y + gather_columns(load_residual, B, y.shape)
     y = rounded(y)
     for sums_gmem in out_sums:
         squares = y * y
@@ -109,9 +59,9 @@ def finish(
             store_unoptimised(own_smem, squares)
             plgpu.commit_smem()
             squares = plgpu.load(own_smem, layout=operands.EACH_WARP, optimized=False)
-        store_unoptimised(sums_gmem.at[block, tiles.columns()], squares.sum(axis=0))
+        store_unoptimised(sums_gmem.at[block], squares.sum(axis=0))
 
     def store(row, column):
-        tiles.store(row, lambda i: store_unoptimised(out_gmem.at[i, own], column.astype(dtype)))
+        store_unoptimised(out_gmem.at[row, own], column.astype(dtype))
 
-    store_columns(store, y, tiles.held, layout)
+    store_columns(store, y, B, layout)

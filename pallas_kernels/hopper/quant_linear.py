@@ -4,15 +4,14 @@ What ``fused_linear`` is for bf16, for codes of 4 or 8 bits. Weights are operand
 registers, where codes become bf16 exactly; x^T is operand B, from shared memory.
 
 Index map. Grid: tiles of W blocks of 64 output channels, a warpgroup each; splits of K, S of them;
-tiles of N rows, at most 32.
+N = 8, of which a call may have fewer. More rows: ``quant_rows.py``.
 
       words  [blocks, K / 128, ..]   a ring of ``stages`` steps of ``blocks`` blocks a warpgroup
       x      [N, K / S] bf16         normed, once a CTA: it waits for nothing but the first weights
       acc    [64, N]            +=   scale * (codes @ x - zero * (sum of x)), group by group
 
 What must move: the words, once. Everything about them is asked for before the kernel ahead has
-ended (programmatic dependent launch), x after that. Tiles of rows are the grid's fastest axis: they
-run next to each other, so that all but one of them find the words in the L2 cache.
+ended (programmatic dependent launch), x after that.
 
 A small layer has too few blocks to fill the GPU: its K is split. The splits of a block are a
 cluster, whose first CTA gets the others' sums and adds them, or a second kernel adds them. What
@@ -49,13 +48,11 @@ from pallas_kernels.hopper.mosaic import (
     spread_rows,
     store_unoptimised,
 )
-from pallas_kernels.hopper.quant_finish import RowTiles, finish
-from pallas_kernels.hopper.quant_plan import MOST_FEW_ROWS, Config, choose_config
-from pallas_kernels.hopper.quant_rows import packed_rows
+from pallas_kernels.hopper.quant_finish import finish
+from pallas_kernels.hopper.quant_plan import Config, N, choose_config
 from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
 from pallas_kernels.packed import BITS, INPUTS, ROWS, group_size
 from pallas_kernels.types import PackedWeight
-from pallas_kernels.unfused import unfused_layer
 
 
 def _refuse_unsupported(
@@ -68,6 +65,8 @@ def _refuse_unsupported(
         reasons.append(f"gated={gated} needs weights packed with paired={gated}")
     if gated and residual is not None:
         reasons.append("a gated layer has no residual")
+    if len(x) > N:
+        reasons.append(f"at most {N} rows, got {len(x)}")
     refuse("packed_linear", reasons)
 
 
@@ -86,20 +85,16 @@ def packed_linear(
 ) -> tuple[Float[Array, "B out"], Float[Array, "tiles N"] | None]:
     """``pallas_kernels.api.fused_linear`` of packed weights on a Hopper GPU.
 
-    bf16 but for the weights, any number of rows. Raises ``NotImplementedError`` for anything else.
+    bf16 but for the weights, up to 8 rows. Raises ``NotImplementedError`` for anything else.
     """
     _refuse_unsupported(x, packed, gated, residual)
-    if len(x) > MOST_FEW_ROWS and config is None:
-        multiply = partial(packed_rows, packed=packed, dtype=x.dtype)
-        around = bias, norm_scale, residual
-        return unfused_layer(multiply, x, *around, gated=gated, epsilon=epsilon), None
-    summed, tiles = packed.shape[0] // COLUMNS, RowTiles(len(x))
+    summed = packed.shape[0] // COLUMNS
     if norm_scale is None:
         square_sums = None
     else:
         norm_scale = norm_scale.reshape(-1, 32)
         if square_sums is None:
-            square_sums, summed = first_square_sums(x, tiles.padded), 1
+            square_sums, summed = first_square_sums(x, N), 1
     config = choose_config(packed, len(x)) if config is None else config
     settings = _Settings(config, gated, epsilon, summed)
     return _run(settings, x, packed, (norm_scale, square_sums), (bias, residual), x.dtype)
@@ -111,8 +106,6 @@ def packed_product(
 ) -> Float[Array, "B out"]:
     """``pallas_kernels.api.product``: as the sums are, in float32."""
     _refuse_unsupported(x, packed, False, None)
-    if len(x) > MOST_FEW_ROWS and config is None:
-        return packed_rows(x, packed, dtype=jnp.float32)
     config = choose_config(packed, len(x)) if config is None else config
     return _run(_Settings(config), x, packed, (None, None), (None, None), jnp.float32)[0]
 
@@ -135,12 +128,11 @@ def _run(
     after: tuple[Array | None, Array | None],  # bias, residual
     dtype: jax.typing.DTypeLike,
 ) -> tuple[Array, Array | None]:
-    B, padded = len(x), RowTiles(len(x)).padded
-    blocks, config, residual = packed.words.shape[0], settings.config, after[1]
+    B, blocks, config, residual = len(x), packed.words.shape[0], settings.config, after[1]
     width = packed.shape[1] // (2 if settings.gated else 1)
     results = [jax.ShapeDtypeStruct((B, width), dtype)]
     if residual is not None:
-        results.append(square_sums_type(width, padded))
+        results.append(square_sums_type(width, N))
 
     # Sums over the rows of a tile take shared memory that warpgroups do not have for themselves.
     crowded = config.warpgroups > 1 and residual is not None
@@ -149,7 +141,7 @@ def _run(
         made = _call(_make_multiply, settings, (*multiplied, *after), results)
     else:
         split = settings._replace(finishes=False)
-        parts_type = jax.ShapeDtypeStruct((config.splits, blocks * ROWS, padded), jnp.float32)
+        parts_type = jax.ShapeDtypeStruct((config.splits, blocks * ROWS, N), jnp.float32)
         (parts,) = _call(_make_multiply, split, (*multiplied, None, None), [parts_type])
         made = _call(_make_add, settings, (parts, *after), results)
     out, *sums = made
@@ -175,7 +167,7 @@ def _call(
 
 def _make_add(settings: _Settings, results: Shapes) -> Callable[..., Any]:
     """The second kernel: adds the splits."""
-    splits, tiles = settings.config.splits, RowTiles(results[0].shape[0])
+    splits = settings.config.splits
 
     def add(parts_gmem, bias_gmem, residual_gmem, *outputs):
         plgpu.griddepcontrol_launch_dependents()
@@ -183,8 +175,7 @@ def _make_add(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         block = lax.axis_index("columns")
         own = pl.ds(block * ROWS, ROWS)
         parts = [
-            plgpu.load(parts_gmem.at[s, own, tiles.columns()], layout=MATRIX, optimized=False)
-            for s in range(splits)
+            plgpu.load(parts_gmem.at[s, own], layout=MATRIX, optimized=False) for s in range(splits)
         ]
         total = sum(parts[1:], parts[0])
         finish(total, block, bias_gmem, residual_gmem, outputs, settings.gated)
@@ -193,8 +184,8 @@ def _make_add(settings: _Settings, results: Shapes) -> Callable[..., Any]:
         return plgpu.kernel(
             add,
             out_type=results,
-            grid=(parts.shape[1] // ROWS, tiles.count),
-            grid_names=("columns", "rows"),
+            grid=(parts.shape[1] // ROWS,),
+            grid_names=("columns",),
             compiler_params=plgpu.CompilerParams(approx_math=True),
         )(parts, *after)
 
@@ -215,9 +206,9 @@ def _multiply(
     *after: Array | None,  # bias, residual
 ) -> tuple[Array, ...]:
     """The first kernel. Its sums are finished, or go out as they are."""
-    config, tiles = settings.config, RowTiles(x.shape[0])
     K, (blocks, _, rows, _) = packed.shape[0], packed.words.shape
-    N, W, S = tiles.size, config.warpgroups, config.splits
+    config, B = settings.config, x.shape[0]
+    W, S = config.warpgroups, config.splits
     length = K // S  # of x in a CTA
     steps = length // INPUTS // config.blocks
     if blocks % W or steps * config.blocks * INPUTS * S != K:
@@ -230,7 +221,7 @@ def _multiply(
     offset = operands.CODE_OFFSET[packed.codes] if group is not None else 0
     with_zeros = packed.zeros != "none"
     code_rows = 4 * BITS[packed.codes]
-    pieces = _pieces(length, tiles.held, W)
+    pieces = _pieces(length, B, W)
     piece = length // pieces
     flat = operands.row_layout(piece)
 
@@ -273,8 +264,7 @@ def _multiply(
 
         if sums_gmem is not None:
             summed, epsilon = settings.summed, settings.epsilon
-            own = sums_gmem.at[:, tiles.columns()]
-            rms = inverse_rms(own, summed, K, epsilon, layout=operands.EACH_WARP)
+            rms = inverse_rms(sums_gmem, summed, K, epsilon, layout=operands.EACH_WARP)
             store_unoptimised(rms_smem.at[wg], rms)
             plgpu.commit_smem()  # before other threads of the warpgroup read it
 
@@ -282,14 +272,14 @@ def _multiply(
             """A piece of a row of x, normed: warpgroups take them in turn."""
             row, at = lax.div(i, jnp.int32(pieces)), lax.rem(i, jnp.int32(pieces)) * (piece // 32)
             k = pl.ds(split * (length // 32) + at, piece // 32)
-            x = plgpu.load(x_gmem.at[tiles.at(row), k], layout=flat, optimized=False)
+            x = plgpu.load(x_gmem.at[row, k], layout=flat, optimized=False)
             if norm_gmem is not None:
                 x = (x.astype(jnp.float32) * rms_smem[wg, row]).astype(jnp.bfloat16)
                 scale = plgpu.load(norm_gmem.at[k], layout=flat, optimized=False)
                 x = (x.astype(jnp.float32) * scale.astype(jnp.float32)).astype(jnp.bfloat16)
             x_smem[pl.ds(at, piece // 32), row] = x
 
-        _in_turn(tiles.held * pieces, wg, W, copy_piece)
+        _in_turn(B * pieces, wg, W, copy_piece)
         meet()
 
         def load_x(k):
@@ -346,14 +336,13 @@ def _multiply(
         elif settings.finishes:
             finish(acc, block, bias_gmem, residual_gmem, outputs, settings.gated)
         else:
-            own = outputs[0].at[split, pl.ds(block * ROWS, ROWS), tiles.columns()]
-            store_unoptimised(own, acc)
+            store_unoptimised(outputs[0].at[split, pl.ds(block * ROWS, ROWS)], acc)
 
     totals = length // group if group is not None and with_zeros else 1
     return plgpu.kernel(
         multiply,
         out_type=results,
-        **_axes(config, blocks // W, tiles.count),
+        **_axes(config, blocks // W),
         num_threads=W,
         thread_name="wg",
         scratch_types=[
@@ -369,12 +358,12 @@ def _multiply(
     )(x, packed, norm_scale, square_sums, *after)
 
 
-def _axes(config: Config, columns: int, rows: int) -> dict[str, Any]:
+def _axes(config: Config, columns: int) -> dict[str, Any]:
     """Of the CTAs. Those of a cluster are its splits."""
     if config.cluster:
         cluster = {"cluster": (config.splits,), "cluster_names": ("split",)}
-        return {"grid": (columns, rows), "grid_names": ("columns", "rows"), **cluster}
-    return {"grid": (columns, config.splits, rows), "grid_names": ("columns", "split", "rows")}
+        return {"grid": (columns,), "grid_names": ("columns",), **cluster}
+    return {"grid": (columns, config.splits), "grid_names": ("columns", "split")}
 
 
 def _pieces(length: int, rows: int, warpgroups: int) -> int:

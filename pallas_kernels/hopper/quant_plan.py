@@ -1,16 +1,13 @@
-"""How a quantised linear layer is cut for a Hopper GPU: rows, warpgroups, splits of K, stages."""
+"""How a quantised linear layer is cut for a Hopper GPU, for a few rows: CTAs and their memory."""
 
 import dataclasses
 from dataclasses import dataclass
-
-from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper.mosaic import SM_COUNT
 from pallas_kernels.packed import BITS, INPUTS, ROWS, group_size
 from pallas_kernels.types import PackedWeight
 
-MOST_FEW_ROWS = 8  # with more, ``quant_rows.py`` has another kernel
-_TILE_ROWS = 32  # of x, at most: with its share of K they must fit into shared memory
+N = 8  # rows of x in memory, of which a call may have fewer
 _SHARED_BYTES = 220 << 10  # of the 227 KB that a CTA can have
 _ENOUGH_BITS = 2048  # of codes that warpgroups of all CTAs hold: 256 of 8 bits, 512 of 4
 
@@ -32,30 +29,24 @@ class Config:
 _MEASURED = {
     (4096, 6144, 4): {8: (2, 4, 3, 2, True)},
     (4096, 4096, 4): {8: (1, 4, 4, 2, True)},
-    (4096, 28672, 4): {8: (4, 1, 4, 2), 16: (4, 1, 2, 2), 32: (4, 2, 2, 2)},
-    (14336, 4096, 4): {16: (4, 8, 3, 2), 32: (4, 8, 2, 2)},
+    (4096, 28672, 4): {8: (4, 1, 4, 2)},
+    (14336, 4096, 4): {8: (4, 8, 3, 2)},
     (4096, 128256, 4): {8: (4, 1, 4, 2)},
     (4096, 6144, 8): {1: (2, 4, 4, 1, True), 8: (3, 4, 4, 1)},
     (4096, 4096, 8): {8: (1, 8, 2, 1, True)},
-    (4096, 28672, 8): {8: (4, 1, 4, 1), 16: (4, 1, 2, 1), 32: (4, 2, 2, 1)},
-    (14336, 4096, 8): {1: (2, 8, 4, 1), 8: (2, 4, 4, 1), 16: (4, 8, 3, 1), 32: (4, 8, 3, 1)},
+    (4096, 28672, 8): {8: (4, 1, 4, 1)},
+    (14336, 4096, 8): {1: (2, 8, 4, 1), 8: (2, 4, 4, 1)},
     (4096, 128256, 8): {8: (4, 1, 4, 1)},
 }
 
 
-def tile_rows(rows: int) -> int:
-    """Rows of a tile in memory: of a single one a multiple of 8."""
-    return min(8 * pl.cdiv(rows, 8), _TILE_ROWS)
-
-
 def choose_config(packed: PackedWeight, rows: int) -> Config:
-    """The configuration for ``rows`` rows: that of one tile of them, whatever their number."""
+    """The configuration for ``rows`` rows, at most N."""
     (K, out), bits = packed.shape, BITS[packed.codes]
     measured = _MEASURED.get((K, out, bits), {})
-    padded = tile_rows(rows)
-    most = min((n for n in measured if min(rows, _TILE_ROWS) <= n), default=None)
+    most = min((n for n in measured if rows <= n), default=None)
     if most is None:
-        return _by_rule(packed, padded)
+        return _by_rule(packed)
     warpgroups, splits, stages, blocks, *cluster = measured[most]
     config = Config(
         warpgroups=warpgroups,
@@ -64,22 +55,22 @@ def choose_config(packed: PackedWeight, rows: int) -> Config:
         blocks=blocks,
         cluster=bool(cluster),
     )
-    return _fitted(packed, padded, config)
+    return _fitted(packed, config)
 
 
-def shared_bytes(packed: PackedWeight, padded_rows: int, config: Config) -> int:
+def shared_bytes(packed: PackedWeight, config: Config) -> int:
     """Shared memory of a CTA: x, its sums by group, the ring of words, and a cluster's sums."""
     of_split = packed.shape[0] // config.splits
     group = group_size(packed)
-    totals = 4 * padded_rows * (of_split // group) if group is not None else 0
+    totals = 4 * N * (of_split // group) if group is not None else 0
     ring = config.warpgroups * config.stages * config.blocks * 4 * ROWS * packed.words.shape[2]
-    parts = config.splits * config.warpgroups * 4 * ROWS * padded_rows if config.cluster else 0
-    return 2 * padded_rows * of_split + totals + ring + parts
+    parts = config.splits * config.warpgroups * 4 * ROWS * N if config.cluster else 0
+    return 2 * N * of_split + totals + ring + parts
 
 
-def _fitted(packed: PackedWeight, padded_rows: int, config: Config) -> Config:
+def _fitted(packed: PackedWeight, config: Config) -> Config:
     """With as much in flight as there is room for: rather short steps than a single one."""
-    while shared_bytes(packed, padded_rows, config) > _SHARED_BYTES:
+    while shared_bytes(packed, config) > _SHARED_BYTES:
         if config.stages > 2 or (config.stages == 2 and config.blocks == 1):
             config = dataclasses.replace(config, stages=config.stages - 1)
         elif config.blocks > 1:
@@ -89,7 +80,7 @@ def _fitted(packed: PackedWeight, padded_rows: int, config: Config) -> Config:
     return config
 
 
-def _by_rule(packed: PackedWeight, padded_rows: int) -> Config:
+def _by_rule(packed: PackedWeight) -> Config:
     """Enough splits to fill the GPU, no more; several warpgroups share an x if enough CTAs stay."""
     tiles, bits, steps = packed.words.shape[0], BITS[packed.codes], packed.shape[0] // INPUTS
     config = None
@@ -100,8 +91,8 @@ def _by_rule(packed: PackedWeight, padded_rows: int) -> Config:
         shared = [n for n in (4, 3, 2) if tiles % n == 0 and tiles // n * splits >= SM_COUNT]
         for warpgroups in (*shared, 1):
             wanted = Config(warpgroups=warpgroups, splits=splits, stages=4, blocks=blocks)
-            wanted = _fitted(packed, padded_rows, wanted)
-            if shared_bytes(packed, padded_rows, wanted) <= _SHARED_BYTES and wanted.stages > 1:
+            wanted = _fitted(packed, wanted)
+            if shared_bytes(packed, wanted) <= _SHARED_BYTES and wanted.stages > 1:
                 config = wanted
                 break
     assert config is not None  # as many splits as blocks always fit

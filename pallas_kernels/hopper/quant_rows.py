@@ -40,6 +40,7 @@ from pallas_kernels.hopper.mosaic import (
     PER_ROW,
     SM_COUNT,
     full,
+    refuse,
     spread_columns,
     spread_rows,
     tile_transforms,
@@ -48,9 +49,13 @@ from pallas_kernels.hopper.query_tiles import add_product
 from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
 from pallas_kernels.packed import BITS, INPUTS, ROWS, group_size
 from pallas_kernels.types import PackedWeight
+from pallas_kernels.unfused import unfused_layer
 
 _TILES = (16, 32, 64, 128)  # N
 _SHARED_BYTES = 220 << 10  # of the 227 KB that a CTA can have
+# Microseconds until a CTA has its first words; bytes a microsecond that an SM reads, and that all
+# write to L2 or read from there.
+_BEGIN, _SM_RATE, _L2_RATE = 2.0, 4.3e6 / SM_COUNT, 5e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,30 +68,71 @@ class Config:
     blocks: int  # of 128 inputs a step
 
 
-def tile_rows(rows: int) -> int:
+def tile_rows(packed: PackedWeight, rows: int) -> int:
     """N, rows of a tile."""
-    return next((n for n in _TILES if rows <= n), _TILES[-1])
+    # Scales of several groups a block, beside two matrices of 128 columns, do not fit a thread.
+    tiles = _TILES if group_size(packed) in (None, INPUTS) else _TILES[:-1]
+    return next((n for n in tiles if rows <= n), tiles[-1])
 
 
 def choose_config(packed: PackedWeight, rows: int) -> Config:
     """The configuration for ``rows`` rows: that of one tile of them, whatever their number."""
-    N, bits = tile_rows(rows), BITS[packed.codes]
-    tiles, steps = packed.words.shape[0], packed.shape[0] // INPUTS
-    blocks = 2 if bits == 4 and steps % 2 == 0 else 1
-    steps //= blocks
-    most = 4 if N < 64 else 2  # a thread's registers: accumulators take up to half of them
-    warpgroups = next(n for n in range(most, 0, -1) if tiles % n == 0)
-    ctas = tiles // warpgroups
-    # Whole waves of CTAs; every split's sums are written and read again.
-    cost = {
-        splits: pl.cdiv(ctas * splits, SM_COUNT) / (ctas * splits) * (1 + splits / 16)
-        for splits in range(1, min(steps, 8) + 1)
-        if steps % splits == 0
-    }
-    splits = min(cost, key=cost.__getitem__)
+    N, bits = tile_rows(packed, rows), BITS[packed.codes]
+    (K, out), tiles = packed.shape, packed.words.shape[0]
+    blocks = 2 if bits == 4 and K // INPUTS % 2 == 0 else 1
+    steps = K // INPUTS // blocks
+
+    def microseconds(cut: tuple[int, int]) -> float:
+        """By what one H200 showed (docs/kernels.md); good for comparing."""
+        warpgroups, splits = cut
+        ctas = tiles // warpgroups * splits
+        of_cta = _BEGIN + K * out * bits / 8 / ctas / _SM_RATE
+        # Warps hide each other's waits, the more so the longer they multiply.
+        hidden = {4: 1.0, 3: 1.03, 2: 1.07 if N < 64 else 1.22, 1: 1.5}[warpgroups]
+        sums = splits * 2 * 4 * N * out / _L2_RATE
+        return pl.cdiv(ctas, SM_COUNT) * of_cta * hidden + sums
+
+    # A thread's registers: with scales by group it holds two matrices of sums.
+    most = 2 if N >= 64 and group_size(packed) is not None else 4
+    warpgroups, splits = min(
+        (
+            (warpgroups, splits)
+            for warpgroups in range(1, most + 1)
+            for splits in range(1, min(steps, 8) + 1)
+            if tiles % warpgroups == 0 and steps % splits == 0
+        ),
+        key=microseconds,
+    )
     stage = blocks * (4 * ROWS * packed.words.shape[2] * warpgroups + 2 * N * INPUTS + 16 * N)
-    stages = max(2, min(_SHARED_BYTES // stage, 6, steps // splits))
+    stages = max(2, min(_SHARED_BYTES // stage, 4))
     return Config(warpgroups=warpgroups, splits=splits, stages=stages, blocks=blocks)
+
+
+@partial(jax.jit, static_argnames=("gated", "epsilon"))
+def packed_rows_linear(
+    x: Float[Array, "B K"],
+    packed: PackedWeight,
+    bias: Float[Array, " out"] | None,
+    norm_scale: Float[Array, " K"] | None,
+    square_sums: Array | None,
+    residual: Float[Array, "B out"] | None,
+    *,
+    gated: bool,
+    epsilon: float,
+) -> tuple[Float[Array, "B out"], None]:
+    """``pallas_kernels.api.fused_linear`` of packed weights on a Hopper GPU: XLA around a product.
+
+    bf16 but for the weights. Raises ``NotImplementedError`` for anything else.
+    """
+    del square_sums  # x says it all
+    multiply = partial(packed_rows, packed=packed, dtype=x.dtype)
+    around = bias, norm_scale, residual
+    return unfused_layer(multiply, x, *around, gated=gated, epsilon=epsilon), None
+
+
+def packed_rows_product(x: Float[Array, "B K"], packed: PackedWeight) -> Float[Array, "B out"]:
+    """``pallas_kernels.api.product``: as the sums are, in float32."""
+    return packed_rows(x, packed, dtype=jnp.float32)
 
 
 @partial(jax.jit, static_argnames=("dtype", "config"))
@@ -97,10 +143,15 @@ def packed_rows(
     dtype: jax.typing.DTypeLike,
     config: Config | None = None,
 ) -> Float[Array, "B out"]:
-    """``x @ packed``, summed in float32, in ``dtype``. x bf16, any number of rows."""
+    """``x @ packed``, summed in float32, in ``dtype``; x bf16, any number of rows.
+
+    Raises ``NotImplementedError`` for another x.
+    """
+    reasons = [] if x.dtype == jnp.bfloat16 else [f"x must be bfloat16, got {x.dtype}"]
+    refuse("packed_rows", reasons)
     (B, K), out = x.shape, packed.shape[1]
     config = choose_config(packed, B) if config is None else config
-    N, group = tile_rows(B), group_size(packed)
+    N, group = tile_rows(packed, B), group_size(packed)
     padded = N * pl.cdiv(B, N)
     x = jnp.pad(x, ((0, padded - B), (0, 0)))
     totals = None
@@ -111,7 +162,7 @@ def packed_rows(
     sums_type = jnp.float32 if config.splits > 1 else dtype
     (sums,) = call_shared(
         _make_kernel,
-        config,
+        _Settings(config, N),
         (x, packed, totals),
         (jax.ShapeDtypeStruct((config.splits, padded, out), sums_type),),
         longest=(None,) * 3,
@@ -123,8 +174,15 @@ def packed_rows(
     return y.astype(dtype)
 
 
-def _make_kernel(config: Config, results: Shapes) -> Callable[..., Any]:
-    return partial(_multiply, config, results)
+class _Settings(NamedTuple):
+    """What a kernel is lowered for, beside the shapes of its arrays."""
+
+    config: Config
+    tile_rows: int  # N
+
+
+def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
+    return partial(_multiply, settings, results)
 
 
 class _Rings(NamedTuple):
@@ -139,15 +197,15 @@ class _Rings(NamedTuple):
 
 
 def _multiply(
-    config: Config,
+    settings: _Settings,
     results: Shapes,
     x: Float[Array, "rows K"],
     packed: PackedWeight,
     totals: Float[Array, "K/group rows"] | None,
 ) -> tuple[Array, ...]:
+    config, N = settings
     W, S, stages, each = config.warpgroups, config.splits, config.stages, config.blocks
     (padded, K), (blocks, _, rows, _) = x.shape, packed.words.shape
-    N = tile_rows(padded)
     steps = K // INPUTS // each // S
     if blocks % W or steps * each * INPUTS * S != K:
         raise ValueError(f"{config} does not divide {blocks} tiles and {K} inputs")

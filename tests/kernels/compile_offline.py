@@ -23,6 +23,7 @@ from pallas_kernels.hopper.page_selection import select_pages
 from pallas_kernels.hopper.prefill_attention import prefill_attention
 from pallas_kernels.hopper.prefix_attention import prefix_attention
 from pallas_kernels.hopper.quant_linear import packed_linear, packed_product
+from pallas_kernels.hopper.quant_rows import packed_rows
 from pallas_kernels.hopper.verify_attention import verify_attention
 from pallas_kernels.kv_codes import quantize
 from pallas_kernels.packed import BITS
@@ -366,23 +367,42 @@ PACKED_CASES = {
     "int8 linear, norm, a cluster": {"norm": True, "out": 6144},
     "int8 linear, residual, a cluster": {"residual": True},
     "int8 linear, residual, 8 rows": {"residual": True, "K": 14336, "rows": 8},
-    "fp8 linear, residual, 32 rows": {"codes": "float8_e4m3fn", "residual": True, "rows": 32},
+    "fp8 linear, residual, 8 rows": {"codes": "float8_e4m3fn", "residual": True, "rows": 8},
     "int4 linear, norm, a cluster": INT4 | {"norm": True, "out": 6144},
     "int4 linear, residual, a cluster, 8 rows": INT4 | {"residual": True, "rows": 8},
     "int4 linear, residual, 8 rows": INT4 | {"residual": True, "K": 14336, "rows": 8},
-    "int4 linear, residual, 32 rows": INT4 | {"residual": True, "K": 14336, "rows": 32},
-    "int8 linear, residual, tiles of rows": {"residual": True, "K": 14336, "rows": 100},
     "int4 linear, SmolLM2 from GGUF": GGUF | {"K": 1536, "out": 576},
 }
 WIDE = {"norm": True, "out": 28672, "gated": True}
 GATED_PACKED_CASES = {
-    "int8 linear, gated, 16 rows": WIDE | {"rows": 16},
+    "int8 linear, gated, 8 rows": WIDE | {"rows": 8},
     "int4 linear, gated": INT4 | WIDE,
-    "int4 linear, gated, groups of 32, 16 rows": INT4 | WIDE | {"group": 32, "rows": 16},
-    "int4 linear, gated, from GGUF, 16 rows": GGUF | WIDE | {"rows": 16},
-    "int4 linear, gated, groups of 64, 32 rows": INT4 | WIDE | {"group": 64, "rows": 32},
-    "int4 linear, gated, tiles of rows": INT4 | WIDE | {"rows": 64},
+    "int4 linear, gated, groups of 32, 8 rows": INT4 | WIDE | {"group": 32, "rows": 8},
+    "int4 linear, gated, from GGUF, 8 rows": GGUF | WIDE | {"rows": 8},
+    "int4 linear, gated, groups of 64, 8 rows": INT4 | WIDE | {"group": 64, "rows": 8},
 }
+FP8_BLOCKS = {"codes": "float8_e4m3fn", "group": 128}
+Q8_0 = {"codes": "int8", "group": 32}
+ROWS_CASES = {
+    "int8 rows, 16": {"rows": 16},
+    "int8 rows, 32": {"K": 14336, "rows": 32},
+    "int8 rows, 128": {"out": 28672, "rows": 128},
+    "int8 rows from GGUF, 64": Q8_0 | {"out": 28672, "rows": 64},
+    "fp8 rows, 64": {"codes": "float8_e4m3fn", "rows": 64},
+    "fp8 rows in blocks, 128": FP8_BLOCKS | {"out": 28672, "rows": 128},
+    "int4 rows, 16": INT4 | {"out": 6144, "rows": 16},
+    "int4 rows, 32": INT4 | {"out": 28672, "rows": 32},
+    "int4 rows, 64": INT4 | {"K": 14336, "rows": 64},
+    "int4 rows, several tiles": INT4 | {"out": 28672, "rows": 300},
+    "int4 rows in groups of 64, 32": INT4 | {"out": 28672, "group": 64, "rows": 32},
+    "int4 rows from GGUF, 32": GGUF | {"out": 28672, "rows": 32},
+    "int4 rows from GGUF, 64": GGUF | {"out": 6144, "rows": 64},
+    "int4 rows of SmolLM2 from GGUF, 64": GGUF | {"K": 1536, "out": 576, "rows": 64},
+}
+
+
+def rows_arguments(**case):
+    return packed_arguments(**case)[:2]
 
 
 def lm_head_arguments(**case):
@@ -392,7 +412,6 @@ def lm_head_arguments(**case):
 LM_HEAD_CASES = {
     "int8 lm_head, 8 rows": {"rows": 8},
     "int4 lm_head": INT4,
-    "int4 lm_head, tiles of rows": INT4 | {"rows": 128},
 }
 
 
@@ -427,6 +446,7 @@ def main() -> None:
         (partial(packed, gated=False), packed_arguments, PACKED_CASES),
         (partial(packed, gated=True), packed_arguments, GATED_PACKED_CASES),
         (packed_product, lm_head_arguments, LM_HEAD_CASES),
+        (partial(packed_rows, dtype=jnp.bfloat16), rows_arguments, ROWS_CASES),
     ]
     compilations = [
         (name, op, build(**case)) for op, build, cases in families for name, case in cases.items()

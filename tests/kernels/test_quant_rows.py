@@ -1,4 +1,10 @@
-"""Products of packed weights with many rows, under the interpreter, against float64."""
+"""Products of packed weights with more than a few rows, interpreted on a CPU, against float64.
+
+Plain arithmetic stands in for what threads do in PTX, and for products from registers, as in
+``test_quant_linear.py``.
+"""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +13,9 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from packed_cases import KINDS, normal, numbers, packed_codes, random_weight
 
+from pallas_kernels import api, linear_ops, reference
 from pallas_kernels.hopper import quant_operands, quant_rows
-from pallas_kernels.hopper.quant_rows import Config, packed_rows
+from pallas_kernels.hopper.quant_rows import Config, packed_rows, packed_rows_linear
 from pallas_kernels.packed import pack_weight
 
 
@@ -55,8 +62,9 @@ def test_every_kind(kind: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [16, 40, 128, 130])
-def test_tiles_of_rows(rows: int) -> None:
-    check("int4, group 64", rows)
+@pytest.mark.parametrize("kind", ["int4, group 64", "int4, group 128"])
+def test_tiles_of_rows(kind: str, rows: int) -> None:
+    check(kind, rows)
 
 
 @pytest.mark.parametrize(
@@ -71,3 +79,75 @@ def test_tiles_of_rows(rows: int) -> None:
 @pytest.mark.parametrize("kind", ["int8", "int4, group 32, zeros in bytes"])
 def test_configurations(kind: str, how: Config) -> None:
     check(kind, 10, 1024, 256, how)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_layer_is_the_reference_around_the_product(gated: bool) -> None:
+    x, weight = normal(0, 12, 256), random_weight("int4, group 128", 256, 256)
+    around = normal(5, 256), normal(3, 256), None, None if gated else normal(2, 12, 256)
+    how = {"gated": gated, "epsilon": 1e-5}
+    out, sums = packed_rows_linear(x, pack_weight(weight, paired=gated), *around, **how)
+    wanted, _ = reference.fused_linear(x, weight, *around, **how)
+    assert sums is None and out.dtype == jnp.bfloat16 and out.shape == wanted.shape
+    out, wanted = (np.asarray(y, np.float32) for y in (out, wanted))
+    # A sum in another order may round to bf16 the other way; gate and residual multiply that.
+    np.testing.assert_allclose(out, wanted, rtol=2**-7, atol=2**-7 * np.abs(wanted).max())
+    assert np.mean(out == wanted) > 0.9
+
+
+@pytest.mark.parametrize(("rows", "spoiled"), [(9, 1), (130, 129)])
+def test_rows_do_not_mix(rows: int, spoiled: int) -> None:
+    """A row of NaN stays alone, in the product and in the zero points' sums."""
+    x, weight = normal(0, rows, 256), pack_weight(random_weight("int4, group 128", 256, 64))
+    clean = packed_rows(x, weight, dtype=jnp.float32)
+    out = packed_rows(x.at[spoiled].set(jnp.nan), weight, dtype=jnp.float32)
+    assert np.isnan(np.asarray(out[spoiled])).all()
+    np.testing.assert_array_equal(*(np.delete(y, spoiled, axis=0) for y in (out, clean)))
+
+
+def test_a_row_is_the_same_in_any_tile() -> None:
+    """So that a request's numbers do not depend on the slot that it has."""
+    weight = pack_weight(random_weight("int4, group 64", 256, 128))
+    out = packed_rows(jnp.tile(normal(0, 1, 256), (256, 1)), weight, dtype=jnp.float32)
+    np.testing.assert_array_equal(out, np.tile(out[:1], (256, 1)))
+
+
+def test_refuses_float32() -> None:
+    packed = pack_weight(random_weight("int8", 128, 64))
+    with pytest.raises(NotImplementedError, match="x must be bfloat16, got float32"):
+        packed_rows(normal(0, 16, 128).astype(jnp.float32), packed, dtype=jnp.float32)
+
+
+FEW, MOST = api.MOST_FUSED_PACKED_ROWS, api.MOST_PACKED_ROWS
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [
+        (FEW, ["packed_linear", "packed_product"]),
+        (FEW + 1, ["packed_rows_linear", "packed_rows_product"]),
+        (MOST, ["packed_rows_linear", "packed_rows_product"]),
+        (MOST + 1, ["fused_linear"]),
+    ],
+)
+def test_ops_choose_by_rows(rows: int, wanted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more rows than there are kernels for a matrix is unpacked; so it is without kernels."""
+    chosen, choose = [], linear_ops.implementation
+
+    def implementation(name: str, backend: api.Backend) -> Callable:
+        chosen.append((name, backend))
+        return choose(name, "reference" if name == "fused_linear" else backend)
+
+    monkeypatch.setattr(linear_ops, "implementation", implementation)
+    x, weight = normal(0, rows, 128), random_weight("int8", 128, 64)
+    packed = pack_weight(weight)
+    for backend in ("mosaic", "reference"):
+        jax.eval_shape(lambda x: api.fused_linear(x, packed, backend=backend)[0], x)  # noqa: B023
+        logits = jax.eval_shape(lambda x: api.product(x[None], packed, backend=backend), x)  # noqa: B023
+        assert logits.shape == (1, rows, 64) and logits.dtype == jnp.float32
+        kernels = backend == "mosaic" and rows <= MOST
+        names = (
+            [(name, "mosaic") for name in wanted] if kernels else [("fused_linear", "reference")]
+        )
+        assert chosen == names
+        chosen.clear()

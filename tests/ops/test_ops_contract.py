@@ -35,8 +35,11 @@ def test_the_table_of_accepted_arguments_covers_every_op() -> None:
         "Weight",
     }
     types |= {"BlockList", "KVKind", "W8A8Kind", "WeightKind", "LoweringProcesses"}
-    limits = {"MOST_LINEAR_ROWS", "MOST_PACKED_ROWS", "MOST_SELECTED_PAGES"}
-    limits |= {
+    limits = {
+        "MOST_FUSED_PACKED_ROWS",
+        "MOST_LINEAR_ROWS",
+        "MOST_PACKED_ROWS",
+        "MOST_SELECTED_PAGES",
         "WEIGHT_GROUPS",
         "WEIGHT_KINDS",
         "W8A8_KINDS",
