@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,20 @@ def matmul(
         return accumulator[...]
 
     return pl.run_scoped(product, plgpu.ACC((m, n), dtype))
+
+
+def add_product(acc, a, b, *, meanwhile: Callable[[], None] = lambda: None) -> Any:
+    """``acc + a @ b`` by wgmma, ``a`` in registers and ``b`` in shared memory.
+
+    ``meanwhile`` runs while the tensor cores do. Mosaic GPU's interpreter has no such wgmma; tests
+    replace this function there.
+    """
+
+    def product(accumulator):
+        plgpu.wgmma(accumulator, a, b)
+        meanwhile()
+
+    return pl.run_state(product)(plgpu.ACC.init(acc))
 
 
 def spread_rows(x, like):

@@ -39,13 +39,13 @@ from pallas_kernels.hopper.mosaic import (
     PER_COLUMN,
     PER_ROW,
     SM_COUNT,
+    add_product,
     full,
     refuse,
     spread_columns,
     spread_rows,
     tile_transforms,
 )
-from pallas_kernels.hopper.query_tiles import add_product
 from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
 from pallas_kernels.packed import BITS, INPUTS, ROWS, group_size
 from pallas_kernels.types import PackedWeight
@@ -155,7 +155,7 @@ def packed_rows(
     padded = N * pl.cdiv(B, N)
     x = jnp.pad(x, ((0, padded - B), (0, 0)))
     totals = None
-    if packed.zeros != "none":
+    if group is not None and packed.zeros != "none":
         totals = x.astype(jnp.float32).reshape(padded, K // group, group).sum(axis=2).T
     # From (t, s, b, e) to (s, b, t, e), the order of an operand's inputs: see packed.py.
     x = x.reshape(padded, K // 32, 4, 2, 2, 2).transpose(0, 1, 3, 4, 2, 5).reshape(padded, K)
@@ -269,13 +269,13 @@ def _multiply(
                     number = i * parts + part
                     x = rings.x.at[slot * groups + number].transpose((1, 0))
                     if group is None:
-                        acc = add_product(acc, codes, x, lambda: None)
+                        acc = add_product(acc, codes, x)
                         continue
                     scale, zero = operands.scale_and_zero(here, packed, part, parts)
                     totals = None
                     if zero is not None:
                         totals = plgpu.load(rings.totals.at[slot, number], layout=PER_COLUMN)
-                    y = add_product(full((ROWS, N), 0.0, MATRIX), codes, x, lambda: None)
+                    y = add_product(full((ROWS, N), 0.0, MATRIX), codes, x)
                     if zero is not None:
                         y = y - spread_rows(zero - offset, y) * spread_columns(totals, y)
                     acc = acc + y * spread_rows(scale, y)

@@ -40,6 +40,7 @@ from pallas_kernels.hopper.mosaic import (
     LOWEST,
     MATRIX,
     PER_ROW,
+    add_product,
     full,
     matmul,
     spread_rows,
@@ -193,20 +194,6 @@ def zero_rows(v, keep: Callable[[Any], Any]) -> None:
     plgpu.commit_smem()
 
 
-def add_product(acc, p, v, meanwhile: Callable[[], None]):
-    """``acc + p @ v`` by wgmma, p in registers and v in shared memory.
-
-    ``meanwhile`` runs while the tensor cores do. Mosaic GPU's interpreter has no such wgmma; tests
-    replace this function there.
-    """
-
-    def product(accumulator):
-        plgpu.wgmma(accumulator, p, v)
-        meanwhile()
-
-    return pl.run_state(product)(plgpu.ACC.init(acc))
-
-
 def _compute(tile: Tile, half, work: Work) -> None:
     steps = work.steps
     q_gmem, out_gmem, lse_gmem = work.rows_of(half)
@@ -247,7 +234,7 @@ def _compute(tile: Tile, half, work: Work) -> None:
         # Warpgroup 1 multiplies by these values a turn later.
         pl.when(half == 0)(lambda: work.clean(block, tile.v.at[stage]))
         wait_for_turn()
-        acc = add_product(acc, p, tile.v.at[stage], lambda: wait_for_keys(step + 1))
+        acc = add_product(acc, p, tile.v.at[stage], meanwhile=lambda: wait_for_keys(step + 1))
         plgpu.barrier_arrive(tile.v_free.at[stage])
         return acc, new_peak, total
 

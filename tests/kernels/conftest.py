@@ -12,7 +12,13 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, shared_m
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import kv_codes
-from pallas_kernels.hopper import code_blocks, decode_operands, query_tiles, shared_kernel
+from pallas_kernels.hopper import (
+    code_blocks,
+    decode_operands,
+    quant_rows,
+    query_tiles,
+    shared_kernel,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -64,14 +70,15 @@ def wgmma_from_registers(monkeypatch: pytest.MonkeyPatch) -> None:
     return that read is checked for races.
     """
 
-    def add_product(acc, p, v, meanwhile):
+    def add_product(acc, p, v, meanwhile=lambda: None):
         total = acc + jnp.dot(p, v[...], preferred_element_type=jnp.float32)
         plgpu.commit_smem()
         meanwhile()
         return total
 
     if jax.default_backend() == "cpu":
-        monkeypatch.setattr(query_tiles, "add_product", add_product)
+        for module in (query_tiles, quant_rows):
+            monkeypatch.setattr(module, "add_product", add_product)
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from packed_cases import KINDS, normal, numbers, packed_codes, random_weight
 
 from pallas_kernels import api, linear_ops, reference
-from pallas_kernels.hopper import quant_operands, quant_rows
+from pallas_kernels.hopper import quant_operands
 from pallas_kernels.hopper.quant_rows import Config, packed_rows, packed_rows_linear
 from pallas_kernels.packed import pack_weight
 
@@ -29,18 +28,12 @@ def plain_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
         own = slice(part * 128 // parts, (part + 1) * 128 // parts)
         return y.reshape(64, 128)[:, own].astype(jnp.bfloat16)
 
-    def add_product(acc, a, b, meanwhile):
-        total = acc + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-        plgpu.commit_smem()  # a kernel lets its warps meet before a copy into what they read
-        return total
-
     def store_transposed(ref, y):
         ref[...] = y.T
 
     if jax.default_backend() == "cpu":
         monkeypatch.setattr(quant_operands, "matrix", matrix)
         monkeypatch.setattr(quant_operands, "store_transposed", store_transposed)
-        monkeypatch.setattr(quant_rows, "add_product", add_product)
 
 
 def config(warpgroups=1, splits=1, stages=2, blocks=1) -> Config:
