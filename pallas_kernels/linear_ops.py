@@ -63,9 +63,9 @@ def fused_linear(
     ``MOST_LINEAR_ROWS`` rows XLA's matrix product was measured to be faster, so the reference
     implementation runs whatever the backend. A quantised matrix has kernels if it is packed: with
     more than ``MOST_FUSED_PACKED_ROWS`` rows for the product alone, which reads weights once more
-    from the L2 cache for each further 128 rows; with more than ``MOST_PACKED_ROWS`` it is unpacked
-    first. A gated layer's is packed ``paired``. With a ``W8A8Weight`` rows are rounded to its 8
-    bits, after the norm, and XLA multiplies.
+    from the L2 cache for each further 64 or 128 rows; with more than ``MOST_PACKED_ROWS`` it is
+    unpacked first. A gated layer's is packed ``paired``. With a ``W8A8Weight`` rows are rounded to
+    its 8 bits, after the norm, and XLA multiplies.
 
     >>> import jax.numpy as jnp
     >>> out, _ = fused_linear(jnp.ones((1, 4)), jnp.ones((4, 2)), residual=jnp.ones((1, 2)))

@@ -49,7 +49,7 @@ from pallas_kernels.hopper.mosaic import (
     store_unoptimised,
 )
 from pallas_kernels.hopper.quant_finish import finish
-from pallas_kernels.hopper.quant_plan import Config, N, choose_config
+from pallas_kernels.hopper.quant_plan import Config, N, choose_config, refuse_unsupported
 from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
 from pallas_kernels.packed import BITS, INPUTS, ROWS, group_size
 from pallas_kernels.types import PackedWeight
@@ -58,11 +58,8 @@ from pallas_kernels.types import PackedWeight
 def _refuse_unsupported(
     x: Array, packed: PackedWeight, gated: bool, residual: Array | None
 ) -> None:
+    refuse_unsupported(x, packed, gated)
     reasons = []
-    if x.dtype != jnp.bfloat16:
-        reasons.append(f"x must be bfloat16, got {x.dtype}")
-    if gated != packed.paired:
-        reasons.append(f"gated={gated} needs weights packed with paired={gated}")
     if gated and residual is not None:
         reasons.append("a gated layer has no residual")
     if len(x) > N:

@@ -1,7 +1,7 @@
 """Products of packed codes with x: what a thread does with its registers, in PTX of our own.
 
 Mosaic has no operand layout for codes packed as ``packed.py`` does, so these functions make the
-operands of mma.sync by themselves. bf16 holds every code exactly:
+operands of mma.sync and wgmma by themselves. bf16 holds every code exactly:
 
     4 bits    0x4300 is 128, whose mantissa then counts ones: 128 + q, less 136, is q - 8
     int8      (128 + its low 7 bits) - (128, or 256 if it is negative)

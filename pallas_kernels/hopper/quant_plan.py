@@ -3,11 +3,15 @@
 import dataclasses
 from dataclasses import dataclass
 
-from pallas_kernels.hopper.mosaic import SM_COUNT
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels.device import MOST_FUSED_PACKED_ROWS
+from pallas_kernels.hopper.mosaic import SM_COUNT, refuse
 from pallas_kernels.packed import BITS, INPUTS, ROWS, group_size
 from pallas_kernels.types import PackedWeight
 
-N = 8  # rows of x in memory, of which a call may have fewer
+N = MOST_FUSED_PACKED_ROWS  # rows of x in memory, of which a call may have fewer
 _SHARED_BYTES = 220 << 10  # of the 227 KB that a CTA can have
 _ENOUGH_BITS = 2048  # of codes that warpgroups of all CTAs hold: 256 of 8 bits, 512 of 4
 
@@ -38,6 +42,16 @@ _MEASURED = {
     (14336, 4096, 8): {1: (2, 8, 4, 1), 8: (2, 4, 4, 1)},
     (4096, 128256, 8): {8: (4, 1, 4, 1)},
 }
+
+
+def refuse_unsupported(x: Array, packed: PackedWeight, gated: bool) -> None:
+    """Raises ``NotImplementedError`` for what no kernel of packed weights can do."""
+    reasons = []
+    if x.dtype != jnp.bfloat16:
+        reasons.append(f"x must be bfloat16, got {x.dtype}")
+    if gated != packed.paired:
+        reasons.append(f"gated={gated} needs weights packed with paired={gated}")
+    refuse("packed_linear", reasons)
 
 
 def choose_config(packed: PackedWeight, rows: int) -> Config:

@@ -41,11 +41,11 @@ from pallas_kernels.hopper.mosaic import (
     SM_COUNT,
     add_product,
     full,
-    refuse,
     spread_columns,
     spread_rows,
     tile_transforms,
 )
+from pallas_kernels.hopper.quant_plan import refuse_unsupported
 from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
 from pallas_kernels.packed import BITS, INPUTS, ROWS, group_size
 from pallas_kernels.types import PackedWeight
@@ -125,13 +125,19 @@ def packed_rows_linear(
     bf16 but for the weights. Raises ``NotImplementedError`` for anything else.
     """
     del square_sums  # x says it all
-    multiply = partial(packed_rows, packed=packed, dtype=x.dtype)
+    refuse_unsupported(x, packed, gated)
+
+    def multiply(y: Float[Array, "B K"]) -> Float[Array, "B out"]:
+        # A norm's scale in float32 makes y float32.
+        return packed_rows(y.astype(x.dtype), packed, dtype=x.dtype)
+
     around = bias, norm_scale, residual
     return unfused_layer(multiply, x, *around, gated=gated, epsilon=epsilon), None
 
 
 def packed_rows_product(x: Float[Array, "B K"], packed: PackedWeight) -> Float[Array, "B out"]:
     """``pallas_kernels.api.product``: as the sums are, in float32."""
+    refuse_unsupported(x, packed, False)
     return packed_rows(x, packed, dtype=jnp.float32)
 
 
@@ -143,12 +149,7 @@ def packed_rows(
     dtype: jax.typing.DTypeLike,
     config: Config | None = None,
 ) -> Float[Array, "B out"]:
-    """``x @ packed``, summed in float32, in ``dtype``; x bf16, any number of rows.
-
-    Raises ``NotImplementedError`` for another x.
-    """
-    reasons = [] if x.dtype == jnp.bfloat16 else [f"x must be bfloat16, got {x.dtype}"]
-    refuse("packed_rows", reasons)
+    """``x @ packed``, summed in float32, in ``dtype``; x bf16, any number of rows."""
     (B, K), out = x.shape, packed.shape[1]
     config = choose_config(packed, B) if config is None else config
     N, group = tile_rows(packed, B), group_size(packed)
@@ -190,7 +191,7 @@ class _Rings(NamedTuple):
 
     words: Any  # [W * stages, blocks, rows, 64]
     x: Any  # [stages * groups of a step, N, inputs of a group]
-    totals: Any  # [stages, groups of a step, N]
+    totals: Any  # [stages, groups of a step or 2, N]
     words_ready: Any  # [W * stages] barriers
     x_ready: Any  # [stages] barriers
     x_used: Any  # [stages] barriers, of all warpgroups
@@ -207,6 +208,7 @@ def _multiply(
     W, S, stages, each = config.warpgroups, config.splits, config.stages, config.blocks
     (padded, K), (blocks, _, rows, _) = x.shape, packed.words.shape
     steps = K // INPUTS // each // S
+    stages = min(stages, steps)
     if blocks % W or steps * each * INPUTS * S != K:
         raise ValueError(f"{config} does not divide {blocks} tiles and {K} inputs")
     group = group_size(packed)
@@ -242,9 +244,9 @@ def _multiply(
                 )
             if totals_gmem is not None:
                 own = totals_gmem.at[pl.ds(first, groups), own_rows]
-                plgpu.copy_gmem_to_smem(own, rings.totals.at[slot], ready)
+                plgpu.copy_gmem_to_smem(own, rings.totals.at[slot, pl.ds(0, groups)], ready)
 
-        for step in range(min(stages, steps)):
+        for step in range(stages):
             fetch_words(jnp.int32(step), jnp.int32(step))
             pl.when(wg == 0)(lambda step=step: fetch_x(jnp.int32(step), jnp.int32(step)))
 
@@ -295,7 +297,8 @@ def _multiply(
         x=plgpu.SMEM(
             (stages * groups, N, inputs), x.dtype, transforms=tile_transforms(inputs, x.dtype)
         ),
-        totals=plgpu.SMEM((stages, groups, N), jnp.float32),
+        # A copy begins at a multiple of 128 bytes: two rows of 16 numbers.
+        totals=plgpu.SMEM((stages, max(groups, 2), N), jnp.float32),
         words_ready=plgpu.Barrier(num_arrivals=1, num_barriers=W * stages),
         x_ready=plgpu.Barrier(num_arrivals=groups + (totals is not None), num_barriers=stages),
         x_used=plgpu.Barrier(num_arrivals=W, num_barriers=stages),

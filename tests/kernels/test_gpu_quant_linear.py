@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from packed_cases import numbers
+from packed_cases import random_weight as random_codes
 from shapes.linear import LINEAR, Kind, LinearShape, random_weight
 from tiny_llm import random_prompts, tiny_config, tiny_params
 
@@ -53,6 +55,15 @@ def test_products(form: str, rows: int, name: str = "down") -> None:
     # rounds by 2^-24 of the sum so far, which makes less than 1e-5 of it for 5 standard deviations.
     # With zero points a sum is the difference of two of about its size.
     np.testing.assert_allclose(got, wanted, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("kind", ["int4, group 128", "int8, group 128", "int4, group 32"])
+@pytest.mark.parametrize("rows", [3, 11, 40])
+def test_odd_numbers_of_blocks(kind: str, rows: int) -> None:
+    """A step of one block: sums of x for zero points are 64 bytes of 16 rows."""
+    x, weight = normal(1, rows, 896), random_codes(kind, 896, 320)
+    got = jax.jit(api.product)(x, api.pack_weight(weight))
+    np.testing.assert_allclose(got, np.asarray(x, np.float64) @ numbers(weight), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 64])

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import pytest
 from compile_offline import INT4, packed_arguments, prefix_arguments
 from jax._src.lib import mosaic_gpu_dialect
@@ -29,6 +30,7 @@ from pallas_kernels.hopper.fused_linear import fused_linear
 from pallas_kernels.hopper.lower_elsewhere import Processes, lowerings
 from pallas_kernels.hopper.prefix_attention import prefix_attention
 from pallas_kernels.hopper.quant_linear import packed_linear
+from pallas_kernels.hopper.quant_rows import packed_rows
 
 
 @pytest.fixture(autouse=True)
@@ -51,12 +53,17 @@ def packed(*arguments):
     return packed_linear(*arguments, gated=False, epsilon=1e-5)
 
 
+def rows(*arguments):
+    return packed_rows(*arguments, dtype=jnp.bfloat16)
+
+
 def all_kernels() -> jax.stages.Traced:
     """One program with a kernel of each kind, in functions inside of functions."""
     ops = [attend(3), append_chunk(3), attend_chunk(3), score(3), select(3)]
     x, kernel = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((2, 128), (128, 128)))
     ops.append((linear, (x, kernel, x)))
     ops.append((packed, packed_arguments(**INT4, residual=True, K=128, out=128)))
+    ops.append((rows, packed_arguments(**INT4, K=128, out=128, rows=9)[:2]))
     ops.append((prefix_attention, prefix_arguments(rows=5)))
 
     def run(arguments):
@@ -86,14 +93,14 @@ def lowered(traced: jax.stages.Traced) -> str:
 def test_they_are_the_same(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
     traced = all_kernels()
     expected = {lowering: shared_kernel.lower(lowering) for lowering in lowerings(traced.jaxpr)}
-    assert len(expected) == 10  # attention of decode and of a prefix has two
+    assert len(expected) == 11  # attention of decode and of a prefix has two
     for begun in processes.begin(traced.jaxpr):
         begun.result()
     kept = shared_kernel._kept
     assert {key: plain(kept[key]) for key in kept} == {key: plain(expected[key]) for key in kept}
     assert processes.begin(traced.jaxpr) == []
     monkeypatch.setattr(shared_kernel, "lower", None)  # nothing more is lowered here
-    assert lowered(traced).count("kernel_hash") == 10
+    assert lowered(traced).count("kernel_hash") == 11
 
 
 def test_processes_that_began_early_do_the_work(processes: Processes) -> None:

@@ -208,6 +208,19 @@ def test_products_of_a_block(kind: str, rows: int) -> None:
                 np.testing.assert_allclose(matrix(got, rows), wanted, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_of_a_block(kind: str) -> None:
+    """As wgmma takes them from registers, in the order into which ``packed_rows`` brings x."""
+    weight = random_weight(kind, 128, 64)
+    packed = pack_weight(weight)
+    codes = np.asarray(weight.codes).astype(np.float64).T - quant_operands.CODE_OFFSET[packed.codes]
+    code_rows = 32 if packed.codes != "uint4" else 16
+    words = loaded_words(np.asarray(packed.words[0, 0]), code_rows)
+    operands = quant_operands._operands_a(packed.codes, words)
+    wanted = codes.reshape(64, 4, 4, 2, 2, 2).transpose(0, 1, 3, 4, 2, 5).reshape(64, 128)
+    assert_array_equal(matrix([as_bf16(x) for x in operands], 128), wanted)
+
+
 def test_sums_of_x() -> None:
     """``row_totals`` multiplies with ones."""
     x = np.asarray(normal(0, 8, 128))

@@ -105,10 +105,32 @@ def test_a_row_is_the_same_in_any_tile() -> None:
     np.testing.assert_array_equal(out, np.tile(out[:1], (256, 1)))
 
 
-def test_refuses_float32() -> None:
-    packed = pack_weight(random_weight("int8", 128, 64))
-    with pytest.raises(NotImplementedError, match="x must be bfloat16, got float32"):
-        packed_rows(normal(0, 16, 128).astype(jnp.float32), packed, dtype=jnp.float32)
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": jnp.float32}, "x must be bfloat16, got float32"),
+        ({"gated": True}, "gated=True needs weights packed with paired=True"),
+    ],
+)
+def test_refuses_by_name(changes, reason: str) -> None:
+    how = {"dtype": jnp.bfloat16, "gated": False} | changes
+    x = normal(0, 16, 128).astype(how["dtype"])
+    packed, around = pack_weight(random_weight("int8", 128, 64)), (None,) * 4
+    with pytest.raises(NotImplementedError, match=reason):
+        packed_rows_linear(x, packed, *around, gated=how["gated"], epsilon=1e-5)
+
+
+def test_a_norm_in_float32() -> None:
+    """Its scale is: what it makes is rounded once more, as with a few rows."""
+    x, packed = normal(0, 9, 128), pack_weight(random_weight("int8", 128, 64))
+    how = {"gated": False, "epsilon": 1e-5}
+    scales = (jnp.full((128,), 1.5, dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    with jax.numpy_dtype_promotion("standard"):  # JAX's default
+        out, wanted = (
+            packed_rows_linear(x, packed, None, scale, None, None, **how)[0] for scale in scales
+        )
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out, wanted)
 
 
 FEW, MOST = api.MOST_FUSED_PACKED_ROWS, api.MOST_PACKED_ROWS
@@ -144,3 +166,25 @@ def test_ops_choose_by_rows(rows: int, wanted: list[str], monkeypatch: pytest.Mo
         )
         assert chosen == names
         chosen.clear()
+
+
+def test_ops_compute(rows: int = FEW + 1) -> None:
+    """With leading axes and in float32, where that is what an op gives."""
+    x, weight = normal(0, rows, 128), random_weight("int8", 128, 64)
+    packed = pack_weight(weight)
+    logits = api.product(x[None], packed, backend="mosaic")
+    wanted = np.asarray(x, np.float64) @ numbers(weight)
+    assert logits.shape == (1, rows, 64) and logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits[0], wanted, rtol=0, atol=1e-5)
+    out, _ = api.fused_linear(x, packed, backend="mosaic")
+    np.testing.assert_allclose(out.astype(jnp.float32), wanted, rtol=2**-8, atol=1e-5)
+
+
+def test_ops_refuse_another_size() -> None:
+    packed = pack_weight(random_weight("int8", 128, 64))
+    with pytest.raises(
+        ValueError, match=r"kernel is packed of shape \(128, 64\), expected \[256, "
+    ):
+        api.fused_linear(normal(0, 1, 256), packed)
+    with pytest.raises(ValueError, match=r"x has shape \(1, 256\), expected \[1, 128\]"):
+        api.product(normal(0, 1, 256), packed)

@@ -20,6 +20,7 @@ KINDS = {
     "int4, group 32, zeros in bytes": ("uint4", 32, "byte"),
     "int4, group 128, zeros in bytes": ("uint4", 128, "byte"),
     "int8, group 32": ("int8", 32, None),  # as GGUF's Q8_0
+    "int8, group 128": ("int8", 128, "word"),  # as GPTQ's of 8 bits
     "fp8, blocks of 128": ("float8_e4m3fn", 128, None),
 }
 
@@ -42,6 +43,8 @@ def random_weight(kind: str, K: int, out: int, seed: int = 0) -> Weight:
         zero = jnp.asarray(zero, jnp.float32)
     elif codes == "int8":
         values = jnp.asarray(rng.integers(-128, 128, (K, out)), jnp.int8)
+        if zeros is not None:
+            zero = jnp.asarray(rng.uniform(-128, 128, shape), jnp.float32)
     else:
         bits = rng.integers(0, 127, (K, out)) + 128 * rng.integers(0, 2, (K, out))
         values = lax.bitcast_convert_type(jnp.asarray(bits, jnp.uint8), jnp.float8_e4m3fn)
