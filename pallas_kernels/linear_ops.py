@@ -23,8 +23,11 @@ Matrix = Array | Weight | PackedWeight | W8A8Weight
 
 
 def _runs_packed(rows: int, backend: Backend) -> bool:
-    """Whether a packed matrix is multiplied as it is; else it is unpacked first."""
-    return backend == "mosaic" and rows <= MOST_PACKED_ROWS
+    """Whether a packed matrix is multiplied as it is; else it is unpacked first.
+
+    As it is where ``rows`` is no int, in a program exported for any batch.
+    """
+    return backend == "mosaic" and isinstance(rows, int) and rows <= MOST_PACKED_ROWS
 
 
 def _expect_kernel(kernel: Matrix, K: int) -> None:

@@ -45,13 +45,13 @@ def cannot_pack(weight: Weight) -> str | None:
 
     >>> import jax.numpy as jnp
     >>> cannot_pack(Weight(jnp.ones((100, 64), jnp.int8), jnp.ones((1, 64)), None))
-    'K=100 and out=64 must be multiples of 128 and 64'
+    'K=100 and out=64 must be multiples of 128 and 64, and not 0'
     """
     (K, out), groups = weight.shape, weight.scale.shape[0]
     if weight.scale.shape[1] != out:
         return f"its scales, {weight.scale.shape}, are those of rows"
-    if K % INPUTS or out % ROWS:
-        return f"K={K} and out={out} must be multiples of {INPUTS} and {ROWS}"
+    if K % INPUTS or out % ROWS or not K * out:
+        return f"K={K} and out={out} must be multiples of {INPUTS} and {ROWS}, and not 0"
     if weight.zero is None and weight.codes.dtype == jnp.uint4:
         return "codes of 4 bits need zero points"
     if groups > 1 and K // groups % 32:

@@ -147,9 +147,10 @@ def product(x: Float[Array, "... K"], kernel: Array | Weight) -> Float[Array, ".
         codes = kernel.codes.astype(x.dtype)
         y = jnp.matmul(rows, codes, precision=highest, preferred_element_type=jnp.float32)
         y = y * kernel.scale
-    elif len(rows) <= _FEW_ROWS:
+    # R is no int in a program exported for any batch.
+    elif isinstance(R := rows.shape[0], int) and R <= _FEW_ROWS:
         # Groups first: XLA's CPU backend has no product of bf16 whose batch axis is another.
-        parts = rows.reshape(len(rows), g, K // g).swapaxes(0, 1)
+        parts = rows.reshape(R, g, K // g).swapaxes(0, 1)
         codes = kernel.codes.astype(x.dtype).reshape(g, K // g, out)
         sums = jnp.matmul(parts, codes, precision=highest, preferred_element_type=jnp.float32)
         if kernel.zero is not None:

@@ -55,16 +55,9 @@ from pallas_kernels.packed import BITS, INPUTS, ROWS, group_size
 from pallas_kernels.types import PackedWeight
 
 
-def _refuse_unsupported(
-    x: Array, packed: PackedWeight, gated: bool, residual: Array | None
-) -> None:
-    refuse_unsupported(x, packed, gated)
-    reasons = []
-    if gated and residual is not None:
-        reasons.append("a gated layer has no residual")
-    if len(x) > N:
-        reasons.append(f"at most {N} rows, got {len(x)}")
-    refuse("packed_linear", reasons)
+def _refuse_unsupported(x: Array, packed: PackedWeight, *around: Any) -> None:
+    refuse_unsupported(x, packed, *around)
+    refuse("packed weights", [f"at most {N} rows, got {len(x)}"] if len(x) > N else [])
 
 
 @partial(jax.jit, static_argnames=("gated", "epsilon", "config"))
@@ -102,7 +95,7 @@ def packed_product(
     x: Float[Array, "B K"], packed: PackedWeight, *, config: Config | None = None
 ) -> Float[Array, "B out"]:
     """``pallas_kernels.api.product``: as the sums are, in float32."""
-    _refuse_unsupported(x, packed, False, None)
+    _refuse_unsupported(x, packed)
     config = choose_config(packed, len(x)) if config is None else config
     return _run(_Settings(config), x, packed, (None, None), (None, None), jnp.float32)[0]
 

@@ -44,14 +44,19 @@ _MEASURED = {
 }
 
 
-def refuse_unsupported(x: Array, packed: PackedWeight, gated: bool) -> None:
-    """Raises ``NotImplementedError`` for what no kernel of packed weights can do."""
+def refuse_unsupported(
+    x: Array, packed: PackedWeight, gated: bool = False, residual: Array | None = None
+) -> None:
+    """Raises ``NotImplementedError`` for what kernels of packed weights do not do."""
     reasons = []
     if x.dtype != jnp.bfloat16:
         reasons.append(f"x must be bfloat16, got {x.dtype}")
     if gated != packed.paired:
-        reasons.append(f"gated={gated} needs weights packed with paired={gated}")
-    refuse("packed_linear", reasons)
+        what = "a gated layer needs" if gated else "only a gated layer can have"
+        reasons.append(f"{what} weights packed with paired=True")
+    if gated and residual is not None:
+        reasons.append("a gated layer has no residual")
+    refuse("packed weights", reasons)
 
 
 def choose_config(packed: PackedWeight, rows: int) -> Config:

@@ -125,7 +125,7 @@ def packed_rows_linear(
     bf16 but for the weights. Raises ``NotImplementedError`` for anything else.
     """
     del square_sums  # x says it all
-    refuse_unsupported(x, packed, gated)
+    refuse_unsupported(x, packed, gated, residual)
 
     def multiply(y: Float[Array, "B K"]) -> Float[Array, "B out"]:
         # A norm's scale in float32 makes y float32.
@@ -137,7 +137,7 @@ def packed_rows_linear(
 
 def packed_rows_product(x: Float[Array, "B K"], packed: PackedWeight) -> Float[Array, "B out"]:
     """``pallas_kernels.api.product``: as the sums are, in float32."""
-    refuse_unsupported(x, packed, False)
+    refuse_unsupported(x, packed)
     return packed_rows(x, packed, dtype=jnp.float32)
 
 
@@ -149,7 +149,7 @@ def packed_rows(
     dtype: jax.typing.DTypeLike,
     config: Config | None = None,
 ) -> Float[Array, "B out"]:
-    """``x @ packed``, summed in float32, in ``dtype``; x bf16, any number of rows."""
+    """``x @ packed``, summed in float32, in ``dtype``; x bf16, one row or more."""
     (B, K), out = x.shape, packed.shape[1]
     config = choose_config(packed, B) if config is None else config
     N, group = tile_rows(packed, B), group_size(packed)

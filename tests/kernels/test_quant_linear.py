@@ -134,7 +134,7 @@ def test_rows_do_not_mix(spoiled: int = 1) -> None:
     ("changes", "reason"),
     [
         ({"dtype": jnp.float32}, "x must be bfloat16, got float32"),
-        ({"gated": True}, "gated=True needs weights packed with paired=True"),
+        ({"gated": True}, "a gated layer needs weights packed with paired=True"),
         ({"rows": 9}, "at most 8 rows, got 9"),
     ],
 )

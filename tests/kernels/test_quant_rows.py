@@ -109,7 +109,7 @@ def test_a_row_is_the_same_in_any_tile() -> None:
     ("changes", "reason"),
     [
         ({"dtype": jnp.float32}, "x must be bfloat16, got float32"),
-        ({"gated": True}, "gated=True needs weights packed with paired=True"),
+        ({"gated": True}, "a gated layer needs weights packed with paired=True"),
     ],
 )
 def test_refuses_by_name(changes, reason: str) -> None:

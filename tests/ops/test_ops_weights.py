@@ -140,3 +140,24 @@ def test_what_does_not_fit() -> None:
         api.fused_linear(jnp.ones((1, 128)), table)
     with pytest.raises(ValueError, match=r"cannot be packed: its scales, \(128, 1\), are .* rows"):
         api.pack_weight(table)
+
+
+@pytest.mark.parametrize("backend", ["reference", "mosaic"])
+def test_exported_for_any_number_of_rows(backend: api.Backend) -> None:
+    """Scales of groups, zero points, packed or not: the way of many rows, whatever the number."""
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.standard_normal((256, 64)), jnp.float32)
+    weight = api.quantize_weight(w, kind="int4", group=64)
+    wanted = np.asarray(api.dequantize_weight(weight), np.float64)
+    for kernel in (weight, api.pack_weight(weight)):
+
+        def multiply(x: jax.Array, kernel: Weight | api.PackedWeight = kernel) -> jax.Array:
+            out, _ = api.fused_linear(x, kernel, backend=backend)
+            return out + api.product(x, kernel, backend=backend)
+
+        shape = jax.export.symbolic_shape("rows, 256")
+        exported = jax.export.export(jax.jit(multiply))(jax.ShapeDtypeStruct(shape, jnp.float32))
+        for rows in (3, 40):
+            x = jnp.asarray(rng.standard_normal((rows, 256)), jnp.float32)
+            # Float32 sums of 256 products of size 1, twice.
+            assert_allclose(exported.call(x), 2 * np.asarray(x) @ wanted, rtol=0, atol=1e-4)

@@ -70,8 +70,8 @@ def test_rounded_ones_fit_into_bytes() -> None:
 @pytest.mark.parametrize(
     ("sizes", "kind", "reason"),
     [
-        ((192, 64), "int8", "K=192 and out=64 must be multiples of 128 and 64"),
-        ((128, 96), "int8", "K=128 and out=96 must be multiples of 128 and 64"),
+        ((192, 64), "int8", "K=192 and out=64 must be multiples of 128 and 64, and not 0"),
+        ((128, 96), "int8", "K=128 and out=96 must be multiples of 128 and 64, and not 0"),
         ((128, 64), "int4", "codes of 4 bits need zero points"),
         ((128, 64), "int8 in groups of 16", "groups of 16 inputs must be multiples of 32"),
     ],
@@ -84,4 +84,11 @@ def test_what_does_not_pack(sizes: tuple[int, int], kind: str, reason: str) -> N
         weight = weight._replace(scale=jnp.ones((8, 64)))
     assert api.cannot_pack(weight) == reason
     with pytest.raises(ValueError, match=f"the matrix cannot be packed: {reason}"):
+        api.pack_weight(weight)
+
+
+@pytest.mark.parametrize("sizes", [(0, 64), (128, 0)])
+def test_an_empty_matrix_does_not_pack(sizes: tuple[int, int]) -> None:
+    weight = api.Weight(jnp.zeros(sizes, jnp.int8), jnp.ones((1, sizes[1])))
+    with pytest.raises(ValueError, match=r"K=\d+ and out=\d+ must be multiples .* and not 0"):
         api.pack_weight(weight)
