@@ -1,10 +1,11 @@
 """Blocks of a tensor's rows, several at a time."""
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+
+from lserve_jax.cores import usable_cores
 
 # Transposing and touching new memory keep a thread busy, so several pay; but each holds a block, in
 # float32 where it is rounded, and reading the file has a rate of its own.
@@ -13,7 +14,7 @@ _MOST_THREADS = 8
 
 def reading_threads() -> ThreadPoolExecutor:
     """Threads for ``each_block``: NumPy leaves Python's lock while it copies and computes."""
-    return ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS), "lserve-reading")
+    return ThreadPoolExecutor(min(usable_cores(), _MOST_THREADS), "lserve-reading")
 
 
 def each_block(

@@ -35,7 +35,10 @@ ALLOWED = {
 # Rooms from the bottom up: a folder, or a file that stands by itself. A module imports from its own
 # room and from rows above its own.
 ROOMS = (
-    ("pallas_kernels", "lserve_jax.checks", "lserve_jax.lazy", "lserve_jax.template_bounds"),
+    (
+        *("pallas_kernels", "lserve_jax.checks", "lserve_jax.cores", "lserve_jax.lazy"),
+        "lserve_jax.template_bounds",
+    ),
     (
         *("lserve_jax.model", "lserve_jax.sampling_params"),
         *("lserve_jax.chat_template", "lserve_jax.control_text"),
@@ -55,7 +58,7 @@ ROOMS = (
 DOORS = {
     "pallas_kernels": ("pallas_kernels.api",),
     "convert": (
-        *("lserve_jax.checks", "lserve_jax.model", "lserve_jax.tokenizer"),
+        *("lserve_jax.checks", "lserve_jax.cores", "lserve_jax.model", "lserve_jax.tokenizer"),
         "pallas_kernels.api",  # the types of what parameters hold
     ),
 }

@@ -1,7 +1,6 @@
 """From a model and options to an engine: the one way in which engines are built."""
 
 import dataclasses
-import os
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 
 from convert.artefacts import cache_directory
 from lserve_jax.attention.cache import make_spec
+from lserve_jax.cores import usable_cores
 from lserve_jax.engine.array_bytes import tree_bytes
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.head_policy import head_policy
@@ -167,7 +167,7 @@ def build_engine(
 
 def has_cores_beside() -> bool:
     """Whether compiling leaves requests what they run on: a device of its own, and some cores."""
-    return jax.default_backend() != "cpu" and (os.cpu_count() or 1) >= 4
+    return jax.default_backend() != "cpu" and usable_cores() >= 4
 
 
 def _program_files(options: EngineOptions) -> ProgramFiles | None:

@@ -7,7 +7,6 @@ programs were made ahead of time, the runner's calls come here. Elsewhere JAX's 
 
 import atexit
 import logging
-import os
 import threading
 import time
 import weakref
@@ -21,6 +20,7 @@ from typing import Any, Literal
 import jax
 from tqdm import tqdm
 
+from lserve_jax.cores import usable_cores
 from lserve_jax.engine.calls import Call
 from lserve_jax.engine.compiling import (
     Lowered,
@@ -438,4 +438,4 @@ def _raise_if_stopped(stopped: threading.Event) -> None:
 
 
 def _at_most(count: int) -> int:
-    return min(os.cpu_count() or 1, count)
+    return min(usable_cores(), count)

@@ -19,6 +19,7 @@ from tiny_llm import tiny_config, tiny_params
 
 from lserve_jax import LLM, SamplingParams
 from lserve_jax.engine import build as build_module
+from lserve_jax.engine import programs as programs_module
 from lserve_jax.engine.build import build_engine
 from lserve_jax.engine.calls import Call
 from lserve_jax.engine.compiling import Traced
@@ -126,7 +127,7 @@ def test_the_rest_is_compiled_while_requests_run(monkeypatch) -> None:
 
 def test_nothing_more_is_compiled_for_an_engine_that_is_gone(monkeypatch) -> None:
     monkeypatch.setattr(build_module, "has_cores_beside", lambda: True)
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)  # for one program at a time
+    monkeypatch.setattr(programs_module, "usable_cores", lambda: 4)  # for one program at a time
     begun, go_on, seen = threading.Event(), threading.Event(), []
     compile_one = Programs._compile
 
@@ -151,7 +152,7 @@ def test_nothing_more_is_compiled_for_an_engine_that_is_gone(monkeypatch) -> Non
 def test_beside_requests_two_programs_compile_at_once_on_eight_cores(monkeypatch) -> None:
     """And never are two traced or lowered: that is Python, which requests need."""
     monkeypatch.setattr(build_module, "has_cores_beside", lambda: True)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(programs_module, "usable_cores", lambda: 8)
     both, compiling, tracing = threading.Barrier(2), [], threading.Lock()
     compile_one, trace, lower = Programs._compile, Traced.of, Traced.lower
     alone: list[bool] = []
@@ -237,7 +238,7 @@ def test_beside_requests_nothing_is_kept_of_settings_that_changed_meanwhile(tmp_
 
 def test_beside_requests_one_that_fails_is_left_to_who_needs_it(monkeypatch, caplog) -> None:
     """Whatever the error, the next ones are made."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(programs_module, "usable_cores", lambda: 4)
     compile_one = Programs._compile
 
     def fail(programs: Programs, call: Call, lowered: Any) -> Any:
@@ -316,7 +317,7 @@ threading.Thread(target=work).start()
 
 def test_what_a_request_compiles_ahead_is_not_made_beside_it(monkeypatch) -> None:
     """Though its turn comes before it is ready."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(programs_module, "usable_cores", lambda: 4)
     functions = [jax.jit(lambda x, n=n: x + n) for n in range(3)]
     first, second, third = (Call.of(function, jnp.zeros(3)) for function in functions)
     begun, go_on, left = threading.Event(), threading.Event(), threading.Event()
