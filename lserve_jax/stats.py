@@ -92,11 +92,16 @@ def request_summary(metrics: RequestMetrics, clock: CompileClock, sparse: bool) 
         f"compile   {clock.seconds():.2f} s",
     ]
     if sparse:
-        bypassed = metrics.bypassed_steps / max(metrics.decode_steps, 1)
-        lines += [
+        pages = (
             f"pages     {metrics.pages_attended_per_step:.1f} read a step, of --page-size tokens "
-            f"each (mean over layers and KV heads), {metrics.selector_runs} selections, "
-            f"in {bypassed:.0%} of steps selection left nothing out",
+            "each (mean over layers and KV heads)"
+        )
+        if metrics.selector_runs:  # none where drafts are looked up
+            bypassed = metrics.bypassed_steps / max(metrics.decode_steps, 1)
+            pages += f", {metrics.selector_runs} selections, "
+            pages += f"in {bypassed:.0%} of steps selection left nothing out"
+        lines += [
+            pages,
             f"KV bytes  {_size(metrics.kv_bytes_held)} held, "
             f"{_size(metrics.kv_bytes_read_per_step)} read a step, statistics included, "
             f"{_share(metrics):.1%} of the {_size(metrics.dense_kv_bytes_read_per_step)} of dense "
@@ -113,7 +118,7 @@ def request_summary(metrics: RequestMetrics, clock: CompileClock, sparse: bool) 
                 drafts = f"{metrics.drafted_tokens}, {metrics.acceptance:.0%} confirmed"
             lines.append(
                 f"drafts    {drafts}, {metrics.tokens_per_verification:.1f} tokens a "
-                f"verification; at the end {metrics.draft_reason}"
+                f"verification; in the last burst {metrics.draft_reason}"
             )
     return lines
 
