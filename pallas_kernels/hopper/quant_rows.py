@@ -269,6 +269,8 @@ def _multiply(
                 for part in range(parts):
                     codes = operands.matrix(words, codes=packed.codes, part=part, parts=parts)
                     number = i * parts + part
+                    # One index, which is traced: a constant one does not lower where a product is
+                    # added (findings/mosaic_gpu_literal_index_in_run_state.sh).
                     x = rings.x.at[slot * groups + number].transpose((1, 0))
                     if group is None:
                         acc = add_product(acc, codes, x)
