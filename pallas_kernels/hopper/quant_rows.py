@@ -283,8 +283,12 @@ def _multiply(
                     if zero is not None:
                         y = y - spread_rows(zero - offset, y) * spread_columns(totals, y)
                     acc = acc + y * spread_rows(scale, y)
-            plgpu.barrier_arrive(rings.x_used.at[slot])
-            pl.when(step + stages < steps)(lambda: fetch_words(step + stages, slot))
+
+            @pl.when(step + stages < steps)  # else nothing more comes into the slot
+            def _():
+                plgpu.barrier_arrive(rings.x_used.at[slot])
+                fetch_words(step + stages, slot)
+
             return acc
 
         acc = lax.fori_loop(0, steps, multiply_step, full((ROWS, N), 0.0, MATRIX))
