@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from pallas_kernels.device import is_hopper
 from pallas_kernels.kv_codes import kv_kind
-from pallas_kernels.types import KVPages
+from pallas_kernels.types import KVPages, PackedWeight
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
@@ -22,6 +22,8 @@ LOWEST = -1e30
 
 # Streaming multiprocessors of an H100 or H200 (SXM), for sizing grids.
 SM_COUNT = 132
+# Shared memory that a kernel's buffers are planned into, of the 227 KB that a CTA can have.
+SHARED_BYTES = 220 << 10
 
 # How a warpgroup holds a wgmma accumulator [m, n] in registers, and one value a row or a column of
 # it. The transposed layout keeps two neighbours of a *column* in one register, which is what
@@ -71,6 +73,21 @@ def unsupported(
     page_size = next(iter(pools.values())).k.shape[2]  # of all of them
     if page_size not in (16, 32, 64, 128):
         reasons.append(f"page size must be 16, 32, 64 or 128, got {page_size}")
+    return reasons
+
+
+def unsupported_packed(
+    x: Array, packed: PackedWeight, gated: bool = False, residual: Array | None = None
+) -> list[str]:
+    """Reasons why none of the kernels that multiply packed weights can run."""
+    reasons = []
+    if x.dtype != jnp.bfloat16:
+        reasons.append(f"x must be bfloat16, got {x.dtype}")
+    if gated != packed.paired:
+        what = "a gated layer needs" if gated else "only a gated layer can have"
+        reasons.append(f"{what} weights packed with paired=True")
+    if gated and residual is not None:
+        reasons.append("a gated layer has no residual")
     return reasons
 
 

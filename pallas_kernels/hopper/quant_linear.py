@@ -47,17 +47,20 @@ from pallas_kernels.hopper.mosaic import (
     spread_columns,
     spread_rows,
     store_unoptimised,
+    unsupported_packed,
 )
 from pallas_kernels.hopper.quant_finish import finish
-from pallas_kernels.hopper.quant_plan import Config, N, choose_config, refuse_unsupported
+from pallas_kernels.hopper.quant_plan import Config, N, choose_config
 from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
 from pallas_kernels.packed import BITS, INPUTS, ROWS, group_size
 from pallas_kernels.types import PackedWeight
 
 
 def _refuse_unsupported(x: Array, packed: PackedWeight, *around: Any) -> None:
-    refuse_unsupported(x, packed, *around)
-    refuse("packed weights", [f"at most {N} rows, got {len(x)}"] if len(x) > N else [])
+    reasons = unsupported_packed(x, packed, *around)
+    if len(x) > N:
+        reasons.append(f"at most {N} rows, got {len(x)}")
+    refuse("packed weights", reasons)
 
 
 @partial(jax.jit, static_argnames=("gated", "epsilon", "config"))

@@ -3,16 +3,12 @@
 import dataclasses
 from dataclasses import dataclass
 
-import jax.numpy as jnp
-from jaxtyping import Array
-
 from pallas_kernels.device import MOST_FUSED_PACKED_ROWS
-from pallas_kernels.hopper.mosaic import SM_COUNT, refuse
+from pallas_kernels.hopper.mosaic import SHARED_BYTES, SM_COUNT
 from pallas_kernels.packed import BITS, INPUTS, ROWS, group_size
 from pallas_kernels.types import PackedWeight
 
 N = MOST_FUSED_PACKED_ROWS  # rows of x in memory, of which a call may have fewer
-_SHARED_BYTES = 220 << 10  # of the 227 KB that a CTA can have
 _ENOUGH_BITS = 2048  # of codes that warpgroups of all CTAs hold: 256 of 8 bits, 512 of 4
 
 
@@ -42,21 +38,6 @@ _MEASURED = {
     (14336, 4096, 8): {1: (2, 8, 4, 1), 8: (2, 4, 4, 1)},
     (4096, 128256, 8): {8: (4, 1, 4, 1)},
 }
-
-
-def refuse_unsupported(
-    x: Array, packed: PackedWeight, gated: bool = False, residual: Array | None = None
-) -> None:
-    """Raises ``NotImplementedError`` for what kernels of packed weights do not do."""
-    reasons = []
-    if x.dtype != jnp.bfloat16:
-        reasons.append(f"x must be bfloat16, got {x.dtype}")
-    if gated != packed.paired:
-        what = "a gated layer needs" if gated else "only a gated layer can have"
-        reasons.append(f"{what} weights packed with paired=True")
-    if gated and residual is not None:
-        reasons.append("a gated layer has no residual")
-    refuse("packed weights", reasons)
 
 
 def choose_config(packed: PackedWeight, rows: int) -> Config:
@@ -89,7 +70,7 @@ def shared_bytes(packed: PackedWeight, config: Config) -> int:
 
 def _fitted(packed: PackedWeight, config: Config) -> Config:
     """With as much in flight as there is room for: rather short steps than a single one."""
-    while shared_bytes(packed, config) > _SHARED_BYTES:
+    while shared_bytes(packed, config) > SHARED_BYTES:
         if config.stages > 2 or (config.stages == 2 and config.blocks == 1):
             config = dataclasses.replace(config, stages=config.stages - 1)
         elif config.blocks > 1:
@@ -111,7 +92,7 @@ def _by_rule(packed: PackedWeight) -> Config:
         for warpgroups in (*shared, 1):
             wanted = Config(warpgroups=warpgroups, splits=splits, stages=4, blocks=blocks)
             wanted = _fitted(packed, wanted)
-            if shared_bytes(packed, wanted) <= _SHARED_BYTES and wanted.stages > 1:
+            if shared_bytes(packed, wanted) <= SHARED_BYTES and wanted.stages > 1:
                 config = wanted
                 break
     assert config is not None  # as many splits as blocks always fit

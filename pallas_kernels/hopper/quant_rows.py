@@ -1,7 +1,7 @@
 """Products of quantised weights with more than a few rows: Hopper (Mosaic GPU).
 
 ``quant_linear.py`` is for a few rows, which each warp of a block's four reads by itself: with 32 of
-them that, not the weights, is what it waits for. Here wgmma reads x from shared memory, once for
+them it was slower than bf16 weights. Here wgmma reads x from shared memory, once for
 all warps. Codes are its operand A there as here, from registers, where they become bf16 exactly.
 
 Index map. Grid: tiles of W blocks of 64 output channels, a warpgroup each; splits of K, S of them;
@@ -38,21 +38,22 @@ from pallas_kernels.hopper.mosaic import (
     MATRIX,
     PER_COLUMN,
     PER_ROW,
+    SHARED_BYTES,
     SM_COUNT,
     add_product,
     full,
+    refuse,
     spread_columns,
     spread_rows,
     tile_transforms,
+    unsupported_packed,
 )
-from pallas_kernels.hopper.quant_plan import refuse_unsupported
 from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
 from pallas_kernels.packed import BITS, INPUTS, ROWS, group_size
 from pallas_kernels.types import PackedWeight
 from pallas_kernels.unfused import unfused_layer
 
 _TILES = (16, 32, 64, 128)  # N
-_SHARED_BYTES = 220 << 10  # of the 227 KB that a CTA can have
 # Microseconds until a CTA has its first words; bytes a microsecond that an SM reads, and that all
 # write to L2 or read from there.
 _BEGIN, _SM_RATE, _L2_RATE = 2.0, 4.3e6 / SM_COUNT, 5e6
@@ -104,7 +105,7 @@ def choose_config(packed: PackedWeight, rows: int) -> Config:
         key=microseconds,
     )
     stage = blocks * (4 * ROWS * packed.words.shape[2] * warpgroups + 2 * N * INPUTS + 16 * N)
-    stages = max(2, min(_SHARED_BYTES // stage, 4))
+    stages = max(2, min(SHARED_BYTES // stage, 4))
     return Config(warpgroups=warpgroups, splits=splits, stages=stages, blocks=blocks)
 
 
@@ -125,7 +126,7 @@ def packed_rows_linear(
     bf16 but for the weights. Raises ``NotImplementedError`` for anything else.
     """
     del square_sums  # x says it all
-    refuse_unsupported(x, packed, gated, residual)
+    refuse("packed weights", unsupported_packed(x, packed, gated, residual))
 
     def multiply(y: Float[Array, "B K"]) -> Float[Array, "B out"]:
         # A norm's scale in float32 makes y float32.
@@ -137,7 +138,7 @@ def packed_rows_linear(
 
 def packed_rows_product(x: Float[Array, "B K"], packed: PackedWeight) -> Float[Array, "B out"]:
     """``pallas_kernels.api.product``: as the sums are, in float32."""
-    refuse_unsupported(x, packed)
+    refuse("packed weights", unsupported_packed(x, packed))
     return packed_rows(x, packed, dtype=jnp.float32)
 
 
