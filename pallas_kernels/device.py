@@ -23,6 +23,7 @@ KERNELS: dict[str, dict[str, str]] = {
         "block_scores": "pallas_kernels.hopper.block_scores",
         "fused_linear": "pallas_kernels.hopper.fused_linear",
         "packed_linear": "pallas_kernels.hopper.quant_linear",
+        "packed_numbers": "pallas_kernels.hopper.quant_unpack",
         "packed_product": "pallas_kernels.hopper.quant_linear",
         "packed_rows_linear": "pallas_kernels.hopper.quant_rows",
         "packed_rows_product": "pallas_kernels.hopper.quant_rows",

@@ -2,6 +2,8 @@
 
 import math
 
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import weights
@@ -25,9 +27,16 @@ Matrix = Array | Weight | PackedWeight | W8A8Weight
 def _runs_packed(rows: int, backend: Backend) -> bool:
     """Whether a packed matrix is multiplied as it is; else it is unpacked first.
 
-    As it is where ``rows`` is no int, in a program exported for any batch.
+    Not where ``rows`` is no int, in a program exported for any batch.
     """
     return backend == "mosaic" and isinstance(rows, int) and rows <= MOST_PACKED_ROWS
+
+
+def _unpacked(packed: PackedWeight, dtype: DTypeLike, backend: Backend) -> Array | Weight:
+    """What plain JAX multiplies with rows of ``dtype``: by a kernel bf16 [K, out], else codes."""
+    if backend == "mosaic" and dtype == jnp.bfloat16:
+        return implementation("packed_numbers", backend)(packed).T
+    return unpack_weight(packed)
 
 
 def _expect_kernel(kernel: Matrix, K: int) -> None:
@@ -96,7 +105,7 @@ def fused_linear(
         if _runs_packed(R, backend):
             name = "packed_linear" if R <= MOST_FUSED_PACKED_ROWS else "packed_rows_linear"
             return implementation(name, backend)(x, kernel, *around, **how)
-        kernel, backend = unpack_weight(kernel), "reference"
+        kernel, backend = _unpacked(kernel, x.dtype, backend), "reference"
     # In this order: R is no int in a program exported for any batch.
     elif backend == "mosaic" and (isinstance(kernel, Weight | W8A8Weight) or R > MOST_LINEAR_ROWS):
         backend = "reference"
@@ -131,7 +140,7 @@ def product(
     expect_shape("x", x, (*x.shape[:-1], K))
     rows, backend = math.prod(x.shape[:-1]), resolve_backend(backend)
     if not _runs_packed(rows, backend):
-        return weights.product(x, unpack_weight(kernel))
+        return weights.product(x, _unpacked(kernel, x.dtype, backend))
     name = "packed_product" if rows <= MOST_FUSED_PACKED_ROWS else "packed_rows_product"
     y = implementation(name, backend)(x.reshape(rows, K), kernel)
     return y.reshape(*x.shape[:-1], out)

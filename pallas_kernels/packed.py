@@ -1,21 +1,21 @@
 """Quantised matrices in the order in which Hopper's tensor cores take them: packed, and back.
 
 A block is 64 output channels by 128 inputs. The 128 threads of a warpgroup hold it as operand A of
-eight products m16n8k16 a warp; its words lie in memory in the order of the threads' registers, so
-that a thread's 16-byte loads are its own operands. Thread 4 g + t of warp w has of product 2 c + s
+mma.sync (eight products m16n8k16 a warp) or wgmma; its words lie in memory in the order of the
+threads' registers, so that a thread's 16-byte loads are its own operands. Thread 4 g + t of warp w
+has of product 2 c + s
 
-    rows     16 w + 8 h + g               h = 0, 1
-    inputs   32 c + 8 t + 4 s + 2 b + e   b, e = 0, 1    (where the instruction has 8 b + 2 t + e)
+    rows     16 w + 8 h + g                    h = 0, 1
+    inputs   32 c + 16 s + 8 b + 2 t + e       b, e = 0, 1
 
-Which input goes where is free as long as x goes along: so, a thread's 8 inputs of two products are
-neighbours, and it takes its x as it lies in a row, 16 bytes at a time.
-
-A word holds 8 codes of 4 bits, of one product: code (e, b, h) at bit 16 e + 8 b + 4 h; or 4 codes
-of 8 bits, of half a product: code (h, e) at bit 16 h + 8 e. Behind its codes a block has for each
-of its groups of inputs a float32 scale of every row, and its zero points. Zero points that are
-multiples of an eighth, and below 32, take the low bytes of the scales as eighths, if these are zero
-(as in all scales that were float16 or bfloat16, and those of ``quantize_weight``), and else words
-of their own.
+A word holds 8 codes of 4 bits, of one product: code (e, b, h) begins at bit 16 e + 8 b + 4 h + 3,
+and the last one ends in bits 0 to 2 (where a shift puts it, a code is what bf16 adds to 16 in
+eighths). Or 4 codes of 8 bits, of half a product: code (h, e) at bit 16 h + 8 e. Behind its codes a
+block has for each of its groups of inputs a float32 scale of every row, and its zero points. Those
+of codes of 4 bits that are multiples of an eighth, and at most 16, take the low bytes of the scales
+as eighths, if these are zero (as in all scales that were float16 or bfloat16, and those of
+``quantize_weight``): what a code is less such a zero point bf16 holds exactly. All others have
+words of their own.
 """
 
 import math
@@ -34,10 +34,11 @@ ROWS, INPUTS = 64, 128  # of a block
 BITS = {"int8": 8, "uint4": 4, "float8_e4m3fn": 8}
 # Axes as named above, but o and G, the blocks; c = 2 j + i.
 _SIZES = {"w": 4, "h": 2, "g": 8, "j": 2, "i": 2, "t": 4, "s": 2, "b": 2, "e": 2}
-_INPUT_AXES = "Gjitsbe"
+_INPUT_AXES = "Gjisbte"
 # Channels in rows: as they are, or those of the first half beside those of the second.
 _CHANNEL_AXES = {False: "owhg", True: "howg"}
 _WORD_AXES = {4: "oGjwgtis" + "ebh", 8: "oGjiwgtsb" + "he"}  # words, then the codes in a word
+_FIRST_BIT = {4: 3, 8: 0}  # of the first code in a word
 
 
 def cannot_pack(weight: Weight) -> str | None:
@@ -87,7 +88,7 @@ def pack_weight(weight: Weight, *, paired: bool = False, in_words: bool = False)
         raise ValueError(f"the matrix cannot be packed: {reason}")
     zeros: Literal["none", "byte", "word"] = "none"
     if weight.zero is not None:
-        fit = not in_words and _fit_bytes(weight.scale, weight.zero)
+        fit = not in_words and _may_fit_bytes(weight) and _fit_bytes(weight.scale, weight.zero)
         zeros = "byte" if fit else "word"
     return _pack(weight, zeros=zeros, paired=paired)
 
@@ -100,15 +101,21 @@ def packed_shape(weight: Weight, *, paired: bool = False) -> PackedWeight:
     >>> packed_shape(Weight(codes, scale, None)).words
     ShapeDtypeStruct(shape=(2, 2, 32, 64), dtype=int32)
     """
-    zeros: Literal["none", "byte"] = "none" if weight.zero is None else "byte"
+    zeros: Literal["none", "byte", "word"] = "none"
+    if weight.zero is not None:
+        zeros = "byte" if _may_fit_bytes(weight) else "word"
     return jax.eval_shape(partial(_pack, zeros=zeros, paired=paired), weight)
+
+
+def _may_fit_bytes(weight: Weight) -> bool:
+    return weight.codes.dtype == jnp.uint4
 
 
 @jax.jit
 def _fit_bytes(scale: Float[Array, "g out"], zero: Float[Array, "g out"]) -> Array:
     low = lax.bitcast_convert_type(scale, jnp.uint32) & 0xFF
     steps = zero * ZERO_STEPS
-    fits = (steps == jnp.round(steps)) & (steps < 256) & ~jnp.signbit(steps)  # no -0.0
+    fits = (steps == jnp.round(steps)) & (steps <= 128) & ~jnp.signbit(steps)  # no -0.0
     return jnp.all((low == 0) & fits)
 
 
@@ -132,6 +139,7 @@ def _pack(weight: Weight, *, zeros: Literal["none", "byte", "word"], paired: boo
     words = jnp.zeros(codes.shape[:3], jnp.uint32)
     for value in range(32 // bits):
         words |= codes[..., value].astype(jnp.uint32) << (bits * value)
+    words = _rotate(words, _FIRST_BIT[bits])
 
     def rows(x: Array) -> Array:
         """[g, out] to [blocks, g, 64]."""
@@ -171,7 +179,7 @@ def unpack_weight(packed: PackedWeight) -> Weight:
     (K, out), bits = packed.shape, BITS[packed.codes]
     channels = _CHANNEL_AXES[packed.paired]
     blocks = _bitcast(packed.words, jnp.uint32)
-    words = blocks[:, :, : 4 * bits]
+    words = _rotate(blocks[:, :, : 4 * bits], -_FIRST_BIT[bits])
     values = [(words >> shift) & (2**bits - 1) for shift in range(0, 32, bits)]
     codes = jnp.stack([x.astype(jnp.uint8) for x in values], axis=-1)
     axes = _INPUT_AXES + channels
@@ -205,6 +213,11 @@ def unpack_weight(packed: PackedWeight) -> Weight:
     elif packed.zeros == "word":
         zero = _bitcast(group_order(own), jnp.float32)
     return Weight(codes, _bitcast(scale, jnp.float32), zero)
+
+
+def _rotate(words: Array, bits: int) -> Array:
+    """To the left."""
+    return words << (bits % 32) | words >> (-bits % 32) if bits else words
 
 
 def _bitcast(x: Array, dtype) -> Array:

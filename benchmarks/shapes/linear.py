@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import api
-from pallas_kernels.api import Backend, PackedWeight, Weight
+from pallas_kernels.api import PackedWeight, Weight
 
 Kind = Literal["bf16", "int8", "int4", "fp8"]
 
@@ -61,11 +61,10 @@ def linear_layer(
     x: jax.Array,
     weight: jax.Array | PackedWeight,
     residual: jax.Array,
-    backend: Backend = "auto",
 ) -> jax.Array:
     """The layer with a norm whose scale is 1; ``residual`` [rows, out] where it has one."""
     if shape.around == "logits":
-        return api.product(x, weight, backend=backend)
+        return api.product(x, weight)
     norm = jnp.ones((shape.K,), x.dtype) if shape.around in ("norm", "gated") else None
     out, _ = api.fused_linear(
         x,
@@ -74,6 +73,5 @@ def linear_layer(
         epsilon=1e-5,
         residual=residual if shape.around == "residual" else None,
         gated=shape.gated,
-        backend=backend,
     )
     return out

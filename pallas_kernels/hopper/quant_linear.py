@@ -85,7 +85,6 @@ def packed_linear(
     if norm_scale is None:
         square_sums = None
     else:
-        norm_scale = norm_scale.reshape(-1, 32)
         if square_sums is None:
             square_sums, summed = first_square_sums(x, N), 1
     config = choose_config(packed, len(x)) if config is None else config
@@ -117,7 +116,7 @@ def _run(
     settings: _Settings,
     x: Float[Array, "B K"],
     packed: PackedWeight,
-    norm: tuple[Array | None, Array | None],  # scale [K / 32, 32], square_sums
+    norm: tuple[Array | None, Array | None],  # scale, square_sums
     after: tuple[Array | None, Array | None],  # bias, residual
     dtype: jax.typing.DTypeLike,
 ) -> tuple[Array, Array | None]:
@@ -129,7 +128,7 @@ def _run(
 
     # Sums over the rows of a tile take shared memory that warpgroups do not have for themselves.
     crowded = config.warpgroups > 1 and residual is not None
-    multiplied = x.reshape(B, -1, 32), packed, *norm
+    multiplied = x, packed, *norm
     if config.cluster or (config.splits == 1 and not crowded):
         made = _call(_make_multiply, settings, (*multiplied, *after), results)
     else:
@@ -192,9 +191,9 @@ def _make_multiply(settings: _Settings, results: Shapes) -> Callable[..., Any]:
 def _multiply(
     settings: _Settings,
     results: Shapes,
-    x: Float[Array, "B K/32 32"],
+    x: Float[Array, "B K"],
     packed: PackedWeight,
-    norm_scale: Float[Array, "K/32 32"] | None,
+    norm_scale: Float[Array, " K"] | None,
     square_sums: Float[Array, "tiles N"] | None,
     *after: Array | None,  # bias, residual
 ) -> tuple[Array, ...]:
@@ -211,17 +210,16 @@ def _multiply(
     stages = min(config.stages, steps)
     group = group_size(packed)
     parts = 1 if group is None else INPUTS // group  # groups of a block
-    offset = operands.CODE_OFFSET[packed.codes] if group is not None else 0
-    with_zeros = packed.zeros != "none"
+    with_totals = packed.zeros == "word"
     code_rows = 4 * BITS[packed.codes]
     pieces = _pieces(length, B, W)
     piece = length // pieces
     flat = operands.row_layout(piece)
 
     def multiply(
-        x_gmem,  # [B, K / 32, 32]
+        x_gmem,  # [B, K]
         packed_gmem,  # words [blocks, K / 128, rows, 64], channel_scale [blocks, 64]
-        norm_gmem,  # [K / 32, 32]
+        norm_gmem,  # [K]
         sums_gmem,  # [tiles, rows]
         bias_gmem,  # [out]
         residual_gmem,  # [B, width]
@@ -229,7 +227,7 @@ def _multiply(
     ):
         (
             *outputs,  # parts [S, out, rows], or those of ``finish``
-            x_smem,  # [length / 32, N, 32]
+            x_smem,  # [N, 4, length / 4 and padding], pairs of inputs by turns
             totals_smem,  # [groups of the split, N]
             rms_smem,  # [W, N]
             words_smem,  # [W * stages, config.blocks, rows, 64]
@@ -263,23 +261,23 @@ def _multiply(
 
         def copy_piece(i, _):
             """A piece of a row of x, normed: warpgroups take them in turn."""
-            row, at = lax.div(i, jnp.int32(pieces)), lax.rem(i, jnp.int32(pieces)) * (piece // 32)
-            k = pl.ds(split * (length // 32) + at, piece // 32)
+            row, at = lax.div(i, jnp.int32(pieces)), lax.rem(i, jnp.int32(pieces)) * piece
+            k = pl.ds(split * length + at, piece)
             x = plgpu.load(x_gmem.at[row, k], layout=flat, optimized=False)
             if norm_gmem is not None:
                 x = (x.astype(jnp.float32) * rms_smem[wg, row]).astype(jnp.bfloat16)
                 scale = plgpu.load(norm_gmem.at[k], layout=flat, optimized=False)
                 x = (x.astype(jnp.float32) * scale.astype(jnp.float32)).astype(jnp.bfloat16)
-            x_smem[pl.ds(at, piece // 32), row] = x
+            own = x_smem.at[row, :, pl.ds(lax.div(at, jnp.int32(4)), piece // 4)]
+            operands.store_planes(own, x)
 
         _in_turn(B * pieces, wg, W, copy_piece)
         meet()
 
         def load_x(k):
-            own = x_smem.at[pl.ds(k * (INPUTS // 32), INPUTS // 32)]
-            return plgpu.load(own, layout=operands.X_TILE, optimized=False)
+            return operands.load_planes(x_smem.at[:, :, pl.ds(k * (INPUTS // 4), INPUTS // 4)])
 
-        if with_zeros:
+        if with_totals:
 
             def add_up(k, _):
                 x = load_x(k)
@@ -300,15 +298,15 @@ def _multiply(
                 words = plgpu.load(here.at[pl.ds(0, code_rows)], layout=layout)
                 x = load_x(k)
                 for part in range(parts):
-                    y = operands.multiply(words, x, codes=packed.codes, part=part, parts=parts)
-                    if group is None:
-                        acc = acc + y
-                        continue
-                    scale, zero = operands.scale_and_zero(here, packed, part, parts)
+                    scale = offsets = zero = None
+                    if group is not None:
+                        scale, offsets, zero = operands.scale_and_zero(here, packed, part, parts)
+                    how = {"codes": packed.codes, "part": part, "parts": parts}
+                    y = operands.multiply(words, x, offsets, **how)
                     if zero is not None:
                         totals = plgpu.load(totals_smem.at[k * parts + part], layout=PER_COLUMN)
-                        y = y - spread_rows(zero - offset, y) * spread_columns(totals, y)
-                    acc = acc + y * spread_rows(scale, y)
+                        y = y - spread_rows(zero, y) * spread_columns(totals, y)
+                    acc = acc + (y if scale is None else y * spread_rows(scale, y))
             pl.when(step + stages < steps)(lambda: fetch(step + stages, slot))
             return acc
 
@@ -331,7 +329,7 @@ def _multiply(
         else:
             store_unoptimised(outputs[0].at[split, pl.ds(block * ROWS, ROWS)], acc)
 
-    totals = length // group if group is not None and with_zeros else 1
+    totals = length // group if group is not None and with_totals else 1
     return plgpu.kernel(
         multiply,
         out_type=results,
@@ -339,7 +337,7 @@ def _multiply(
         num_threads=W,
         thread_name="wg",
         scratch_types=[
-            plgpu.SMEM((length // 32, N, 32), x.dtype),
+            plgpu.SMEM((N, 4, length // 4 + operands.PLANE_PADDING), x.dtype),
             plgpu.SMEM((totals, N), jnp.float32),
             plgpu.SMEM((W, N), jnp.float32),
             plgpu.SMEM((W * stages, config.blocks, rows, ROWS), jnp.int32),

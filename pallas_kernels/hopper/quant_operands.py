@@ -3,13 +3,14 @@
 Mosaic has no operand layout for codes packed as ``packed.py`` does, so these functions make the
 operands of mma.sync and wgmma by themselves. bf16 holds every code exactly:
 
-    4 bits    0x4300 is 128, whose mantissa then counts ones: 128 + q, less 136, is q - 8
+    4 bits    0x4180 is 16, whose mantissa then counts eighths: 16 + q, less 16 + z, is q - z
     int8      (128 + its low 7 bits) - (128, or 256 if it is negative)
     e4m3      its exponent and mantissa in the place of bf16's, times 2^120
 
 The interpreter cannot run them. Tests put plain arithmetic in their place.
 """
 
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,10 +25,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper.mosaic import MATRIX, PER_COLUMN, PER_ROW
 from pallas_kernels.packed import BITS, INPUTS, ROWS
 from pallas_kernels.types import PackedWeight
-from pallas_kernels.weights import ZERO_STEPS
 
-# What is taken off codes of 4 bits, and so off their zero points.
-CODE_OFFSET = {"uint4": 8, "int8": 0, "float8_e4m3fn": 0}
+# Codes of 4 bits are less their zero points. Where these are no eighths they are less 8, and the
+# rest of the zero point is multiplied with the sum of x.
+CODE_OFFSET = 8
+_PAIR_OF_SIXTEENS, _EIGHTH = 0x41804180, 0x00010001
 _PRODUCTS = 8  # m16n8k16 a block, warp and 8 columns
 _FLOAT32 = jnp.dtype(jnp.float32)
 
@@ -37,17 +39,58 @@ def words_layout(codes: str):
     return plgpu.Layout.WG_STRIDED((4 * BITS[codes], ROWS), vec_size=4)
 
 
-# [4, N, 32] bf16, 128 inputs of x as operand B: thread 4 g + t has 16 bytes of row g in each 32
-# inputs, the same in each warp. These are 512 bytes in a row for a warp: no bank is asked twice.
+# [N, 4, 32] bf16, 128 inputs of x as operand B, as ``store_planes`` has put them into shared
+# memory: thread 4 g + t has of row g all that it multiplies in 16 bytes for each 32 inputs, the
+# same in each warp.
 X_TILE = plgpu.Layout.TILED(
-    fa.Tiling(((8, 32), (8,))), warp_dims=(fa.Replicated(4),), lane_dims=(-3, -2), vector_dim=-1
+    fa.Tiling(((8, 4, 8),)), warp_dims=(fa.Replicated(4),), lane_dims=(-3, -2), vector_dim=-1
 )
+# Numbers behind a plane: with them no bank of shared memory is asked twice for 16 bytes.
+PLANE_PADDING = 8
 
 
 def row_layout(inputs: int):
-    """[inputs / 32, 32] bf16, of one row of x, spread over all threads."""
+    """[inputs] bf16, of one row of x, spread over all threads."""
     each = next(n for n in (8, 4, 2, 1) if inputs % (128 * n) == 0)
-    return plgpu.Layout.WG_STRIDED((inputs // 32, 32), vec_size=each)
+    return plgpu.Layout.WG_STRIDED((inputs,), vec_size=each)
+
+
+def store_planes(ref, x) -> None:
+    """``x`` [n] bf16 into ``ref`` [4, n / 4] of shared memory: pairs of neighbours by turns.
+
+    So the inputs of a thread t, 2 t and 2 t + 1 of each 8, lie in plane t one behind the other.
+    """
+
+    def store(_, ref, x):
+        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+
+        def constant(n: int) -> ir.Value:
+            return arith.constant(i32, ir.IntegerAttr.get(i32, n))
+
+        def place(x: ir.Value) -> ir.Value:
+            return arith.index_cast(index, x)
+
+        each = x.layout.vec_size
+        thread = arith.remui(utils.thread_idx(), constant(128))
+        for i, values in enumerate(x.registers.flat):
+            first = arith.muli(arith.addi(thread, constant(128 * i)), constant(each))
+            for at in range(0, each, 2):
+                n = arith.addi(first, constant(at))
+                pair = arith.divui(n, constant(2))
+                plane = arith.remui(pair, constant(4))
+                column = arith.muli(arith.divui(pair, constant(4)), constant(2))
+                if each == 1:
+                    column = arith.addi(column, arith.remui(n, constant(2)))
+                own = vector.extract_strided_slice(
+                    ir.VectorType.get((min(each, 2),), ir.BF16Type.get()),
+                    values,
+                    [at],
+                    [min(each, 2)],
+                    [1],
+                )
+                vector.store(own, ref, [place(plane), place(column)], alignment=2 * min(each, 2))
+
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(), row_layout(x.shape[0])))(store)(ref, x)
 
 
 # Half the rows of a matrix, 8 of each 16: what a thread has of them is its own in either half.
@@ -60,50 +103,80 @@ EACH_WARP = plgpu.Layout.TILED(
 )
 
 
-def multiply(words, x, *, codes: str, part: int, parts: int):
+def load_planes(ref):
+    """[N, 4, 32] bf16 in ``X_TILE``, of the same ``ref`` of shared memory."""
+    shape = ref.shape
+
+    def load(_, ref):
+        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+
+        def constant(n: int) -> ir.Value:
+            return arith.constant(i32, ir.IntegerAttr.get(i32, n))
+
+        lane = arith.remui(utils.thread_idx(), constant(32))
+        row, plane = arith.divui(lane, constant(4)), arith.remui(lane, constant(4))
+        eight = ir.VectorType.get((8,), ir.BF16Type.get())
+        values = []
+        for j, c in itertools.product(range(shape[0] // 8), range(4)):
+            places = arith.addi(row, constant(8 * j)), plane, constant(8 * c)
+            at = [arith.index_cast(index, place) for place in places]
+            values.append(vector.load(eight, ref, at, alignment=16))
+        return _array(X_TILE, shape, values)
+
+    result = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.bfloat16), layout=X_TILE)
+    return plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)(load)(ref)
+
+
+def multiply(words, x, offsets, *, codes: str, part: int, parts: int):
     """[64, N] float32: the codes of one of ``parts`` groups of a block, times their x.
 
-    ``words`` int32 in ``words_layout``, ``x`` bf16 [4, N, 32] in ``X_TILE``, both of a whole block.
+    ``words`` int32 in ``words_layout``, ``x`` bf16 [N, 4, 32] in ``X_TILE``, both of a whole block;
+    ``offsets`` int32 [64] or None, as ``scale_and_zero`` has them.
     """
-    N = x.shape[1]
+    N = x.shape[0]
 
-    def product(_, words, x):
-        operands = _operands_a(codes, words)
+    def product(_, words, x, *offsets):
+        operands = _operands_a(codes, words, offsets, part, parts)
         return _array(MATRIX, (64, N), _products(operands, x, part, parts, N))
 
     result = plgpu.ShapeDtypeStruct((64, N), _FLOAT32, layout=MATRIX)
-    layouts = words_layout(codes), X_TILE
-    return plgpu.inline_mgpu(arg_types=layouts, return_type=result)(product)(words, x)
+    arguments, layouts = _with_offsets((words, x), (words_layout(codes), X_TILE), offsets)
+    return plgpu.inline_mgpu(arg_types=layouts, return_type=result)(product)(*arguments)
 
 
-def matrix(words, *, codes: str, part: int, parts: int):
+def matrix(words, offsets, *, codes: str, part: int, parts: int):
     """[64, 128 / parts] bf16: the codes of one of ``parts`` groups of a block, for wgmma.
 
-    ``words`` int32 in ``words_layout``, of a whole block. Inputs are in the order of ``packed.py``.
+    ``words`` int32 in ``words_layout``, of a whole block; ``offsets`` as for ``multiply``.
     """
     shape = ROWS, INPUTS // parts
 
-    def unpack(_, words):
-        operands = _operands_a(codes, words)
-        each = len(operands) // parts
+    def unpack(_, words, *offsets):
         pair = ir.VectorType.get((2,), ir.BF16Type.get())
         one = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
-        own = operands[part * each : (part + 1) * each]
+        own = _operands_a(codes, words, offsets, part, parts)
         values = [vector.bitcast(pair, vector.from_elements(one, [x])) for x in own]
         return _array(MATRIX, shape, values)
 
     result = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.bfloat16), layout=MATRIX)
-    return plgpu.inline_mgpu(arg_types=(words_layout(codes),), return_type=result)(unpack)(words)
+    arguments, layouts = _with_offsets((words,), (words_layout(codes),), offsets)
+    return plgpu.inline_mgpu(arg_types=layouts, return_type=result)(unpack)(*arguments)
+
+
+def _with_offsets(arguments: tuple, layouts: tuple, offsets) -> tuple[tuple, tuple]:
+    if offsets is None:
+        return arguments, layouts
+    return (*arguments, offsets), (*layouts, PER_ROW)
 
 
 def row_totals(x, *, part: int, parts: int):
     """[N] float32: each row's sum over the inputs of one of ``parts`` groups: products with 1."""
-    N = x.shape[1]
+    N = x.shape[0]
 
     def product(_, x):
         i32 = ir.IntegerType.get_signless(32)
         ones = arith.constant(i32, ir.IntegerAttr.get(i32, 0x3F803F80))
-        sums = _products([ones] * (4 * _PRODUCTS), x, part, parts, N)
+        sums = _products([ones] * (4 * _PRODUCTS // parts), x, part, parts, N)
         return _array(PER_COLUMN, (N,), sums[::2])  # all rows are the same
 
     result = plgpu.ShapeDtypeStruct((N,), _FLOAT32, layout=PER_COLUMN)
@@ -111,24 +184,30 @@ def row_totals(x, *, part: int, parts: int):
 
 
 def scale_and_zero(here, packed: PackedWeight, part: int, parts: int):
-    """[64] float32 each, of a group of the block ``here`` [rows, 64]; no zero: None."""
+    """Of a group of the block ``here`` [rows, 64], [64] each: scale, offsets, zero.
+
+    The scale is float32. Offsets are what ``matrix`` and ``multiply`` take off codes, zero what is
+    left to take off, float32; either is None if there is none.
+    """
     first = 4 * BITS[packed.codes]
     word = plgpu.load(here.at[first + part], layout=PER_ROW)
     if packed.zeros == "byte":
-        scale = lax.bitcast_convert_type(word & -256, jnp.float32)
-        return scale, (word & 0xFF).astype(jnp.float32) * (1 / ZERO_STEPS)
+        offsets = (word & 0xFF) * _EIGHTH + _PAIR_OF_SIXTEENS
+        return lax.bitcast_convert_type(word & -256, jnp.float32), offsets, None
     scale = lax.bitcast_convert_type(word, jnp.float32)
     if packed.zeros == "none":
-        return scale, None
+        return scale, None, None
     zero = plgpu.load(here.at[first + parts + part], layout=PER_ROW)
-    return scale, lax.bitcast_convert_type(zero, jnp.float32)
+    zero = lax.bitcast_convert_type(zero, jnp.float32)
+    return scale, None, zero - CODE_OFFSET if packed.codes == "uint4" else zero
 
 
 def store_transposed(ref, y) -> None:
-    """``y`` [64, N] into ``ref`` [N, 64] of device memory.
+    """``y`` [64, N] in ``MATRIX``, or [32, N] in ``HALF``, into ``ref`` [N, 64 or 32] of memory.
 
     The eight threads of a warp that hold a column store 8 neighbours.
     """
+    layout, of_warp = (MATRIX, 16) if y.shape[0] == ROWS else (HALF, 8)
 
     def store(_, ref, y):
         i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
@@ -141,15 +220,16 @@ def store_transposed(ref, y) -> None:
 
         thread = arith.remui(utils.thread_idx(), constant(128))
         warp, lane = arith.divui(thread, constant(32)), arith.remui(thread, constant(32))
-        row = arith.addi(arith.muli(warp, constant(16)), arith.divui(lane, constant(4)))
+        row = arith.addi(arith.muli(warp, constant(of_warp)), arith.divui(lane, constant(4)))
         column = arith.muli(arith.remui(lane, constant(4)), constant(2))
+        halves = of_warp // 8
         for i, pair in enumerate(y.registers.flat):
             for e in range(2):
                 value = vector.extract(pair, [], [e])
-                at = [place(column, 8 * (i // 2) + e), place(row, 8 * (i % 2))]
+                at = [place(column, 8 * (i // halves) + e), place(row, 8 * (i % halves))]
                 memref.store(value, ref, at)
 
-    plgpu.inline_mgpu(arg_types=(plgpu.RefType(), MATRIX))(store)(ref, y)
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))(store)(ref, y)
 
 
 def split_pairs(y):
@@ -179,17 +259,30 @@ def asm(text: str, *operands: ir.Value) -> Any:
     return llvm.inline_asm(i32, list(operands), text, constraints)
 
 
-def _operands_a(codes: str, words: fa.FragmentedArray) -> list[ir.Value]:
-    """Operand A of the block's products: pairs of bf16, 4 a product."""
-    operands = []
-    for i in range(4 * words.registers.size):
+def _operands_a(
+    codes: str,
+    words: fa.FragmentedArray,
+    offsets: tuple[fa.FragmentedArray, ...],
+    part: int,
+    parts: int,
+) -> list[ir.Value]:
+    """Operand A of the products of one of ``parts`` groups: pairs of bf16, 4 a product.
+
+    ``offsets`` is empty or has the pairs that are taken off codes of 4 bits, of rows g and g + 8.
+    """
+    operands, each = [], 4 * words.registers.size // parts
+    for i in range(part * each, (part + 1) * each):
         word = vector.extract(words.registers.flat[i // 4], [], [i % 4])
         if codes == "uint4":
             for p in range(4):
-                move = f"shr.b32 a, $1, {4 * p};" if p else "mov.b32 a, $1;"
-                merge = "lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea;"
-                less = "mov.b32 b, 0x43084308; sub.bf16x2 $0, a, b;"
-                operands.append(asm(f"{move} {merge} {less}", word))
+                move = f"shf.r.wrap.b32 a, $1, $1, {4 * p};" if p else "mov.b32 a, $1;"
+                merge = "lop3.b32 a, a, 0x00780078, 0x41804180, 0xea;"
+                if offsets:
+                    text, own = f"{move} {merge} sub.bf16x2 $0, a, $2;", offsets[0].registers.flat
+                    operands.append(asm(text, word, own[p % 2]))
+                else:
+                    less = f"mov.b32 b, {_PAIR_OF_SIXTEENS + 8 * CODE_OFFSET * _EIGHTH:#x};"
+                    operands.append(asm(f"{move} {merge} {less} sub.bf16x2 $0, a, b;", word))
         elif codes == "int8":
             for bytes_ in ("0x4140", "0x4342"):
                 text = (
@@ -211,23 +304,27 @@ def _operands_a(codes: str, words: fa.FragmentedArray) -> list[ir.Value]:
 def _products(
     operands: list[ir.Value], x: fa.FragmentedArray, part: int, parts: int, N: int
 ) -> list[ir.Value]:
-    """Pairs of sums, of rows g and g + 8, for each 8 columns."""
+    """Pairs of sums, of rows g and g + 8, for each 8 columns.
+
+    ``operands`` are those of the part alone, x is that of the block.
+    """
     f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
-    b = x.registers.reshape(4, N // 8)  # 8 inputs each
+    b = x.registers.reshape(N // 8, 4)  # 8 inputs each
     each, values = _PRODUCTS // parts, []
     for j in range(N // 8):
         sums = [arith.constant(f32, ir.FloatAttr.get(f32, 0.0))] * 4
-        for k in range(part * each, (part + 1) * each):
-            inputs = vector.bitcast(ir.VectorType.get((4,), i32), b[k // 2, j])
-            pair = [vector.extract(inputs, [], [2 * (k % 2) + i]) for i in range(2)]
+        for i in range(each):
+            k = part * each + i
+            inputs = vector.bitcast(ir.VectorType.get((4,), i32), b[j, k // 2])
+            pair = [vector.extract(inputs, [], [2 * (k % 2) + h]) for h in range(2)]
             result: Any = llvm.inline_asm(
                 llvm.StructType.get_literal([f32] * 4),
-                [*operands[4 * k : 4 * k + 4], *pair, *sums],
+                [*operands[4 * i : 4 * i + 4], *pair, *sums],
                 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3},"
                 "{$4,$5,$6,$7},{$8,$9},{$10,$11,$12,$13};",
                 "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
             )
-            sums = [llvm.extractvalue(f32, result, [i]) for i in range(4)]
+            sums = [llvm.extractvalue(f32, result, [n]) for n in range(4)]
         two = ir.VectorType.get((2,), f32)
         values += [vector.from_elements(two, sums[2 * h : 2 * h + 2]) for h in range(2)]
     return values

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from pallas_kernels.device import MOST_FUSED_PACKED_ROWS
 from pallas_kernels.hopper.mosaic import SHARED_BYTES, SM_COUNT
+from pallas_kernels.hopper.quant_operands import PLANE_PADDING
 from pallas_kernels.packed import BITS, INPUTS, ROWS, group_size
 from pallas_kernels.types import PackedWeight
 
@@ -62,10 +63,10 @@ def shared_bytes(packed: PackedWeight, config: Config) -> int:
     """Shared memory of a CTA: x, its sums by group, the ring of words, and a cluster's sums."""
     of_split = packed.shape[0] // config.splits
     group = group_size(packed)
-    totals = 4 * N * (of_split // group) if group is not None else 0
+    totals = 4 * N * (of_split // group) if group is not None and packed.zeros == "word" else 0
     ring = config.warpgroups * config.stages * config.blocks * 4 * ROWS * packed.words.shape[2]
     parts = config.splits * config.warpgroups * 4 * ROWS * N if config.cluster else 0
-    return 2 * N * of_split + totals + ring + parts
+    return 2 * N * (of_split + 4 * PLANE_PADDING) + totals + ring + parts
 
 
 def _fitted(packed: PackedWeight, config: Config) -> Config:

@@ -10,15 +10,17 @@ tiles of N rows, 16 to 128.
       words  [blocks, K / 128, ..]   a ring of ``stages`` steps of ``blocks`` blocks a warpgroup
       x      [N, 128]                a ring as long, for all warpgroups of the CTA
       acc    [64, N]            +=   scale * (codes @ x^T - zero * (sum of x)), group by group
-      sums   [S, N, out]             float32 where they are added up, else x's dtype
+      sums   [S, N, out]             float32 where they are added up, else x's dtype; half as wide
+                                     of a gated layer whose K is not split
 
 What must move: the words, once; x once a CTA and the sums, from and to L2. Tiles of rows are the
 grid's fastest axis: they run next to each other, so that all but one of them find the words in L2.
 
-XLA makes x what the kernel reads: inputs in the order of the packed words (``packed.py``), rows
-padded to tiles, and where there are zero points the sums of x by group. It does what follows, too:
-adds the splits, channels in their order, and what is around a layer. Both are done along with the
-norm before and the gate or residual behind, in loops that XLA has anyway for more than a few rows.
+XLA makes x what the kernel reads: rows padded to tiles, and where zero points have words of their
+own the sums of x by group. It does what follows, too: adds the splits, channels in their order, and
+what is around a layer. Both are done along with the norm before and the residual behind, in loops
+that XLA has anyway for more than a few rows. But gate and up of a channel are in one thread, which
+multiplies them where K is not split.
 """
 
 from collections.abc import Callable
@@ -128,11 +130,13 @@ def packed_rows_linear(
     del square_sums  # x says it all
     refuse("packed weights", unsupported_packed(x, packed, gated, residual))
 
+    in_kernel = gated and bias is None and choose_config(packed, len(x)).splits == 1
+
     def multiply(y: Float[Array, "B K"]) -> Float[Array, "B out"]:
         # A norm's scale in float32 makes y float32.
-        return packed_rows(y.astype(x.dtype), packed, dtype=x.dtype)
+        return packed_rows(y.astype(x.dtype), packed, dtype=x.dtype, gated=in_kernel)
 
-    around = bias, norm_scale, residual
+    around, gated = (bias, norm_scale, residual), gated and not in_kernel
     return unfused_layer(multiply, x, *around, gated=gated, epsilon=epsilon), None
 
 
@@ -142,36 +146,40 @@ def packed_rows_product(x: Float[Array, "B K"], packed: PackedWeight) -> Float[A
     return packed_rows(x, packed, dtype=jnp.float32)
 
 
-@partial(jax.jit, static_argnames=("dtype", "config"))
+@partial(jax.jit, static_argnames=("dtype", "gated", "config"))
 def packed_rows(
     x: Float[Array, "B K"],
     packed: PackedWeight,
     *,
     dtype: jax.typing.DTypeLike,
+    gated: bool = False,
     config: Config | None = None,
 ) -> Float[Array, "B out"]:
-    """``x @ packed``, summed in float32, in ``dtype``; x bf16, one row or more."""
+    """``x @ packed``, summed in float32, in ``dtype``; x bf16, one row or more.
+
+    ``gated``: SiLU of the first half of the columns, in ``dtype``, times the second half; for a
+    paired matrix whose K is not split.
+    """
     (B, K), out = x.shape, packed.shape[1]
     config = choose_config(packed, B) if config is None else config
     N, group = tile_rows(packed, B), group_size(packed)
     padded = N * pl.cdiv(B, N)
     x = jnp.pad(x, ((0, padded - B), (0, 0)))
     totals = None
-    if group is not None and packed.zeros != "none":
+    if group is not None and packed.zeros == "word":
         totals = x.astype(jnp.float32).reshape(padded, K // group, group).sum(axis=2).T
-    # From (t, s, b, e) to (s, b, t, e), the order of an operand's inputs: see packed.py.
-    x = x.reshape(padded, K // 32, 4, 2, 2, 2).transpose(0, 1, 3, 4, 2, 5).reshape(padded, K)
     sums_type = jnp.float32 if config.splits > 1 else dtype
+    width = out // 2 if gated else out
     (sums,) = call_shared(
         _make_kernel,
-        _Settings(config, N),
+        _Settings(config, N, gated),
         (x, packed, totals),
-        (jax.ShapeDtypeStruct((config.splits, padded, out), sums_type),),
+        (jax.ShapeDtypeStruct((config.splits, padded, width), sums_type),),
         longest=(None,) * 3,
         longest_results=(None,),
     )
     y = sums.sum(axis=0)[:B] if config.splits > 1 else sums[0, :B]
-    if packed.paired:  # gate and up by turns, 8 channels each
+    if packed.paired and not gated:  # gate and up by turns, 8 channels each
         y = y.reshape(B, -1, 2, 8).swapaxes(1, 2).reshape(B, out)
     return y.astype(dtype)
 
@@ -181,6 +189,7 @@ class _Settings(NamedTuple):
 
     config: Config
     tile_rows: int  # N
+    gated: bool
 
 
 def _make_kernel(settings: _Settings, results: Shapes) -> Callable[..., Any]:
@@ -205,7 +214,7 @@ def _multiply(
     packed: PackedWeight,
     totals: Float[Array, "K/group rows"] | None,
 ) -> tuple[Array, ...]:
-    config, N = settings
+    config, N, gated = settings
     W, S, stages, each = config.warpgroups, config.splits, config.stages, config.blocks
     (padded, K), (blocks, _, rows, _) = x.shape, packed.words.shape
     steps = K // INPUTS // each // S
@@ -215,7 +224,6 @@ def _multiply(
     group = group_size(packed)
     parts = 1 if group is None else INPUTS // group  # groups of a block
     inputs, groups = INPUTS // parts, each * parts  # of a group, and groups of a step
-    offset = operands.CODE_OFFSET[packed.codes] if group is not None else 0
     code_rows = 4 * BITS[packed.codes]
 
     def multiply(
@@ -268,21 +276,24 @@ def _multiply(
                 layout = operands.words_layout(packed.codes)
                 words = plgpu.load(here.at[pl.ds(0, code_rows)], layout=layout)
                 for part in range(parts):
-                    codes = operands.matrix(words, codes=packed.codes, part=part, parts=parts)
+                    scale = offsets = zero = None
+                    if group is not None:
+                        scale, offsets, zero = operands.scale_and_zero(here, packed, part, parts)
+                    how = {"codes": packed.codes, "part": part, "parts": parts}
+                    codes = operands.matrix(words, offsets, **how)
                     number = i * parts + part
                     # One index, which is traced: a constant one does not lower where a product is
                     # added (findings/mosaic_gpu_literal_index_in_run_state.sh).
                     x = rings.x.at[slot * groups + number].transpose((1, 0))
-                    if group is None:
+                    if scale is None:
                         acc = add_product(acc, codes, x)
                         continue
-                    scale, zero = operands.scale_and_zero(here, packed, part, parts)
                     totals = None
                     if zero is not None:
                         totals = plgpu.load(rings.totals.at[slot, number], layout=PER_COLUMN)
                     y = add_product(full((ROWS, N), 0.0, MATRIX), codes, x)
                     if zero is not None:
-                        y = y - spread_rows(zero - offset, y) * spread_columns(totals, y)
+                        y = y - spread_rows(zero, y) * spread_columns(totals, y)
                     acc = acc + y * spread_rows(scale, y)
 
             @pl.when(step + stages < steps)  # else nothing more comes into the slot
@@ -296,7 +307,12 @@ def _multiply(
         if group is None:
             scale = plgpu.load(packed_gmem.channel_scale.at[block], layout=PER_ROW, optimized=False)
             acc = acc * spread_rows(scale, acc)
-        own = sums_gmem.at[split, own_rows, pl.ds(block * ROWS, ROWS)]
+        channels = ROWS
+        if gated:
+            dtype, channels = sums_gmem.dtype, ROWS // 2
+            gate, up = (y.astype(dtype).astype(jnp.float32) for y in operands.split_pairs(acc))
+            acc = gate / (1.0 + jnp.exp(-gate)) * up
+        own = sums_gmem.at[split, own_rows, pl.ds(block * channels, channels)]
         operands.store_transposed(own, acc.astype(sums_gmem.dtype))
 
     rings = _Rings(

@@ -24,6 +24,7 @@ from pallas_kernels.hopper.prefill_attention import prefill_attention
 from pallas_kernels.hopper.prefix_attention import prefix_attention
 from pallas_kernels.hopper.quant_linear import packed_linear, packed_product
 from pallas_kernels.hopper.quant_rows import packed_rows
+from pallas_kernels.hopper.quant_unpack import packed_numbers
 from pallas_kernels.hopper.verify_attention import verify_attention
 from pallas_kernels.kv_codes import quantize
 from pallas_kernels.packed import BITS
@@ -401,8 +402,28 @@ ROWS_CASES = {
 }
 
 
+GATED_ROWS_CASES = {
+    "int8 rows, gated, 32": WIDE | {"rows": 32},
+    "int4 rows, gated, 32": INT4 | WIDE | {"rows": 32},
+    "int4 rows, gated, 128": INT4 | WIDE | {"rows": 128},
+    "int4 rows, gated, from GGUF, 64": GGUF | WIDE | {"rows": 64},
+}
+NUMBERS_CASES = {
+    "int8 numbers": {},
+    "int4 numbers": INT4 | {"K": 14336},
+    "int4 numbers, gated": INT4 | WIDE,
+    "int4 numbers of SmolLM2 from GGUF": GGUF | {"K": 1536, "out": 576},
+    "fp8 numbers in blocks": FP8_BLOCKS,
+    "int8 numbers from GGUF": Q8_0 | {"out": 28672},
+}
+
+
 def rows_arguments(**case):
     return packed_arguments(**case)[:2]
+
+
+def numbers_arguments(**case):
+    return packed_arguments(**case)[1:2]
 
 
 def lm_head_arguments(**case):
@@ -447,6 +468,8 @@ def main() -> None:
         (partial(packed, gated=True), packed_arguments, GATED_PACKED_CASES),
         (packed_product, lm_head_arguments, LM_HEAD_CASES),
         (partial(packed_rows, dtype=jnp.bfloat16), rows_arguments, ROWS_CASES),
+        (partial(packed_rows, dtype=jnp.bfloat16, gated=True), rows_arguments, GATED_ROWS_CASES),
+        (packed_numbers, numbers_arguments, NUMBERS_CASES),
     ]
     compilations = [
         (name, op, build(**case)) for op, build, cases in families for name, case in cases.items()

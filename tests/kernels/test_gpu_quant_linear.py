@@ -5,12 +5,14 @@
 Products against float32 ones of the dequantised matrix; whole layers against unfused ones.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from packed_cases import numbers
+from packed_cases import KINDS, numbers
 from packed_cases import random_weight as random_codes
 from shapes.linear import LINEAR, Kind, LinearShape, random_weight
 from tiny_llm import random_prompts, tiny_config, tiny_params
@@ -19,6 +21,7 @@ from lserve_jax import LLM, SamplingParams
 from pallas_kernels import api, reference
 from pallas_kernels.hopper.quant_linear import packed_linear
 from pallas_kernels.hopper.quant_plan import Config
+from pallas_kernels.hopper.quant_unpack import packed_numbers
 
 pytestmark = pytest.mark.gpu
 
@@ -57,8 +60,8 @@ def test_products(form: str, rows: int, name: str = "down") -> None:
     np.testing.assert_allclose(got, wanted, rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize("kind", ["int4, group 128", "int8, group 128", "int4, group 32"])
-@pytest.mark.parametrize("rows", [3, 11, 40])
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("rows", [3, 11, 40, 100])
 def test_odd_numbers_of_blocks(kind: str, rows: int) -> None:
     """A step of one block: sums of x for zero points are 64 bytes of 16 rows."""
     x, weight = normal(1, rows, 896), random_codes(kind, 896, 320)
@@ -165,16 +168,39 @@ def test_chains_of_layers_are_as_their_calls(rows: int) -> None:
     np.testing.assert_array_equal(together, alone)
 
 
-def test_unpacked_for_many_rows() -> None:
-    """The way of prompts: the reference's numbers, bit by bit."""
-    shape, rows = SHAPES["o"], api.MOST_PACKED_ROWS + 1
+@pytest.mark.parametrize("name", ["gate_up", "down"])
+@pytest.mark.parametrize("form", FORMS)
+def test_numbers(form: str, name: str) -> None:
+    """Every one, bit by bit; a gated layer's channels in their order again."""
+    weight = weight_of(SHAPES[name], form)
+    got = packed_numbers(api.pack_weight(weight, paired=SHAPES[name].gated))
+    np.testing.assert_array_equal(got, api.dequantize_weight(weight).astype(jnp.bfloat16).T)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (*_, zeros) in KINDS.items() if zeros == "word"])
+def test_numbers_with_any_zero_points(kind: str) -> None:
+    weight = random_codes(kind, 896, 320)
+    got = np.asarray(packed_numbers(api.pack_weight(weight)), np.float32)
+    wanted = np.asarray(api.dequantize_weight(weight).astype(jnp.bfloat16), np.float32).T
+    # Two differences in float32 in place of one: a rounding to bf16 may go the other way.
+    np.testing.assert_allclose(got, wanted, rtol=2**-8, atol=1e-6)
+    assert np.mean(got == wanted) > 0.999
+
+
+@pytest.mark.parametrize("name", ["o", "gate_up"])
+def test_unpacked_for_many_rows(name: str) -> None:
+    """The way of prompts."""
+    shape, rows = SHAPES[name], api.MOST_PACKED_ROWS + 1
     x, weight = normal(1, rows, shape.K), weight_of(shape, "int4, groups of 128")
-    got, _ = jax.jit(api.fused_linear)(x, api.pack_weight(weight))
-    around = (None,) * 4
-    wanted, _ = jax.jit(
-        lambda x, weight: reference.fused_linear(x, weight, *around, gated=False, epsilon=0.0)
-    )(x, weight)
-    np.testing.assert_array_equal(got, wanted)
+    around, how = (None,) * 4, {"gated": shape.gated, "epsilon": 0.0}
+    got, _ = jax.jit(partial(api.fused_linear, gated=shape.gated))(
+        x, api.pack_weight(weight, paired=shape.gated)
+    )
+    numbers = api.dequantize_weight(weight).astype(jnp.bfloat16)
+    wanted, _ = jax.jit(partial(reference.fused_linear, **how))(x, numbers, *around)
+    got, wanted = (np.asarray(y, np.float32) for y in (got, wanted))
+    # The same numbers: sums in other orders, each rounded to bf16; a gate multiplies that.
+    np.testing.assert_allclose(got, wanted, rtol=2**-7, atol=2**-7 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("kind", api.WEIGHT_KINDS)

@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from packed_cases import KINDS, normal, numbers, packed_codes, random_weight
+from packed_cases import (
+    KINDS,
+    load_planes,
+    normal,
+    numbers,
+    packed_codes,
+    random_weight,
+    split_pairs,
+    store_planes,
+)
 
 from pallas_kernels import reference
 from pallas_kernels.hopper import quant_operands
@@ -23,27 +32,24 @@ PLAIN = {"bias": None, "norm_scale": None, "square_sums": None, "residual": None
 
 
 def rows_of(x: jax.Array) -> jax.Array:
-    """[N, 128] float32 of the tile [4, N, 32]."""
-    return x.astype(jnp.float32).swapaxes(0, 1).reshape(x.shape[1], 128)
+    """[N, 128] float32 of the tile [N, 4, 32]: pairs of inputs by turns."""
+    pairs = x.astype(jnp.float32).reshape(-1, 4, 16, 2)
+    return pairs.swapaxes(1, 2).reshape(-1, 128)
 
 
 @pytest.fixture(autouse=True)
 def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    def multiply(words, x, *, codes, part, parts):
+    def multiply(words, x, offsets, *, codes, part, parts):
         own = slice(part * 128 // parts, (part + 1) * 128 // parts)
-        products = packed_codes(words, codes)[:, own] @ rows_of(x)[:, own].T
+        products = packed_codes(words, codes, offsets)[:, own] @ rows_of(x)[:, own].T
         return products.astype(jnp.float32)
 
     def row_totals(x, *, part, parts):
         own = slice(part * 128 // parts, (part + 1) * 128 // parts)
         return rows_of(x)[:, own].sum(axis=1)
 
-    def split_pairs(y):
-        pairs = y.reshape(4, 2, 8, -1)
-        return tuple(pairs[:, half].reshape(32, -1) for half in range(2))
-
     if jax.default_backend() == "cpu":
-        for stand_in in (multiply, row_totals, split_pairs):
+        for stand_in in (multiply, row_totals, split_pairs, store_planes, load_planes):
             monkeypatch.setattr(quant_operands, stand_in.__name__, stand_in)
         for name in ("griddepcontrol_wait", "griddepcontrol_launch_dependents"):
             monkeypatch.setattr(plgpu, name, lambda: None)

@@ -4,6 +4,7 @@ The functions that emit PTX run with NumPy in MLIR's place: a value is an array 
 thread. Instructions are interpreted as the PTX manual defines them.
 """
 
+import itertools
 import re
 from types import SimpleNamespace
 
@@ -17,9 +18,11 @@ from packed_cases import KINDS, normal, random_weight
 from pallas_kernels.hopper import code_blocks, decode_operands, quant_operands
 from pallas_kernels.kv_codes import CODE_TYPES, KV_KINDS, KVKind, values
 from pallas_kernels.packed import group_size, pack_weight
+from pallas_kernels.types import PackedWeight, Weight
 
 THREADS = np.arange(128)
 WARP, G, T = THREADS // 32, THREADS % 32 // 4, THREADS % 4
+PAIRS = np.array([0, 1, 8, 9, 16, 17, 24, 25])  # of 32 inputs, those of a thread less its first
 
 
 def as_bf16(x: np.ndarray) -> np.ndarray:
@@ -74,6 +77,10 @@ def run_ptx(text: str, *operands: np.ndarray) -> np.ndarray:
                 result = value(names[0])
             case "shr.b32":
                 result = value(names[0]) >> int(names[1])
+            case "shf.r.wrap.b32":
+                both, by = (value(x).astype(np.uint64) for x in names[1::-1]), int(names[2])
+                high, low = both
+                result = ((high << np.uint64(32) | low) >> np.uint64(by)).astype(np.uint32)
             case "xor.b32":
                 result = value(names[0]) ^ value(names[1])
             case "and.b32":
@@ -166,13 +173,13 @@ def loaded_words(block: np.ndarray, code_rows: int) -> SimpleNamespace:
 
 
 def loaded_x(x: np.ndarray) -> SimpleNamespace:
-    """x bf16 [N, 128]: of each 32 inputs and 8 rows thread 4 g + t has 8 inputs of row g."""
+    """x bf16 [N, 128]: of each 32 inputs and 8 rows thread 4 g + t has 4 pairs of row g."""
     tiles = [
-        x[8 * j + G[:, None], 32 * c + 8 * T[:, None] + np.arange(8)]
-        for c in range(4)
+        x[8 * j + G[:, None], 32 * c + 2 * T[:, None] + PAIRS]
         for j in range(len(x) // 8)
+        for c in range(4)
     ]
-    return registers(tiles, 4, len(x) // 8)
+    return registers(tiles, len(x) // 8, 4)
 
 
 def matrix(values: list[np.ndarray], N: int) -> np.ndarray:
@@ -185,46 +192,46 @@ def matrix(values: list[np.ndarray], N: int) -> np.ndarray:
     return result
 
 
-@pytest.mark.parametrize("rows", [8, 16])
+def loaded_offsets(packed: PackedWeight, weight: Weight, block: int, group: int) -> list:
+    """What ``scale_and_zero`` has for thread 4 g + t: pairs of rows g and g + 8 of its warp."""
+    if packed.zeros != "byte":
+        return []
+    zero = np.asarray(weight.zero)[group, 64 * block :].astype(np.float32)
+    pairs = (16 + zero).astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint32) * 0x10001
+    return [registers([pairs[16 * WARP + 8 * h + G] for h in range(2)])]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_products_of_a_block(kind: str, rows: int) -> None:
+def test_codes_and_products_of_a_block(kind: str, rows: int = 8) -> None:
+    """As wgmma takes codes from registers, and as mma.sync multiplies them."""
     weight, x = random_weight(kind, 256, 128), np.asarray(normal(0, rows, 256))
     packed = pack_weight(weight)
     group = group_size(packed)
     parts = 1 if group is None else 128 // group
+    each, code_rows = 128 // parts, 32 if packed.codes != "uint4" else 16
     # As if each code stood for itself, less what the operands take off.
     codes = np.asarray(weight.codes).astype(np.float64)
-    codes -= quant_operands.CODE_OFFSET[packed.codes]
-    code_rows = 32 if packed.codes != "uint4" else 16
-    for block in range(2):
-        for k in range(2):
-            words = loaded_words(np.asarray(packed.words[block, k]), code_rows)
-            tile = loaded_x(x[:, 128 * k : 128 * (k + 1)])
-            operands = quant_operands._operands_a(packed.codes, words)
-            for part in range(parts):
-                own = slice(128 * k + part * 128 // parts, 128 * k + (part + 1) * 128 // parts)
-                got = quant_operands._products(operands, tile, part, parts, rows)
-                wanted = codes[own, 64 * block : 64 * block + 64].T @ x[:, own].T.astype(np.float64)
-                np.testing.assert_allclose(matrix(got, rows), wanted, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_codes_of_a_block(kind: str) -> None:
-    """As wgmma takes them from registers, in the order into which ``packed_rows`` brings x."""
-    weight = random_weight(kind, 128, 64)
-    packed = pack_weight(weight)
-    codes = np.asarray(weight.codes).astype(np.float64).T - quant_operands.CODE_OFFSET[packed.codes]
-    code_rows = 32 if packed.codes != "uint4" else 16
-    words = loaded_words(np.asarray(packed.words[0, 0]), code_rows)
-    operands = quant_operands._operands_a(packed.codes, words)
-    wanted = codes.reshape(64, 4, 4, 2, 2, 2).transpose(0, 1, 3, 4, 2, 5).reshape(64, 128)
-    assert_array_equal(matrix([as_bf16(x) for x in operands], 128), wanted)
+    if packed.zeros == "byte":
+        codes -= np.repeat(np.asarray(weight.zero, np.float64), each, axis=0)
+    elif packed.codes == "uint4":
+        codes -= quant_operands.CODE_OFFSET
+    for block, k, part in itertools.product(range(2), range(2), range(parts)):
+        words = loaded_words(np.asarray(packed.words[block, k]), code_rows)
+        tile = loaded_x(x[:, 128 * k : 128 * (k + 1)])
+        offsets = loaded_offsets(packed, weight, block, k * parts + part)
+        operands = quant_operands._operands_a(packed.codes, words, offsets, part, parts)
+        own = slice(128 * k + part * each, 128 * k + (part + 1) * each)
+        numbers = codes[own, 64 * block : 64 * block + 64].T
+        assert_array_equal(matrix([as_bf16(x) for x in operands], each), numbers)
+        got = quant_operands._products(operands, tile, part, parts, rows)
+        wanted = numbers @ x[:, own].T.astype(np.float64)
+        np.testing.assert_allclose(matrix(got, rows), wanted, rtol=0, atol=1e-9)
 
 
 def test_sums_of_x() -> None:
     """``row_totals`` multiplies with ones."""
     x = np.asarray(normal(0, 8, 128))
-    ones = [np.full(128, 0x3F803F80, np.uint32)] * 32
+    ones = [np.full(128, 0x3F803F80, np.uint32)] * 8
     for part in range(4):
         got = matrix(quant_operands._products(ones, loaded_x(x), part, 4, 8), 8)
         wanted = x[:, 32 * part : 32 * part + 32].astype(np.float64).sum(axis=1)

@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from packed_cases import KINDS, normal, numbers, packed_codes, random_weight
+from packed_cases import (
+    KINDS,
+    matrix,
+    normal,
+    numbers,
+    random_weight,
+    split_pairs,
+    store_transposed,
+)
 
 from pallas_kernels import api, linear_ops, reference
 from pallas_kernels.hopper import quant_operands
@@ -22,18 +30,9 @@ from pallas_kernels.packed import pack_weight
 def plain_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     """What threads do to codes and sums in PTX the interpreter cannot run."""
 
-    def matrix(words, *, codes, part, parts):
-        # Of each 32 inputs from (t, s, b, e) to (s, b, t, e), as packed.py has it for an operand.
-        y = packed_codes(words, codes).reshape(64, 4, 4, 2, 2, 2).transpose(0, 1, 3, 4, 2, 5)
-        own = slice(part * 128 // parts, (part + 1) * 128 // parts)
-        return y.reshape(64, 128)[:, own].astype(jnp.bfloat16)
-
-    def store_transposed(ref, y):
-        ref[...] = y.T
-
     if jax.default_backend() == "cpu":
-        monkeypatch.setattr(quant_operands, "matrix", matrix)
-        monkeypatch.setattr(quant_operands, "store_transposed", store_transposed)
+        for stand_in in (matrix, split_pairs, store_transposed):
+            monkeypatch.setattr(quant_operands, stand_in.__name__, stand_in)
 
 
 def config(warpgroups=1, splits=1, stages=2, blocks=1) -> Config:
@@ -142,11 +141,11 @@ FEW, MOST = api.MOST_FUSED_PACKED_ROWS, api.MOST_PACKED_ROWS
         (FEW, ["packed_linear", "packed_product"]),
         (FEW + 1, ["packed_rows_linear", "packed_rows_product"]),
         (MOST, ["packed_rows_linear", "packed_rows_product"]),
-        (MOST + 1, ["fused_linear"]),
+        (MOST + 1, ["packed_numbers", "fused_linear", "packed_numbers"]),
     ],
 )
 def test_ops_choose_by_rows(rows: int, wanted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With more rows than there are kernels for a matrix is unpacked; so it is without kernels."""
+    """With more rows than kernels multiply a matrix is unpacked; so it is without kernels."""
     chosen, choose = [], linear_ops.implementation
 
     def implementation(name: str, backend: api.Backend) -> Callable:
@@ -160,11 +159,10 @@ def test_ops_choose_by_rows(rows: int, wanted: list[str], monkeypatch: pytest.Mo
         jax.eval_shape(lambda x: api.fused_linear(x, packed, backend=backend)[0], x)  # noqa: B023
         logits = jax.eval_shape(lambda x: api.product(x[None], packed, backend=backend), x)  # noqa: B023
         assert logits.shape == (1, rows, 64) and logits.dtype == jnp.float32
-        kernels = backend == "mosaic" and rows <= MOST
-        names = (
-            [(name, "mosaic") for name in wanted] if kernels else [("fused_linear", "reference")]
-        )
-        assert chosen == names
+        names = wanted if backend == "mosaic" else ["fused_linear"]
+        assert chosen == [
+            (name, "reference" if name == "fused_linear" else backend) for name in names
+        ]
         chosen.clear()
 
 

@@ -39,7 +39,7 @@ def random_weight(kind: str, K: int, out: int, seed: int = 0) -> Weight:
     zero = None
     if codes == "uint4":
         values = jnp.asarray(rng.integers(0, 16, (K, out)), jnp.uint4)
-        zero = rng.integers(0, 137, shape) / 8 if zeros == "byte" else rng.uniform(-1, 16, shape)
+        zero = rng.integers(0, 129, shape) / 8 if zeros == "byte" else rng.uniform(-1, 16, shape)
         zero = jnp.asarray(zero, jnp.float32)
     elif codes == "int8":
         values = jnp.asarray(rng.integers(-128, 128, (K, out)), jnp.int8)
@@ -60,8 +60,8 @@ def numbers(weight: Weight) -> np.ndarray:
     return (codes - zero) * np.repeat(scale, each, axis=0)
 
 
-def packed_codes(words: jax.Array, codes: str) -> jax.Array:
-    """[64, 128] float32, less what is taken off, of the words [rows, 64] of a block."""
+def packed_codes(words: jax.Array, codes: str, offsets: jax.Array | None) -> jax.Array:
+    """[64, 128] float32, of the words [rows, 64] of a block, less ``offsets`` int32 [64]."""
     packed = PackedWeight(
         words=words[None, None],
         channel_scale=jnp.ones((1, 64)),
@@ -70,5 +70,35 @@ def packed_codes(words: jax.Array, codes: str) -> jax.Array:
         zeros="none",
         paired=False,
     )
-    offset = quant_operands.CODE_OFFSET[codes]
-    return unpack_weight(packed).codes.astype(jnp.float32).T - offset
+    less = quant_operands.CODE_OFFSET if codes == "uint4" else 0
+    if offsets is not None:
+        pairs = lax.bitcast_convert_type(offsets, jnp.bfloat16)  # [64, 2], of both 16 + zero
+        less = pairs[:, :1].astype(jnp.float32) - 16
+    return unpack_weight(packed).codes.astype(jnp.float32).T - less
+
+
+# In place of what threads do in PTX.
+
+
+def matrix(words, offsets, *, codes: str, part: int, parts: int) -> jax.Array:
+    own = slice(part * 128 // parts, (part + 1) * 128 // parts)
+    return packed_codes(words, codes, offsets)[:, own].astype(jnp.bfloat16)
+
+
+def split_pairs(y: jax.Array) -> tuple[jax.Array, ...]:
+    """[64, N] as [32, N] twice: 8 rows of gate, 8 of up by turns."""
+    pairs = y.reshape(4, 2, 8, -1)
+    return tuple(pairs[:, half].reshape(32, -1) for half in range(2))
+
+
+def store_transposed(ref, y: jax.Array) -> None:
+    ref[...] = y.T
+
+
+def store_planes(ref, x: jax.Array) -> None:
+    """``x`` [n] into ``ref`` [4, n / 4]."""
+    ref[...] = x.reshape(-1, 4, 2).swapaxes(0, 1).reshape(4, -1)
+
+
+def load_planes(ref) -> jax.Array:
+    return ref[...]
