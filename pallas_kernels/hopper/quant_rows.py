@@ -20,7 +20,8 @@ XLA makes x what the kernel reads: rows padded to tiles, and where zero points h
 own the sums of x by group. It does what follows, too: adds the splits, channels in their order, and
 what is around a layer. Both are done along with the norm before and the residual behind, in loops
 that XLA has anyway for more than a few rows. But gate and up of a channel are in one thread, which
-multiplies them where K is not split.
+multiplies them where K is not split. Words are asked for before the kernel ahead has ended
+(programmatic dependent launch) where that is a kernel of ours, as gate and up are ahead of down.
 """
 
 from collections.abc import Callable
@@ -255,8 +256,11 @@ def _multiply(
                 own = totals_gmem.at[pl.ds(first, groups), own_rows]
                 plgpu.copy_gmem_to_smem(own, rings.totals.at[slot, pl.ds(0, groups)], ready)
 
+        plgpu.griddepcontrol_launch_dependents()
         for step in range(stages):
             fetch_words(jnp.int32(step), jnp.int32(step))
+        plgpu.griddepcontrol_wait()
+        for step in range(stages):
             pl.when(wg == 0)(lambda step=step: fetch_x(jnp.int32(step), jnp.int32(step)))
 
         def multiply_step(step, acc):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from packed_cases import (
     KINDS,
     matrix,
@@ -33,6 +34,8 @@ def plain_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     if jax.default_backend() == "cpu":
         for stand_in in (matrix, split_pairs, store_transposed):
             monkeypatch.setattr(quant_operands, stand_in.__name__, stand_in)
+        for name in ("griddepcontrol_wait", "griddepcontrol_launch_dependents"):
+            monkeypatch.setattr(plgpu, name, lambda: None)
 
 
 def config(warpgroups=1, splits=1, stages=2, blocks=1) -> Config:

@@ -28,7 +28,7 @@ def test_numbers_of_every_kind(kind: str, paired: bool) -> None:
     assert got.shape == (256, 384) and got.dtype == jnp.bfloat16
     got, wanted = (np.asarray(x, np.float32) for x in (got, wanted))
     if KINDS[kind][2] == "word":  # two differences in float32: a rounding may go the other way
-        np.testing.assert_allclose(got, wanted, rtol=2**-8, atol=1e-6)
+        np.testing.assert_allclose(got, wanted, rtol=2**-7, atol=1e-6)
         assert np.mean(got == wanted) > 0.999
     else:
         np.testing.assert_array_equal(got, wanted)
