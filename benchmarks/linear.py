@@ -1,6 +1,6 @@
 """The linear layers of Llama-3-8B at a few rows, bf16 beside quantised weights, on one GPU.
 
-    python benchmarks/linear.py [--rows 1 8] [--kinds bf16 int8 int4] [--ways kernel unpacked]
+    python benchmarks/linear.py [--rows 1 8] [--kinds bf16 int8 int4] [--ways kernel unpacked w8a8]
 
 "kernel" is the time of a layer's product by the GPU's own counters (CUPTI), over matrices that
 together exceed the L2 cache, each after a kernel of XLA's; where K is split, a second kernel may
@@ -8,7 +8,9 @@ add the parts ("add", which begins before the first has ended). "step" is the wa
 layers and ``lm_head`` one after the other, as a decode step has them but for attention, inside one
 jit that is compiled as a burst is: with launches, norms, gates and residuals. int4 has groups of
 128. The way "unpacked" is what quantised weights go with more rows than the kernel is for: unpacked
-first, multiplied by XLA. There a layer's time is that of all its kernels. Writes
+first, multiplied by XLA. The way "w8a8" is that of ``prefill_dtype`` of the weights' own kind:
+codes written in rows, x rounded, both multiplied. There a layer's time is that of all its kernels;
+what follows on sums is left out, since none but one is asked for. Writes
 ``benchmarks/results/linear.json``.
 """
 
@@ -36,7 +38,7 @@ from lserve_jax.engine.steps import BURST_OPTIONS
 from pallas_kernels import api, linear_ops
 
 ROUNDS = 5  # steps inside a jit
-Way = Literal["kernel", "unpacked"]
+Way = Literal["kernel", "unpacked", "w8a8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class Args:
 
 def going(way: Way) -> contextlib.AbstractContextManager[object]:
     """Packed matrices go that way, whatever the number of rows."""
-    if way == "kernel":
+    if way != "unpacked":
         return contextlib.nullcontext()
     return mock.patch.object(linear_ops, "MOST_PACKED_ROWS", 0)
 
@@ -69,6 +71,8 @@ def time_layer(shape: LinearShape, kind: Kind, rows: int, way: Way) -> dict[str,
 
     def run(x, residual, weights):
         for weight in weights:
+            if way == "w8a8":
+                weight = api.w8a8_weight(weight, kind=kind)
             with going(way):
                 y = linear_layer(shape, x, weight, residual)
             x = x.at[0, 0].add(y[0, 0].astype(x.dtype) * jnp.bfloat16(1e-30))
@@ -79,7 +83,7 @@ def time_layer(shape: LinearShape, kind: Kind, rows: int, way: Way) -> dict[str,
     # bf16 with many rows, and logits, are XLA's.
     ours = {name: t for name, t in kernels.items() if "multiply" in name or "add_mosaic" in name}
     took = sum(t for name, t in ours.items() if "multiply" in name) or max(kernels.values())
-    if way == "unpacked":
+    if way != "kernel":
         took = sum(kernels.values())
     return {
         "op": "layer",
@@ -158,7 +162,9 @@ def main(args: Args) -> None:
         print(f"{what} {took} {row['share_of_copy_rate']:5.0%} {names}", flush=True)
 
     def ways(kind: Kind) -> tuple[Way, ...]:
-        return ("kernel",) if kind == "bf16" else args.ways
+        if kind == "bf16":
+            return ("kernel",)
+        return tuple(way for way in args.ways if kind != "int4" or way != "w8a8")
 
     if "step" in args.levels:
         for kind in args.kinds:

@@ -63,7 +63,7 @@ from pallas_kernels.device import (
 from pallas_kernels.forward_mode import forward_only
 from pallas_kernels.kernel_lowering import LoweringProcesses
 from pallas_kernels.kv_codes import KV_KINDS, KVKind
-from pallas_kernels.linear_ops import fused_linear, product
+from pallas_kernels.linear_ops import fused_linear, product, w8a8_weight
 from pallas_kernels.packed import cannot_pack, pack_weight, packed_shape, unpack_weight
 from pallas_kernels.plain_ops import (
     apply_rotary,
@@ -85,7 +85,7 @@ from pallas_kernels.types import (
     W8A8Weight,
     Weight,
 )
-from pallas_kernels.w8a8 import W8A8_KINDS, W8A8Kind, has_w8a8_codes, w8a8_weight
+from pallas_kernels.w8a8 import W8A8_KINDS, W8A8Kind, has_w8a8_codes
 from pallas_kernels.weights import (
     WEIGHT_GROUPS,
     WEIGHT_KINDS,

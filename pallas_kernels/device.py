@@ -22,6 +22,7 @@ KERNELS: dict[str, dict[str, str]] = {
         "append_kv_chunk": "pallas_kernels.hopper.kv_append_chunk",
         "block_scores": "pallas_kernels.hopper.block_scores",
         "fused_linear": "pallas_kernels.hopper.fused_linear",
+        "packed_codes": "pallas_kernels.hopper.quant_unpack",
         "packed_linear": "pallas_kernels.hopper.quant_linear",
         "packed_numbers": "pallas_kernels.hopper.quant_unpack",
         "packed_product": "pallas_kernels.hopper.quant_linear",

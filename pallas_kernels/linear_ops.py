@@ -18,7 +18,7 @@ from pallas_kernels.device import (
 )
 from pallas_kernels.packed import unpack_weight
 from pallas_kernels.types import PackedWeight, W8A8Weight, Weight
-from pallas_kernels.w8a8 import w8a8_product
+from pallas_kernels.w8a8 import W8A8Kind, has_w8a8_codes, rounded_weight, w8a8_product
 
 # Of [K, out], in any of the forms that layers multiply with.
 Matrix = Array | Weight | PackedWeight | W8A8Weight
@@ -144,3 +144,27 @@ def product(
     name = "packed_product" if rows <= MOST_FUSED_PACKED_ROWS else "packed_rows_product"
     y = implementation(name, backend)(x.reshape(rows, K), kernel)
     return y.reshape(*x.shape[:-1], out)
+
+
+def w8a8_weight(
+    kernel: Float[Array, "K out"] | Weight | PackedWeight,
+    *,
+    kind: W8A8Kind,
+    backend: Backend = "auto",
+) -> W8A8Weight:
+    """A matrix for ``w8a8_product``; ``kind`` is "int8" or "fp8".
+
+    Codes of that kind with one scale for each output channel are taken as they are, in another
+    order; all else is rounded to the nearest, a quantised matrix from the numbers that it stands
+    for. There is a kernel for codes that are packed. Raises ``ValueError`` for an unknown kind.
+
+    >>> import jax.numpy as jnp
+    >>> weight = w8a8_weight(jnp.array([[1.0], [-2.54]]), kind="int8")
+    >>> weight.codes.tolist(), round(float(weight.scale[0]), 4)
+    ([[50, -127]], 0.02)
+    """
+    taken = isinstance(kernel, PackedWeight) and has_w8a8_codes(kernel, kind)
+    if taken and resolve_backend(backend) == "mosaic":
+        codes = implementation("packed_codes", backend)(kernel)
+        return W8A8Weight(codes, unpack_weight(kernel).scale[0])
+    return rounded_weight(kernel, kind=kind)

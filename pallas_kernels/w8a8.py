@@ -43,20 +43,10 @@ def has_w8a8_codes(kernel: Array | Weight | PackedWeight, kind: W8A8Kind) -> boo
 
 
 @partial(jax.jit, static_argnames=("kind",))
-def w8a8_weight(
+def rounded_weight(
     kernel: Float[Array, "K out"] | Weight | PackedWeight, *, kind: W8A8Kind
 ) -> W8A8Weight:
-    """A matrix for ``w8a8_product``; ``kind`` is "int8" or "fp8".
-
-    Codes of that kind with one scale for each output channel are taken as they are, in another
-    order; all else is rounded to the nearest, a quantised matrix from the numbers that it stands
-    for. Raises ``ValueError`` for an unknown kind.
-
-    >>> import jax.numpy as jnp
-    >>> weight = w8a8_weight(jnp.array([[1.0], [-2.54]]), kind="int8")
-    >>> weight.codes.tolist(), round(float(weight.scale[0]), 4)
-    ([[50, -127]], 0.02)
-    """
+    """``linear_ops.w8a8_weight``, in plain JAX."""
     if kind not in W8A8_KINDS:
         raise ValueError(f"{kind=} is unknown; known: {', '.join(W8A8_KINDS)}")
     taken = has_w8a8_codes(kernel, kind)

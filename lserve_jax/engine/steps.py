@@ -82,7 +82,7 @@ def prefill_chunks(
     ``keep_hidden``, the hidden states); None is for None. Last, if ``block_sparse``, the blocks
     that tiles of queries attended, summed over layers and retrieval heads.
     """
-    model = bind(program.config, with_w8a8(params, program.prefill_dtype))
+    model = bind(program.config, with_w8a8(params, program.prefill_dtype, program.backend))
     attend = prefill_attend(
         program.config,
         program.spec,

@@ -17,6 +17,7 @@ from pallas_kernels.api import (
     W8A8_KINDS,
     WEIGHT_GROUPS,
     WEIGHT_KINDS,
+    Backend,
     PackedWeight,
     W8A8Kind,
     W8A8Weight,
@@ -252,7 +253,7 @@ def with_twins(params: Params, twins: Mapping[Path, W8A8Weight]) -> Params:
     return params | {"layers": layers}
 
 
-def with_w8a8(params: Params, kind: W8A8Kind | None) -> Params:
+def with_w8a8(params: Params, kind: W8A8Kind | None, backend: Backend) -> Params:
     """What ``with_twins`` returned, all projections ready; for use inside a traced function.
 
     Codes that decode reads too are written in rows of an output channel, once a call. With None
@@ -264,7 +265,7 @@ def with_w8a8(params: Params, kind: W8A8Kind | None) -> Params:
     def ready(path: Path, leaf: Any) -> Any:
         if path[-1].key != "kernel" or isinstance(leaf, W8A8Weight):
             return leaf
-        return w8a8_weight(leaf, kind=kind)
+        return w8a8_weight(leaf, kind=kind, backend=backend)
 
     layers = jax.tree.map_with_path(ready, params["layers"], is_leaf=is_quantised)
     return params | {"layers": layers}

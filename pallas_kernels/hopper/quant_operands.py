@@ -163,6 +163,34 @@ def matrix(words, offsets, *, codes: str, part: int, parts: int):
     return plgpu.inline_mgpu(arg_types=layouts, return_type=result)(unpack)(*arguments)
 
 
+def code_bytes(words):
+    """[64, 128] int8, the bits of a block's codes of 8 bits; ``words`` in ``words_layout``."""
+    shape = ROWS, INPUTS
+
+    def unpack(_, words):
+        i16 = ir.IntegerType.get_signless(16)
+        halves, pair = (ir.VectorType.get((2,), x) for x in (i16, ir.IntegerType.get_signless(8)))
+        one = ir.VectorType.get((1,), i16)
+        values = []
+        for i in range(4 * words.registers.size):
+            word = vector.extract_strided_slice(
+                ir.VectorType.get((1,), ir.IntegerType.get_signless(32)),
+                words.registers.flat[i // 4],
+                [i % 4],
+                [1],
+                [1],
+            )
+            of_rows = vector.bitcast(halves, word)
+            for h in range(2):
+                own = vector.from_elements(one, [vector.extract(of_rows, [], [h])])
+                values.append(vector.bitcast(pair, own))
+        return _array(MATRIX, shape, values, is_signed=True)
+
+    result = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.int8), layout=MATRIX)
+    layouts = (words_layout("int8"),)
+    return plgpu.inline_mgpu(arg_types=layouts, return_type=result)(unpack)(words)
+
+
 def _with_offsets(arguments: tuple, layouts: tuple, offsets) -> tuple[tuple, tuple]:
     if offsets is None:
         return arguments, layouts
@@ -244,11 +272,13 @@ def split_pairs(y):
     return plgpu.inline_mgpu(arg_types=(MATRIX,), return_type=(result, result))(split)(y)
 
 
-def _array(layout, shape: tuple[int, ...], values) -> fa.FragmentedArray:
+def _array(
+    layout, shape: tuple[int, ...], values, is_signed: bool | None = None
+) -> fa.FragmentedArray:
     layout = layout.to_mgpu()
     array = np.empty(layout.registers_shape(shape), object)
     array.reshape(-1)[:] = values
-    return fa.FragmentedArray(_registers=array, _layout=layout, _is_signed=None)
+    return fa.FragmentedArray(_registers=array, _layout=layout, _is_signed=is_signed)
 
 
 def asm(text: str, *operands: ir.Value) -> Any:

@@ -1,7 +1,8 @@
-"""The numbers of packed weights, rounded to bf16: Hopper (Mosaic GPU).
+"""Packed weights in rows of an output channel, as numbers in bf16 or as codes: Hopper (Mosaic).
 
 For products of so many rows that tensor cores and not memory are what they wait for, as in prefill:
-XLA multiplies what this kernel writes.
+XLA multiplies what this kernel writes, codes of 8 bits where x is rounded to codes, too
+(``w8a8.py``).
 
 Index map. Grid: blocks of 64 output channels, a warpgroup each; stretches of K, each of ``steps``
 blocks of 128 inputs.
@@ -9,7 +10,7 @@ blocks of 128 inputs.
       words    [64 x 128 codes and scales]    a ring of 4 blocks
       numbers  [groups of a block, 64, ..]    two blocks, of which one is on its way to memory
 
-What must move: the words once, and two bytes a number.
+What must move: the words once, and one or two bytes a number.
 """
 
 from collections.abc import Callable
@@ -21,10 +22,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.hopper import quant_operands as operands
-from pallas_kernels.hopper.mosaic import PER_ROW, refuse, spread_rows, tile_transforms
+from pallas_kernels.hopper.mosaic import (
+    PER_ROW,
+    refuse,
+    spread_rows,
+    store_unoptimised,
+    tile_transforms,
+)
 from pallas_kernels.hopper.shared_kernel import Shapes, call_shared
 from pallas_kernels.packed import BITS, INPUTS, ROWS, group_size
 from pallas_kernels.types import PackedWeight
@@ -40,17 +47,30 @@ def packed_numbers(packed: PackedWeight) -> Float[Array, "out K"]:
     Zero points that have words of their own may round the last bit the other way. Raises
     ``NotImplementedError`` for a GPU that is no Hopper.
     """
+    return _written(packed, jnp.bfloat16)
+
+
+@jax.jit
+def packed_codes(packed: PackedWeight) -> Shaped[Array, "out K"]:
+    """``unpack_weight(packed).codes``, transposed: of 8 bits, with one scale a channel.
+
+    Raises ``NotImplementedError`` for a GPU that is no Hopper.
+    """
+    return lax.bitcast_convert_type(_written(packed, jnp.int8), jnp.dtype(packed.codes))
+
+
+def _written(packed: PackedWeight, dtype: jax.typing.DTypeLike) -> Shaped[Array, "out K"]:
     refuse("packed weights", [])
     K, out = packed.shape
-    (numbers,) = call_shared(
+    (written,) = call_shared(
         _make_unpack,
         None,
         (packed,),
-        (jax.ShapeDtypeStruct((out, K), jnp.bfloat16),),
+        (jax.ShapeDtypeStruct((out, K), dtype),),
         longest=(None,),
         longest_results=(None,),
     )
-    return numbers
+    return written
 
 
 def _make_unpack(_: None, results: Shapes) -> Callable[..., Any]:
@@ -59,7 +79,7 @@ def _make_unpack(_: None, results: Shapes) -> Callable[..., Any]:
 
 def _unpack(results: Shapes, packed: PackedWeight) -> tuple[Array, ...]:
     blocks, depth, rows, _ = packed.words.shape
-    out = packed.shape[1]
+    out, dtype = packed.shape[1], results[0].dtype
     steps = max(n for n in range(1, _MOST_STEPS + 1) if depth % n == 0)
     stages = min(_STAGES, steps)
     group = group_size(packed)
@@ -101,6 +121,9 @@ def _unpack(results: Shapes, packed: PackedWeight) -> tuple[Array, ...]:
             # What this step overwrites was sent the step before the last.
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             for part in range(parts):
+                if dtype == jnp.int8:
+                    store_unoptimised(numbers_smem.at[place + part], operands.code_bytes(words))
+                    continue
                 scale, offsets, zero = channel_scale, None, None
                 if group is not None:
                     scale, offsets, zero = operands.scale_and_zero(here, packed, part, parts)
@@ -108,8 +131,7 @@ def _unpack(results: Shapes, packed: PackedWeight) -> tuple[Array, ...]:
                 y = operands.matrix(words, offsets, **how).astype(jnp.float32)
                 if zero is not None:
                     y = y - spread_rows(zero, y)
-                y = (y * spread_rows(scale, y)).astype(jnp.bfloat16)
-                numbers_smem[place + part] = y
+                numbers_smem[place + part] = (y * spread_rows(scale, y)).astype(dtype)
             plgpu.commit_smem()
             for part in range(parts):
                 k = (stretch * steps + step) * parts + part
@@ -129,8 +151,8 @@ def _unpack(results: Shapes, packed: PackedWeight) -> tuple[Array, ...]:
             plgpu.SMEM((stages, rows, ROWS), jnp.int32),
             plgpu.SMEM(
                 (2 * parts, ROWS, inputs),
-                jnp.bfloat16,
-                transforms=tile_transforms(inputs, jnp.bfloat16),
+                dtype,
+                transforms=tile_transforms(inputs, dtype),
             ),
             plgpu.Barrier(num_arrivals=1, num_barriers=stages),
         ],

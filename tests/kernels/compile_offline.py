@@ -24,7 +24,7 @@ from pallas_kernels.hopper.prefill_attention import prefill_attention
 from pallas_kernels.hopper.prefix_attention import prefix_attention
 from pallas_kernels.hopper.quant_linear import packed_linear, packed_product
 from pallas_kernels.hopper.quant_rows import packed_rows
-from pallas_kernels.hopper.quant_unpack import packed_numbers
+from pallas_kernels.hopper.quant_unpack import packed_codes, packed_numbers
 from pallas_kernels.hopper.verify_attention import verify_attention
 from pallas_kernels.kv_codes import quantize
 from pallas_kernels.packed import BITS
@@ -416,6 +416,10 @@ NUMBERS_CASES = {
     "fp8 numbers in blocks": FP8_BLOCKS,
     "int8 numbers from GGUF": Q8_0 | {"out": 28672},
 }
+CODES_CASES = {
+    "int8 codes": {"K": 14336},
+    "fp8 codes, gated": WIDE | {"codes": "float8_e4m3fn"},
+}
 
 
 def rows_arguments(**case):
@@ -470,6 +474,7 @@ def main() -> None:
         (partial(packed_rows, dtype=jnp.bfloat16), rows_arguments, ROWS_CASES),
         (partial(packed_rows, dtype=jnp.bfloat16, gated=True), rows_arguments, GATED_ROWS_CASES),
         (packed_numbers, numbers_arguments, NUMBERS_CASES),
+        (packed_codes, numbers_arguments, CODES_CASES),
     ]
     compilations = [
         (name, op, build(**case)) for op, build, cases in families for name, case in cases.items()

@@ -177,6 +177,18 @@ def test_numbers(form: str, name: str) -> None:
     np.testing.assert_array_equal(got, api.dequantize_weight(weight).astype(jnp.bfloat16).T)
 
 
+@pytest.mark.parametrize("name", ["gate_up", "down"])
+@pytest.mark.parametrize("kind", api.W8A8_KINDS)
+def test_codes(kind: api.W8A8Kind, name: str) -> None:
+    packed = api.pack_weight(weight_of(SHAPES[name], kind), paired=SHAPES[name].gated)
+    got, wanted = (
+        api.w8a8_weight(packed, kind=kind, backend=backend) for backend in ("mosaic", "reference")
+    )
+    for x, y in zip(got, wanted, strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8))
+
+
 @pytest.mark.parametrize("kind", [kind for kind, (*_, zeros) in KINDS.items() if zeros == "word"])
 def test_numbers_with_any_zero_points(kind: str) -> None:
     weight = random_codes(kind, 896, 320)

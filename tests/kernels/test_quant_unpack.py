@@ -1,10 +1,10 @@
-"""The numbers of packed weights, by a kernel under the interpreter, against plain JAX's."""
+"""Packed weights in rows of a channel, by a kernel under the interpreter, against plain JAX's."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from packed_cases import KINDS, matrix, normal, numbers, random_weight
+from packed_cases import KINDS, code_bytes, matrix, normal, numbers, random_weight
 
 from pallas_kernels import api
 from pallas_kernels.hopper import quant_operands
@@ -16,6 +16,7 @@ from pallas_kernels.packed import pack_weight
 def plain_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     if jax.default_backend() == "cpu":
         monkeypatch.setattr(quant_operands, "matrix", matrix)
+        monkeypatch.setattr(quant_operands, "code_bytes", code_bytes)
 
 
 @pytest.mark.parametrize("paired", [False, True])
@@ -32,6 +33,19 @@ def test_numbers_of_every_kind(kind: str, paired: bool) -> None:
         assert np.mean(got == wanted) > 0.999
     else:
         np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("kind", api.W8A8_KINDS)
+def test_codes(kind: api.W8A8Kind, paired: bool) -> None:
+    """As plain JAX takes them, bit by bit, with their scales."""
+    packed = pack_weight(random_weight(kind, 384, 256), paired=paired)
+    got, wanted = (
+        api.w8a8_weight(packed, kind=kind, backend=backend) for backend in ("mosaic", "reference")
+    )
+    assert got.codes.dtype == wanted.codes.dtype
+    for x, y in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8))
 
 
 def test_more_rows_than_there_are_products_for(rows: int = api.MOST_PACKED_ROWS + 1) -> None:

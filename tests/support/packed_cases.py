@@ -85,6 +85,11 @@ def matrix(words, offsets, *, codes: str, part: int, parts: int) -> jax.Array:
     return packed_codes(words, codes, offsets)[:, own].astype(jnp.bfloat16)
 
 
+def code_bytes(words: jax.Array) -> jax.Array:
+    """[64, 128] int8; codes of e4m3 are bits, too."""
+    return packed_codes(words, "int8", None).astype(jnp.int8)
+
+
 def split_pairs(y: jax.Array) -> tuple[jax.Array, ...]:
     """[64, N] as [32, N] twice: 8 rows of gate, 8 of up by turns."""
     pairs = y.reshape(4, 2, 8, -1)
