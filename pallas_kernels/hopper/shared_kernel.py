@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.extend.mlir import ir
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 Shapes = tuple[jax.ShapeDtypeStruct, ...]
 MOST_KEPT = 1024  # lowered kernels, some 100 KB each
@@ -184,5 +184,14 @@ def _batch(flat, axes, *, kernel: _Kernel, results: Shapes, shapes):
     return outs, [0] * len(outs)
 
 
+def _no_derivative(primals, tangents, *, kernel: _Kernel, **how):
+    del primals, tangents, how
+    raise NotImplementedError(
+        f"{kernel.make.__module__.rpartition('.')[2]} is a kernel, and kernels have no derivative. "
+        "backend='reference' has one wherever the op does"
+    )
+
+
 mlir.register_lowering(_call, _lower, platform="cuda")
 batching.primitive_batchers[_call] = _batch
+ad.primitive_jvps[_call] = _no_derivative

@@ -124,3 +124,13 @@ def test_a_call_outside_of_jit_is_compiled() -> None:
         select_pages(
             scores, jnp.array([9, 9]), jnp.full((2, 3), 4), num_pages=4, sink_pages=1, most_heads=8
         )
+
+
+def test_a_derivative_is_refused_by_name() -> None:
+    attend_pages, (q, *others) = attend(4)
+    with pytest.raises(NotImplementedError, match=r"^decode_\w+ is a kernel, .*='reference'"):
+        jax.eval_shape(
+            lambda q, *others: jax.jvp(lambda q: attend_pages(q, *others)[0], (q,), (q,)),
+            q,
+            *others,
+        )
