@@ -31,7 +31,7 @@ class _Kind:
 
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))  # a byte
     dense: float = 0.0  # bytes of a dense pass when that was measured
-    spent: float = 0.0  # seconds, as measured
+    spent: float = 0.0  # seconds that went by in its bursts, timed or not
     ran: bool = False
     others: int = 0  # bursts of the other kind since this one ran
     tries: int = 0  # that told nothing
@@ -45,7 +45,6 @@ class _Kind:
         if self.seconds_a_byte(dense) is None:
             self.seconds.clear()
         self.seconds.append(seconds / read)
-        self.spent += seconds
         self.dense, self.tries = dense, 0
 
 
@@ -72,6 +71,7 @@ class DraftTimes:
         self._others: Hashable = None
         # When the device was through with the last burst; None: it was before anybody looked.
         self._free: float | None = -math.inf
+        self._ended = -math.inf  # when somebody last looked
 
     def choose(
         self, slots: int, decisions: Mapping[int, DraftDecision], is_ready: Callable[[], bool]
@@ -125,19 +125,21 @@ class DraftTimes:
 
     def untimed(self) -> None:
         """Says that a burst ended whose time is not taken."""
-        self._free = None
+        self._free, self._ended = None, self._clock()
 
     def end(
         self, burst: TimedBurst, rows: Mapping[int, BurstRow], now: float, *, waited: bool
     ) -> None:
         """Takes in what a burst did, by slot; ``waited``: it ended only ``now``."""
+        kind = self._kinds[burst.slots, burst.drafts]
+        kind.spent += now - max(self._ended, burst.queued)
+        self._ended = now
         free, self._free = self._free, now if waited else None
         if not burst.alone or not waited or free is None:
             return
         read = sum(row.verified * burst.decisions[slot].round_bytes for slot, row in rows.items())
         if read > 0:
             dense = sum(decision.dense_bytes for decision in burst.decisions.values())
-            kind = self._kinds[burst.slots, burst.drafts]
             kind.note(now - max(free, burst.queued), read, dense)
 
 
