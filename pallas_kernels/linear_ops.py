@@ -121,9 +121,9 @@ def product(
     """``x @ kernel``, summed and returned in float32.
 
     Codes are exact in x's dtype, so that a quantised matrix is multiplied as it is and scales are
-    applied to sums. Only 4 bits for many rows become a matrix of x's dtype first. There is a kernel
-    for packed matrices and up to ``MOST_PACKED_ROWS`` rows. With a ``W8A8Weight`` rows of x are
-    rounded to its 8 bits, and sums of fp8 products to x's dtype.
+    applied to sums. Only 4 bits for many rows become a matrix of x's dtype first, and on a Hopper
+    GPU any packed matrix for more than ``MOST_PACKED_ROWS``, up to which there is a kernel. With a
+    ``W8A8Weight`` rows of x are rounded to its 8 bits, and sums of fp8 products to x's dtype.
 
     >>> import jax.numpy as jnp
     >>> weight = Weight(jnp.array([[3], [1]], jnp.int8), jnp.array([[0.5]]))
