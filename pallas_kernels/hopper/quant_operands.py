@@ -104,7 +104,11 @@ EACH_WARP = plgpu.Layout.TILED(
 
 
 def load_planes(ref):
-    """[N, 4, 32] bf16 in ``X_TILE``, of the same ``ref`` of shared memory."""
+    """[N, 4, 32] bf16 in ``X_TILE``, of the same ``ref`` of shared memory.
+
+    ``plgpu.load`` does not lower for a piece of padded planes
+    (findings/mosaic_gpu_piece_of_padded_rows.sh).
+    """
     shape = ref.shape
 
     def load(_, ref):
