@@ -238,6 +238,63 @@ def test_sums_of_x() -> None:
         np.testing.assert_allclose(got, np.broadcast_to(wanted, (64, 8)), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("inputs", [128, 256, 512, 1024, 1792])
+def test_planes_of_x(inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``store_planes`` puts into shared memory ``load_planes`` has as operand B of each block.
+
+    And no bank is asked twice by the eight threads whose 16 bytes are read at a time.
+    """
+
+    def store(own, ref, at, alignment):
+        plane, column = (x.astype(int) for x in at)
+        assert not (2 * column % alignment).any() and own.shape[1] * 2 == alignment
+        for i, numbers in enumerate(own.T):
+            ref[plane, column + i] = numbers
+
+    def load(_, ref, at, alignment):
+        row, plane, column = (np.broadcast_to(x.astype(int), 128) for x in at)
+        places = row * ref.strides[0] + plane * ref.strides[1] + column * ref.strides[2]
+        assert not (places % alignment).any()
+        for eight in np.split(places[:32] // 16 % 8, 4):  # a wave: 8 threads, 128 bytes
+            assert len(set(eight)) == 8
+        return ref[row[:, None], plane[:, None], column[:, None] + np.arange(8)]
+
+    numpy = {
+        **{"addi": np.add, "muli": np.multiply, "divui": np.floor_divide, "remui": np.remainder},
+        "constant": lambda _, value: np.full(128, value),
+        "index_cast": lambda _, x: x,
+    }
+    monkeypatch.setattr(quant_operands, "arith", SimpleNamespace(**numpy))
+    slices = {"extract_strided_slice": lambda _, x, at, size, __: x[:, at[0] : at[0] + size[0]]}
+    kept = SimpleNamespace(**slices, store=store, load=load)
+    monkeypatch.setattr(quant_operands, "vector", kept)
+    kind = SimpleNamespace(get=lambda *_: None, get_signless=lambda _: None)
+    literal = SimpleNamespace(get=lambda _, value: value)
+    names = ("IntegerType", "IndexType", "VectorType", "BF16Type")
+    ir = SimpleNamespace(**dict.fromkeys(names, kind), IntegerAttr=literal, Value=None)
+    monkeypatch.setattr(quant_operands, "ir", ir)
+    monkeypatch.setattr(quant_operands.utils, "thread_idx", lambda: THREADS)
+    monkeypatch.setattr(quant_operands, "_array", lambda _, __, values: values)
+    monkeypatch.setattr(
+        quant_operands.plgpu, "inline_mgpu", lambda **_: lambda f: lambda *xs: f(None, *xs)
+    )
+
+    x = np.random.default_rng(0).standard_normal((8, inputs)).astype(np.float32)
+    planes = np.full((8, 4, inputs // 4 + quant_operands.PLANE_PADDING), np.nan, ml_dtypes.bfloat16)
+    x = x.astype(planes.dtype)
+    each = quant_operands.row_layout(inputs).to_mgpu().vec_size
+    for row in range(8):
+        values = list(x[row].reshape(-1, 128, each))
+        loaded = registers(values)
+        loaded.layout, loaded.shape = SimpleNamespace(vec_size=each), (inputs,)
+        quant_operands.store_planes(planes[row, :, : inputs // 4], loaded)
+    for k in range(inputs // 128):
+        got = quant_operands.load_planes(planes[:, :, 32 * k : 32 * k + 32])
+        wanted = loaded_x(x[:, 128 * k : 128 * k + 128]).registers.reshape(-1)
+        for ours, theirs in zip(got, wanted, strict=True):
+            assert_array_equal(ours, theirs)
+
+
 def test_codes_of_values() -> None:
     """Every byte, at every place of a word: of pages of fp8 and of int4."""
     every = np.tile(np.arange(256, dtype=np.uint8)[:, None], (1, 4))
