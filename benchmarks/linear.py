@@ -9,8 +9,9 @@ layers and ``lm_head`` one after the other, as a decode step has them but for at
 jit that is compiled as a burst is: with launches, norms, gates and residuals. int4 has groups of
 128. The way "unpacked" is what quantised weights go with more rows than the kernel is for: unpacked
 first, multiplied by XLA. The way "w8a8" is that of ``prefill_dtype`` of the weights' own kind:
-codes written in rows, x rounded, both multiplied. There a layer's time is that of all its kernels;
-what follows on sums is left out, since none but one is asked for. Writes
+codes written in rows, x rounded, both multiplied. There a layer's time is that of all its kernels,
+compiled by XLA's defaults; of what follows on sums only a change of their type is in it, since none
+but one number is asked for. Writes
 ``benchmarks/results/linear.json``.
 """
 

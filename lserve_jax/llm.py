@@ -161,8 +161,8 @@ class LLM:
 
         Nothing is compiled, and nothing copied but what was copied at the beginning: heads that
         change places, casts, matrices that are quantised or packed, on a CPU a tied model's output
-        projection. (One exception: where kernels run codes whose zero points were integers below
-        256, others that are not make programs anew.) Every other array is shared with the caller. A
+        projection. (One exception: where kernels run codes of 4 bits whose zero points were
+        multiples of an eighth up to 16, others make programs anew.) Every other array is shared with the caller. A
         training step that takes ``params`` as donated takes them from here too: update again before
         the next request, which is refused until then.
 

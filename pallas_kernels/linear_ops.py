@@ -18,7 +18,7 @@ from pallas_kernels.device import (
 )
 from pallas_kernels.packed import unpack_weight
 from pallas_kernels.types import PackedWeight, W8A8Weight, Weight
-from pallas_kernels.w8a8 import W8A8Kind, has_w8a8_codes, rounded_weight, w8a8_product
+from pallas_kernels.w8a8 import W8A8Kind, has_w8a8_codes, plain_w8a8_weight, w8a8_product
 
 # Of [K, out], in any of the forms that layers multiply with.
 Matrix = Array | Weight | PackedWeight | W8A8Weight
@@ -76,7 +76,7 @@ def fused_linear(
     implementation runs whatever the backend. A quantised matrix has kernels if it is packed: with
     more than ``MOST_FUSED_PACKED_ROWS`` rows for the product alone, which reads weights once more
     from the L2 cache for each further 64 or 128 rows; with more than ``MOST_PACKED_ROWS`` it is
-    unpacked first. A gated layer's is packed ``paired``. With a ``W8A8Weight`` rows are rounded to
+    unpacked first, rounded to bf16. A gated layer's is packed ``paired``. With a ``W8A8Weight`` rows are rounded to
     its 8 bits, after the norm, and XLA multiplies.
 
     >>> import jax.numpy as jnp
@@ -167,4 +167,4 @@ def w8a8_weight(
     if taken and resolve_backend(backend) == "mosaic":
         codes = implementation("packed_codes", backend)(kernel)
         return W8A8Weight(codes, unpack_weight(kernel).scale[0])
-    return rounded_weight(kernel, kind=kind)
+    return plain_w8a8_weight(kernel, kind=kind)

@@ -94,7 +94,7 @@ def pack_weight(weight: Weight, *, paired: bool = False, in_words: bool = False)
 
 
 def packed_shape(weight: Weight, *, paired: bool = False) -> PackedWeight:
-    """What ``pack_weight`` makes of a matrix of these shapes, where zero points fit beside scales.
+    """What ``pack_weight`` makes of a matrix of these shapes, whose zero points of 4 bits fit.
 
     >>> import jax.numpy as jnp
     >>> codes, scale = jnp.ones((256, 128), jnp.int8), jnp.full((1, 128), 0.5)

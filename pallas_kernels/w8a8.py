@@ -29,11 +29,15 @@ _DTYPES = {"int8": "int8", "fp8": "float8_e4m3fn"}
 def has_w8a8_codes(kernel: Array | Weight | PackedWeight, kind: W8A8Kind) -> bool:
     """Whether a matrix has codes of that kind with one scale for each output channel.
 
+    Raises ``ValueError`` for an unknown kind.
+
     >>> import jax.numpy as jnp
     >>> weight = quantize_weight(jnp.ones((64, 8)), kind="int8")
     >>> has_w8a8_codes(weight, "int8"), has_w8a8_codes(weight, "fp8")
     (True, False)
     """
+    if kind not in W8A8_KINDS:
+        raise ValueError(f"{kind=} is unknown; known: {', '.join(W8A8_KINDS)}")
     if isinstance(kernel, Weight):
         plain = kernel.zero is None and kernel.scale.shape[0] == 1
         return plain and kernel.codes.dtype == _DTYPES[kind]
@@ -43,12 +47,10 @@ def has_w8a8_codes(kernel: Array | Weight | PackedWeight, kind: W8A8Kind) -> boo
 
 
 @partial(jax.jit, static_argnames=("kind",))
-def rounded_weight(
+def plain_w8a8_weight(
     kernel: Float[Array, "K out"] | Weight | PackedWeight, *, kind: W8A8Kind
 ) -> W8A8Weight:
-    """``linear_ops.w8a8_weight``, in plain JAX."""
-    if kind not in W8A8_KINDS:
-        raise ValueError(f"{kind=} is unknown; known: {', '.join(W8A8_KINDS)}")
+    """What the op ``w8a8_weight`` says, in plain JAX."""
     taken = has_w8a8_codes(kernel, kind)
     if isinstance(kernel, PackedWeight):
         kernel = unpack_weight(kernel)

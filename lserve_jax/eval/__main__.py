@@ -34,8 +34,9 @@ class EvalArgs:
     A setting is dense, lserve, or lserve:key=value,... with the keys budget or share, page,
     logical, selected, lower, interval, pattern, fraction, shares, dense_heads, control (inverted
     or random), prefill (causal or block_sparse), prefill_threshold, prefill_density,
-    prefill_min_tokens, prefill_sink, prefill_local, decode_sink, decode_local and prefill_dtype
-    (int8 or fp8, with dense too); docs/quality.md explains tasks and settings.
+    prefill_min_tokens, prefill_sink, prefill_local, decode_sink, decode_local, exact (drafts by
+    sparse steps or ngram) and prefill_dtype (int8 or fp8, with dense too); docs/quality.md explains
+    tasks and settings.
     """
 
     model: str = "smollm2-135m-instruct-32k"

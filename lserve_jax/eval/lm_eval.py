@@ -92,8 +92,7 @@ class LServeLM(TemplateLM):
         (setting,) = parse_settings([f"{kind}:{keys}" if keys else kind])
         if setting.control is not None:
             raise ValueError(f"control={setting.control} is for python -m lserve_jax.eval only")
-        how = {"sparsity": setting.sparsity, "prefill_dtype": setting.prefill_dtype}
-        return cls(LLM(model, attention=kind, relay="never", **how, **rest))
+        return cls(LLM(model, relay="never", sparsity=setting.sparsity, **setting.options, **rest))
 
     @property
     def max_length(self) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import convert
 from lserve_jax.attention.cache import KVDtype
@@ -12,7 +13,7 @@ from lserve_jax.model.config import ModelConfig
 from lserve_jax.model.params import Params
 from lserve_jax.model.quantise import WeightForm
 from lserve_jax.tokenizer import Tokenizer
-from pallas_kernels.api import Backend, W8A8Kind
+from pallas_kernels.api import Backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +46,9 @@ class Model:
         sparsity: SparsityConfig | None,
         max_len: int,
         options: SharedOptions,
-        *,
-        prefill_dtype: W8A8Kind | None = None,
+        **of_setting: Any,
     ) -> LLM:
-        """An ``LLM`` with room for ``max_len`` tokens a sequence; None is dense attention.
+        """An ``LLM`` with room for ``max_len`` tokens a sequence, of a setting's own options.
 
         Prompts of one haystack share its chunks, but never read it together: relay attends all of
         it, so a setting would seem better than it is for a request by itself.
@@ -61,10 +61,9 @@ class Model:
             tokenizer=self.tokenizer,
             relay="never",
             deterministic=True,
-            attention="dense" if sparsity is None else "lserve",
             sparsity=sparsity,
-            prefill_dtype=prefill_dtype,
             max_model_len=max_len,
+            **of_setting,
             **dataclasses.asdict(options),
         )
 

@@ -7,6 +7,7 @@
     lserve:pattern=NAME,share=0.125,dense_heads=4
     lserve:pattern=NAME,prefill=block_sparse,prefill_threshold=0.9
     lserve:pattern=NAME,shares=none,control=inverted
+    lserve:pattern=NAME,exact=sparse
     dense:prefill_dtype=fp8
 
 What is not given has ``SparsityConfig``'s default. A *control* asks what a pattern's choice of
@@ -14,7 +15,9 @@ heads is worth: as many heads stream, but others. ``inverted`` negates the gates
 that need their context most stream first; ``random`` shuffles them over the whole model. Both are
 about gates, so that head shares, which overrule gates, must be switched off with ``shares=none``.
 
-``prefill_dtype`` goes with dense attention too.
+``exact`` names the source of the drafts that dense attention verifies: ``sparse`` steps, by the
+keys beside it, or ``ngram``, which has no other keys but ``prefill_dtype``. That goes with dense
+attention too.
 """
 
 import dataclasses
@@ -26,7 +29,9 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 
 from convert.attention_patterns import load_pattern, save_pattern
+from lserve_jax.attention.cache import DraftSource
 from lserve_jax.attention.config import SparsityConfig
+from lserve_jax.engine.options import EngineOptions
 from lserve_jax.model.heads import HeadPattern
 from pallas_kernels.api import W8A8_KINDS, W8A8Kind
 
@@ -61,9 +66,18 @@ class Setting:
     """One way to attend, under the name by which results mention it."""
 
     name: str
-    sparsity: SparsityConfig | None  # None: dense
+    sparsity: SparsityConfig | None  # None: dense, or drafts that are looked up
     control: Control | None = None  # what is done to the gates of ``sparsity.pattern``
     prefill_dtype: W8A8Kind | None = None
+    exact: DraftSource | None = None  # whose drafts dense attention verifies; None: no exact mode
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What ``LLM`` is given of it beside ``sparsity``."""
+        dense = self.sparsity is None and self.exact is None
+        exact = {} if self.exact is None else {"exact": True, "draft": self.exact}
+        attention = "dense" if dense else "lserve"
+        return {"attention": attention, "prefill_dtype": self.prefill_dtype, **exact}
 
 
 def parse_settings(texts: Sequence[str]) -> list[Setting]:
@@ -87,15 +101,16 @@ def _parse_setting(text: str) -> Setting:
     given = _entries(text, rest) if colon else {}
     control = cast(Control | None, _chosen(text, given, "control", get_args(Control)))
     prefill_dtype = cast(W8A8Kind | None, _chosen(text, given, "prefill_dtype", W8A8_KINDS))
+    exact = cast(DraftSource | None, _chosen(text, given, "exact", get_args(DraftSource)))
     if kind == "dense":
-        others = [*given, *(["control"] if control else [])]
+        others = [*given, *(["control"] if control else []), *(["exact"] if exact else [])]
         if others:
             raise ValueError(f"{others[0]} in setting {text!r} is for lserve, dense has none")
         return Setting(name=text, sparsity=None, prefill_dtype=prefill_dtype)
     values: dict[str, Any] = {}
     for key, value in given.items():
         if key not in _FIELDS:
-            known = ", ".join((*_FIELDS, "control", "prefill_dtype"))
+            known = ", ".join((*_FIELDS, "control", "exact", "prefill_dtype"))
             raise ValueError(f"unknown key {key!r} in setting {text!r}; known: {known}")
         name, read = _FIELDS[key]
         try:
@@ -109,13 +124,26 @@ def _parse_setting(text: str) -> Setting:
             f"control={control} in setting {text!r} needs a pattern to change and shares=none: "
             "head shares overrule gates"
         )
+    if exact == "ngram" and (given or control):
+        raise ValueError(
+            f"exact=ngram in setting {text!r} has no sparse steps, so that it takes no "
+            f"{next(iter(given), 'control')}"
+        )
     try:
-        sparsity = SparsityConfig(**values)
-        if sparsity.pattern is not None:
+        sparsity = None if exact == "ngram" else SparsityConfig(**values)
+        setting = Setting(
+            name=text,
+            sparsity=sparsity,
+            control=control,
+            prefill_dtype=prefill_dtype,
+            exact=exact,
+        )
+        EngineOptions(sparsity=sparsity, **setting.options)
+        if sparsity is not None and sparsity.pattern is not None:
             load_pattern(sparsity.pattern)
     except ValueError as error:
         raise ValueError(f"setting {text!r}: {error}") from None
-    return Setting(name=text, sparsity=sparsity, control=control, prefill_dtype=prefill_dtype)
+    return setting
 
 
 def _entries(text: str, rest: str) -> dict[str, str]:

@@ -132,9 +132,7 @@ def run_study(
                 continue
             started = time.perf_counter()
             sparsity = resolve_sparsity(setting, directory / "patterns", study.seed)
-            llm = loaded.engine(
-                sparsity, prepared.room, study.options, prefill_dtype=setting.prefill_dtype
-            )
+            llm = loaded.engine(sparsity, prepared.room, study.options, **setting.options)
             number = len(cases) + len(windows)
             with tqdm(total=number, desc=setting.name, unit="prompt", disable=not progress) as bar:
                 result["answers"] += answer(llm, setting.name, cases, progress=bar.update)
@@ -348,9 +346,13 @@ def _weights(options: SharedOptions) -> str | None:
 
 
 def _described(setting: Setting) -> Mapping[str, Any] | None:
-    if setting.sparsity is None:
+    described = {}
+    if setting.sparsity is not None:
+        described = {**dataclasses.asdict(setting.sparsity), "control": setting.control}
+    elif setting.exact is None:
         return None
-    described = {**dataclasses.asdict(setting.sparsity), "control": setting.control}
     if setting.prefill_dtype is not None:
         described["prefill_dtype"] = setting.prefill_dtype
+    if setting.exact is not None:
+        described["exact"] = setting.exact
     return described

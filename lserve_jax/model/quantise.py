@@ -186,7 +186,7 @@ def pack_params(params: Params, in_words: set[str], path: tuple[str, ...] = ()) 
         if they fit. Those that do not fit are added: other numbers in their place are packed alike.
     path: where in the parameters the tree is.
 
-    Of matrices of which only shapes are there (``jax.ShapeDtypeStruct``) zero points fit.
+    Of matrices of which only shapes are there (``jax.ShapeDtypeStruct``) zero points of 4 bits fit.
     """
     for key in params:
         leaf = (*path, str(key))

@@ -8,7 +8,9 @@ N = 8, of which a call may have fewer. More rows: ``quant_rows.py``.
 
       words  [blocks, K / 128, ..]   a ring of ``stages`` steps of ``blocks`` blocks a warpgroup
       x      [N, K / S] bf16         normed, once a CTA: it waits for nothing but the first weights
-      acc    [64, N]            +=   scale * (codes @ x - zero * (sum of x)), group by group
+      acc    [64, N]            +=   scale * ((codes - zero) @ x), group by group
+
+Zero points that have words of their own are multiplied with the sum of x instead.
 
 What must move: the words, once. Everything about them is asked for before the kernel ahead has
 ended (programmatic dependent launch), x after that.
@@ -84,9 +86,8 @@ def packed_linear(
     summed = packed.shape[0] // COLUMNS
     if norm_scale is None:
         square_sums = None
-    else:
-        if square_sums is None:
-            square_sums, summed = first_square_sums(x, N), 1
+    elif square_sums is None:
+        square_sums, summed = first_square_sums(x, N), 1
     config = choose_config(packed, len(x)) if config is None else config
     settings = _Settings(config, gated, epsilon, summed)
     return _run(settings, x, packed, (norm_scale, square_sums), (bias, residual), x.dtype)

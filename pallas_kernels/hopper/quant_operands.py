@@ -47,52 +47,6 @@ X_TILE = plgpu.Layout.TILED(
 )
 # Numbers behind a plane: with them no bank of shared memory is asked twice for 16 bytes.
 PLANE_PADDING = 8
-
-
-def row_layout(inputs: int):
-    """[inputs] bf16, of one row of x, spread over all threads."""
-    each = next(n for n in (8, 4, 2, 1) if inputs % (128 * n) == 0)
-    return plgpu.Layout.WG_STRIDED((inputs,), vec_size=each)
-
-
-def store_planes(ref, x) -> None:
-    """``x`` [n] bf16 into ``ref`` [4, n / 4] of shared memory: pairs of neighbours by turns.
-
-    So the inputs of a thread t, 2 t and 2 t + 1 of each 8, lie in plane t one behind the other.
-    """
-
-    def store(_, ref, x):
-        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
-
-        def constant(n: int) -> ir.Value:
-            return arith.constant(i32, ir.IntegerAttr.get(i32, n))
-
-        def place(x: ir.Value) -> ir.Value:
-            return arith.index_cast(index, x)
-
-        each = x.layout.vec_size
-        thread = arith.remui(utils.thread_idx(), constant(128))
-        for i, values in enumerate(x.registers.flat):
-            first = arith.muli(arith.addi(thread, constant(128 * i)), constant(each))
-            for at in range(0, each, 2):
-                n = arith.addi(first, constant(at))
-                pair = arith.divui(n, constant(2))
-                plane = arith.remui(pair, constant(4))
-                column = arith.muli(arith.divui(pair, constant(4)), constant(2))
-                if each == 1:
-                    column = arith.addi(column, arith.remui(n, constant(2)))
-                own = vector.extract_strided_slice(
-                    ir.VectorType.get((min(each, 2),), ir.BF16Type.get()),
-                    values,
-                    [at],
-                    [min(each, 2)],
-                    [1],
-                )
-                vector.store(own, ref, [place(plane), place(column)], alignment=2 * min(each, 2))
-
-    plgpu.inline_mgpu(arg_types=(plgpu.RefType(), row_layout(x.shape[0])))(store)(ref, x)
-
-
 # Half the rows of a matrix, 8 of each 16: what a thread has of them is its own in either half.
 HALF = plgpu.Layout.TILED(
     fa.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
@@ -103,8 +57,53 @@ EACH_WARP = plgpu.Layout.TILED(
 )
 
 
+def row_layout(inputs: int):
+    """[inputs] bf16, of one row of x, spread over all threads."""
+    each = next(n for n in (8, 4, 2, 1) if inputs % (128 * n) == 0)
+    return plgpu.Layout.WG_STRIDED((inputs,), vec_size=each)
+
+
+def _constant(n: int) -> ir.Value:
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.constant(i32, ir.IntegerAttr.get(i32, n))
+
+
+def _index(n: ir.Value) -> ir.Value:
+    return arith.index_cast(ir.IndexType.get(), n)
+
+
+def store_planes(ref, x) -> None:
+    """``x`` [n] bf16 into ``ref`` [4, n / 4] of shared memory: pairs of neighbours by turns.
+
+    So the inputs of a thread t, 2 t and 2 t + 1 of each 8, lie in plane t one behind the other.
+    """
+
+    def store(_, ref, x):
+        each = x.layout.vec_size
+        thread = arith.remui(utils.thread_idx(), _constant(128))
+        for i, values in enumerate(x.registers.flat):
+            first = arith.muli(arith.addi(thread, _constant(128 * i)), _constant(each))
+            for at in range(0, each, 2):
+                n = arith.addi(first, _constant(at))
+                pair = arith.divui(n, _constant(2))
+                plane = arith.remui(pair, _constant(4))
+                column = arith.muli(arith.divui(pair, _constant(4)), _constant(2))
+                if each == 1:
+                    column = arith.addi(column, arith.remui(n, _constant(2)))
+                own = vector.extract_strided_slice(
+                    ir.VectorType.get((min(each, 2),), ir.BF16Type.get()),
+                    values,
+                    [at],
+                    [min(each, 2)],
+                    [1],
+                )
+                vector.store(own, ref, [_index(plane), _index(column)], alignment=2 * min(each, 2))
+
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(), row_layout(x.shape[0])))(store)(ref, x)
+
+
 def load_planes(ref):
-    """[N, 4, 32] bf16 in ``X_TILE``, of the same ``ref`` of shared memory.
+    """[N, 4, 32] bf16 in ``X_TILE``, from ``ref`` [N, 4, 32] of shared memory.
 
     ``plgpu.load`` does not lower for a piece of padded planes
     (findings/mosaic_gpu_piece_of_padded_rows.sh).
@@ -112,18 +111,13 @@ def load_planes(ref):
     shape = ref.shape
 
     def load(_, ref):
-        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
-
-        def constant(n: int) -> ir.Value:
-            return arith.constant(i32, ir.IntegerAttr.get(i32, n))
-
-        lane = arith.remui(utils.thread_idx(), constant(32))
-        row, plane = arith.divui(lane, constant(4)), arith.remui(lane, constant(4))
+        lane = arith.remui(utils.thread_idx(), _constant(32))
+        row, plane = arith.divui(lane, _constant(4)), arith.remui(lane, _constant(4))
         eight = ir.VectorType.get((8,), ir.BF16Type.get())
         values = []
         for j, c in itertools.product(range(shape[0] // 8), range(4)):
-            places = arith.addi(row, constant(8 * j)), plane, constant(8 * c)
-            at = [arith.index_cast(index, place) for place in places]
+            places = arith.addi(row, _constant(8 * j)), plane, _constant(8 * c)
+            at = [_index(place) for place in places]
             values.append(vector.load(eight, ref, at, alignment=16))
         return _array(X_TILE, shape, values)
 
@@ -206,8 +200,7 @@ def row_totals(x, *, part: int, parts: int):
     N = x.shape[0]
 
     def product(_, x):
-        i32 = ir.IntegerType.get_signless(32)
-        ones = arith.constant(i32, ir.IntegerAttr.get(i32, 0x3F803F80))
+        ones = _constant(0x3F803F80)
         sums = _products([ones] * (4 * _PRODUCTS // parts), x, part, parts, N)
         return _array(PER_COLUMN, (N,), sums[::2])  # all rows are the same
 
@@ -242,23 +235,16 @@ def store_transposed(ref, y) -> None:
     layout, of_warp = (MATRIX, 16) if y.shape[0] == ROWS else (HALF, 8)
 
     def store(_, ref, y):
-        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
-
-        def constant(n: int) -> ir.Value:
-            return arith.constant(i32, ir.IntegerAttr.get(i32, n))
-
-        def place(first: ir.Value, n: int) -> ir.Value:
-            return arith.index_cast(index, arith.addi(first, constant(n)))
-
-        thread = arith.remui(utils.thread_idx(), constant(128))
-        warp, lane = arith.divui(thread, constant(32)), arith.remui(thread, constant(32))
-        row = arith.addi(arith.muli(warp, constant(of_warp)), arith.divui(lane, constant(4)))
-        column = arith.muli(arith.remui(lane, constant(4)), constant(2))
+        thread = arith.remui(utils.thread_idx(), _constant(128))
+        warp, lane = arith.divui(thread, _constant(32)), arith.remui(thread, _constant(32))
+        row = arith.addi(arith.muli(warp, _constant(of_warp)), arith.divui(lane, _constant(4)))
+        column = arith.muli(arith.remui(lane, _constant(4)), _constant(2))
         halves = of_warp // 8
         for i, pair in enumerate(y.registers.flat):
             for e in range(2):
                 value = vector.extract(pair, [], [e])
-                at = [place(column, 8 * (i // halves) + e), place(row, 8 * (i % halves))]
+                places = (column, 8 * (i // halves) + e), (row, 8 * (i % halves))
+                at = [_index(arith.addi(first, _constant(n))) for first, n in places]
                 memref.store(value, ref, at)
 
     plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))(store)(ref, y)

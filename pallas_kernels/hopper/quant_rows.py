@@ -9,7 +9,7 @@ tiles of N rows, 16 to 128.
 
       words  [blocks, K / 128, ..]   a ring of ``stages`` steps of ``blocks`` blocks a warpgroup
       x      [N, 128]                a ring as long, for all warpgroups of the CTA
-      acc    [64, N]            +=   scale * (codes @ x^T - zero * (sum of x)), group by group
+      acc    [64, N]            +=   scale * ((codes - zero) @ x^T), group by group
       sums   [S, N, out]             float32 where they are added up, else x's dtype; half as wide
                                      of a gated layer whose K is not split
 
@@ -21,7 +21,7 @@ own the sums of x by group. It does what follows, too: adds the splits, channels
 what is around a layer. Both are done along with the norm before and the residual behind, in loops
 that XLA has anyway for more than a few rows. But gate and up of a channel are in one thread, which
 multiplies them where K is not split. Words are asked for before the kernel ahead has ended
-(programmatic dependent launch) where that is a kernel of ours, as gate and up are ahead of down.
+(programmatic dependent launch) where that one lets go early, as gate and up do ahead of down.
 """
 
 from collections.abc import Callable
@@ -107,7 +107,8 @@ def choose_config(packed: PackedWeight, rows: int) -> Config:
         ),
         key=microseconds,
     )
-    stage = blocks * (4 * ROWS * packed.words.shape[2] * warpgroups + 2 * N * INPUTS + 16 * N)
+    sums = 16 * N if packed.zeros == "word" else 0
+    stage = blocks * (4 * ROWS * packed.words.shape[2] * warpgroups + 2 * N * INPUTS + sums)
     stages = max(2, min(SHARED_BYTES // stage, 4))
     return Config(warpgroups=warpgroups, splits=splits, stages=stages, blocks=blocks)
 
@@ -131,11 +132,13 @@ def packed_rows_linear(
     del square_sums  # x says it all
     refuse("packed weights", unsupported_packed(x, packed, gated, residual))
 
-    in_kernel = gated and bias is None and choose_config(packed, len(x)).splits == 1
+    config = choose_config(packed, len(x))
+    in_kernel = gated and bias is None and config.splits == 1
 
     def multiply(y: Float[Array, "B K"]) -> Float[Array, "B out"]:
         # A norm's scale in float32 makes y float32.
-        return packed_rows(y.astype(x.dtype), packed, dtype=x.dtype, gated=in_kernel)
+        how = {"dtype": x.dtype, "gated": in_kernel, "config": config}
+        return packed_rows(y.astype(x.dtype), packed, **how)
 
     around, gated = (bias, norm_scale, residual), gated and not in_kernel
     return unfused_layer(multiply, x, *around, gated=gated, epsilon=epsilon), None
@@ -158,11 +161,13 @@ def packed_rows(
 ) -> Float[Array, "B out"]:
     """``x @ packed``, summed in float32, in ``dtype``; x bf16, one row or more.
 
-    ``gated``: SiLU of the first half of the columns, in ``dtype``, times the second half; for a
-    paired matrix whose K is not split.
+    ``gated``: SiLU of the first half of the columns, in ``dtype``, times the second half. Raises
+    ``ValueError`` for that where the matrix is not paired or its K is split.
     """
     (B, K), out = x.shape, packed.shape[1]
     config = choose_config(packed, B) if config is None else config
+    if gated and not (packed.paired and config.splits == 1):
+        raise ValueError(f"no gate with {packed.paired=} and splits={config.splits}")
     N, group = tile_rows(packed, B), group_size(packed)
     padded = N * pl.cdiv(B, N)
     x = jnp.pad(x, ((0, padded - B), (0, 0)))
@@ -202,7 +207,7 @@ class _Rings(NamedTuple):
 
     words: Any  # [W * stages, blocks, rows, 64]
     x: Any  # [stages * groups of a step, N, inputs of a group]
-    totals: Any  # [stages, groups of a step or 2, N]
+    totals: Any  # [stages, groups of a step or 2, N]; [1] where there are none
     words_ready: Any  # [W * stages] barriers
     x_ready: Any  # [stages] barriers
     x_used: Any  # [stages] barriers, of all warpgroups
@@ -325,7 +330,7 @@ def _multiply(
             (stages * groups, N, inputs), x.dtype, transforms=tile_transforms(inputs, x.dtype)
         ),
         # A copy begins at a multiple of 128 bytes: two rows of 16 numbers.
-        totals=plgpu.SMEM((stages, max(groups, 2), N), jnp.float32),
+        totals=plgpu.SMEM((1,) if totals is None else (stages, max(groups, 2), N), jnp.float32),
         words_ready=plgpu.Barrier(num_arrivals=1, num_barriers=W * stages),
         x_ready=plgpu.Barrier(num_arrivals=groups + (totals is not None), num_barriers=stages),
         x_used=plgpu.Barrier(num_arrivals=W, num_barriers=stages),

@@ -132,6 +132,19 @@ def test_a_burst_that_must_be_compiled_is_tried_when_that_pays() -> None:
     assert bursts.drafted(FIRST_LOOK + 1)[-1] == 0
 
 
+def test_time_beside_bursts_that_are_not_timed_is_not_spent_drafting() -> None:
+    bursts = Bursts(round_seconds=0.06, dense_seconds=0.01)
+    bursts.is_ready = False
+    for _ in range(9):
+        bursts.run()
+        decisions = {0: bursts.decision}
+        burst = bursts.times.begin(SLOTS, decisions, bursts.others)  # given to the device
+        bursts.now += COMPILING  # while another one runs there
+        bursts.times.untimed()
+        bursts.times.end(burst, {}, bursts.now, waited=False)
+    assert bursts.run().drafts == 3
+
+
 def test_nothing_is_weighed_where_nothing_is_drafted() -> None:
     bursts = Bursts(round_seconds=0.06, dense_seconds=0.01)
     bursts.decision = DraftDecision(drafts=0, reason="no draft pays by bytes")

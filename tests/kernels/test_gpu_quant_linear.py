@@ -21,6 +21,8 @@ from lserve_jax import LLM, SamplingParams
 from pallas_kernels import api, reference
 from pallas_kernels.hopper.quant_linear import packed_linear
 from pallas_kernels.hopper.quant_plan import Config
+from pallas_kernels.hopper.quant_rows import Config as RowsConfig
+from pallas_kernels.hopper.quant_rows import packed_rows
 from pallas_kernels.hopper.quant_unpack import packed_numbers
 
 pytestmark = pytest.mark.gpu
@@ -142,8 +144,7 @@ def test_clusters_add_as_a_second_kernel_does(
 def test_chains_of_layers_are_as_their_calls(rows: int) -> None:
     """A kernel begins before the one ahead has ended: results must be those of one at a time.
 
-    With more rows kernels wait for each other, and XLA rounds what is between them otherwise in one
-    program than in many.
+    With more rows XLA rounds what is between kernels otherwise in one program than in many.
     """
     forms = {"qkv": "int8", "o": "int4, groups of 128", "gate_up": "int8", "down": "fp8"}
     packed = {
@@ -166,6 +167,26 @@ def test_chains_of_layers_are_as_their_calls(rows: int) -> None:
         alone = layers(alone, jax.block_until_ready)
     assert np.isfinite(np.asarray(alone, np.float32)).all()
     np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize("rows", [16, 40])
+@pytest.mark.parametrize("form", ["int8", "int4, groups of 128"])
+def test_a_product_right_behind_another(form: str, rows: int) -> None:
+    """With more rows, too: gate and up, then down, between which XLA has nothing to do."""
+    wide, narrow = (
+        api.pack_weight(weight_of(SHAPES[name], form), paired=SHAPES[name].gated)
+        for name in ("gate_up", "down")
+    )
+    one = RowsConfig(warpgroups=2, splits=1, stages=3, blocks=1)
+
+    def layers(x, wait=lambda y: y):
+        y = wait(packed_rows(x, wide, dtype=jnp.bfloat16, gated=True, config=one))
+        return wait(packed_rows(y, narrow, dtype=jnp.bfloat16, config=one))
+
+    xs = normal(1, 20, rows, 4096)
+    together = jax.jit(lambda xs: lax.map(layers, xs))(xs)
+    alone = [layers(x, jax.block_until_ready) for x in xs]
+    np.testing.assert_array_equal(together, np.stack(alone))
 
 
 @pytest.mark.parametrize("name", ["gate_up", "down"])

@@ -271,7 +271,7 @@ def test_planes_of_x(inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = SimpleNamespace(get=lambda *_: None, get_signless=lambda _: None)
     literal = SimpleNamespace(get=lambda _, value: value)
     names = ("IntegerType", "IndexType", "VectorType", "BF16Type")
-    ir = SimpleNamespace(**dict.fromkeys(names, kind), IntegerAttr=literal, Value=None)
+    ir = SimpleNamespace(**dict.fromkeys(names, kind), IntegerAttr=literal)
     monkeypatch.setattr(quant_operands, "ir", ir)
     monkeypatch.setattr(quant_operands.utils, "thread_idx", lambda: THREADS)
     monkeypatch.setattr(quant_operands, "_array", lambda _, __, values: values)

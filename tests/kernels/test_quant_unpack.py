@@ -21,12 +21,12 @@ def plain_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_numbers_of_every_kind(kind: str, paired: bool) -> None:
-    """Three blocks of inputs, so that rings come round; gate and up apart again."""
-    weight = random_weight(kind, 384, 256)
+def test_numbers_of_every_kind(kind: str, paired: bool, K: int = 1280) -> None:
+    """Two stretches of five blocks of inputs, so that rings come round; gate and up apart again."""
+    weight = random_weight(kind, K, 256)
     got = packed_numbers(pack_weight(weight, paired=paired))
     wanted = api.dequantize_weight(weight).astype(jnp.bfloat16).T
-    assert got.shape == (256, 384) and got.dtype == jnp.bfloat16
+    assert got.shape == (256, K) and got.dtype == jnp.bfloat16
     got, wanted = (np.asarray(x, np.float32) for x in (got, wanted))
     if KINDS[kind][2] == "word":  # two differences in float32: a rounding may go the other way
         np.testing.assert_allclose(got, wanted, rtol=2**-7, atol=1e-6)
@@ -37,9 +37,9 @@ def test_numbers_of_every_kind(kind: str, paired: bool) -> None:
 
 @pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("kind", api.W8A8_KINDS)
-def test_codes(kind: api.W8A8Kind, paired: bool) -> None:
+def test_codes(kind: api.W8A8Kind, paired: bool, K: int = 1280) -> None:
     """As plain JAX takes them, bit by bit, with their scales."""
-    packed = pack_weight(random_weight(kind, 384, 256), paired=paired)
+    packed = pack_weight(random_weight(kind, K, 256), paired=paired)
     got, wanted = (
         api.w8a8_weight(packed, kind=kind, backend=backend) for backend in ("mosaic", "reference")
     )

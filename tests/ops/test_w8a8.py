@@ -141,6 +141,9 @@ def test_a_layer_takes_them() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="kind='int4' is unknown; known: int8, fp8"):
         api.w8a8_weight(jnp.ones((64, 4)), kind="int4")
+    packed = api.pack_weight(api.quantize_weight(jnp.ones((128, 64)), kind="int8"))
+    with pytest.raises(ValueError, match="kind='int4' is unknown; known: int8, fp8"):
+        api.w8a8_weight(packed, kind="int4")
     weight = api.w8a8_weight(jnp.ones((64, 4)), kind="int8")
     for call in (api.product, api.fused_linear):
         with pytest.raises(

@@ -150,6 +150,17 @@ def refusal(capsys, *argv) -> str:
         ("--compare lserve:control=random", "control=random in setting"),
         ("--compare lserve:pattern=x,shares=none,control=reversed", "must be inverted or random"),
         ("--compare lserve:fraction=0.5", "needs a head pattern"),
+        ("--compare dense:exact=sparse", "exact in setting 'dense:exact=sparse' is for lserve"),
+        ("--compare lserve:exact=yes", "exact=yes in setting 'lserve:exact=yes' must be sparse or"),
+        (
+            "--compare lserve:exact=ngram,budget=64",
+            "exact=ngram in setting 'lserve:exact=ngram,budget=64' has no sparse steps, so that it "
+            "takes no budget",
+        ),
+        (
+            "--compare lserve:exact=sparse,prefill=block_sparse",
+            "setting 'lserve:exact=sparse,prefill=block_sparse': exact=True needs prefill='causal'",
+        ),
         ("--tasks agreement --compare dense", "task agreement compares settings"),
         ("--tasks agreement --resume", "task agreement cannot be resumed"),
         ("--haystacks 0", "haystacks=0 must be at least 1"),
@@ -218,6 +229,29 @@ def test_a_missing_matplotlib_is_said_at_once(capsys, monkeypatch):
     assert "lserve-jax[plot]" in refusal(capsys, "--model", "no-such-model", "--plot")
 
 
+@pytest.mark.slow
+def test_exact_settings_are_as_dense(capsys, chat_checkpoint, tmp_path):
+    """Their answers, and what they think of a text, up to rounding."""
+    exact = "lserve:budget=64,page=16,decode_sink=16,decode_local=16,exact=sparse"
+    argv = ["--model", chat_checkpoint, *SMALL, "--output", tmp_path, "--dtype", "float32"]
+    argv += ["--tasks", "needle", "perplexity", "--windows", 1, "--scored-tokens", 9]
+    argv += ["--compare", "dense", exact, "lserve:exact=ngram"]
+    code, _, err = run(capsys, *argv)
+    assert code == 0, err
+    result = json.loads((tmp_path / "results.json").read_text())
+    answers = {}
+    for answer in result["answers"]:
+        answers.setdefault(answer["setting"], []).append(answer["text"])
+    assert answers["dense"] == answers[exact] == answers["lserve:exact=ngram"]
+    thought = {x["setting"]: x["logprobs"] for x in result["predictions"]}
+    for name in (exact, "lserve:exact=ngram"):
+        np.testing.assert_allclose(thought[name], thought["dense"], rtol=0, atol=1e-4)
+    assert [result["settings"][name] for name in ("dense", "lserve:exact=ngram")] == [
+        None,
+        {"exact": "ngram"},
+    ]
+
+
 def test_a_study_knows_its_weights_and_keys(capsys, checkpoint, tmp_path):
     argv = ["--model", checkpoint, "--output", tmp_path, "--tasks", "perplexity", "--windows", 2]
     argv += ["--lengths", 80, "--scored-tokens", 9, "--compare", "dense", "--max-num-seqs", 2]
@@ -277,6 +311,9 @@ def test_settings_are_what_they_say():
     assert (rounded.sparsity, rounded.prefill_dtype) == (None, "fp8")
     assert (both.sparsity, both.prefill_dtype) == (SparsityConfig(token_budget=64), "int8")
     assert plain.sparsity == SparsityConfig()
+    drafted, looked_up = parse_settings(["lserve:budget=64,exact=sparse", "lserve:exact=ngram"])
+    assert (drafted.sparsity, drafted.exact) == (SparsityConfig(token_budget=64), "sparse")
+    assert (looked_up.sparsity, looked_up.exact) == (None, "ngram")
     assert full.control == "inverted"
     assert full.sparsity == SparsityConfig(
         pattern="llama-3-8b-instruct-gradient-1048k",
