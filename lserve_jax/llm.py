@@ -162,9 +162,9 @@ class LLM:
         Nothing is compiled, and nothing copied but what was copied at the beginning: heads that
         change places, casts, matrices that are quantised or packed, on a CPU a tied model's output
         projection. (One exception: where kernels run codes of 4 bits whose zero points were
-        multiples of an eighth up to 16, others make programs anew.) Every other array is shared with the caller. A
-        training step that takes ``params`` as donated takes them from here too: update again before
-        the next request, which is refused until then.
+        multiples of an eighth up to 16, others make programs anew.) Every other array is shared
+        with the caller. A training step that takes ``params`` as donated takes them from here too:
+        update again before the next request, which is refused until then.
 
         Prefixes are released and remembered prompts forgotten: they hold keys of the old weights. A
         call of another thread is waited for.

@@ -29,7 +29,7 @@ def _runs_packed(rows: int, backend: Backend) -> bool:
 
     Not where ``rows`` is no int, in a program exported for any batch.
     """
-    return backend == "mosaic" and isinstance(rows, int) and rows <= MOST_PACKED_ROWS
+    return backend == "mosaic" and isinstance(rows, int) and 0 < rows <= MOST_PACKED_ROWS
 
 
 def _unpacked(packed: PackedWeight, dtype: DTypeLike, backend: Backend) -> Array | Weight:
@@ -76,8 +76,8 @@ def fused_linear(
     implementation runs whatever the backend. A quantised matrix has kernels if it is packed: with
     more than ``MOST_FUSED_PACKED_ROWS`` rows for the product alone, which reads weights once more
     from the L2 cache for each further 64 or 128 rows; with more than ``MOST_PACKED_ROWS`` it is
-    unpacked first, rounded to bf16. A gated layer's is packed ``paired``. With a ``W8A8Weight`` rows are rounded to
-    its 8 bits, after the norm, and XLA multiplies.
+    unpacked first, rounded to bf16. A gated layer's is packed ``paired``. With a ``W8A8Weight``
+    rows are rounded to its 8 bits, after the norm, and XLA multiplies.
 
     >>> import jax.numpy as jnp
     >>> out, _ = fused_linear(jnp.ones((1, 4)), jnp.ones((4, 2)), residual=jnp.ones((1, 2)))
@@ -130,6 +130,7 @@ def product(
     >>> product(jnp.array([[1.0, 2.0]]), weight).tolist()
     [[2.5]]
     """
+    backend = resolve_backend(backend)
     if isinstance(kernel, W8A8Weight):
         _expect_kernel(kernel, x.shape[-1])
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -138,7 +139,7 @@ def product(
         return weights.product(x, kernel)
     K, out = kernel.shape
     expect_shape("x", x, (*x.shape[:-1], K))
-    rows, backend = math.prod(x.shape[:-1]), resolve_backend(backend)
+    rows = math.prod(x.shape[:-1])
     if not _runs_packed(rows, backend):
         return weights.product(x, _unpacked(kernel, x.dtype, backend))
     name = "packed_product" if rows <= MOST_FUSED_PACKED_ROWS else "packed_rows_product"
@@ -163,8 +164,8 @@ def w8a8_weight(
     >>> weight.codes.tolist(), round(float(weight.scale[0]), 4)
     ([[50, -127]], 0.02)
     """
-    taken = isinstance(kernel, PackedWeight) and has_w8a8_codes(kernel, kind)
-    if taken and resolve_backend(backend) == "mosaic":
+    backend = resolve_backend(backend)
+    if isinstance(kernel, PackedWeight) and has_w8a8_codes(kernel, kind) and backend == "mosaic":
         codes = implementation("packed_codes", backend)(kernel)
         return W8A8Weight(codes, unpack_weight(kernel).scale[0])
     return plain_w8a8_weight(kernel, kind=kind)

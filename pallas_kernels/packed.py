@@ -73,7 +73,7 @@ def pack_weight(weight: Weight, *, paired: bool = False, in_words: bool = False)
     ``paired`` is for a gated layer, whose channel i of the first half (gate) is multiplied with
     that of the second (up). ``in_words`` gives zero points words of their own even if they fit
     beside the scales: so matrices that differ in their numbers alone are packed alike. Raises
-    ``ValueError`` for what ``cannot_pack`` names.
+    ``ValueError`` for what ``cannot_pack`` names, and for codes that are NaN.
 
     >>> import jax.numpy as jnp
     >>> codes, scale = jnp.ones((256, 128), jnp.int8), jnp.full((1, 128), 0.5)
@@ -84,6 +84,8 @@ def pack_weight(weight: Weight, *, paired: bool = False, in_words: bool = False)
     True
     """
     reason = cannot_pack(weight)
+    if reason is None and weight.codes.dtype == jnp.float8_e4m3fn and _hold_nan(weight.codes):
+        reason = "codes of e4m3 are NaN, which kernels take for 480"
     if reason is not None:
         raise ValueError(f"the matrix cannot be packed: {reason}")
     zeros: Literal["none", "byte", "word"] = "none"
@@ -115,8 +117,14 @@ def _may_fit_bytes(weight: Weight) -> bool:
 def _fit_bytes(scale: Float[Array, "g out"], zero: Float[Array, "g out"]) -> Array:
     low = lax.bitcast_convert_type(scale, jnp.uint32) & 0xFF
     steps = zero * ZERO_STEPS
-    fits = (steps == jnp.round(steps)) & (steps <= 128) & ~jnp.signbit(steps)  # no -0.0
-    return jnp.all((low == 0) & fits)
+    # By bits: XLA takes numbers below 2^-126 for 0.
+    same = _bitcast(zero, jnp.uint32) == _bitcast(jnp.round(steps) / ZERO_STEPS, jnp.uint32)
+    return jnp.all((low == 0) & same & (steps <= 128) & ~jnp.signbit(zero))  # no -0.0
+
+
+@jax.jit
+def _hold_nan(codes: Array) -> Array:
+    return jnp.isnan(codes.astype(jnp.float32)).any()
 
 
 def _sizes(K: int, out: int, axes: str) -> list[int]:

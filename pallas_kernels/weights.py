@@ -77,7 +77,9 @@ def _quantize_int4(w: Float[Array, "K out"], group: int, axis: Literal[0, 1]) ->
     low = jnp.minimum(keep_nan(grouped.min(axis=along), grouped, axis=along), 0.0)
     high = jnp.maximum(grouped.max(axis=along), 0.0)
     # A group of zeros would have scale 0; with any other its zero point represents them exactly.
-    scale = _without_low_byte(jnp.where(low == high, 1.0, (high - low) / 15.0))
+    # The least scale is far from numbers that XLA takes for 0.
+    scale = jnp.where(low == high, 1.0, jnp.maximum((high - low) / 15.0, 1e-30))
+    scale = _without_low_byte(scale)
     # No integer: of 16 codes half a step would be lost at either end.
     zero = jnp.round(jnp.abs(low) / scale * ZERO_STEPS) / ZERO_STEPS  # and never -0.0
     steps = grouped / jnp.expand_dims(scale, along) + jnp.expand_dims(zero, along)

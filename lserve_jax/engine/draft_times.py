@@ -31,7 +31,7 @@ class _Kind:
 
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))  # a byte
     dense: float = 0.0  # bytes of a dense pass when that was measured
-    spent: float = 0.0  # seconds that went by in its bursts, timed or not
+    spent: float = 0.0  # seconds in its bursts, by their bytes where they were not timed
     ran: bool = False
     others: int = 0  # bursts of the other kind since this one ran
     tries: int = 0  # that told nothing
@@ -71,14 +71,14 @@ class DraftTimes:
         self._others: Hashable = None
         # When the device was through with the last burst; None: it was before anybody looked.
         self._free: float | None = -math.inf
-        self._ended = -math.inf  # when somebody last looked
 
     def choose(
         self, slots: int, decisions: Mapping[int, DraftDecision], is_ready: Callable[[], bool]
     ) -> dict[int, DraftDecision]:
         """The decisions, or none of them to draft where that takes less time a token.
 
-        ``is_ready`` says whether a burst without drafts needs no compiling.
+        ``is_ready`` says whether a burst without drafts needs no compiling; it is asked after 1, 2,
+        4, 8, ... bursts with drafts.
         """
         decided = dict(decisions)
         if not any(decision.drafts for decision in decided.values()):
@@ -92,10 +92,12 @@ class DraftTimes:
         wait = min(FIRST_LOOK * 4 ** len(plain.seconds), LOOK_AGAIN)
         if second is None:
             wait = 1 if plain.tries % 2 else FIRST_LOOK * 2 ** min(plain.tries // 2, 8)
-        if plain.others >= wait:
+        # The question costs a burst's inputs: not asked each time.
+        asked = plain.others.bit_count() == 1
+        runs = plain.ran or drafting.spent >= COMPILING or (asked and is_ready())
+        if plain.others >= wait and runs:
             plain.tries += 1
-            if plain.ran or drafting.spent >= COMPILING or is_ready():
-                return _none(decided, "no drafts in this burst, whose time is measured")
+            return _none(decided, "no drafts in this burst, whose time is measured")
         if second is None:
             return decided
         tokens = sum(decision.tokens for decision in decided.values())
@@ -125,22 +127,20 @@ class DraftTimes:
 
     def untimed(self) -> None:
         """Says that a burst ended whose time is not taken."""
-        self._free, self._ended = None, self._clock()
+        self._free = None
 
     def end(
         self, burst: TimedBurst, rows: Mapping[int, BurstRow], now: float, *, waited: bool
     ) -> None:
         """Takes in what a burst did, by slot; ``waited``: it ended only ``now``."""
-        kind = self._kinds[burst.slots, burst.drafts]
-        kind.spent += now - max(self._ended, burst.queued)
-        self._ended = now
         free, self._free = self._free, now if waited else None
-        if not burst.alone or not waited or free is None:
-            return
+        kind = self._kinds[burst.slots, burst.drafts]
         read = sum(row.verified * burst.decisions[slot].round_bytes for slot, row in rows.items())
-        if read > 0:
+        if read > 0 and burst.alone and waited and free is not None:
             dense = sum(decision.dense_bytes for decision in burst.decisions.values())
             kind.note(now - max(free, burst.queued), read, dense)
+        if kind.seconds:  # not the clock's: prompts and compiling are in that
+            kind.spent += median(kind.seconds) * read
 
 
 def _none(decisions: Mapping[int, DraftDecision], reason: str) -> dict[int, DraftDecision]:

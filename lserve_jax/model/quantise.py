@@ -198,7 +198,10 @@ def pack_params(params: Params, in_words: set[str], path: tuple[str, ...] = ()) 
                 params[key] = packed_shape(params[key], paired=paired)
                 continue
             pack = partial(pack_weight, paired=paired, in_words=name in in_words)
-            params[key] = _ready(pack, params[key])
+            try:
+                params[key] = _ready(pack, params[key])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
             if params[key].zeros == "word":
                 in_words.add(name)
 

@@ -10,6 +10,17 @@ from lserve_jax.engine.draft_times import COMPILING, FIRST_LOOK, KEPT, LOOK_AGAI
 from lserve_jax.engine.metrics import DraftDecision
 
 SLOTS = 4
+ROW = BurstRow(  # ten rounds
+    steps=30,
+    bypassed=0,
+    selections=0,
+    scored=0,
+    attended=0.0,
+    verified=10,
+    judging=10,
+    drafted=30,
+    confirmed=20,
+)
 
 
 class Bursts:
@@ -33,18 +44,7 @@ class Bursts:
         self.others += compiles and not decisions[0].drafts
         burst = self.times.begin(SLOTS, decisions, self.others)
         self.now += 10 * self.seconds[burst.drafts]
-        row = BurstRow(
-            steps=30,
-            bypassed=0,
-            selections=0,
-            scored=0,
-            attended=0.0,
-            verified=10,
-            judging=10,
-            drafted=30,
-            confirmed=20,
-        )
-        self.times.end(burst, {0: row}, self.now, waited=waited)
+        self.times.end(burst, {0: ROW}, self.now, waited=waited)
         return decisions[0]
 
     def drafted(self, count: int, **how: Any) -> list[int]:
@@ -132,17 +132,17 @@ def test_a_burst_that_must_be_compiled_is_tried_when_that_pays() -> None:
     assert bursts.drafted(FIRST_LOOK + 1)[-1] == 0
 
 
-def test_time_beside_bursts_that_are_not_timed_is_not_spent_drafting() -> None:
-    bursts = Bursts(round_seconds=0.06, dense_seconds=0.01)
+@pytest.mark.parametrize("waited", [False, True])
+def test_compiling_and_prompts_are_no_drafting(waited: bool) -> None:
+    """They lie between a burst that cannot be timed and its end."""
+    bursts = Bursts(round_seconds=0.01, dense_seconds=0.1)
     bursts.is_ready = False
-    for _ in range(9):
-        bursts.run()
-        decisions = {0: bursts.decision}
-        burst = bursts.times.begin(SLOTS, decisions, bursts.others)  # given to the device
-        bursts.now += COMPILING  # while another one runs there
-        bursts.times.untimed()
-        bursts.times.end(burst, {}, bursts.now, waited=False)
-    assert bursts.run().drafts == 3
+    for _ in range(40):
+        bursts.others += 1
+        burst = bursts.times.begin(SLOTS, {0: bursts.decision}, bursts.others)
+        bursts.now += COMPILING
+        bursts.times.end(burst, {0: ROW}, bursts.now, waited=waited)
+        assert bursts.run(waited=waited).drafts == 3
 
 
 def test_nothing_is_weighed_where_nothing_is_drafted() -> None:

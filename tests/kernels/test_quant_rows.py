@@ -207,6 +207,12 @@ def test_ops_compute(rows: int = FEW + 1) -> None:
     np.testing.assert_allclose(out.astype(jnp.float32), wanted, rtol=2**-8, atol=1e-5)
 
 
+def test_no_rows() -> None:
+    packed = pack_weight(random_weight("int8", 128, 64))
+    assert api.product(normal(0, 0, 128), packed, backend="mosaic").shape == (0, 64)
+    assert api.fused_linear(normal(0, 0, 128), packed, backend="mosaic")[0].shape == (0, 64)
+
+
 def test_ops_refuse_another_size() -> None:
     packed = pack_weight(random_weight("int8", 128, 64))
     with pytest.raises(

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from packed_cases import KINDS, numbers, random_weight
 
+from lserve_jax.model.quantise import pack_params
 from pallas_kernels import api
 from pallas_kernels.packed import group_size
 
@@ -43,7 +44,7 @@ def test_zero_points_that_no_byte_holds() -> None:
     assert weight.zero is not None
     largest = weight._replace(zero=weight.zero.at[1, 7].set(16.0))
     assert api.pack_weight(largest).zeros == "byte"
-    for other in (-0.0, -0.125, 0.0625, 16.125, jnp.nan):
+    for other in (-0.0, -0.125, 0.0625, 16.125, 1e-40, jnp.nan):
         changed = weight._replace(zero=weight.zero.at[1, 7].set(other))
         packed = api.pack_weight(changed)
         assert packed.zeros == "word"
@@ -52,19 +53,30 @@ def test_zero_points_that_no_byte_holds() -> None:
             np.testing.assert_array_equal(*as_bytes)
 
 
+def test_codes_that_are_nan_are_refused() -> None:
+    """A kernel would take them for numbers."""
+    weight = random_weight("fp8", 128, 64)
+    weight = weight._replace(codes=weight.codes.at[3, 5].set(jnp.nan))
+    with pytest.raises(ValueError, match="cannot be packed: codes of e4m3 are NaN"):
+        api.pack_weight(weight)
+    params = {"layers": [{"mlp": {"down_proj": {"kernel": weight}}}]}
+    with pytest.raises(ValueError, match=r"^mlp\.down_proj\.kernel: the matrix cannot be packed"):
+        pack_params(params["layers"][0], set())
+
+
 def test_rounded_ones_fit_into_bytes() -> None:
     """Also of groups that have one sign, or a number once or everywhere; and they are near."""
     w = np.random.default_rng(0).standard_normal((192, 64, 64)).astype(np.float32)
     w[:2], w[2:4], w[4:6], w[6:8], w[8:10] = abs(w[:2]) + 2, -abs(w[2:4]) - 2, 0, -0.3, 1e-30
-    w[10, 1:] = 0
+    w[10, 1:], w[11] = 0, 1e-37
     for group in api.WEIGHT_GROUPS:
         weight = api.quantize_weight(w.reshape(-1, 64), kind="int4", group=group)
         assert api.pack_weight(weight).zeros == "byte"
         groups = w.reshape(-1, group, 64)
         step = (groups.max(1).clip(min=0) - groups.min(1).clip(max=0)) / 15
         error = np.abs(numbers(weight).reshape(groups.shape) - groups).max(1)
-        # Half a step, half of one of zero points, and scales have 24 bits.
-        assert (error <= step * (9 / 16 + 1e-3)).all()
+        # Half a step, half of one of zero points, and scales have 24 bits. No step is below 1e-30.
+        assert (error <= np.maximum(step, 1e-30) * (9 / 16 + 1e-3)).all()
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,10 @@ def test_a_layer_takes_them() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="kind='int4' is unknown; known: int8, fp8"):
         api.w8a8_weight(jnp.ones((64, 4)), kind="int4")
+    with pytest.raises(ValueError, match="backend='cuda' is unknown"):
+        api.w8a8_weight(jnp.ones((64, 4)), kind="int8", backend="cuda")
+    with pytest.raises(ValueError, match="backend='cuda' is unknown"):
+        api.product(jnp.ones((1, 64)), jnp.ones((64, 4)), backend="cuda")
     packed = api.pack_weight(api.quantize_weight(jnp.ones((128, 64)), kind="int8"))
     with pytest.raises(ValueError, match="kind='int4' is unknown; known: int8, fp8"):
         api.w8a8_weight(packed, kind="int4")
