@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 import convert
 from lserve_jax.attention.cache import CacheSpec, KVDtype, cache_bytes, make_spec
@@ -187,8 +188,12 @@ def tables(directory: Path) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         text = tables(Path(scratch))
     (Path(__file__).parents[1] / "docs" / "memory.md").write_text(text, encoding="utf-8")
     print(text)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

@@ -125,7 +125,7 @@ _NOT_OF_A_RUN = (
 # Options that are younger than some output files, whose headers lack them.
 _ABSENT_AS_DEFAULT = (
     *("stop_token_ids", "skip_special_tokens", "prefix_cache", "host_cache_bytes"),
-    *("exact", "draft", "draft_weights", "max_draft_tokens"),
+    *("exact", "draft", "draft_weights", "max_draft_tokens", "weight_group"),
 )
 
 

@@ -38,6 +38,8 @@ class ModelArgs:
         flag("{int8,int4,fp8,checkpoint}", "as --dtype"),
     ] = None
     """Quantise weights at load, or keep a checkpoint's own codes: less memory."""
+    weight_group: int = 32
+    """Inputs that share a scale in int4, of --weights and --draft-weights: 32, 64 or 128."""
     prefill_dtype: Annotated[
         Literal["int8", "fp8"] | None, flag("{int8,fp8}", "as the weights")
     ] = None
@@ -102,6 +104,7 @@ class ModelArgs:
             host_cache_bytes=self.host_cache_bytes,
             kv_dtype=self.kv_dtype,
             weights=self.weights,
+            weight_group=self.weight_group,
             prefill_dtype=self.prefill_dtype,
             prefill_chunk_size=self.prefill_chunk_size,
             backend=self.backend,

@@ -28,6 +28,12 @@ class BatchTimes:
     per_token: list[float] = field(default_factory=list)  # TPOT of each with two tokens or more
     pages: list[float] = field(default_factory=list)  # that each attended a step
     relay_reasons: Counter[str] = field(default_factory=Counter)  # for the last burst of each
+    # In exact mode.
+    drafted: int = 0
+    confirmed: int = 0
+    verifications: int = 0
+    verified_steps: int = 0  # tokens that verifications gave
+    draft_reasons: Counter[str] = field(default_factory=Counter)  # as those of relay
 
     def add(self, metrics: RequestMetrics) -> None:
         """Takes up a finished request."""
@@ -37,6 +43,12 @@ class BatchTimes:
             self.per_token.append(metrics.seconds_per_output_token)
             self.pages.append(metrics.pages_attended_per_step)
             self.relay_reasons[metrics.relay_reason] += 1
+        if metrics.verifications:
+            self.drafted += metrics.drafted_tokens
+            self.confirmed += metrics.confirmed_tokens
+            self.verifications += metrics.verifications
+            self.verified_steps += metrics.decode_steps
+            self.draft_reasons[metrics.draft_reason] += 1
 
 
 class CompileClock:
@@ -113,12 +125,10 @@ def request_summary(metrics: RequestMetrics, clock: CompileClock, sparse: bool) 
                 "have attended causally while the prompt was read"
             )
         if metrics.verifications:  # in exact mode
-            drafts = "none"
-            if metrics.drafted_tokens:
-                drafts = f"{metrics.drafted_tokens}, {metrics.acceptance:.0%} confirmed"
+            drafts = _drafts(metrics.drafted_tokens, metrics.confirmed_tokens)
             lines.append(
                 f"drafts    {drafts}, {metrics.tokens_per_verification:.1f} tokens a "
-                f"verification; in the last burst {metrics.draft_reason}"
+                f"verification; last burst: {metrics.draft_reason}"
             )
     return lines
 
@@ -148,7 +158,13 @@ def batch_summary(metrics: EngineMetrics, times: BatchTimes, clock: CompileClock
             f"blocks    {density:.0%} of those that retrieval heads would have attended causally "
             "while long prompts were read"
         )
-    reasons = "; ".join(f"{reason} ({n})" for reason, n in times.relay_reasons.most_common(3))
+    if times.verifications:
+        rate = times.verified_steps / times.verifications
+        lines.append(
+            f"drafts    {_drafts(times.drafted, times.confirmed)}, {rate:.1f} tokens a "
+            f"verification; last bursts: {_most_common(times.draft_reasons)}"
+        )
+    reasons = _most_common(times.relay_reasons)
     return [
         *lines,
         f"relay     {metrics.relay_bursts} bursts read a beginning together"
@@ -192,6 +208,14 @@ def memory_summary(memory_plan: Mapping[str, int], spec: CacheSpec) -> list[str]
         f"KV cache  {spec.num_pages} pages of {spec.page_size} tokens {_size(pages)}, windows "
         f"{_size(memory_plan['streaming'])}, prefill window {_size(memory_plan['prefill_window'])}",
     ]
+
+
+def _drafts(drafted: int, confirmed: int) -> str:
+    return f"{drafted}, {confirmed / drafted:.0%} confirmed" if drafted else "none"
+
+
+def _most_common(reasons: Counter[str]) -> str:
+    return "; ".join(f"{reason} ({n})" for reason, n in reasons.most_common(3))
 
 
 def _speed(tokens: int, seconds: float) -> str:

@@ -108,7 +108,12 @@ def _by_gates(config: ModelConfig, sparsity: SparsityConfig) -> HeadPolicy:
         budget = EVEN_BUDGET if sparsity.token_budget is None else sparsity.token_budget
         source = f"{budget} tokens a head" + (", streaming by gates" if fraction else "")
         return _policy(partition, source, token_budget=budget)
-    share = max(sparsity.budget_share - sparsity.statistics_share, SHARES[0])
+    share = sparsity.budget_share - sparsity.statistics_share
+    if share < SHARES[0]:
+        raise ValueError(
+            f"budget_share={sparsity.budget_share} cannot be met: the least share and ranking take "
+            f"{SHARES[0] + sparsity.statistics_share:.4g} of the context"
+        )
     shares = tuple((share,) * len(heads) for heads in partition.ranked)
     source = f"{share:.4g} of the context a head" + (", streaming by gates" if fraction else "")
     return _policy(partition, source, shares=shares)

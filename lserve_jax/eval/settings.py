@@ -102,6 +102,10 @@ def _parse_setting(text: str) -> Setting:
     control = cast(Control | None, _chosen(text, given, "control", get_args(Control)))
     prefill_dtype = cast(W8A8Kind | None, _chosen(text, given, "prefill_dtype", W8A8_KINDS))
     exact = cast(DraftSource | None, _chosen(text, given, "exact", get_args(DraftSource)))
+    unknown = next((key for key in given if key not in _FIELDS), None)
+    if unknown is not None:
+        known = ", ".join((*_FIELDS, "control", "exact", "prefill_dtype"))
+        raise ValueError(f"unknown key {unknown!r} in setting {text!r}; known: {known}")
     if kind == "dense":
         others = [*given, *(["control"] if control else []), *(["exact"] if exact else [])]
         if others:
@@ -109,9 +113,6 @@ def _parse_setting(text: str) -> Setting:
         return Setting(name=text, sparsity=None, prefill_dtype=prefill_dtype)
     values: dict[str, Any] = {}
     for key, value in given.items():
-        if key not in _FIELDS:
-            known = ", ".join((*_FIELDS, "control", "exact", "prefill_dtype"))
-            raise ValueError(f"unknown key {key!r} in setting {text!r}; known: {known}")
         name, read = _FIELDS[key]
         try:
             values[name] = read(value)

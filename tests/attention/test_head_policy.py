@@ -170,6 +170,9 @@ def test_what_does_not_fit(directory: str, tmp_path) -> None:
         head_policy(CONFIG, SparsityConfig(pattern=directory, dense_heads=13))
     with pytest.raises(ValueError, match=r"budget_share=0\.001 cannot be met: .* take 0\.0"):
         head_policy(CONFIG, SparsityConfig(pattern=directory, budget_share=0.001))
+    even = SparsityConfig(head_shares=None, budget_share=0.02)
+    with pytest.raises(ValueError, match=r"budget_share=0\.02 cannot be met: .* take 0\.02344 of"):
+        head_policy(CONFIG, even)
     gates = write_pattern(tmp_path / "gates", GATES)
     for pattern in (gates, None):
         with pytest.raises(ValueError, match=r"dense_heads=1 needs head shares: pattern=.*none"):

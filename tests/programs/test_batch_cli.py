@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -44,6 +45,22 @@ def run(capsys, checkpoint, tmp_path):
         return code, captured.err
 
     return command
+
+
+def test_stats_say_what_drafts_did(run, tmp_path):
+    """Of all prompts together."""
+    prompts = write_lines(tmp_path / "p.jsonl", [{"prompt_token_ids": [7, 11] * 60}] * 3)
+    exact = ["--attention", "lserve", "--exact", "--draft", "ngram", "--max-tokens", 12]
+    code, err = run(prompts, *exact, "--stats")
+    assert code == 0
+    drafts = r"drafts    (none|\d+, \d+% confirmed), \d+\.\d tokens a verification"
+    assert re.search(drafts + r"; last bursts: .*\(\d\)", err)
+
+
+def test_the_group_of_int4_is_an_option(run, tmp_path):
+    prompts = write_lines(tmp_path / "p.jsonl", [{"prompt": "Hello"}])
+    code, err = run(prompts, "--weights", "int4", "--weight-group", 48)
+    assert code == 2 and "weight_group=48 must be one of (32, 64, 128)" in err
 
 
 def test_answers_are_those_of_the_same_prompts_one_by_one(run, checkpoint, tmp_path):

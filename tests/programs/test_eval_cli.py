@@ -143,6 +143,7 @@ def refusal(capsys, *argv) -> str:
         ("--compare lserve:", "'' in setting 'lserve:' must be key=value"),
         ("--compare lserve:budget", "'budget' in setting 'lserve:budget' must be key=value"),
         ("--compare lserve:bugdet=1", "unknown key 'bugdet' in setting"),
+        ("--compare dense:weights=int4", "unknown key 'weights' in setting 'dense:weights=int4'"),
         ("--compare lserve:budget=many", "budget=many in setting 'lserve:budget=many' must be of"),
         ("--compare lserve:page=17", "setting 'lserve:page=17': page_size=17"),
         ("--compare lserve:page=16,page=32", "page is given twice"),

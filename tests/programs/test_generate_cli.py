@@ -303,7 +303,7 @@ def test_exact_answers_are_dense_ones_and_stats_say_what_drafts_did(draft, capsy
     code, out, err = run(capsys, *argv, *exact)
     assert (code, out) == (0, dense)
     assert re.search(
-        r"drafts    (none|\d+, \d+% confirmed), \d+\.\d tokens a verification; in the last ", err
+        r"drafts    (none|\d+, \d+% confirmed), \d+\.\d tokens a verification; last burst: ", err
     )
     assert draft == "sparse" or "selection" not in err  # nothing is selected for drafts looked up
     # Every option of sparse steps is refused where there are none, and verification without them.
