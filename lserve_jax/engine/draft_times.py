@@ -77,8 +77,8 @@ class DraftTimes:
     ) -> dict[int, DraftDecision]:
         """The decisions, or none of them to draft where that takes less time a token.
 
-        ``is_ready`` says whether a burst without drafts needs no compiling; it is asked after 1, 2,
-        4, 8, ... bursts with drafts.
+        ``is_ready`` says whether a burst without drafts needs no compiling; it is asked after 4,
+        8, 16, ... bursts with drafts.
         """
         decided = dict(decisions)
         if not any(decision.drafts for decision in decided.values()):
@@ -93,9 +93,10 @@ class DraftTimes:
         if second is None:
             wait = 1 if plain.tries % 2 else FIRST_LOOK * 2 ** min(plain.tries // 2, 8)
         # The question costs a burst's inputs: not asked each time.
-        asked = plain.others.bit_count() == 1
-        runs = plain.ran or drafting.spent >= COMPILING or (asked and is_ready())
-        if plain.others >= wait and runs:
+        ask = plain.others.bit_count() == 1
+        if plain.others >= wait and (
+            plain.ran or drafting.spent >= COMPILING or (ask and is_ready())
+        ):
             plain.tries += 1
             return _none(decided, "no drafts in this burst, whose time is measured")
         if second is None:

@@ -187,6 +187,7 @@ def pack_params(params: Params, in_words: set[str], path: tuple[str, ...] = ()) 
     path: where in the parameters the tree is.
 
     Of matrices of which only shapes are there (``jax.ShapeDtypeStruct``) zero points of 4 bits fit.
+    Raises ``ValueError`` for codes that are NaN, with the path.
     """
     for key in params:
         leaf = (*path, str(key))
